@@ -1,0 +1,35 @@
+"""Errors that users may want to catch by name; every message names the argument, the value and the way out."""
+
+from __future__ import annotations
+
+
+class AutopruneError(Exception):
+    """Base class of the errors defined here."""
+
+
+class BudgetError(AutopruneError, ValueError):
+    """A budget that cannot be read, or that names an unknown cost."""
+
+
+class InfeasibleBudgetError(AutopruneError, ValueError):
+    """A budget that no candidate of the space can meet, or that no trial of a result met."""
+
+
+class NothingToPruneError(AutopruneError, ValueError):
+    """A model in which no group of units can be removed; the message lists the reasons."""
+
+
+class UnsupportedModelError(AutopruneError, TypeError):
+    """A model of a kind that cannot be sliced: scripted, quantised, or spread over several devices."""
+
+
+class StructureCheckError(AutopruneError, RuntimeError):
+    """A check of the traced structure failed and ``checks="strict"`` asked to stop."""
+
+
+class DataError(AutopruneError, ValueError):
+    """Data that cannot be used: empty, without the labels that a metric needs, or of an unknown form."""
+
+
+class RecipeError(AutopruneError, ValueError):
+    """A saved file that is corrupted, of a foreign format, or made for another model."""

@@ -1,0 +1,1 @@
+"""Executors: run evaluations here or on workers."""

@@ -1,0 +1,1 @@
+"""Evaluators: score candidates without, or with little, training."""

@@ -1,0 +1,1 @@
+"""Search spaces: what a candidate means for the model."""
