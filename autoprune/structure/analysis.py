@@ -1,0 +1,148 @@
+"""From a model and example inputs to its checked `Structure`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._pytree import tree_map
+
+from autoprune.errors import NothingToPruneError, StructureCheckError, UnsupportedModelError
+from autoprune.sources import seeded
+from autoprune.structure.checks import Checker, Example
+from autoprune.structure.propagate import INNER, OUTER, Propagation, propagate
+from autoprune.structure.structure import Structure, assemble
+from autoprune.structure.trace import Forward, Record, trace
+from autoprune.structure.units import Units, find_units
+
+SITES_TRIED = 32
+"""Ambiguous sites that are flipped one by one; beyond, all sites of one operation are flipped together."""
+
+
+def analyse(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    forward: Forward | None = None,
+    checks: str = "on",
+    max_check_seconds: float = 60.0,
+    seed: int = 0,
+) -> Structure:
+    """Find out what can be removed from a model, and check it.
+
+    Args:
+        model: Any module that runs on the inputs; it comes back unchanged.
+        args: Positional example inputs, moved to the model's device.
+        kwargs: Keyword example inputs.
+        forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough; returns what matters.
+        checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead.
+        max_check_seconds: Groups not checked by then are frozen.
+        seed: Draws the units that the checks remove.
+
+    Raises:
+        UnsupportedModelError: If the model is scripted, quantised, spread over devices, or cannot be copied.
+        StructureCheckError: If a group fails and `checks` is ``"strict"``.
+        ValueError: If the model returns NaN or infinity for the inputs, or `checks` is unknown.
+    """
+    if checks not in ("on", "strict"):
+        raise ValueError(f"checks must be 'on' or 'strict', got {checks!r}")
+    device = require_supported(model)
+    run = forward or (lambda m, *a, **k: m(*a, **k))
+    args, kwargs = tree_map(
+        lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs or {}))
+    )
+    with seeded(seed):
+        record = trace(model, args, kwargs, run)
+        flow, _ = best_choices(record)
+        read = {record.values[value].name for op in record.ops for value in op.inputs()}
+        untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
+        checker = Checker(flow, Example(model, args, kwargs, run), untouched, max_check_seconds, seed)
+        if not all(torch.isfinite(out).all() for out in checker.dense if out.is_floating_point()):
+            raise ValueError(
+                "model must return finite outputs for the example inputs, got NaN or infinity; "
+                "check its weights and pass example_inputs= that look like real data"
+            )
+        failures = checker.failures()
+    if failures and checks == "strict":
+        details = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise StructureCheckError(f"checks='strict' and {len(failures)} groups failed: {details}")
+    return assemble(flow, find_units(flow, failures), untouched)
+
+
+def require_supported(model: nn.Module) -> torch.device:
+    """The one device of a model that can be sliced.
+
+    Raises:
+        UnsupportedModelError: If it is scripted, quantised, uninitialised, or on several devices.
+    """
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"model must be an ordinary nn.Module, but {where} is a ScriptModule ({type(module).__name__}); "
+                "pass the module that was scripted or traced"
+            )
+        if ".quantized" in type(module).__module__ or hasattr(module, "_packed_params"):
+            raise UnsupportedModelError(
+                f"model must not be quantised, but {where} is {type(module).__name__}; prune first, then quantise"
+            )
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
+            raise UnsupportedModelError(f"model has an uninitialised parameter {name!r}; run it once on real data")
+        if tensor.is_quantized:
+            raise UnsupportedModelError(f"model must not be quantised, but {name!r} is; prune first, then quantise")
+    if len(devices) > 1:
+        names = sorted(str(device) for device in devices)
+        raise UnsupportedModelError(f"model must be on one device, got {names}; call model.to(device) first")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def best_choices(record: Record) -> tuple[Propagation, Units]:
+    """Propagate, trying the other choice at ambiguous sites while more parameters become removable."""
+    best = propagate(record)
+    units = find_units(best)
+    score = removable(best, units)
+    by_rule: dict[str, list[int]] = {}
+    for site in best.sites:
+        by_rule.setdefault(record.ops[site].name, []).append(site)
+    trials = [*by_rule.values(), *([[site] for site in best.sites] if len(best.sites) <= SITES_TRIED else [])]
+    for sites in trials:
+        flipped = {site: INNER if best.sites.get(site, OUTER) == OUTER else OUTER for site in sites}
+        flow = propagate(record, {**best.sites, **flipped})
+        found = find_units(flow)
+        if (more := removable(flow, found)) > score:
+            best, units, score = flow, found, more
+    return best, units
+
+
+def removable(flow: Propagation, units: Units) -> int:
+    """Parameters that go when every group keeps a single unit, each dimension counted for itself."""
+    shapes = {value.name: value.shape for value in flow.record.values if value.kind == "parameter"}
+    total = 0
+    for group in units.groups:
+        for slot in group.slots:
+            if slot.tensor in shapes:
+                shape = shapes[slot.tensor]
+                numel = int(torch.Size(shape).numel())
+                total += (group.size - 1) * slot.indices.shape[1] * numel // shape[slot.dim]
+    return total
+
+
+def require_prunable(structure: Structure) -> None:
+    """Refuse a structure without groups.
+
+    Raises:
+        NothingToPruneError: Says what stays and why.
+    """
+    if structure.groups:
+        return
+    reasons: dict[str, int] = {}
+    for frozen in structure.frozen:
+        reasons[frozen.reason] = reasons.get(frozen.reason, 0) + 1
+    why = "; ".join(f"{reason} ({count} dimensions)" for reason, count in list(reasons.items())[:5])
+    raise NothingToPruneError(f"model has nothing to prune: {why or 'it has no parameters that its forward reads'}")

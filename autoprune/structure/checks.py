@@ -1,0 +1,190 @@
+"""Three checks of a structure before anything relies on it; each alone misses errors that the others catch.
+
+*Permutation*: units permuted inside every group, in all tensors, must not change the outputs. *Replay*: the record run
+with sliced tensors must agree with the record run dense and masked. *Module*: the user's own forward on the sliced
+module must agree with the sliced replay. Shapes are tried on the meta device first, because a wrong slice may kill
+the process in a native kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autoprune.protocols import Pruning
+from autoprune.structure.propagate import Propagation
+from autoprune.structure.replay import Replay
+from autoprune.structure.slicing import Slicer, owners
+from autoprune.structure.structure import assemble
+from autoprune.structure.trace import Call, Forward, skeleton
+from autoprune.structure.units import Group, Units, find_units
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model with inputs to run it on.
+
+    Attributes:
+        model: Never changed; copies of it run.
+        args: Positional inputs, on the model's device.
+        kwargs: Keyword inputs.
+        forward: Runs a model on them.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    forward: Forward
+
+    def run(self, model: nn.Module, *, meta: bool = False) -> list[Tensor]:
+        """Output tensors of `model`, which is put in evaluation mode; on the meta device only shapes are computed."""
+        model.eval()
+
+        def place(leaf: Any) -> Any:
+            return leaf.to("meta") if meta and isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = tree_map(
+            lambda leaf: place(leaf.clone() if isinstance(leaf, Tensor) else leaf), (self.args, dict(self.kwargs))
+        )
+        call = Call(model, self.forward)
+        state = {name: place(tensor) for name, tensor in (*call.named_parameters(), *call.named_buffers())}
+        with torch.no_grad():
+            outputs = functional_call(call, state, args, kwargs)
+        return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+Check = Callable[[Propagation, Units, np.random.Generator], None]
+
+
+class Checker:
+    """Runs the checks on one example, and finds the largest set of groups that passes them.
+
+    Args:
+        flow: Labels of the traced pass.
+        example: The model and the inputs it was traced on.
+        untouched: Parameters that the pass did not read.
+        max_seconds: When the checks end; groups not checked by then are frozen.
+        seed: Draws the units that the checks remove and permute.
+    """
+
+    def __init__(
+        self, flow: Propagation, example: Example, untouched: tuple[str, ...], max_seconds: float, seed: int
+    ) -> None:
+        self.flow = flow
+        self.example = example
+        self.untouched = untouched
+        self.seed = seed
+        self.deadline = time.monotonic() + max_seconds
+        self.max_seconds = max_seconds
+        named = (*example.model.named_parameters(), *example.model.named_buffers())
+        self.tensors = {name: tensor.detach() for name, tensor in named}
+        self.inputs = [x for x in tree_leaves((example.args, dict(example.kwargs))) if isinstance(x, Tensor)]
+        self.dense = example.run(skeleton(example.model))
+
+    def failures(self) -> dict[str, str]:
+        """Groups that must be frozen, each with the check that it failed."""
+        units = find_units(self.flow)
+        if not units.groups or self._error(units, set()) is None:
+            return {}
+        names = [group.name for group in units.groups]
+        reasons: dict[str, str] = {}
+        for name in names:
+            late = time.monotonic() > self.deadline
+            error = f"not checked within {self.max_seconds:.0f} s" if late else self._error(units, {*names} - {name})
+            if error is not None:
+                reasons[name] = error
+        alone = [name for name in names if name not in reasons]
+        if alone and (error := self._error(units, set(reasons))) is not None:
+            passed = self._largest(units, alone, set())
+            reasons |= {name: f"fails together with others: {error}" for name in alone if name not in passed}
+        return reasons
+
+    def _largest(self, units: Units, candidates: list[str], passed: set[str]) -> set[str]:
+        """Add to `passed` the candidates that still pass jointly, halving what fails."""
+        everyone = {group.name for group in units.groups}
+        if time.monotonic() > self.deadline:
+            return passed
+        if self._error(units, everyone - passed - set(candidates)) is None:
+            return passed | set(candidates)
+        if len(candidates) == 1:
+            return passed
+        half = len(candidates) // 2
+        return self._largest(units, candidates[half:], self._largest(units, candidates[:half], passed))
+
+    def _error(self, everything: Units, without: set[str]) -> str | None:
+        """What goes wrong when all groups but some are pruned at once, or None."""
+        units = find_units(self.flow, dict.fromkeys(without, "not under test")) if without else everything
+        rng = np.random.default_rng(self.seed)
+        for check in (self._permutation, self._slices, self._slices):
+            try:
+                check(units, rng)
+            except _CheckError as error:
+                return str(error)
+            except Exception as error:  # whatever the user's forward raises on a smaller module is a failed check
+                return f"the {check.__name__.strip('_')} check raised {type(error).__name__}: {error}"
+        return None
+
+    def _permutation(self, units: Units, rng: np.random.Generator) -> None:
+        model = skeleton(self.example.model)
+        tensors = {id(t): t.detach() for t in (*model.parameters(), *model.buffers())}
+        named = dict((*model.named_parameters(), *model.named_buffers()))
+        for group in units.groups:
+            order = rng.permutation(group.size)
+            for slot in group.slots:
+                tensor = tensors[id(named[slot.tensor])]
+                target = torch.from_numpy(slot.indices.reshape(-1)).to(tensor.device)
+                source = torch.from_numpy(slot.indices[order].reshape(-1)).to(tensor.device)
+                moved = tensor.index_select(slot.dim, source)
+                tensors[id(named[slot.tensor])] = tensor.index_copy(slot.dim, target, moved)
+        for _, holder, key, tensor in owners(model):
+            new = tensors[id(tensor)]
+            holder[key] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
+        _compare("permutation", self.example.run(model), self.dense)
+
+    def _slices(self, units: Units, rng: np.random.Generator) -> None:
+        """The replay and the module check, on one random set of units."""
+        structure = assemble(self.flow, units, self.untouched)
+        pruning = Pruning({group.name: _some(group, rng) for group in structure.groups})
+        replay = Replay(self.flow, units, structure.keep(pruning))
+        sliced = replay.sliced(self.tensors, self.inputs)
+        _compare("replay", sliced, replay.masked(self.tensors, self.inputs))
+        module = Slicer(self.example.model).cut(structure.edit(pruning))
+        if structure.device == "meta":
+            shapes = [tuple(out.shape) for out in self.example.run(module, meta=True)]
+            if shapes != [tuple(out.shape) for out in sliced]:
+                raise _CheckError(f"the module check saw outputs of shapes {shapes} on the sliced module")
+        _compare("module", self.example.run(module), sliced)
+
+
+class _CheckError(Exception):
+    pass
+
+
+def _some(group: Group, rng: np.random.Generator) -> tuple[int, ...]:
+    """A random set of units to keep: at least one stays, at least one goes."""
+    count = int(rng.integers(1, group.size))
+    return tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))
+
+
+def _compare(check: str, found: list[Tensor], expected: list[Tensor]) -> None:
+    if len(found) != len(expected):
+        raise _CheckError(f"the {check} check saw {len(found)} outputs instead of {len(expected)}")
+    for a, b in zip(found, expected, strict=True):
+        if a.shape != b.shape:
+            raise _CheckError(f"the {check} check saw shape {tuple(a.shape)} instead of {tuple(b.shape)}")
+        if not a.numel():
+            continue
+        wide = torch.float64 if a.is_floating_point() else a.dtype
+        gap = (a.to(wide) - b.to(wide)).abs().max().item() if a.dtype != torch.bool else (a != b).any().item()
+        scale = max(b.to(wide).abs().max().item(), 1e-6) if a.dtype != torch.bool else 1.0
+        tolerance = 100 * torch.finfo(a.dtype).eps ** 0.875 if a.is_floating_point() else 0.0
+        if not gap <= tolerance * scale:
+            raise _CheckError(f"the {check} check saw outputs differ by {gap / scale:.1e} of their size")

@@ -1,0 +1,131 @@
+"""Propagate labels over a record: which indices of which tensor dimensions must live or die together.
+
+Every index of every parameter dimension gets a label. The rule of each operation says which labels its results carry,
+which labels it *joins* (they live or die together) and which it *freezes* (they must stay). A dimension without labels,
+``None``, is fixed: batch, space, anything of the input. Propagation leaves no state on the record, so that the choices
+at ambiguous sites can be tried in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autoprune.protocols import IntArray
+from autoprune.structure.trace import Op, Record
+
+Labels = IntArray | None
+"""Labels of one tensor dimension, shape (size,); None where every index is fixed."""
+
+Dims = list[Labels]
+"""Labels of one tensor, one entry a dimension."""
+
+OUTER = "outer"
+INNER = "inner"
+FIXED: IntArray = np.zeros(1, dtype=np.int64)
+"""Label 0: an index that stays."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Joins labels `a` and `b`, elementwise, because of operation `op`."""
+
+    op: int
+    a: IntArray
+    b: IntArray
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Labels that must stay because of operation `op` (-1: the model's outputs), with the reason in words."""
+
+    op: int
+    labels: IntArray
+    reason: str
+
+
+@dataclass
+class Propagation:
+    """Labels of every value, and the joins and freezes between them.
+
+    Attributes:
+        choices: For an ambiguous site (operation index), ``"outer"`` or ``"inner"``: which factor of a product
+            dimension carries the units. Sites not named follow the rule's default.
+        sites: The sites met and the choice taken at each.
+    """
+
+    record: Record
+    choices: Mapping[int, str] = field(default_factory=dict)
+    labels: dict[int, Dims] = field(default_factory=dict)
+    edges: list[Edge] = field(default_factory=list)
+    freezes: list[Freeze] = field(default_factory=list)
+    sites: dict[int, str] = field(default_factory=dict)
+    count: int = 1
+
+    def fresh(self, size: int) -> Labels:
+        """New labels for a dimension; a dimension of one index cannot shrink and stays fixed."""
+        if size <= 1:
+            return None
+        labels = np.arange(self.count, self.count + size, dtype=np.int64)
+        self.count += size
+        return labels
+
+    def of(self, value: int) -> Dims:
+        """Labels of a value; a parameter or buffer gets its own when first met, anything else unknown is fixed."""
+        if value not in self.labels:
+            known = self.record.values[value]
+            learned = known.kind in ("parameter", "buffer") and known.dtype.is_floating_point
+            self.labels[value] = [self.fresh(size) if learned else None for size in known.shape]
+        return self.labels[value]
+
+    def join(self, op: Op, a: Labels, b: Labels) -> Labels:
+        """Tie two aligned dimensions and return the labels of their common result."""
+        if a is None or b is None:
+            self.freeze(op, b if a is None else a, f"tied to a fixed dimension by {op.where()}")
+            return None
+        if a is not b:
+            self.edges.append(Edge(op.index, a, b))
+        return a
+
+    def freeze(self, op: Op | None, labels: Labels, reason: str) -> None:
+        """Say that `labels` must stay."""
+        if labels is not None:
+            self.freezes.append(Freeze(-1 if op is None else op.index, labels, reason))
+
+    def tie(self, op: Op, grid: IntArray) -> IntArray:
+        """Join the labels in each row of `grid`, shape (units, members), and return the first of each row."""
+        first = np.ascontiguousarray(grid[:, 0])
+        for column in range(1, grid.shape[1]):
+            self.edges.append(Edge(op.index, first, np.ascontiguousarray(grid[:, column])))
+        return first
+
+    def choose(self, op: Op, default: str) -> str:
+        """Take the choice for an ambiguous site, and remember that it is one."""
+        self.sites[op.index] = self.choices.get(op.index, default)
+        return self.sites[op.index]
+
+
+def propagate(record: Record, choices: Mapping[int, str] | None = None) -> Propagation:
+    """Apply the rule of every operation in turn, then freeze what reaches the outputs."""
+    from autoprune.structure.rules import rule_of
+
+    flow = Propagation(record, choices or {})
+    for op in record.ops:
+        apply = rule_of(op)
+        if apply is None:
+            for value in op.inputs():
+                for labels in flow.of(value):
+                    flow.freeze(op, labels, f"{op.where()} has no rule")
+            results: list[Dims] = [[None] * len(record.values[value].shape) for value in op.results()]
+        else:
+            results = apply(flow, op)
+        read = set(op.inputs())
+        for value, dims in zip(op.results(), results, strict=True):
+            if value not in read:  # a value returned in place keeps the labels that it has
+                flow.labels[value] = dims
+    for value in record.outputs:
+        for labels in flow.of(value):
+            flow.freeze(None, labels, "returned by the model")
+    return flow

@@ -1,0 +1,178 @@
+"""Rules for elementwise operations, reductions, contractions and tensors made from nothing."""
+
+from __future__ import annotations
+
+from autoprune.structure.propagate import Dims, Labels, Propagation
+from autoprune.structure.rules import rule
+from autoprune.structure.trace import Op, Ref
+
+
+@rule(
+    "pointwise",
+    "hardswish",
+    "hardswish_",
+    "hardtanh_",
+    "_prelu_kernel",
+    "log_sigmoid_forward",
+    "masked_fill",
+    "masked_fill_",
+    "dropout",
+    "native_dropout",
+    "clone",
+    "copy_",
+    "copy",
+    "detach",
+    "detach_",
+    "alias",
+    "contiguous",
+    "_to_copy",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "softmax",
+    "_softmax",
+    "_log_softmax",
+    "_safe_softmax",
+    "cumsum",
+    "logcumsumexp",
+    "fill_",
+    "zero_",
+    "tril",
+    "triu",
+)
+def elementwise(flow: Propagation, op: Op) -> list[Dims]:
+    """Join aligned dimensions; a size of 1 broadcasts and joins nothing."""
+    results = []
+    for result in op.results():
+        shape = flow.record.values[result].shape
+        dims: Dims = []
+        for back in range(len(shape), 0, -1):
+            aligned = [flow.of(value)[-back] for value in op.inputs() if _size(flow, value, back) == shape[-back] != 1]
+            dims.append(_join_all(flow, op, aligned))
+        results.append(dims)
+    return results
+
+
+def _size(flow: Propagation, value: int, back: int) -> int:
+    shape = flow.record.values[value].shape
+    return shape[-back] if back <= len(shape) else 1
+
+
+def _join_all(flow: Propagation, op: Op, aligned: list[Labels]) -> Labels:
+    if not aligned:
+        return None
+    joined = aligned[0]
+    for labels in aligned[1:]:
+        joined = flow.join(op, joined, labels)
+    return joined
+
+
+@rule(
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "prod",
+    "nansum",
+    "any",
+    "all",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+)
+def reduction(flow: Propagation, op: Op) -> list[Dims]:
+    """Drop the reduced dimensions. Positions along a labelled dimension (argmax) have no meaning once units go."""
+    source = op.args["self"]
+    dims = flow.of(source.id)
+    if len(op.inputs()) > 1:  # max(a, b) is elementwise
+        return elementwise(flow, op)
+    axes = op.args.get("dim")
+    axes = range(len(dims)) if axes is None or axes == [] else [axes] if isinstance(axes, int) else axes
+    reduced = {axis % len(dims) for axis in axes} if dims else set()
+    if op.name in ("argmax", "argmin") or (op.name in ("max", "min") and len(op.results()) == 2):
+        for axis in reduced:
+            flow.freeze(op, dims[axis], f"positions are returned by {op.where()}")
+    keep = bool(op.args.get("keepdim", False))
+    out: Dims = [None if axis in reduced else labels for axis, labels in enumerate(dims) if keep or axis not in reduced]
+    return [out for _ in op.results()]
+
+
+@rule("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot", "linear")
+def contraction(flow: Propagation, op: Op) -> list[Dims]:
+    """Matrix products: join the contracted dimensions; rows and columns pass."""
+    names = {
+        "addmm": ("mat1", "mat2"),
+        "baddbmm": ("batch1", "batch2"),
+        "mv": ("self", "vec"),
+        "dot": ("self", "tensor"),
+        "linear": ("input", "weight"),
+    }.get(op.name, ("self", "mat2"))
+    a, b = flow.of(op.args[names[0]].id), flow.of(op.args[names[1]].id)
+    if op.name == "linear":
+        b = b[::-1]
+    inner = b[-2] if len(b) > 1 else b[0]
+    contract(flow, op, a[-1], inner)
+    out: Dims = [*a[:-1], *b[-1:]] if len(b) > 1 else [*a[:-1]]
+    if len(b) == 3:
+        out[0] = _join_all(flow, op, [a[0], b[0]])
+    bias = op.args.get("bias") if op.name == "linear" else op.args.get("self") if op.name.startswith("add") else None
+    if op.name == "baddbmm":
+        bias = op.args["self"]
+    if isinstance(bias, Ref):
+        add_bias(flow, op, bias, out)
+    return [out]
+
+
+def contract(flow: Propagation, op: Op, data: Labels, weight: Labels) -> None:
+    """Join the two sides of a sum over a dimension, and say so in the user's words where one side is fixed."""
+    if data is None and weight is not None:
+        flow.freeze(op, weight, f"reads the model's input or another fixed dimension in {op.where()}")
+    elif weight is None:
+        flow.freeze(op, data, f"contracted with a fixed dimension by {op.where()}")
+    else:
+        flow.join(op, data, weight)
+
+
+def add_bias(flow: Propagation, op: Op, bias: Ref, out: Dims) -> None:
+    """Join a bias, broadcast from the right, with a result."""
+    for back, labels in enumerate(reversed(flow.of(bias.id)), start=1):
+        if _size(flow, bias.id, back) != 1:
+            out[-back] = flow.join(op, out[-back], labels)
+
+
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "rand",
+    "randn",
+    "scalar_tensor",
+    "empty_strided",
+)
+def factory(flow: Propagation, op: Op) -> list[Dims]:
+    """A tensor made from sizes gets labels of its own: the code that made it may follow the width of a neighbour."""
+    return [[flow.fresh(size) for size in flow.record.values[value].shape] for value in op.results()]
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "bernoulli_")
+def like(flow: Propagation, op: Op) -> list[Dims]:
+    """A tensor shaped like another has its labels."""
+    return [list(flow.of(op.args["self"].id)) for _ in op.results()]
+
+
+@rule("arange", "linspace", "eye", "tril_indices", "triu_indices")
+def constant(flow: Propagation, op: Op) -> list[Dims]:
+    """A tensor with meaning in its positions is fixed."""
+    return [[None] * len(flow.record.values[value].shape) for value in op.results()]

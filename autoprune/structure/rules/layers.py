@@ -1,0 +1,147 @@
+"""Rules for whole layers: convolution, normalisation, pooling, resampling, attention."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autoprune.structure.propagate import INNER, OUTER, Dims, Labels, Propagation
+from autoprune.structure.rules import rule
+from autoprune.structure.rules.arithmetic import add_bias, contract
+from autoprune.structure.trace import Op, Ref
+
+
+@rule("convolution", "_convolution", "convolution_overrideable")
+def convolution(flow: Propagation, op: Op) -> list[Dims]:
+    """Join input channels with the weight's, output channels pass.
+
+    A grouped convolution is a site: ``"outer"`` removes whole groups, input and output channels together;
+    ``"inner"`` removes the i-th channel of every group. The default has the more units.
+    """
+    data, weight = flow.of(op.args["input"].id), flow.of(op.args["weight"].id)
+    for labels in data[2:]:
+        flow.freeze(op, labels, f"used as space by {op.where()}")
+    for labels in weight[2:]:
+        flow.freeze(op, labels, "kernel size")
+    groups, transposed = op.args["groups"], op.args["transposed"]
+    if groups == 1:
+        contract(flow, op, data[1], weight[0] if transposed else weight[1])
+        channels = weight[1] if transposed else weight[0]
+    else:
+        channels = _grouped(flow, op, data[1], weight, groups, transposed)
+    out: Dims = [data[0], channels, *[None] * (len(data) - 2)]
+    if isinstance(op.args.get("bias"), Ref):
+        add_bias(flow, op, op.args["bias"], out[:2])
+    return [out]
+
+
+def _grouped(flow: Propagation, op: Op, data: Labels, weight: Dims, groups: int, transposed: bool) -> Labels:
+    inputs, outputs = (_width(flow, op, side) for side in ("input", "output"))
+    source = np.arange(inputs).reshape(groups, -1)
+    target = np.arange(outputs).reshape(groups, -1)
+    if data is None:
+        flow.freeze(op, weight[0], f"reads the model's input or another fixed dimension in {op.where()}")
+        flow.freeze(op, weight[1], f"reads the model's input or another fixed dimension in {op.where()}")
+        return None
+    default = OUTER if groups >= source.shape[1] else INNER
+    choice = default if source.shape[1] == 1 else flow.choose(op, default)
+    rows, columns = weight[0], weight[1]
+    if choice == OUTER:
+        flow.freeze(op, columns, f"inside the groups of {op.where()}")
+        kept = flow.tie(op, data[source])
+        if transposed:
+            contract(flow, op, data, rows)
+            return np.repeat(kept, target.shape[1])
+        assert rows is not None  # as many rows as groups, at least
+        return flow.join(op, rows, np.repeat(kept, target.shape[1]))
+    kept = flow.tie(op, data[source].T)
+    if transposed:
+        contract(flow, op, data, rows)
+        return None if columns is None else np.tile(columns, groups)
+    contract(flow, op, kept, columns)
+    assert rows is not None
+    flow.tie(op, rows[target].T)
+    return rows
+
+
+def _width(flow: Propagation, op: Op, side: str) -> int:
+    value = op.args["input"].id if side == "input" else op.results()[0]
+    return flow.record.values[value].shape[1]
+
+
+def _fixed(flow: Propagation, values: list[int]) -> list[Dims]:
+    return [[None] * len(flow.record.values[value].shape) for value in values]
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm", "miopen_batch_norm"
+)
+def batch_norm(flow: Propagation, op: Op) -> list[Dims]:
+    """Join the affine parameters and the running statistics with the channels."""
+    out = list(flow.of(op.args["input"].id))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(op.args.get(name), Ref):
+            out[1] = flow.join(op, out[1], flow.of(op.args[name].id)[0])
+    return [out, *_fixed(flow, op.results()[1:])]
+
+
+@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(flow: Propagation, op: Op) -> list[Dims]:
+    """Join the affine parameters with the trailing dimensions, whose statistics are over kept units."""
+    out = list(flow.of(op.args["input"].id))
+    for name in ("weight", "bias"):
+        if isinstance(op.args.get(name), Ref):
+            add_bias(flow, op, op.args[name], out)
+    return [out, *_fixed(flow, op.results()[1:])]
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(flow: Propagation, op: Op) -> list[Dims]:
+    """A site like a grouped convolution: whole groups (``"outer"``) or the i-th channel of every group."""
+    out = list(flow.of(op.args["input"].id))
+    channels = out[1]
+    if channels is not None:
+        grid = channels.reshape(op.args.get("group", op.args.get("num_groups")), -1)
+        if len(grid) > 1 and grid.shape[1] > 1:
+            choice = flow.choose(op, OUTER if len(grid) >= grid.shape[1] else INNER)
+            flow.tie(op, grid if choice == OUTER else grid.T)
+    for name in ("weight", "bias"):
+        if isinstance(op.args.get(name), Ref):
+            out[1] = flow.join(op, out[1], flow.of(op.args[name].id)[0])
+    return [out, *_fixed(flow, op.results()[1:])]
+
+
+@rule(
+    *[f"{kind}_pool{rank}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for rank in (1, 2, 3)],
+    *[f"max_pool{rank}d_with_indices" for rank in (2, 3)],
+    *[f"_adaptive_avg_pool{rank}d" for rank in (2, 3)],
+    *[f"{kind}{rank}d" for kind in ("upsample_nearest", "_upsample_nearest_exact") for rank in (1, 2, 3)],
+    *["upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d"],
+    *["upsample_trilinear3d", "_upsample_bicubic2d_aa"],
+)
+def spatial(flow: Propagation, op: Op) -> list[Dims]:
+    """Pooling and resampling change space only, which is fixed."""
+    source = op.args["self"] if "self" in op.args else op.args["input"]
+    dims = flow.of(source.id)
+    rank = next(int(character) for character in op.name if character.isdigit())
+    for labels in dims[len(dims) - rank :]:
+        flow.freeze(op, labels, f"used as space by {op.where()}")
+    return [[*dims[: len(dims) - rank], *[None] * rank] for _ in op.results()]
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "scaled_dot_product_attention",
+)
+def attention(flow: Propagation, op: Op) -> list[Dims]:
+    """Join the heads of q, k and v; the head dimension stays, because the scale depends on it."""
+    query, key, value = (flow.of(op.args[name].id) for name in ("query", "key", "value"))
+    heads = flow.join(op, flow.join(op, query[1], key[1]), value[1])
+    for labels in (query[-1], key[-1], value[-1]):
+        flow.freeze(op, labels, f"head dimension of {op.where()}")
+    for labels in (query[2], key[2], value[2]):
+        flow.freeze(op, labels, f"positions attended over by {op.where()}")
+    return [[None, heads, None, None], *_fixed(flow, op.results()[1:])]

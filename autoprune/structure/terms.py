@@ -1,0 +1,142 @@
+"""Exact costs as products of sizes: what operations multiply, what tensors hold, and when each lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoprune.protocols import FloatArray, IntArray
+from autoprune.structure.propagate import Propagation
+from autoprune.structure.trace import Op
+from autoprune.structure.units import Units
+
+SizeRow = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Products:
+    """A list of products of affine sizes.
+
+    Attributes:
+        coefficients: Constant factor of each product, shape (p,).
+        factors: Rows of `Terms.sizes` that each product multiplies, shape (p, f); row 0 is the constant 1.
+    """
+
+    coefficients: FloatArray
+    factors: IntArray
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Costs of a traced model as functions of the widths of its groups.
+
+    Attributes:
+        sizes: Affine sizes, shape (s, 1 + groups): fixed part, then indices per unit of each group. Row 0 is 1.
+        macs: Multiply-accumulates of each operation, for the whole traced batch.
+        params: Elements of each parameter.
+        state_bytes: Bytes of each parameter and buffer.
+        activation_bytes: Bytes of each input and result that owns storage, for the whole traced batch.
+        born: Operation that makes each activation, shape (activations,); -1 for an input.
+        died: Number of operations that have run when it is let go, shape (activations,).
+        batch: Samples in the traced batch.
+    """
+
+    sizes: IntArray
+    macs: Products
+    params: Products
+    state_bytes: Products
+    activation_bytes: Products
+    born: IntArray
+    died: IntArray
+    batch: int
+
+
+class _Builder:
+    def __init__(self, flow: Propagation, units: Units) -> None:
+        self.flow = flow
+        self.units = units
+        one = (1, *[0] * len(units.groups))
+        self.rows: dict[SizeRow, int] = {one: 0}
+
+    def product(self, coefficient: float, dims: list[tuple[int, int]]) -> tuple[float, tuple[int, ...]]:
+        """A constant times the sizes of dimensions, each given as (value, dimension)."""
+        factors = []
+        for value, dim in dims:
+            labels, size = self.flow.of(value)[dim], self.flow.record.values[value].shape[dim]
+            row = self.units.size_row(labels, size)
+            if any(row[1:]):
+                factors.append(self.rows.setdefault(row, len(self.rows)))
+            else:
+                coefficient *= row[0]
+        return coefficient, tuple(sorted(factors))
+
+    def whole(self, coefficient: float, value: int) -> tuple[float, tuple[int, ...]]:
+        """A constant times the number of elements of a value."""
+        return self.product(coefficient, [(value, dim) for dim in range(len(self.flow.record.values[value].shape))])
+
+
+def cost_terms(flow: Propagation, units: Units) -> Terms:
+    """Read the exact costs off a propagation."""
+    build = _Builder(flow, units)
+    record = flow.record
+    macs = [term for op in record.ops for term in _macs(build, op)]
+    params, state, activations = [], [], []
+    born, died = [], []
+    for i, value in enumerate(record.values):
+        bytes_each = value.dtype.itemsize
+        if value.kind in ("parameter", "buffer"):
+            state.append(build.whole(bytes_each, i))
+            if value.kind == "parameter":
+                params.append(build.whole(1, i))
+        elif value.kind in ("input", "result") and value.base == i:
+            activations.append(build.whole(bytes_each, i))
+            born.append(value.born)
+            died.append(max(v.died for v in record.values if v.base == i))
+    return Terms(
+        sizes=np.array(list(build.rows), dtype=np.int64),
+        macs=_products(_merge(macs)),
+        params=_products(_merge(params)),
+        state_bytes=_products(_merge(state)),
+        activation_bytes=_products(activations),
+        born=np.array(born, dtype=np.int64),
+        died=np.array(died, dtype=np.int64),
+        batch=max(record.batch, 1),
+    )
+
+
+def _macs(build: _Builder, op: Op) -> list[tuple[float, tuple[int, ...]]]:
+    """Multiply-accumulates of one operation; 0 for what PyTorch's own counter does not count either."""
+    if op.name in ("convolution", "_convolution"):
+        weight, source, result = op.args["weight"].id, op.args["input"].id, op.results()[0]
+        walked = source if op.args["transposed"] else result
+        rank = len(build.flow.record.values[walked].shape)
+        space = [(walked, 0), *[(walked, dim) for dim in range(2, rank)]]
+        return [build.product(1, space + [(weight, d) for d in range(rank)])]
+    matrices = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "bmm": ("self", "mat2")}
+    matrices["baddbmm"] = ("batch1", "batch2")
+    if op.name in matrices:
+        a, b = (op.args[name].id for name in matrices[op.name])
+        rank = len(build.flow.record.values[a].shape)
+        return [build.product(1, [*[(a, dim) for dim in range(rank)], (b, rank - 1)])]
+    if op.name.startswith("_scaled_dot_product"):
+        query, key, value = (op.args[name].id for name in ("query", "key", "value"))
+        scores = [(query, 0), (query, 1), (query, 2), (key, 2)]
+        return [build.product(1, [*scores, (query, 3)]), build.product(1, [*scores, (value, 3)])]
+    return []
+
+
+def _merge(terms: list[tuple[float, tuple[int, ...]]]) -> list[tuple[float, tuple[int, ...]]]:
+    """Add up products with equal factors, so that a population costs fewer multiplications."""
+    total: dict[tuple[int, ...], float] = {}
+    for coefficient, factors in terms:
+        total[factors] = total.get(factors, 0.0) + coefficient
+    return [(coefficient, factors) for factors, coefficient in total.items()]
+
+
+def _products(terms: list[tuple[float, tuple[int, ...]]]) -> Products:
+    width = max((len(factors) for _, factors in terms), default=0)
+    factors = np.zeros((len(terms), width), dtype=np.int64)
+    for i, (_, own) in enumerate(terms):
+        factors[i, : len(own)] = own
+    return Products(np.array([coefficient for coefficient, _ in terms], dtype=np.float64), factors)

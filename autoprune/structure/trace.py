@@ -1,0 +1,295 @@
+"""Record the ATen operations of one forward pass, with the module that ran each and how long each tensor lived.
+
+One pass under a ``TorchDispatchMode`` sees every operation with concrete shapes, whatever Python did to get there. The
+pass runs on the meta device, where it costs neither memory nor arithmetic; a model that cannot run there is traced on
+its real values. The user's model is never run: a copy that shares its tensors is.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autoprune.errors import UnsupportedModelError
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
+"""``forward(model, *args, **kwargs)``: runs the model on example inputs and returns the outputs that matter."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in recorded arguments: an index into ``Record.values``."""
+
+    id: int
+
+
+@dataclass
+class Value:
+    """A tensor that the pass met.
+
+    Attributes:
+        shape: Its concrete shape.
+        dtype: Its dtype.
+        kind: ``"parameter"``, ``"buffer"``, ``"input"``, ``"constant"`` (made before the pass) or ``"result"``.
+        name: Qualified name of a parameter or buffer, else empty.
+        base: Index of the value that owns the storage; itself unless a view.
+        born: Index of the operation that made it, -1 for what existed before.
+        died: Number of operations that had run when Python let go of it.
+        tensor: The tensor of a constant, which a replay needs.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+    name: str
+    base: int
+    born: int
+    died: int
+    tensor: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """One recorded operation; ``args`` holds every argument by schema name, tensors as `Ref`."""
+
+    index: int
+    func: torch._ops.OpOverload
+    args: Mapping[str, Any]
+    outputs: Any
+    module: str
+
+    @property
+    def name(self) -> str:
+        """Name without overload, for example ``"convolution"``."""
+        return str(self.func.overloadpacket.__name__)
+
+    def inputs(self) -> list[int]:
+        """Values read, in argument order."""
+        return [leaf.id for leaf in tree_leaves(list(self.args.values())) if isinstance(leaf, Ref)]
+
+    def results(self) -> list[int]:
+        """Values returned, in order."""
+        return [leaf.id for leaf in tree_leaves(self.outputs) if isinstance(leaf, Ref)]
+
+    def where(self) -> str:
+        """The operation and its module, for messages."""
+        return f"{self.name} in {self.module}" if self.module else self.name
+
+
+@dataclass
+class Record:
+    """One forward pass: operations, values, and which values are inputs and outputs."""
+
+    ops: list[Op] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    batch: int = 1
+    device: str = "meta"
+
+    def named(self) -> dict[str, int]:
+        """Name of each parameter and buffer that the pass touched, to its value."""
+        return {value.name: i for i, value in enumerate(self.values) if value.name}
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Copy modules but share parameters and buffers, so that a copy costs no memory and hides every side effect.
+
+    Raises:
+        UnsupportedModelError: If Python cannot copy the model.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, dict(shared))
+    except Exception as error:  # anything may be raised by a user's __deepcopy__ or by an attribute that has none
+        raise UnsupportedModelError(
+            f"model must be copyable with copy.deepcopy, but {type(model).__name__} raised {error!r}; "
+            "move the attribute that cannot be copied out of the model"
+        ) from error
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Record:
+    """Run `forward` once, on the meta device if possible, and record what it did.
+
+    Args:
+        model: Any module; it is not run itself and stays as it is.
+        args: Positional example inputs; tensors may be nested in lists, tuples and dicts.
+        kwargs: Keyword example inputs.
+        forward: Runs a model on these inputs and returns the outputs that matter.
+    """
+    try:
+        return _trace(model, args, kwargs, forward, meta=True)
+    except Exception as error:  # a model may do anything that the meta device cannot, such as read a value
+        log.info("tracing on the meta device failed (%s); tracing on real values", error)
+        return _trace(model, args, kwargs, forward, meta=False)
+
+
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward, *, meta: bool
+) -> Record:
+    copied = skeleton(model).eval()
+    move: dict[int, Tensor] = {}
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in move:
+            private = leaf.detach() if isinstance(leaf, nn.Parameter) else leaf.detach().clone()
+            move[id(leaf)] = leaf.detach().to("meta") if meta else private
+        return move[id(leaf)]
+
+    originals = dict(_named_tensors(copied))
+    tensors = {name: moved(tensor) for name, tensor in originals.items()}
+    moved_args, moved_kwargs = tree_map(moved, (args, dict(kwargs)))
+    recorder = _Recorder()
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kind = "parameter" if isinstance(originals[name], nn.Parameter) else "buffer"
+            recorder.add(tensor, kind, name, born=-1)
+    leaves = [leaf for leaf in tree_leaves((moved_args, moved_kwargs)) if isinstance(leaf, Tensor)]
+    record = recorder.record
+    record.inputs = [recorder.add(leaf, "input", "", born=-1) for leaf in leaves]
+    record.batch = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
+    record.device = "meta" if meta else str(leaves[0].device if leaves else "cpu")
+    call = Call(copied, forward)
+    with torch.no_grad(), _module_paths(copied, recorder), recorder:
+        outputs = functional_call(call, {f"model.{k}": v for k, v in tensors.items()}, moved_args, moved_kwargs)
+    out = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if not out:
+        raise UnsupportedModelError(
+            f"model must return at least one tensor, got {type(outputs).__name__}; pass forward= to return one"
+        )
+    record.outputs = [recorder.lookup(leaf) for leaf in out]
+    for value in record.values:
+        value.died = min(value.died, len(record.ops))
+    for i in record.outputs:
+        record.values[i].died = len(record.ops)
+    return record
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+class Call(nn.Module):
+    """Makes ``forward(model, ...)`` a module, so that ``functional_call`` can swap the tensors of `model`."""
+
+    def __init__(self, model: nn.Module, run: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model as the user would."""
+        return self.run(self.model, *args, **kwargs)
+
+
+@contextmanager
+def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) in names:
+            recorder.path.append(names[id(module)])
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if id(module) in names and recorder.path:
+            recorder.path.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.record = Record()
+        self.path: list[str] = []
+        self._ids: dict[int, int] = {}
+        self._alive: dict[int, Any] = {}
+
+    def add(self, tensor: Tensor, kind: str, name: str, born: int, base: int | None = None) -> int:
+        """Give `tensor` an identity that lasts as long as Python keeps the object."""
+        record = self.record
+        index = len(record.values)
+        keep = tensor if kind == "constant" else None
+        shape = tuple(tensor.shape)
+        base = index if base is None else base
+        record.values.append(Value(shape, tensor.dtype, kind, name, base, born, 2**62, keep))
+        key = id(tensor)
+        self._ids[key] = index
+
+        def forget(_: Any) -> None:
+            record.values[index].died = len(record.ops)
+            if self._ids.get(key) == index:  # Python may have given the address to another tensor already
+                del self._ids[key]
+
+        self._alive[index] = weakref.ref(tensor, forget)
+        return index
+
+    def lookup(self, tensor: Tensor) -> int:
+        index = self._ids.get(id(tensor))
+        return self.add(tensor, "constant", "", born=-1) if index is None else index
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        before = {id(t): tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        bound = _bind(func, args, kwargs)
+        refs = {name: tree_map(self._ref, value) for name, value in bound.items()}
+        storages = {
+            t.untyped_storage()._cdata: self.lookup(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
+        out = func(*args, **kwargs)
+        born = len(self.record.ops)
+
+        def result(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if before.get(id(leaf)) == tuple(leaf.shape):
+                return Ref(self.lookup(leaf))  # in place: the same value, with the same labels
+            owner = storages.get(leaf.untyped_storage()._cdata)
+            base = None if owner is None else self.record.values[owner].base
+            return Ref(self.add(leaf, "result", "", born, base))
+
+        outputs = tree_map(result, out)
+        self.record.ops.append(Op(born, func, refs, outputs, self.path[-1] if self.path else ""))
+        return out
+
+    def _ref(self, leaf: Any) -> Any:
+        return Ref(self.lookup(leaf)) if isinstance(leaf, Tensor) else leaf
+
+
+def _bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of an operation by its schema name, defaults filled in."""
+    bound = {}
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            bound[argument.name] = args[i]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound

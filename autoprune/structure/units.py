@@ -1,0 +1,249 @@
+"""From labels to units and groups: what can be removed, and what must stay and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoprune.protocols import IntArray
+from autoprune.structure.propagate import Labels, Propagation
+
+BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the units of a group live in one dimension of one parameter or buffer.
+
+    Attributes:
+        tensor: Qualified name.
+        dim: Dimension of the tensor.
+        indices: Indices along that dimension that each unit owns, shape (units, members).
+    """
+
+    tensor: str
+    dim: int
+    indices: IntArray
+
+
+@dataclass(frozen=True)
+class Group:
+    """Interchangeable units: one dimension of a search.
+
+    Attributes:
+        name: Module that makes the units, for example ``"layer1.0.conv1"``.
+        size: Number of units.
+        slots: Every parameter and buffer dimension that the units touch.
+    """
+
+    name: str
+    size: int
+    slots: tuple[Slot, ...]
+
+    def __repr__(self) -> str:
+        return f"Group({self.name!r}, {self.size} units, {len(self.slots)} slots)"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A parameter dimension, or part of one, that stays, and why.
+
+    Attributes:
+        tensor: Qualified name of the parameter.
+        dim: Its dimension.
+        size: How many indices of it stay.
+        reason: Why, in words.
+    """
+
+    tensor: str
+    dim: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a propagation.
+
+    Attributes:
+        groups: In forward order.
+        frozen: Parameter dimensions that stay, kernel sizes left out.
+        unit_of: Unit of each label, shape (labels,); -1 where it stays. Units are numbered group by group.
+        group_of: Group of each unit, shape (units,).
+    """
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    unit_of: IntArray
+    group_of: IntArray
+
+    def of(self, labels: Labels) -> IntArray | None:
+        """Unit of each index of a dimension, or None when all of it stays."""
+        if labels is None:
+            return None
+        units = self.unit_of[labels]
+        return units if (units >= 0).any() else None
+
+    def size_row(self, labels: Labels, size: int) -> tuple[int, ...]:
+        """A dimension's size as an affine function of the widths: (fixed, indices per unit of group 0, 1, ...)."""
+        units = self.of(labels)
+        row = np.zeros(1 + len(self.groups), dtype=np.int64)
+        if units is None:
+            row[0] = size
+        else:
+            row[0] = (units < 0).sum()
+            counts = np.bincount(self.group_of[units[units >= 0]], minlength=len(self.groups))
+            row[1:] = counts // [group.size for group in self.groups]
+        return tuple(row.tolist())
+
+    def alive(self, labels: Labels, size: int, keep: BoolArray) -> IntArray:
+        """Indices of a dimension that stay when the units where `keep` (units,) is False go, ascending."""
+        units = self.of(labels)
+        if units is None:
+            return np.arange(size, dtype=np.int64)
+        return np.flatnonzero((units < 0) | keep[units]).astype(np.int64)
+
+
+def find_units(flow: Propagation, exclude: Mapping[str, str] | None = None) -> Units:
+    """Join labels into units, and units into groups.
+
+    Two units are interchangeable when they touch the same dimensions of all tensors, results included, with the same
+    number of indices each; so the size of every tensor depends on how many units of a group stay, not on which.
+
+    Args:
+        flow: A propagation.
+        exclude: Names of groups to freeze, each with the reason.
+    """
+    component = _components(flow)
+    reasons = _reasons(flow, component)
+    members = _members(flow, component, reasons)
+    groups: list[tuple[str, IntArray]] = []
+    names: dict[str, int] = defaultdict(int)
+    for units in sorted(members, key=lambda units: int(units[0])):
+        base = _producer(flow, component, units)
+        names[base] += 1
+        name = base if names[base] == 1 else f"{base}~{names[base]}"
+        reason = "it is the only unit of its group" if len(units) == 1 else (exclude or {}).get(name)
+        if reason is None:
+            groups.append((name, units))
+        else:
+            reasons.update(dict.fromkeys(units.tolist(), reason))
+    unit_of_component = np.full(len(component), -1, dtype=np.int64)
+    offset = 0
+    for _, units in groups:
+        unit_of_component[units] = np.arange(offset, offset + len(units))
+        offset += len(units)
+    group_of = np.repeat(np.arange(len(groups), dtype=np.int64), [len(units) for _, units in groups])
+    unit_of = unit_of_component[component]
+    made = tuple(_group(flow, unit_of, name, int(unit_of_component[units[0]]), len(units)) for name, units in groups)
+    return Units(made, tuple(_frozen(flow, component, unit_of, reasons)), unit_of, group_of)
+
+
+def _components(flow: Propagation) -> IntArray:
+    """Smallest label of the connected component of each label, shape (labels,)."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = [(edge.a, edge.b) for edge in flow.edges]
+    a = np.concatenate([a for a, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
+    b = np.concatenate([b for _, b in pairs]) if pairs else np.zeros(0, dtype=np.int64)
+    moving = (a > 0) & (b > 0)  # label 0 stays; it must not connect everything that touches it
+    graph = coo_matrix((np.ones(moving.sum(), dtype=np.int8), (a[moving], b[moving])), shape=(flow.count,) * 2)
+    _, number = connected_components(graph, directed=False)
+    first = np.full(number.max() + 1, flow.count, dtype=np.int64)
+    np.minimum.at(first, number, np.arange(flow.count))
+    smallest: IntArray = first[number]
+    return smallest
+
+
+def _reasons(flow: Propagation, component: IntArray) -> dict[int, str]:
+    """Component to the first reason why it stays."""
+    reasons: dict[int, str] = {0: "it has a constant size"}
+    ops = flow.record.ops
+    for freeze in flow.freezes:
+        for label in np.unique(component[freeze.labels]).tolist():
+            reasons.setdefault(label, freeze.reason)
+    for edge in flow.edges:
+        touched = np.concatenate([edge.b[edge.a == 0], edge.a[edge.b == 0]])
+        for label in np.unique(component[touched]).tolist():
+            reasons.setdefault(label, f"tied to a part of constant size by {ops[edge.op].where()}")
+    return reasons
+
+
+def _members(flow: Propagation, component: IntArray, reasons: dict[int, str]) -> list[IntArray]:
+    """Components that may go, by equal signature: each an ascending array of components."""
+    movable = np.ones(flow.count, dtype=bool)
+    movable[list(reasons)] = False
+    rows, columns, counts = [], [], []
+    owned = np.zeros(flow.count, dtype=bool)
+    arrays = {id(labels): labels for _, labels in _dimensions(flow)}
+    for column, labels in enumerate(arrays.values()):
+        found, count = np.unique(component[labels], return_counts=True)
+        chosen = movable[found]
+        rows.append(found[chosen])
+        columns.append(np.full(chosen.sum(), column))
+        counts.append(count[chosen])
+    for value, labels in _dimensions(flow):
+        if flow.record.values[value].kind == "parameter":
+            owned[component[labels]] = True
+    if not rows:
+        return []
+    flat = np.stack([np.concatenate(parts) for parts in (rows, columns, counts)], axis=1)
+    flat = flat[np.lexsort((flat[:, 1], flat[:, 0]))]
+    row, pairs = flat[:, 0], flat[:, 1:]
+    starts = np.flatnonzero(np.r_[True, row[1:] != row[:-1]]) if len(row) else np.zeros(0, dtype=np.int64)
+    by_signature: dict[bytes, list[int]] = defaultdict(list)
+    for start, part in zip(starts, np.split(pairs, starts[1:]), strict=True) if len(row) else ():
+        if owned[row[start]]:
+            by_signature[part.tobytes()].append(int(row[start]))
+    return [np.array(units, dtype=np.int64) for units in by_signature.values()]
+
+
+def _dimensions(flow: Propagation) -> Iterable[tuple[int, IntArray]]:
+    for value, dims in flow.labels.items():
+        for labels in dims:
+            if labels is not None:
+                yield value, labels
+
+
+def _parameter_dimensions(flow: Propagation) -> Iterable[tuple[str, int, IntArray]]:
+    for value, dims in flow.labels.items():
+        if flow.record.values[value].name:
+            for dim, labels in enumerate(dims):
+                if labels is not None:
+                    yield flow.record.values[value].name, dim, labels
+
+
+def _producer(flow: Propagation, component: IntArray, units: IntArray) -> str:
+    """Module that owns the parameter dimension with the smallest label of the first unit."""
+    for name, _, labels in _parameter_dimensions(flow):
+        if labels[0] <= units[0] <= labels[-1]:
+            return name.rpartition(".")[0] or name
+    return next(n for n, _, labels in _parameter_dimensions(flow) if (component[labels] == units[0]).any())
+
+
+def _group(flow: Propagation, unit_of: IntArray, name: str, first: int, size: int) -> Group:
+    slots = []
+    for tensor, dim, labels in _parameter_dimensions(flow):
+        units = unit_of[labels]
+        indices = np.flatnonzero((units >= first) & (units < first + size))
+        if len(indices):
+            order = np.argsort(units[indices], kind="stable")
+            slots.append(Slot(tensor, dim, indices[order].reshape(size, -1).astype(np.int64)))
+    return Group(name, size, tuple(slots))
+
+
+def _frozen(flow: Propagation, component: IntArray, unit_of: IntArray, reasons: Mapping[int, str]) -> Iterable[Frozen]:
+    for tensor, dim, labels in _parameter_dimensions(flow):
+        if flow.record.values[flow.record.named()[tensor]].kind != "parameter":
+            continue
+        stuck = component[labels[unit_of[labels] < 0]]
+        by_reason: dict[str, int] = defaultdict(int)
+        for label, count in zip(*np.unique(stuck, return_counts=True), strict=True):
+            by_reason[reasons.get(int(label), "no operation read it")] += int(count)
+        for reason, count in by_reason.items():
+            if reason != "kernel size":
+                yield Frozen(tensor, dim, count, reason)
