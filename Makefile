@@ -1,0 +1,44 @@
+# Every goal sets up .venv first, so a fresh clone needs one command: make demo, or make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Lives in .venv, so that removing .venv is a complete reset.
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test quick lint
+
+help:
+	@echo "make demo    train, search, build and check a small CNN (examples/quickstart.py)"
+	@echo "make test    all tests            make quick   without the slow ones and Ray"
+	@echo "make lint    ruff and mypy        make setup   only create .venv"
+
+demo: $(STAMP)
+	$(BIN)/python examples/quickstart.py
+
+# One thread: the networks of the tests are too small to gain from more, and sums come out the same on any machine.
+test quick: export OMP_NUM_THREADS ?= 1
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not ray"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing autoprune and its dependencies into $(VENV)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# pip and not python, because it comes last: an interrupted creation is repeated.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "autoprune needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	    "name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

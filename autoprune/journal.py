@@ -1,0 +1,314 @@
+"""The journal: every ask, evaluation and tell of a search, on disk the moment it happens.
+
+``run_dir/journal.sqlite`` is an ordinary SQLite file that any SQLite tool can read while the search writes it (on the
+same machine: write-ahead logging shares memory)::
+
+    pandas.read_sql("SELECT * FROM trials JOIN evaluations ON trial = trials.id", sqlite3.connect(path))
+
+`SCHEMA` below documents it and goes into the file, comments included; ``PRAGMA user_version`` holds its version.
+
+- Candidates and costs are JSON text, so that people and ``json_extract`` read them; 10,000 trials of 100 dimensions
+  take about 4 MB. Only values per sample are blobs.
+- Each event is one transaction. With ``synchronous=NORMAL`` it survives ``kill -9`` as soon as the method returns; a
+  power cut may undo the last few, never corrupt the file, and costs their evaluation anew. FULL would wait for the disk
+  three times a trial to save those.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from autoprune.errors import RecipeError
+from autoprune.protocols import FAILED, OK, Failure, FloatArray, IntArray, Measurement
+
+FILE_NAME = "journal.sqlite"
+APPLICATION_ID = int.from_bytes(b"aupr")
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE meta (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL             -- JSON
+);
+CREATE TABLE trials (
+    id INTEGER PRIMARY KEY,         -- 0, 1, 2, ... in the order proposed
+    ask INTEGER NOT NULL,           -- which ask proposed it, from 0
+    asked REAL NOT NULL,            -- Unix time
+    candidate TEXT NOT NULL,        -- JSON list of option indices, 0 is dense
+    costs TEXT NOT NULL,            -- JSON object: name of the cost, value
+    status TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'ok', 'raced', 'failed')),
+    reason TEXT NOT NULL DEFAULT '' -- why it failed
+);
+CREATE TABLE evaluations (
+    id INTEGER PRIMARY KEY,         -- 0, 1, 2, ... in the order of arrival
+    trial INTEGER NOT NULL REFERENCES trials,
+    fidelity TEXT NOT NULL,         -- how much data or training: 'full' is all of the validation subset
+    worker TEXT NOT NULL,
+    started REAL NOT NULL,          -- Unix time
+    seconds REAL NOT NULL,
+    samples INTEGER NOT NULL,       -- 0 if failed
+    signal REAL,                    -- mean over the samples, lower is better; NULL if failed
+    signal_stderr REAL,             -- standard error of that mean; NULL below two samples
+    metric REAL,                    -- mean, in the metric's own direction; NULL if failed
+    reason TEXT NOT NULL,           -- why it failed, else empty
+    signals BLOB,                   -- value of each sample, little-endian float32
+    metrics BLOB                    -- the same; a single value for a metric of the whole set
+);
+CREATE TABLE tells (
+    id INTEGER PRIMARY KEY,         -- 0, 1, 2, ... in the order told
+    tell INTEGER NOT NULL,          -- which tell, from 0
+    trial INTEGER NOT NULL UNIQUE REFERENCES trials
+);
+"""
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One row of ``evaluations``, without the values per sample.
+
+    Attributes:
+        started: Unix time.
+        samples: How many samples `signal` is the mean of; 0 if the evaluation failed.
+        signal: Lower is better; None if the evaluation failed.
+        metric: In the metric's own direction; None if the evaluation failed.
+        reason: Why the evaluation failed, else empty.
+    """
+
+    id: int
+    trial: int
+    fidelity: str
+    worker: str
+    started: float
+    seconds: float
+    samples: int
+    signal: float | None
+    signal_stderr: float | None
+    metric: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One row of ``trials`` with its evaluations in order of arrival; `status` is pending, ok, raced or failed."""
+
+    id: int
+    ask: int
+    candidate: tuple[int, ...]
+    costs: dict[str, float]
+    status: str
+    reason: str
+    evaluations: tuple[EvaluationRow, ...]
+
+
+class Journal:
+    """Trials on disk. `create` one to write, `open` one to read; close it, or use it as a context manager."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    def create(cls, run_dir: str | Path | None, meta: Mapping[str, Any]) -> Self:
+        """Start a journal in `run_dir`, made if missing; ``None`` keeps it in memory, behind the same methods.
+
+        Args:
+            run_dir: The folder of this run and of no other.
+            meta: What identifies the run, such as space, limits, seed and versions; JSON-ready values.
+
+        Raises:
+            FileExistsError: If `run_dir` already holds a journal.
+            OSError: If `run_dir` is a file or cannot be written.
+        """
+        entries = [(key, json.dumps(value, allow_nan=False)) for key, value in meta.items()]
+        connection = sqlite3.connect(":memory:" if run_dir is None else _reserve(Path(run_dir)))
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.executescript(
+            f"BEGIN; PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {SCHEMA}"
+        )
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", entries)
+        connection.commit()
+        return cls(connection)
+
+    @classmethod
+    def open(cls, run_dir: str | Path) -> Self:
+        """Open the journal in `run_dir` for reading, also while a search writes it.
+
+        Raises:
+            FileNotFoundError: If `run_dir` holds no journal.
+            RecipeError: If the file is corrupted, not a journal, or written by a newer version.
+        """
+        path = Path(run_dir) / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"run_dir must be the folder of an earlier search, got {run_dir}: no {FILE_NAME} there"
+            )
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            _check(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection)
+
+    def record_ask(self, candidates: IntArray, costs: Mapping[str, FloatArray]) -> list[int]:
+        """Add a pending trial for each of the candidates (n, d), with its named costs (n,); return the ids."""
+        ask, first, asked = self._next("trials", "ask"), self._next("trials", "id"), time.time()
+        rows = [
+            (first + i, ask, asked, _json(candidate), _json({name: float(values[i]) for name, values in costs.items()}))
+            for i, candidate in enumerate(candidates.tolist())
+        ]
+        with self._connection:
+            self._connection.executemany(
+                "INSERT INTO trials (id, ask, asked, candidate, costs) VALUES (?, ?, ?, ?, ?)", rows
+            )
+        return [row[0] for row in rows]
+
+    def record_evaluation(
+        self,
+        trial: int,
+        outcome: Measurement | Failure,
+        *,
+        fidelity: str = "full",
+        worker: str = "local",
+        started: float | None = None,
+    ) -> None:
+        """Add what an evaluation of `trial` saw, and settle the trial's fate: ok, or failed with the reason.
+
+        Args:
+            trial: An id that `record_ask` returned.
+            outcome: Values per sample, or why there are none.
+            fidelity: How much data or training was used.
+            worker: Where it ran.
+            started: Unix time; None if it ended just now.
+        """
+        values = {
+            "id": self._next("evaluations", "id"),
+            "trial": trial,
+            "fidelity": fidelity,
+            "worker": worker,
+            "started": time.time() - outcome.seconds if started is None else started,
+            "seconds": outcome.seconds,
+            **_outcome_columns(outcome),
+        }
+        status = FAILED if isinstance(outcome, Failure) else OK
+        with self._connection:
+            self._connection.execute(
+                f"INSERT INTO evaluations ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
+                tuple(values.values()),
+            )
+            self._connection.execute(
+                "UPDATE trials SET status = ?, reason = ? WHERE id = ?", (status, values["reason"], trial)
+            )
+
+    def record_tell(self, trials: Sequence[int]) -> None:
+        """Add that these trials were told to the optimizer together, in this order. A trial is told once."""
+        tell, first = self._next("tells", "tell"), self._next("tells", "id")
+        with self._connection:
+            self._connection.executemany(
+                "INSERT INTO tells (id, tell, trial) VALUES (?, ?, ?)",
+                [(first + i, tell, trial) for i, trial in enumerate(trials)],
+            )
+
+    def meta(self) -> dict[str, Any]:
+        """What `create` was given."""
+        return {key: json.loads(value) for key, value in self._connection.execute("SELECT key, value FROM meta")}
+
+    def trials(self) -> list[TrialRow]:
+        """All trials in the order proposed, pending ones included."""
+        with self._connection:
+            self._connection.execute("BEGIN")  # both queries see the same moment of a search that goes on writing
+            rows = self._connection.execute(
+                "SELECT id, ask, candidate, costs, status, reason FROM trials ORDER BY id"
+            ).fetchall()
+            evaluations = defaultdict(list)
+            for row in self._connection.execute(f"SELECT {_EVALUATION_COLUMNS} FROM evaluations ORDER BY id"):
+                evaluations[row[1]].append(EvaluationRow(*row))
+        return [
+            TrialRow(id_, ask, tuple(json.loads(candidate)), json.loads(costs), status, reason, tuple(evaluations[id_]))
+            for id_, ask, candidate, costs, status, reason in rows
+        ]
+
+    def close(self) -> None:
+        """Close the file. Everything recorded is already in it."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _next(self, table: str, column: str) -> int:
+        row = self._connection.execute(f"SELECT {column} + 1 FROM {table} ORDER BY id DESC LIMIT 1").fetchone()
+        return row[0] if row else 0
+
+
+_EVALUATION_COLUMNS = ", ".join(field.name for field in fields(EvaluationRow))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _outcome_columns(outcome: Measurement | Failure) -> dict[str, Any]:
+    if isinstance(outcome, Failure):
+        return {"samples": 0, "reason": outcome.reason}
+    signal, n = outcome.signal, len(outcome.signal)
+    return {
+        "samples": n,
+        "signal": float(signal.mean()),
+        "signal_stderr": float(signal.std(ddof=1)) / math.sqrt(n) if n > 1 else None,
+        "metric": float(outcome.metric.mean()),
+        "reason": "",
+        "signals": signal.astype("<f4").tobytes(),
+        "metrics": outcome.metric.astype("<f4").tobytes(),
+    }
+
+
+def _reserve(run_dir: Path) -> Path:
+    """Make an empty journal file, so that two searches can never share one."""
+    path = run_dir / FILE_NAME
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.touch(exist_ok=False)
+    except FileExistsError as error:
+        rule = f"already holds a {FILE_NAME}" if run_dir.is_dir() else "is a file"
+        raise FileExistsError(
+            f"run_dir must be a folder of its own, but {run_dir} {rule}; pass another run_dir"
+        ) from error
+    except OSError as error:
+        raise type(error)(
+            f"run_dir must be a folder that can be written, got {run_dir} ({error.strerror}); pass another run_dir"
+        ) from error
+    return path
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    try:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        application, version, state = APPLICATION_ID, SCHEMA_VERSION, str(error)
+    if application != APPLICATION_ID:
+        problem = "is an SQLite file of another program"
+    elif version != SCHEMA_VERSION:
+        problem = (
+            f"has schema {version}, and this autoprune reads schema {SCHEMA_VERSION}: use the version that wrote it"
+        )
+    elif state != "ok":
+        problem = f"cannot be read: {state}"
+    else:
+        return
+    raise RecipeError(f"run_dir must hold a journal of autoprune, but {path} {problem}")
