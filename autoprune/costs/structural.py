@@ -1,0 +1,160 @@
+"""FLOPs, parameters and memory from the structure: exact, and fast for a whole population."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.protocols import FloatArray, IntArray, SearchSpace
+from autoprune.structure.structure import Structure
+from autoprune.structure.terms import Products, Terms
+
+CostFunction = Callable[[IntArray], FloatArray]
+"""Costs of candidates: (n, d) int64 in, (n,) float64 out."""
+
+BLOCK = 4096
+"""Candidates costed at once, so that the intermediate arrays stay in cache."""
+
+
+class StructuralCosts:
+    """Costs as functions of widths, shape (n, groups): how many units of each group stay.
+
+    Sums of products of integers, exact in float64 up to 2**53.
+
+    Args:
+        structure: A traced model.
+        batch: Samples that `memory_bytes` is stated at.
+    """
+
+    def __init__(self, structure: Structure, batch: int = 1) -> None:
+        if batch < 1:
+            raise ValueError(f"cost_batch must be at least 1, got {batch}")
+        terms = structure.terms
+        self._sizes = terms.sizes.astype(np.float64)
+        self._batch = terms.batch
+        self._macs = _Sum(terms.macs, len(terms.sizes))
+        self._params = _Sum(terms.params, len(terms.sizes))
+        self._state = _Sum(terms.state_bytes, len(terms.sizes))
+        activations, alive = _activations(terms)
+        self._activations = activations
+        self._alive = alive * (batch / terms.batch)
+
+    def flops(self, widths: FloatArray) -> FloatArray:
+        """Multiply-accumulates of one sample, shape (n,); other tools may count two operations for each."""
+        return self._blocks(self._macs, widths) / self._batch
+
+    def params(self, widths: FloatArray) -> FloatArray:
+        """Elements of the parameters that the forward pass reads, shared ones counted once, shape (n,)."""
+        return self._blocks(self._params, widths)
+
+    def memory_bytes(self, widths: FloatArray) -> FloatArray:
+        """Bytes of parameters and buffers plus the largest sum of tensors alive at once, shape (n,)."""
+
+        def peak(sizes: FloatArray) -> FloatArray:
+            held: FloatArray = (_products(self._activations, sizes) @ self._alive).max(axis=1)
+            return self._state(sizes) + held
+
+        return self._blocks(peak, widths)
+
+    def _blocks(self, cost: Callable[[FloatArray], FloatArray], widths: FloatArray) -> FloatArray:
+        out = np.empty(len(widths), dtype=np.float64)
+        for start in range(0, len(widths), BLOCK):
+            block = widths[start : start + BLOCK]
+            out[start : start + BLOCK] = cost(block @ self._sizes[:, 1:].T + self._sizes[:, 0])
+        return out
+
+
+class _Sum:
+    """Sum of products of at most two sizes as a quadratic form, of more as they are."""
+
+    def __init__(self, products: Products, sizes: int) -> None:
+        count = (products.factors > 0).sum(axis=1)
+        few = count <= 2
+        # Factors are right-padded with row 0, the constant 1, so that one form holds degrees 0 to 2.
+        pairs = np.zeros((int(few.sum()), 2), dtype=np.int64)
+        width = min(products.factors.shape[1], 2)
+        pairs[:, :width] = products.factors[few, :width]
+        form = np.zeros((sizes, sizes))
+        np.add.at(form, (pairs[:, 0], pairs[:, 1]), products.coefficients[few])
+        used = np.flatnonzero(form.any(axis=0) | form.any(axis=1))
+        self._used = used
+        self._form = form[np.ix_(used, used)]
+        self._rest = Products(products.coefficients[~few], products.factors[~few])
+
+    def __call__(self, sizes: FloatArray) -> FloatArray:
+        own = sizes[:, self._used]
+        total: FloatArray = np.einsum("ns,ns->n", own @ self._form, own)
+        if len(self._rest.coefficients):
+            total = total + _products(self._rest, sizes).sum(axis=1)
+        return total
+
+
+def _products(products: Products, sizes: FloatArray) -> FloatArray:
+    out = np.broadcast_to(products.coefficients, (len(sizes), len(products.coefficients))).copy()
+    for column in products.factors.T:
+        out *= sizes[:, column]
+    return out
+
+
+def _activations(terms: Terms) -> tuple[Products, FloatArray]:
+    """Distinct activation sizes, and how many of each are alive at each moment that can be the peak."""
+    born, died = terms.born[:, None], terms.died[:, None]
+    moments = np.arange(int(terms.died.max(initial=0)))[None, :]
+    alive = (born <= moments) & (moments <= died - 1) | (born == moments)
+    alive = alive[:, _maximal_columns(alive)]
+    keys = np.column_stack([terms.activation_bytes.coefficients, terms.activation_bytes.factors])
+    distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
+    count = np.zeros((len(distinct), alive.shape[1]))
+    np.add.at(count, inverse.reshape(-1), alive.astype(np.float64))
+    return Products(distinct[:, 0], distinct[:, 1:].astype(np.int64)), count
+
+
+def _maximal_columns(alive: NDArray[np.bool_]) -> list[int]:
+    """Moments whose living tensors are not all alive at another moment too."""
+    kept: list[int] = []
+    for moment in np.argsort(-alive.sum(axis=0), kind="stable").tolist():
+        column = alive[:, moment]
+        if not any((alive[:, other] >= column).all() for other in kept):
+            kept.append(moment)
+    return kept or [0]
+
+
+def make_costs(
+    structure: Structure, space: SearchSpace, user: Mapping[str, CostFunction] | None = None, batch: int = 1
+) -> dict[str, CostFunction]:
+    """Every cost that a budget may limit, as functions of candidates.
+
+    Args:
+        structure: A traced model.
+        space: Says which widths a candidate keeps.
+        user: Further costs by name, each ``(n, d) int64 -> (n,)``; they need be neither monotone nor products.
+        batch: Samples that `memory_bytes` is stated at.
+
+    Raises:
+        ValueError: If a user's cost takes the name of a built-in one, or its result has the wrong shape.
+    """
+    exact = StructuralCosts(structure, batch)
+    built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": exact.memory_bytes}
+    costs: dict[str, CostFunction] = {name: partial(_of_widths, cost, space) for name, cost in built_in.items()}
+    for name, function in (user or {}).items():
+        if name in costs:
+            raise ValueError(f"costs must not redefine {sorted(built_in)}, got {name!r}; choose another name")
+        costs[name] = partial(_checked, name, function)
+    return costs
+
+
+def _of_widths(cost: Callable[[FloatArray], FloatArray], space: SearchSpace, candidates: IntArray) -> FloatArray:
+    return cost(space.widths(candidates))
+
+
+def _checked(name: str, function: CostFunction, candidates: IntArray) -> FloatArray:
+    values = np.asarray(function(candidates), dtype=np.float64)
+    if values.shape != (len(candidates),) or not np.isfinite(values).all():
+        raise ValueError(
+            f"costs[{name!r}] must return {len(candidates)} finite numbers for candidates of shape "
+            f"{candidates.shape}, got shape {values.shape}"
+        )
+    return values

@@ -1,0 +1,326 @@
+"""Rank the units of a group: which ones matter least.
+
+A criterion sees every parameter slice that goes with a unit, and returns one score a unit, higher more important.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from autoprune.batches import Batch, targets, to_device
+from autoprune.errors import DataError
+from autoprune.protocols import IntArray
+from autoprune.structure.structure import Structure
+from autoprune.structure.trace import skeleton
+from autoprune.structure.units import Group
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupTensors:
+    """What a criterion may look at: everything that goes when a unit of the group goes.
+
+    Attributes:
+        name: The group.
+        weights: Parameter slices, float, each of shape (units, elements).
+        gradients: Gradients of the same slices, or empty if the criterion did not ask for them.
+        scales: Slices of normalisation weights only, each of shape (units, elements).
+        activations: Statistics of the units as seen by each layer that reads them, or empty if not asked for.
+        generator: For criteria that draw.
+    """
+
+    name: str
+    weights: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    activations: tuple[Activation, ...]
+    generator: torch.Generator
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.weights[0].shape[0]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How units look to one layer that reads them, over samples and positions.
+
+    Attributes:
+        mean_magnitude: Mean absolute value, shape (units, members).
+        variance: Variance, shape (units, members).
+        column_norm: Squared norm of the layer's weights on each input, shape (units, members).
+    """
+
+    mean_magnitude: Tensor
+    variance: Tensor
+    column_norm: Tensor
+
+
+Criterion = Callable[[GroupTensors], Tensor]
+"""Importance of each unit, shape (units,); higher is kept longer."""
+
+
+def l1(group: GroupTensors) -> Tensor:
+    """Sum of absolute weights.
+
+    Reference:
+        Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, arXiv:1608.08710; here over all coupled slices.
+    """
+    return torch.stack([weight.abs().sum(1) for weight in group.weights]).sum(0)
+
+
+def l2(group: GroupTensors) -> Tensor:
+    """Euclidean norm of all coupled weights.
+
+    Reference:
+        Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023, arXiv:2301.12900.
+    """
+    return torch.stack([weight.square().sum(1) for weight in group.weights]).sum(0).sqrt()
+
+
+def bn_scale(group: GroupTensors) -> Tensor:
+    """Sum of absolute normalisation scales.
+
+    Reference:
+        Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017, arXiv:1708.06519.
+    """
+    return torch.stack([scale.abs().sum(1) for scale in group.scales]).sum(0)
+
+
+def taylor(group: GroupTensors) -> Tensor:
+    """First-order estimate of the squared change of the loss, summed over the weights of a unit.
+
+    Reference:
+        Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, arXiv:1906.10771.
+    """
+    pairs = zip(group.weights, group.gradients, strict=True)
+    return torch.stack([(weight * gradient).square().sum(1) for weight, gradient in pairs]).sum(0)
+
+
+def activation_mean(group: GroupTensors) -> Tensor:
+    """Mean magnitude of the activations that the next layers read.
+
+    Reference:
+        Hu et al., "Network Trimming", 2016, arXiv:1607.03250, which counts zeros where this averages magnitudes.
+    """
+    return torch.stack([a.mean_magnitude.sum(1) for a in group.activations]).sum(0)
+
+
+def fluctuation(group: GroupTensors) -> Tensor:
+    """Variance of the activations that the next layers read, weighted by the squared norm of what reads them.
+
+    What does not vary can be folded into a bias, so it costs little to remove.
+
+    Reference:
+        An et al., "Fluctuation-based Adaptive Structured Pruning", AAAI 2024, arXiv:2312.11983.
+    """
+    return torch.stack([(a.variance * a.column_norm).sum(1) for a in group.activations]).sum(0)
+
+
+def random(group: GroupTensors) -> Tensor:
+    """A random order: the baseline that every criterion must beat."""
+    return torch.rand(group.units, generator=group.generator)
+
+
+CRITERIA: dict[str, Criterion] = {
+    function.__name__: function for function in (l1, l2, bn_scale, taylor, activation_mean, fluctuation, random)
+}
+_READS = {"bn_scale": "scales", "taylor": "gradients", "activation_mean": "activations", "fluctuation": "activations"}
+
+
+def rank_units(
+    model: nn.Module,
+    structure: Structure,
+    criterion: str | Criterion,
+    batches: Sequence[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+    seed: int = 0,
+) -> dict[str, tuple[int, ...]]:
+    """Order the units of every group by falling importance.
+
+    Args:
+        model: The dense model; comes back unchanged.
+        structure: Its structure.
+        criterion: A name in `CRITERIA`, or a callable, which gets everything; gradients only where there are labels.
+        batches: Calibration data, for criteria that look at activations or gradients.
+        forward: Runs the model on a batch.
+        seed: For criteria that draw; ties go to the earlier unit.
+
+    Raises:
+        ValueError: If the name is unknown, or a callable returns the wrong shape or NaN.
+        DataError: If gradients are asked for and the data has no labels.
+    """
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {sorted(CRITERIA)} or a callable, got {criterion!r}")
+    score = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    reads = _READS.get(criterion, "") if isinstance(criterion, str) else "everything"
+    labelled = all(isinstance(targets(batch), Tensor) for batch in batches)
+    slopes = reads == "gradients" or (reads == "everything" and labelled)
+    gradients = loss_gradients(model, batches, forward) if slopes else {}
+    activations = (
+        activation_statistics(model, structure, batches, forward) if reads in ("activations", "everything") else {}
+    )
+    generator = torch.Generator().manual_seed(seed)
+    modules = dict(model.named_modules())
+    order = {}
+    for group in structure.groups:
+        tensors = _tensors(model, modules, group, gradients, activations.get(group.name, ()), generator)
+        lacking = reads not in ("", "everything") and not getattr(tensors, reads)
+        if lacking:
+            log.warning("group %s has no %s for criterion %r; its units are ranked by l2", group.name, reads, criterion)
+        values = (l2 if lacking else score)(tensors)
+        if values.shape != (group.size,) or not torch.isfinite(values).all():
+            raise ValueError(
+                f"criterion must return {group.size} finite scores for group {group.name!r}, "
+                f"got shape {tuple(values.shape)}{'' if torch.isfinite(values).all() else ' with NaN or infinity'}"
+            )
+        order[group.name] = tuple(torch.argsort(values, descending=True, stable=True).tolist())
+    return order
+
+
+def _tensors(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    group: Group,
+    gradients: Mapping[str, Tensor],
+    activations: Sequence[Activation],
+    generator: torch.Generator,
+) -> GroupTensors:
+    weights, slopes, scales = [], [], []
+    parameters = dict(model.named_parameters())
+    for slot in group.slots:
+        if slot.tensor not in parameters:
+            continue
+        weight = _slice(parameters[slot.tensor].detach(), slot.dim, slot.indices)
+        weights.append(weight)
+        if gradients:
+            slopes.append(_slice(gradients[slot.tensor], slot.dim, slot.indices))
+        owner, _, key = slot.tensor.rpartition(".")
+        if key == "weight" and isinstance(modules[owner], _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+            scales.append(weight)
+    return GroupTensors(group.name, tuple(weights), tuple(slopes), tuple(scales), tuple(activations), generator)
+
+
+def _slice(tensor: Tensor, dim: int, indices: IntArray) -> Tensor:
+    """Rows of a tensor along `dim`, gathered for each unit: shape (units, elements), float32 on the CPU."""
+    rows = tensor.float().movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.float().unsqueeze(1)
+    picked = rows[torch.from_numpy(indices.reshape(-1)).to(tensor.device)]
+    return picked.reshape(indices.shape[0], -1).cpu()
+
+
+def loss_gradients(
+    model: nn.Module, batches: Sequence[Batch], forward: Callable[[nn.Module, Batch], Any]
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss over the batches, in evaluation mode: cross-entropy for classes, else squared error.
+
+    Raises:
+        DataError: If a batch has no labels.
+    """
+    copied = _Forward(skeleton(model).eval(), forward)
+    device = next(model.parameters()).device
+    state = {name: p.detach().clone().requires_grad_() for name, p in copied.named_parameters()}
+    total = sum(1 for _ in batches)
+    for batch in batches:
+        placed = to_device(batch, device)
+        target = targets(placed)
+        if not isinstance(target, Tensor):
+            raise DataError("criterion='taylor' needs labels in the calibration data; pass (x, y) or use 'l2'")
+        with torch.enable_grad():
+            outputs = functional_call(copied, state, (placed,))
+            loss = F.mse_loss(outputs, target) if target.is_floating_point() else F.cross_entropy(outputs, target)
+            (loss / total).backward()  # type: ignore[no-untyped-call]
+    return {name.removeprefix("model."): torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.items()}
+
+
+class _Forward(nn.Module):
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+
+    def forward(self, batch: Batch) -> Tensor:
+        """First output tensor of the model on a batch."""
+        outputs = self.run(self.model, batch)
+        while not isinstance(outputs, Tensor):
+            outputs = next(iter(outputs.values())) if isinstance(outputs, Mapping) else outputs[0]
+        return outputs
+
+
+def activation_statistics(
+    model: nn.Module,
+    structure: Structure,
+    batches: Sequence[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+) -> dict[str, list[Activation]]:
+    """Watch the inputs of every ungrouped convolution and linear layer that reads a group."""
+    copied = skeleton(model).eval()
+    sums: dict[str, list[Tensor]] = {}
+
+    def watch(name: str, axis: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = args[0].detach().double().movedim(axis, 0).flatten(1)
+            new = [rows.abs().sum(1), rows.sum(1), rows.square().sum(1), torch.tensor(float(rows.shape[1]))]
+            old = sums.get(name)
+            sums[name] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+
+        return hook
+
+    readers = _readers(copied, structure)
+    handles = [copied.get_submodule(n).register_forward_pre_hook(watch(n, axis)) for n, axis in readers.items()]
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for batch in batches:
+            forward(copied, to_device(batch, device))
+    for handle in handles:
+        handle.remove()
+    out: dict[str, list[Activation]] = {}
+    for group in structure.groups:
+        for slot in group.slots:
+            name, _, key = slot.tensor.rpartition(".")
+            if key == "weight" and name in sums and slot.dim == _input_dim(copied.get_submodule(name)):
+                weight = copied.get_submodule(name).get_parameter("weight")
+                out.setdefault(group.name, []).append(_activation(sums[name], weight, slot.dim, slot.indices))
+    return out
+
+
+def _activation(sums: list[Tensor], weight: Tensor, dim: int, indices: IntArray) -> Activation:
+    magnitude, total, square, count = (part.cpu() for part in sums)
+    mean = total / count
+    index = torch.from_numpy(indices)
+    norm = weight.detach().double().movedim(dim, 0).flatten(1).square().sum(1).cpu()
+    return Activation((magnitude / count)[index], (square / count - mean.square())[index], norm[index])
+
+
+def _readers(model: nn.Module, structure: Structure) -> dict[str, int]:
+    """Layers whose inputs are units: name, and the axis of their input that holds the channels."""
+    readers = {}
+    for name, module in model.named_modules():
+        if f"{name}.weight" in structure.units_of and _input_dim(module) is not None:
+            readers[name] = -1 if isinstance(module, nn.Linear) else 1
+    return readers
+
+
+def _input_dim(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Linear):
+        return 1
+    if isinstance(module, _ConvNd) and module.groups == 1:
+        return 0 if isinstance(module, _ConvTransposeNd) else 1
+    return None
+
+
+def uniform_order(structure: Structure) -> dict[str, tuple[int, ...]]:
+    """Units in their own order, for tests and for spaces that need no ranking."""
+    return {group.name: tuple(np.arange(group.size).tolist()) for group in structure.groups}

@@ -1,0 +1,198 @@
+"""Channel pruning: one dimension per group, each option a number of units to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from autoprune.criteria import Criterion
+from autoprune.errors import NothingToPruneError
+from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
+from autoprune.structure.structure import Structure
+from autoprune.structure.units import Group
+
+
+@dataclass(frozen=True)
+class Channels:
+    """How to lay out a search over widths; `bind` turns it into a space for one model.
+
+    Attributes:
+        step: Distance between options: a fraction of each group (float in (0, 1)) or a number of units (int >= 1).
+        round_to: Widths are multiples of this many units, except the dense one.
+        min_width: Fewest units that a group keeps.
+        min_fraction: Smallest fraction of its units that a group keeps, in (0, 1].
+        options: Fractions to keep, falling from 1.0, instead of equal steps.
+        bounds: For groups whose name, or one of whose modules, matches a glob: (least, most) fraction to keep.
+        ignore: Modules to leave as they are, by name or glob: every group that touches one keeps all its units.
+        criterion: What ranks the units of a group: a name in ``autoprune.criteria.CRITERIA``, or a callable.
+
+    Raises:
+        ValueError: If a setting is out of range, or `options` is empty or unsorted.
+    """
+
+    step: float | int = 0.125
+    round_to: int = 1
+    min_width: int = 1
+    min_fraction: float = 0.125
+    options: tuple[float, ...] | None = None
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    ignore: Sequence[str] = ()
+    criterion: str | Criterion = "l2"
+
+    def __post_init__(self) -> None:
+        units = isinstance(self.step, int) and self.step >= 1
+        if not units and not (isinstance(self.step, float) and 0 < self.step < 1):
+            raise ValueError(f"step must be a fraction in (0, 1) or a whole number of units >= 1, got {self.step!r}")
+        for name in ("round_to", "min_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.min_fraction <= 1:
+            raise ValueError(f"min_fraction must be in (0, 1], got {self.min_fraction}")
+        if self.options is not None:
+            falling = list(self.options) == sorted(set(self.options), reverse=True)
+            if not (self.options and falling and self.options[0] == 1 and self.options[-1] > 0):
+                raise ValueError(f"options must be fractions falling from 1.0 to above 0, got {self.options}")
+        for pattern, bound in self.bounds.items():
+            if not (len(bound) == 2 and 0 < bound[0] <= bound[1] <= 1):
+                raise ValueError(f"bounds[{pattern!r}] must be (least, most) with 0 < least <= most <= 1, got {bound}")
+        if isinstance(self.ignore, str):
+            raise ValueError(f"ignore must be a list of names or globs, got the string {self.ignore!r}")
+
+    def bind(self, structure: Structure, order: Mapping[str, Sequence[int]]) -> ChannelSpace:
+        """Lay the space out for a model.
+
+        Args:
+            structure: What can be removed.
+            order: For each group, its units by falling importance.
+
+        Raises:
+            NothingToPruneError: If no group has a choice left.
+            ValueError: If a pattern in `ignore` or `bounds` matches nothing.
+        """
+        self._require_matches(structure)
+        dimensions = []
+        for group in structure.groups:
+            widths = self._widths(group)
+            if len(widths) > 1:
+                dimensions.append(Dimension(group.name, widths))
+        if not dimensions:
+            raise NothingToPruneError(
+                f"space has nothing to search: none of {len(structure.groups)} groups has a second option under "
+                f"{self}; loosen ignore=, bounds=, round_to= or min_width="
+            )
+        return ChannelSpace(
+            dimensions=tuple(dimensions),
+            groups=tuple((group.name, group.size) for group in structure.groups),
+            order={dimension.name: tuple(int(unit) for unit in order[dimension.name]) for dimension in dimensions},
+        )
+
+    def _require_matches(self, structure: Structure) -> None:
+        names = {name for group in structure.groups for name in _names(group)}
+        names |= {frozen.tensor.rpartition(".")[0] for frozen in structure.frozen}
+        for argument, patterns in (("ignore", self.ignore), ("bounds", self.bounds)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    some = ", ".join(sorted(names)[:8])
+                    raise ValueError(f"{argument} has {pattern!r}, which matches no module; there are {some}, ...")
+
+    def _widths(self, group: Group) -> tuple[int, ...]:
+        if any(fnmatchcase(name, pattern) for name in _names(group) for pattern in self.ignore):
+            return (group.size,)
+        own = [b for pattern, b in self.bounds.items() if any(fnmatchcase(n, pattern) for n in _names(group))]
+        least = max([self.min_fraction] if not own else [low for low, _ in own])
+        most = min([1.0, *[high for _, high in own]])
+        lowest = max(self.min_width, int(np.ceil(least * group.size - 1e-9)))
+        highest = int(np.floor(most * group.size + 1e-9))
+        if self.options is not None:
+            wanted = [fraction * group.size for fraction in self.options]
+        else:
+            step = self.step if isinstance(self.step, int) else self.step * group.size
+            wanted = [group.size - i * step for i in range(int(group.size / step) + 1)]
+        rounded = {max(self.round_to, round(width / self.round_to) * self.round_to) for width in wanted}
+        # Option 0 is dense whatever the bounds say: it is what every candidate is measured against.
+        smaller = sorted((w for w in rounded if lowest <= w <= highest and w < group.size), reverse=True)
+        return (group.size, *smaller)
+
+
+def _names(group: Group) -> set[str]:
+    return {group.name, *(slot.tensor.rpartition(".")[0] for slot in group.slots)}
+
+
+@dataclass(frozen=True)
+class ChannelSpace:
+    """Widths of the groups of one model.
+
+    Attributes:
+        dimensions: One for each group with a choice; options are units kept, falling.
+        groups: Name and size of every group of the structure, in its order.
+        order: Units by falling importance, for each dimension.
+    """
+
+    dimensions: tuple[Dimension, ...]
+    groups: tuple[tuple[str, int], ...]
+    order: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.groups]
+        table = np.zeros((len(self.dimensions), max(len(d.options) for d in self.dimensions)))
+        for i, dimension in enumerate(self.dimensions):
+            table[i, : len(dimension.options)] = dimension.options
+        object.__setattr__(self, "_table", table)
+        object.__setattr__(self, "_columns", np.array([names.index(d.name) for d in self.dimensions]))
+
+    @property
+    def sizes(self) -> IntArray:
+        """Number of options of each dimension, shape (d,)."""
+        return np.array([len(dimension.options) for dimension in self.dimensions], dtype=np.int64)
+
+    def canonical(self, candidates: IntArray) -> IntArray:
+        """No dimension makes another irrelevant here."""
+        return candidates
+
+    def decode(self, candidate: Sequence[int]) -> dict[str, Any]:
+        """Units kept in each group that has a choice."""
+        return {d.name: d.options[int(i)] for d, i in zip(self.dimensions, candidate, strict=True)}
+
+    def pruning(self, candidate: Sequence[int]) -> Pruning:
+        """Keep the most important units of each group."""
+        kept = {}
+        for dimension, i in zip(self.dimensions, candidate, strict=True):
+            if int(i):
+                kept[dimension.name] = tuple(sorted(self.order[dimension.name][: dimension.options[int(i)]]))
+        return Pruning(kept)
+
+    def widths(self, candidates: IntArray) -> FloatArray:
+        """Units kept in each group of the structure, shape (n, groups)."""
+        out = np.tile(np.array([size for _, size in self.groups], dtype=np.float64), (len(candidates), 1))
+        out[:, self._columns] = self._table[np.arange(len(self.dimensions)), candidates]  # type: ignore[attr-defined]
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return {
+            "type": "channels",
+            "groups": [list(group) for group in self.groups],
+            "dimensions": [
+                {"name": d.name, "options": list(d.options), "order": list(self.order[d.name])} for d in self.dimensions
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ChannelSpace:
+        """Restore what `to_json` wrote."""
+        return cls(
+            dimensions=tuple(Dimension(d["name"], tuple(d["options"])) for d in data["dimensions"]),
+            groups=tuple((str(name), int(size)) for name, size in data["groups"]),
+            order={d["name"]: tuple(d["order"]) for d in data["dimensions"]},
+        )
+
+    def describe(self) -> str:
+        """One line for people."""
+        digits = float(np.log10(self.sizes.astype(np.float64)).sum())
+        return (
+            f"{len(self.dimensions)} groups with {self.sizes.min()} to {self.sizes.max()} widths, 10^{digits:.0f} nets"
+        )
