@@ -1,1 +1,27 @@
 """Evaluators: score candidates without, or with little, training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from autoprune.evaluators.adaptive_bn import AdaptiveBN
+from autoprune.evaluators.protocol import Context, Evaluator, Forward
+
+EVALUATORS: dict[str, Callable[[], Evaluator]] = {"adaptive_bn": AdaptiveBN, "auto": AdaptiveBN}
+"""``"auto"`` is adaptive batch norm, which scores a model without batch norm as it is."""
+
+
+def make_evaluator(spec: str | Evaluator) -> Evaluator:
+    """Make the evaluator meant by a name, or take one already made.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if not isinstance(spec, str):
+        return spec
+    if spec not in EVALUATORS:
+        raise ValueError(f"evaluator must be one of {sorted(EVALUATORS)} or an Evaluator, got {spec!r}")
+    return EVALUATORS[spec]()
+
+
+__all__ = ["EVALUATORS", "AdaptiveBN", "Context", "Evaluator", "Forward", "make_evaluator"]

@@ -1,1 +1,36 @@
 """Optimizers: propose candidates, learn from their evaluations; they know a `Problem`, never a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from autoprune.optimizers.nsga2 import NSGA2
+from autoprune.optimizers.problem import Problem, uniform_seeds
+from autoprune.optimizers.random import RandomSearch
+from autoprune.protocols import Optimizer
+
+__all__ = ["NSGA2", "OPTIMIZERS", "Problem", "RandomSearch", "make_optimizer", "uniform_seeds"]
+
+MakeOptimizer = Callable[[Problem, int], Optimizer]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {"auto": NSGA2, "nsga2": NSGA2, "random": RandomSearch}
+"""What `search(optimizer=)` knows by name."""
+
+
+def make_optimizer(spec: str | MakeOptimizer | Optimizer, problem: Problem, seed: int) -> Optimizer:
+    """Make the optimizer meant by `spec`: a name, a class or function of (problem, seed), or one already made.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If `spec` is none of these.
+    """
+    if isinstance(spec, str):
+        if spec not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {spec!r}")
+        return OPTIMIZERS[spec](problem, seed)
+    if not isinstance(spec, type) and hasattr(spec, "ask") and hasattr(spec, "tell"):
+        return cast(Optimizer, spec)
+    if callable(spec):
+        return spec(problem, seed)
+    raise TypeError(f"optimizer must be a name, a function of (problem, seed) or have ask and tell, got {spec!r}")

@@ -1,0 +1,188 @@
+"""The budget grammar: what a pruned model may cost, and how much score it may lose."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from autoprune.errors import BudgetError
+
+ALIASES = {"latency": "latency_ms", "memory": "memory_bytes"}
+BUILT_IN_COSTS = ("flops", "params", "memory_bytes", "latency_ms")
+FORMS = (
+    "'flops <= 50%' (of the dense model), 'params <= 1.2M', 'memory_bytes <= 200MB', 'latency_ms <= 4', "
+    "'accuracy drop <= 1pp', 'accuracy >= 0.98', or several joined by commas, by 'and', or in a list"
+)
+_MULTIPLIERS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+_CLAUSE = re.compile(
+    r"(?P<name>[A-Za-z_][\w.]*)(?P<drop>\s+drop)?\s*(?P<sign><=|≤|>=|≥)\s*"
+    r"(?P<number>[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>[A-Za-z%]*)"
+)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that a model may cost.
+
+    Attributes:
+        name: The cost, for example ``"flops"``; ``"latency"`` and ``"memory"`` mean ``latency_ms``, ``memory_bytes``.
+        value: In the unit of the cost, or as a fraction of the dense model's cost in (0, 1] if `relative`.
+        relative: Whether `value` is a fraction of the dense model's cost.
+    """
+
+    name: str
+    value: float
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", ALIASES.get(self.name, self.name))
+        if not (math.isfinite(self.value) and self.value > 0):
+            raise BudgetError(f"the limit on {self.name} must be positive and finite, got {self.value}")
+        if self.relative and self.value > 1:
+            raise BudgetError(
+                f"a percentage is of the dense model, so the limit on {self.name} must be at most 100%, "
+                f"got {100 * self.value:g}%; leave the limit out, or give an absolute number"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.name} <= {100 * self.value:.12g}%" if self.relative else f"{self.name} <= {self.value:.15g}"
+
+
+@dataclass(frozen=True)
+class ScoreLimit:
+    """The least that a model must score.
+
+    Attributes:
+        name: The metric, for example ``"accuracy"``.
+        value: In the metric's own unit: the largest loss against the dense model (one point, ``1pp``, is 0.01) if
+            `drop`, else the lowest score.
+        drop: Whether `value` is a loss against the dense model.
+    """
+
+    name: str
+    value: float
+    drop: bool
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value) or (self.drop and self.value < 0):
+            rule = "finite and not negative" if self.drop else "finite"
+            raise BudgetError(f"the limit on {self.name} must be {rule}, got {self.value}")
+
+    def __str__(self) -> str:
+        return f"{self.name}{' drop <=' if self.drop else ' >='} {self.value:.15g}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Everything a pruned model must respect; ``str(budget)`` can be parsed again.
+
+    Attributes:
+        limits: At most one for each cost; met by construction.
+        score_limits: Constraints on the score; verified on held-out data.
+
+    Raises:
+        BudgetError: If there is no limit at all, or two on the same quantity.
+
+    Example:
+        >>> budget = Budget.parse("flops <= 50% and params <= 1.2M")
+        >>> budget.resolve({"flops": 8e6, "params": 3e6})
+        {'flops': 4000000.0, 'params': 1200000.0}
+    """
+
+    limits: tuple[Limit, ...] = ()
+    score_limits: tuple[ScoreLimit, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [limit.name for limit in self.limits]
+        names += [f"{limit.name} drop" if limit.drop else limit.name for limit in self.score_limits]
+        if not names:
+            raise BudgetError(f"the budget is empty; give at least one limit, for example {FORMS}")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise BudgetError(f"the budget limits {', '.join(twice)} more than once: '{self}'; keep one limit each")
+
+    def __str__(self) -> str:
+        return " and ".join(str(limit) for limit in (*self.limits, *self.score_limits))
+
+    @classmethod
+    def parse(cls, budget: str | Budget | Iterable[str | Budget]) -> Budget:
+        """Read a budget from text, a list of texts or budgets, or a budget.
+
+        Raises:
+            BudgetError: If a part cannot be read; the message shows what can.
+        """
+        if isinstance(budget, Budget):
+            return budget
+        found: list[Limit | ScoreLimit]
+        if isinstance(budget, str):
+            found = [_parse_clause(text) for text in re.split(r",|\band\b", budget) if text.strip()]
+        elif isinstance(budget, Iterable):
+            found = []
+            for part in map(cls.parse, budget):
+                found += [*part.limits, *part.score_limits]
+        else:
+            raise BudgetError(f"budget must be text, a list of texts or a Budget, got {budget!r}; write {FORMS}")
+        return cls(
+            limits=tuple(limit for limit in found if isinstance(limit, Limit)),
+            score_limits=tuple(limit for limit in found if isinstance(limit, ScoreLimit)),
+        )
+
+    def resolve(self, dense_costs: Mapping[str, float]) -> dict[str, float]:
+        """Turn the limits on costs into absolute numbers.
+
+        Args:
+            dense_costs: What the dense model costs, by name: every cost there is.
+
+        Returns:
+            The largest cost allowed, by name, in the order of `limits`; empty if only the score is limited.
+
+        Raises:
+            BudgetError: If a limit names no cost of `dense_costs`, or a cost is asked to be at least something.
+        """
+        for score_limit in self.score_limits:
+            if score_limit.name in dense_costs:
+                raise BudgetError(f"{score_limit.name} is a cost and takes an upper limit (<=), got '{score_limit}'")
+        absolute = {}
+        for limit in self.limits:
+            if limit.name not in dense_costs:
+                nearest = difflib.get_close_matches(limit.name, dense_costs, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else "; pass your own cost function under this name"
+                raise BudgetError(f"budget must limit one of {sorted(dense_costs)}, got {limit.name!r}{hint}")
+            absolute[limit.name] = limit.value * (dense_costs[limit.name] if limit.relative else 1.0)
+        return absolute
+
+
+def _parse_clause(text: str) -> Limit | ScoreLimit:
+    """Read one comparison."""
+    match = _CLAUSE.fullmatch(text.strip())
+    if match is None:
+        raise BudgetError(f"cannot read {text.strip()!r} as a budget; write {FORMS}")
+    name, unit, value = ALIASES.get(match["name"], match["name"]), match["unit"], float(match["number"])
+    at_least = match["sign"] in (">=", "≥")
+    if match["drop"]:
+        if at_least or unit not in ("", "pp"):
+            raise BudgetError(f"a drop takes an upper limit (<=) in points, for example '1pp', got {text.strip()!r}")
+        return ScoreLimit(name, value / 100 if unit else value, drop=True)
+    if at_least:
+        if name in BUILT_IN_COSTS:
+            raise BudgetError(f"{name} is a cost and takes an upper limit (<=), got {text.strip()!r}")
+        if unit not in ("", "%"):
+            raise BudgetError(f"a score takes a plain number or a percentage, got {text.strip()!r}")
+        return ScoreLimit(name, value / 100 if unit else value, drop=False)
+    if unit == "%":
+        return Limit(name, value / 100, relative=True)
+    return Limit(name, value * _unit(name, unit))
+
+
+def _unit(name: str, unit: str) -> float:
+    """How many of the cost's own unit one `unit` is; ``4 ms`` is right for a cost whose name ends in ``_ms``."""
+    known = _MULTIPLIERS | (_BYTES if name.endswith("_bytes") else {})
+    factor = known.get("K" if unit == "k" else unit)
+    if factor is None and unit and name.lower().endswith(f"_{unit.lower()}"):
+        factor = 1.0
+    if factor is None:
+        raise BudgetError(f"the unit of {name} must be % or one of {[u for u in known if u]}, got {unit!r}")
+    return factor

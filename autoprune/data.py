@@ -1,0 +1,215 @@
+"""Data, fixed once: seeded subsets for calibration, validation and test, kept in memory.
+
+Shuffling and augmenting loaders never repeat, and two candidates must see the same samples; so the samples are drawn
+once, before the search, and every evaluation uses them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoprune.batches import Batch, batch_size, map_tensors, to_device
+from autoprune.errors import DataError
+from autoprune.sources import draw, even_chunks
+
+PARTS = ("calibration", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Where samples come from, and how many a search uses.
+
+    A source is a DataLoader, a Dataset, any iterable of batches, a tuple ``(X, y)`` or an array ``X`` (NumPy, pandas
+    or torch; NumPy's float64 becomes torch's default dtype), or None. A missing part is taken from another source,
+    without overlap: calibration and test from the validation source, validation from the calibration source. A source
+    that holds fewer samples than its parts want is divided in proportion to what they want: with the defaults 1/5
+    calibration, 2/5 validation and 2/5 test, but at least 4 samples each.
+
+    Attributes:
+        calibration: Samples that statistics and compensation are fitted on; training data as a rule.
+        validation: Samples that candidates are compared on.
+        test: Samples that only the finished front is scored on.
+        calibration_samples: Samples used for calibration.
+        validation_samples: Samples used for validation.
+        test_samples: Samples used for the test.
+        batch_size: Largest batch for arrays and datasets; a loader keeps its own.
+    """
+
+    calibration: Any = None
+    validation: Any = None
+    test: Any = None
+    calibration_samples: int = 512
+    validation_samples: int = 1024
+    test_samples: int = 1024
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        for name in (*(f"{part}_samples" for part in PARTS), "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Subsets:
+    """The samples that a search uses, drawn once.
+
+    Attributes:
+        calibration: Batches that statistics and compensation are fitted on.
+        validation: Batches that candidates are compared on.
+        test: Batches that only the finished front is scored on.
+        notes: What was decided about the data, in plain words.
+        fingerprint: SHA-256 of the contents, so that a resumed search can refuse other data.
+    """
+
+    calibration: tuple[Batch, ...]
+    validation: tuple[Batch, ...]
+    test: tuple[Batch, ...]
+    notes: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Number of samples of each part."""
+        return {part: sum(map(batch_size, getattr(self, part))) for part in PARTS}
+
+    def to(self, device: torch.device | str) -> Subsets:
+        """The same samples on `device`."""
+        calibration, validation, test = (
+            tuple(to_device(batch, device) for batch in getattr(self, part)) for part in PARTS
+        )
+        return replace(self, calibration=calibration, validation=validation, test=test)
+
+
+def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Subsets:
+    """Draw the samples that a search uses.
+
+    The same seed gives the same samples in any process. Arrays, datasets and ordinary loaders over a dataset are
+    sampled at random without replacement, so that data sorted by class does no harm; any other iterable is read once
+    from its start, and no further than needed. Global random states, and those of loaders, are left as they were.
+
+    Args:
+        data: A `Data`, or a single source to be divided into calibration, validation and test.
+        seed: Seed of the samples and of whatever randomness the loader uses.
+        device: Where the batches are kept.
+
+    Raises:
+        DataError: If a source is empty, too small to be divided, or of an unknown form.
+    """
+    data = data if isinstance(data, Data) else Data(validation=data)
+    homes = _homes(data)
+    batches: dict[str, tuple[Batch, ...]] = {}
+    notes: list[str] = []
+    for home in dict.fromkeys(homes.values()):
+        wanted = {part: getattr(data, f"{part}_samples") for part in PARTS if homes[part] == home}
+        drawn = draw(getattr(data, home), wanted, data.batch_size, seed, home)
+        # Clones, so that a model that works in place never reaches the user's tensors.
+        batches |= {part: tuple(map_tensors(_clone, batch) for batch in drawn[part]) for part in wanted}
+        notes += _notes(data, home, {part: sum(map(batch_size, drawn[part])) for part in wanted})
+    return Subsets(**batches, notes=tuple(notes), fingerprint=_fingerprint(batches)).to(device)
+
+
+def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 128) -> Subsets:
+    """Make seeded random inputs that look like an example, for a search without data.
+
+    Floats are normal with the mean and spread of the example (standard normal where it is constant), integers uniform
+    from 0 to its largest value, booleans fair coins. Constant integers and booleans, such as an attention mask of
+    ones, stay as they are.
+
+    Args:
+        example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs, batch dimension first.
+        samples: Number of samples in each of calibration, validation and test.
+        seed: Seed of the values.
+        batch_size: Largest batch.
+    """
+    if isinstance(example_inputs, list | tuple) and len(example_inputs) > 1:
+        example_inputs = (*example_inputs, None)  # the last entry of a batch is its target: here there is none
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [len(chunk) for chunk in even_chunks(np.arange(samples), batch_size)]
+    batches = {
+        part: tuple(map_tensors(partial(_random_like, size, generator), example_inputs) for size in sizes)
+        for part in PARTS
+    }
+    note = (
+        f"no data given: {samples} random inputs with the shape and spread of example_inputs stand in for each of "
+        f"calibration, validation and test (seed {seed}); scores say how close a candidate stays to the dense model on "
+        "such inputs, not how well it does its task"
+    )
+    return Subsets(**batches, notes=(note,), fingerprint=_fingerprint(batches))
+
+
+def _homes(data: Data) -> dict[str, str]:
+    """The part whose source each part is drawn from; the same for parts that share a source."""
+    sources = {part: getattr(data, part) for part in PARTS if getattr(data, part) is not None}
+    if not sources:
+        raise DataError(
+            "data must hold a source for at least one of calibration, validation and test, got none; "
+            "to search without data, leave data out and give example_inputs"
+        )
+    first = {part: next(p for p in sources if sources[p] is source) for part, source in sources.items()}
+    fallback = next(first[part] for part in ("validation", "calibration", "test") if part in first)
+    return {part: first.get(part, fallback) for part in PARTS}
+
+
+def _notes(data: Data, home: str, counts: Mapping[str, int]) -> list[str]:
+    total = sum(counts.values())
+    notes = []
+    for part, count in counts.items():
+        if part == home:
+            continue
+        why = f"no {part} data given" if getattr(data, part) is None else f"{part} and {home} data are one source"
+        purpose = " before the search, to score only the finished front" if part == "test" else f" for {part}"
+        notes.append(f"{why}: {count} of {total} {home} samples were set aside{purpose}")
+    return notes
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _random_like(samples: int, generator: torch.Generator, example: Tensor) -> Tensor:
+    if example.ndim == 0:
+        return example
+    shape = (samples, *example.shape[1:])
+    example = example.detach().cpu()
+    constant = bool((example == example.flatten()[0]).all())
+    if example.is_floating_point():
+        values = torch.randn(shape, generator=generator)
+        return (values if constant else values * example.float().std() + example.float().mean()).to(example.dtype)
+    if constant:
+        return example.flatten()[0].expand(shape).clone()
+    return torch.randint(0, int(example.max()) + 1, shape, generator=generator).to(example.dtype)
+
+
+def _fingerprint(batches: Mapping[str, tuple[Batch, ...]]) -> str:
+    digest = hashlib.sha256()
+
+    def add(tree: Any) -> None:
+        if isinstance(tree, Tensor):
+            digest.update(f"{tree.dtype}{tuple(tree.shape)}".encode())
+            digest.update(tree.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(tree, Mapping):
+            for key, value in tree.items():
+                digest.update(repr(key).encode())
+                add(value)
+        elif isinstance(tree, list | tuple):
+            digest.update(f"[{len(tree)}]".encode())
+            for value in tree:
+                add(value)
+        else:
+            # The repr of other objects may hold an address, which differs between processes.
+            plain = isinstance(tree, str | int | float | np.generic | None)
+            digest.update((repr(tree) if plain else type(tree).__name__).encode())
+
+    for part in PARTS:
+        digest.update(part.encode())
+        add(batches[part])
+    return digest.hexdigest()

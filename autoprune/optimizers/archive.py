@@ -1,0 +1,101 @@
+"""What an optimizer knows: the candidates told and pending, in an order that does not depend on their arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import numpy as np
+
+from autoprune.optimizers.problem import Problem
+from autoprune.optimizers.repair import ENUMERABLE
+from autoprune.protocols import FAILED, OK, Evaluations, FloatArray, IntArray
+
+_PROPOSAL_TRIES = 4
+_NEIGHBOUR_TRIES = 16
+
+Propose = Callable[[int, np.random.Generator], IntArray]
+
+
+@final
+class Archive:
+    """Remembers candidates, and turns a way of proposing into `ask` without duplicates.
+
+    Each `ask` draws from a generator seeded by the seed and the number of candidates known, and the rows it shows are
+    sorted: a history told in bulk, in any order, leads to the same next proposals.
+    """
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self._problem = problem
+        self._seed = seed
+        self._seeds = problem.repair(problem.seeds)
+        self._told: dict[bytes, tuple[bool, int, str, bytes]] = {}
+        self._pending: set[bytes] = set()
+        self._ok: tuple[IntArray, FloatArray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._told) + len(self._pending)
+
+    def tell(self, evaluations: Evaluations) -> None:
+        """Remember evaluations; of two for one candidate the ``ok`` one counts, then that with more samples."""
+        candidates = np.asarray(self._problem.canonical(evaluations.candidates), dtype=np.int64)
+        rows = zip(candidates, evaluations.status, evaluations.samples, evaluations.objectives, strict=True)
+        for candidate, status, samples, objectives in rows:
+            if status != FAILED and not np.isfinite(objectives).all():
+                status = FAILED
+            key = candidate.tobytes()
+            row = (status == OK, int(samples), status, np.asarray(objectives, dtype=np.float64).tobytes())
+            self._pending.discard(key)
+            self._told[key] = max(row, self._told.get(key, row))
+        self._ok = None
+
+    def ok(self) -> tuple[IntArray, FloatArray]:
+        """The fully evaluated candidates (n, d) and their objectives (n, m), sorted."""
+        if self._ok is None:
+            rows = sorted((key, row[3]) for key, row in self._told.items() if row[0])
+            candidates = np.frombuffer(b"".join(key for key, _ in rows), dtype=np.int64)
+            objectives = np.frombuffer(b"".join(values for _, values in rows), dtype=np.float64)
+            n = len(rows)
+            self._ok = candidates.reshape(n, len(self._problem.sizes)), objectives.reshape(n, -1 if n else 0)
+        return self._ok
+
+    def ask(self, n: int, propose: Propose) -> IntArray:
+        """Return up to `n` candidates never returned or told before, shape (<= n, d).
+
+        The problem's seeds come first, then what `propose` (how many, generator) returns. Where that is known already,
+        small spaces are listed, so that none is missed; in large ones known candidates are varied a bounded number of
+        times.
+
+        Args:
+            n: How many.
+            propose: Returns feasible candidates, int64, shape (any, d); duplicates are dropped here.
+        """
+        rng = np.random.default_rng([self._seed, len(self)])
+        batch: dict[bytes, IntArray] = {}
+        self._take(batch, n, self._seeds)
+        for _ in range(_PROPOSAL_TRIES):
+            if len(batch) < n:
+                self._take(batch, n, propose(n - len(batch), rng))
+        if len(batch) < n and self._problem.size <= ENUMERABLE:
+            everything = self._problem.canonical(self._problem.enumerate())
+            self._take(batch, n, rng.permutation(everything[self._problem.feasible(everything)]))
+        elif len(batch) < n:
+            for _ in range(_NEIGHBOUR_TRIES):
+                if len(batch) < n:
+                    self._take(batch, n, self._neighbours(2 * n, rng, batch))
+        self._pending.update(batch)
+        return np.array(list(batch.values()), dtype=np.int64).reshape(-1, len(self._problem.sizes))
+
+    def _take(self, batch: dict[bytes, IntArray], n: int, candidates: IntArray) -> None:
+        for candidate in candidates:
+            key = candidate.tobytes()
+            if len(batch) < n and key not in self._told and key not in self._pending:
+                batch[key] = candidate
+
+    def _neighbours(self, n: int, rng: np.random.Generator, batch: dict[bytes, IntArray]) -> IntArray:
+        """Change one to four entries of known candidates at random, repaired; shape (n, d)."""
+        d = len(self._problem.sizes)
+        known = sorted([*self._told, *self._pending, *batch]) or [self._problem.cheapest.tobytes()]
+        rows = np.array([np.frombuffer(known[i], dtype=np.int64) for i in rng.integers(len(known), size=n)])
+        change = rng.random((n, d)) < rng.integers(1, 5, size=(n, 1)) / d
+        return self._problem.repair(np.where(change, rng.integers(0, self._problem.sizes, size=(n, d)), rows))

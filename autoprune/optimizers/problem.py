@@ -1,0 +1,173 @@
+"""What an optimizer may know: the options, the costs, the limits. Never the model or the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from autoprune.optimizers.repair import find_cheapest, move_within
+from autoprune.protocols import FloatArray, IntArray
+
+
+def _identity(candidates: IntArray) -> IntArray:
+    return candidates
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Options, costs and limits, with the repair that makes any candidate respect them.
+
+    Nothing is assumed of the costs: they may be products of sizes, staircases, or tables that are not monotone.
+
+    Attributes:
+        sizes: Number of options of each dimension, int64, shape (d,).
+        cost_names: The limited costs, length c.
+        limits: The largest cost allowed, in the unit of each cost, positive, shape (c,).
+        cost_function: Canonical candidates (n, d) to costs (n, c); a pure function.
+        ordered: Whether later options of a dimension remove more, shape (d,). By default all do.
+        budget_range: Costs between which candidates are wanted, rows of (low, high), shape (c, 2). By default from half
+            the limit up to the limit, or to the dense cost if that is lower.
+        canonical: Sets entries made irrelevant by others to 0; shape (n, d) in and out, idempotent.
+        seeds: What to propose first, in this order, shape (s, d); repaired where over a limit.
+
+    Raises:
+        InfeasibleBudgetError: If no candidate was found within the limits; names the cheapest cost reachable.
+        ValueError: If the shapes disagree, a limit is not positive, or a seed lies outside the space.
+    """
+
+    sizes: IntArray
+    cost_names: tuple[str, ...]
+    limits: FloatArray
+    cost_function: Callable[[IntArray], FloatArray]
+    ordered: NDArray[np.bool_] = None  # type: ignore[assignment]  # filled in below, as are the next two
+    budget_range: FloatArray = None  # type: ignore[assignment]
+    canonical: Callable[[IntArray], IntArray] = _identity
+    seeds: IntArray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self._fill("sizes", self.sizes, np.int64)
+        self._fill("limits", self.limits, np.float64)
+        d, c = len(self.sizes), len(self.limits)
+        if d == 0 or (self.sizes < 1).any():
+            raise ValueError(f"sizes must hold at least one dimension of at least one option, got {self.sizes}")
+        if c == 0 or c != len(self.cost_names) or not (np.isfinite(self.limits) & (self.limits > 0)).all():
+            raise ValueError(f"limits must be positive, one for each of {self.cost_names}, got {self.limits}")
+        self._fill("ordered", np.ones(d) if self.ordered is None else self.ordered, np.bool_)
+        self._fill("seeds", np.zeros((0, d)) if self.seeds is None else self.seeds, np.int64)
+        if self.budget_range is None:
+            high = np.minimum(self.limits, self.costs(np.zeros((1, d), dtype=np.int64))[0])
+            object.__setattr__(self, "budget_range", np.stack([high / 2, high], axis=1))
+        self._fill("budget_range", self.budget_range, np.float64)
+        if self.ordered.shape != (d,) or self.budget_range.shape != (c, 2):
+            raise ValueError(
+                f"ordered must have shape ({d},) and budget_range ({c}, 2), "
+                f"got {self.ordered.shape} and {self.budget_range.shape}"
+            )
+        self._check(self.seeds, "seeds")
+        _ = self.cheapest  # an impossible budget must fail before the first evaluation
+
+    def _fill(self, name: str, value: ArrayLike, dtype: type[np.generic]) -> None:
+        object.__setattr__(self, name, np.array(value, dtype=dtype))
+
+    def _check(self, candidates: IntArray, name: str) -> None:
+        if candidates.ndim != 2 or candidates.shape[1] != len(self.sizes):
+            raise ValueError(f"{name} must have shape (n, {len(self.sizes)}), got {candidates.shape}")
+        outside = np.flatnonzero(((candidates < 0) | (candidates >= self.sizes)).any(axis=1))
+        if outside.size:
+            raise ValueError(
+                f"{name} must hold option indices below {self.sizes.tolist()}, "
+                f"got {candidates[outside[0]].tolist()} in row {outside[0]}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of candidates in the space, feasible or not."""
+        return math.prod(int(size) for size in self.sizes)
+
+    @cached_property
+    def cheapest(self) -> IntArray:
+        """A candidate as far within the limits as could be found, shape (d,); certain where it can be enumerated."""
+        return find_cheapest(self, self.limits)
+
+    def costs(self, candidates: IntArray) -> FloatArray:
+        """Costs of candidates (n, d), shape (n, c)."""
+        return self.cost_function(self.canonical(candidates))
+
+    def feasible(self, candidates: IntArray, limits: FloatArray | None = None) -> NDArray[np.bool_]:
+        """Whether candidates (n, d) meet every limit, shape (n,); `limits` as in `repair`."""
+        within = self.costs(candidates) <= (self.limits if limits is None else limits)
+        met: NDArray[np.bool_] = np.all(within, axis=1)
+        return met
+
+    def repair(self, candidates: IntArray, limits: FloatArray | None = None) -> IntArray:
+        """Move every candidate over a limit no further than needed to meet all of them, under the true cost.
+
+        Args:
+            candidates: Shape (n, d), anywhere in the space.
+            limits: Limits in place of the problem's own, shape (c,) or one row for each candidate, (n, c).
+
+        Returns:
+            Canonical feasible candidates, int64, shape (n, d). Feasible canonical ones come back unchanged. Where an
+            entry was lowered (its index grew), setting it alone back to any index from the original on breaks a limit.
+
+        Raises:
+            InfeasibleBudgetError: If no candidate was found within `limits`.
+            ValueError: If `candidates` has the wrong shape or lies outside the space.
+        """
+        candidates = np.asarray(candidates, dtype=np.int64)
+        self._check(candidates, "candidates")
+        rows = np.broadcast_to(self.limits if limits is None else limits, (len(candidates), len(self.limits)))
+        over = np.flatnonzero(~self.feasible(candidates, rows))
+        repaired = np.array(self.canonical(candidates))
+        if over.size:
+            repaired[over] = move_within(self, candidates[over], self._anchors(rows[over]), rows[over])
+        return repaired
+
+    def _anchors(self, limits: FloatArray) -> IntArray:
+        """A feasible candidate for every row of limits (n, c), shape (n, d)."""
+        anchors = np.tile(self.cheapest, (len(limits), 1))
+        unmet = ~self.feasible(anchors, limits)
+        for row in np.unique(limits[unmet], axis=0):
+            anchors[unmet & (limits == row).all(axis=1)] = find_cheapest(self, row)
+        return anchors
+
+    def enumerate(self) -> IntArray:
+        """Every candidate of the space, shape (size, d); only for small spaces."""
+        rest, columns = np.arange(self.size, dtype=np.int64), []
+        for size in self.sizes[::-1]:
+            columns.append(rest % size)
+            rest //= size
+        return np.stack(columns[::-1], axis=1)
+
+
+def uniform_seeds(problem: Problem, fractions: Sequence[float] = (1.0,)) -> IntArray:
+    """Prune every ordered dimension alike: the baseline that a search has to beat.
+
+    Args:
+        problem: Its limits are what `fractions` refer to; its seeds are ignored.
+        fractions: Where to meet the limits, in (0, 1]: 1 just meets them, 0.5 just meets half of each.
+
+    Returns:
+        Feasible candidates without duplicates, int64, shape (<= 1 + number of fractions, d): the dense one if it is
+        feasible, then for every fraction the last one that lies at the same relative position in all ordered
+        dimensions and is over the limits, repaired. A fraction out of reach gives what lies nearest to it.
+    """
+    positions = np.linspace(0.0, 1.0, 4 * int(problem.sizes.max()) + 1)[:, None]
+    diagonal = np.rint(positions * (problem.sizes - 1) * problem.ordered).astype(np.int64)
+    reachable = problem.costs(problem.cheapest[None])[0]
+    found = [diagonal[:1]] if problem.feasible(diagonal[:1])[0] else []
+    for fraction in fractions:
+        limits = np.maximum(fraction * problem.limits, reachable)
+        met = problem.feasible(diagonal, limits)
+        first_met = int(met.argmax()) if met.any() else len(diagonal)
+        found.append(problem.repair(diagonal[[max(first_met - 1, 0)]], limits))
+    seeds = np.concatenate(found)
+    _, first = np.unique(seeds, axis=0, return_index=True)
+    return seeds[np.sort(first)]

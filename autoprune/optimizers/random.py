@@ -1,0 +1,80 @@
+"""Random search: the honest baseline, spread over the whole budget range."""
+
+from __future__ import annotations
+
+from typing import final
+
+import numpy as np
+
+from autoprune.optimizers.archive import Archive
+from autoprune.optimizers.problem import Problem
+from autoprune.protocols import Evaluations, FloatArray, IntArray
+
+_HALVINGS = 10
+
+
+@final
+class RandomSearch:
+    """Proposes random candidates at random costs within the budget range; learns nothing from evaluations.
+
+    Args:
+        problem: What to search.
+        seed: Not negative; the same seed gives the same proposals.
+    """
+
+    def __init__(self, problem: Problem, seed: int = 0) -> None:
+        self._problem = problem
+        self._archive = Archive(problem, seed)
+
+    def ask(self, n: int) -> IntArray:
+        """Return up to `n` new feasible candidates, int64, shape (<= n, d); empty when none is left."""
+        return self._archive.ask(n, lambda k, rng: draw(self._problem, k, rng))
+
+    def tell(self, evaluations: Evaluations) -> None:
+        """Remember what is known, so that it is not proposed again."""
+        self._archive.tell(evaluations)
+
+
+def draw(problem: Problem, n: int, rng: np.random.Generator) -> IntArray:
+    """Draw feasible candidates whose costs spread over the budget range; shape (n, d), duplicates possible.
+
+    Each has its own profile, from all dimensions alike to every dimension at random, because where the dimensions
+    matter alike, uniform pruning is hard to beat, and where they do not, it is poor.
+    """
+    heterogeneity = rng.random((n, 1))
+    levels = heterogeneity * rng.random((n, len(problem.sizes)))
+    return move_to_costs(problem, levels, draw_costs(problem, n, rng))
+
+
+def draw_costs(problem: Problem, n: int, rng: np.random.Generator) -> FloatArray:
+    """Draw what candidates shall cost at most, uniform over the budget range; shape (n, c)."""
+    low, high = problem.budget_range.T
+    costs: FloatArray = low + rng.random((n, len(low))) * (high - low)
+    return costs
+
+
+def move_to_costs(problem: Problem, levels: FloatArray, costs: FloatArray) -> IntArray:
+    """Shift whole profiles, up or down, to where they just cost what they may.
+
+    Args:
+        problem: The space.
+        levels: How far each entry lies along its options, in [0, 1], shape (n, d).
+        costs: The most that each candidate may cost, shape (n, c); raised to what the problem's cheapest one costs.
+
+    Returns:
+        Feasible candidates, shape (n, d).
+    """
+    last = problem.sizes - 1
+    limits = np.minimum(np.maximum(costs, problem.costs(problem.cheapest[None])), problem.limits)
+
+    def shifted(by: FloatArray) -> IntArray:
+        shift = by[:, None] * problem.ordered
+        return np.rint(np.clip(levels + shift, 0.0, 1.0) * last).astype(np.int64)
+
+    over, within = np.full(len(levels), -1.0), np.ones(len(levels))
+    for _ in range(_HALVINGS):
+        middle = (over + within) / 2
+        met = problem.feasible(shifted(middle), limits)
+        within, over = np.where(met, middle, within), np.where(met, over, middle)
+    # The last profile over the limits, not the first within: the repair then fills up what the common shift left.
+    return problem.repair(shifted(over), limits)

@@ -1,0 +1,121 @@
+"""Per-sample scores: each function turns (outputs, batch, dense outputs) into (signal, metric), shape (n,) both.
+
+The signal steers the search, lower is better; the metric is what users read, in its own direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprune.batches import Batch, batch_size, targets, tensors
+from autoprune.errors import DataError
+
+NO_LABEL = -100  # torch's default ignore_index
+
+
+def main_output(outputs: Any) -> Tensor:
+    """The tensor that metrics look at: ``"logits"`` where outputs have it, else the first tensor.
+
+    Raises:
+        DataError: If there is no tensor.
+    """
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+        return outputs["logits"]  # type: ignore[no-any-return]
+    for tensor in tensors(outputs):
+        return tensor
+    raise DataError(
+        f"the model must return a tensor, or a tuple, list or dict that holds one, got {describe(outputs)}; "
+        "give forward=, a function (model, batch) that returns the tensor to judge"
+    )
+
+
+def accuracy(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, and whether the top class is the label."""
+    logits, labels = _main(outputs), targets(batch).long()
+    return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
+
+
+def cross_entropy(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy averaged over the labelled positions of a sample, in nats, twice."""
+    logits, labels = _main(outputs), targets(batch).long()
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL).reshape(len(labels), -1)
+    loss = losses.sum(1) / (labels != NO_LABEL).reshape(len(labels), -1).sum(1).clamp(min=1)
+    return loss, loss
+
+
+def mse(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Squared error averaged over the outputs of a sample, twice."""
+    target = targets(batch)
+    error = _sample_means((align(_main(outputs), target) - target).square())
+    return error, error
+
+
+def agreement(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """KL(dense || pruned) in nats, and whether both have the same top class."""
+    logits, reference = _main(outputs), _main(dense)
+    divergence = F.kl_div(logits.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True).sum(1)
+    return divergence, logits.argmax(1) == reference.argmax(1)
+
+
+def relative_error(scale: float, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Squared difference to the dense outputs, averaged over the outputs of a sample and divided by `scale`, twice."""
+    error = _sample_means((_main(outputs) - _main(dense)).square()) / scale
+    return error, error
+
+
+def user_loss(
+    name: str, loss: Callable[..., Any], outputs: Any, batch: Batch, dense: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A loss called with (outputs, targets), averaged over all but the first dimension, twice."""
+    output = main_output(outputs)
+    if isinstance(loss, nn.Module):
+        loss.to(output.device)  # class weights live in the loss
+    values = loss(output, targets(batch))
+    if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != batch_size(batch):
+        raise ValueError(
+            f"loss {name!r} must give one value a sample, shape (n, ...) with n = {batch_size(batch)}, got "
+            f"{describe(values)}; take a reduction argument, or use autoprune.Metric(..., per_sample=False)"
+        )
+    means = _sample_means(values)
+    return means, means
+
+
+def user_metric(
+    name: str, fn: Callable[..., Any], higher_is_better: bool, outputs: Any, batch: Batch, dense: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A user's values, turned to lower-is-better and as they are."""
+    values = fn(outputs, batch)
+    if not isinstance(values, Tensor) or values.shape != (batch_size(batch),):
+        raise ValueError(
+            f"metric {name!r} must return a tensor of shape ({batch_size(batch)},), one value a sample, got "
+            f"{describe(values)}; or score the whole set with per_sample=False"
+        )
+    values = values.cpu().double()
+    return (-values if higher_is_better else values), values
+
+
+def align(output: Tensor, target: Tensor) -> Tensor:
+    """Drop or add a last dimension of one where that is all that sets outputs and targets apart."""
+    if output.ndim == target.ndim + 1 and output.shape[-1] == 1:
+        return output.squeeze(-1)
+    return output.unsqueeze(-1) if output.ndim == target.ndim - 1 else output
+
+
+def describe(value: Any) -> str:
+    """A value for a message: dtype and shape of a tensor, never its contents."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _main(outputs: Any) -> Tensor:
+    """The main output in at least single precision."""
+    output = main_output(outputs)
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def _sample_means(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1).mean(1)

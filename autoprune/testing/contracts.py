@@ -1,0 +1,365 @@
+"""The tests that every optimizer, space and evaluator must pass.
+
+Subclass a contract in a test module under a name that starts with ``Test`` and fill in its ``make_`` methods:
+
+    class TestMyOptimizer(OptimizerContract):
+        def make(self, problem, seed):
+            return MyOptimizer(problem, seed)
+"""
+
+# ruff: noqa: D102  (the names of the tests are sentences)
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoprune.optimizers.problem import Problem
+from autoprune.protocols import (
+    FAILED,
+    OK,
+    RACED,
+    Evaluations,
+    Failure,
+    IntArray,
+    Measurement,
+    Optimizer,
+    SearchSpace,
+)
+from autoprune.testing.problems import KnownProblem, product_problem
+
+if TYPE_CHECKING:
+    from autoprune.evaluators.protocol import Context, Evaluator
+
+
+class OptimizerContract:
+    """What `autoprune.search` relies on in an optimizer."""
+
+    def make(self, problem: Problem, seed: int) -> Optimizer:
+        """Return a fresh optimizer; the only method to fill in."""
+        raise NotImplementedError
+
+    def make_problem(self) -> KnownProblem:
+        """The problem searched, with at least 500 feasible candidates."""
+        return product_problem((6, 4, 5, 3, 6, 4), seed=0)
+
+    def make_tiny_problem(self) -> KnownProblem:
+        """A problem with 7 to 200 feasible candidates."""
+        return product_problem((3, 3, 4), seed=0, budget=0.8)
+
+    def test_proposals_are_feasible_candidates_of_the_space(self) -> None:
+        known = self.make_problem()
+        optimizer = self.make(known.problem, 0)
+        for _ in range(10):
+            candidates = _turn(optimizer, known)
+            assert candidates.dtype == np.int64
+            assert candidates.ndim == 2
+            assert 1 <= len(candidates) <= 8
+            assert ((candidates >= 0) & (candidates < known.problem.sizes)).all()
+            assert known.problem.feasible(candidates).all()
+            np.testing.assert_array_equal(candidates, known.problem.canonical(candidates))
+
+    def test_the_same_seed_gives_the_same_search(self) -> None:
+        known = self.make_problem()
+        a, b = self.make(known.problem, 7), self.make(known.problem, 7)
+        for _ in range(8):
+            np.testing.assert_array_equal(_turn(a, known), _turn(b, known))
+
+    def test_another_seed_gives_another_search(self) -> None:
+        known = self.make_problem()
+        a, b = self.make(known.problem, 0), self.make(known.problem, 1)
+        assert any(not np.array_equal(_turn(a, known), _turn(b, known)) for _ in range(8))
+
+    def test_failed_and_raced_evaluations_do_not_stop_the_search(self) -> None:
+        known = self.make_problem()
+        optimizer = self.make(known.problem, 0)
+        for status in (FAILED, RACED, OK, FAILED, RACED, OK, FAILED, RACED):
+            candidates = _turn(optimizer, known, status)
+            assert len(candidates)
+            assert known.problem.feasible(candidates).all()
+
+    def test_late_and_shuffled_results_are_learnt_from(self) -> None:
+        known = self.make_problem()
+        optimizer = self.make(known.problem, 0)
+        batches = [optimizer.ask(4) for _ in range(10)]
+        for batch in batches[::-1]:
+            optimizer.tell(known.evaluate(batch[::-1]))
+        fresh = optimizer.ask(4)
+        assert len(fresh)
+        assert not _keys(fresh) & _keys(np.concatenate(batches))
+
+    def test_a_history_told_in_bulk_and_shuffled_continues_the_same_search(self) -> None:
+        known = self.make_problem()
+        first, history = self.make(known.problem, 3), []
+        for status in (OK, RACED, OK, FAILED, OK, OK):
+            candidates = first.ask(8)
+            history.append(known.evaluate(candidates, status))
+            first.tell(history[-1])
+        second = self.make(known.problem, 3)
+        second.tell(_shuffled(history))
+        for _ in range(3):
+            np.testing.assert_array_equal(_turn(first, known), _turn(second, known))
+
+    def test_nothing_is_proposed_twice_and_a_tiny_space_is_exhausted(self) -> None:
+        known = self.make_tiny_problem()
+        optimizer, seen = self.make(known.problem, 0), []
+        for _ in range(100):
+            candidates = _turn(optimizer, known)
+            if not len(candidates):
+                break
+            seen.extend(candidates.tolist())
+        assert sorted(seen) == known.feasible_candidates().tolist()
+        assert optimizer.ask(8).shape == (0, len(known.problem.sizes))
+
+    def test_nothing_pending_is_proposed_again(self) -> None:
+        known = self.make_tiny_problem()
+        optimizer = self.make(known.problem, 0)
+        total = len(known.feasible_candidates())
+        batches = [optimizer.ask(2) for _ in range(3)]
+        optimizer.tell(known.evaluate(batches[1][:1]))
+        batches += [optimizer.ask(total), optimizer.ask(1)]
+        proposed = np.concatenate(batches)
+        assert len(proposed) == len(_keys(proposed)) == total
+
+    def test_global_random_states_are_left_alone(self) -> None:
+        known = self.make_problem()
+        before = _random_states()
+        optimizer = self.make(known.problem, 0)
+        for _ in range(8):
+            _turn(optimizer, known)
+        assert _random_states() == before
+
+
+class SpaceContract:
+    """What the search relies on in a space."""
+
+    def make_space(self) -> SearchSpace:
+        """Return a space of at least one dimension."""
+        raise NotImplementedError
+
+    def make_group_sizes(self) -> dict[str, int]:
+        """Units in each group of the structure that the space was made for, in the order of `widths` columns."""
+        raise NotImplementedError
+
+    def test_sizes_count_the_options(self) -> None:
+        space = self.make_space()
+        assert space.sizes.dtype == np.int64
+        assert space.sizes.tolist() == [len(dimension.options) for dimension in space.dimensions]
+        assert (space.sizes >= 1).all()
+
+    def test_option_zero_is_dense(self) -> None:
+        space, groups = self.make_space(), self.make_group_sizes()
+        dense = np.zeros(len(space.sizes), dtype=np.int64)
+        assert space.widths(dense[None])[0].tolist() == list(groups.values())
+        for name, kept in space.pruning(dense.tolist()).kept.items():
+            assert tuple(kept) == tuple(range(groups[name]))
+
+    def test_later_options_of_ordered_dimensions_keep_fewer_units(self) -> None:
+        space = self.make_space()
+        for j, dimension in enumerate(space.dimensions):
+            if dimension.ordered:
+                ladder = np.zeros((len(dimension.options), len(space.sizes)), dtype=np.int64)
+                ladder[:, j] = np.arange(len(ladder))
+                steps = np.diff(space.widths(ladder), axis=0)
+                assert (steps <= 0).all(), dimension.name
+                assert (steps < 0).any(axis=1).all(), dimension.name
+
+    def test_canonical_is_idempotent_and_stays_in_the_space(self) -> None:
+        space = self.make_space()
+        canonical = space.canonical(_draw(space))
+        assert canonical.dtype == np.int64
+        assert ((canonical >= 0) & (canonical < space.sizes)).all()
+        np.testing.assert_array_equal(space.canonical(canonical), canonical)
+        np.testing.assert_array_equal(space.widths(canonical), space.widths(_draw(space)))
+
+    def test_decode_names_every_dimension_with_one_of_its_options(self) -> None:
+        space = self.make_space()
+        for candidate in space.canonical(_draw(space)):
+            decoded = space.decode(candidate.tolist())
+            assert list(decoded) == [dimension.name for dimension in space.dimensions]
+            for dimension, option in zip(space.dimensions, candidate, strict=True):
+                assert decoded[dimension.name] == dimension.options[option]
+
+    def test_json_restores_an_equal_space(self) -> None:
+        space = self.make_space()
+        restored: SearchSpace = type(space).from_json(json.loads(json.dumps(space.to_json())))  # type: ignore[attr-defined]
+        assert restored.to_json() == space.to_json()
+        assert restored.dimensions == space.dimensions
+        candidates = _draw(space)
+        np.testing.assert_array_equal(restored.widths(candidates), space.widths(candidates))
+        assert restored.pruning(candidates[0].tolist()) == space.pruning(candidates[0].tolist())
+
+    def test_what_is_kept_agrees_with_the_widths(self) -> None:
+        space, groups = self.make_space(), self.make_group_sizes()
+        candidates = space.canonical(_draw(space))
+        widths = space.widths(candidates)
+        assert widths.dtype == np.float64
+        assert widths.shape == (len(candidates), len(groups))
+        for candidate, row in zip(candidates, widths, strict=True):
+            kept = space.pruning(candidate.tolist()).kept
+            assert kept.keys() <= groups.keys()
+            for units in kept.values():
+                assert list(units) == sorted(set(units))
+            assert [len(kept.get(name, range(size))) for name, size in groups.items()] == row.tolist()
+
+    def test_it_describes_itself_in_one_line(self) -> None:
+        description = self.make_space().describe()
+        assert description.strip()
+        assert "\n" not in description
+
+
+class EvaluatorContract:
+    """What the search relies on in an evaluator."""
+
+    def make_evaluator(self) -> Evaluator:
+        """Return an evaluator that is not prepared yet."""
+        raise NotImplementedError
+
+    def make_context(self) -> Context:
+        """Return what ``prepare`` takes; every call returns an equal context with a model of its own."""
+        raise NotImplementedError
+
+    def make_candidates(self, context: Context) -> IntArray:
+        """Candidates to evaluate, shape (n, d), the dense one first; by default four more at random."""
+        return np.concatenate([np.zeros((1, len(context.space.sizes)), dtype=np.int64), _draw(context.space)[:4]])
+
+    def test_two_calls_agree_bit_for_bit(self) -> None:
+        evaluator, candidates = self._prepared()
+        first, again = evaluator.evaluate(candidates), evaluator.evaluate(candidates[::-1].copy())[::-1]
+        _assert_same(first, again)
+
+    def test_another_evaluator_of_the_same_kind_agrees(self) -> None:
+        (a, candidates), (b, _) = self._prepared(), self._prepared()
+        _assert_same(a.evaluate(candidates), b.evaluate(candidates))
+
+    def test_every_candidate_gets_finite_values_or_a_reason(self) -> None:
+        evaluator, candidates = self._prepared()
+        results = evaluator.evaluate(candidates)
+        assert len(results) == len(candidates)
+        assert isinstance(results[0], Measurement), results[0]
+        for result in results:
+            if isinstance(result, Failure):
+                assert result.reason
+            else:
+                assert result.signal.dtype == np.float64
+                assert result.signal.ndim == result.metric.ndim == 1
+                assert np.isfinite(result.signal).all()
+                assert np.isfinite(result.metric).all()
+                assert result.seconds >= 0
+
+    def test_chunks_of_the_validation_batches_join_up_to_the_whole(self) -> None:
+        evaluator, candidates = self._prepared()
+        parts = [evaluator.evaluate(candidates[-1:], chunk)[0] for chunk in (slice(0, 1), slice(1, None))]
+        (whole,) = evaluator.evaluate(candidates[-1:])
+        assert isinstance(whole, Measurement)
+        joined = np.concatenate([part.signal for part in parts if isinstance(part, Measurement)])
+        np.testing.assert_array_equal(joined, whole.signal)
+
+    def test_the_model_and_the_random_states_come_back_unchanged(self) -> None:
+        context = self.make_context()
+        model, evaluator, candidates = context.model, self.make_evaluator(), self.make_candidates(context)
+        before, states = _fingerprint(model), _random_states()
+        evaluator.prepare(context)
+        evaluator.evaluate(candidates)
+        evaluator.build(candidates[-1])
+        evaluator.test(candidates[-1])
+        assert _fingerprint(model) == before
+        assert _random_states() == states
+
+    def test_it_pickles_before_it_is_prepared(self) -> None:
+        context = self.make_context()
+        candidates = self.make_candidates(context)
+        copy, original = pickle.loads(pickle.dumps(self.make_evaluator())), self.make_evaluator()
+        copy.prepare(context)
+        original.prepare(self.make_context())
+        _assert_same(copy.evaluate(candidates), original.evaluate(candidates))
+
+    def test_what_is_built_shares_no_storage_with_the_model(self) -> None:
+        context = self.make_context()
+        evaluator = self.make_evaluator()
+        evaluator.prepare(context)
+        owned = {tensor.untyped_storage().data_ptr() for tensor in _tensors(context.model) if tensor.numel()}
+        for candidate in self.make_candidates(context):
+            built = evaluator.build(candidate)
+            assert isinstance(built, nn.Module)
+            assert not owned & {tensor.untyped_storage().data_ptr() for tensor in _tensors(built) if tensor.numel()}
+
+    def _prepared(self) -> tuple[Evaluator, IntArray]:
+        context, evaluator = self.make_context(), self.make_evaluator()
+        evaluator.prepare(context)
+        return evaluator, self.make_candidates(context)
+
+
+def _turn(optimizer: Optimizer, known: KnownProblem, status: str = OK) -> IntArray:
+    candidates = optimizer.ask(8)
+    if len(candidates):
+        optimizer.tell(known.evaluate(candidates, status, reason="out of memory" if status == FAILED else ""))
+    return candidates
+
+
+def _keys(candidates: IntArray) -> set[tuple[int, ...]]:
+    return {tuple(candidate) for candidate in candidates.tolist()}
+
+
+def _shuffled(history: list[Evaluations]) -> Evaluations:
+    status = [s for part in history for s in part.status]
+    reasons = [r for part in history for r in part.reasons]
+    order = np.random.default_rng(0).permutation(len(status))
+    return Evaluations(
+        candidates=np.concatenate([part.candidates for part in history])[order],
+        objectives=np.concatenate([part.objectives for part in history])[order],
+        stderr=np.concatenate([part.stderr for part in history])[order],
+        samples=np.concatenate([part.samples for part in history])[order],
+        status=tuple(status[i] for i in order),
+        reasons=tuple(reasons[i] for i in order),
+    )
+
+
+def _draw(space: SearchSpace) -> IntArray:
+    """Random candidates of a space, shape (20, d); the same at every call."""
+    return np.random.default_rng(0).integers(0, space.sizes, size=(20, len(space.sizes)))
+
+
+def _random_states() -> tuple[str, str, bytes]:
+    return repr(random.getstate()), repr(np.random.get_state()), torch.get_rng_state().numpy().tobytes()  # noqa: NPY002
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Everything that an evaluator must not change: values, gradients, flags, modes and hooks."""
+    values = [
+        (name, tensor.requires_grad, tensor.grad is None, str(tensor.device), _bytes(tensor))
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    ]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    modules = [
+        (name, type(module), module.training, *(len(getattr(module, hook)) for hook in hooks))
+        for name, module in model.named_modules()
+    ]
+    return [*values, *modules]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
+
+
+def _assert_same(first: list[Measurement | Failure], second: list[Measurement | Failure]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert type(a) is type(b)
+        if isinstance(a, Measurement) and isinstance(b, Measurement):
+            np.testing.assert_array_equal(a.signal, b.signal)
+            np.testing.assert_array_equal(a.metric, b.metric)
+        elif isinstance(a, Failure) and isinstance(b, Failure):
+            assert a.reason == b.reason

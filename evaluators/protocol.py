@@ -1,0 +1,62 @@
+"""What an evaluator promises, and what it gets to work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from autoprune.batches import Batch
+from autoprune.data import Subsets
+from autoprune.metrics import Judge
+from autoprune.protocols import Failure, IntArray, Measurement, SearchSpace
+from autoprune.structure.structure import Structure
+
+Forward = Callable[[nn.Module, Batch], Any]
+"""``forward(model, batch)``: the outputs of a model for a batch."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that a worker holds.
+
+    Attributes:
+        model: The dense model. Nobody changes it.
+        structure: What can be removed from it.
+        space: What candidates mean.
+        subsets: The samples of the search, on the model's device.
+        judge: The metric, and the signal that steers the search.
+        forward: Runs a model on a batch.
+    """
+
+    model: nn.Module
+    structure: Structure
+    space: SearchSpace
+    subsets: Subsets
+    judge: Judge
+    forward: Forward
+
+
+class Evaluator(Protocol):
+    """Scores candidates. Pickles before `prepare`, which runs once on each worker."""
+
+    def prepare(self, context: Context) -> None:
+        """Keep what scoring needs; the model of the context stays untouched."""
+        ...
+
+    def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
+        """Score candidates, shape (n, d), on the validation batches of `chunk`, all by default; never raises for one.
+
+        Two calls agree bit for bit. A candidate that raises, runs out of memory or scores NaN is a `Failure`.
+        """
+        ...
+
+    def build(self, candidate: IntArray) -> nn.Module:
+        """The module that `evaluate` scores for a candidate, shape (d,); shares no state with the model."""
+        ...
+
+    def test(self, candidate: IntArray) -> Measurement | Failure:
+        """Score a candidate, shape (d,), on the held-out samples, which no other method touches."""
+        ...
