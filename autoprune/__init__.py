@@ -1,3 +1,44 @@
 """Search how much of each layer of a PyTorch model to remove."""
 
+from autoprune.budget import Budget
+from autoprune.data import Data
+from autoprune.errors import (
+    AutopruneError,
+    BudgetError,
+    DataError,
+    InfeasibleBudgetError,
+    NothingToPruneError,
+    RecipeError,
+    StructureCheckError,
+    UnsupportedModelError,
+)
+from autoprune.metrics import Metric
+from autoprune.protocols import Pruning
+from autoprune.recipe import load, save
+from autoprune.result import SearchResult
+from autoprune.search import search
+from autoprune.search_spaces import Channels
+from autoprune.trials import Trial
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AutopruneError",
+    "Budget",
+    "BudgetError",
+    "Channels",
+    "Data",
+    "DataError",
+    "InfeasibleBudgetError",
+    "Metric",
+    "NothingToPruneError",
+    "Pruning",
+    "RecipeError",
+    "SearchResult",
+    "StructureCheckError",
+    "Trial",
+    "UnsupportedModelError",
+    "load",
+    "save",
+    "search",
+]

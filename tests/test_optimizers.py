@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from autoprune.optimizers import NSGA2, OPTIMIZERS, RandomSearch, make_optimizer, uniform_seeds
+from autoprune.optimizers import NSGA2, OPTIMIZERS, RandomSearch, find_optimizer, uniform_seeds
 from autoprune.pareto import hypervolume
 from autoprune.protocols import FAILED, OK, RACED
 from autoprune.testing.contracts import OptimizerContract
@@ -127,19 +127,19 @@ def test_a_large_space_with_few_feasible_candidates_ends_and_repeats_nothing():
 
 def test_names_classes_functions_and_instances_make_an_optimizer():
     problem = additive_problem([3, 3], seed=0).problem
-    assert all(make_optimizer(name, problem, 0).ask(2).shape == (2, 2) for name in OPTIMIZERS)
-    assert isinstance(make_optimizer(RandomSearch, problem, 0), RandomSearch)
-    assert isinstance(make_optimizer(lambda p, s: NSGA2(p, s, population=8), problem, 0), NSGA2)
+    assert all(find_optimizer(name)(problem, 0).ask(2).shape == (2, 2) for name in OPTIMIZERS)
+    assert isinstance(find_optimizer(RandomSearch)(problem, 0), RandomSearch)
+    assert isinstance(find_optimizer(lambda p, s: NSGA2(p, s, population=8))(problem, 0), NSGA2)
     ready = RandomSearch(problem, 0)
-    assert make_optimizer(ready, problem, 1) is ready
+    assert find_optimizer(ready)(problem, 1) is ready
 
 
 def test_an_unknown_optimizer_is_refused_with_the_names_there_are():
     problem = additive_problem([3, 3], seed=0).problem
     with pytest.raises(ValueError, match=r"optimizer must be one of \['auto', 'nsga2', 'random'\], got 'nsga3'"):
-        make_optimizer("nsga3", problem, 0)
+        find_optimizer("nsga3")(problem, 0)
     with pytest.raises(TypeError, match=r"have ask and tell, got 3"):
-        make_optimizer(3, problem, 0)
+        find_optimizer(3)(problem, 0)
     with pytest.raises(ValueError, match="population must be at least 4, got 1"):
         NSGA2(problem, 0, population=1)
 

@@ -18,7 +18,7 @@ class Executor(Protocol):
     name: str
 
     def start(self, evaluator: Evaluator, context: Context) -> None:
-        """Bring the evaluator and its context to the workers, once."""
+        """Bring an evaluator, prepared here already, and its context to the workers, once."""
         ...
 
     def room(self) -> int:
@@ -54,8 +54,7 @@ class LocalExecutor:
         self._evaluator: Evaluator | None = None
 
     def start(self, evaluator: Evaluator, context: Context) -> None:
-        """Prepare the evaluator."""
-        evaluator.prepare(context)
+        """Use the evaluator as it is."""
         self._evaluator = evaluator
 
     def room(self) -> int:

@@ -10,7 +10,7 @@ from autoprune.optimizers.problem import Problem, uniform_seeds
 from autoprune.optimizers.random import RandomSearch
 from autoprune.protocols import Optimizer
 
-__all__ = ["NSGA2", "OPTIMIZERS", "Problem", "RandomSearch", "make_optimizer", "uniform_seeds"]
+__all__ = ["NSGA2", "OPTIMIZERS", "Problem", "RandomSearch", "find_optimizer", "uniform_seeds"]
 
 MakeOptimizer = Callable[[Problem, int], Optimizer]
 
@@ -18,8 +18,8 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {"auto": NSGA2, "nsga2": NSGA2, "random":
 """What `search(optimizer=)` knows by name."""
 
 
-def make_optimizer(spec: str | MakeOptimizer | Optimizer, problem: Problem, seed: int) -> Optimizer:
-    """Make the optimizer meant by `spec`: a name, a class or function of (problem, seed), or one already made.
+def find_optimizer(spec: str | MakeOptimizer | Optimizer) -> MakeOptimizer:
+    """The function of (problem, seed) meant by `spec`: a name, such a function or class, or an optimizer made already.
 
     Raises:
         ValueError: If the name is unknown.
@@ -28,9 +28,10 @@ def make_optimizer(spec: str | MakeOptimizer | Optimizer, problem: Problem, seed
     if isinstance(spec, str):
         if spec not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {spec!r}")
-        return OPTIMIZERS[spec](problem, seed)
+        return OPTIMIZERS[spec]
     if not isinstance(spec, type) and hasattr(spec, "ask") and hasattr(spec, "tell"):
-        return cast(Optimizer, spec)
+        made = cast(Optimizer, spec)
+        return lambda problem, seed: made
     if callable(spec):
-        return spec(problem, seed)
+        return spec
     raise TypeError(f"optimizer must be a name, a function of (problem, seed) or have ask and tell, got {spec!r}")

@@ -83,13 +83,14 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
     macs = [term for op in record.ops for term in _macs(build, op)]
     params, state, activations = [], [], []
     born, died = [], []
+    read = {i for op in record.ops for i in op.inputs()}
     for i, value in enumerate(record.values):
         bytes_each = value.dtype.itemsize
         if value.kind in ("parameter", "buffer"):
             state.append(build.whole(bytes_each, i))
             if value.kind == "parameter":
                 params.append(build.whole(1, i))
-        elif value.kind in ("input", "result") and value.base == i:
+        elif value.base == i and (value.kind == "result" or (value.kind == "input" and i in read)):
             activations.append(build.whole(bytes_each, i))
             born.append(value.born)
             died.append(max(v.died for v in record.values if v.base == i))

@@ -1,0 +1,51 @@
+"""Pictures of a search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoprune.protocols import OK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from autoprune.result import SearchResult
+
+INK, FRONT, LIMIT = "#9aa5b1", "#1f6feb", "#c2410c"
+UNITS = {"flops": "MACs", "params": "parameters", "memory_bytes": "bytes"}
+
+
+def plot_front(result: SearchResult, path: str | Path | None = None) -> Figure:
+    """Draw score against the first limited cost; see `SearchResult.plot`."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except ImportError as error:
+        raise ImportError("result.plot() needs matplotlib; install autoprune[plot]") from error
+    name, limit = next(iter(result.limits.items()))
+    figure = Figure(figsize=(7.0, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    done = [trial for trial in result.trials if trial.status == OK]
+    axes.scatter([t.costs[name] for t in done], [t.score for t in done], s=14, color=INK, alpha=0.6, lw=0)
+    axes.scatter([], [], s=14, color=INK, label=f"{len(done)} trials")
+    if result.front:
+        x = [t.costs[name] for t in result.front]
+        y = [t.score for t in result.front]
+        bars = [[max(0.0, t.score - t.interval[0]) for t in result.front]]
+        bars.append([max(0.0, t.interval[1] - t.score) for t in result.front])
+        line = "-" if len(result.limits) == 1 else ""
+        axes.errorbar(x, y, yerr=bars, fmt=f"o{line}", color=FRONT, ms=4, lw=1.4, elinewidth=0.7, label="front (95 %)")
+    axes.scatter([result.dense.costs[name]], [result.dense.score], marker="D", s=36, color="#111827", label="dense")
+    axes.axvline(limit, color=LIMIT, ls="--", lw=1, label=f"limit ({limit / result.dense.costs[name]:.0%} of dense)")
+    axes.set_xlabel(f"{name} ({UNITS[name]})" if name in UNITS else name)
+    axes.set_ylabel(f"{result.metric} on validation data")
+    axes.set_title(f"{result.budget}: {len(result.front)} networks on the front", fontsize=11, loc="left")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right" if result.higher_is_better else "upper right")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure

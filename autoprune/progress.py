@@ -1,0 +1,67 @@
+"""What a search shows while it runs: a line with ETA in a terminal, log records elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from autoprune.trials import Trial
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+log = logging.getLogger("autoprune.search")
+
+LOG_EVERY_SECONDS = 30.0
+
+
+class Progress:
+    """Counts trials, and shows the best so far and the size of the front.
+
+    Args:
+        total: Trials asked for.
+        metric: Name of the metric.
+        show: Whether to draw in a terminal; nothing is drawn when standard error is not one.
+    """
+
+    def __init__(self, total: int, metric: str, show: bool) -> None:
+        self._total = total
+        self._metric = metric
+        self._show = show and sys.stderr.isatty()
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._logged = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._show:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[state]}"), console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task("search", total=self._total, state="")
+        return self
+
+    def update(self, done: int, failed: int, best: Trial | None, front: int) -> None:
+        """Say how far the search is."""
+        state = f"front {front}"
+        if best is not None:
+            state = f"{self._metric} {best.score:.4f}, {state}"
+        if failed:
+            state += f", {failed} failed"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, state=state)
+        elif time.monotonic() - self._logged > LOG_EVERY_SECONDS or done == self._total:
+            self._logged = time.monotonic()
+            log.info("%d of %d trials: %s", done, self._total, state)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

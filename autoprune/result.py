@@ -1,0 +1,239 @@
+"""What a search found: the front, the best under a budget, and how to build, save and look at it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from autoprune.budget import Budget
+from autoprune.builders import Builder, SavedWeights, weights_file
+from autoprune.errors import InfeasibleBudgetError, RecipeError
+from autoprune.protocols import OK, SearchSpace
+from autoprune.recipe import save
+from autoprune.search_spaces import space_from_json
+from autoprune.trials import Trial
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+FORMAT = "autoprune-result"
+VERSION = 1
+_PLAIN = ("budget", "metric", "higher_is_better", "stopped", "seconds", "seed")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The outcome of a search.
+
+    Attributes:
+        trials: All trials in the order proposed.
+        front: Trials that no other dominates in score and limited costs, by the first limited cost.
+        dense: The unpruned model, scored on the same samples.
+        space: What candidates mean.
+        limits: The limited costs, absolute, in the order of the budget.
+        budget: The budget as text.
+        metric: Name of the metric.
+        higher_is_better: Its direction.
+        notes: What was decided about data, metric and model, in plain words.
+        stopped: Why the search ended: ``"trials"``, ``"time"``, ``"interrupted"`` or ``"exhausted"``.
+        seconds: Wall time of the search.
+        seed: Its seed.
+    """
+
+    trials: tuple[Trial, ...]
+    front: tuple[Trial, ...]
+    dense: Trial
+    space: SearchSpace
+    limits: Mapping[str, float]
+    budget: str
+    metric: str
+    higher_is_better: bool
+    notes: tuple[str, ...]
+    stopped: str
+    seconds: float
+    seed: int
+    _builder: Builder | None = field(default=None, repr=False, compare=False)
+
+    def best(self, budget: str | Budget | Sequence[str] | None = None) -> Trial:
+        """The best trial by validation score within a budget, by default the one of the search.
+
+        Equal scores go to the better signal, then to the lower cost. A budget of score limits alone gives the
+        cheapest trial that meets them.
+
+        Raises:
+            InfeasibleBudgetError: If no trial is within it; the message names the nearest one.
+        """
+        done = [trial for trial in self.trials if trial.status == OK]
+        if not done:
+            raise InfeasibleBudgetError(f"no trial succeeded, so there is no best; {self._why_none()}")
+        if budget is None:
+            return min(done, key=self._rank)
+        wanted = Budget.parse(budget)
+        limits = wanted.resolve(self.dense.costs)
+        within = [t for t in done if self._excess(t, limits, wanted) <= 0]
+        if not within:
+            nearest = min(done, key=lambda t: self._excess(t, limits, wanted))
+            costs = ", ".join(f"{name} {nearest.costs[name]:.6g}" for name in limits) or "its costs aside"
+            raise InfeasibleBudgetError(
+                f"budget '{wanted}' is met by none of {len(done)} trials; the nearest is trial {nearest.id} with "
+                f"{costs}, {self.metric} {nearest.score:.4f}; search again under this budget"
+            )
+        if not limits:
+            first = next(iter(self.limits))
+            return min(within, key=lambda t: (t.costs[first], *self._rank(t)))
+        return min(within, key=self._rank)
+
+    def _rank(self, trial: Trial) -> tuple[float, ...]:
+        return (-trial.score if self.higher_is_better else trial.score, trial.signal, *trial.costs.values())
+
+    def _excess(self, trial: Trial, limits: Mapping[str, float], budget: Budget) -> float:
+        """By how much a trial misses a budget, as a fraction; 0 or less if it does not."""
+        misses = [trial.costs[name] / limit - 1 for name, limit in limits.items()]
+        sign = 1.0 if self.higher_is_better else -1.0
+        for limit in budget.score_limits:
+            floor = self.dense.score - sign * limit.value if limit.drop else limit.value
+            misses.append(sign * (floor - trial.score))
+        return max(misses)
+
+    def _why_none(self) -> str:
+        reasons = [trial.reason for trial in self.trials if trial.reason]
+        return f"the first of {len(reasons)} failures: {reasons[0]}" if reasons else "the search ended too early"
+
+    def build(self, what: Trial | str | Budget | Sequence[str] | None = None) -> nn.Module:
+        """Build a plain pruned module: of a trial, of the best within a budget, or of the best.
+
+        It shares no state with the model, is in the same mode on the same device, and scores what the trial scored.
+
+        Raises:
+            InfeasibleBudgetError: If no trial is within the budget.
+            RecipeError: If the result was loaded without a model, or without the weights of this trial.
+        """
+        trial = what if isinstance(what, Trial) else self.best(what)
+        if self._builder is None:
+            raise RecipeError("build needs the model; load the result with SearchResult.load(path, model=model)")
+        return self._builder.build(trial)
+
+    def save(self, path: str | Path, weights: str = "front") -> Path:
+        """Write the result to a folder: ``result.json``, and a safetensors file for each trial that keeps its weights.
+
+        Args:
+            path: The folder; made if missing, and must not hold another result.
+            weights: ``"front"``, ``"best"`` or ``"none"``.
+
+        Raises:
+            ValueError: If `weights` is unknown.
+            FileExistsError: If the folder holds a result already, or is a file.
+        """
+        kept = {"front": self.front, "best": self.front and (self.best(),), "none": ()}
+        if weights not in kept:
+            raise ValueError(f"weights must be one of {sorted(kept)}, got {weights!r}")
+        folder = Path(path)
+        if folder.is_file() or (folder / "result.json").exists():
+            raise FileExistsError(f"path must be a folder without a result in it, got {path}; pass another path")
+        folder.mkdir(parents=True, exist_ok=True)
+        for trial in kept[weights]:
+            save(self.build(trial), weights_file(folder, trial))
+        (folder / "result.json").write_text(json.dumps(self.to_json(), indent=1))
+        return folder
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but weights, JSON-ready; NaN becomes null."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "notes": list(self.notes),
+            "limits": dict(self.limits),
+            "space": self.space.to_json(),
+            "dense": self.dense.to_json(),
+            "trials": [trial.to_json() for trial in self.trials],
+            "front": [trial.id for trial in self.front],
+        }
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> SearchResult:
+        """Read a saved result; with a dense `model` of the class that was pruned, its saved trials can be built.
+
+        Raises:
+            FileNotFoundError: If there is no result in `path`.
+            RecipeError: If it is corrupted or foreign.
+        """
+        folder = Path(path)
+        file = folder / "result.json" if folder.is_dir() else folder
+        if not file.is_file():
+            raise FileNotFoundError(f"path must be a folder written by result.save, got {path}: no result.json there")
+        try:
+            data = json.loads(file.read_text())
+            if data["format"] != FORMAT or data["version"] != VERSION:
+                raise ValueError(f"format {data['format']!r} version {data['version']!r}")
+            return cls._from_json(data, None if model is None else SavedWeights(file.parent, model))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RecipeError(f"{file} is not a result of autoprune, or is damaged: {error!r}") from error
+
+    @classmethod
+    def _from_json(cls, data: Mapping[str, Any], builder: Builder | None) -> SearchResult:
+        trials = tuple(Trial.from_json(trial) for trial in data["trials"])
+        by_id = {trial.id: trial for trial in trials}
+        return cls(
+            trials=trials,
+            front=tuple(by_id[i] for i in data["front"]),
+            dense=Trial.from_json(data["dense"]),
+            space=space_from_json(data["space"]),
+            notes=tuple(data["notes"]),
+            _builder=builder,
+            limits=data["limits"],
+            **{name: data[name] for name in _PLAIN},
+        )
+
+    def to_frame(self) -> DataFrame:
+        """All trials as a pandas DataFrame, one row each: costs, score, interval, status, and one column a dimension.
+
+        Raises:
+            ImportError: If pandas is missing.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("result.to_frame() needs pandas; install autoprune[plot]") from error
+        front = {trial.id for trial in self.front}
+        rows = [
+            {
+                "trial": trial.id,
+                **trial.costs,
+                "score": trial.score,
+                "low": trial.interval[0],
+                "high": trial.interval[1],
+                "signal": trial.signal,
+                "test_score": trial.test_score,
+                "status": trial.status,
+                "reason": trial.reason,
+                "front": trial.id in front,
+                **trial.decoded,
+            }
+            for trial in self.trials
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw score against the first limited cost: all trials, the front with intervals, the dense model.
+
+        Args:
+            path: Where to write the picture; its ending says the format.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        from autoprune.plots import plot_front
+
+        return plot_front(self, path)
+
+    def __str__(self) -> str:
+        from autoprune.tables import front_table
+
+        return front_table(self)

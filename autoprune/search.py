@@ -1,0 +1,291 @@
+"""Search how much of each layer to remove: ask, evaluate, record, tell, return the front."""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoprune.budget import Budget
+from autoprune.builders import FromEvaluator
+from autoprune.costs import CostFunction
+from autoprune.evaluators import Evaluator, Forward
+from autoprune.execution import Executor, Outcome, make_executor
+from autoprune.journal import Journal
+from autoprune.metrics import Metric, Summary, summary
+from autoprune.optimizers import Problem, find_optimizer
+from autoprune.progress import Progress
+from autoprune.protocols import FAILED, OK, Evaluations, Failure, IntArray, Measurement, Optimizer
+from autoprune.result import SearchResult
+from autoprune.search_spaces import Channels
+from autoprune.study import Start, Study, prepare
+from autoprune.trials import Evaluation, Trial, find_front, none_if_nan
+
+log = logging.getLogger(__name__)
+
+
+def search(
+    model: nn.Module,
+    budget: str | Budget | Sequence[str | Budget],
+    data: Any = None,
+    *,
+    metric: str | Metric | Callable[..., Any] = "auto",
+    space: str | Channels = "channels",
+    evaluator: str | Evaluator = "auto",
+    optimizer: str | Optimizer | Callable[[Problem, int], Optimizer] = "auto",
+    trials: int = 200,
+    max_seconds: float | None = None,
+    seed: int = 0,
+    start: Sequence[Start] = (),
+    forward: Forward | None = None,
+    example_inputs: Any = None,
+    outputs: Any = None,
+    executor: str | Executor = "local",
+    run_dir: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    checks: str = "on",
+    costs: Mapping[str, CostFunction] | None = None,
+    cost_batch: int = 1,
+) -> SearchResult:
+    """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
+
+    Args:
+        model: Any ``nn.Module``; it comes back unchanged: weights, mode, hooks, device.
+        budget: What a pruned model may cost, for example ``"flops <= 50%"`` (of the dense model), ``"params <= 1.2M"``,
+            a list of these, or a `Budget`. Every candidate respects it, under the exact cost.
+        data: `Data`, a DataLoader, or (X, y) arrays. Without data, seeded random inputs shaped like `example_inputs`
+            stand in, and the score is agreement with the dense model on them.
+        metric: ``"auto"`` (accuracy for class labels, else a loss that fits, else agreement), another name, a loss
+            module or function, or a `Metric`.
+        space: ``"channels"``, or ``Channels(round_to=8, ignore=["head*"], ...)``.
+        evaluator: ``"auto"``, ``"adaptive_bn"``, or an `Evaluator`.
+        optimizer: ``"auto"``, ``"nsga2"``, ``"random"``, an `Optimizer`, or a function of (problem, seed).
+        trials: Candidates to evaluate.
+        max_seconds: When to stop proposing, counted from the call.
+        seed: The same seed, data and threads give the same front.
+        start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
+        forward: ``forward(model, batch)``, where calling the model with the inputs of a batch is not enough.
+        example_inputs: A tensor, a tuple or a dict of inputs; needed only without data.
+        outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns.
+        executor: ``"local"``, or an `Executor`.
+        run_dir: A folder of its own for the journal of the run; kept in memory without.
+        resume: Not supported yet.
+        progress: Show a progress line in a terminal.
+        checks: ``"on"`` freezes groups that fail a check of the traced structure, ``"strict"`` raises.
+        costs: Further costs by name, each a function of candidates (n, d) giving (n,), which the budget may limit.
+        cost_batch: Samples that ``memory_bytes`` is stated at.
+
+    Returns:
+        The front and everything measured; ``result.build()`` gives a plain pruned module. Ctrl-C returns what was
+        found so far.
+
+    Raises:
+        BudgetError: If the budget cannot be read or names an unknown cost.
+        InfeasibleBudgetError: If no candidate can meet it; names the cheapest that can be reached.
+        UnsupportedModelError: If the model is scripted, quantised, or on several devices.
+        NothingToPruneError: If nothing can be removed; says why.
+        DataError: If the data is empty, or lacks what the metric needs.
+        ValueError: If another argument is out of range or an unknown name.
+
+    Example:
+        >>> result = autoprune.search(model, "flops <= 50%", (images, labels))  # doctest: +SKIP
+        >>> small = result.build()  # doctest: +SKIP
+    """
+    began = time.monotonic()
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
+    if max_seconds is not None and max_seconds <= 0:
+        raise ValueError(f"max_seconds must be positive or None, got {max_seconds}")
+    if resume:
+        raise ValueError("resume=True is not supported yet; pass a new run_dir, and start=[...] to begin from a result")
+    runner = make_executor(executor)
+    make_optimizer = find_optimizer(optimizer)  # an unknown name must fail before the model is traced
+    study = prepare(
+        model,
+        budget,
+        data,
+        metric=metric,
+        space=space,
+        evaluator=evaluator,
+        seed=seed,
+        start=start,
+        forward=forward,
+        example_inputs=example_inputs,
+        outputs=outputs,
+        checks=checks,
+        costs=costs,
+        cost_batch=cost_batch,
+    )
+    for note in study.notes:
+        log.info("%s", note)
+    dense = _trial(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), _measure_dense(study))
+    proposer = make_optimizer(study.problem, seed)
+    deadline = None if max_seconds is None else began + max_seconds
+    with Journal.create(run_dir, _meta(study, dense, seed, trials)) as journal:
+        bar = Progress(trials, study.context.judge.name, progress)
+        runner.start(study.evaluator, study.context)
+        try:
+            found, stopped = _run(study, proposer, runner, journal, bar, trials, deadline)
+        finally:
+            runner.stop()
+    return _result(study, found, dense, stopped, time.monotonic() - began, seed)
+
+
+def _run(
+    study: Study,
+    optimizer: Optimizer,
+    executor: Executor,
+    journal: Journal,
+    bar: Progress,
+    total: int,
+    deadline: float | None,
+) -> tuple[list[Trial], str]:
+    """The loop: ask, evaluate, record, tell."""
+    pending: dict[int, IntArray] = {}
+    found: list[Trial] = []
+    asked, stopped = 0, ""
+    with bar:
+        try:
+            while pending or not stopped:
+                if deadline is not None and time.monotonic() > deadline:
+                    stopped = "time"
+                    break
+                room = min(executor.room(), total - asked)
+                if room > 0 and not stopped:
+                    candidates = optimizer.ask(room)
+                    ids = journal.record_ask(candidates, {name: cost(candidates) for name, cost in study.costs.items()})
+                    pending.update(zip(ids, candidates, strict=True))
+                    executor.submit(ids, candidates)
+                    asked += len(candidates)
+                    stopped = "exhausted" if len(candidates) == 0 else ""
+                if asked >= total:
+                    stopped = "trials"
+                for trial, outcome in executor.gather():
+                    journal.record_evaluation(trial, outcome, worker=executor.name)
+                    candidate = pending.pop(trial)
+                    found.append(_trial(study, trial, candidate, outcome))
+                    optimizer.tell(_evaluations(study, candidate, outcome))
+                    journal.record_tell([trial])
+                    _show(bar, study, found)
+        except KeyboardInterrupt:
+            log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
+            stopped = "interrupted"
+    return found, stopped
+
+
+def _show(bar: Progress, study: Study, found: list[Trial]) -> None:
+    front = find_front(found, tuple(study.limits), study.context.judge.higher_is_better)
+    bar.update(len(found), sum(trial.status == FAILED for trial in found), front[-1] if front else None, len(front))
+
+
+def _measure_dense(study: Study) -> Measurement:
+    """Score the unpruned model, so that drops have something to refer to.
+
+    Raises:
+        ValueError: If even the dense model cannot be scored.
+    """
+    (outcome,) = study.evaluator.evaluate(np.zeros((1, len(study.problem.sizes)), dtype=np.int64))
+    if isinstance(outcome, Failure):
+        raise ValueError(f"model cannot be scored on the validation data: {outcome.reason}")
+    return outcome
+
+
+def _evaluations(study: Study, candidate: IntArray, outcome: Outcome) -> Evaluations:
+    """One row for the optimizer: the signal, then the limited costs."""
+    costs = study.problem.costs(candidate[None])[0]
+    failed = isinstance(outcome, Failure)
+    mean = np.nan if isinstance(outcome, Failure) else outcome.signal.mean()
+    spread = 0.0
+    if not isinstance(outcome, Failure) and len(outcome.signal) > 1:
+        spread = outcome.signal.std(ddof=1) / np.sqrt(len(outcome.signal))
+    return Evaluations(
+        candidates=candidate[None],
+        objectives=np.array([[mean, *(np.full_like(costs, np.nan) if failed else costs)]]),
+        stderr=np.array([[np.nan if failed else spread, *np.zeros_like(costs)]]),
+        samples=np.array([0 if isinstance(outcome, Failure) else len(outcome.signal)], dtype=np.int64),
+        status=(FAILED if failed else OK,),
+        reasons=(outcome.reason if isinstance(outcome, Failure) else "",),
+    )
+
+
+def _trial(study: Study, number: int, candidate: IntArray, outcome: Outcome) -> Trial:
+    """A record of a candidate and its one evaluation."""
+    failed = isinstance(outcome, Failure)
+    nothing = Summary(math.nan, math.nan, (math.nan, math.nan))
+    metric = nothing if isinstance(outcome, Failure) else summary(outcome.metric, study.context.judge.proportion)
+    signal = nothing if isinstance(outcome, Failure) else summary(outcome.signal, False)
+    evaluation = Evaluation(
+        fidelity="full",
+        samples=0 if isinstance(outcome, Failure) else len(outcome.signal),
+        seconds=outcome.seconds,
+        signal=none_if_nan(signal.mean),
+        signal_stderr=none_if_nan(signal.stderr),
+        metric=none_if_nan(metric.mean),
+    )
+    return Trial(
+        id=number,
+        candidate=tuple(candidate.tolist()),
+        decoded=study.context.space.decode(candidate.tolist()),
+        costs={name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()},
+        score=metric.mean,
+        interval=metric.interval,
+        signal=signal.mean,
+        status=FAILED if failed else OK,
+        reason=outcome.reason if isinstance(outcome, Failure) else "",
+        evaluations=(evaluation,),
+    )
+
+
+def _result(study: Study, found: list[Trial], dense: Trial, stopped: str, seconds: float, seed: int) -> SearchResult:
+    """Score the front once on held-out samples, and put everything together."""
+    judge = study.context.judge
+    front = find_front(found, tuple(study.limits), judge.higher_is_better)
+    tested = {trial.id: _tested(study, trial) for trial in front}
+    return SearchResult(
+        trials=tuple(sorted((tested.get(trial.id, trial) for trial in found), key=lambda trial: trial.id)),
+        front=tuple(tested[trial.id] for trial in front),
+        dense=_tested(study, dense),
+        space=study.context.space,
+        limits=dict(study.limits),
+        budget=str(study.budget),
+        metric=judge.name,
+        higher_is_better=judge.higher_is_better,
+        notes=study.notes,
+        stopped=stopped,
+        seconds=seconds,
+        seed=seed,
+        _builder=FromEvaluator(study.evaluator, study.context),
+    )
+
+
+def _tested(study: Study, trial: Trial) -> Trial:
+    outcome = study.evaluator.test(np.array(trial.candidate, dtype=np.int64))
+    return trial if isinstance(outcome, Failure) else replace(trial, test_score=float(outcome.metric.mean()))
+
+
+def _meta(study: Study, dense: Trial, seed: int, trials: int) -> dict[str, Any]:
+    """What identifies a run in the journal."""
+    return {
+        "budget": str(study.budget),
+        "limits": dict(study.limits),
+        "seed": seed,
+        "trials": trials,
+        "metric": study.context.judge.name,
+        "higher_is_better": study.context.judge.higher_is_better,
+        "space": study.context.space.to_json(),
+        "dense": dense.to_json(),
+        "data": study.context.subsets.fingerprint,
+        "notes": list(study.notes),
+        "threads": torch.get_num_threads(),
+        "device": str(next(study.context.model.parameters()).device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }

@@ -1,0 +1,192 @@
+"""From what the user passes to what the loop works with; mistakes in the arguments show here, before any trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoprune import batches
+from autoprune.budget import Budget
+from autoprune.costs import CostFunction, make_costs
+from autoprune.criteria import rank_units
+from autoprune.data import Subsets, materialise, synthetic
+from autoprune.errors import BudgetError, DataError
+from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
+from autoprune.metrics import Metric, resolve_metric
+from autoprune.optimizers import Problem, uniform_seeds
+from autoprune.protocols import FloatArray, IntArray, SearchSpace
+from autoprune.result import SearchResult
+from autoprune.search_spaces import Channels, make_space
+from autoprune.sources import seeded
+from autoprune.structure.analysis import analyse, require_prunable, require_supported
+from autoprune.structure.examples import example_inputs_of, unwrap
+from autoprune.trials import Trial
+
+Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
+"""A candidate to begin from: option indices, ``{dimension: option}``, a trial, or the front of a result."""
+
+SYNTHETIC_SAMPLES = 256
+"""Samples of each part when no data is given."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One search, ready to run.
+
+    Attributes:
+        context: What evaluators and workers get.
+        evaluator: Prepared on the context.
+        problem: What the optimizer gets.
+        costs: Every cost by name, of candidates (n, d).
+        budget: As parsed.
+        limits: The limited costs, absolute, in the order of the budget.
+        notes: What was decided, in plain words.
+    """
+
+    context: Context
+    evaluator: Evaluator
+    problem: Problem
+    costs: Mapping[str, CostFunction]
+    budget: Budget
+    limits: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def prepare(
+    model: nn.Module,
+    budget: Any,
+    data: Any,
+    *,
+    metric: str | Metric | Callable[..., Any],
+    space: str | Channels,
+    evaluator: str | Evaluator,
+    seed: int,
+    start: Sequence[Start],
+    forward: Forward | None,
+    example_inputs: Any,
+    outputs: Any,
+    checks: str,
+    costs: Mapping[str, CostFunction] | None,
+    cost_batch: int,
+) -> Study:
+    """Trace, rank, fix the data and lay out the problem; the arguments are those of `autoprune.search`."""
+    wanted, settings, chosen = _parse(budget), make_space(space), make_evaluator(evaluator)
+    model = unwrap(model)
+    device = require_supported(model)
+    subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
+    run = _selecting(forward or batches.default_forward, outputs)
+    example = batches.slice_batch(subsets.calibration[0], 0, 2)
+    structure = analyse(model, (example,), forward=lambda m, batch: run(m, batch), checks=checks, seed=seed)
+    require_prunable(structure)
+    order = rank_units(model, structure, settings.criterion, subsets.calibration, run, seed)
+    bound = settings.bind(structure, order)
+    named = make_costs(structure, bound, costs, cost_batch)
+    limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
+    problem = _problem(bound, named, limits, start)
+    judge = _with_model(model, run, lambda f: resolve_metric(metric, subsets, f))
+    context = Context(model, structure, bound, subsets, judge, run)
+    chosen.prepare(context)
+    traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
+    found = f"{len(structure.groups)} groups of {int(structure.sizes.sum())} units can be pruned{traced}"
+    return Study(context, chosen, problem, named, wanted, limits, (found, judge.note, *subsets.notes))
+
+
+def _parse(budget: Any) -> Budget:
+    parsed = Budget.parse(budget)
+    if parsed.score_limits:
+        raise BudgetError(
+            f"budget '{parsed}' limits the score, which is not searched for yet; search under cost limits and choose "
+            f"with result.best('{parsed.score_limits[0]}')"
+        )
+    return parsed
+
+
+def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed: int) -> Subsets:
+    if data is not None:
+        return materialise(data, seed)
+    if metric not in ("auto", "agreement"):
+        raise DataError(f"metric {metric!r} needs data; pass data=, or metric='agreement' to compare with the model")
+    args, kwargs = example_inputs_of(model, example_inputs)
+    if args and kwargs:
+        raise DataError("example_inputs must be positional or keyword inputs, not both, when no data is given")
+    return synthetic(kwargs or (args if len(args) > 1 else args[0]), SYNTHETIC_SAMPLES, seed)
+
+
+def _selecting(forward: Forward, outputs: Any) -> Forward:
+    """Reduce what a model returns to the outputs that matter: by a function, a key or index, or several of these."""
+    if outputs is None:
+        return forward
+    if callable(outputs):
+        return lambda model, batch: outputs(forward(model, batch))
+    keys = [outputs] if isinstance(outputs, str | int) else list(outputs)
+    if len(keys) == 1:
+        return lambda model, batch: forward(model, batch)[keys[0]]
+
+    def select(model: nn.Module, batch: batches.Batch) -> tuple[Any, ...]:
+        made = forward(model, batch)
+        return tuple(made[key] for key in keys)
+
+    return select
+
+
+def _with_model(model: nn.Module, run: Forward, use: Callable[[Callable[[batches.Batch], Any]], Any]) -> Any:
+    """Call `use` with a forward of the model in evaluation mode, of which the user's model notices nothing."""
+    from autoprune.structure.trace import skeleton
+
+    copied = skeleton(model).eval()
+    with seeded(0), torch.no_grad():
+        return use(lambda batch: run(copied, batch))
+
+
+def _dense(space: SearchSpace) -> IntArray:
+    return np.zeros((1, len(space.sizes)), dtype=np.int64)
+
+
+def _problem(
+    space: SearchSpace, costs: Mapping[str, CostFunction], limits: Mapping[str, float], start: Sequence[Start]
+) -> Problem:
+    names = tuple(limits)
+
+    def limited(candidates: IntArray) -> FloatArray:
+        return np.column_stack([costs[name](candidates) for name in names])
+
+    problem = Problem(
+        sizes=space.sizes,
+        cost_names=names,
+        limits=np.array([limits[name] for name in names]),
+        cost_function=limited,
+        ordered=np.array([dimension.ordered for dimension in space.dimensions]),
+        canonical=space.canonical,
+    )
+    given = [candidate for item in start for candidate in candidates_of(item, space)]
+    seeds = [np.array(given, dtype=np.int64).reshape(-1, len(space.sizes)), uniform_seeds(problem, (1.0, 0.75, 0.5))]
+    return replace(problem, seeds=np.concatenate(seeds))
+
+
+def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
+    """Option indices of what a search is asked to begin from.
+
+    Raises:
+        ValueError: If it names a dimension or an option that the space does not have.
+    """
+    if isinstance(start, SearchResult):
+        return [candidate for trial in start.front for candidate in candidates_of(trial.decoded, space)]
+    if isinstance(start, Trial):
+        return candidates_of(start.decoded, space)
+    if not isinstance(start, Mapping):
+        return [[int(index) for index in start]]
+    unknown = set(start) - {dimension.name for dimension in space.dimensions}
+    if unknown:
+        raise ValueError(f"start names dimensions {sorted(unknown)} that the space does not have")
+    candidate = []
+    for dimension in space.dimensions:
+        option = start.get(dimension.name, dimension.options[0])
+        if option not in dimension.options:
+            raise ValueError(f"start[{dimension.name!r}] must be one of {dimension.options}, got {option!r}")
+        candidate.append(dimension.options.index(option))
+    return [candidate]

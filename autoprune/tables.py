@@ -1,0 +1,63 @@
+"""Results as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from autoprune.trials import Trial
+
+if TYPE_CHECKING:
+    from autoprune.result import SearchResult
+
+MOST_ROWS = 20
+
+
+def front_table(result: SearchResult) -> str:
+    """The front as a table that fits a terminal, with the dense model for comparison and what was noted."""
+    names = list(result.limits)
+    header = ["trial", *names, "of dense", result.metric, "95 % interval", "held out"]
+    shown = _spread(result.front, MOST_ROWS)
+    rows = [_row(result, trial, names) for trial in (*shown, result.dense)]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    rule = "  ".join("-" * width for width in widths)
+    failed = sum(trial.status == "failed" for trial in result.trials)
+    hidden = len(result.front) - len(shown)
+    foot = [
+        f"{len(result.trials)} trials in {result.seconds:.0f} s under {result.budget}"
+        + (f", {failed} failed" if failed else "")
+        + f"; {len(result.front)} on the front"
+        + (f", {hidden} between them not shown" if hidden else ""),
+        *result.notes,
+    ]
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *foot])
+
+
+def _spread(front: Sequence[Trial], most: int) -> list[Trial]:
+    """At most `most` trials, evenly spread, both ends included."""
+    if len(front) <= most:
+        return list(front)
+    picks = {round(i * (len(front) - 1) / (most - 1)) for i in range(most)}
+    return [trial for i, trial in enumerate(front) if i in picks]
+
+
+def _row(result: SearchResult, trial: Trial, names: Sequence[str]) -> list[str]:
+    first = names[0]
+    held_out = "" if trial.test_score is None else f"{trial.test_score:.4f}"
+    return [
+        "dense" if trial.id < 0 else str(trial.id),
+        *(engineering(trial.costs[name]) for name in names),
+        f"{trial.costs[first] / result.dense.costs[first]:.1%}",
+        f"{trial.score:.4f}",
+        f"{trial.interval[0]:.4f} to {trial.interval[1]:.4f}",
+        held_out,
+    ]
+
+
+def engineering(value: float) -> str:
+    """A cost with three digits and a decimal prefix, for example ``"1.23M"``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{prefix}" if value / factor < 999.5 else f"{value / factor:.0f}{prefix}"
+    return f"{value:.4g}"

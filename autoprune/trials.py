@@ -1,0 +1,116 @@
+"""Trials: candidates with what was measured of them, and the front among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from autoprune.pareto import non_dominated
+from autoprune.protocols import OK
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measurement of one candidate.
+
+    Attributes:
+        fidelity: How much data or training was used.
+        samples: Samples scored.
+        seconds: Wall time.
+        signal: Mean of what steers the search, lower is better; None if it failed.
+        signal_stderr: Its standard error; None if there is but one value.
+        metric: Mean of the metric, in its own direction; None if it failed.
+    """
+
+    fidelity: str
+    samples: int
+    seconds: float
+    signal: float | None
+    signal_stderr: float | None
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate with all that was measured of it.
+
+    Attributes:
+        id: Number in the order proposed; -1 for the dense model.
+        candidate: Option indices, length d.
+        decoded: What they mean: dimension name to option.
+        costs: Every cost by name, limited or not.
+        score: The metric on the validation samples, in its own direction; NaN if the trial failed.
+        interval: 95 % interval of the score over samples; NaN where it cannot be told.
+        signal: What steered the search, lower is better; breaks ties between equal scores.
+        status: ``"ok"``, ``"raced"``, ``"failed"`` or ``"pending"``.
+        reason: Why it failed.
+        test_score: The metric on held-out samples; None off the front. Reported, never used to choose.
+        evaluations: The measurements behind the score.
+    """
+
+    id: int
+    candidate: tuple[int, ...]
+    decoded: Mapping[str, Any]
+    costs: Mapping[str, float]
+    score: float
+    interval: tuple[float, float]
+    signal: float
+    status: str = OK
+    reason: str = ""
+    test_score: float | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; NaN becomes null."""
+        return {
+            **{name: getattr(self, name) for name in ("id", "status", "reason", "test_score")},
+            "candidate": list(self.candidate),
+            "decoded": dict(self.decoded),
+            "costs": dict(self.costs),
+            "score": none_if_nan(self.score),
+            "interval": [none_if_nan(end) for end in self.interval],
+            "signal": none_if_nan(self.signal),
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        """Restore what `to_json` wrote."""
+        low, high = (_or_nan(end) for end in data["interval"])
+        return cls(
+            **{name: data[name] for name in ("id", "status", "reason", "test_score", "decoded", "costs")},
+            candidate=tuple(data["candidate"]),
+            score=_or_nan(data["score"]),
+            interval=(low, high),
+            signal=_or_nan(data["signal"]),
+            evaluations=tuple(Evaluation(**evaluation) for evaluation in data["evaluations"]),
+        )
+
+
+def none_if_nan(value: float) -> float | None:
+    """What JSON and SQLite can hold."""
+    return None if math.isnan(value) else value
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def find_front(trials: Sequence[Trial], limited: Sequence[str], higher_is_better: bool) -> tuple[Trial, ...]:
+    """Trials that no other dominates, by the first limited cost.
+
+    Scores compare by the metric and, where that ties, as it often does on a few hundred samples, by the signal.
+    """
+    done = [trial for trial in trials if trial.status == OK]
+    if not done:
+        return ()
+    score = np.array([(-t.score if higher_is_better else t.score, t.signal) for t in done])
+    _, rank = np.unique(score, axis=0, return_inverse=True)
+    costs = np.array([[trial.costs[name] for name in limited] for trial in done])
+    keep = non_dominated(np.column_stack([rank.reshape(-1), costs]))
+    front = [trial for trial, kept in zip(done, keep, strict=True) if kept]
+    return tuple(sorted(front, key=lambda trial: (*(trial.costs[name] for name in limited), trial.id)))

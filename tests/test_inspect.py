@@ -1,0 +1,318 @@
+"""`inspect`: figures against models built and counted, the text, and the example inputs it runs on."""
+
+import json
+import re
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoprune.costs.inspection import Inspection, _human, inspect
+from autoprune.errors import UnsupportedModelError
+from autoprune.protocols import Pruning
+from autoprune.structure.examples import example_inputs_of, unwrap
+from tests.zoo import ZOO
+
+NAMES = ("vgg_bn", "resnet20_padded", "densenet", "mobilenet_v2", "shufflenet_v2", "mlp", "tied_autoencoder")
+
+
+@pytest.fixture(scope="module")
+def inspections() -> dict[str, Inspection]:
+    return {name: inspect(ZOO[name].build(), ZOO[name].inputs()) for name in NAMES}
+
+
+def small(inputs: int = 4, hidden: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 3))
+
+
+def counted(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, int]:
+    """MACs of one sample and parameters, found by PyTorch."""
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops() / 2 / len(inputs[0]), sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet20_padded", "mobilenet_v2", "densenet"])
+def test_shares_are_those_of_models_built_with_one_unit_left(name, inspections):
+    model, inputs, found = ZOO[name].build(), ZOO[name].inputs(), inspections[name]
+    macs, params = counted(model, inputs)
+    assert (found.dense["flops"], found.dense["params"]) == (macs, params)
+    for group in found.groups:
+        less = counted(found.structure.build(model, Pruning({group.name: (0,)})), inputs)
+        assert (group.flops_share, group.params_share) == pytest.approx((1 - less[0] / macs, 1 - less[1] / params))
+    everything = Pruning({group.name: (0,) for group in found.groups})
+    least = counted(found.structure.build(model, everything), inputs)
+    removable = found.removable["flops"], found.removable["params"]
+    assert removable == pytest.approx((1 - least[0] / macs, 1 - least[1] / params))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_group_reaches_more_than_all_and_all_reach_no_more_than_the_sum(name, inspections):
+    found = inspections[name]
+    for cost in ("flops", "params"):
+        shares = [getattr(group, f"{cost}_share") for group in found.groups]
+        assert 0 < max(shares) <= found.removable[cost] < 1
+        assert found.removable[cost] <= sum(shares) + 1e-12
+    assert 0 < found.removable["memory_bytes"] < 1
+
+
+def test_memory_is_stated_for_one_sample_whatever_the_batch():
+    model = small()
+    parameters = sum(p.numel() for p in model.parameters())
+    figures = [inspect(model, torch.ones(batch, 4)).dense["memory_bytes"] for batch in (2, 16)]
+    assert figures[0] == figures[1] == 4 * (parameters + 4 + 8 + 8)  # the input, then before and after the ReLU
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_fits_a_hundred_columns_and_names_each_group_with_its_units(name, inspections):
+    text = str(inspections[name])
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.isascii()
+    for group in inspections[name].groups:
+        assert re.search(rf"^  {re.escape(group.name)} +{group.units} +{group.layers} ", text, re.MULTILINE)
+
+
+def test_layers_are_the_modules_that_shrink_with_a_group():
+    bare = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).eval()
+    (group,) = inspect(bare, torch.ones(2, 3, 8, 8)).groups
+    assert (group.name, group.units, group.layers) == ("0", 8, 3)
+
+
+def test_frozen_parts_come_by_reason_largest_first_with_the_share_they_involve():
+    found = inspect(small(inputs=40), torch.ones(2, 40))
+    reads, returns = found.frozen
+    total = 40 * 8 + 8 + 8 * 3 + 3
+    assert "reads the model's input" in reads.reason
+    assert (reads.tensors, reads.params_share) == (("0.weight",), pytest.approx(320 / total))
+    assert (returns.reason, returns.tensors) == ("returned by the model", ("2.weight", "2.bias"))
+    assert returns.params_share == pytest.approx(27 / total)
+    assert "pass forward=" in returns.remedy
+    text = str(found)
+    assert text.index(reads.reason) < text.index(returns.reason)
+    assert returns.remedy in " ".join(text.split())
+
+
+def test_a_parameter_frozen_in_two_dimensions_counts_once():
+    (returns, reads) = inspect(nn.Linear(4, 3), torch.ones(2, 4)).frozen
+    assert (returns.params_share, reads.params_share) == (1.0, 0.8)
+
+    class Gram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + self.weight.sum(), self.weight
+
+    (part,) = inspect(Gram(), torch.ones(2, 4)).frozen
+    assert part.params_share == 1.0
+
+
+def test_only_the_three_largest_reasons_are_spelled_out(inspections):
+    found = inspections["resnet20_padded"]
+    assert len(found.frozen) == 4
+    text = " ".join(str(found).split())
+    assert all(part.reason in text for part in found.frozen[:3])
+    assert found.frozen[3].reason not in text
+    assert "... and 1 more reason: see .frozen" in text
+
+
+def test_a_long_list_of_groups_is_cut_short_in_the_text_only():
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(43)])
+    found = inspect(model, torch.ones(2, 4))
+    assert len(found.groups) == len(found.to_dict()["groups"]) == 42
+    text = str(found)
+    assert "... and 2 more" in text
+    assert "\n  39 " in text
+    assert "\n  40 " not in text
+
+
+def test_a_name_too_long_for_the_table_keeps_both_ends():
+    inner = nn.Sequential()
+    inner.add_module("first_" + "x" * 90 + "_last", nn.Linear(4, 4))
+    inner.add_module("head", nn.Linear(4, 3))
+    text = str(inspect(inner, torch.ones(2, 4)))
+    assert re.search(r"first_x+\.\.\.x+_last", text)
+    assert max(map(len, text.splitlines()[:9])) <= 100
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [(nn.Linear(4, 3), "returned by the model: weight, bias"), (nn.ReLU(), "has no parameters")]
+)
+def test_a_model_with_nothing_to_prune_is_told_why(model, why):
+    found = inspect(model, torch.ones(2, 4))
+    assert found.groups == ()
+    assert found.removable == {"flops": 0, "params": 0, "memory_bytes": 0}
+    assert f"{type(model).__name__}: nothing can be pruned" in str(found)
+    assert why in str(found)
+
+
+def test_forward_leaves_out_what_does_not_matter():
+    class Leaky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.unused = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.body(x).relu()
+            return self.head(hidden), hidden
+
+    leaky = inspect(Leaky(), torch.ones(2, 4))
+    assert not leaky.groups
+    assert leaky.untouched == {"unused.weight": 25, "unused.bias": 5}
+    assert "30 params that the forward pass did not read: unused.weight, unused.bias" in str(leaky)
+    freed = inspect(Leaky(), torch.ones(2, 4), forward=lambda model, x: model(x)[0])
+    assert [group.name for group in freed.groups] == ["body"]
+
+
+def test_a_trace_on_real_values_is_mentioned(inspections):
+    class Reads(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if x.sum().item() > 0 else 1)
+
+    found = inspect(Reads(*small()), torch.ones(2, 4))
+    assert found.to_dict()["traced_on"] == "cpu"
+    assert "real values (cpu)" in str(found)
+    assert "real values" not in str(inspections["mlp"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dictionary_survives_json(name, inspections):
+    data = inspections[name].to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert [group["name"] for group in data["groups"]] == [group.name for group in inspections[name].structure.groups]
+    assert {part["reason"] for part in data["frozen"]} == {part.reason for part in inspections[name].structure.frozen}
+
+
+def test_the_model_and_the_random_states_stay_and_nothing_is_printed(global_rng_untouched, capfd):
+    model = ZOO["vgg_bn"].build().train()
+    model[0].requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with global_rng_untouched():
+        str(inspect(model, ZOO["vgg_bn"].inputs()))
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.training
+    assert not model[0].weight.requires_grad
+    assert model[1].weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (12, "12"), (999, "999"), (1000, "1.00k"), (2_581_000, "2.58M"), (68_786, "68.8k"), (999_600, "1.00M")],
+)
+def test_numbers_are_written_with_three_digits(number, text):
+    assert _human(number) == text
+
+
+def test_errors_of_the_analysis_pass_through():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated, refusing it is not
+        scripted = torch.jit.script(nn.Linear(4, 3))
+    with pytest.raises(UnsupportedModelError, match="ScriptModule"):
+        inspect(scripted, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="checks must be"):
+        inspect(small(), torch.ones(2, 4), checks="off")
+
+
+def test_given_inputs_are_told_apart_by_type():
+    x, y = torch.ones(2, 4), torch.zeros(2)
+    model = small()
+    model.example_input_array = y  # what is given goes before what the model carries
+    assert example_inputs_of(model, x) == ((x,), {})
+    assert example_inputs_of(model, (x, y)) == ((x, y), {})
+    assert example_inputs_of(model, {"x": x}) == ((), {"x": x})
+    assert example_inputs_of(model, ()) == ((), {})
+
+
+@pytest.mark.parametrize("given", [[torch.ones(2, 4)], 3, {0: torch.ones(2, 4)}])
+def test_inputs_of_another_form_are_refused(given):
+    with pytest.raises(ValueError, match=rf"example_inputs must be a tensor, .* got {type(given).__name__}; .*\(x,\)"):
+        example_inputs_of(small(), given)
+
+
+def test_a_model_without_an_example_asks_for_one():
+    with pytest.raises(ValueError, match="example_inputs must be given, because Sequential carries no example"):
+        inspect(small())
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("example_input_array", torch.ones(2, 4)),
+        ("example_input_array", (torch.ones(2, 4),)),
+        ("example_input_array", {"input": torch.ones(2, 4)}),
+        ("dummy_inputs", torch.ones(2, 4)),
+        ("dummy_inputs", {"input": torch.ones(2, 4)}),
+        ("default_cfg", {"input_size": (4,)}),
+        ("pretrained_cfg", {"input_size": (4,), "url": ""}),
+    ],
+)
+def test_the_model_may_carry_its_own_example(attribute, value):
+    model = small()
+    setattr(model, attribute, value)
+    assert [group.name for group in inspect(model).groups] == ["0"]
+
+
+def test_an_example_drawn_from_noise_is_always_the_same_and_moves_no_random_state(global_rng_untouched):
+    class Drawn(nn.Sequential):
+        @property
+        def example_input_array(self) -> Tensor:
+            return torch.randn(2, 4)
+
+    sized = small().double()
+    sized.default_cfg = {"input_size": (3, 8, 8)}
+    with global_rng_untouched():
+        for model, shape in ((Drawn(*small()), (2, 4)), (sized, (2, 3, 8, 8))):
+            (first,), (second,) = example_inputs_of(model)[0], example_inputs_of(model)[0]
+            assert first.shape == shape
+            assert torch.equal(first, second)
+    assert first.dtype == torch.float64
+    assert first.std() > 0.5
+
+
+def test_dummy_inputs_that_are_not_the_main_input_are_passed_over():
+    model = small()
+    model.dummy_inputs = {"input_ids": torch.ones(2, 4, dtype=torch.int64)}
+    model.main_input_name = "pixel_values"
+    with pytest.raises(ValueError, match="example_inputs must be given"):
+        example_inputs_of(model)
+    model.main_input_name = "input_ids"
+    assert set(example_inputs_of(model)[1]) == {"input_ids"}
+
+
+def test_wrappers_are_looked_through():
+    model = small()
+    model.example_input_array = torch.ones(2, 4)
+    parallel = nn.DataParallel(model)
+    compiled = partial(torch.compile, backend="eager")
+    for wrapped in (model, parallel, compiled(model), compiled(parallel), nn.DataParallel(parallel)):
+        assert unwrap(wrapped) is model
+    assert inspect(compiled(parallel)).to_dict() == inspect(model).to_dict()
+
+
+def test_distributed_data_parallel_is_looked_through():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = small()
+        assert unwrap(nn.parallel.DistributedDataParallel(model)) is model
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_module_of_its_own_called_module_is_no_wrapper():
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = small()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x)
+
+    assert [group.name for group in inspect(Owner(), torch.ones(2, 4)).groups] == ["module.0"]
