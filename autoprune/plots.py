@@ -37,7 +37,9 @@ def plot_front(result: SearchResult, path: str | Path | None = None) -> Figure:
         line = "-" if len(result.limits) == 1 else ""
         axes.errorbar(x, y, yerr=bars, fmt=f"o{line}", color=FRONT, ms=4, lw=1.4, elinewidth=0.7, label="front (95 %)")
     axes.scatter([result.dense.costs[name]], [result.dense.score], marker="D", s=36, color="#111827", label="dense")
-    axes.axvline(limit, color=LIMIT, ls="--", lw=1, label=f"limit ({limit / result.dense.costs[name]:.0%} of dense)")
+    dense = result.dense.costs[name]
+    share = f" ({limit / dense:.0%} of dense)" if dense else ""
+    axes.axvline(limit, color=LIMIT, ls="--", lw=1, label=f"limit{share}")
     axes.set_xlabel(f"{name} ({UNITS[name]})" if name in UNITS else name)
     axes.set_ylabel(f"{result.metric} on validation data")
     axes.set_title(f"{result.budget}: {len(result.front)} networks on the front", fontsize=11, loc="left")

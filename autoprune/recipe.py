@@ -86,10 +86,10 @@ def load(path: str | Path, fresh_model: nn.Module) -> nn.Module:
     recipe, state = _read(Path(path))
     fresh_model = unwrap(fresh_model)
     edit = _edit(recipe, fresh_model, path)
-    module = build(fresh_model, edit)
     try:
+        module = build(fresh_model, edit)
         module.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, LookupError) as error:  # tensors that do not fit; modules or indices that do not exist
         raise RecipeError(f"{path} was not made for this {type(fresh_model).__name__}: {error}") from error
     setattr(module, ATTRIBUTE, recipe)
     return module
@@ -109,7 +109,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if metadata.get("format") != FORMAT:
         raise RecipeError(f"{path} is a safetensors file without an autoprune recipe; was it saved by another tool?")
     if metadata.get("version") != str(VERSION):
-        raise RecipeError(f"{path} has recipe version {metadata.get('version')}, and this autoprune reads {VERSION}")
+        raise RecipeError(
+            f"{path} has recipe version {metadata.get('version')}, and this autoprune reads {VERSION}: use the version "
+            "that wrote it"
+        )
     try:
         recipe = json.loads(metadata["recipe"])
         if not all(isinstance(recipe[key], dict) for key in ("slices", "groups", "dense_shapes")):

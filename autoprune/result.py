@@ -12,7 +12,7 @@ from torch import nn
 
 from autoprune.budget import Budget
 from autoprune.builders import Builder, SavedWeights, weights_file
-from autoprune.errors import InfeasibleBudgetError, RecipeError
+from autoprune.errors import BudgetError, InfeasibleBudgetError, RecipeError
 from autoprune.protocols import OK, SearchSpace
 from autoprune.recipe import save
 from autoprune.search_spaces import space_from_json
@@ -67,6 +67,7 @@ class SearchResult:
         cheapest trial that meets them.
 
         Raises:
+            BudgetError: If the budget cannot be read, or limits an unknown cost or another metric.
             InfeasibleBudgetError: If no trial is within it; the message names the nearest one.
         """
         done = [trial for trial in self.trials if trial.status == OK]
@@ -76,6 +77,9 @@ class SearchResult:
             return min(done, key=self._rank)
         wanted = Budget.parse(budget)
         limits = wanted.resolve(self.dense.costs)
+        for limit in wanted.score_limits:
+            if limit.name != self.metric:
+                raise BudgetError(f"budget limits {limit.name!r}, but this result was scored by {self.metric!r}")
         within = [t for t in done if self._excess(t, limits, wanted) <= 0]
         if not within:
             nearest = min(done, key=lambda t: self._excess(t, limits, wanted))

@@ -44,7 +44,7 @@ def search(
     trials: int = 200,
     max_seconds: float | None = None,
     seed: int = 0,
-    start: Sequence[Start] = (),
+    start: Start | Sequence[Start] = (),
     forward: Forward | None = None,
     example_inputs: Any = None,
     outputs: Any = None,
@@ -101,8 +101,10 @@ def search(
         >>> small = result.build()  # doctest: +SKIP
     """
     began = time.monotonic()
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
+    if not isinstance(trials, int) or trials < 1:
+        raise ValueError(f"trials must be an integer of at least 1, got {trials!r}")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     if max_seconds is not None and max_seconds <= 0:
         raise ValueError(f"max_seconds must be positive or None, got {max_seconds}")
     if resume:
@@ -249,11 +251,17 @@ def _result(study: Study, found: list[Trial], dense: Trial, stopped: str, second
     """Score the front once on held-out samples, and put everything together."""
     judge = study.context.judge
     front = find_front(found, tuple(study.limits), judge.higher_is_better)
-    tested = {trial.id: _tested(study, trial) for trial in front}
+    dense, tested = _tested(study, dense), {}
+    try:
+        for trial in front:
+            tested[trial.id] = _tested(study, trial)
+    except KeyboardInterrupt:
+        log.warning("interrupted; only %d of %d trials on the front have a test score", len(tested), len(front))
+        stopped = "interrupted"
     return SearchResult(
         trials=tuple(sorted((tested.get(trial.id, trial) for trial in found), key=lambda trial: trial.id)),
-        front=tuple(tested[trial.id] for trial in front),
-        dense=_tested(study, dense),
+        front=tuple(tested.get(trial.id, trial) for trial in front),
+        dense=dense,
         space=study.context.space,
         limits=dict(study.limits),
         budget=str(study.budget),

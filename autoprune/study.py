@@ -15,7 +15,7 @@ from autoprune.budget import Budget
 from autoprune.costs import CostFunction, make_costs
 from autoprune.criteria import rank_units
 from autoprune.data import Subsets, materialise, synthetic
-from autoprune.errors import BudgetError, DataError
+from autoprune.errors import BudgetError, DataError, UnsupportedModelError
 from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
@@ -25,6 +25,7 @@ from autoprune.search_spaces import Channels, make_space
 from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
 from autoprune.structure.examples import example_inputs_of, unwrap
+from autoprune.structure.slicing import Edit, Slicer
 from autoprune.trials import Trial
 
 Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
@@ -66,7 +67,7 @@ def prepare(
     space: str | Channels,
     evaluator: str | Evaluator,
     seed: int,
-    start: Sequence[Start],
+    start: Start | Sequence[Start],
     forward: Forward | None,
     example_inputs: Any,
     outputs: Any,
@@ -77,18 +78,20 @@ def prepare(
     """Trace, rank, fix the data and lay out the problem; the arguments are those of `autoprune.search`."""
     wanted, settings, chosen = _parse(budget), make_space(space), make_evaluator(evaluator)
     model = unwrap(model)
-    device = require_supported(model)
+    device = _device(model)
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
     run = _selecting(forward or batches.default_forward, outputs)
     example = batches.slice_batch(subsets.calibration[0], 0, 2)
     structure = analyse(model, (example,), forward=lambda m, batch: run(m, batch), checks=checks, seed=seed)
     require_prunable(structure)
-    order = rank_units(model, structure, settings.criterion, subsets.calibration, run, seed)
+    copied = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
+    with seeded(0):
+        order = rank_units(copied, structure, settings.criterion, subsets.calibration, run, seed)
+        judge = resolve_metric(metric, subsets, lambda batch: run(copied, batch))
     bound = settings.bind(structure, order)
     named = make_costs(structure, bound, costs, cost_batch)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     problem = _problem(bound, named, limits, start)
-    judge = _with_model(model, run, lambda f: resolve_metric(metric, subsets, f))
     context = Context(model, structure, bound, subsets, judge, run)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
@@ -106,14 +109,26 @@ def _parse(budget: Any) -> Budget:
     return parsed
 
 
+def _device(model: nn.Module) -> torch.device:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
+    device = require_supported(model)
+    if device.type == "meta":
+        raise UnsupportedModelError("model must hold values, but it is on the meta device; load its weights first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout is not torch.strided:
+            raise UnsupportedModelError(f"model must be dense, but {name!r} is {tensor.layout}; call .to_dense() on it")
+    return device
+
+
 def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed: int) -> Subsets:
     if data is not None:
         return materialise(data, seed)
     if metric not in ("auto", "agreement"):
         raise DataError(f"metric {metric!r} needs data; pass data=, or metric='agreement' to compare with the model")
     args, kwargs = example_inputs_of(model, example_inputs)
-    if args and kwargs:
-        raise DataError("example_inputs must be positional or keyword inputs, not both, when no data is given")
+    if not args and not kwargs:
+        raise DataError(f"example_inputs must hold at least one input, got {example_inputs!r}")
     return synthetic(kwargs or (args if len(args) > 1 else args[0]), SYNTHETIC_SAMPLES, seed)
 
 
@@ -123,24 +138,24 @@ def _selecting(forward: Forward, outputs: Any) -> Forward:
         return forward
     if callable(outputs):
         return lambda model, batch: outputs(forward(model, batch))
-    keys = [outputs] if isinstance(outputs, str | int) else list(outputs)
-    if len(keys) == 1:
-        return lambda model, batch: forward(model, batch)[keys[0]]
+    if isinstance(outputs, str | int):
+        return lambda model, batch: _selected(forward(model, batch), outputs)
 
     def select(model: nn.Module, batch: batches.Batch) -> tuple[Any, ...]:
         made = forward(model, batch)
-        return tuple(made[key] for key in keys)
+        return tuple(_selected(made, key) for key in outputs)
 
     return select
 
 
-def _with_model(model: nn.Module, run: Forward, use: Callable[[Callable[[batches.Batch], Any]], Any]) -> Any:
-    """Call `use` with a forward of the model in evaluation mode, of which the user's model notices nothing."""
-    from autoprune.structure.trace import skeleton
-
-    copied = skeleton(model).eval()
-    with seeded(0), torch.no_grad():
-        return use(lambda batch: run(copied, batch))
+def _selected(made: Any, key: str | int) -> Any:
+    try:
+        if isinstance(made, torch.Tensor):
+            raise TypeError("a tensor is one output, and an index would select a sample")
+        return made[key]
+    except (KeyError, IndexError, TypeError) as error:
+        names = list(made) if isinstance(made, Mapping) else type(made).__name__
+        raise ValueError(f"outputs must select from what the model returns ({names}), got {key!r}: {error}") from error
 
 
 def _dense(space: SearchSpace) -> IntArray:
@@ -148,7 +163,7 @@ def _dense(space: SearchSpace) -> IntArray:
 
 
 def _problem(
-    space: SearchSpace, costs: Mapping[str, CostFunction], limits: Mapping[str, float], start: Sequence[Start]
+    space: SearchSpace, costs: Mapping[str, CostFunction], limits: Mapping[str, float], start: Start | Sequence[Start]
 ) -> Problem:
     names = tuple(limits)
 
@@ -163,7 +178,8 @@ def _problem(
         ordered=np.array([dimension.ordered for dimension in space.dimensions]),
         canonical=space.canonical,
     )
-    given = [candidate for item in start for candidate in candidates_of(item, space)]
+    items = [start] if isinstance(start, SearchResult | Trial | Mapping) else list[Any](start)
+    given = [candidate for item in items for candidate in candidates_of(item, space)]
     seeds = [np.array(given, dtype=np.int64).reshape(-1, len(space.sizes)), uniform_seeds(problem, (1.0, 0.75, 0.5))]
     return replace(problem, seeds=np.concatenate(seeds))
 
@@ -179,10 +195,17 @@ def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
     if isinstance(start, Trial):
         return candidates_of(start.decoded, space)
     if not isinstance(start, Mapping):
+        sizes = space.sizes.tolist()
+        if np.shape(start) != (len(sizes),) or not all(0 <= i < n for i, n in zip(start, sizes, strict=True)):
+            raise ValueError(
+                f"start must hold results, trials, dictionaries of {{dimension: option}}, or lists of option indices "
+                f"below {sizes}, got {start!r}"
+            )
         return [[int(index) for index in start]]
     unknown = set(start) - {dimension.name for dimension in space.dimensions}
     if unknown:
-        raise ValueError(f"start names dimensions {sorted(unknown)} that the space does not have")
+        known = ", ".join(dimension.name for dimension in space.dimensions)
+        raise ValueError(f"start must name dimensions of the space ({known}), got {sorted(unknown)}")
     candidate = []
     for dimension in space.dimensions:
         option = start.get(dimension.name, dimension.options[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from autoprune.trials import Trial
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from autoprune.result import SearchResult
 
 MOST_ROWS = 20
+WIDTH = 100
 
 
 def front_table(result: SearchResult) -> str:
@@ -29,7 +31,7 @@ def front_table(result: SearchResult) -> str:
         + (f", {failed} failed" if failed else "")
         + f"; {len(result.front)} on the front"
         + (f", {hidden} between them not shown" if hidden else ""),
-        *result.notes,
+        *(line for note in result.notes for line in wrap(note, WIDTH, subsequent_indent="  ")),
     ]
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *foot])
 
@@ -43,12 +45,12 @@ def _spread(front: Sequence[Trial], most: int) -> list[Trial]:
 
 
 def _row(result: SearchResult, trial: Trial, names: Sequence[str]) -> list[str]:
-    first = names[0]
+    cost, dense = trial.costs[names[0]], result.dense.costs[names[0]]
     held_out = "" if trial.test_score is None else f"{trial.test_score:.4f}"
     return [
         "dense" if trial.id < 0 else str(trial.id),
         *(engineering(trial.costs[name]) for name in names),
-        f"{trial.costs[first] / result.dense.costs[first]:.1%}",
+        f"{cost / dense:.1%}" if dense else "",
         f"{trial.score:.4f}",
         f"{trial.interval[0]:.4f} to {trial.interval[1]:.4f}",
         held_out,

@@ -15,13 +15,13 @@ def make_evaluator(spec: str | Evaluator) -> Evaluator:
     """Make the evaluator meant by a name, or take one already made.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If it is an unknown name, or no evaluator.
     """
-    if not isinstance(spec, str):
-        return spec
-    if spec not in EVALUATORS:
-        raise ValueError(f"evaluator must be one of {sorted(EVALUATORS)} or an Evaluator, got {spec!r}")
-    return EVALUATORS[spec]()
+    if isinstance(spec, str) and spec in EVALUATORS:
+        return EVALUATORS[spec]()
+    if isinstance(spec, str | type) or not hasattr(spec, "evaluate"):
+        raise ValueError(f"evaluator must be one of {sorted(EVALUATORS)} or an Evaluator instance, got {spec!r}")
+    return spec
 
 
 __all__ = ["EVALUATORS", "AdaptiveBN", "Context", "Evaluator", "Forward", "make_evaluator"]

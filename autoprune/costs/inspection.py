@@ -207,7 +207,7 @@ def inspect(
             GroupShare(group.name, group.size, _layers(group), shares["flops"][i], shares["params"][i])
             for i, group in enumerate(groups)
         ),
-        frozen=_frozen(structure, parameters, table["params"][-2]),
+        frozen=_frozen(structure, parameters, float(table["params"][-2])),
         untouched={name: parameters[name].numel() for name in structure.untouched},
     )
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.structure.structure import Structure
@@ -47,7 +46,7 @@ class StructuralCosts:
         return self._blocks(self._macs, widths) / self._batch
 
     def params(self, widths: FloatArray) -> FloatArray:
-        """Elements of the parameters that the forward pass reads, shared ones counted once, shape (n,)."""
+        """Elements of the parameters, shared ones counted once, shape (n,)."""
         return self._blocks(self._params, widths)
 
     def memory_bytes(self, widths: FloatArray) -> FloatArray:
@@ -101,10 +100,9 @@ def _products(products: Products, sizes: FloatArray) -> FloatArray:
 
 def _activations(terms: Terms) -> tuple[Products, FloatArray]:
     """Distinct activation sizes, and how many of each are alive at each moment that can be the peak."""
-    born, died = terms.born[:, None], terms.died[:, None]
-    moments = np.arange(int(terms.died.max(initial=0)))[None, :]
-    alive = (born <= moments) & (moments <= died - 1) | (born == moments)
-    alive = alive[:, _maximal_columns(alive)]
+    died = np.maximum(terms.died, terms.born + 1)  # what is never kept still exists while it is made
+    moments = _peaks(terms.born, died)
+    alive = (terms.born[:, None] <= moments) & (moments < died[:, None])
     keys = np.column_stack([terms.activation_bytes.coefficients, terms.activation_bytes.factors])
     distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
     count = np.zeros((len(distinct), alive.shape[1]))
@@ -112,14 +110,15 @@ def _activations(terms: Terms) -> tuple[Products, FloatArray]:
     return Products(distinct[:, 0], distinct[:, 1:].astype(np.int64)), count
 
 
-def _maximal_columns(alive: NDArray[np.bool_]) -> list[int]:
-    """Moments whose living tensors are not all alive at another moment too."""
-    kept: list[int] = []
-    for moment in np.argsort(-alive.sum(axis=0), kind="stable").tolist():
-        column = alive[:, moment]
-        if not any((alive[:, other] >= column).all() for other in kept):
-            kept.append(moment)
-    return kept or [0]
+def _peaks(born: IntArray, died: IntArray) -> IntArray:
+    """Moments that can be the peak: something goes after them, and something came since the last such moment."""
+    last, peaks = -2, []
+    births = np.unique(born)
+    for death in np.unique(died).tolist():
+        if births[np.searchsorted(births, death) - 1] > last:
+            peaks.append(death - 1)
+            last = death - 1
+    return np.array(peaks or [0], dtype=np.int64)
 
 
 def make_costs(

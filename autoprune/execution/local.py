@@ -86,10 +86,10 @@ def make_executor(spec: str | Executor) -> Executor:
     """Make the executor meant by a name, or take one already made.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If it is an unknown name, or no executor.
     """
-    if not isinstance(spec, str):
-        return spec
-    if spec not in EXECUTORS:
-        raise ValueError(f"executor must be one of {sorted(EXECUTORS)} or an Executor, got {spec!r}")
-    return EXECUTORS[spec]()
+    if isinstance(spec, str) and spec in EXECUTORS:
+        return EXECUTORS[spec]()
+    if isinstance(spec, str | type) or not hasattr(spec, "submit"):
+        raise ValueError(f"executor must be one of {sorted(EXECUTORS)} or an Executor instance, got {spec!r}")
+    return spec

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_map
 from autoprune.errors import NothingToPruneError, StructureCheckError, UnsupportedModelError
 from autoprune.sources import seeded
 from autoprune.structure.checks import Checker, Example
-from autoprune.structure.propagate import INNER, OUTER, Propagation, propagate
+from autoprune.structure.propagate import Propagation, propagate
 from autoprune.structure.structure import Structure, assemble
 from autoprune.structure.trace import Forward, Record, trace
 from autoprune.structure.units import Units, find_units
 
 SITES_TRIED = 32
-"""Ambiguous sites that are flipped one by one; beyond, all sites of one operation are flipped together."""
+"""Most ambiguous sites that are changed one by one; where there are more, only together with their like."""
 
 
 def analyse(
@@ -103,33 +103,52 @@ def require_supported(model: nn.Module) -> torch.device:
 
 
 def best_choices(record: Record) -> tuple[Propagation, Units]:
-    """Propagate, trying the other choice at ambiguous sites while more parameters become removable."""
+    """Propagate, trying other choices at ambiguous sites while more parameters come into reach.
+
+    Sites of one operation change together first, because a shuffle needs them all; then those of equal shapes, as in
+    repeated blocks; then, where there are few, each alone.
+    """
     best = propagate(record)
     units = find_units(best)
-    score = removable(best, units)
-    by_rule: dict[str, list[int]] = {}
-    for site in best.sites:
-        by_rule.setdefault(record.ops[site].name, []).append(site)
-    trials = [*by_rule.values(), *([[site] for site in best.sites] if len(best.sites) <= SITES_TRIED else [])]
-    for sites in trials:
-        flipped = {site: INNER if best.sites.get(site, OUTER) == OUTER else OUTER for site in sites}
-        flow = propagate(record, {**best.sites, **flipped})
-        found = find_units(flow)
-        if (more := removable(flow, found)) > score:
-            best, units, score = flow, found, more
+    score = covered(best, units)
+    for sites in _site_sets(best):
+        for choice in range(max(best.factors.get(site, 0) for site in sites)):
+            # A site may appear or vanish with the choices at others.
+            changed = {site: choice for site in sites if best.sites.get(site, choice) != choice < best.factors[site]}
+            if changed:
+                flow = propagate(record, {**best.sites, **changed})
+                found = find_units(flow)
+                if (more := covered(flow, found)) > score:
+                    best, units, score = flow, found, more
     return best, units
 
 
-def removable(flow: Propagation, units: Units) -> int:
-    """Parameters that go when every group keeps a single unit, each dimension counted for itself."""
+def _site_sets(flow: Propagation) -> list[list[int]]:
+    by_rule: dict[str, list[int]] = {}
+    by_shape: dict[tuple[object, ...], list[int]] = {}
+    for site in flow.sites:
+        op = flow.record.ops[site]
+        shapes = tuple(flow.record.values[value].shape for value in (*op.inputs(), *op.results()))
+        by_rule.setdefault(op.name, []).append(site)
+        by_shape.setdefault((op.name, *shapes), []).append(site)
+    alone = [[site] for site in flow.sites] if len(flow.sites) <= SITES_TRIED else []
+    sets = [*by_rule.values(), *by_shape.values(), *alone]
+    return [sites for i, sites in enumerate(sets) if sites not in sets[:i]]
+
+
+def covered(flow: Propagation, units: Units) -> int:
+    """Parameters in reach of a group, each dimension counted for itself.
+
+    Coverage, not what could be removed, because the latter would prefer the finer units inside attention heads to the
+    heads, and so change the scale of their products.
+    """
     shapes = {value.name: value.shape for value in flow.record.values if value.kind == "parameter"}
     total = 0
     for group in units.groups:
         for slot in group.slots:
             if slot.tensor in shapes:
                 shape = shapes[slot.tensor]
-                numel = int(torch.Size(shape).numel())
-                total += (group.size - 1) * slot.indices.shape[1] * numel // shape[slot.dim]
+                total += slot.indices.size * int(torch.Size(shape).numel()) // shape[slot.dim]
     return total
 
 

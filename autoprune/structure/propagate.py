@@ -22,8 +22,8 @@ Labels = IntArray | None
 Dims = list[Labels]
 """Labels of one tensor, one entry a dimension."""
 
-OUTER = "outer"
-INNER = "inner"
+OUTER = 0
+INNER = 1
 FIXED: IntArray = np.zeros(1, dtype=np.int64)
 """Label 0: an index that stays."""
 
@@ -51,17 +51,21 @@ class Propagation:
     """Labels of every value, and the joins and freezes between them.
 
     Attributes:
-        choices: For an ambiguous site (operation index), ``"outer"`` or ``"inner"``: which factor of a product
-            dimension carries the units. Sites not named follow the rule's default.
-        sites: The sites met and the choice taken at each.
+        choices: For an ambiguous site (operation index), which factor of a product dimension carries the units,
+            counted from the outermost. Sites not named follow the rule's default.
+        sites: The sites met, with the choice taken at each.
+        factors: Number of choices at each site.
+        read: Values that an operation reads or the model returns.
     """
 
     record: Record
-    choices: Mapping[int, str] = field(default_factory=dict)
+    choices: Mapping[int, int] = field(default_factory=dict)
     labels: dict[int, Dims] = field(default_factory=dict)
     edges: list[Edge] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
-    sites: dict[int, str] = field(default_factory=dict)
+    sites: dict[int, int] = field(default_factory=dict)
+    factors: dict[int, int] = field(default_factory=dict)
+    read: frozenset[int] = frozenset()
     count: int = 1
 
     def fresh(self, size: int) -> Labels:
@@ -85,6 +89,10 @@ class Propagation:
         if a is None or b is None:
             self.freeze(op, b if a is None else a, f"tied to a fixed dimension by {op.where()}")
             return None
+        if len(a) != len(b):
+            for labels in (a, b):
+                self.freeze(op, labels, f"tied to a dimension of another size by {op.where()}")
+            return None
         if a is not b:
             self.edges.append(Edge(op.index, a, b))
         return a
@@ -101,17 +109,22 @@ class Propagation:
             self.edges.append(Edge(op.index, first, np.ascontiguousarray(grid[:, column])))
         return first
 
-    def choose(self, op: Op, default: str) -> str:
+    def choose(self, op: Op, default: int, factors: int = 2) -> int:
         """Take the choice for an ambiguous site, and remember that it is one."""
+        self.factors[op.index] = factors
         self.sites[op.index] = self.choices.get(op.index, default)
         return self.sites[op.index]
 
 
-def propagate(record: Record, choices: Mapping[int, str] | None = None) -> Propagation:
+def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propagation:
     """Apply the rule of every operation in turn, then freeze what reaches the outputs."""
     from autoprune.structure.rules import rule_of
 
     flow = Propagation(record, choices or {})
+    flow.read = frozenset((*(value for op in record.ops for value in op.inputs()), *record.outputs))
+    for i, known in enumerate(record.values):
+        if known.name and i not in flow.read:
+            flow.labels[i] = [None] * len(known.shape)  # nothing says what may go, so all of it stays
     for op in record.ops:
         apply = rule_of(op)
         if apply is None:

@@ -74,13 +74,15 @@ class Replay:
         return tensor
 
     def mask(self, value: int, tensor: Tensor) -> Tensor:
-        """Zero what is gone in a dense tensor."""
+        """Zero what is gone in a dense tensor, in place where its elements are distinct, so that views see it."""
+        overlapping = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
         for dim, index in enumerate(self.alive(value)):
             if index is not None:
                 hole = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
                 hole[torch.from_numpy(index).to(tensor.device)] = True
                 shape = [-1 if axis == dim else 1 for axis in range(tensor.ndim)]
-                tensor = tensor.masked_fill(~hole.view(shape), 0)
+                gone = ~hole.view(shape)
+                tensor = tensor.masked_fill(gone, 0) if overlapping else tensor.masked_fill_(gone, 0)
         return tensor
 
     def scatter(self, value: int, tensor: Tensor) -> Tensor:
@@ -129,11 +131,11 @@ class Replay:
         given = dict(zip(self.record.inputs, inputs, strict=True))
         for i, value in enumerate(self.record.values):
             if value.name:
-                env[i] = prepare(i, tensors[value.name].detach())
+                env[i] = prepare(i, tensors[value.name].detach().clone())
             elif value.kind == "input":
                 env[i] = given[i].clone()
             elif value.tensor is not None:
-                env[i] = value.tensor
+                env[i] = value.tensor.clone()
         last = self._last_use()
         with torch.no_grad():
             for op in self.record.ops:
@@ -175,6 +177,12 @@ def resized_arguments(op: Op, replay: Replay) -> dict[str, Any]:
 def _view(op: Op, replay: Replay) -> dict[str, Any]:
     name = next(n for n in ("size", "shape") if n in op.args)
     return {name: list(replay.shape(op.results()[0]))}
+
+
+def _repeat(op: Op, replay: Replay) -> dict[str, Any]:
+    new, old = replay.shape(op.results()[0]), replay.shape(op.args["self"].id)
+    lead = (1,) * (len(new) - len(old))
+    return {"repeats": [wide // narrow for wide, narrow in zip(new, (*lead, *old), strict=True)]}
 
 
 def _split(op: Op, replay: Replay) -> dict[str, Any]:
@@ -224,6 +232,7 @@ RESIZE: dict[str, Resize] = {
     **dict.fromkeys(["zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"], _view),
     **dict.fromkeys(["rand", "randn"], _view),
     **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "split_copy"], _split),
+    "repeat": _repeat,
     "slice": _slice,
     "select": _select,
     "convolution": _groups,

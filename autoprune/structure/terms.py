@@ -84,16 +84,25 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
     params, state, activations = [], [], []
     born, died = [], []
     read = {i for op in record.ops for i in op.inputs()}
+    last: dict[int, int] = {}
+    for value in record.values:
+        last[value.base] = max(value.died, last.get(value.base, 0))
+    dropped = {  # the CPU makes no statistics in evaluation mode, other devices drop them at once
+        value
+        for op in record.ops
+        if op.name.endswith(("batch_norm", "no_training")) and not op.args.get("training")
+        for value in op.results()[1:]
+    }
     for i, value in enumerate(record.values):
         bytes_each = value.dtype.itemsize
         if value.kind in ("parameter", "buffer"):
             state.append(build.whole(bytes_each, i))
             if value.kind == "parameter":
                 params.append(build.whole(1, i))
-        elif value.base == i and (value.kind == "result" or (value.kind == "input" and i in read)):
+        elif value.base == i and i not in dropped and (value.kind == "result" or (value.kind == "input" and i in read)):
             activations.append(build.whole(bytes_each, i))
             born.append(value.born)
-            died.append(max(v.died for v in record.values if v.base == i))
+            died.append(last[i])
     return Terms(
         sizes=np.array(list(build.rows), dtype=np.int64),
         macs=_products(_merge(macs)),

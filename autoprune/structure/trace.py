@@ -256,7 +256,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's,
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        before = {id(t): tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        read = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        reshaped = torch.Tag.inplace_view in func.tags  # transpose_ and the like: the same object, other dimensions
         bound = _bind(func, args, kwargs)
         refs = {name: tree_map(self._ref, value) for name, value in bound.items()}
         storages = {
@@ -268,7 +269,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's,
         def result(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            if before.get(id(leaf)) == tuple(leaf.shape):
+            if id(leaf) in read and not reshaped:
                 return Ref(self.lookup(leaf))  # in place: the same value, with the same labels
             owner = storages.get(leaf.untyped_storage()._cdata)
             base = None if owner is None else self.record.values[owner].base

@@ -122,8 +122,9 @@ def find_units(flow: Propagation, exclude: Mapping[str, str] | None = None) -> U
     members = _members(flow, component, reasons)
     groups: list[tuple[str, IntArray]] = []
     names: dict[str, int] = defaultdict(int)
+    firsts, owners = _producers(flow)
     for units in sorted(members, key=lambda units: int(units[0])):
-        base = _producer(flow, component, units)
+        base = owners[int(np.searchsorted(firsts, units[0], side="right")) - 1]
         names[base] += 1
         name = base if names[base] == 1 else f"{base}~{names[base]}"
         reason = "it is the only unit of its group" if len(units) == 1 else (exclude or {}).get(name)
@@ -138,7 +139,8 @@ def find_units(flow: Propagation, exclude: Mapping[str, str] | None = None) -> U
         offset += len(units)
     group_of = np.repeat(np.arange(len(groups), dtype=np.int64), [len(units) for _, units in groups])
     unit_of = unit_of_component[component]
-    made = tuple(_group(flow, unit_of, name, int(unit_of_component[units[0]]), len(units)) for name, units in groups)
+    slots = _slots(flow, unit_of, group_of, [len(units) for _, units in groups])
+    made = tuple(Group(name, len(units), tuple(own)) for (name, units), own in zip(groups, slots, strict=True))
     return Units(made, tuple(_frozen(flow, component, unit_of, reasons)), unit_of, group_of)
 
 
@@ -209,7 +211,7 @@ def _dimensions(flow: Propagation) -> Iterable[tuple[int, IntArray]]:
                 yield value, labels
 
 
-def _parameter_dimensions(flow: Propagation) -> Iterable[tuple[str, int, IntArray]]:
+def _named_dimensions(flow: Propagation) -> Iterable[tuple[str, int, IntArray]]:
     for value, dims in flow.labels.items():
         if flow.record.values[value].name:
             for dim, labels in enumerate(dims):
@@ -217,28 +219,32 @@ def _parameter_dimensions(flow: Propagation) -> Iterable[tuple[str, int, IntArra
                     yield flow.record.values[value].name, dim, labels
 
 
-def _producer(flow: Propagation, component: IntArray, units: IntArray) -> str:
-    """Module that owns the parameter dimension with the smallest label of the first unit."""
-    for name, _, labels in _parameter_dimensions(flow):
-        if labels[0] <= units[0] <= labels[-1]:
-            return name.rpartition(".")[0] or name
-    return next(n for n, _, labels in _parameter_dimensions(flow) if (component[labels] == units[0]).any())
+def _producers(flow: Propagation) -> tuple[IntArray, list[str]]:
+    """First label of each parameter dimension, ascending, and the module that owns it."""
+    found = sorted((int(labels[0]), name.rpartition(".")[0] or name) for name, _, labels in _named_dimensions(flow))
+    return np.array([first for first, _ in found], dtype=np.int64), [owner for _, owner in found]
 
 
-def _group(flow: Propagation, unit_of: IntArray, name: str, first: int, size: int) -> Group:
-    slots = []
-    for tensor, dim, labels in _parameter_dimensions(flow):
+def _slots(flow: Propagation, unit_of: IntArray, group_of: IntArray, sizes: list[int]) -> list[list[Slot]]:
+    """Slots of each group, from one pass over the parameters."""
+    slots: list[list[Slot]] = [[] for _ in sizes]
+    for tensor, dim, labels in _named_dimensions(flow):
         units = unit_of[labels]
-        indices = np.flatnonzero((units >= first) & (units < first + size))
-        if len(indices):
-            order = np.argsort(units[indices], kind="stable")
-            slots.append(Slot(tensor, dim, indices[order].reshape(size, -1).astype(np.int64)))
-    return Group(name, size, tuple(slots))
+        moving = np.flatnonzero(units >= 0)
+        order = moving[np.argsort(units[moving], kind="stable")]
+        groups = group_of[units[order]]
+        for part in np.split(order, np.flatnonzero(np.diff(groups)) + 1) if len(order) else ():
+            group = int(group_of[units[part[0]]])
+            slots[group].append(Slot(tensor, dim, part.reshape(sizes[group], -1).astype(np.int64)))
+    return slots
 
 
-def _frozen(flow: Propagation, component: IntArray, unit_of: IntArray, reasons: Mapping[int, str]) -> Iterable[Frozen]:
-    for tensor, dim, labels in _parameter_dimensions(flow):
-        if flow.record.values[flow.record.named()[tensor]].kind != "parameter":
+def _frozen(
+    flow: Propagation, component: IntArray, unit_of: IntArray, reasons: Mapping[int, str]
+) -> Iterable[Frozen]:
+    kinds = {value.name: value.kind for value in flow.record.values}
+    for tensor, dim, labels in _named_dimensions(flow):
+        if kinds[tensor] != "parameter":
             continue
         stuck = component[labels[unit_of[labels] < 0]]
         by_reason: dict[str, int] = defaultdict(int)

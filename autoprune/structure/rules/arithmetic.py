@@ -96,7 +96,8 @@ def reduction(flow: Propagation, op: Op) -> list[Dims]:
     axes = op.args.get("dim")
     axes = range(len(dims)) if axes is None or axes == [] else [axes] if isinstance(axes, int) else axes
     reduced = {axis % len(dims) for axis in axes} if dims else set()
-    if op.name in ("argmax", "argmin") or (op.name in ("max", "min") and len(op.results()) == 2):
+    positions = {"argmax": 0, "argmin": 0, "max": 1, "min": 1}.get(op.name, len(op.results()))
+    if not flow.read.isdisjoint(op.results()[positions:]):
         for axis in reduced:
             flow.freeze(op, dims[axis], f"positions are returned by {op.where()}")
     keep = bool(op.args.get("keepdim", False))
@@ -104,7 +105,7 @@ def reduction(flow: Propagation, op: Op) -> list[Dims]:
     return [out for _ in op.results()]
 
 
-@rule("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot", "linear")
+@rule("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "linear")
 def contraction(flow: Propagation, op: Op) -> list[Dims]:
     """Matrix products: join the contracted dimensions; rows and columns pass."""
     names = {

@@ -14,8 +14,8 @@ from autoprune.structure.trace import Op, Ref
 def convolution(flow: Propagation, op: Op) -> list[Dims]:
     """Join input channels with the weight's, output channels pass.
 
-    A grouped convolution is a site: ``"outer"`` removes whole groups, input and output channels together;
-    ``"inner"`` removes the i-th channel of every group. The default has the more units.
+    A grouped convolution is a site: ``OUTER`` removes whole groups, input and output channels together;
+    ``INNER`` removes the i-th channel of every group. The default has the more units.
     """
     data, weight = flow.of(op.args["input"].id), flow.of(op.args["weight"].id)
     for labels in data[2:]:
@@ -38,9 +38,10 @@ def _grouped(flow: Propagation, op: Op, data: Labels, weight: Dims, groups: int,
     inputs, outputs = (_width(flow, op, side) for side in ("input", "output"))
     source = np.arange(inputs).reshape(groups, -1)
     target = np.arange(outputs).reshape(groups, -1)
-    if data is None:
-        flow.freeze(op, weight[0], f"reads the model's input or another fixed dimension in {op.where()}")
-        flow.freeze(op, weight[1], f"reads the model's input or another fixed dimension in {op.where()}")
+    if data is None or weight[0] is None:
+        flow.freeze(op, data, f"tied to a fixed weight by {op.where()}")
+        for labels in weight[:2]:
+            flow.freeze(op, labels, f"reads the model's input or another fixed dimension in {op.where()}")
         return None
     default = OUTER if groups >= source.shape[1] else INNER
     choice = default if source.shape[1] == 1 else flow.choose(op, default)
@@ -51,14 +52,12 @@ def _grouped(flow: Propagation, op: Op, data: Labels, weight: Dims, groups: int,
         if transposed:
             contract(flow, op, data, rows)
             return np.repeat(kept, target.shape[1])
-        assert rows is not None  # as many rows as groups, at least
         return flow.join(op, rows, np.repeat(kept, target.shape[1]))
     kept = flow.tie(op, data[source].T)
     if transposed:
         contract(flow, op, data, rows)
         return None if columns is None else np.tile(columns, groups)
     contract(flow, op, kept, columns)
-    assert rows is not None
     flow.tie(op, rows[target].T)
     return rows
 
@@ -96,7 +95,7 @@ def layer_norm(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("native_group_norm", "group_norm")
 def group_norm(flow: Propagation, op: Op) -> list[Dims]:
-    """A site like a grouped convolution: whole groups (``"outer"``) or the i-th channel of every group."""
+    """A site like a grouped convolution: whole groups (``OUTER``) or the i-th channel of every group."""
     out = list(flow.of(op.args["input"].id))
     channels = out[1]
     if channels is not None:

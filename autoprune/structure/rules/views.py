@@ -27,6 +27,10 @@ def view(flow: Propagation, op: Op) -> list[Dims]:
     """Match runs of old and new dimensions with equal products; inside a run merge, then split."""
     dims, old = _source(flow, op)
     new = _shape(flow, op)
+    if prod(old) != prod(new) or not prod(old):  # a view as another dtype, or of nothing: no run matches
+        for labels in dims:
+            flow.freeze(op, labels, f"reinterpreted by {op.where()}")
+        return [[None] * len(new)]
     out: Dims = []
     for (i, j), (k, m) in matching_runs(old, new):
         if old[i:j] == new[k:m]:
@@ -79,7 +83,7 @@ def _split(flow: Propagation, op: Op, labels: Labels, shape: tuple[int, ...]) ->
     grid = labels.reshape(shape)
     axis = next((a for a in wide if _depends_only_on(grid, a)), None)
     if axis is None:
-        axis = wide[0] if flow.choose(op, OUTER) == OUTER else wide[-1]
+        axis = wide[flow.choose(op, OUTER, len(wide))]
     out[axis] = flow.tie(op, np.moveaxis(grid, axis, 0).reshape(shape[axis], -1))
     return out
 
@@ -184,6 +188,8 @@ def slice_(flow: Propagation, op: Op) -> list[Dims]:
     taken = out[axis]
     if taken is not None:
         begin, end, step = _range(op, shape[axis])
+        if step != 1:
+            flow.freeze(op, taken, f"every {step}th position is taken by {op.where()}")
         out[axis] = np.ascontiguousarray(taken[begin:end:step])
     return [out]
 
@@ -209,6 +215,17 @@ def split(flow: Propagation, op: Op) -> list[Dims]:
     if len(set(sizes)) == 1:
         flow.tie(op, np.stack(parts, axis=1))
     return [[part if i == axis else other for i, other in enumerate(dims)] for part in parts]
+
+
+@rule("glu")
+def glu(flow: Propagation, op: Op) -> list[Dims]:
+    """Gate one half of a dimension by the other: the i-th unit of both goes together."""
+    out = list(_source(flow, op)[0])
+    axis = op.args["dim"] % len(out)
+    labels = out[axis]
+    if labels is not None:
+        out[axis] = flow.tie(op, labels.reshape(2, -1).T)
+    return [out]
 
 
 @rule("unbind", "unbind_copy")

@@ -1,0 +1,301 @@
+"""The command line: ``autoprune search``, ``front``, ``build`` and ``inspect``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoprune.errors import AutopruneError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autoprune.result import SearchResult
+    from autoprune.trials import Trial
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: no boxes, and nothing lost in a narrow terminal
+    pretty_exceptions_enable=False,  # prints the values of locals, whole tensors among them
+    help="Search how much of each layer of a PyTorch model to remove.",
+)
+
+MODEL_HELP = "The dense model, as FILE.py:NAME or package.module:NAME; a function or class is called without arguments."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The --run-dir of a search.")]
+InputShape = Annotated[
+    str | None, typer.Option(metavar="N,C,H,W", help="Shape of an example input, batch included; it holds noise.")
+]
+Example = Annotated[
+    str | None,
+    typer.Option(metavar="FILE.py:NAME", help="Example input: a tensor, a tuple, or a dict of keyword inputs."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from autoprune import __version__
+
+        typer.echo(f"autoprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("autoprune").setLevel(logging.INFO)
+
+
+@app.command()
+def search(
+    model: Model,
+    budget: Annotated[
+        list[str], typer.Option(help='Limit on a cost, such as "flops <= 50%" or "params <= 1.2M"; may be repeated.')
+    ],
+    run_dir: Annotated[Path, typer.Option(help="New folder for the journal and the result.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:NAME",
+            help="autoprune.Data, a DataLoader or (X, y) arrays. Without it, agreement with the dense model on noise.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="State dict to load into the model: .safetensors, or from torch.save.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Candidates to evaluate.")] = 200,
+    max_seconds: Annotated[float | None, typer.Option(help="Stop after this time.")] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal fronts.")] = 0,
+    metric: Annotated[str, typer.Option(help="auto, accuracy, agreement, cross_entropy, loss or mse.")] = "auto",
+    optimizer: Annotated[str, typer.Option(help="auto, nsga2 or random.")] = "auto",
+    evaluator: Annotated[str, typer.Option(help="auto or adaptive_bn.")] = "auto",
+    criterion: Annotated[str | None, typer.Option(help="What ranks channels, such as l1, l2 or taylor.")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help='Module to leave whole, by name or glob, such as "head*"; may be repeated.')
+    ] = None,
+    input_shape: InputShape = None,
+    example: Example = None,
+    debug: Debug = False,
+) -> None:
+    """Search a model under a budget, print the front, and save it in RUN_DIR.
+
+    Ctrl-C stops the search, saves what was found so far, and exits with code 130.
+    """
+    with _errors_on_one_line(debug):
+        import autoprune
+        from autoprune.loading import load_model, load_object
+
+        if (run_dir / "result.json").exists():  # the search itself minds the journal; this must not show at its end
+            raise FileExistsError(f"run-dir must be a folder of its own, but {run_dir} holds a result; name another")
+        settings: dict[str, Any] = {"criterion": criterion, "round_to": round_to, "ignore": ignore}
+        dense = load_model(model, weights)
+        result = autoprune.search(
+            dense,
+            budget,
+            None if data is None else load_object(data),
+            metric=metric,
+            space=autoprune.Channels(**{name: value for name, value in settings.items() if value is not None}),
+            evaluator=evaluator,
+            optimizer=optimizer,
+            trials=trials,
+            max_seconds=max_seconds,
+            seed=seed,
+            example_inputs=_example_inputs(dense, input_shape, example) if data is None else None,
+            run_dir=str(run_dir),
+        )
+        result.save(run_dir)
+        typer.echo(result)
+        typer.echo(f"\nsaved in {run_dir}: result.json, and the weights of each model on the front")
+        if result.front:
+            command = ["autoprune", "build", str(run_dir), "--model", model, "--output", "small.safetensors"]
+            typer.echo(f"next: {shlex.join(command)}")
+    if result.stopped == "interrupted":
+        raise typer.Exit(130)
+
+
+@app.command()
+def front(
+    run_dir: RunDir,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the front into this file.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print the front of a search: finished, still running, or killed."""
+    with _errors_on_one_line(debug):
+        result = _read(run_dir)
+        if plot is not None:
+            _plot(result, plot)
+        typer.echo(json.dumps(_front_json(result), indent=1) if as_json else result)
+
+
+@app.command()
+def build(
+    run_dir: RunDir,
+    model: Annotated[str, typer.Option(metavar="FILE.py:NAME", help=MODEL_HELP)],
+    output: Annotated[Path, typer.Option(help="The safetensors file to write; an existing one is replaced.")],
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Take the best within this budget instead of the best; may be repeated.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(help="Take this trial of the front.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a pruned model of a finished search to one file."""
+    with _errors_on_one_line(debug):
+        import autoprune
+        from autoprune.loading import load_model
+
+        if trial is not None and budget:
+            raise ValueError("give --trial or --budget, not both: a trial has the costs it has")
+        if not output.absolute().parent.is_dir():
+            raise FileNotFoundError(f"output must lie in a folder that exists, got {output}")
+        if not (run_dir / "result.json").exists() and (run_dir / "journal.sqlite").exists():
+            raise ValueError(
+                f"{run_dir} holds a journal but no saved result, so no weights to build from; "
+                "let its search end or stop it with Ctrl-C, which saves; if it was killed, search again"
+            )
+        result = autoprune.SearchResult.load(run_dir, load_model(model))
+        chosen = _choose(result, run_dir, budget, trial)
+        autoprune.save(result.build(chosen), output)
+        typer.echo(_describe(result, chosen))
+        typer.echo(f"saved as {output}; in Python: autoprune.load({str(output)!r}, fresh_model)")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    input_shape: InputShape = None,
+    example: Example = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what can be pruned from a model, what it is worth, and why the rest stays."""
+    with _errors_on_one_line(debug):
+        from autoprune.costs.inspection import inspect as inspect_model
+        from autoprune.loading import load_model
+
+        dense = load_model(model)
+        found = inspect_model(dense, _example_inputs(dense, input_shape, example))
+        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found)
+
+
+@contextmanager
+def _errors_on_one_line(debug: bool) -> Iterator[None]:
+    """Turn mistakes of the user into one line and exit code 2; bugs, ours or the user's, keep their traceback."""
+    try:
+        yield
+    except (AutopruneError, ValueError, OSError, ImportError) as error:
+        if debug or not (isinstance(error, AutopruneError) or _raised_by_autoprune(error)):
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _raised_by_autoprune(error: BaseException) -> bool:
+    """Whether autoprune raised it, directly or in the standard library, and not the user's model or data."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    tops = [name.partition(".")[0] for name in modules]
+    return [top for top in tops if top not in sys.stdlib_module_names][-1] == "autoprune"
+
+
+def _example_inputs(model: nn.Module, shape: str | None, example: str | None) -> Any:
+    import torch
+
+    from autoprune.loading import load_object
+    from autoprune.structure.examples import example_inputs_of
+
+    if shape is not None and example is not None:
+        raise ValueError("give --input-shape or --example, not both")
+    if example is not None:
+        return load_object(example)
+    if shape is None:
+        try:
+            example_inputs_of(model)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(model).__name__} carries no example input of its own; give --input-shape, such as 2,3,224,224, "
+                "or --example FILE.py:NAME"
+            ) from error
+        return None
+    try:
+        sizes = [int(size) for size in shape.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"input-shape must be positive numbers joined by commas, such as 2,3,224,224, got {shape!r}")
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+
+
+def _read(run_dir: Path) -> SearchResult:
+    """The saved result, or what the journal holds so far."""
+    from autoprune.journal_result import result_from_journal
+    from autoprune.result import SearchResult
+
+    if (run_dir / "result.json").exists():
+        return SearchResult.load(run_dir)
+    return result_from_journal(run_dir)
+
+
+def _front_json(result: SearchResult) -> dict[str, Any]:
+    """The result without the trials off the front, which it counts instead."""
+    whole = result.to_json()
+    dropped = ("format", "version", "space", "trials", "front")
+    status = [trial.status for trial in result.trials]
+    return {
+        **{name: value for name, value in whole.items() if name not in dropped},
+        "trials": {name: status.count(name) for name in ("ok", "raced", "failed", "pending")},
+        "front": [trial.to_json() for trial in result.front],
+    }
+
+
+def _plot(result: SearchResult, path: Path) -> None:
+    try:
+        result.plot(path)
+    except (OSError, ValueError) as error:  # matplotlib says which formats there are
+        raise ValueError(f"plot cannot be written to {path}: {error}") from error
+    typer.echo(f"picture in {path}", err=True)
+
+
+def _choose(result: SearchResult, run_dir: Path, budget: list[str] | None, number: int | None) -> Trial:
+    """The trial to build, among those that were saved with weights."""
+    from autoprune.builders import weights_file
+
+    saved = tuple(trial for trial in result.trials if weights_file(run_dir, trial).is_file())
+    if not saved:
+        raise ValueError(f"{run_dir} was saved without weights; search again, or save the result with weights='front'")
+    if number is None:
+        return replace(result, trials=saved).best(budget or None)
+    for trial in saved:
+        if trial.id == number:
+            return trial
+    raise ValueError(f"trial must be one saved with weights, {[trial.id for trial in saved]}, got {number}")
+
+
+def _describe(result: SearchResult, trial: Trial) -> str:
+    from autoprune.tables import engineering
+
+    costs = ", ".join(
+        f"{name} {engineering(value)} ({value / result.dense.costs[name]:.1%} of dense)"
+        for name, value in trial.costs.items()
+    )
+    scores = f"{result.metric} {trial.score:.4f} (dense {result.dense.score:.4f})"
+    if trial.test_score is not None and result.dense.test_score is not None:
+        scores += f", held out {trial.test_score:.4f} (dense {result.dense.test_score:.4f})"
+    return f"trial {trial.id}: {costs}; {scores}"

@@ -1,0 +1,76 @@
+"""A result read from the journal alone: of a search that still runs, was killed, or was never saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from autoprune.journal import Journal, TrialRow
+from autoprune.protocols import FAILED, OK, SearchSpace
+from autoprune.result import SearchResult
+from autoprune.search_spaces import space_from_json
+from autoprune.trials import Evaluation, Trial, find_front
+
+
+def result_from_journal(run_dir: str | Path) -> SearchResult:
+    """Read what a search has found so far; its writer goes on undisturbed.
+
+    Trials that were proposed but not scored yet have the status ``"pending"``. The journal holds no intervals and no
+    scores on held-out data, and models cannot be built from it. The first note says how far the search is.
+
+    Args:
+        run_dir: The ``run_dir`` of a search.
+
+    Raises:
+        FileNotFoundError: If `run_dir` holds no journal.
+        RecipeError: If the journal is corrupted, foreign, or of a newer version.
+    """
+    with Journal.open(run_dir) as journal:
+        meta, rows = journal.meta(), journal.trials()
+    space = space_from_json(meta["space"])
+    trials = tuple(_trial(row, space) for row in rows)
+    done = sum(trial.status in (OK, FAILED) for trial in trials)
+    return SearchResult(
+        trials=trials,
+        front=find_front(trials, tuple(meta["limits"]), meta["higher_is_better"]),
+        dense=Trial.from_json(meta["dense"]),
+        space=space,
+        limits=meta["limits"],
+        budget=meta["budget"],
+        metric=meta["metric"],
+        higher_is_better=meta["higher_is_better"],
+        notes=(
+            f"from the journal: {done} of {meta['trials']} trials finished, {len(trials) - done} pending",
+            *meta["notes"],
+        ),
+        stopped="trials" if done >= meta["trials"] else "unfinished",
+        seconds=_seconds(rows),
+        seed=meta["seed"],
+    )
+
+
+def _trial(row: TrialRow, space: SearchSpace) -> Trial:
+    last = row.evaluations[-1] if row.evaluations else None
+    return Trial(
+        id=row.id,
+        candidate=row.candidate,
+        decoded=space.decode(row.candidate),
+        costs=row.costs,
+        score=math.nan if last is None or last.metric is None else last.metric,
+        interval=(math.nan, math.nan),
+        signal=math.nan if last is None or last.signal is None else last.signal,
+        status=row.status,
+        reason=row.reason,
+        evaluations=tuple(
+            Evaluation(e.fidelity, e.samples, e.seconds, e.signal, e.signal_stderr, e.metric) for e in row.evaluations
+        ),
+    )
+
+
+def _seconds(rows: Sequence[TrialRow]) -> float:
+    """From the start of the first evaluation to the end of the last."""
+    evaluations = [evaluation for row in rows for evaluation in row.evaluations]
+    if not evaluations:
+        return 0.0
+    return max(e.started + e.seconds for e in evaluations) - min(e.started for e in evaluations)

@@ -1,0 +1,123 @@
+"""Objects named on a command line: ``FILE.py:NAME`` or ``package.module:NAME``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+
+def load_object(target: str) -> Any:
+    """The object that `target` names; a function or class is called without arguments.
+
+    The folder of a file, or the current folder for a module, goes to the front of ``sys.path`` and stays there, as with
+    ``python FILE.py``: user code may import its neighbours as late as in a forward pass.
+
+    Args:
+        target: ``"FILE.py:NAME"`` or ``"package.module:NAME"``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If there is no such module, or the name of the file is taken by another module.
+        ValueError: If `target` has another form, or names nothing there, or something that needs arguments.
+    """
+    source, _, name = target.rpartition(":")
+    if not (source and name):
+        raise ValueError(f"expected FILE.py:NAME or package.module:NAME, got {target!r}")
+    module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
+    if not hasattr(module, name):
+        raise ValueError(f"{source} has no {name!r}; it has {', '.join(_defined_in(module)) or 'nothing'}")
+    found = getattr(module, name)
+    if not callable(found) or isinstance(found, nn.Module):
+        return found
+    signature = inspect.signature(found)
+    try:
+        signature.bind()
+    except TypeError:
+        raise ValueError(
+            f"{target} is called without arguments, but it is {name}{signature}; name a function that fills them in"
+        ) from None
+    return found()
+
+
+def load_model(target: str, weights: Path | None = None) -> nn.Module:
+    """The model that `target` names, with a state dict loaded into it.
+
+    Args:
+        target: See `load_object`.
+        weights: A ``.safetensors`` file, or a state dict saved by ``torch.save`` (read without unpickling objects).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If `target` gives something else than a module, or the weights cannot be read or do not fit it.
+    """
+    model = load_object(target)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{target} must be or return a torch.nn.Module, got {type(model).__name__}")
+    if weights is not None:
+        _load_weights(model, weights)
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    import torch
+    from safetensors.torch import load_model as load_safetensors
+
+    if not path.is_file():
+        raise FileNotFoundError(f"weights must be a file, got {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            load_safetensors(model, path)  # knows the tied weights that its writer left out
+        else:
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:  # its message advises to unpickle whatever the file holds
+        raise ValueError(
+            f"weights must be a state dict, but {path} is no file of torch.save, or holds more than tensors"
+        ) from error
+    except Exception as error:  # a damaged file makes torch.load raise almost anything
+        what = " ".join(str(error).splitlines()[:2])  # the first of the tensors that do not fit
+        raise ValueError(f"weights must be a state dict of {type(model).__name__}, got {path}: {what}") from error
+
+
+def _from_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    _put_first(path.parent)
+    module = importlib.import_module(path.stem)
+    if getattr(module, "__file__", None) != str(path):
+        raise ImportError(f"{path} has the name of the module {module.__name__!r} in use already; rename the file")
+    return module
+
+
+def _from_package(name: str) -> ModuleType:
+    _put_first(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # something that the module itself imports is missing
+        raise ImportError(f"no module named {error.name!r} for {name!r}; for a file write FILE.py:NAME") from error
+
+
+def _put_first(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _defined_in(module: ModuleType) -> list[str]:
+    """Names that a user may have meant: what the module defines, without what it imports."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        and (not callable(value) or getattr(value, "__module__", module.__name__) == module.__name__)
+        and type(value).__module__ != "__future__"
+    ]

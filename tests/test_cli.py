@@ -1,0 +1,333 @@
+"""The command line: from a search to a loaded model, journals alone, and what mistakes look like."""
+
+import json
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import autoprune
+from autoprune.cli import app
+from autoprune.journal import Journal
+from autoprune.journal_result import result_from_journal
+from autoprune.loading import load_model, load_object
+
+CODE = """
+import torch
+from torch import nn
+
+def build(width=16):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(width, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3),
+    )
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    return model
+
+def load():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(120, 1, 4, 4, generator=generator)
+    return x, x.mean((1, 2, 3)).mul(4).round().clamp(-1, 1).long() + 1
+
+def noise():
+    return torch.ones(2, 1, 4, 4)
+
+def wide(width):
+    return build(width)
+
+def broken():
+    raise ValueError("a bug of the user")
+
+model = build(4)
+"""
+MODEL, DATA = "cli_example.py:build", "cli_example.py:load"
+SEARCH = ("search", MODEL, "--data", DATA, "--budget", "flops <= 60%", "--trials", "12", "--optimizer", "random")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: object) -> str:
+    found = run(*arguments)
+    assert found.exit_code == 0, found.output
+    return found.stdout
+
+
+def error(*arguments: object) -> str:
+    found = run(*arguments)
+    assert (found.exit_code, found.stdout) == (2, ""), found.output
+    *before, last = found.stderr.splitlines()
+    assert not any(line.startswith(("error", "Traceback")) for line in before)
+    assert last.startswith("error: ")
+    return last.removeprefix("error: ")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "cli_example.py").write_text(CODE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_folder(folder, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(folder)
+
+
+@pytest.fixture(scope="module")
+def searched(folder):
+    """A finished search and what it printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", list(sys.path))
+        return folder / "runs" / "a", ok(*SEARCH, "--run-dir", "runs/a", "--round-to", 2, "--ignore", "8")
+
+
+@pytest.fixture
+def journal_only(searched, tmp_path):
+    """The run as a kill in the middle of the last trial on the front leaves it, and the id of that trial."""
+    shutil.copy(searched[0] / "journal.sqlite", tmp_path)
+    trial = autoprune.SearchResult.load(searched[0]).front[-1].id
+    with sqlite3.connect(tmp_path / "journal.sqlite") as connection:
+        connection.execute("DELETE FROM tells WHERE trial = ?", (trial,))
+        connection.execute("DELETE FROM evaluations WHERE trial = ?", (trial,))
+        connection.execute("UPDATE trials SET status = 'pending' WHERE id = ?", (trial,))
+    connection.close()
+    return tmp_path, trial
+
+
+def test_a_search_prints_its_front_and_saves_it_beside_the_journal(searched):
+    run_dir, printed = searched
+    result = autoprune.SearchResult.load(run_dir)
+    assert str(result) in printed
+    assert f"saved in {Path('runs/a')}" in printed
+    names = {path.name for path in run_dir.iterdir()}
+    assert names >= {"journal.sqlite", "result.json", *(f"trial-{t.id:04d}.safetensors" for t in result.front)}
+
+
+def test_options_of_a_search_reach_its_space(searched):
+    dimensions = autoprune.SearchResult.load(searched[0]).space.dimensions
+    assert [dimension.name for dimension in dimensions] == ["0", "3"]
+    assert all(width % 2 == 0 for dimension in dimensions for width in dimension.options)
+
+
+def test_the_next_command_that_a_search_names_works(searched, tmp_path):
+    *command, output = searched[1].splitlines()[-1].removeprefix("next: autoprune ").split()
+    assert output == "small.safetensors"
+    assert "trial" in ok(*command, tmp_path / output)
+
+
+def test_front_prints_the_saved_result(searched):
+    assert ok("front", searched[0]).strip() == str(autoprune.SearchResult.load(searched[0]))
+
+
+def test_front_as_json_holds_the_front_and_counts_the_rest(searched):
+    found = json.loads(ok("front", searched[0], "--json"))
+    result = autoprune.SearchResult.load(searched[0])
+    assert found["front"] == [trial.to_json() for trial in result.front]
+    assert found["trials"] == {"ok": len(result.trials), "raced": 0, "failed": 0, "pending": 0}
+    assert found["limits"] == result.limits
+
+
+def test_front_draws_a_picture_where_told(searched, tmp_path):
+    ok("front", searched[0], "--plot", tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert "png" in error("front", searched[0], "--plot", tmp_path / "front.xyz")
+    assert "No such file" in error("front", searched[0], "--plot", tmp_path / "missing" / "front.png")
+
+
+@pytest.mark.parametrize("choice", ["best", "budget", "trial"])
+def test_a_built_file_loads_into_a_fresh_model_and_costs_what_was_said(choice, searched, tmp_path):
+    result, path = autoprune.SearchResult.load(searched[0]), tmp_path / "small.safetensors"
+    first = result.front[0]
+    share = 100 * first.costs["flops"] / result.dense.costs["flops"]
+    options = {"best": (), "budget": ("--budget", f"flops <= {share + 0.01}%"), "trial": ("--trial", first.id)}
+    chosen = result.best() if choice == "best" else first
+    printed = ok("build", searched[0], "--model", MODEL, "--output", path, *options[choice])
+    assert f"trial {chosen.id}: " in printed
+    small = autoprune.load(path, load_model(MODEL)).eval()
+    assert sum(p.numel() for p in small.parameters()) == chosen.costs["params"]
+    expected = autoprune.SearchResult.load(searched[0], load_model(MODEL)).build(chosen).eval()
+    x, _ = load_object(DATA)
+    torch.testing.assert_close(small(x), expected(x), rtol=0, atol=0)
+
+
+def test_build_takes_the_best_of_the_trials_that_have_weights(searched, tmp_path):
+    result = autoprune.SearchResult.load(searched[0], load_model(MODEL))
+    shutil.copytree(searched[0], tmp_path / "run")
+    (tmp_path / "run" / f"trial-{result.best().id:04d}.safetensors").unlink()
+    printed = ok("build", tmp_path / "run", "--model", MODEL, "--output", tmp_path / "small.safetensors")
+    assert f"trial {result.best().id}: " not in printed
+
+
+def test_the_journal_of_a_finished_search_gives_its_front(searched, tmp_path):
+    shutil.copy(searched[0] / "journal.sqlite", tmp_path)
+    saved, read = autoprune.SearchResult.load(searched[0]), result_from_journal(tmp_path)
+    assert [(t.id, t.costs, t.decoded) for t in read.front] == [(t.id, t.costs, t.decoded) for t in saved.front]
+    assert [t.score for t in read.front] == pytest.approx([t.score for t in saved.front])
+    assert read.best().id == saved.best().id
+    assert (read.limits, read.budget, read.metric, read.seed) == (saved.limits, saved.budget, saved.metric, saved.seed)
+    assert read.stopped == "trials"
+
+
+def test_front_of_a_killed_search_leaves_out_what_is_pending(journal_only):
+    run_dir, pending = journal_only
+    printed = ok("front", run_dir)
+    total = len(result_from_journal(run_dir).trials)
+    assert f"{total - 1} of 12 trials finished, 1 pending" in printed
+    found = json.loads(ok("front", run_dir, "--json"))
+    assert found["trials"] == {"ok": total - 1, "raced": 0, "failed": 0, "pending": 1}
+    assert found["front"]
+    assert pending not in [trial["id"] for trial in found["front"]]
+    assert found["stopped"] == "unfinished"
+
+
+def test_inspect_prints_what_the_library_says():
+    found = json.loads(ok("inspect", MODEL, "--input-shape", "2,1,4,4", "--json"))
+    assert [group["units"] for group in found["groups"]] == [16, 16, 8]
+    assert found == json.loads(ok("inspect", MODEL, "--example", "cli_example.py:noise", "--json"))
+    assert "3 groups" in ok("inspect", "cli_example:model", "--input-shape", "2,1,4,4")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_are_loaded_into_the_model(suffix, tmp_path):
+    state = {name: torch.full_like(tensor, 2) for name, tensor in load_model(MODEL).state_dict().items()}
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    loaded = load_model(MODEL, path).state_dict()
+    assert all((tensor == 2).all() for tensor in loaded.values())
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path):
+    torch.save(load_model(MODEL), tmp_path / "whole.pt")
+    assert "more than tensors" in error(*SEARCH, "--run-dir", tmp_path / "r", "--weights", tmp_path / "whole.pt")
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("cli_example.py:nothing", ["cli_example.py", "'nothing'", "build", "load", "noise"]),
+        ("cli_example.py", ["FILE.py:NAME", "'cli_example.py'"]),
+        ("elsewhere.py:build", ["no such file", "elsewhere.py"]),
+        ("no_package.models:build", ["'no_package'", "FILE.py:NAME"]),
+        ("cli_example.py:wide", ["without arguments", "wide(width)"]),
+        ("cli_example.py:load", ["torch.nn.Module", "tuple"]),
+        (MODEL, ["Sequential", "--input-shape", "--example"]),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_named_with_what_there_is(target, words):
+    message = error("inspect", target)
+    assert [word for word in words if word not in message] == []
+    assert "annotations" not in message
+
+
+def test_a_file_named_like_a_module_in_use_is_refused(tmp_path):
+    (tmp_path / "json.py").write_text("build = 1")
+    assert "rename" in error("inspect", f"{tmp_path}/json.py:build")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--budget", "flops << 50"), ["'flops << 50'", "flops <= 50%"]),
+        (("--budget", "params <= 1"), ["cheapest reachable"]),
+        (("--metric", "beauty"), ["'beauty'", "accuracy"]),
+        (("--optimizer", "luck"), ["'luck'", "nsga2"]),
+        (("--evaluator", "oracle"), ["'oracle'", "adaptive_bn"]),
+        (("--criterion", "taste"), ["'taste'", "l2"]),
+        (("--ignore", "tail*"), ["'tail*'"]),
+        (("--round-to", "0"), ["round_to", "0"]),
+        (("--weights", "none.pt"), ["no such file", "none.pt"]),
+        (("--weights", "cli_example.py"), ["cli_example.py", "state dict"]),
+        (("--data", "cli_example.py:nothing"), ["'nothing'"]),
+        (("--run-dir", "cli_example.py"), ["is a file"]),
+        (("--run-dir", "runs/a"), ["runs/a", "holds a result"]),
+    ],
+)
+def test_a_mistake_in_a_search_is_one_line_before_any_trial(options, words, searched, tmp_path):
+    message = error(*SEARCH, "--run-dir", tmp_path / "run", *options)
+    assert [word for word in words if word not in message] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_a_build_is_one_line(searched, journal_only, tmp_path):
+    out = tmp_path / "small.safetensors"
+    command = ("build", searched[0], "--model", MODEL, "--output", out)
+    assert "not both" in error(*command, "--trial", 1, "--budget", "flops <= 40%")
+    assert "got 99" in error(*command, "--trial", 99)
+    assert "the nearest is trial" in error(*command, "--budget", "params <= 1")
+    assert "folder that exists" in error(*command[:-1], tmp_path / "missing" / "small.safetensors")
+    assert "no saved result" in error("build", journal_only[0], *command[2:])
+    assert "journal.sqlite" in error("front", tmp_path / "missing")
+    wrong = error("build", searched[0], "--model", "cli_example.py:model", "--output", out)
+    assert "Sequential" in wrong
+    assert not out.exists()
+
+
+def test_bugs_keep_their_traceback_and_mistakes_do_with_debug():
+    bug = run("inspect", "cli_example.py:broken")
+    assert isinstance(bug.exception, ValueError)
+    assert str(bug.exception) == "a bug of the user"
+    mistake = run("inspect", "elsewhere.py:build", "--debug")
+    assert isinstance(mistake.exception, FileNotFoundError)
+
+
+def test_help_lists_the_commands_and_their_options():
+    commands = ok("--help")
+    for command in ("search", "front", "build", "inspect"):
+        assert command in commands
+        assert "--debug" in ok(command, "--help")
+    listed = ok("search", "--help")
+    for option in ("--data", "--budget", "--run-dir", "--trials", "--seed", "--weights", "--ignore", "--max-seconds"):
+        assert option in listed
+
+
+def test_the_version_is_that_of_the_package():
+    assert ok("--version") == f"autoprune {autoprune.__version__}\n"
+
+
+@pytest.mark.slow
+def test_a_running_search_under_two_budgets_can_be_watched_and_ctrl_c_saves_what_it_found(tmp_path):
+    command = [sys.executable, "-c", "from autoprune.cli import app; app()", *SEARCH, "--budget", "params <= 90%"]
+    command += ["--run-dir", str(tmp_path / "run"), "--trials", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_trials(tmp_path / "run", 5, process)
+        watched = json.loads(ok("front", tmp_path / "run", "--json"))
+        process.send_signal(signal.SIGINT)
+        printed, problems = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    assert process.returncode == 130, problems
+    assert watched["trials"]["ok"] >= 5
+    assert watched["front"]
+    result = autoprune.SearchResult.load(tmp_path / "run")
+    assert (result.stopped, set(result.limits)) == ("interrupted", {"flops", "params"})
+    assert len(result.trials) >= watched["trials"]["ok"]
+    assert str(result) in printed
+
+
+def wait_for_trials(run_dir, count, process):
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        if (run_dir / "journal.sqlite").exists() and (run_dir / "journal.sqlite").stat().st_size:
+            with Journal.open(run_dir) as journal:
+                if sum(trial.status == "ok" for trial in journal.trials()) >= count:
+                    return
+        time.sleep(0.1)
+    raise AssertionError("the search finished no trials within three minutes")
