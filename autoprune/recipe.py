@@ -26,7 +26,7 @@ def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
     shapes = {name: list(t.shape) for name, t in (*dense.named_parameters(), *dense.named_buffers())}
     recipe = {
         "slices": {n: {str(d): index.tolist() for d, index in dims.items()} for n, dims in edit.slices.items()},
-        "groups": dict(edit.groups),
+        "attributes": {name: dict(values) for name, values in edit.attributes.items()},
         "dense_shapes": {name: shapes[name] for name in edit.slices},
     }
     earlier = getattr(dense, ATTRIBUTE, None)
@@ -41,7 +41,10 @@ def _compose(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
         for dim, index in dims.items():
             own[dim] = np.asarray(own[dim])[index].tolist() if dim in own else index
     shapes = {**second["dense_shapes"], **first["dense_shapes"]}
-    return {"slices": slices, "groups": {**first["groups"], **second["groups"]}, "dense_shapes": shapes}
+    attributes = {name: dict(values) for name, values in first["attributes"].items()}
+    for name, values in second["attributes"].items():
+        attributes.setdefault(name, {}).update(values)
+    return {"slices": slices, "attributes": attributes, "dense_shapes": shapes}
 
 
 def save(module: nn.Module, path: str | Path) -> None:
@@ -115,7 +118,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         )
     try:
         recipe = json.loads(metadata["recipe"])
-        if not all(isinstance(recipe[key], dict) for key in ("slices", "groups", "dense_shapes")):
+        if not all(isinstance(recipe[key], dict) for key in ("slices", "attributes", "dense_shapes")):
             raise TypeError("its parts are not objects")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise RecipeError(f"{path} holds a damaged recipe: {error!r}") from error
@@ -134,4 +137,4 @@ def _edit(recipe: Mapping[str, Any], model: nn.Module, path: str | Path) -> Edit
         name: {int(dim): np.asarray(index, dtype=np.int64) for dim, index in dims.items()}
         for name, dims in recipe["slices"].items()
     }
-    return Edit(slices, recipe["groups"])
+    return Edit(slices, recipe["attributes"])

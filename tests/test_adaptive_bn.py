@@ -81,7 +81,7 @@ def assert_statistics(model, expected, tolerance=1e-5):
         assert (norms[name].running_var / variance - 1).abs().max() < tolerance, name
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mlp", "vgg_plain"], scope="class")
+@pytest.mark.parametrize("name", ["tied", "mlp", "vgg_plain"], scope="class")
 class TestAdaptiveBN(EvaluatorContract):
     @pytest.fixture(autouse=True)
     def _network(self, name):

@@ -55,7 +55,7 @@ def analyse(
     args, kwargs = tree_map(
         lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs or {}))
     )
-    with seeded(seed):
+    with seeded(seed), torch.inference_mode(False):  # which would record layers that PyTorch did not decompose
         record = trace(model, args, kwargs, run)
         flow, _ = best_choices(record)
         read = {record.values[value].name for op in record.ops for value in op.inputs()}
@@ -70,7 +70,7 @@ def analyse(
     if failures and checks == "strict":
         details = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise StructureCheckError(f"checks='strict' and {len(failures)} groups failed: {details}")
-    return assemble(flow, find_units(flow, failures), untouched)
+    return assemble(flow, find_units(flow, failures), untouched, checker.attributes)
 
 
 def require_supported(model: nn.Module) -> torch.device:
@@ -96,6 +96,8 @@ def require_supported(model: nn.Module) -> torch.device:
             raise UnsupportedModelError(f"model has an uninitialised parameter {name!r}; run it once on real data")
         if tensor.is_quantized:
             raise UnsupportedModelError(f"model must not be quantised, but {name!r} is; prune first, then quantise")
+    if devices == {torch.device("meta")}:
+        raise UnsupportedModelError("model must hold values, but it is on the meta device; load its weights first")
     if len(devices) > 1:
         names = sorted(str(device) for device in devices)
         raise UnsupportedModelError(f"model must be on one device, got {names}; call model.to(device) first")

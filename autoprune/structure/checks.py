@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.protocols import Pruning
+from autoprune.structure.attributes import find_attributes
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.replay import Replay
 from autoprune.structure.slicing import Slicer, owners
-from autoprune.structure.structure import Structure, assemble
-from autoprune.structure.trace import Call, Forward, skeleton
+from autoprune.structure.structure import Attribute, Structure, assemble
+from autoprune.structure.trace import Call, Forward, call_with, skeleton
 from autoprune.structure.units import Group, Units, find_units
 
 
@@ -44,7 +45,9 @@ class Example:
     kwargs: Mapping[str, Any]
     forward: Forward
 
-    def run(self, model: nn.Module, *, meta: bool = False) -> list[Tensor]:
+    def run(
+        self, model: nn.Module, *, meta: bool = False, mode: AbstractContextManager[Any] | None = None
+    ) -> list[Tensor]:
         """Output tensors of `model`, which is put in evaluation mode; on the meta device only shapes are computed."""
         model.eval()
 
@@ -58,8 +61,7 @@ class Example:
         args, kwargs = tree_map(place, (self.args, dict(self.kwargs)))
         call = Call(model, self.forward)
         state = {name: place(tensor) for name, tensor in (*call.named_parameters(), *call.named_buffers())}
-        with torch.no_grad():
-            outputs = functional_call(call, state, args, kwargs)
+        outputs = call_with(call, state, args, kwargs, mode)
         return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
@@ -87,17 +89,20 @@ class Checker:
         self.tensors = {name: tensor.detach() for name, tensor in named}
         self.inputs = [x for x in tree_leaves((example.args, dict(example.kwargs))) if isinstance(x, Tensor)]
         self.dense = example.run(skeleton(example.model))
+        self.attributes: tuple[Attribute, ...] = ()
 
     def failures(self) -> dict[str, str]:
-        """Groups that must be frozen, each with the check that it failed."""
-        units = find_units(self.flow)
-        if not units.groups or self._error(units, set()) is None:
-            return {}
+        """Groups that must be frozen, each with the check that it failed; fills in `attributes` on the way."""
+        reasons = self._rewrite_sizes()
+        units = find_units(self.flow, reasons)
+        if not units.groups or self._error(units, set(reasons)) is None:
+            return reasons
         names = [group.name for group in units.groups]
-        reasons: dict[str, str] = {}
+        units = find_units(self.flow)
         for name in names:
             late = time.monotonic() > self.deadline
-            error = f"not checked within {self.max_seconds:.0f} s" if late else self._error(units, {*names} - {name})
+            others = {group.name for group in units.groups} - {name}
+            error = f"not checked within {self.max_seconds:.0f} s" if late else self._error(units, others)
             if error is not None:
                 reasons[name] = error
         alone = [name for name in names if name not in reasons]
@@ -105,6 +110,29 @@ class Checker:
             passed = self._largest(units, alone, set())
             reasons |= {name: f"fails together with others: {error}" for name in alone if name not in passed}
         return reasons
+
+    def _rewrite_sizes(self) -> dict[str, str]:
+        """Find the sizes kept in Python, giving up groups until the user's forward runs as the replay does."""
+        stuck: dict[str, str] = {}
+        meta = self.flow.record.device == "meta"
+        while True:
+            units = find_units(self.flow, stuck)
+            rng = np.random.default_rng(self.seed)
+            pruning = Pruning({group.name: _some(group, rng) for group in units.groups})
+            replay = Replay(self.flow, units, assemble(self.flow, units).keep(pruning))
+
+            def cut(attributes: tuple[Attribute, ...], units: Units = units, pruning: Pruning = pruning) -> nn.Module:
+                # A fresh copy each time, because modules may keep what they computed.
+                return Slicer(self.example.model).cut(assemble(self.flow, units, attributes=attributes).edit(pruning))
+
+            def run(module: nn.Module, mode: AbstractContextManager[Any]) -> None:
+                self.example.run(module, meta=meta, mode=mode)
+
+            found = find_attributes(self.flow, units, replay, cut, run)
+            self.attributes = found.attributes
+            if not found.stuck:
+                return stuck
+            stuck |= found.stuck
 
     def _largest(self, units: Units, candidates: list[str], passed: set[str]) -> set[str]:
         """Add to `passed` the candidates that still pass jointly, halving what fails."""
@@ -124,9 +152,8 @@ class Checker:
         rng = np.random.default_rng(self.seed)
         try:
             self._permutation(units, rng)
-            structure = assemble(self.flow, units, self.untouched)
-            for groups in _draws(units.groups):
-                pruning = Pruning({group.name: _some(group, rng) for group in groups})
+            structure = assemble(self.flow, units, self.untouched, self.attributes)
+            for pruning in _draws(units.groups, rng):
                 self._slices(units, structure, pruning)
         except _CheckError as error:
             return str(error)
@@ -146,9 +173,9 @@ class Checker:
                 source = torch.from_numpy(slot.indices[order].reshape(-1)).to(tensor.device)
                 moved = tensor.index_select(slot.dim, source)
                 tensors[id(named[slot.tensor])] = tensor.index_copy(slot.dim, target, moved)
-        for _, holder, key, tensor in owners(model):
-            new = tensors[id(tensor)]
-            holder[key] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
+        for owner in owners(model):
+            new = tensors[id(owner.tensor)]
+            owner.holder[owner.key] = nn.Parameter(new, False) if isinstance(owner.tensor, nn.Parameter) else new
         _compare("permutation", self.example.run(model), self.dense)
 
     def _slices(self, units: Units, structure: Structure, pruning: Pruning) -> None:
@@ -156,30 +183,35 @@ class Checker:
         replay = Replay(self.flow, units, structure.keep(pruning))
         sliced = replay.sliced(self.tensors, self.inputs)
         _compare("replay", sliced, replay.masked(self.tensors, self.inputs))
-        module = Slicer(self.example.model).cut(structure.edit(pruning))
+        edit = structure.edit(pruning)
         if structure.device == "meta":
-            shapes = [tuple(out.shape) for out in self.example.run(module, meta=True)]
+            # A copy of its own, because modules may keep what they computed on the meta device.
+            shapes = [tuple(out.shape) for out in self.example.run(Slicer(self.example.model).cut(edit), meta=True)]
             if shapes != [tuple(out.shape) for out in sliced]:
                 raise _CheckError(f"the module check saw outputs of shapes {shapes} on the sliced module")
-        _compare("module", self.example.run(module), sliced)
+        _compare("module", self.example.run(Slicer(self.example.model).cut(edit)), sliced)
 
 
 class _CheckError(Exception):
     pass
 
 
-def _draws(groups: Sequence[Group]) -> list[list[Group]]:
-    """All groups, then those whose number has a bit set, for each bit.
+def _draws(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:
+    """One unit fewer of every group, then random units of the groups whose number has a bit set, for each bit.
 
-    Of any two groups one is once pruned without the other, which shows sizes that the code needs to be equal.
+    The first is what misplaced units show in most; after the others, of any two groups one was once pruned without the
+    other, which shows sizes that the code needs to be equal.
     """
-    bits = range(len(groups).bit_length())
-    return [list(groups), *([group for i, group in enumerate(groups, 1) if i >> bit & 1] for bit in bits)]
+    draws = [{group.name: _some(group, rng, group.size - 1) for group in groups}]
+    for bit in range(len(groups).bit_length()):
+        chosen = [group for i, group in enumerate(groups, 1) if i >> bit & 1]
+        draws.append({group.name: _some(group, rng) for group in chosen})
+    return [Pruning(kept) for kept in draws]
 
 
-def _some(group: Group, rng: np.random.Generator) -> tuple[int, ...]:
-    """A random set of units to keep: at least one stays, at least one goes."""
-    count = int(rng.integers(1, group.size))
+def _some(group: Group, rng: np.random.Generator, count: int | None = None) -> tuple[int, ...]:
+    """Random units to keep, in a random number unless given: at least one stays, at least one goes."""
+    count = int(rng.integers(1, group.size)) if count is None else count
     return tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))
 
 

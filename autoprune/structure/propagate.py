@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from autoprune.protocols import IntArray
 from autoprune.structure.trace import Op, Record
@@ -24,6 +25,14 @@ Dims = list[Labels]
 
 OUTER = 0
 INNER = 1
+PASSING = frozenset(
+    (
+        *("view", "_unsafe_view", "reshape", "expand", "clone", "transpose", "permute", "unsqueeze", "squeeze"),
+        *("masked_fill", "masked_fill_", "_to_copy", "contiguous", "alias", "slice", "roll"),
+    )
+)
+"""Operations that rearrange or mask scores without mixing them."""
+
 FIXED: IntArray = np.zeros(1, dtype=np.int64)
 """Label 0: an index that stays."""
 
@@ -56,6 +65,7 @@ class Propagation:
         sites: The sites met, with the choice taken at each.
         factors: Number of choices at each site.
         read: Values that an operation reads or the model returns.
+        scores: Matrix products whose result goes into a softmax: attention scores, scaled by the contracted dimension.
     """
 
     record: Record
@@ -66,22 +76,35 @@ class Propagation:
     sites: dict[int, int] = field(default_factory=dict)
     factors: dict[int, int] = field(default_factory=dict)
     read: frozenset[int] = frozenset()
+    scores: frozenset[int] = frozenset()
     count: int = 1
+    _invented: set[int] = field(default_factory=set)
 
-    def fresh(self, size: int) -> Labels:
-        """New labels for a dimension; a dimension of one index cannot shrink and stays fixed."""
+    def fresh(self, size: int, *, invented: bool = True) -> Labels:
+        """New labels for a dimension; a dimension of one index cannot shrink and stays fixed.
+
+        Args:
+            size: Indices of the dimension.
+            invented: Whether the labels belong to no parameter, and only follow what they are joined with.
+        """
         if size <= 1:
             return None
         labels = np.arange(self.count, self.count + size, dtype=np.int64)
         self.count += size
+        if invented:
+            self._invented.add(int(labels[0]))
         return labels
+
+    def invented(self, labels: IntArray) -> bool:
+        """Whether labels are fresh ones of no parameter, not yet replaced by what they were joined with."""
+        return int(labels[0]) in self._invented
 
     def of(self, value: int) -> Dims:
         """Labels of a value; a parameter or buffer gets its own when first met, anything else unknown is fixed."""
         if value not in self.labels:
             known = self.record.values[value]
             learned = known.kind in ("parameter", "buffer") and known.dtype.is_floating_point
-            self.labels[value] = [self.fresh(size) if learned else None for size in known.shape]
+            self.labels[value] = [self.fresh(size, invented=False) if learned else None for size in known.shape]
         return self.labels[value]
 
     def join(self, op: Op, a: Labels, b: Labels) -> Labels:
@@ -95,7 +118,7 @@ class Propagation:
             return None
         if a is not b:
             self.edges.append(Edge(op.index, a, b))
-        return a
+        return b if self.invented(a) else a
 
     def freeze(self, op: Op | None, labels: Labels, reason: str) -> None:
         """Say that `labels` must stay."""
@@ -122,6 +145,7 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
 
     flow = Propagation(record, choices or {})
     flow.read = frozenset((*(value for op in record.ops for value in op.inputs()), *record.outputs))
+    flow.scores = attention_scores(record)
     for i, known in enumerate(record.values):
         if known.name and i not in flow.read:
             flow.labels[i] = [None] * len(known.shape)  # nothing says what may go, so all of it stays
@@ -142,3 +166,22 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
         for labels in flow.of(value):
             flow.freeze(None, labels, "returned by the model")
     return flow
+
+
+def attention_scores(record: Record) -> frozenset[int]:
+    """Batched products that reach a softmax through elementwise operations and views only.
+
+    Removing a part of what they contract would change the scale that goes with its size, usually 1 / sqrt(d).
+    """
+    normalised: set[int] = set()
+    products = []
+    for op in reversed(record.ops):
+        if op.name in ("_softmax", "_safe_softmax", "softmax"):
+            normalised.update(op.inputs())
+        elif normalised.isdisjoint(op.results()):
+            continue
+        elif op.name in ("bmm", "baddbmm"):
+            products.append(op.index)
+        elif op.name in PASSING or torch.Tag.pointwise in op.func.tags:
+            normalised.update(op.inputs())
+    return frozenset(products)

@@ -24,7 +24,7 @@ STATISTICS = frozenset(
         *("native_layer_norm", "layer_norm", "native_group_norm", "group_norm", "_fused_rms_norm", "rms_norm"),
         *("_softmax", "softmax", "_safe_softmax", "_log_softmax", "cumsum", "logcumsumexp", "argmax", "argmin"),
         *("mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp"),
-        *("prod", "max", "min", "any", "all"),
+        *("prod", "max", "min", "any", "all", "_weight_norm_interface", "_weight_norm"),
     )
 )
 """Operations whose value depends on how many units there are; a masked replay runs them over kept units only."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoprune.protocols import IntArray
+from autoprune.structure.adapters import adapter_of
 from autoprune.structure.trace import skeleton
 
 Slices = Mapping[str, Mapping[int, IntArray]]
@@ -24,11 +25,11 @@ class Edit:
 
     Attributes:
         slices: What stays of each tensor that shrinks.
-        groups: Number of groups of each grouped convolution or group norm that may lose whole groups, by module.
+        attributes: Sizes that modules keep in Python, by module and attribute path.
     """
 
     slices: Slices
-    groups: Mapping[str, int]
+    attributes: Mapping[str, Mapping[str, int]]
 
 
 class Slicer:
@@ -42,22 +43,40 @@ class Slicer:
         self.skeleton = skeleton(model)
         self._owners = list(owners(self.skeleton))
         self._modules = dict(self.skeleton.named_modules())
-        self._resized: set[str] = set()
+        adapters = {name: found for name, m in self._modules.items() if (found := adapter_of(m)) is not None}
+        self._resize = {name: adapter.resize for name, adapter in adapters.items() if adapter.resize is not None}
+        # What the last cut resized may be dense in the next; what was prepared is unlike the dense module until then.
+        self._changed = {name for name, adapter in adapters.items() if adapter.prepare is not None}
+        self._dense: dict[tuple[str, str], int] = {}
 
-    def cut(self, edit: Edit) -> nn.Module:
-        """Return the skeleton as edited: valid until the next call. Buffers are always private copies."""
+    def cut(self, edit: Edit, *, private: bool = False) -> nn.Module:
+        """Return the skeleton as edited: valid until the next call. Buffers are always private copies.
+
+        Args:
+            edit: What to keep. An empty edit gives the dense model.
+            private: Copy parameters that do not shrink, too.
+        """
         made: dict[int, Tensor] = {}
-        for name, holder, key, tensor in self._owners:
-            if id(tensor) not in made:
-                made[id(tensor)] = _sliced(tensor, edit.slices.get(name, {}))
-            holder[key] = made[id(tensor)]
-        for name, count in edit.groups.items():
-            set_groups(self._modules[name], count)
-        resized = {name.rpartition(".")[0] for name in edit.slices}
-        for name in self._resized | resized:  # what the last edit resized may be dense again
-            mirror_sizes(self._modules[name])
-        self._resized = resized
+        changed = set()
+        for owner in self._owners:
+            if id(owner.tensor) not in made:
+                made[id(owner.tensor)] = _sliced(owner.tensor, edit.slices.get(owner.name, {}), private)
+            owner.holder[owner.key] = made[id(owner.tensor)]
+            if owner.name in edit.slices:
+                changed |= {owner.module, *_parents(owner.module)}
+        self._rewrite(edit.attributes)
+        for name in self._resize.keys() if private else (self._changed | changed) & self._resize.keys():
+            self._resize[name](self._modules[name])
+        self._changed = changed
         return self.skeleton
+
+    def _rewrite(self, attributes: Mapping[str, Mapping[str, int]]) -> None:
+        """Set sizes kept in Python, and those of the last cut back to their dense values."""
+        wanted = {(name, path): value for name, values in attributes.items() for path, value in values.items()}
+        for (name, path), value in {**self._dense, **wanted}.items():
+            module = self._modules[name]
+            self._dense.setdefault((name, path), attrgetter(path)(module))
+            set_attribute(module, path, value)
 
 
 def build(model: nn.Module, edit: Edit) -> nn.Module:
@@ -70,67 +89,66 @@ def build(model: nn.Module, edit: Edit) -> nn.Module:
     Returns:
         A module of the same class, in the same training mode, on the same device.
     """
-    slicer = Slicer(model)
-    module = slicer.cut(edit)
-    shared = {id(p) for p in model.parameters()}
-    copies: dict[int, nn.Parameter] = {}
-    for _, holder, key, _ in slicer._owners:
-        tensor = holder[key]
-        if id(tensor) in shared and isinstance(tensor, nn.Parameter):
-            if id(tensor) not in copies:
-                copies[id(tensor)] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-            holder[key] = copies[id(tensor)]
-    return module
+    return Slicer(model).cut(edit, private=True)
 
 
-def owners(model: nn.Module) -> Iterable[tuple[str, dict[str, Any], str, Tensor]]:
-    """Where each parameter and buffer hangs: (first qualified name, dictionary, key, tensor)."""
+def _parents(name: str) -> list[str]:
+    """Names of the modules around a module, the model itself (the empty name) last."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where a parameter or buffer hangs.
+
+    Attributes:
+        name: First qualified name of the tensor, the same for all owners of a tied one.
+        module: Name of the module that holds it here.
+        holder: The module's dictionary of parameters or buffers.
+        key: Its key there.
+        tensor: The tensor found there.
+    """
+
+    name: str
+    module: str
+    holder: dict[str, Any]
+    key: str
+    tensor: Tensor
+
+
+def owners(model: nn.Module) -> Iterable[Owner]:
+    """Every place where a parameter or buffer hangs."""
     first: dict[int, str] = {}
     for prefix, module in model.named_modules():
         for holder in (module._parameters, module._buffers):
             for key, tensor in holder.items():
                 if tensor is not None:
                     name = first.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
-                    yield name, holder, key, tensor
+                    yield Owner(name, prefix, holder, key, tensor)
 
 
-def _sliced(tensor: Tensor, kept: Mapping[int, IntArray]) -> Tensor:
-    if not kept and isinstance(tensor, nn.Parameter):
+def _sliced(tensor: Tensor, kept: Mapping[int, IntArray], private: bool) -> Tensor:
+    parameter = isinstance(tensor, nn.Parameter)
+    if parameter and not kept and not private:
         return tensor
     data = tensor.detach()
     for dim, index in kept.items():
         data = data.index_select(dim, torch.from_numpy(index).to(data.device))
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(data, requires_grad=tensor.requires_grad)
-    return data if kept else data.clone()
+    if not kept:
+        data = data.clone()
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if parameter else data
 
 
-def mirror_sizes(module: nn.Module) -> None:
-    """Make the size attributes of PyTorch's own layers follow their weights."""
-    weight = module._parameters.get("weight")
-    if isinstance(module, _ConvTransposeNd) and weight is not None:
-        module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
-    elif isinstance(module, _ConvNd) and weight is not None:
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
-    elif isinstance(module, nn.Linear) and weight is not None:
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.Embedding) and weight is not None:
-        module.num_embeddings, module.embedding_dim = weight.shape
-    elif isinstance(module, _NormBase):
-        tensor = weight if weight is not None else module.running_mean
-        if tensor is not None:
-            module.num_features = tensor.shape[0]
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
-        module.normalized_shape = tuple(weight.shape)
-    elif isinstance(module, nn.GroupNorm) and weight is not None:
-        module.num_channels = weight.shape[0]
-    elif isinstance(module, nn.PReLU) and weight is not None:
-        module.num_parameters = weight.shape[0]
+def set_attribute(module: nn.Module, path: str, value: int) -> None:
+    """Set a size in a module, or in an object that it refers to, such as ``"config.num_heads"``, copied first.
 
-
-def set_groups(module: nn.Module, count: int) -> None:
-    """Set the number of groups of a convolution or group norm; other modules compute theirs."""
-    if isinstance(module, _ConvNd):
-        module.groups = count
-    elif isinstance(module, nn.GroupNorm):
-        module.num_groups = count
+    Modules share such objects, and a size may differ between layers once they are pruned.
+    """
+    holder, _, name = path.rpartition(".")
+    if not holder:
+        setattr(module, name, value)
+        return
+    owned = copy.copy(getattr(module, holder))
+    setattr(owned, name, value)
+    setattr(module, holder, owned)

@@ -13,25 +13,35 @@ from autoprune.protocols import IntArray, Pruning
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.replay import kept_groups
 from autoprune.structure.slicing import Edit, build
-from autoprune.structure.terms import Terms, cost_terms
+from autoprune.structure.terms import SizeRow, Terms, cost_terms
 from autoprune.structure.units import BoolArray, Frozen, Group, Units
 
 
 @dataclass(frozen=True)
-class GroupedSite:
-    """A grouped convolution or group norm that may lose whole groups.
+class Attribute:
+    """A size that a module keeps in Python, as an affine function of the widths.
 
     Attributes:
-        module: Its qualified name.
-        tensor: A tensor of it whose first dimension shrinks with the groups.
-        per_group: Indices of that dimension that each group owns.
-        size: Dense size of that dimension.
+        fixed: What does not change.
+        shares: For each group that the size depends on: its name, how much each unit adds, and its dense width.
+        module: Qualified name of the module.
+        path: The attribute, or one of an object that the module refers to, such as ``"config.num_heads"``.
     """
 
-    module: str
-    tensor: str
-    per_group: int
-    size: int
+    fixed: int
+    shares: tuple[tuple[str, int, int], ...]
+    module: str = ""
+    path: str = ""
+
+    @classmethod
+    def of(cls, units: Units, row: SizeRow, module: str = "", path: str = "") -> Attribute:
+        """From a size as `Units.size_row` gives it."""
+        pairs = zip(units.groups, row[1:], strict=True)
+        return cls(row[0], tuple((group.name, each, group.size) for group, each in pairs if each), module, path)
+
+    def value(self, widths: Mapping[str, int]) -> int:
+        """The size when so many units of each group stay; groups not named stay whole."""
+        return self.fixed + sum(each * widths.get(name, dense) for name, each, dense in self.shares)
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Structure:
         frozen: Parameter dimensions that stay, with reasons.
         untouched: Parameters that the traced pass did not read; they stay.
         units_of: Unit of each index of each dimension of every parameter and buffer that can shrink (-1 stays).
-        sites: Grouped convolutions and group norms that may lose whole groups.
+        attributes: Sizes that modules keep in Python and that must follow the widths.
         terms: Exact costs as functions of the widths.
         device: Where the pass was traced: ``"meta"``, or the device of the model's real values.
     """
@@ -52,7 +62,7 @@ class Structure:
     frozen: tuple[Frozen, ...]
     untouched: tuple[str, ...]
     units_of: Mapping[str, tuple[IntArray | None, ...]]
-    sites: tuple[GroupedSite, ...]
+    attributes: tuple[Attribute, ...]
     terms: Terms
     device: str
 
@@ -102,19 +112,21 @@ class Structure:
             }
             if own:
                 slices[name] = own
-        groups = {}
-        for site in self.sites:
-            index = slices.get(site.tensor, {}).get(0)
-            groups[site.module] = (site.size if index is None else len(index)) // site.per_group
-        return Edit(slices, groups)
+        widths = {name: len(units) for name, units in pruning.kept.items()}
+        attributes: dict[str, dict[str, int]] = {}
+        for attribute in self.attributes:
+            attributes.setdefault(attribute.module, {})[attribute.path] = attribute.value(widths)
+        return Edit(slices, attributes)
 
     def build(self, model: nn.Module, pruning: Pruning) -> nn.Module:
         """Build a plain module, the pruned `model`; shares no state with it."""
         return build(model, self.edit(pruning))
 
 
-def assemble(flow: Propagation, units: Units, untouched: tuple[str, ...]) -> Structure:
-    """Put together what a propagation and its units say."""
+def assemble(
+    flow: Propagation, units: Units, untouched: tuple[str, ...] = (), attributes: tuple[Attribute, ...] = ()
+) -> Structure:
+    """Put together what a propagation and its units say; `attributes` are those found by trying."""
     units_of: dict[str, tuple[IntArray | None, ...]] = {}
     arrays: dict[bytes, IntArray] = {}
     for name, value in flow.record.named().items():
@@ -126,21 +138,24 @@ def assemble(flow: Propagation, units: Units, untouched: tuple[str, ...]) -> Str
         frozen=units.frozen,
         untouched=untouched,
         units_of=units_of,
-        sites=tuple(_sites(flow, units_of)),
+        attributes=(*_group_counts(flow, units), *attributes),
         terms=cost_terms(flow, units),
         device=flow.record.device,
     )
 
 
-def _sites(flow: Propagation, units_of: Mapping[str, tuple[IntArray | None, ...]]) -> list[GroupedSite]:
-    sites = {}
+def _group_counts(flow: Propagation, units: Units) -> list[Attribute]:
+    """``groups`` of grouped convolutions and ``num_groups`` of group norms that may lose whole groups."""
+    found = {}
     for op in flow.record.ops:
-        groups = op.args.get("groups", op.args.get("group"))
-        weight = op.args.get("weight")
+        name = "groups" if "groups" in op.args else "group"
+        groups, weight = op.args.get(name), op.args.get("weight")
         if not groups or groups == 1 or weight is None or kept_groups(op, flow, 0) == groups:
             continue
         value = flow.record.values[weight.id]
-        if value.name in units_of:
-            module = value.name.rpartition(".")[0]
-            sites[module] = GroupedSite(module, value.name, value.shape[0] // groups, value.shape[0])
-    return list(sites.values())
+        row = units.size_row(flow.of(weight.id)[0], value.shape[0])
+        if value.name and any(row[1:]):
+            module, path = value.name.rpartition(".")[0], "groups" if name == "groups" else "num_groups"
+            row = tuple(part * groups // value.shape[0] for part in row)
+            found[module] = Attribute.of(units, row, module, path)
+    return list(found.values())

@@ -11,7 +11,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.errors import UnsupportedModelError
+from autoprune.structure.adapters import adapter_of, refresh_flat_weights
 
 log = logging.getLogger(__name__)
 
@@ -113,13 +114,21 @@ def skeleton(model: nn.Module) -> nn.Module:
         UnsupportedModelError: If Python cannot copy the model.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for value in (value for module in model.modules() for value in vars(module).values()):
+        if isinstance(value, Tensor) and not value.is_leaf:  # kept from an earlier pass; Python cannot copy its graph
+            shared[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, dict(shared))
+        copied = copy.deepcopy(model, dict(shared))
     except Exception as error:  # anything may be raised by a user's __deepcopy__ or by an attribute that has none
         raise UnsupportedModelError(
             f"model must be copyable with copy.deepcopy, but {type(model).__name__} raised {error!r}; "
             "move the attribute that cannot be copied out of the model"
         ) from error
+    for module in copied.modules():
+        adapter = adapter_of(module)
+        if adapter is not None and adapter.prepare is not None:
+            adapter.prepare(module)
+    return copied
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Record:
@@ -132,10 +141,15 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], fo
         forward: Runs a model on these inputs and returns the outputs that matter.
     """
     try:
-        return _trace(model, args, kwargs, forward, meta=True)
+        record = _trace(model, args, kwargs, forward, meta=True)
+        # Made behind our back, as the index tensor of x[:, [0, 2]] is: its values are needed and are lost.
+        lost = [v for v in record.values if v.kind == "constant" and v.tensor is not None and v.tensor.is_meta]
+        if not lost:
+            return record
+        log.info("tracing on the meta device lost %d constants; tracing on real values", len(lost))
     except Exception as error:  # a model may do anything that the meta device cannot, such as read a value
         log.info("tracing on the meta device failed (%s); tracing on real values", error)
-        return _trace(model, args, kwargs, forward, meta=False)
+    return _trace(model, args, kwargs, forward, meta=False)
 
 
 def _trace(
@@ -167,9 +181,9 @@ def _trace(
     record.inputs = [recorder.add(leaf, "input", "", born=-1) for leaf in leaves]
     record.batch = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
     record.device = "meta" if meta else str(leaves[0].device if leaves else "cpu")
-    call = Call(copied, forward)
-    with torch.no_grad(), _module_paths(copied, recorder), recorder:
-        outputs = functional_call(call, {f"model.{k}": v for k, v in tensors.items()}, moved_args, moved_kwargs)
+    state = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    with _module_paths(copied, recorder):
+        outputs = call_with(Call(copied, forward), state, moved_args, moved_kwargs, recorder)
     out = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     if not out:
         raise UnsupportedModelError(
@@ -199,6 +213,25 @@ class Call(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model as the user would."""
         return self.run(self.model, *args, **kwargs)
+
+
+def call_with(
+    call: Call,
+    state: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mode: AbstractContextManager[Any] | None = None,
+) -> Any:
+    """Run a model with other tensors in the place of its own, under a dispatch mode, without fused shortcuts."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    handle = register_module_forward_pre_hook(lambda module, _: refresh_flat_weights(module))
+    torch.backends.mha.set_fastpath_enabled(False)  # the operations inside a fused encoder layer cannot be seen
+    try:
+        with torch.no_grad(), mode or nullcontext():
+            return functional_call(call, dict(state), args, dict(kwargs))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        handle.remove()
 
 
 @contextmanager

@@ -239,9 +239,7 @@ def _slots(flow: Propagation, unit_of: IntArray, group_of: IntArray, sizes: list
     return slots
 
 
-def _frozen(
-    flow: Propagation, component: IntArray, unit_of: IntArray, reasons: Mapping[int, str]
-) -> Iterable[Frozen]:
+def _frozen(flow: Propagation, component: IntArray, unit_of: IntArray, reasons: Mapping[int, str]) -> Iterable[Frozen]:
     kinds = {value.name: value.kind for value in flow.record.values}
     for tensor, dim, labels in _named_dimensions(flow):
         if kinds[tensor] != "parameter":

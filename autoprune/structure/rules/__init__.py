@@ -31,7 +31,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_of(op: Op) -> Rule | None:
     """The rule of an operation, or None."""
-    from autoprune.structure.rules import arithmetic, layers, views  # noqa: F401  (each registers its rules)
+    from autoprune.structure.rules import arithmetic, indexing, layers, views  # noqa: F401  (each registers its rules)
 
     if op.name in RULES:
         return RULES[op.name]

@@ -119,6 +119,9 @@ def contraction(flow: Propagation, op: Op) -> list[Dims]:
     if op.name == "linear":
         b = b[::-1]
     inner = b[-2] if len(b) > 1 else b[0]
+    if op.index in flow.scores:
+        for labels in (a[-1], inner):
+            flow.freeze(op, labels, f"head dimension of the attention scores in {op.where()}")
     contract(flow, op, a[-1], inner)
     out: Dims = [*a[:-1], *b[-1:]] if len(b) > 1 else [*a[:-1]]
     if len(b) == 3:

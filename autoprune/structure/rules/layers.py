@@ -138,9 +138,28 @@ def spatial(flow: Propagation, op: Op) -> list[Dims]:
 def attention(flow: Propagation, op: Op) -> list[Dims]:
     """Join the heads of q, k and v; the head dimension stays, because the scale depends on it."""
     query, key, value = (flow.of(op.args[name].id) for name in ("query", "key", "value"))
-    heads = flow.join(op, flow.join(op, query[1], key[1]), value[1])
+    heads = query[1]
+    for shared in (key, value):
+        heads = _share_heads(flow, op, heads, shared[1])
     for labels in (query[-1], key[-1], value[-1]):
         flow.freeze(op, labels, f"head dimension of {op.where()}")
     for labels in (query[2], key[2], value[2]):
         flow.freeze(op, labels, f"positions attended over by {op.where()}")
     return [[None, heads, None, None], *_fixed(flow, op.results()[1:])]
+
+
+def _share_heads(flow: Propagation, op: Op, heads: Labels, shared: Labels) -> Labels:
+    """Join query heads with the key or value heads that serve several of them each."""
+    if heads is None or shared is None:
+        return flow.join(op, heads, shared)
+    return flow.join(op, heads, np.repeat(shared, len(heads) // len(shared)))
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(flow: Propagation, op: Op) -> list[Dims]:
+    """Scale each slice of a weight to a length of its own; the norm is over kept inputs."""
+    out = list(flow.of(op.args["v"].id))
+    add_bias(flow, op, op.args["g"], out)
+    axis = op.args["dim"] % len(out)
+    norms: Dims = [labels if i == axis else None for i, labels in enumerate(out)]
+    return [out, norms][: len(op.results())]

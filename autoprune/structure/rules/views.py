@@ -65,9 +65,11 @@ def _merge(flow: Propagation, op: Op, dims: Dims, shape: tuple[int, ...]) -> Lab
     labelled = [axis for axis, labels in enumerate(dims) if labels is not None]
     if not labelled:
         return None
-    for axis in labelled[1:]:
-        flow.freeze(op, dims[axis], f"merged with another prunable dimension by {op.where()}")
-    axis = labelled[0]
+    own = [axis for axis in labelled if (labels := dims[axis]) is not None and not flow.invented(labels)]
+    axis = (own or labelled)[0]
+    for other in labelled:
+        if other != axis:
+            flow.freeze(op, dims[other], f"merged with another prunable dimension by {op.where()}")
     kept = dims[axis]
     assert kept is not None
     expanded = kept.reshape([-1 if i == axis else 1 for i in range(len(shape))])
@@ -189,7 +191,7 @@ def slice_(flow: Propagation, op: Op) -> list[Dims]:
     if taken is not None:
         begin, end, step = _range(op, shape[axis])
         if step != 1:
-            flow.freeze(op, taken, f"every {step}th position is taken by {op.where()}")
+            flow.freeze(op, taken, f"taken in steps of {step} by {op.where()}")
         out[axis] = np.ascontiguousarray(taken[begin:end:step])
     return [out]
 
@@ -333,22 +335,4 @@ def channel_shuffle(flow: Propagation, op: Op) -> list[Dims]:
         grid = labels.reshape(op.args["groups"], -1).T
         flow.tie(op, grid)
         out[1] = np.ascontiguousarray(grid).reshape(-1)
-    return [out]
-
-
-@rule("embedding")
-def embedding(flow: Propagation, op: Op) -> list[Dims]:
-    """Look rows up: the rows stay, the columns pass."""
-    rows, columns = flow.of(op.args["weight"].id)
-    flow.freeze(op, rows, f"looked up by index in {op.where()}")
-    return [[None] * len(flow.of(op.args["indices"].id)) + [columns]]
-
-
-@rule("index_select")
-def index_select(flow: Propagation, op: Op) -> list[Dims]:
-    """Pick positions of one dimension, which must then stay."""
-    out = list(_source(flow, op)[0])
-    axis = op.args["dim"] % len(out)
-    flow.freeze(op, out[axis], f"indexed by position in {op.where()}")
-    out[axis] = None
     return [out]

@@ -1,0 +1,310 @@
+"""Mistakes in the arguments: each is refused before the first trial, with the argument, the value and the way out."""
+
+import re
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autoprune
+from autoprune import Budget, Channels, Data, Metric
+from autoprune.evaluators import AdaptiveBN
+from autoprune.execution import LocalExecutor
+from tests.zoo import ZOO
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, Y = torch.randn(120, 64, generator=GENERATOR), torch.randint(0, 10, (120,), generator=GENERATOR)
+
+
+@pytest.fixture
+def mlp():
+    return ZOO["mlp"].build()
+
+
+def search(model, budget="flops <= 50%", data=(X, Y), trials=2, **options):
+    return autoprune.search(model, budget, data, trials=trials, progress=False, **options)
+
+
+def refused(error, *parts):
+    """Expect an error whose message holds all parts, in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+class TestBudgets:
+    @pytest.mark.parametrize("budget", ["half of it", "flops = 50%", "flops <= many", ""])
+    def test_one_that_cannot_be_read_shows_what_can(self, mlp, budget):
+        with refused(autoprune.BudgetError, budget, "flops <= 50%"):
+            search(mlp, budget)
+
+    def test_one_that_is_no_text_shows_what_can(self, mlp):
+        with refused(
+            autoprune.BudgetError, "budget must be text, a list of texts or a Budget, got 0.5", "flops <= 50%"
+        ):
+            search(mlp, 0.5)
+
+    def test_an_unknown_cost_is_named_with_the_nearest(self, mlp):
+        with refused(autoprune.BudgetError, "budget must limit one of", "got 'flop'", "did you mean 'flops'?"):
+            search(mlp, "flop <= 50%")
+
+    def test_an_impossible_one_names_the_cheapest_reachable(self, mlp):
+        cheapest = 64 * 6 + 6 * 4 + 4 * 3 + 3 * 10
+        parts = f"flops must be at least {cheapest}, the cheapest reachable", "got 56.16", "Raise the limit"
+        with refused(autoprune.InfeasibleBudgetError, *parts):
+            search(mlp, "flops <= 1%")
+
+    def test_a_limit_on_the_score_says_how_to_choose_by_it(self, mlp):
+        with refused(autoprune.BudgetError, "accuracy drop <= 0.01", "result.best('accuracy drop <= 0.01')"):
+            search(mlp, "flops <= 50%, accuracy drop <= 1pp")
+        with refused(autoprune.BudgetError, "accuracy >= 0.9", "result.best('accuracy >= 0.9')"):
+            search(mlp, Budget.parse("accuracy >= 90%"))
+
+    def test_best_with_nothing_within_it_names_the_nearest_and_the_way_out(self, mlp):
+        with refused(autoprune.InfeasibleBudgetError, "'flops <= 1%' is met by none of 2 trials", "search again"):
+            search(mlp).best("flops <= 1%")
+
+    def test_best_by_another_metric_than_was_scored_is_refused(self, mlp):
+        with refused(autoprune.BudgetError, "budget limits 'acuracy'", "scored by 'accuracy'"):
+            search(mlp).best("acuracy >= 0.5")
+
+
+class TestModels:
+    def test_something_that_is_no_module_is_named(self):
+        with refused(autoprune.UnsupportedModelError, "model must be an nn.Module, got str", "load or build it"):
+            search("model.pt")
+
+    def test_one_spread_over_several_devices_is_refused(self, mlp):
+        mlp[9].to("meta")
+        with refused(autoprune.UnsupportedModelError, "one device, got ['cpu', 'meta']", "model.to(device)"):
+            search(mlp)
+
+    def test_one_without_values_is_refused(self, mlp):
+        with refused(autoprune.UnsupportedModelError, "model must hold values", "meta device", "load its weights"):
+            search(mlp.to("meta"))
+
+    def test_a_scripted_one_is_refused(self, mlp):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            scripted = torch.jit.script(mlp)
+        with refused(autoprune.UnsupportedModelError, "ordinary nn.Module", "ScriptModule", "pass the module that was"):
+            search(scripted)
+
+    def test_a_quantised_one_is_refused(self, mlp):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantised = torch.ao.quantization.quantize_dynamic(mlp, {nn.Linear}, dtype=torch.qint8)
+        with refused(autoprune.UnsupportedModelError, "must not be quantised", "'0'", "prune first, then quantise"):
+            search(quantised)
+
+    def test_a_sparse_parameter_is_named(self, mlp):
+        mlp.register_parameter("mixer", nn.Parameter(torch.eye(4).to_sparse()))
+        with refused(autoprune.UnsupportedModelError, "'mixer' is torch.sparse_coo", "to_dense()"):
+            search(mlp)
+
+    def test_one_that_was_never_run_is_refused(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lazy = nn.Sequential(nn.LazyLinear(20), nn.ReLU(), nn.LazyLinear(10))
+        with refused(autoprune.UnsupportedModelError, "uninitialised parameter '0.weight'", "run it once"):
+            search(lazy)
+
+    def test_one_with_nothing_to_prune_is_refused_with_the_reasons(self):
+        with refused(autoprune.NothingToPruneError, "nothing to prune", "returned by the model", "the model's input"):
+            search(nn.Linear(64, 10))
+
+    def test_one_that_returns_nan_is_refused(self, mlp):
+        with torch.no_grad():
+            mlp[9].weight[0, 0] = torch.nan
+        with refused(ValueError, "model must return finite outputs", "NaN", "check its weights"):
+            search(mlp)
+
+    def test_one_that_returns_nan_for_some_samples_is_refused(self, mlp):
+        x = X.clone()
+        x[7] = torch.inf
+        with refused(
+            ValueError, "model cannot be scored on the validation data", "the score of 1 of 100 samples is NaN"
+        ):
+            search(mlp, data=Data(calibration=(X, Y), validation=(x[:100], Y[:100]), test=(X, Y)))
+
+
+class TestData:
+    @pytest.mark.parametrize(
+        "data", [[], (X[:0], Y[:0]), torch.utils.data.DataLoader(X[:0])], ids=["list", "xy", "loader"]
+    )
+    def test_an_empty_source_is_refused(self, mlp, data):
+        with refused(autoprune.DataError, "validation data must hold at least", "is empty", "give more samples"):
+            search(mlp, data=data)
+
+    @pytest.mark.parametrize("data", ["digits.pt", 5, {"x": X}])
+    def test_an_unknown_kind_is_named(self, mlp, data):
+        with refused(autoprune.DataError, "must be a DataLoader, a Dataset,", f"got {type(data).__name__}"):
+            search(mlp, data=data)
+
+    def test_missing_labels_are_named_with_the_way_out(self, mlp):
+        with refused(autoprune.DataError, "metric='accuracy' needs labels", "'agreement'"):
+            search(mlp, data=X, metric="accuracy")
+
+    def test_labels_beyond_the_classes_are_named(self, mlp):
+        with refused(autoprune.DataError, "metric='accuracy' needs labels from 0 to 9", "got 1"):
+            search(mlp, data=(X, Y + 8), metric="accuracy")
+
+    def test_a_metric_without_data_is_refused(self, mlp):
+        with refused(autoprune.DataError, "metric 'accuracy' needs data", "pass data=", "metric='agreement'"):
+            search(mlp, data=None, metric="accuracy", example_inputs=X)
+
+    def test_neither_data_nor_an_example_is_refused(self, mlp):
+        with refused(ValueError, "example_inputs must be given", "Sequential carries no example", "pass a tensor"):
+            search(mlp, data=None)
+
+    def test_an_empty_example_is_refused(self, mlp):
+        with refused(autoprune.DataError, "example_inputs must hold at least one input, got ()"):
+            search(mlp, data=None, example_inputs=())
+
+    def test_outputs_that_the_model_does_not_return_are_named(self, mlp):
+        with refused(ValueError, "outputs must select from what the model returns (Tensor), got 0"):
+            search(mlp, outputs=0)
+        images = torch.randn(40, 3, 16, 16)
+        with refused(ValueError, "outputs must select from what the model returns (['scores', 'boxes']), got 'nope'"):
+            search(ZOO["detector"].build(), data=images, outputs=["boxes", "nope"])
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("argument", "known"),
+        [
+            ("optimizer", "'nsga2', 'random'"),
+            ("evaluator", "'adaptive_bn', 'auto'"),
+            ("space", "'channels'"),
+            ("metric", "'accuracy', 'agreement', 'auto'"),
+            ("executor", "'local'"),
+        ],
+    )
+    def test_an_unknown_one_is_refused_with_those_known(self, mlp, argument, known):
+        with refused(ValueError, f"{argument} must be one of", known, "got 'bset'"):
+            search(mlp, **{argument: "bset"})
+
+    def test_an_unknown_criterion_is_refused_with_those_known(self, mlp):
+        with refused(ValueError, "criterion must be one of", "'l2'", "'taylor'", "got 'l3'"):
+            search(mlp, space=Channels(criterion="l3"))
+
+    def test_an_unknown_way_to_check_is_refused_with_those_known(self, mlp):
+        with refused(ValueError, "checks must be 'on' or 'strict'", "got 'off'"):
+            search(mlp, checks="off")
+
+    @pytest.mark.parametrize(("argument", "value"), [("evaluator", AdaptiveBN), ("executor", LocalExecutor)])
+    def test_a_class_in_place_of_an_instance_is_named(self, mlp, argument, value):
+        with refused(ValueError, f"{argument} must be one of", "instance, got <class"):
+            search(mlp, **{argument: value})
+
+    @pytest.mark.parametrize(
+        ("argument", "value"), [("optimizer", 3), ("evaluator", 3), ("space", 3), ("metric", 3), ("executor", 3)]
+    )
+    def test_something_of_another_kind_is_named(self, mlp, argument, value):
+        with refused((ValueError, TypeError), f"{argument} must be ", "got "):
+            search(mlp, **{argument: value})
+
+
+class TestSpaces:
+    @pytest.mark.parametrize("options", [(), (0.5, 1.0), (1.0, 0.5, 0.5), (0.9, 0.5), (1.0, 0.0)])
+    def test_options_must_fall_from_one(self, options):
+        with refused(ValueError, "options must be fractions falling from 1.0 to above 0", f"got {options}"):
+            Channels(options=options)
+
+    def test_a_pattern_that_matches_nothing_is_named(self, mlp):
+        with refused(ValueError, "ignore has 'head*', which matches no module", "there are 0,"):
+            search(mlp, space=Channels(ignore=["head*"]))
+
+    def test_a_space_without_a_choice_says_what_to_loosen(self, mlp):
+        with refused(autoprune.NothingToPruneError, "space has nothing to search", "loosen ignore="):
+            search(mlp, space=Channels(ignore=["*"]))
+
+
+class TestRuns:
+    def test_a_run_dir_that_is_a_file_is_refused(self, mlp, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with refused(FileExistsError, "run_dir must be a folder", "is a file", "pass another run_dir"):
+            search(mlp, run_dir=tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "mine"
+
+    def test_a_run_dir_used_before_is_refused_and_left_alone(self, mlp, tmp_path):
+        search(mlp, run_dir=tmp_path)
+        before = (tmp_path / "journal.sqlite").read_bytes()
+        with refused(FileExistsError, "run_dir must be a folder of its own", "already holds", "pass another run_dir"):
+            search(mlp, run_dir=tmp_path)
+        assert (tmp_path / "journal.sqlite").read_bytes() == before
+
+    @pytest.mark.parametrize("trials", [0, -1, 2.5, "10"])
+    def test_trials_must_be_a_positive_integer(self, mlp, trials):
+        with refused(ValueError, f"trials must be an integer of at least 1, got {trials!r}"):
+            search(mlp, trials=trials)
+
+    @pytest.mark.parametrize("seed", [-1, 0.5])
+    def test_the_seed_must_not_be_negative(self, mlp, seed):
+        with refused(ValueError, f"seed must be an integer of at least 0, got {seed}"):
+            search(mlp, seed=seed)
+
+    @pytest.mark.parametrize("seconds", [0, -3.0])
+    def test_max_seconds_must_be_positive(self, mlp, seconds):
+        with refused(ValueError, f"max_seconds must be positive or None, got {seconds}"):
+            search(mlp, max_seconds=seconds)
+
+    def test_resuming_says_what_to_do_instead(self, mlp, tmp_path):
+        with refused(ValueError, "resume=True is not supported yet", "run_dir", "start="):
+            search(mlp, run_dir=tmp_path, resume=True)
+
+    @pytest.mark.parametrize("bad", [[0, 0], [0] * 6, [8, 0, 0], [-1, 0, 0], "abc", 7])
+    def test_a_start_that_is_no_candidate_is_named(self, mlp, bad):
+        with refused(ValueError, "start must hold results, trials,", "option indices below [8, 8, 8]", repr(bad)):
+            search(mlp, start=[bad])
+
+    def test_a_start_with_an_unknown_dimension_or_option_names_those_known(self, mlp):
+        with refused(ValueError, "start must name dimensions of the space (0, 3, 6), got ['stem']"):
+            search(mlp, start=[{"stem": 8}])
+        with refused(ValueError, "start['3'] must be one of (32, 28", "got 31"):
+            search(mlp, start=[{"3": 31}])
+
+
+class TestFunctionsOfTheUser:
+    def test_a_cost_of_the_wrong_shape_is_named(self, mlp):
+        with refused(ValueError, "costs['energy_mj'] must return 1 finite numbers", "got shape (1, 3)"):
+            search(mlp, costs={"energy_mj": lambda candidates: candidates * 1.0})
+
+    def test_a_cost_that_is_not_finite_is_named(self, mlp):
+        with refused(ValueError, "costs['energy_mj'] must return 1 finite numbers"):
+            search(mlp, costs={"energy_mj": lambda candidates: np.full(len(candidates), np.nan)})
+
+    def test_a_cost_with_the_name_of_a_built_in_one_is_refused(self, mlp):
+        with refused(ValueError, "costs must not redefine", "got 'flops'", "choose another name"):
+            search(mlp, costs={"flops": lambda candidates: candidates.sum(axis=1)})
+
+    @pytest.mark.parametrize("returned", [1.0, torch.tensor(1.0), torch.ones(5), torch.ones(20, 10)])
+    def test_a_metric_of_the_wrong_shape_is_named(self, mlp, returned):
+        with refused(ValueError, "metric 'mine' must return a tensor of shape", "per_sample=False"):
+            search(mlp, metric=Metric(lambda outputs, batch: returned, True, name="mine"))
+
+    def test_a_whole_set_metric_that_returns_no_number_costs_no_trial(self, mlp):
+        metric = Metric(lambda forward, batches: torch.ones(3), True, per_sample=False, name="mine")
+        with refused(ValueError, "metric 'mine' must return one number", "per_sample=True"):
+            search(mlp, metric=metric)
+
+    def test_a_criterion_of_the_wrong_shape_is_named(self, mlp):
+        with refused(ValueError, "criterion must return 48 finite scores for group '0'", "got shape (2,)"):
+            search(mlp, space=Channels(criterion=lambda group: torch.ones(2)))
+
+
+def test_nothing_is_evaluated_before_a_mistake_is_found(mlp):
+    class Untouched(AdaptiveBN):
+        def evaluate(self, candidates, chunk=None):
+            pytest.fail("evaluated a candidate")
+
+    for options in ({"budget": "flops <= 1%"}, {"start": [[9, 9, 9]]}, {"metric": "bset"}, {"costs": {"flops": len}}):
+        with pytest.raises(ValueError, match="must"):
+            search(mlp, evaluator=Untouched(), **options)
+
+
+def test_a_trial_of_a_result_without_its_model_says_how_to_build_it(mlp):
+    alone = replace(search(mlp), _builder=None)
+    with refused(autoprune.RecipeError, "build needs the model", "SearchResult.load(path, model=model)"):
+        alone.build()
