@@ -14,11 +14,11 @@ from autoprune.errors import (
 )
 from autoprune.metrics import Metric
 from autoprune.protocols import Pruning
-from autoprune.recipe import load, save
 from autoprune.result import SearchResult
+from autoprune.result.recipe import load, save
+from autoprune.result.trials import Trial
 from autoprune.search import search
 from autoprune.search_spaces import Channels
-from autoprune.trials import Trial
 
 __version__ = "0.1.0"
 

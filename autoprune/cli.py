@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autoprune.result import SearchResult
-    from autoprune.trials import Trial
+    from autoprune.result.trials import Trial
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -245,8 +245,8 @@ def _example_inputs(model: nn.Module, shape: str | None, example: str | None) ->
 
 def _read(run_dir: Path) -> SearchResult:
     """The saved result, or what the journal holds so far."""
-    from autoprune.journal_result import result_from_journal
     from autoprune.result import SearchResult
+    from autoprune.result.from_journal import result_from_journal
 
     if (run_dir / "result.json").exists():
         return SearchResult.load(run_dir)
@@ -275,7 +275,7 @@ def _plot(result: SearchResult, path: Path) -> None:
 
 def _choose(result: SearchResult, run_dir: Path, budget: list[str] | None, number: int | None) -> Trial:
     """The trial to build, among those that were saved with weights."""
-    from autoprune.builders import weights_file
+    from autoprune.result.builders import weights_file
 
     saved = tuple(trial for trial in result.trials if weights_file(run_dir, trial).is_file())
     if not saved:
@@ -289,7 +289,7 @@ def _choose(result: SearchResult, run_dir: Path, budget: list[str] | None, numbe
 
 
 def _describe(result: SearchResult, trial: Trial) -> str:
-    from autoprune.tables import engineering
+    from autoprune.result.tables import engineering
 
     costs = ", ".join(
         f"{name} {engineering(value)} ({value / result.dense.costs[name]:.1%} of dense)"

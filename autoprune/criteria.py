@@ -229,7 +229,7 @@ def loss_gradients(
     Raises:
         DataError: If a batch has no labels.
     """
-    copied = _Forward(skeleton(model).eval(), forward)
+    copied = _Forward(_private(model), forward)
     device = next(model.parameters()).device
     state = {name: p.detach().clone().requires_grad_() for name, p in copied.named_parameters()}
     total = sum(1 for _ in batches)
@@ -243,6 +243,14 @@ def loss_gradients(
             loss = F.mse_loss(outputs, target) if target.is_floating_point() else F.cross_entropy(outputs, target)
             (loss / total).backward()  # type: ignore[no-untyped-call]
     return {name.removeprefix("model."): torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.items()}
+
+
+def _private(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose forward may write to its buffers; parameters are shared."""
+    copied = skeleton(model).eval()
+    for module in copied.modules():
+        module._buffers.update({key: None if x is None else x.clone() for key, x in module._buffers.items()})
+    return copied
 
 
 class _Forward(nn.Module):
@@ -266,7 +274,7 @@ def activation_statistics(
     forward: Callable[[nn.Module, Batch], Any],
 ) -> dict[str, list[Activation]]:
     """Watch the inputs of every ungrouped convolution and linear layer that reads a group."""
-    copied = skeleton(model).eval()
+    copied = _private(model)
     sums: dict[str, list[Tensor]] = {}
 
     def watch(name: str, axis: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from autoprune.trials import Trial
+from autoprune.result.trials import Trial
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

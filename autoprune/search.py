@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from autoprune.budget import Budget
-from autoprune.builders import FromEvaluator
 from autoprune.costs import CostFunction
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, Outcome, make_executor
@@ -25,9 +24,10 @@ from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
 from autoprune.protocols import FAILED, OK, Evaluations, Failure, IntArray, Measurement, Optimizer
 from autoprune.result import SearchResult
+from autoprune.result.builders import FromEvaluator
+from autoprune.result.trials import Evaluation, Trial, find_front, none_if_nan
 from autoprune.search_spaces import Channels
 from autoprune.study import Start, Study, prepare
-from autoprune.trials import Evaluation, Trial, find_front, none_if_nan
 
 log = logging.getLogger(__name__)
 

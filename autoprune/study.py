@@ -21,12 +21,12 @@ from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.result import SearchResult
+from autoprune.result.trials import Trial
 from autoprune.search_spaces import Channels, make_space
 from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
 from autoprune.structure.examples import example_inputs_of, unwrap
 from autoprune.structure.slicing import Edit, Slicer
-from autoprune.trials import Trial
 
 Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
 """A candidate to begin from: option indices, ``{dimension: option}``, a trial, or the front of a result."""

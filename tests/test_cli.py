@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 import autoprune
 from autoprune.cli import app
 from autoprune.journal import Journal
-from autoprune.journal_result import result_from_journal
 from autoprune.loading import load_model, load_object
+from autoprune.result.from_journal import result_from_journal
 
 CODE = """
 import torch

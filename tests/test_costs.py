@@ -159,7 +159,7 @@ class TestCostsOfCandidates:
         [
             (lambda candidates: 1.0, r"\(\)"),
             (lambda candidates: np.zeros((len(candidates), 1)), r"\(2, 1\)"),
-            (lambda candidates: np.full(len(candidates), np.nan), r"\(2,\)"),
+            (lambda candidates: np.full(len(candidates), np.nan), r"\(2,\) with NaN"),
         ],
     )
     def test_a_result_of_another_shape_or_without_value_is_refused(

@@ -21,15 +21,18 @@ MAPPED = ("search_spaces", "evaluators")
 LAYERS = (
     ("errors",),
     ("protocols", "batches"),
-    ("sources",),
-    ("budget", "metrics", "data", "pareto"),
+    ("sources", "scorers"),
+    ("budget", "data", "pareto"),
+    ("metrics",),
     ("structure",),
     ("costs", "criteria"),
     ("optimizers", "evaluators", "search_spaces"),
     ("journal", "execution", "racing"),
     ("result", "report"),
+    ("progress", "study"),
     ("search", "audit", "recover"),
     ("autoprune",),
+    ("loading",),
     ("cli",),
 )
 LEVEL = {part: level for level, row in enumerate(LAYERS) for part in row}

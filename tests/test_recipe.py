@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import autoprune
-from autoprune.recipe import ATTRIBUTE, attach
+from autoprune.result.recipe import ATTRIBUTE, attach
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import analyse
 from tests.zoo import ZOO

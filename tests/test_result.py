@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import autoprune
 from autoprune import Data, Metric, SearchResult
-from autoprune.builders import weights_file
 from autoprune.protocols import FAILED
+from autoprune.result.builders import weights_file
 from tests.zoo import ZOO
 
 
@@ -276,6 +276,6 @@ class TestLookingAtIt:
         [(0.5, "0.5"), (999.9, "999.9"), (1404.0, "1.4K"), (999_600.0, "1000K"), (1e6, "1M"), (2.3e9, "2.3G")],
     )
     def test_costs_have_three_digits_and_a_prefix(self, value, text):
-        from autoprune.tables import engineering
+        from autoprune.result.tables import engineering
 
         assert engineering(value) == text

@@ -21,7 +21,7 @@ from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import LocalExecutor
 from autoprune.journal import Journal
 from autoprune.protocols import FAILED, OK
-from autoprune.trials import find_front
+from autoprune.result.trials import find_front
 from tests.oracle import count_macs, count_params
 from tests.zoo import ZOO
 

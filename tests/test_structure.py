@@ -394,6 +394,12 @@ def picks(forward: Forward, **extra: Any) -> Callable[[], nn.Module]:
     return lambda: Net(forward, **{"a": conv(3, 8), "head": conv(8, 2, 1), **extra})
 
 
+def blurred() -> nn.Module:
+    net = picks(lambda s, x: s.head(F.conv2d(s.a(x), s.blur, groups=len(s.blur))))()
+    net.register_buffer("blur", torch.rand(8, 1, 3, 3))
+    return net
+
+
 def sknet() -> nn.Module:
     def forward(s: Net, x: Tensor) -> Tensor:
         u, v = s.a(x), s.b(x)
@@ -496,6 +502,7 @@ ODD = {
         a=conv(3, 8),
         w=nn.Parameter(torch.randn(4, 8)),
     ),
+    "depthwise kernel in a buffer": blurred,
     "view of nothing": picks(lambda s, x: s.head(s.a(x)) + s.a(x)[:, :0].reshape(len(x), -1).sum()),
 }
 """Models without an example in the zoo that must stay prunable."""

@@ -151,9 +151,10 @@ def _of_widths(cost: Callable[[FloatArray], FloatArray], space: SearchSpace, can
 
 def _checked(name: str, function: CostFunction, candidates: IntArray) -> FloatArray:
     values = np.asarray(function(candidates), dtype=np.float64)
-    if values.shape != (len(candidates),) or not np.isfinite(values).all():
+    finite = np.isfinite(values).all()
+    if values.shape != (len(candidates),) or not finite:
         raise ValueError(
             f"costs[{name!r}] must return {len(candidates)} finite numbers for candidates of shape "
-            f"{candidates.shape}, got shape {values.shape}"
+            f"{candidates.shape}, got shape {values.shape}{'' if finite else ' with NaN or infinity'}"
         )
     return values

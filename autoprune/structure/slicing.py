@@ -75,8 +75,9 @@ class Slicer:
         wanted = {(name, path): value for name, values in attributes.items() for path, value in values.items()}
         for (name, path), value in {**self._dense, **wanted}.items():
             module = self._modules[name]
-            self._dense.setdefault((name, path), attrgetter(path)(module))
-            set_attribute(module, path, value)
+            if "." in path or hasattr(module, path):  # a forward that calls F.conv2d may compute its groups
+                self._dense.setdefault((name, path), attrgetter(path)(module))
+                set_attribute(module, path, value)
 
 
 def build(model: nn.Module, edit: Edit) -> nn.Module:

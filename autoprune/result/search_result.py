@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from autoprune.budget import Budget
-from autoprune.builders import Builder, SavedWeights, weights_file
 from autoprune.errors import BudgetError, InfeasibleBudgetError, RecipeError
 from autoprune.protocols import OK, SearchSpace
-from autoprune.recipe import save
+from autoprune.result.builders import Builder, SavedWeights, weights_file
+from autoprune.result.recipe import save
+from autoprune.result.trials import Trial
 from autoprune.search_spaces import space_from_json
-from autoprune.trials import Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -233,11 +233,11 @@ class SearchResult:
         Raises:
             ImportError: If matplotlib is missing.
         """
-        from autoprune.plots import plot_front
+        from autoprune.result.plots import plot_front
 
         return plot_front(self, path)
 
     def __str__(self) -> str:
-        from autoprune.tables import front_table
+        from autoprune.result.tables import front_table
 
         return front_table(self)

@@ -9,8 +9,8 @@ from pathlib import Path
 from autoprune.journal import Journal, TrialRow
 from autoprune.protocols import FAILED, OK, SearchSpace
 from autoprune.result import SearchResult
+from autoprune.result.trials import Evaluation, Trial, find_front
 from autoprune.search_spaces import space_from_json
-from autoprune.trials import Evaluation, Trial, find_front
 
 
 def result_from_journal(run_dir: str | Path) -> SearchResult:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from autoprune.trials import Trial
+from autoprune.result.trials import Trial
 
 if TYPE_CHECKING:
     from autoprune.result import SearchResult

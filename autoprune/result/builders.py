@@ -10,8 +10,8 @@ from torch import nn
 
 from autoprune.errors import RecipeError
 from autoprune.evaluators import Context, Evaluator
-from autoprune.recipe import attach, load
-from autoprune.trials import Trial
+from autoprune.result.recipe import attach, load
+from autoprune.result.trials import Trial
 
 
 class Builder(Protocol):

@@ -1,0 +1,6 @@
+"""What a search found: trials, the front, built and saved modules, tables and pictures."""
+
+from autoprune.result.search_result import SearchResult
+from autoprune.result.trials import Evaluation, Trial
+
+__all__ = ["Evaluation", "SearchResult", "Trial"]
