@@ -1,6 +1,7 @@
 """Search how much of each layer of a PyTorch model to remove."""
 
 from autoprune.budget import Budget
+from autoprune.costs.inspection import Inspection, inspect
 from autoprune.data import Data
 from autoprune.errors import (
     AutopruneError,
@@ -19,6 +20,7 @@ from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
 from autoprune.search import search
 from autoprune.search_spaces import Channels
+from autoprune.structure.adapters import register_adapter
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,7 @@ __all__ = [
     "Data",
     "DataError",
     "InfeasibleBudgetError",
+    "Inspection",
     "Metric",
     "NothingToPruneError",
     "Pruning",
@@ -38,7 +41,9 @@ __all__ = [
     "StructureCheckError",
     "Trial",
     "UnsupportedModelError",
+    "inspect",
     "load",
+    "register_adapter",
     "save",
     "search",
 ]

@@ -26,7 +26,7 @@ from autoprune.search_spaces import Channels, make_space
 from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
 from autoprune.structure.examples import example_inputs_of, unwrap
-from autoprune.structure.slicing import Edit, Slicer
+from autoprune.structure.slicing import Edit, Slicer, build
 
 Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
 """A candidate to begin from: option indices, ``{dimension: option}``, a trial, or the front of a result."""
@@ -77,17 +77,20 @@ def prepare(
 ) -> Study:
     """Trace, rank, fix the data and lay out the problem; the arguments are those of `autoprune.search`."""
     wanted, settings, chosen = _parse(budget), make_space(space), make_evaluator(evaluator)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
     model = unwrap(model)
-    device = _device(model)
+    device = require_supported(model)
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
     run = _selecting(forward or batches.default_forward, outputs)
     example = batches.slice_batch(subsets.calibration[0], 0, 2)
     structure = analyse(model, (example,), forward=lambda m, batch: run(m, batch), checks=checks, seed=seed)
     require_prunable(structure)
-    copied = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
+    model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
+    scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
-        order = rank_units(copied, structure, settings.criterion, subsets.calibration, run, seed)
-        judge = resolve_metric(metric, subsets, lambda batch: run(copied, batch))
+        order = rank_units(scored, structure, settings.criterion, subsets.calibration, run, seed)
+        judge = resolve_metric(metric, subsets, lambda batch: run(scored, batch))
     bound = settings.bind(structure, order)
     named = make_costs(structure, bound, costs, cost_batch)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
@@ -107,18 +110,6 @@ def _parse(budget: Any) -> Budget:
             f"with result.best('{parsed.score_limits[0]}')"
         )
     return parsed
-
-
-def _device(model: nn.Module) -> torch.device:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
-    device = require_supported(model)
-    if device.type == "meta":
-        raise UnsupportedModelError("model must hold values, but it is on the meta device; load its weights first")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.layout is not torch.strided:
-            raise UnsupportedModelError(f"model must be dense, but {name!r} is {tensor.layout}; call .to_dense() on it")
-    return device
 
 
 def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed: int) -> Subsets:

@@ -141,7 +141,8 @@ class ChannelSpace:
         table = np.zeros((len(self.dimensions), max(len(d.options) for d in self.dimensions)))
         for i, dimension in enumerate(self.dimensions):
             table[i, : len(dimension.options)] = dimension.options
-        object.__setattr__(self, "_table", table)
+        object.__setattr__(self, "_table", table.ravel())
+        object.__setattr__(self, "_rows", np.arange(len(self.dimensions)) * table.shape[1])
         object.__setattr__(self, "_columns", np.array([names.index(d.name) for d in self.dimensions]))
 
     @property
@@ -167,8 +168,11 @@ class ChannelSpace:
 
     def widths(self, candidates: IntArray) -> FloatArray:
         """Units kept in each group of the structure, shape (n, groups)."""
+        kept: FloatArray = self._table[candidates + self._rows]  # type: ignore[attr-defined]
+        if len(self.dimensions) == len(self.groups):
+            return kept
         out = np.tile(np.array([size for _, size in self.groups], dtype=np.float64), (len(candidates), 1))
-        out[:, self._columns] = self._table[np.arange(len(self.dimensions)), candidates]  # type: ignore[attr-defined]
+        out[:, self._columns] = kept  # type: ignore[attr-defined]
         return out
 
     def to_json(self) -> dict[str, Any]:

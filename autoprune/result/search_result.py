@@ -41,7 +41,8 @@ class SearchResult:
         metric: Name of the metric.
         higher_is_better: Its direction.
         notes: What was decided about data, metric and model, in plain words.
-        stopped: Why the search ended: ``"trials"``, ``"time"``, ``"interrupted"`` or ``"exhausted"``.
+        stopped: Why the search ended: ``"trials"``, ``"time"``, ``"interrupted"``, ``"exhausted"``, or
+            ``"unfinished"`` when it was read from the journal of a run that goes on or was killed.
         seconds: Wall time of the search.
         seed: Its seed.
     """

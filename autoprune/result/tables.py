@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ def _row(result: SearchResult, trial: Trial, names: Sequence[str]) -> list[str]:
         *(engineering(trial.costs[name]) for name in names),
         f"{cost / dense:.1%}" if dense else "",
         f"{trial.score:.4f}",
-        f"{trial.interval[0]:.4f} to {trial.interval[1]:.4f}",
+        "" if math.isnan(trial.interval[0]) else f"{trial.interval[0]:.4f} to {trial.interval[1]:.4f}",
         held_out,
     ]
 

@@ -94,6 +94,8 @@ def require_supported(model: nn.Module) -> torch.device:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
             raise UnsupportedModelError(f"model has an uninitialised parameter {name!r}; run it once on real data")
+        if tensor.layout is not torch.strided:
+            raise UnsupportedModelError(f"model must be dense, but {name!r} is {tensor.layout}; call .to_dense() on it")
         if tensor.is_quantized:
             raise UnsupportedModelError(f"model must not be quantised, but {name!r} is; prune first, then quantise")
     if devices == {torch.device("meta")}:

@@ -8,7 +8,8 @@ at ambiguous sites can be tried in milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +26,8 @@ Dims = list[Labels]
 
 OUTER = 0
 INNER = 1
+log = logging.getLogger(__name__)
+
 PASSING = frozenset(
     (
         *("view", "_unsafe_view", "reshape", "expand", "clone", "transpose", "permute", "unsqueeze", "squeeze"),
@@ -151,13 +154,7 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
             flow.labels[i] = [None] * len(known.shape)  # nothing says what may go, so all of it stays
     for op in record.ops:
         apply = rule_of(op)
-        if apply is None:
-            for value in op.inputs():
-                for labels in flow.of(value):
-                    flow.freeze(op, labels, f"{op.where()} has no rule")
-            results: list[Dims] = [[None] * len(record.values[value].shape) for value in op.results()]
-        else:
-            results = apply(flow, op)
+        results = _without_rule(flow, op, "has no rule") if apply is None else _apply(flow, op, apply)
         read = set(op.inputs())
         for value, dims in zip(op.results(), results, strict=True):
             if value not in read:  # a value returned in place keeps the labels that it has
@@ -166,6 +163,29 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
         for labels in flow.of(value):
             flow.freeze(None, labels, "returned by the model")
     return flow
+
+
+def _apply(flow: Propagation, op: Op, apply: Callable[[Propagation, Op], list[Dims]]) -> list[Dims]:
+    """Follow a rule; one that does not understand its operation freezes what it touches."""
+    try:
+        results = apply(flow, op)
+    except Exception as error:  # an operation may come in forms that its rule was not written for
+        log.warning("the rule of %s failed (%r); what it touches stays", op.where(), error)
+        return _without_rule(flow, op, "is not understood")
+    for value, dims in zip(op.results(), results, strict=True):
+        sizes = [None if labels is None else len(labels) for labels in dims]
+        shape = flow.record.values[value].shape
+        if len(sizes) != len(shape) or any(n not in (None, size) for n, size in zip(sizes, shape, strict=True)):
+            log.warning("the rule of %s gave labels %s for shape %s; what it touches stays", op.where(), sizes, shape)
+            return _without_rule(flow, op, "is not understood")
+    return results
+
+
+def _without_rule(flow: Propagation, op: Op, why: str) -> list[Dims]:
+    for value in op.inputs():
+        for labels in flow.of(value):
+            flow.freeze(op, labels, f"{op.where()} {why}")
+    return [[None] * len(flow.record.values[value].shape) for value in op.results()]
 
 
 def attention_scores(record: Record) -> frozenset[int]:
