@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,8 @@ class Channels:
         else:
             step = self.step if isinstance(self.step, int) else self.step * group.size
             wanted = [group.size - i * step for i in range(int(group.size / step) + 1)]
-        rounded = {max(self.round_to, round(width / self.round_to) * self.round_to) for width in wanted}
+        even = lcm(self.round_to, group.multiple)
+        rounded = {max(even, round(width / even) * even) for width in wanted}
         # Option 0 is dense whatever the bounds say: it is what every candidate is measured against.
         smaller = sorted((w for w in rounded if lowest <= w <= highest and w < group.size), reverse=True)
         return (group.size, *smaller)

@@ -18,7 +18,7 @@ def random_pruning(structure: Structure, rng: np.random.Generator) -> Pruning:
     """Any units of every group, from a single one to all."""
     kept = {}
     for group in structure.groups:
-        count = int(rng.integers(1, group.size + 1))
+        count = group.multiple * int(rng.integers(1, group.size // group.multiple + 1))
         kept[group.name] = tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))
     return Pruning(kept)
 

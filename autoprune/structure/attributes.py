@@ -22,10 +22,14 @@ from autoprune.structure.propagate import Propagation
 from autoprune.structure.replay import Replay
 from autoprune.structure.structure import Attribute
 from autoprune.structure.terms import SizeRow
-from autoprune.structure.units import Units
+from autoprune.structure.trace import Op
+from autoprune.structure.units import Group, Units
 
 MOST_SUSPECTS = 40
 """Suspects tried at one operation."""
+
+MOST_MEANINGS = 3
+"""Sizes, the nearest first, that an attribute is taken for."""
 
 REARRANGING = frozenset(
     (
@@ -46,10 +50,12 @@ class Found:
 
     Attributes:
         attributes: Sizes to rewrite.
+        reached: Operation up to which the forward ran as recorded; their number if it ran to its end.
         stuck: Groups that must be frozen for the forward to get further, each with the reason.
     """
 
     attributes: tuple[Attribute, ...]
+    reached: int
     stuck: Mapping[str, str]
 
 
@@ -60,33 +66,46 @@ class _DivergedError(Exception):
 class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
     """Counts the operations that run as recorded, with the shapes that the replay expects.
 
-    Views and copies are passed over: whether a reshape needs a copy depends on the sizes.
+    Views and copies are passed over: whether a reshape needs a copy depends on the sizes. So are operations whose sizes
+    do not change and that do not run, because modules may cache their results.
     """
 
     def __init__(self, replay: Replay) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.replay = replay
         self.steps = [op for op in replay.record.ops if op.name not in REARRANGING]
+        shrinks = [any(replay.shrinks(value) for value in (*op.inputs(), *op.results())) for op in self.steps]
+        self.waited = [i for i, smaller in enumerate(shrinks) if smaller]
         self.done = 0
+        self.since = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.since += 1
         if func.overloadpacket.__name__ in REARRANGING:
             return out
-        if self.done >= len(self.steps) or self.steps[self.done].func != func:
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        waited = next((i for i in self.waited if i >= self.done), len(self.steps) - 1)
+        for i in range(self.done, waited + 1):
+            if self.steps[i].func == func and self._expected(self.steps[i], shapes):
+                self.done, self.since = i + 1, 0
+                return out
+        if self.waited and waited < len(self.steps) and self.steps[waited].func == func:
             raise _DivergedError
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        for leaf, value in zip(made, self.steps[self.done].results(), strict=True):
-            # What nothing reads may differ between devices, as the statistics that batch norm saves do.
-            if value in self.replay.flow.read and tuple(leaf.shape) != self.replay.shape(value):
-                raise _DivergedError
-        self.done += 1
         return out
 
+    def _expected(self, op: Op, shapes: list[tuple[int, ...]]) -> bool:
+        # What nothing reads may differ between devices, as the statistics that batch norm saves do.
+        read = self.replay.flow.read
+        pairs = zip(op.results(), shapes, strict=True)
+        return all(value not in read or self.replay.shape(value) == shape for value, shape in pairs)
+
     def reached(self) -> int:
-        """The first recorded operation after the last one that ran as it should."""
+        """The first recorded operation after the last one that ran as it should; past the last where all did."""
+        if not self.waited or self.done > self.waited[-1]:
+            return len(self.replay.record.ops)
         return self.steps[self.done - 1].index + 1 if self.done else 0
 
 
@@ -100,32 +119,34 @@ def find_attributes(flow: Propagation, units: Units, replay: Replay, cut: Cut, r
         cut: Makes the smaller module with the given attributes rewritten.
         run: Its forward under a dispatch mode, on the meta device where possible.
     """
+    end = len(flow.record.ops)
     kept: tuple[Attribute, ...] = ()
     hints: set[tuple[type[nn.Module], str]] = set()
 
-    def reach(attributes: tuple[Attribute, ...]) -> int:
+    def reach(attributes: tuple[Attribute, ...]) -> tuple[int, int]:
+        """Operation reached, and how many ran after it, which tells more when a view is what fails."""
         follow = _Follow(replay)
         try:
             run(cut(attributes), follow)
         except Exception:  # whatever the user's forward raises at a wrong size says: not further than here
-            return follow.reached()
-        return len(flow.record.ops)
+            return min(follow.reached(), end - 1), follow.since
+        return follow.reached(), 0
 
     done = reach(kept)
-    while done < len(flow.record.ops):
+    while done[0] < end:
         modules = dict(cut(kept).named_modules())
         best, best_done = None, done
-        for suspect in _suspects(flow, units, done, modules, kept, hints):
+        for suspect in _suspects(flow, units, done[0], modules, kept, hints):
             further = reach((*kept, suspect))
             if further > best_done:
                 best, best_done = suspect, further
                 if (type(modules[suspect.module]), suspect.path) in hints:
                     break
         if best is None:
-            return Found(kept, _culprits(flow, units, done))
+            return Found(kept, done[0], _culprits(flow, units, done[0]))
         hints.add((type(modules[best.module]), best.path))
         kept, done = (*kept, best), best_done
-    return Found(kept, {})
+    return Found(kept, done[0], {})
 
 
 def _suspects(
@@ -143,19 +164,21 @@ def _suspects(
     for distance, name in enumerate(_around(flow.record.ops[at].module, modules)):
         for path, value in _integers(modules[name]):
             hinted = (type(modules[name]), path) in hints
-            for i, size in enumerate(sizes):
-                if size.value({}) == value and (name, path) not in taken:
-                    suspects.append((not hinted, distance, i, replace(size, module=name, path=path)))
+            matching = [size for size in sizes if size.value({}) == value and (name, path) not in taken]
+            for i, size in enumerate(matching[:MOST_MEANINGS]):
+                suspects.append((not hinted, distance, i, replace(size, module=name, path=path)))
     return [suspect for *_, suspect in sorted(suspects, key=lambda s: s[:3])][:MOST_SUSPECTS]
 
 
 def _around(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The module at a path, then those around it, then the children of these."""
+    """The module at a path and its children, then those around it, up to the model."""
     parts = path.split(".") if path else []
-    line = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
-    known = [name for name in line if name in modules]
-    children = [(name, child) for name in known[:2] for child, _ in modules[name].named_children()]
-    found = dict.fromkeys([*known, *(f"{name}.{child}" if name else child for name, child in children)])
+    line = [name for i in range(len(parts), -1, -1) if (name := ".".join(parts[:i])) in modules]
+    found: dict[str, None] = {}
+    for i, name in enumerate(line):
+        found[name] = None
+        if i < 2:
+            found |= {f"{name}.{child}" if name else child: None for child, _ in modules[name].named_children()}
     return [name for name in found if adapter_of(modules[name]) is None]  # an adapter knows its sizes
 
 
@@ -192,3 +215,15 @@ def _culprits(flow: Propagation, units: Units, at: int) -> dict[str, str]:
         if names:
             return dict.fromkeys(names, f"{op.where()} has a size in Python that follows no attribute")
     return {}
+
+
+def groups_near(flow: Propagation, units: Units, at: int, distance: int = 12) -> list[Group]:
+    """Groups in the sizes of the operations around one, the nearest first."""
+    found: dict[int, None] = {}
+    window = flow.record.ops[max(at - distance, 0) : at + distance]
+    for op in sorted(window, key=lambda op: abs(op.index - at)):
+        for value in (*op.results(), *op.inputs()):
+            for labels, size in zip(flow.of(value), flow.record.values[value].shape, strict=True):
+                row = units.size_row(labels, size)
+                found.update(dict.fromkeys(i for i, each in enumerate(row[1:]) if each))
+    return [units.groups[i] for i in found]

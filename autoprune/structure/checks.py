@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.protocols import Pruning
-from autoprune.structure.attributes import find_attributes
-from autoprune.structure.propagate import Propagation
+from autoprune.structure.attributes import Found, find_attributes, groups_near
+from autoprune.structure.propagate import Edge, Propagation
 from autoprune.structure.replay import Replay
 from autoprune.structure.slicing import Slicer, owners
 from autoprune.structure.structure import Attribute, Structure, assemble
 from autoprune.structure.trace import Call, Forward, call_with, skeleton
-from autoprune.structure.units import Group, Units, find_units
+from autoprune.structure.units import Group, Units, find_units, first_labels
 
 
 @dataclass(frozen=True)
@@ -112,27 +112,62 @@ class Checker:
         return reasons
 
     def _rewrite_sizes(self) -> dict[str, str]:
-        """Find the sizes kept in Python, giving up groups until the user's forward runs as the replay does."""
+        """Find the sizes kept in Python, and groups that code ties, giving up groups until the forward runs through."""
         stuck: dict[str, str] = {}
-        meta = self.flow.record.device == "meta"
-        while True:
+        units = find_units(self.flow)
+        found = self._follow(units)
+        while found.stuck and time.monotonic() < self.deadline:
+            further = self._tie(units, found, stuck) or self._give_up_one(units, found, stuck)
+            if further is None:
+                stuck |= found.stuck
             units = find_units(self.flow, stuck)
-            rng = np.random.default_rng(self.seed)
-            pruning = Pruning({group.name: _some(group, rng) for group in units.groups})
-            replay = Replay(self.flow, units, assemble(self.flow, units).keep(pruning))
+            found = further or self._follow(units)
+        self.attributes = found.attributes
+        return stuck
 
-            def cut(attributes: tuple[Attribute, ...], units: Units = units, pruning: Pruning = pruning) -> nn.Module:
-                # A fresh copy each time, because modules may keep what they computed.
-                return Slicer(self.example.model).cut(assemble(self.flow, units, attributes=attributes).edit(pruning))
+    def _give_up_one(self, units: Units, found: Found, stuck: dict[str, str]) -> Found | None:
+        """Freeze the one group nearby without which the forward gets furthest, if there is one."""
+        best, name = found, None
+        for group in groups_near(self.flow, units, found.reached):
+            reason = found.stuck.get(group.name, f"{self.flow.record.ops[found.reached].where()} needs its full size")
+            again = self._follow(find_units(self.flow, {**stuck, group.name: reason}))
+            if again.reached > best.reached:
+                best, name = again, group.name
+                stuck_reason = reason
+        if name is None:
+            return None
+        stuck[name] = stuck_reason
+        return best
 
-            def run(module: nn.Module, mode: AbstractContextManager[Any]) -> None:
-                self.example.run(module, meta=meta, mode=mode)
+    def _follow(self, units: Units) -> Found:
+        rng = np.random.default_rng(self.seed)
+        pruning = Pruning({group.name: _some(group, rng) for group in units.groups})
+        replay = Replay(self.flow, units, assemble(self.flow, units).keep(pruning))
 
-            found = find_attributes(self.flow, units, replay, cut, run)
-            self.attributes = found.attributes
-            if not found.stuck:
-                return stuck
-            stuck |= found.stuck
+        def cut(attributes: tuple[Attribute, ...]) -> nn.Module:
+            # A fresh copy each time, because modules may keep what they computed.
+            return Slicer(self.example.model).cut(assemble(self.flow, units, attributes=attributes).edit(pruning))
+
+        def run(module: nn.Module, mode: AbstractContextManager[Any]) -> None:
+            self.example.run(module, meta=self.flow.record.device == "meta", mode=mode)
+
+        return find_attributes(self.flow, units, replay, cut, run)
+
+    def _tie(self, units: Units, found: Found, stuck: Mapping[str, str]) -> Found | None:
+        """Join a group in the way with one nearby of equal size, if the forward then gets further.
+
+        Code such as ``self.reduce(x).reshape(b, x.shape[1], -1)`` needs equal counts where no operation does.
+        """
+        nearby = groups_near(self.flow, units, found.reached)
+        for blocked, other in [(a, b) for a in nearby if a.name in found.stuck for b in nearby if a is not b]:
+            if blocked.size == other.size:
+                first, second = (first_labels(self.flow, group) for group in (blocked, other))
+                self.flow.edges.append(Edge(found.reached, first, second))
+                again = self._follow(find_units(self.flow, stuck))
+                if again.reached > found.reached:
+                    return again
+                self.flow.edges.pop()
+        return None
 
     def _largest(self, units: Units, candidates: list[str], passed: set[str]) -> set[str]:
         """Add to `passed` the candidates that still pass jointly, halving what fails."""
@@ -202,7 +237,7 @@ def _draws(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:
     The first is what misplaced units show in most; after the others, of any two groups one was once pruned without the
     other, which shows sizes that the code needs to be equal.
     """
-    draws = [{group.name: _some(group, rng, group.size - 1) for group in groups}]
+    draws = [{group.name: _some(group, rng, group.size - group.multiple) for group in groups}]
     for bit in range(len(groups).bit_length()):
         chosen = [group for i, group in enumerate(groups, 1) if i >> bit & 1]
         draws.append({group.name: _some(group, rng) for group in chosen})
@@ -211,7 +246,8 @@ def _draws(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:
 
 def _some(group: Group, rng: np.random.Generator, count: int | None = None) -> tuple[int, ...]:
     """Random units to keep, in a random number unless given: at least one stays, at least one goes."""
-    count = int(rng.integers(1, group.size)) if count is None else count
+    most = (group.size - 1) // group.multiple
+    count = group.multiple * int(rng.integers(1, most + 1)) if count is None else count
     return tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))
 
 

@@ -67,6 +67,7 @@ class Propagation:
             counted from the outermost. Sites not named follow the rule's default.
         sites: The sites met, with the choice taken at each.
         factors: Number of choices at each site.
+        multiples: Labels of dimensions whose size must stay a multiple of a number, with the number.
         read: Values that an operation reads or the model returns.
         scores: Matrix products whose result goes into a softmax: attention scores, scaled by the contracted dimension.
     """
@@ -81,6 +82,7 @@ class Propagation:
     read: frozenset[int] = frozenset()
     scores: frozenset[int] = frozenset()
     count: int = 1
+    multiples: list[tuple[IntArray, int]] = field(default_factory=list)
     _invented: set[int] = field(default_factory=set)
 
     def fresh(self, size: int, *, invented: bool = True) -> Labels:

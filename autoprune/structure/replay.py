@@ -59,6 +59,10 @@ class Replay:
             ]
         return self._alive[value]
 
+    def shrinks(self, value: int) -> bool:
+        """Whether a value loses anything."""
+        return any(index is not None for index in self.alive(value))
+
     def shape(self, value: int) -> tuple[int, ...]:
         """Shape of a value once the units are gone."""
         dense = self.record.values[value].shape
@@ -185,6 +189,11 @@ def _repeat(op: Op, replay: Replay) -> dict[str, Any]:
     return {"repeats": [wide // narrow for wide, narrow in zip(new, (*lead, *old), strict=True)]}
 
 
+def _as_strided(op: Op, replay: Replay) -> dict[str, Any]:
+    shape = replay.shape(op.results()[0])
+    return {"size": list(shape), "stride": list(torch.empty(shape, device="meta").stride())}
+
+
 def _split(op: Op, replay: Replay) -> dict[str, Any]:
     sizes = [replay.shape(value)[op.args.get("dim", 0)] for value in op.results()]
     name = "split_sizes" if "split_sizes" in op.args else "split_size"
@@ -232,6 +241,7 @@ RESIZE: dict[str, Resize] = {
     **dict.fromkeys(["zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"], _view),
     **dict.fromkeys(["rand", "randn"], _view),
     **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "split_copy"], _split),
+    **dict.fromkeys(["as_strided", "as_strided_"], _as_strided),
     "repeat": _repeat,
     "slice": _slice,
     "select": _select,

@@ -76,11 +76,16 @@ class Structure:
         starts = np.cumsum([0, *self.sizes]).tolist()
         return {group.name: (start, group.size) for start, group in zip(starts, self.groups, strict=False)}
 
+    @cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
     def keep(self, pruning: Pruning) -> BoolArray:
         """Which units stay, bool, shape (units,).
 
         Raises:
-            ValueError: If a group is unknown, a unit is out of range, or a group would lose all its units.
+            ValueError: If a group is unknown, a unit is out of range, or a group would keep none of its units or not a
+                multiple of what it must.
         """
         keep = np.ones(int(self.sizes.sum()), dtype=bool)
         for name, kept in pruning.kept.items():
@@ -90,6 +95,9 @@ class Structure:
             index = np.asarray(kept, dtype=np.int64)
             if not len(index) or index.min() < 0 or index.max() >= size:
                 raise ValueError(f"pruning.kept[{name!r}] must be one or more units in [0, {size}), got {kept}")
+            multiple = self._by_name[name].multiple
+            if len(index) % multiple:
+                raise ValueError(f"pruning.kept[{name!r}] must keep a multiple of {multiple} units, got {len(index)}")
             keep[start : start + size] = False
             keep[start + index] = True
         return keep

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import gcd, lcm
 
 import numpy as np
 
@@ -37,11 +38,13 @@ class Group:
         name: Module that makes the units, for example ``"layer1.0.conv1"``.
         size: Number of units.
         slots: Every parameter and buffer dimension that the units touch.
+        multiple: The number of units that stay must be a multiple of this.
     """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
+    multiple: int = 1
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, {self.size} units, {len(self.slots)} slots)"
@@ -140,8 +143,26 @@ def find_units(flow: Propagation, exclude: Mapping[str, str] | None = None) -> U
     group_of = np.repeat(np.arange(len(groups), dtype=np.int64), [len(units) for _, units in groups])
     unit_of = unit_of_component[component]
     slots = _slots(flow, unit_of, group_of, [len(units) for _, units in groups])
-    made = tuple(Group(name, len(units), tuple(own)) for (name, units), own in zip(groups, slots, strict=True))
+    multiples = _multiples(flow, unit_of, group_of, [len(units) for _, units in groups])
+    made = tuple(
+        Group(name, len(units), tuple(own), multiple)
+        for (name, units), own, multiple in zip(groups, slots, multiples, strict=True)
+    )
+    coarse = [group.name for group in made if group.size < 2 * group.multiple]
+    if coarse:
+        return find_units(flow, {**(exclude or {}), **dict.fromkeys(coarse, "its size must stay a multiple of itself")})
     return Units(made, tuple(_frozen(flow, component, unit_of, reasons)), unit_of, group_of)
+
+
+def _multiples(flow: Propagation, unit_of: IntArray, group_of: IntArray, sizes: list[int]) -> list[int]:
+    """Of how many units each group must stay a multiple; where groups share a dimension, each alone keeps it."""
+    multiples = [1] * len(sizes)
+    for labels, number in flow.multiples:
+        units = unit_of[labels]
+        for group, count in zip(*np.unique(group_of[units[units >= 0]], return_counts=True), strict=True):
+            each = int(count) // sizes[group]
+            multiples[group] = lcm(multiples[group], number // gcd(number, each))
+    return multiples
 
 
 def _components(flow: Propagation) -> IntArray:
@@ -251,3 +272,12 @@ def _frozen(flow: Propagation, component: IntArray, unit_of: IntArray, reasons: 
         for reason, count in by_reason.items():
             if reason != "kernel size":
                 yield Frozen(tensor, dim, count, reason)
+
+
+def first_labels(flow: Propagation, group: Group) -> IntArray:
+    """A label of each unit of a group, shape (units,)."""
+    slot = group.slots[0]
+    labels = flow.of(flow.record.named()[slot.tensor])[slot.dim]
+    assert labels is not None
+    first: IntArray = labels[slot.indices[:, 0]]
+    return first

@@ -146,4 +146,6 @@ def grouped_mm(flow: Propagation, op: Op) -> list[Dims]:
     for labels in matrices[:-2]:
         flow.freeze(op, labels, f"chosen by a router in {op.where()}")
     flow.join(op, rows[-1], matrices[-2])
+    aligned = 16 // flow.record.values[op.args["self"].id].dtype.itemsize  # strides are multiples of 16 bytes
+    flow.multiples += [(labels, aligned) for labels in (rows[-1], *matrices[-2:]) if labels is not None]
     return [[*rows[:-1], matrices[-1]]]

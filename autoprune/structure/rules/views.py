@@ -176,7 +176,7 @@ def select(flow: Propagation, op: Op) -> list[Dims]:
     dims, _ = _source(flow, op)
     axis = op.args["dim"] % len(dims)
     taken = dims[axis]
-    if taken is not None:
+    if not flow.read.isdisjoint(op.results()):  # where not read, only its shape was asked for
         flow.freeze(op, taken, f"indexed by position in {op.where()}")
     return [[labels for i, labels in enumerate(dims) if i != axis]]
 
@@ -289,6 +289,17 @@ def pad(flow: Propagation, op: Op) -> list[Dims]:
         else:
             out[-back] = np.concatenate([np.repeat(FIXED, before), labels, np.repeat(FIXED, after)])
     return [out]
+
+
+@rule("as_strided_", "as_strided")
+def as_strided(flow: Propagation, op: Op) -> list[Dims]:
+    """Change strides; where that changes the shape too, positions lose their meaning."""
+    dims, shape = _source(flow, op)
+    if shape == _shape(flow, op):
+        return [list(dims)]
+    for labels in dims:
+        flow.freeze(op, labels, f"reinterpreted by {op.where()}")
+    return [[None] * len(_shape(flow, op))]
 
 
 @rule("flip", "roll")
