@@ -14,8 +14,8 @@ from autoprune.structure.terms import Products, Terms
 CostFunction = Callable[[IntArray], FloatArray]
 """Costs of candidates: (n, d) int64 in, (n,) float64 out."""
 
-BLOCK = 4096
-"""Candidates costed at once, so that the intermediate arrays stay in cache."""
+PRODUCT = 500_000
+"""Most multiplications of one matrix product: beyond, NumPy starts threads that cost more than they save here."""
 
 
 class StructuralCosts:
@@ -32,7 +32,8 @@ class StructuralCosts:
         if batch < 1:
             raise ValueError(f"cost_batch must be at least 1, got {batch}")
         terms = structure.terms
-        self._sizes = terms.sizes.astype(np.float64)
+        self._fixed = terms.sizes[:, 0].astype(np.float64)
+        self._each = np.ascontiguousarray(terms.sizes[:, 1:].T, dtype=np.float64)
         self._batch = terms.batch
         self._macs = _Sum(terms.macs, len(terms.sizes))
         self._params = _Sum(terms.params, len(terms.sizes))
@@ -56,13 +57,17 @@ class StructuralCosts:
             held: FloatArray = (_products(self._activations, sizes) @ self._alive).max(axis=1)
             return self._state(sizes) + held
 
-        return self._blocks(peak, widths)
+        return self._blocks(peak, widths, self._alive.size)
 
-    def _blocks(self, cost: Callable[[FloatArray], FloatArray], widths: FloatArray) -> FloatArray:
+    def _blocks(
+        self, cost: Callable[[FloatArray], FloatArray], widths: FloatArray, matrix: int | None = None
+    ) -> FloatArray:
+        """Apply a cost to as many rows at once as a product with a matrix of that many entries allows."""
         out = np.empty(len(widths), dtype=np.float64)
-        for start in range(0, len(widths), BLOCK):
-            block = widths[start : start + BLOCK]
-            out[start : start + BLOCK] = cost(block @ self._sizes[:, 1:].T + self._sizes[:, 0])
+        rows = max(PRODUCT // max(matrix or self._each.size, 1), 1)
+        for start in range(0, len(widths), rows):
+            block = widths[start : start + rows]
+            out[start : start + rows] = cost(block @ self._each + self._fixed)
         return out
 
 
@@ -84,7 +89,7 @@ class _Sum:
         self._rest = Products(products.coefficients[~few], products.factors[~few])
 
     def __call__(self, sizes: FloatArray) -> FloatArray:
-        own = sizes[:, self._used]
+        own = np.ascontiguousarray(sizes[:, self._used])
         total: FloatArray = np.einsum("ns,ns->n", own @ self._form, own)
         if len(self._rest.coefficients):
             total = total + _products(self._rest, sizes).sum(axis=1)
