@@ -21,9 +21,8 @@ from autoprune.structure.adapters import adapter_of
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.replay import Replay
 from autoprune.structure.structure import Attribute
-from autoprune.structure.terms import SizeRow
 from autoprune.structure.trace import Op
-from autoprune.structure.units import Group, Units
+from autoprune.structure.units import AffineSize, Group, Units
 
 MOST_SUSPECTS = 40
 """Suspects tried at one operation."""
@@ -160,7 +159,8 @@ def _suspects(
     """Integer attributes whose dense value is a size that shrinks: near the operation first, hints before others."""
     taken = {(attribute.module, attribute.path) for attribute in kept}
     suspects = []
-    sizes = [Attribute.of(units, row) for row in _rows(flow, units, at)]
+    shrinking = _shrinking(flow, units, _nearest(flow.record.ops, at))
+    sizes = [Attribute.of(units, size) for size in shrinking]
     for distance, name in enumerate(_around(flow.record.ops[at].module, modules)):
         for path, value in _integers(modules[name]):
             hinted = (type(modules[name]), path) in hints
@@ -191,39 +191,35 @@ def _integers(module: nn.Module) -> Iterable[tuple[str, int]]:
             yield from ((f"{name}.{k}", v) for k, v in vars(value).items() if type(v) is int and v > 1)
 
 
-def _rows(flow: Propagation, units: Units, at: int) -> list[SizeRow]:
-    """Sizes that shrink, as functions of the widths: those of the nearest operations first."""
-    rows: dict[SizeRow, None] = {}
-    for op in sorted(flow.record.ops, key=lambda op: abs(op.index - at)):
+def _shrinking(flow: Propagation, units: Units, ops: Iterable[Op]) -> list[AffineSize]:
+    """Sizes in the operations that shrink, in the order met."""
+    found: dict[AffineSize, None] = {}
+    for op in ops:
         for value in (*op.results(), *op.inputs()):
             for labels, size in zip(flow.of(value), flow.record.values[value].shape, strict=True):
-                row = units.size_row(labels, size)
-                if any(row[1:]):
-                    rows.setdefault(row)
-    return list(rows)
+                if labels is not None and (affine := units.affine(labels, size)).shares:
+                    found.setdefault(affine)
+    return list(found)
+
+
+def _nearest(ops: Iterable[Op], at: int) -> list[Op]:
+    return sorted(ops, key=lambda op: abs(op.index - at))
+
+
+def _groups_in(units: Units, sizes: Iterable[AffineSize]) -> list[Group]:
+    return [units.groups[i] for i in dict.fromkeys(group for size in sizes for group, _ in size.shares)]
 
 
 def _culprits(flow: Propagation, units: Units, at: int) -> dict[str, str]:
     """Groups in the sizes of the operation that went wrong; those of a later one if it has none."""
     for op in flow.record.ops[at:]:
-        rows = [
-            units.size_row(labels, size)
-            for value in (*op.results(), *op.inputs())
-            for labels, size in zip(flow.of(value), flow.record.values[value].shape, strict=True)
-        ]
-        names = [g.name for i, g in enumerate(units.groups, 1) if any(row[i] for row in rows)]
-        if names:
-            return dict.fromkeys(names, f"{op.where()} has a size in Python that follows no attribute")
+        if groups := _groups_in(units, _shrinking(flow, units, [op])):
+            reason = f"{op.where()} has a size in Python that follows no attribute"
+            return dict.fromkeys((group.name for group in groups), reason)
     return {}
 
 
 def groups_near(flow: Propagation, units: Units, at: int, distance: int = 12) -> list[Group]:
     """Groups in the sizes of the operations around one, the nearest first."""
-    found: dict[int, None] = {}
     window = flow.record.ops[max(at - distance, 0) : at + distance]
-    for op in sorted(window, key=lambda op: abs(op.index - at)):
-        for value in (*op.results(), *op.inputs()):
-            for labels, size in zip(flow.of(value), flow.record.values[value].shape, strict=True):
-                row = units.size_row(labels, size)
-                found.update(dict.fromkeys(i for i, each in enumerate(row[1:]) if each))
-    return [units.groups[i] for i in found]
+    return _groups_in(units, _shrinking(flow, units, _nearest(window, at)))

@@ -13,8 +13,8 @@ from autoprune.protocols import IntArray, Pruning
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.replay import kept_groups
 from autoprune.structure.slicing import Edit, build
-from autoprune.structure.terms import SizeRow, Terms, cost_terms
-from autoprune.structure.units import BoolArray, Frozen, Group, Units
+from autoprune.structure.terms import Terms, cost_terms
+from autoprune.structure.units import AffineSize, BoolArray, Frozen, Group, Units
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Attribute:
     path: str = ""
 
     @classmethod
-    def of(cls, units: Units, row: SizeRow, module: str = "", path: str = "") -> Attribute:
-        """From a size as `Units.size_row` gives it."""
-        pairs = zip(units.groups, row[1:], strict=True)
-        return cls(row[0], tuple((group.name, each, group.size) for group, each in pairs if each), module, path)
+    def of(cls, units: Units, size: AffineSize, module: str = "", path: str = "") -> Attribute:
+        """From a size as `Units.affine` gives it."""
+        shares = ((units.groups[group], each) for group, each in size.shares)
+        return cls(size.fixed, tuple((group.name, each, group.size) for group, each in shares), module, path)
 
     def value(self, widths: Mapping[str, int]) -> int:
         """The size when so many units of each group stay; groups not named stay whole."""
@@ -161,9 +161,10 @@ def _group_counts(flow: Propagation, units: Units) -> list[Attribute]:
         if not groups or groups == 1 or weight is None or kept_groups(op, flow, 0) == groups:
             continue
         value = flow.record.values[weight.id]
-        row = units.size_row(flow.of(weight.id)[0], value.shape[0])
-        if value.name and any(row[1:]):
+        size = units.affine(flow.of(weight.id)[0], value.shape[0])
+        if value.name and size.shares:
             module, path = value.name.rpartition(".")[0], "groups" if name == "groups" else "num_groups"
-            row = tuple(part * groups // value.shape[0] for part in row)
-            found[module] = Attribute.of(units, row, module, path)
+            each = value.shape[0] // groups
+            count = AffineSize(size.fixed // each, tuple((group, share // each) for group, share in size.shares))
+            found[module] = Attribute.of(units, count, module, path)
     return list(found.values())

@@ -9,9 +9,7 @@ import numpy as np
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.trace import Op
-from autoprune.structure.units import Units
-
-SizeRow = tuple[int, ...]
+from autoprune.structure.units import AffineSize, Units
 
 
 @dataclass(frozen=True)
@@ -56,20 +54,28 @@ class _Builder:
     def __init__(self, flow: Propagation, units: Units) -> None:
         self.flow = flow
         self.units = units
-        one = (1, *[0] * len(units.groups))
-        self.rows: dict[SizeRow, int] = {one: 0}
+        self.sizes: dict[AffineSize, int] = {AffineSize(1, ()): 0}
 
     def product(self, coefficient: float, dims: list[tuple[int, int]]) -> tuple[float, tuple[int, ...]]:
         """A constant times the sizes of dimensions, each given as (value, dimension)."""
         factors = []
         for value, dim in dims:
             labels, size = self.flow.of(value)[dim], self.flow.record.values[value].shape[dim]
-            row = self.units.size_row(labels, size)
-            if any(row[1:]):
-                factors.append(self.rows.setdefault(row, len(self.rows)))
+            affine = self.units.affine(labels, size)
+            if affine.shares:
+                factors.append(self.sizes.setdefault(affine, len(self.sizes)))
             else:
-                coefficient *= row[0]
+                coefficient *= affine.fixed
         return coefficient, tuple(sorted(factors))
+
+    def table(self) -> IntArray:
+        """`Terms.sizes`."""
+        rows = np.zeros((len(self.sizes), 1 + len(self.units.groups)), dtype=np.int64)
+        for size, i in self.sizes.items():
+            rows[i, 0] = size.fixed
+            for group, each in size.shares:
+                rows[i, 1 + group] = each
+        return rows
 
     def whole(self, coefficient: float, value: int) -> tuple[float, tuple[int, ...]]:
         """A constant times the number of elements of a value."""
@@ -104,7 +110,7 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
             born.append(value.born)
             died.append(last[i])
     return Terms(
-        sizes=np.array(list(build.rows), dtype=np.int64),
+        sizes=build.table(),
         macs=_products(_merge(macs)),
         params=_products(_merge(params)),
         state_bytes=_products(_merge(state)),
@@ -129,6 +135,10 @@ def _macs(build: _Builder, op: Op) -> list[tuple[float, tuple[int, ...]]]:
         a, b = (op.args[name].id for name in matrices[op.name])
         rank = len(build.flow.record.values[a].shape)
         return [build.product(1, [*[(a, dim) for dim in range(rank)], (b, rank - 1)])]
+    if op.name == "_grouped_mm":  # each row meets one matrix of the stack
+        rows, matrices = op.args["self"].id, op.args["mat2"].id
+        last = len(build.flow.record.values[matrices].shape) - 1
+        return [build.product(1, [(rows, 0), (rows, 1), (matrices, last)])]
     if op.name.startswith("_scaled_dot_product"):
         query, key, value = (op.args[name].id for name in ("query", "key", "value"))
         scores = [(query, 0), (query, 1), (query, 2), (key, 2)]

@@ -68,6 +68,19 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class AffineSize:
+    """A size that depends on how many units of some groups stay.
+
+    Attributes:
+        fixed: What does not change.
+        shares: Number of a group, and how much each unit of it that stays adds; ascending.
+    """
+
+    fixed: int
+    shares: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Units:
     """The units of a propagation.
 
@@ -90,17 +103,14 @@ class Units:
         units = self.unit_of[labels]
         return units if (units >= 0).any() else None
 
-    def size_row(self, labels: Labels, size: int) -> tuple[int, ...]:
-        """A dimension's size as an affine function of the widths: (fixed, indices per unit of group 0, 1, ...)."""
+    def affine(self, labels: Labels, size: int) -> AffineSize:
+        """A dimension's size as a function of the widths."""
         units = self.of(labels)
-        row = np.zeros(1 + len(self.groups), dtype=np.int64)
         if units is None:
-            row[0] = size
-        else:
-            row[0] = (units < 0).sum()
-            counts = np.bincount(self.group_of[units[units >= 0]], minlength=len(self.groups))
-            row[1:] = counts // [group.size for group in self.groups]
-        return tuple(row.tolist())
+            return AffineSize(size, ())
+        groups, counts = np.unique(self.group_of[units[units >= 0]], return_counts=True)
+        pairs = zip(groups.tolist(), counts.tolist(), strict=True)
+        return AffineSize(int((units < 0).sum()), tuple((g, count // self.groups[g].size) for g, count in pairs))
 
     def alive(self, labels: Labels, size: int, keep: BoolArray) -> IntArray:
         """Indices of a dimension that stay when the units where `keep` (units,) is False go, ascending."""

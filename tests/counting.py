@@ -1,0 +1,89 @@
+"""Multiply-accumulates of any model, counted by PyTorch with the gaps of its counter filled."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+Shape = tuple[int, ...]
+
+
+def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    batch, heads, queries, channels = query
+    return 2 * batch * heads * queries * key[2] * (channels + value[3])
+
+
+def _grouped_flops(rows: Shape, experts: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return (
+        2 * rows[0] * experts[1] * experts[2]
+    )  # each row meets one expert: (rows, inputs), (experts, inputs, outputs)
+
+
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._grouped_mm: _grouped_flops,
+}
+"""Operations that `FlopCounterMode` takes for free."""
+
+
+@contextmanager
+def decomposed() -> Iterator[None]:
+    """Runs recurrent and encoder layers as operations that can be counted, not as one fused kernel."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    enabled, *_ = torch.backends.mkldnn.set_flags(False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(enabled)
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def counted_macs(model: nn.Module, forward: Callable[[nn.Module], Any]) -> int:
+    """Multiply-accumulates of one ``forward(model)``, over all samples."""
+    # The counter's module tracker fails on views of parameters that need gradients.
+    model = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad(), decomposed(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        forward(model)
+    return int(counter.get_total_flops()) // 2
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Share of the multiply-accumulates that goes when every group keeps as few units as it may, in [0, 1].
+
+    Attributes:
+        whole: Of the model.
+        body: Of the model without its language model head; embeddings cost none. Equal to `whole` if it has no head.
+    """
+
+    whole: float
+    body: float
+
+
+def reach(model: nn.Module, narrowest: nn.Module, forward: Callable[[nn.Module], Any]) -> Reach:
+    """Compare a model with the narrowest that can be built of it, both counted."""
+    (dense, head), (least, least_head) = (
+        (counted_macs(m, forward), _head_macs(m, forward)) for m in (model, narrowest)
+    )
+    return Reach(1 - least / dense, 1 - (least - least_head) / (dense - head))
+
+
+def _head_macs(model: nn.Module, forward: Callable[[nn.Module], Any]) -> int:
+    """Multiply-accumulates of the layer that makes logits of words, by definition; 0 where there is none."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
+        return 0
+    rows = []
+    handle = head.register_forward_hook(lambda module, _, logits: rows.append(logits.shape[:-1].numel()))
+    try:
+        with torch.no_grad():
+            forward(model)
+    finally:
+        handle.remove()
+    return sum(rows) * head.weight.numel()
