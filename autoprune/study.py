@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from autoprune import batches
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction, make_costs
+from autoprune.costs.returned import selecting
 from autoprune.criteria import rank_units
 from autoprune.data import Subsets, materialise, synthetic
 from autoprune.errors import BudgetError, DataError, UnsupportedModelError
@@ -82,7 +82,7 @@ def prepare(
     model = unwrap(model)
     device = require_supported(model)
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
-    run = _selecting(forward or batches.default_forward, outputs)
+    run = selecting(forward or batches.default_forward, outputs)
     example = batches.slice_batch(subsets.calibration[0], 0, 2)
     structure = analyse(model, (example,), forward=lambda m, batch: run(m, batch), checks=checks, seed=seed)
     require_prunable(structure)
@@ -121,32 +121,6 @@ def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed
     if not args and not kwargs:
         raise DataError(f"example_inputs must hold at least one input, got {example_inputs!r}")
     return synthetic(kwargs or (args if len(args) > 1 else args[0]), SYNTHETIC_SAMPLES, seed)
-
-
-def _selecting(forward: Forward, outputs: Any) -> Forward:
-    """Reduce what a model returns to the outputs that matter: by a function, a key or index, or several of these."""
-    if outputs is None:
-        return forward
-    if callable(outputs):
-        return lambda model, batch: outputs(forward(model, batch))
-    if isinstance(outputs, str | int):
-        return lambda model, batch: _selected(forward(model, batch), outputs)
-
-    def select(model: nn.Module, batch: batches.Batch) -> tuple[Any, ...]:
-        made = forward(model, batch)
-        return tuple(_selected(made, key) for key in outputs)
-
-    return select
-
-
-def _selected(made: Any, key: str | int) -> Any:
-    try:
-        if isinstance(made, torch.Tensor):
-            raise TypeError("a tensor is one output, and an index would select a sample")
-        return made[key]
-    except (KeyError, IndexError, TypeError) as error:
-        names = list(made) if isinstance(made, Mapping) else type(made).__name__
-        raise ValueError(f"outputs must select from what the model returns ({names}), got {key!r}: {error}") from error
 
 
 def _dense(space: SearchSpace) -> IntArray:

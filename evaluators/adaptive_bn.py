@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from autoprune.batches import Batch
 from autoprune.evaluators.protocol import Context
@@ -100,81 +97,64 @@ def recalibrate(module: nn.Module, batches: Sequence[Batch], forward: Callable[[
         batches: Calibration data.
         forward: Runs `module` on a batch.
     """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not norms:
+    averages = {
+        m: (m.running_mean, m.running_var)
+        for m in module.modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
+    }
+    if not averages:
         return
-    with torch.no_grad(), _averaging(module, norms), _FastBatchNorm():
+    with torch.no_grad(), _averaging(module, averages):
         for batch in batches:
             forward(batch)
 
 
 @contextmanager
-def _averaging(module: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    momenta = [norm.momentum for norm in norms]
-    counters = [norm.num_batches_tracked for norm in norms]
-    seen = dict.fromkeys(norms, 0)
+def _averaging(module: nn.Module, averages: Mapping[_BatchNorm, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let layers normalise each batch with its own statistics, and leave them with the `averages` of these.
 
-    def weigh(norm: _BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    The layers stay in evaluation mode and a hook hands them the statistics, because PyTorch's training mode on a CPU
+    sums one value after the other: a fifth of an evaluation of ResNet-20 at 32x32 (benchmarks/overhead.py).
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    seen = dict.fromkeys(averages, 0)
+
+    def measure(norm: _BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         (x,) = (*args, *kwargs.values())
-        norm.training = x.numel() > x.shape[1]
-        if norm.training:
+        mean, var = averages[norm]
+        count = x.numel() // x.shape[1]
+        if count > 1:
+            own = _moments(x, mean.dtype)
             seen[norm] += len(x)
-            norm.momentum = len(x) / seen[norm]
+            mean.lerp_(own[0], len(x) / seen[norm])
+            var.lerp_(own[1] * (count / (count - 1)), len(x) / seen[norm])
+            mean, var = own
+        norm.running_mean, norm.running_var = mean, var
 
     module.eval()
-    hooks = [norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in norms]
-    for norm in norms:
-        norm.num_batches_tracked = None  # not counted: these batches are no training
+    hooks = [norm.register_forward_pre_hook(measure, with_kwargs=True) for norm in averages]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for norm, momentum, counter in zip(norms, momenta, counters, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, counter
+        for norm, (mean, var) in averages.items():
+            norm.running_mean, norm.running_var = mean, var
         for m, mode in modes:
             m.training = mode
 
 
-class _FastBatchNorm(TorchFunctionMode):
-    """Runs ``F.batch_norm`` through vectorised reductions where PyTorch's CPU kernel sums one value after the other.
-
-    That kernel takes about ten times as long as normalising with known statistics does: a fifth of an evaluation of
-    ResNet-20 at 32x32 (benchmarks/overhead.py).
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
-
-
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """``F.batch_norm``, with means to 1e-6 of the standard deviation and variances to 1e-5 of themselves."""
-    known = _moments(x) if training and running_mean is not None and running_var is not None else None
-    if known is None:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    mean, var, count = known
-    running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
-    running_var.lerp_(var * (count / (count - 1)), momentum)  # type: ignore[union-attr]
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor, int] | None:
-    """Mean and biased variance of each channel, and the number of values in one; None where PyTorch does better."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous() or x.shape[2:].numel() < 16:
-        return None
-    rows, count = x.flatten(2), x.numel() // x.shape[1]
-    mean = rows.mean(2).double().mean(0)
-    var = torch.linalg.vector_norm(rows, dim=2).double().square().sum(0) / count - mean.square()
-    if (mean.square() > 100 * var).any():  # the difference has lost too many digits
-        return None
-    return mean.float(), var.float(), count
+def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, to 1e-6 of the standard deviation and 1e-5 of the variance."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and x.shape[2:].numel() >= 16:
+        # PyTorch vectorises sums and norms along rows on a CPU, but not `var_mean`, which takes ten times as long.
+        rows, count = x.flatten(2), x.numel() // x.shape[1]
+        mean = rows.sum(2).sum(0, dtype=torch.float64) / count
+        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=2), dim=0, dtype=torch.float64)
+        square = mean.square()
+        var = norm.square() / count - square
+        if (square <= 100 * var).all():  # else the difference has lost too many digits
+            return mean.to(dtype), var.to(dtype)
+    dims = [0, *range(2, x.ndim)]
+    var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dims, correction=0)
+    return mean.to(dtype), var.to(dtype)

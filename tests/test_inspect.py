@@ -4,13 +4,15 @@ import json
 import re
 import warnings
 from functools import partial
+from html.parser import HTMLParser
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.costs.inspection import Inspection, _human, inspect
+from autoprune.costs.inspection import Inspection, inspect
+from autoprune.costs.inspection_text import human
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import Pruning
 from autoprune.structure.examples import example_inputs_of, unwrap
@@ -90,7 +92,7 @@ def test_frozen_parts_come_by_reason_largest_first_with_the_share_they_involve()
     assert (reads.tensors, reads.params_share) == (("0.weight",), pytest.approx(320 / total))
     assert (returns.reason, returns.tensors) == ("returned by the model", ("2.weight", "2.bias"))
     assert returns.params_share == pytest.approx(27 / total)
-    assert "pass forward=" in returns.remedy
+    assert "outputs= or forward=" in returns.remedy
     text = str(found)
     assert text.index(reads.reason) < text.index(returns.reason)
     assert returns.remedy in " ".join(text.split())
@@ -208,7 +210,7 @@ def test_the_model_and_the_random_states_stay_and_nothing_is_printed(global_rng_
     [(0, "0"), (12, "12"), (999, "999"), (1000, "1.00k"), (2_581_000, "2.58M"), (68_786, "68.8k"), (999_600, "1.00M")],
 )
 def test_numbers_are_written_with_three_digits(number, text):
-    assert _human(number) == text
+    assert human(number) == text
 
 
 def test_errors_of_the_analysis_pass_through():
@@ -316,3 +318,152 @@ def test_a_module_of_its_own_called_module_is_no_wrapper():
             return self.module(x)
 
     assert [group.name for group in inspect(Owner(), torch.ones(2, 4)).groups] == ["module.0"]
+
+
+class Sides(nn.Module):
+    """Gives its hidden features besides what matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.neck, self.head = nn.Linear(4, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | list[Tensor]]:
+        hidden = self.body(x).relu()
+        neck = self.neck(hidden).relu()
+        return {"logits": self.head(neck), "hidden_states": [x, hidden], "neck": neck}
+
+
+class SidesInTuple(Sides):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        made = super().forward(x)
+        return made["logits"], made["hidden_states"][1], made["neck"]
+
+
+def test_what_is_returned_is_named_with_the_outputs_to_pass_for_freeing_it():
+    found = inspect(Sides(), torch.ones(2, 4))
+    assert not found.groups
+    returned = {part.reason: part for part in found.frozen if part.reason.startswith("returned")}
+    assert returned.keys() == {"returned as 'logits'", "returned as 'hidden_states'", "returned as 'neck'"}
+    hidden = returned["returned as 'hidden_states'"]
+    assert hidden.tensors == ("body.weight", "body.bias", "neck.weight")
+    assert hidden.remedy == "if it does not matter, pass outputs=['logits', 'neck']"
+    assert hidden.params_share == pytest.approx((64 + 16 + 128) / found.dense["params"])
+    assert returned["returned as 'logits'"].tensors == ("head.weight", "head.bias")
+    assert "returned as 'hidden_states': body.weight, body.bias, neck.weight" in " ".join(str(found).split())
+
+
+@pytest.mark.parametrize(
+    ("model", "outputs", "groups"),
+    [
+        (Sides(), "logits", ["body", "neck"]),
+        (Sides(), ["logits", "neck"], ["body"]),
+        (Sides(), lambda made: made["logits"], ["body", "neck"]),
+        (SidesInTuple(), 0, ["body", "neck"]),
+        (SidesInTuple(), [0, 1], ["neck"]),
+    ],
+)
+def test_outputs_that_do_not_matter_free_what_reaches_them_alone(model, outputs, groups):
+    found = inspect(model, torch.ones(2, 4), outputs=outputs)
+    assert [group.name for group in found.groups] == groups
+    assert "returned by the model" in {part.reason for part in found.frozen}
+
+
+def test_following_the_advice_frees_what_it_was_given_for():
+    model = SidesInTuple()
+    advice = next(part.remedy for part in inspect(model, torch.ones(2, 4)).frozen if part.reason == "returned as 1")
+    assert advice.endswith("outputs=[0, 2]")
+    assert [group.name for group in inspect(model, torch.ones(2, 4), outputs=[0, 2]).groups] == ["body"]
+
+
+def test_of_two_outputs_the_other_one_is_advised():
+    class Two(Sides):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            made = super().forward(x)
+            return made["logits"], made["neck"]
+
+    remedies = {part.reason: part.remedy for part in inspect(Two(), torch.ones(2, 4)).frozen}
+    assert remedies["returned as 1"] == "if it does not matter, pass outputs=0"
+
+
+@pytest.mark.parametrize(("model", "outputs"), [(Sides(), "nothing"), (SidesInTuple(), 3), (small(), 0)])
+def test_outputs_that_select_nothing_are_refused(model, outputs):
+    with pytest.raises(ValueError, match=f"outputs must select from what the model returns .* got {outputs!r}"):
+        inspect(model, torch.ones(2, 4), outputs=outputs)
+
+
+class Heads(nn.Module):
+    """Attention of four heads of two channels that writes its sizes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.num_heads, self.size = nn.Linear(5, 24), nn.Linear(8, 5), 4, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.size).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-2, -1) / self.size**0.5).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(*x.shape[:2], self.num_heads * self.size))
+
+
+def test_sizes_that_follow_are_reported_by_name():
+    torch.manual_seed(0)
+    found = inspect(nn.Sequential(nn.Linear(3, 5), Heads(), nn.Linear(5, 2)), torch.randn(2, 3, 3))
+    assert found.attributes == ("1.num_heads",)
+    assert found.to_dict()["attributes"] == ["1.num_heads"]
+    sentence = "Sizes kept in Python that follow the units: 1.num_heads."
+    assert sentence in str(found)
+    assert sentence in found.to_html()
+    assert inspect(small(), torch.ones(2, 4)).attributes == ()
+
+
+class Page(HTMLParser):
+    """Tags, the text of the cells and whatever a page would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [name for name, _ in attrs if name in ("src", "href", "srcset", "data") or name.startswith("on")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_is_whole_loads_nothing_and_names_every_group_and_reason(name, inspections, tmp_path):
+    found = inspections[name]
+    text = found.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == text == found.to_html()
+    page = Page(text)
+    assert page.loads == []
+    assert "url(" not in text
+    assert "script" not in text
+    for group in found.groups:
+        assert group.name in page.text
+    for part in found.frozen:
+        assert part.reason in page.text
+        assert part.remedy in page.text
+
+
+def test_names_that_look_like_html_are_shown_as_they_are():
+    model = nn.Sequential()
+    model.add_module("<script>alert(1)</script>&'", nn.Linear(4, 8))
+    model.add_module("head", nn.Linear(8, 3))
+    text = inspect(model, torch.ones(2, 4)).to_html()
+    assert "<script>" not in text
+    assert "<script>alert(1)</script>&'" in Page(text).text
+
+
+def test_the_page_of_a_model_with_nothing_to_prune_says_so():
+    text = inspect(nn.ReLU(), torch.ones(2, 4)).to_html()
+    assert "nothing can be pruned" in Page(text).text
+    assert "has no parameters" in Page(text).text

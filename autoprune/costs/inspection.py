@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor, nn
 
+from autoprune.costs.inspection_html import as_html
+from autoprune.costs.inspection_text import as_text
+from autoprune.costs.returned import frozen_by_output, selecting
 from autoprune.costs.structural import StructuralCosts
 from autoprune.structure.analysis import analyse
 from autoprune.structure.examples import ExampleInputs, example_inputs_of, unwrap
 from autoprune.structure.structure import Structure
 from autoprune.structure.trace import Forward
-from autoprune.structure.units import Group
+from autoprune.structure.units import Frozen, Group
 
-WIDTH = 100
-GROUPS_SHOWN = 40
-REASONS_SHOWN = 3
+Outputs: TypeAlias = str | int | Sequence[str | int] | Callable[[Any], Any]
+"""Which outputs matter: a key, an index, several of these, or a function of what the model returns."""
 
+SIZES = "its forward needs a size that no attribute holds: write -1 or x.shape in views, or register_adapter()"
+RETURNED = "returned by the model"
 REMEDIES = {
-    "returned by the model": "right for the outputs that matter; where inner features are returned too, pass forward= "
-    "that leaves them out",
+    RETURNED: "right for the outputs that matter; where inner features are returned too, leave them out "
+    "with outputs= or forward=",
     " has no rule": "if these layers matter, compute the same with matrix products, convolutions and elementwise "
     "operations",
     "not checked within": "pass smaller example_inputs= (one or two samples), which check faster",
+    "looked up by index": "the rows are what data may ask for; their width shrinks with the layers that read it",
+    "size in Python": SIZES,
+    "check saw": SIZES,
+    "smaller module raised": SIZES,
+    "tied to a fixed": "a constant of that size is in the way: as a buffer or parameter of the module it shrinks along",
+    "part of constant size": "padding adds a constant number of channels; a learned projection would leave them free",
+    "indexed by position": "numbers in Python choose these; chunk, split and learned projections leave a choice",
 }
 """What a user can do, by a part of the reason."""
 
 
 @dataclass(frozen=True)
 class GroupShare:
-    """What a group is worth: the shares of the dense model that go when this group alone keeps a single unit.
+    """What a group is worth: the shares of the dense model that go when this group alone keeps as little as it can.
 
     A layer between two groups shrinks with either, and so counts for both: shares of groups add up to at least the
     share that is reachable with all of them.
@@ -81,10 +92,11 @@ class Inspection:
         structure: What `inspect` found, for more detail.
         dense: Costs of the dense model: ``flops`` (multiply-accumulates of one sample), ``params`` and
             ``memory_bytes`` (parameters, buffers and the peak of activations, batch size 1).
-        removable: Share of each cost, in [0, 1), that goes when every group keeps a single unit.
+        removable: Share of each cost, in [0, 1), that goes when every group keeps as little as it can.
         groups: In forward order.
         frozen: Largest share of the parameters first.
         untouched: Parameters that the forward pass did not read, with their number of elements; they stay.
+        attributes: Sizes that modules keep in Python and that follow the units, such as ``"h.0.attn.num_heads"``.
     """
 
     model: str
@@ -94,6 +106,7 @@ class Inspection:
     groups: tuple[GroupShare, ...]
     frozen: tuple[FrozenPart, ...]
     untouched: Mapping[str, int]
+    attributes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: all but `structure`, of which it names the device that the pass was traced on."""
@@ -105,57 +118,19 @@ class Inspection:
             "groups": [asdict(group) for group in self.groups],
             "frozen": [{**asdict(part), "tensors": list(part.tensors)} for part in self.frozen],
             "untouched": dict(self.untouched),
+            "attributes": list(self.attributes),
         }
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A page of its own that loads nothing from elsewhere, written to `path` if one is given."""
+        page = as_html(self)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
 
     def __str__(self) -> str:
         """Plain text of at most 100 columns."""
-        return "\n".join([*self._summary(), *self._groups(), *self._stays()])
-
-    def _summary(self) -> list[str]:
-        units, groups = sum(group.units for group in self.groups), len(self.groups)
-        what = f"{units} removable units in {groups} group{'s' * (groups > 1)}" if units else "nothing can be pruned"
-        lines = [f"{self.model}: {what}", "", f"  {'cost':12}    dense  removable"]
-        meanings = ("multiply-accumulates of one sample", "", "weights, buffers and peak of activations, one sample")
-        for (name, dense), meaning in zip(self.dense.items(), meanings, strict=True):
-            amount = f"{_human(dense).upper()}B" if name == "memory_bytes" else _human(dense)
-            lines.append(f"  {name:12}  {amount:>7}    {_percent(self.removable[name]):>7}  {meaning}".rstrip())
-        return lines
-
-    def _groups(self) -> list[str]:
-        if not self.groups:
-            return []
-        shown = self.groups[:GROUPS_SHOWN]
-        width = min(max(len("group"), *(len(group.name) for group in shown)), WIDTH - 40)
-        lines = ["", f"  {'group':{width}}   units  layers    flops   params"]
-        lines.append("  " + "-" * (len(lines[-1]) - 2))
-        for group in shown:
-            shares = f"{_percent(group.flops_share):>7}  {_percent(group.params_share):>7}"
-            lines.append(f"  {_shorten(group.name, width):{width}}  {group.units:>6}  {group.layers:>6}  {shares}")
-        if len(self.groups) > len(shown):
-            lines.append(f"  ... and {len(self.groups) - len(shown)} more")
-        note = (
-            "flops, params: share of the dense model that goes when this group alone keeps one unit (above: when every "
-            "group does). A layer between two groups counts for both."
-        )
-        return [*lines, "", *_wrap(note, "  ")]
-
-    def _stays(self) -> list[str]:
-        title = "What stays, and the share of the params there (which may still shrink along another dimension)"
-        lines = ["", f"  {title}"]
-        for part in self.frozen[:REASONS_SHOWN]:
-            lines += _wrap(f"{part.reason}: {_some(part.tensors)}", f"  {_percent(part.params_share):>7}  ")
-            lines += _wrap(f"-> {part.remedy}", " " * 11) if part.remedy else []
-        if (rest := len(self.frozen) - REASONS_SHOWN) > 0:
-            lines.append(f"           ... and {rest} more reason{'s' * (rest > 1)}: see .frozen")
-        if self.untouched:
-            count = f"{_human(sum(self.untouched.values()))} params that the forward pass did not read"
-            lines += _wrap(f"{count}: {_some(list(self.untouched))}", " " * 11)
-        if not self.frozen and not self.untouched:
-            lines.append(" " * 11 + ("nothing" if self.groups else "the model has no parameters"))
-        if self.structure.device != "meta":
-            note = f"Traced on real values ({self.structure.device}), because the model cannot run on the meta device."
-            lines += ["", *_wrap(note, "  ")]
-        return lines
+        return as_text(self)
 
 
 def inspect(
@@ -163,6 +138,7 @@ def inspect(
     example_inputs: ExampleInputs | None = None,
     *,
     forward: Forward | None = None,
+    outputs: Outputs | None = None,
     checks: str = "on",
 ) -> Inspection:
     """Say what can be pruned from a model, what each group is worth, and why the rest stays.
@@ -174,10 +150,13 @@ def inspect(
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs; None for the example that
             the model carries (``example_input_array``, ``dummy_inputs``, timm's ``pretrained_cfg``).
         forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough; returns what matters.
+        outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns. What
+            reaches others alone can be pruned.
         checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead.
 
     Raises:
-        ValueError: If there are no example inputs, or the model returns NaN or infinity for them.
+        ValueError: If there are no example inputs, or the model returns NaN or infinity for them, or `outputs`
+            selects nothing from what it returns.
         UnsupportedModelError: If the model is scripted, quantised, spread over devices, or cannot be copied.
         StructureCheckError: If a group fails and `checks` is ``"strict"``.
 
@@ -189,12 +168,14 @@ def inspect(
     """
     model = unwrap(model)
     args, kwargs = example_inputs_of(model, example_inputs)
-    structure = analyse(model, args, kwargs, forward=forward, checks=checks)
+    run = selecting(forward, outputs)
+    structure = analyse(model, args, kwargs, forward=run, checks=checks)
     costs = StructuralCosts(structure)
     groups = structure.groups
     widths = np.tile(structure.sizes.astype(np.float64), (len(groups) + 2, 1))
-    np.fill_diagonal(widths[: len(groups)], 1.0)  # row i: group i alone keeps one unit
-    widths[-1] = 1.0  # every group does; the row before is dense
+    least = np.array([group.multiple for group in groups], dtype=np.float64)
+    np.fill_diagonal(widths[: len(groups)], least)  # row i: group i alone keeps as little as it can
+    widths[-1] = least  # every group does; the row before is dense
     table = {name: getattr(costs, name)(widths) for name in ("flops", "params", "memory_bytes")}
     shares = {name: ((cost[-2] - cost) / max(cost[-2], 1.0)).tolist() for name, cost in table.items()}
     parameters = dict(model.named_parameters())
@@ -207,8 +188,9 @@ def inspect(
             GroupShare(group.name, group.size, _layers(group), shares["flops"][i], shares["params"][i])
             for i, group in enumerate(groups)
         ),
-        frozen=_frozen(structure, parameters, float(table["params"][-2])),
+        frozen=_frozen(_by_output(structure, model, args, kwargs, run, outputs), parameters, table["params"][-2]),
         untouched={name: parameters[name].numel() for name in structure.untouched},
+        attributes=tuple(f"{a.module}.{a.path}".lstrip(".") for a in structure.attributes),
     )
 
 
@@ -216,43 +198,39 @@ def _layers(group: Group) -> int:
     return len({slot.tensor.rpartition(".")[0] for slot in group.slots})
 
 
-def _frozen(structure: Structure, parameters: Mapping[str, Tensor], total: float) -> tuple[FrozenPart, ...]:
-    """Frozen dimensions by reason: the union of the slices that stay, in each parameter."""
-    moving: dict[str, dict[str, float]] = defaultdict(dict)
-    for part in structure.frozen:
-        left = moving[part.reason].get(part.tensor, 1.0)
-        moving[part.reason][part.tensor] = left * (1 - part.size / parameters[part.tensor].shape[part.dim])
+def _by_output(
+    structure: Structure,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    run: Forward,
+    outputs: Outputs | None,
+) -> list[tuple[Frozen, str]]:
+    """What stays, each with what a user can do; what a model returns, by the key or index of the output."""
+    told_apart = outputs is None and any(part.reason == RETURNED for part in structure.frozen)
+    by_output = frozen_by_output(model, args, kwargs, run) if told_apart else {}
     found = []
-    for reason, tensors in moving.items():
+    for part in structure.frozen:
+        keys = [key for key, own in by_output.items() if part.reason == RETURNED and (part.tensor, part.dim) in own]
+        for key in keys:
+            others = [other for other in by_output if other != key]
+            remedy = f"if it does not matter, pass outputs={others if len(others) > 1 else others[0]!r}"
+            found.append((replace(part, reason=f"returned as {key!r}"), remedy))
+        if not keys:
+            found.append((part, next((text for key, text in REMEDIES.items() if key in part.reason), "")))
+    return found
+
+
+def _frozen(
+    stays: Sequence[tuple[Frozen, str]], parameters: Mapping[str, Tensor], total: float
+) -> tuple[FrozenPart, ...]:
+    """Frozen dimensions by reason: the union of the slices that stay, in each parameter."""
+    moving: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for part, remedy in stays:
+        left = moving[part.reason, remedy].get(part.tensor, 1.0)
+        moving[part.reason, remedy][part.tensor] = left * (1 - part.size / parameters[part.tensor].shape[part.dim])
+    found = []
+    for (reason, remedy), tensors in moving.items():
         elements = sum((1 - left) * parameters[name].numel() for name, left in tensors.items())
-        remedy = next((text for key, text in REMEDIES.items() if key in reason), "")
         found.append(FrozenPart(reason, tuple(tensors), elements / total, remedy))
     return tuple(sorted(found, key=lambda part: -part.params_share))
-
-
-def _human(number: float) -> str:
-    """Three digits and a decimal prefix, as budgets take them: 2580000 is ``2.58M``."""
-    power = 0
-    while number >= 999.5 and power < 4:
-        number, power = number / 1000, power + 1
-    digits = 0 if power == 0 or number >= 99.95 else 1 if number >= 9.995 else 2
-    return f"{number:.{digits}f}{('', 'k', 'M', 'G', 'T')[power]}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-def _shorten(name: str, width: int) -> str:
-    """Leave out the middle of a name that is too long: both ends tell names apart."""
-    half = (width - 3) // 2
-    return name if len(name) <= width else f"{name[:half]}...{name[-half:]}"
-
-
-def _wrap(text: str, first: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first))

@@ -203,6 +203,13 @@ def _resize_attention(module: nn.MultiheadAttention) -> None:
     module._qkv_same_embed_dim = full and packed
 
 
+def _resize_encoder(module: nn.TransformerEncoder) -> None:
+    """Nested tensors go to the fused path only, which wants full sizes."""
+    weights = [part.in_proj_weight for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+    if any(weight is not None and weight.shape[0] != 3 * weight.shape[1] for weight in weights):
+        module.use_nested_tensor = False
+
+
 ADAPTERS |= {
     _ConvNd: Adapter(_convolution),
     _ConvTransposeNd: Adapter(_transposed),
@@ -217,4 +224,5 @@ ADAPTERS |= {
     nn.RNNBase: Adapter(_recurrent, refresh_flat_weights),
     nn.RNNCellBase: Adapter(_cell),
     nn.MultiheadAttention: Adapter(_resize_attention, _prepare_attention),
+    nn.TransformerEncoder: Adapter(_resize_encoder),
 }

@@ -140,8 +140,8 @@ def _site_sets(flow: Propagation) -> list[list[int]]:
     return [sites for i, sites in enumerate(sets) if sites not in sets[:i]]
 
 
-def covered(flow: Propagation, units: Units) -> int:
-    """Parameters in reach of a group, each dimension counted for itself.
+def covered(flow: Propagation, units: Units) -> tuple[int, int]:
+    """Parameters in reach of a group, each dimension counted for itself; then the number of units.
 
     Coverage, not what could be removed, because the latter would prefer the finer units inside attention heads to the
     heads, and so change the scale of their products.
@@ -153,7 +153,7 @@ def covered(flow: Propagation, units: Units) -> int:
             if slot.tensor in shapes:
                 shape = shapes[slot.tensor]
                 total += slot.indices.size * int(torch.Size(shape).numel()) // shape[slot.dim]
-    return total
+    return total, len(units.group_of)
 
 
 def require_prunable(structure: Structure) -> None:

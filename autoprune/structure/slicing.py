@@ -65,7 +65,8 @@ class Slicer:
             if owner.name in edit.slices:
                 changed |= {owner.module, *_parents(owner.module)}
         self._rewrite(edit.attributes)
-        for name in self._resize.keys() if private else (self._changed | changed) & self._resize.keys():
+        resized = self._resize.keys() if private else (self._changed | changed) & self._resize.keys()
+        for name in sorted(resized, key=lambda name: -name.count(".") - bool(name)):  # what is inside comes first
             self._resize[name](self._modules[name])
         self._changed = changed
         return self.skeleton

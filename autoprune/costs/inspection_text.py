@@ -1,0 +1,130 @@
+"""An `Inspection` as plain text for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoprune.costs.inspection import Inspection
+
+WIDTH = 100
+GROUPS_SHOWN = 40
+REASONS_SHOWN = 3
+
+MEANINGS = {
+    "flops": "multiply-accumulates of one sample",
+    "params": "",
+    "memory_bytes": "weights, buffers and peak of activations, one sample",
+}
+SHARES = (
+    "flops, params: share of the dense model that goes when this group alone keeps as little as it can (above: when "
+    "every group does). A layer between two groups counts for both."
+)
+STAYS = "What stays, and the share of the params there (which may still shrink along another dimension)"
+
+
+def as_text(found: Inspection) -> str:
+    """At most `WIDTH` columns; long lists are cut short."""
+    return "\n".join([headline(found), "", *_costs(found), *_groups(found), *_stays(found), *_notes(found)])
+
+
+def headline(found: Inspection) -> str:
+    """One line: how many units in how many groups."""
+    units, groups = sum(group.units for group in found.groups), len(found.groups)
+    what = f"{units} removable units in {groups} group{'s' * (groups > 1)}" if units else "nothing can be pruned"
+    return f"{found.model}: {what}"
+
+
+def _costs(found: Inspection) -> list[str]:
+    lines = [f"  {'cost':12}    dense  removable"]
+    for name, dense in found.dense.items():
+        share = percent(found.removable[name])
+        lines.append(f"  {name:12}  {amount(name, dense):>7}    {share:>7}  {MEANINGS[name]}".rstrip())
+    return lines
+
+
+def _groups(found: Inspection) -> list[str]:
+    if not found.groups:
+        return []
+    shown = found.groups[:GROUPS_SHOWN]
+    width = min(max(len("group"), *(len(group.name) for group in shown)), WIDTH - 40)
+    lines = ["", f"  {'group':{width}}   units  layers    flops   params"]
+    lines.append("  " + "-" * (len(lines[-1]) - 2))
+    for group in shown:
+        shares = f"{percent(group.flops_share):>7}  {percent(group.params_share):>7}"
+        lines.append(f"  {_shorten(group.name, width):{width}}  {group.units:>6}  {group.layers:>6}  {shares}")
+    if len(found.groups) > len(shown):
+        lines.append(f"  ... and {len(found.groups) - len(shown)} more")
+    return [*lines, "", *_wrap(SHARES, "  ")]
+
+
+def _stays(found: Inspection) -> list[str]:
+    lines = ["", f"  {STAYS}"]
+    for part in found.frozen[:REASONS_SHOWN]:
+        lines += _wrap(f"{part.reason}: {some(part.tensors)}", f"  {percent(part.params_share):>7}  ")
+        lines += _wrap(f"-> {part.remedy}", " " * 11) if part.remedy else []
+    if (rest := len(found.frozen) - REASONS_SHOWN) > 0:
+        lines.append(f"           ... and {rest} more reason{'s' * (rest > 1)}: see .frozen")
+    if found.untouched:
+        lines += _wrap(unread(found), " " * 11)
+    if not found.frozen and not found.untouched:
+        lines.append(" " * 11 + ("nothing" if found.groups else "the model has no parameters"))
+    return lines
+
+
+def _notes(found: Inspection) -> list[str]:
+    return [line for note in notes(found) for line in ("", *_wrap(note, "  "))]
+
+
+def notes(found: Inspection) -> list[str]:
+    """What else a user should know: sizes that follow, and where the pass was traced."""
+    lines = []
+    if found.attributes:
+        lines.append(f"Sizes kept in Python that follow the units: {some(found.attributes)}.")
+    if found.structure.device != "meta":
+        device = found.structure.device
+        lines.append(f"Traced on real values ({device}), because the model cannot run on the meta device.")
+    return lines
+
+
+def unread(found: Inspection) -> str:
+    """Which parameters the forward pass did not read."""
+    count = human(sum(found.untouched.values()))
+    return f"{count} params that the forward pass did not read: {some(list(found.untouched))}"
+
+
+def amount(cost: str, value: float) -> str:
+    """A cost with its unit."""
+    return f"{human(value).upper()}B" if cost == "memory_bytes" else human(value)
+
+
+def human(number: float) -> str:
+    """Three digits and a decimal prefix, as budgets take them: 2580000 is ``2.58M``."""
+    power = 0
+    while number >= 999.5 and power < 4:
+        number, power = number / 1000, power + 1
+    digits = 0 if power == 0 or number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{digits}f}{('', 'k', 'M', 'G', 'T')[power]}"
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] for people."""
+    return f"{100 * share:.1f} %"
+
+
+def some(names: Sequence[str], count: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _shorten(name: str, width: int) -> str:
+    """Leave out the middle of a name that is too long: both ends tell names apart."""
+    half = (width - 3) // 2
+    return name if len(name) <= width else f"{name[:half]}...{name[-half:]}"
+
+
+def _wrap(text: str, first: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first))

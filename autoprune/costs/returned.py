@@ -1,0 +1,93 @@
+"""Which outputs of a model matter, and which parameters each of them keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autoprune.sources import seeded
+from autoprune.structure.propagate import propagate
+from autoprune.structure.trace import Forward, trace
+from autoprune.structure.units import find_units
+
+MOST_OUTPUTS = 16
+"""Outputs told apart; a model with more is asked for what matters without a list of them."""
+
+
+def selecting(forward: Forward | None, outputs: Any) -> Forward:
+    """Reduce what a model returns to the outputs that matter.
+
+    Args:
+        forward: Runs the model; None calls it.
+        outputs: A key, an index, several of these, a function of what the model returns, or None for everything.
+
+    Returns:
+        A forward that raises ValueError for a key or an index that the model does not return.
+    """
+    run = forward or (lambda model, *args, **kwargs: model(*args, **kwargs))
+    if outputs is None:
+        return run
+
+    def select(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        made = run(model, *args, **kwargs)
+        if callable(outputs):
+            return outputs(made)
+        if isinstance(outputs, str | int):
+            return _selected(made, outputs)
+        return tuple(_selected(made, key) for key in outputs)
+
+    return select
+
+
+def _selected(made: Any, key: str | int) -> Any:
+    try:
+        if isinstance(made, Tensor):
+            raise TypeError("a tensor is one output, and an index would select a sample")
+        return made[key]
+    except (KeyError, IndexError, TypeError) as error:
+        names = list(made) if isinstance(made, Mapping) else type(made).__name__
+        raise ValueError(f"outputs must select from what the model returns ({names}), got {key!r}: {error}") from error
+
+
+def frozen_by_output(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Forward
+) -> dict[str | int, set[tuple[str, int]]]:
+    """Parameter dimensions (name, dimension) that stay because of each output alone.
+
+    Returns:
+        Empty where the model returns a single output, or too many to tell apart.
+    """
+    counts: dict[str | int, int] = {}
+
+    def noting(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        made = run(model, *args, **kwargs)
+        counts.clear()
+        counts.update(_tensors_by_key(made))
+        return made
+
+    device = next(model.parameters()).device
+    moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs)))
+    with seeded(0), torch.inference_mode(False):
+        record = trace(model, moved[0], moved[1], noting)
+    if not 1 < len(counts) <= MOST_OUTPUTS or sum(counts.values()) != len(record.outputs):
+        return {}
+    found: dict[str | int, set[tuple[str, int]]] = {}
+    start = 0
+    for key, count in counts.items():
+        own = replace(record, outputs=record.outputs[start : start + count])
+        frozen = find_units(propagate(own)).frozen
+        found[key] = {(part.tensor, part.dim) for part in frozen if part.reason == "returned by the model"}
+        start += count
+    return found
+
+
+def _tensors_by_key(made: Any) -> dict[str | int, int]:
+    """How many tensors there are under each key or index, in the order in which they are recorded."""
+    pairs = made.items() if isinstance(made, Mapping) else enumerate(made) if isinstance(made, list | tuple) else ()
+    counts = {key: sum(isinstance(leaf, Tensor) for leaf in tree_leaves(value)) for key, value in pairs}
+    return {key: count for key, count in counts.items() if count}
