@@ -36,6 +36,7 @@ LEAST_CNN, LEAST_BODY = 0.85, 0.80  # promised, of all FLOPs and of those of a t
 LEAST_SEEN = 0.91
 SHORT = {
     "BlipForConditionalGeneration": (0.65, "its image encoder computes the head size as width // heads"),
+    "PvtV2ForImageClassification": (0.25, "its attention reshapes the heads to the width of its input"),
     "SwitchTransformersForConditionalGeneration": (0.0, "which rows an expert gets depends on the values"),
 }
 """Networks of which less is reachable: the least share, and the reason."""
