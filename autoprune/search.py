@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction
 from autoprune.evaluators import Evaluator, Forward
-from autoprune.execution import Executor, Outcome, make_executor
+from autoprune.execution import Executor, make_executor
 from autoprune.journal import Journal
-from autoprune.metrics import Metric, Summary, summary
+from autoprune.metrics import Metric
 from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
-from autoprune.protocols import FAILED, OK, Evaluations, Failure, IntArray, Measurement, Optimizer
+from autoprune.protocols import FAILED, Failure, IntArray, Measurement, Optimizer
+from autoprune.records import evaluations_of, identity_of, result_of, trial_of
 from autoprune.result import SearchResult
-from autoprune.result.builders import FromEvaluator
-from autoprune.result.trials import Evaluation, Trial, find_front, none_if_nan
+from autoprune.result.trials import Trial, find_front
 from autoprune.search_spaces import Channels
 from autoprune.study import Start, Study, prepare
 
@@ -129,17 +125,17 @@ def search(
     )
     for note in study.notes:
         log.info("%s", note)
-    dense = _trial(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), _measure_dense(study))
+    dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), _measure_dense(study))
     proposer = make_optimizer(study.problem, seed)
     deadline = None if max_seconds is None else began + max_seconds
-    with Journal.create(run_dir, _meta(study, dense, seed, trials)) as journal:
+    with Journal.create(run_dir, identity_of(study, dense, seed, trials)) as journal:
         bar = Progress(trials, study.context.judge.name, progress)
         runner.start(study.evaluator, study.context)
         try:
             found, stopped = _run(study, proposer, runner, journal, bar, trials, deadline)
         finally:
             runner.stop()
-    return _result(study, found, dense, stopped, time.monotonic() - began, seed)
+    return result_of(study, found, dense, stopped, time.monotonic() - began, seed)
 
 
 def _run(
@@ -174,8 +170,8 @@ def _run(
                 for trial, outcome in executor.gather():
                     journal.record_evaluation(trial, outcome, worker=executor.name)
                     candidate = pending.pop(trial)
-                    found.append(_trial(study, trial, candidate, outcome))
-                    optimizer.tell(_evaluations(study, candidate, outcome))
+                    found.append(trial_of(study, trial, candidate, outcome))
+                    optimizer.tell(evaluations_of(study, candidate, outcome))
                     journal.record_tell([trial])
                     _show(bar, study, found)
         except KeyboardInterrupt:
@@ -199,101 +195,3 @@ def _measure_dense(study: Study) -> Measurement:
     if isinstance(outcome, Failure):
         raise ValueError(f"model cannot be scored on the validation data: {outcome.reason}")
     return outcome
-
-
-def _evaluations(study: Study, candidate: IntArray, outcome: Outcome) -> Evaluations:
-    """One row for the optimizer: the signal, then the limited costs."""
-    costs = study.problem.costs(candidate[None])[0]
-    failed = isinstance(outcome, Failure)
-    mean = np.nan if isinstance(outcome, Failure) else outcome.signal.mean()
-    spread = 0.0
-    if not isinstance(outcome, Failure) and len(outcome.signal) > 1:
-        spread = outcome.signal.std(ddof=1) / np.sqrt(len(outcome.signal))
-    return Evaluations(
-        candidates=candidate[None],
-        objectives=np.array([[mean, *(np.full_like(costs, np.nan) if failed else costs)]]),
-        stderr=np.array([[np.nan if failed else spread, *np.zeros_like(costs)]]),
-        samples=np.array([0 if isinstance(outcome, Failure) else len(outcome.signal)], dtype=np.int64),
-        status=(FAILED if failed else OK,),
-        reasons=(outcome.reason if isinstance(outcome, Failure) else "",),
-    )
-
-
-def _trial(study: Study, number: int, candidate: IntArray, outcome: Outcome) -> Trial:
-    """A record of a candidate and its one evaluation."""
-    failed = isinstance(outcome, Failure)
-    nothing = Summary(math.nan, math.nan, (math.nan, math.nan))
-    metric = nothing if isinstance(outcome, Failure) else summary(outcome.metric, study.context.judge.proportion)
-    signal = nothing if isinstance(outcome, Failure) else summary(outcome.signal, False)
-    evaluation = Evaluation(
-        fidelity="full",
-        samples=0 if isinstance(outcome, Failure) else len(outcome.signal),
-        seconds=outcome.seconds,
-        signal=none_if_nan(signal.mean),
-        signal_stderr=none_if_nan(signal.stderr),
-        metric=none_if_nan(metric.mean),
-    )
-    return Trial(
-        id=number,
-        candidate=tuple(candidate.tolist()),
-        decoded=study.context.space.decode(candidate.tolist()),
-        costs={name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()},
-        score=metric.mean,
-        interval=metric.interval,
-        signal=signal.mean,
-        status=FAILED if failed else OK,
-        reason=outcome.reason if isinstance(outcome, Failure) else "",
-        evaluations=(evaluation,),
-    )
-
-
-def _result(study: Study, found: list[Trial], dense: Trial, stopped: str, seconds: float, seed: int) -> SearchResult:
-    """Score the front once on held-out samples, and put everything together."""
-    judge = study.context.judge
-    front = find_front(found, tuple(study.limits), judge.higher_is_better)
-    dense, tested = _tested(study, dense), {}
-    try:
-        for trial in front:
-            tested[trial.id] = _tested(study, trial)
-    except KeyboardInterrupt:
-        log.warning("interrupted; only %d of %d trials on the front have a test score", len(tested), len(front))
-        stopped = "interrupted"
-    return SearchResult(
-        trials=tuple(sorted((tested.get(trial.id, trial) for trial in found), key=lambda trial: trial.id)),
-        front=tuple(tested.get(trial.id, trial) for trial in front),
-        dense=dense,
-        space=study.context.space,
-        limits=dict(study.limits),
-        budget=str(study.budget),
-        metric=judge.name,
-        higher_is_better=judge.higher_is_better,
-        notes=study.notes,
-        stopped=stopped,
-        seconds=seconds,
-        seed=seed,
-        _builder=FromEvaluator(study.evaluator, study.context),
-    )
-
-
-def _tested(study: Study, trial: Trial) -> Trial:
-    outcome = study.evaluator.test(np.array(trial.candidate, dtype=np.int64))
-    return trial if isinstance(outcome, Failure) else replace(trial, test_score=float(outcome.metric.mean()))
-
-
-def _meta(study: Study, dense: Trial, seed: int, trials: int) -> dict[str, Any]:
-    """What identifies a run in the journal."""
-    return {
-        "budget": str(study.budget),
-        "limits": dict(study.limits),
-        "seed": seed,
-        "trials": trials,
-        "metric": study.context.judge.name,
-        "higher_is_better": study.context.judge.higher_is_better,
-        "space": study.context.space.to_json(),
-        "dense": dense.to_json(),
-        "data": study.context.subsets.fingerprint,
-        "notes": list(study.notes),
-        "threads": torch.get_num_threads(),
-        "device": str(next(study.context.model.parameters()).device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-    }

@@ -30,6 +30,7 @@ LAYERS = (
     ("journal", "execution", "racing"),
     ("result", "report"),
     ("progress", "study"),
+    ("records",),
     ("search", "audit", "recover"),
     ("autoprune",),
     ("loading",),

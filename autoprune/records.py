@@ -1,0 +1,120 @@
+"""From what was measured to what is told, kept and returned: evaluations, trials, the result, a run's identity."""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from autoprune.execution import Outcome
+from autoprune.metrics import Summary, summary
+from autoprune.protocols import FAILED, OK, Evaluations, Failure, IntArray
+from autoprune.result import SearchResult
+from autoprune.result.builders import FromEvaluator
+from autoprune.result.trials import Evaluation, Trial, find_front, none_if_nan
+from autoprune.study import Study
+
+log = logging.getLogger(__name__)
+
+
+def evaluations_of(study: Study, candidate: IntArray, outcome: Outcome) -> Evaluations:
+    """One row for the optimizer: the signal, then the limited costs."""
+    costs = study.problem.costs(candidate[None])[0]
+    failed = isinstance(outcome, Failure)
+    mean = np.nan if isinstance(outcome, Failure) else outcome.signal.mean()
+    spread = 0.0
+    if not isinstance(outcome, Failure) and len(outcome.signal) > 1:
+        spread = outcome.signal.std(ddof=1) / np.sqrt(len(outcome.signal))
+    return Evaluations(
+        candidates=candidate[None],
+        objectives=np.array([[mean, *(np.full_like(costs, np.nan) if failed else costs)]]),
+        stderr=np.array([[np.nan if failed else spread, *np.zeros_like(costs)]]),
+        samples=np.array([0 if isinstance(outcome, Failure) else len(outcome.signal)], dtype=np.int64),
+        status=(FAILED if failed else OK,),
+        reasons=(outcome.reason if isinstance(outcome, Failure) else "",),
+    )
+
+
+def trial_of(study: Study, number: int, candidate: IntArray, outcome: Outcome) -> Trial:
+    """A record of a candidate and its one evaluation."""
+    failed = isinstance(outcome, Failure)
+    nothing = Summary(math.nan, math.nan, (math.nan, math.nan))
+    metric = nothing if isinstance(outcome, Failure) else summary(outcome.metric, study.context.judge.proportion)
+    signal = nothing if isinstance(outcome, Failure) else summary(outcome.signal, False)
+    evaluation = Evaluation(
+        fidelity="full",
+        samples=0 if isinstance(outcome, Failure) else len(outcome.signal),
+        seconds=outcome.seconds,
+        signal=none_if_nan(signal.mean),
+        signal_stderr=none_if_nan(signal.stderr),
+        metric=none_if_nan(metric.mean),
+    )
+    return Trial(
+        id=number,
+        candidate=tuple(candidate.tolist()),
+        decoded=study.context.space.decode(candidate.tolist()),
+        costs={name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()},
+        score=metric.mean,
+        interval=metric.interval,
+        signal=signal.mean,
+        status=FAILED if failed else OK,
+        reason=outcome.reason if isinstance(outcome, Failure) else "",
+        evaluations=(evaluation,),
+    )
+
+
+def result_of(study: Study, found: list[Trial], dense: Trial, stopped: str, seconds: float, seed: int) -> SearchResult:
+    """Score the front once on held-out samples, and put everything together."""
+    judge = study.context.judge
+    front = find_front(found, tuple(study.limits), judge.higher_is_better)
+    dense, tested = _tested(study, dense), {}
+    try:
+        for trial in front:
+            tested[trial.id] = _tested(study, trial)
+    except KeyboardInterrupt:
+        log.warning("interrupted; only %d of %d trials on the front have a test score", len(tested), len(front))
+        stopped = "interrupted"
+    return SearchResult(
+        trials=tuple(sorted((tested.get(trial.id, trial) for trial in found), key=lambda trial: trial.id)),
+        front=tuple(tested.get(trial.id, trial) for trial in front),
+        dense=dense,
+        space=study.context.space,
+        limits=dict(study.limits),
+        budget=str(study.budget),
+        metric=judge.name,
+        higher_is_better=judge.higher_is_better,
+        notes=study.notes,
+        stopped=stopped,
+        seconds=seconds,
+        seed=seed,
+        _builder=FromEvaluator(study.evaluator, study.context),
+    )
+
+
+def _tested(study: Study, trial: Trial) -> Trial:
+    outcome = study.evaluator.test(np.array(trial.candidate, dtype=np.int64))
+    return trial if isinstance(outcome, Failure) else replace(trial, test_score=float(outcome.metric.mean()))
+
+
+def identity_of(study: Study, dense: Trial, seed: int, trials: int) -> dict[str, Any]:
+    """What identifies a run in the journal."""
+    return {
+        "budget": str(study.budget),
+        "limits": dict(study.limits),
+        "seed": seed,
+        "trials": trials,
+        "metric": study.context.judge.name,
+        "higher_is_better": study.context.judge.higher_is_better,
+        "space": study.context.space.to_json(),
+        "dense": dense.to_json(),
+        "data": study.context.subsets.fingerprint,
+        "notes": list(study.notes),
+        "threads": torch.get_num_threads(),
+        "device": str(next(study.context.model.parameters()).device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
