@@ -76,7 +76,8 @@ def search(
         run_dir: A folder of its own for the journal of the run; kept in memory without.
         resume: Not supported yet.
         progress: Show a progress line in a terminal.
-        checks: ``"on"`` freezes groups that fail a check of the traced structure, ``"strict"`` raises.
+        checks: ``"on"`` freezes groups that fail a check of the traced structure, ``"strict"`` raises, ``"isolated"``
+            checks in a process of its own.
         costs: Further costs by name, each a function of candidates (n, d) giving (n,), which the budget may limit.
         cost_batch: Samples that ``memory_bytes`` is stated at.
 

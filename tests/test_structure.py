@@ -1,6 +1,7 @@
 """Small models whose groups are known by hand, odd ones that must come out right or frozen, and what is refused."""
 
 import dataclasses
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -732,7 +733,7 @@ class TestWhatIsRefused:
             analyse(model, draw((IMAGE,)))
 
     def test_unknown_checks(self):
-        with pytest.raises(ValueError, match="checks must be 'on' or 'strict', got 'off'"):
+        with pytest.raises(ValueError, match="checks must be 'on', 'strict' or 'isolated', got 'off'"):
             analyse(flattened(), draw((IMAGE,)), checks="off")
 
     def test_a_failed_check_when_checks_are_strict(self):
@@ -784,3 +785,28 @@ def test_a_structure_pickles_and_holds_no_tensor():
         expected = getattr(StructuralCosts(structure), cost)(widths)
         np.testing.assert_array_equal(getattr(StructuralCosts(restored), cost)(widths), expected)
     assert (restored.frozen, restored.untouched, restored.device) == (structure.frozen, structure.untouched, "meta")
+
+
+class Deadly(nn.Module):
+    """Ends the process when it is narrower than it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.a.weight.shape[0] < 6:
+            os._exit(3)
+        out: Tensor = self.b(self.a(x).relu())
+        return out
+
+
+@pytest.mark.slow
+def test_isolated_checks_find_the_same_and_survive_a_model_that_kills_its_process():
+    model, args = known(grouped)[:2]
+    alone = analyse(model, args, checks="isolated")
+    assert [(group.name, group.size) for group in alone.groups] == [
+        (group.name, group.size) for group in analyse(model, args).groups
+    ]
+    with pytest.raises(StructureCheckError, match="killed its process"):
+        analyse(Deadly(), (torch.randn(2, 4),), checks="isolated")

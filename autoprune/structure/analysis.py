@@ -39,18 +39,21 @@ def analyse(
         args: Positional example inputs, moved to the model's device.
         kwargs: Keyword example inputs.
         forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough; returns what matters.
-        checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead.
+        checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead; ``"isolated"`` does what
+            ``"on"`` does in a process of its own, which a wrong slice may kill without harm.
         max_check_seconds: Groups not checked by then are frozen.
         seed: Draws the units that the checks remove.
 
     Raises:
         UnsupportedModelError: If the model is scripted, quantised, spread over devices, or cannot be copied.
-        StructureCheckError: If a group fails and `checks` is ``"strict"``.
+        StructureCheckError: If a group fails and `checks` is ``"strict"``, or the process of ``"isolated"`` dies.
         ValueError: If the model returns NaN or infinity for the inputs, or `checks` is unknown.
     """
-    if checks not in ("on", "strict"):
-        raise ValueError(f"checks must be 'on' or 'strict', got {checks!r}")
+    if checks not in ("on", "strict", "isolated"):
+        raise ValueError(f"checks must be 'on', 'strict' or 'isolated', got {checks!r}")
     device = require_supported(model)
+    if checks == "isolated":
+        return _isolated(model, args, kwargs, forward, max_check_seconds, seed)
     run = forward or (lambda m, *a, **k: m(*a, **k))
     args, kwargs = tree_map(
         lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs or {}))
@@ -71,6 +74,37 @@ def analyse(
         details = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise StructureCheckError(f"checks='strict' and {len(failures)} groups failed: {details}")
     return assemble(flow, find_units(flow, failures), untouched, checker.attributes)
+
+
+def _isolated(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    forward: Forward | None,
+    max_check_seconds: float,
+    seed: int,
+) -> Structure:
+    from joblib.externals.loky import ProcessPoolExecutor
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    settings = {"forward": forward, "max_check_seconds": max_check_seconds, "seed": seed}
+    with ProcessPoolExecutor(max_workers=1) as pool:
+        task = pool.submit(_analyse_alone, torch.get_num_threads(), model, args, kwargs, settings)
+        try:
+            structure: Structure = task.result()
+        except TerminatedWorkerError as error:
+            raise StructureCheckError(
+                "checks='isolated' and the model's forward killed its process on a sliced copy, in a native kernel for "
+                "example; leave modules out with forward= or outputs=, or run with checks='on' to see where"
+            ) from error
+    return structure
+
+
+def _analyse_alone(
+    threads: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, settings: dict[str, Any]
+) -> Structure:
+    torch.set_num_threads(threads)
+    return analyse(model, args, kwargs, **settings)
 
 
 def require_supported(model: nn.Module) -> torch.device:
