@@ -153,3 +153,20 @@ def test_grouped_queries_keep_their_ratio():
         assert attention.q_proj.out_features == 2 * attention.k_proj.out_features == 2 * attention.v_proj.out_features
         assert attention.num_key_value_groups == 2
     assert pruned.k_proj.out_features == dense.k_proj.out_features // 2 == 12
+
+
+class Pooling(nn.Module):
+    """Weighs positions by a softmax over a linear score of each: no heads, though a batched product feeds a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.score, self.head = nn.Conv1d(3, 12, 3), nn.Linear(12, 1), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.conv(x).relu().transpose(1, 2)
+        out: Tensor = self.head((torch.softmax(self.score(steps), 1) * steps).sum(1))
+        return out
+
+
+def test_a_learned_score_of_each_position_is_no_attention_head():
+    assert [group.size for group in analyse(Pooling(), (torch.randn(2, 3, 9),)).groups] == [12]

@@ -191,10 +191,14 @@ def _without_rule(flow: Propagation, op: Op, why: str) -> list[Dims]:
 
 
 def attention_scores(record: Record) -> frozenset[int]:
-    """Batched products that reach a softmax through elementwise operations and views only.
+    """Batched products of two activations that reach a softmax through elementwise operations and views only.
 
     Removing a part of what they contract would change the scale that goes with its size, usually 1 / sqrt(d).
     """
+    weights = {i for i, value in enumerate(record.values) if value.name}
+    for op in record.ops:
+        if weights.issuperset(op.inputs()):
+            weights.update(op.results())
     normalised: set[int] = set()
     products = []
     for op in reversed(record.ops):
@@ -203,7 +207,8 @@ def attention_scores(record: Record) -> frozenset[int]:
         elif normalised.isdisjoint(op.results()):
             continue
         elif op.name in ("bmm", "baddbmm"):
-            products.append(op.index)
+            if weights.isdisjoint(op.inputs()[-2:]):  # a layer on a sequence is a batched product, too
+                products.append(op.index)
         elif op.name in PASSING or torch.Tag.pointwise in op.func.tags:
             normalised.update(op.inputs())
     return frozenset(products)
