@@ -27,6 +27,8 @@ from tests.zoo.hf import HF_ZOO
 from tests.zoo.tasks import TASK_ZOO
 from tests.zoo.test_zoo import leaves
 
+pytestmark = pytest.mark.slow
+
 IMAGES = ("vgg_bn", "mobilenet_v2", "resnext", "unet")
 TRANSFORMERS = ("BertForSequenceClassification", "LlamaForCausalLM", "GPT2LMHeadModel")
 ENCODER = "transformer_classifier"

@@ -11,6 +11,8 @@ from autoprune.structure.trace import trace
 from autoprune.structure.units import Units
 from benchmarks.scale import chain, discover, forward, llama_7b, llama_inputs, resnet50
 
+pytestmark = pytest.mark.slow
+
 SMALL_LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 1000}
 
 

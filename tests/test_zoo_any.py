@@ -26,6 +26,8 @@ from tests.zoo.entries import AnyEntry, Inputs
 from tests.zoo.hf import HF_ZOO
 from tests.zoo.tasks import TASK_ZOO
 
+pytestmark = pytest.mark.slow
+
 ANY_ZOO = {**TASK_ZOO, **HF_ZOO}
 EVERY = pytest.mark.parametrize("name", [*TASK_ZOO, *(pytest.param(name, marks=pytest.mark.slow) for name in HF_ZOO)])
 CANDIDATES = 10

@@ -11,6 +11,8 @@ from tests.zoo.hf import HF_ZOO
 from tests.zoo.tasks import TASK_ZOO
 from tests.zoo.test_zoo import leaves
 
+pytestmark = pytest.mark.slow
+
 NAME = attrgetter("name")
 entries = pytest.mark.parametrize("entry", (HF_ZOO | TASK_ZOO).values(), ids=NAME)
 
