@@ -9,7 +9,7 @@ from torch import nn
 from autoprune.structure.analysis import analyse, best_choices
 from autoprune.structure.trace import trace
 from autoprune.structure.units import Units
-from benchmarks.scale import chain, discover, forward, llama_7b, llama_inputs, resnet50
+from benchmarks.scale import chain, forward, llama_7b, llama_inputs, resnet50
 
 pytestmark = pytest.mark.slow
 
@@ -30,16 +30,6 @@ def llama_groups(layers: int) -> dict[str, int]:
     for layer in range(layers):
         groups |= {f"model.layers.{layer}.self_attn.q_proj": 32, f"model.layers.{layer}.mlp.gate_proj": 688}
     return groups
-
-
-def test_time_grows_no_faster_than_the_number_of_blocks():
-    discover(chain(1), {}, torch.zeros(2, 8))  # the first trace imports
-    short, long = (min(seconds(blocks) for _ in range(2)) for blocks in (25, 100))
-    assert long < 4 * 1.5 * short
-
-
-def seconds(blocks: int) -> float:
-    return discover(chain(blocks), {}, torch.zeros(2, 8))["seconds"]
 
 
 def groups_of(model: nn.Module, *args: torch.Tensor) -> Units:
