@@ -49,7 +49,7 @@ PREDICTORS = {
     "stale_accuracy": "accuracy, stale BN",
     "stale_loss": "loss, stale BN",
     "flops": "FLOPs alone",
-    "again": "a second fine-tune (ceiling)",
+    "again": "a second fine-tune",
 }
 DIFFERENCES = (("adaptive_accuracy", "stale_accuracy"), ("adaptive_loss", "stale_loss"), ("adaptive_loss", "flops"))
 LOWER_IS_BETTER = ("adaptive_loss", "stale_loss")

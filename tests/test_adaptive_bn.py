@@ -219,3 +219,16 @@ def test_a_fault_of_one_candidate_is_a_failure_with_its_reason(fault, reason):
     assert isinstance(failed, Failure)
     assert failed.reason == reason
     assert isinstance(dense, Measurement)
+
+
+def test_statistics_far_from_zero_lose_no_digits():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    images = 1000 + torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    recalibrate(model, [images], model)
+    exact = images.double().transpose(0, 1).flatten(1)
+    norm = model[0]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert torch.allclose(norm.running_mean.double(), exact.mean(1), rtol=1e-6)
+    assert torch.allclose(norm.running_var.double(), exact.var(1), rtol=1e-3)
