@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -327,8 +326,3 @@ def _input_dim(module: nn.Module) -> int | None:
     if isinstance(module, _ConvNd) and module.groups == 1:
         return 0 if isinstance(module, _ConvTransposeNd) else 1
     return None
-
-
-def uniform_order(structure: Structure) -> dict[str, tuple[int, ...]]:
-    """Units in their own order, for tests and for spaces that need no ranking."""
-    return {group.name: tuple(np.arange(group.size).tolist()) for group in structure.groups}

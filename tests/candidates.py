@@ -66,3 +66,8 @@ def state_of(model: nn.Module) -> Mapping[str, Any]:
 def storages(model: nn.Module) -> set[int]:
     tensors = (*model.parameters(), *model.buffers())
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def uniform_order(structure: Structure) -> dict[str, tuple[int, ...]]:
+    """Units in their own order, for tests that need no ranking."""
+    return {group.name: tuple(range(group.size)) for group in structure.groups}

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from torch import nn
 
-from autoprune.criteria import uniform_order
 from autoprune.errors import NothingToPruneError
 from autoprune.protocols import SearchSpace
 from autoprune.search_spaces.channels import Channels, ChannelSpace
 from autoprune.structure.analysis import analyse
 from autoprune.structure.structure import Structure
 from autoprune.testing.contracts import SpaceContract
+from tests.candidates import uniform_order
 from tests.zoo import ZOO, draw
 
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.costs import StructuralCosts, make_costs
-from autoprune.criteria import uniform_order
 from autoprune.protocols import FloatArray, IntArray, Pruning
 from autoprune.search_spaces.channels import Channels, ChannelSpace
 from autoprune.structure.analysis import analyse
 from autoprune.structure.structure import Structure
-from tests.candidates import random_pruning, widths_of
+from tests.candidates import random_pruning, uniform_order, widths_of
 from tests.oracle import count_macs, count_params
 from tests.zoo import draw, settled
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprune.batches import default_forward
-from autoprune.criteria import CRITERIA, Criterion, GroupTensors, rank_units, uniform_order
+from autoprune.criteria import CRITERIA, Criterion, GroupTensors, rank_units
 from autoprune.errors import DataError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.structure import Structure
-from tests.candidates import state_of
+from tests.candidates import state_of, uniform_order
 from tests.zoo import draw, settled
 
 Scores = dict[str, Tensor]
