@@ -70,7 +70,8 @@ def search(
         seed: The same seed, data and threads give the same front.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
         forward: ``forward(model, batch)``, where calling the model with the inputs of a batch is not enough.
-        example_inputs: A tensor, a tuple or a dict of inputs; needed only without data.
+        example_inputs: A tensor, a tuple or a dict of inputs; needed only without data. A list of these covers branches
+            of the forward that the data may not take.
         outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns.
         executor: ``"local"``, or an `Executor`.
         run_dir: A folder of its own for the journal of the run; kept in memory without.

@@ -25,8 +25,9 @@ from autoprune.result.trials import Trial
 from autoprune.search_spaces import Channels, make_space
 from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
-from autoprune.structure.examples import example_inputs_of, unwrap
+from autoprune.structure.examples import examples_of, unwrap
 from autoprune.structure.slicing import Edit, Slicer, build
+from autoprune.structure.trace import Inputs
 
 Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
 """A candidate to begin from: option indices, ``{dimension: option}``, a trial, or the front of a result."""
@@ -84,7 +85,10 @@ def prepare(
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
     run = selecting(forward or batches.default_forward, outputs)
     example = batches.slice_batch(subsets.calibration[0], 0, 2)
-    structure = analyse(model, (example,), forward=lambda m, batch: run(m, batch), checks=checks, seed=seed)
+    further: list[Inputs] = [((batch,), {}) for batch in _branches(model, example_inputs)]
+    structure = analyse(
+        model, (example,), forward=lambda m, batch: run(m, batch), further=further, checks=checks, seed=seed
+    )
     require_prunable(structure)
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
@@ -117,10 +121,17 @@ def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed
         return materialise(data, seed)
     if metric not in ("auto", "agreement"):
         raise DataError(f"metric {metric!r} needs data; pass data=, or metric='agreement' to compare with the model")
-    args, kwargs = example_inputs_of(model, example_inputs)
+    (args, kwargs), *_ = examples_of(model, example_inputs)
     if not args and not kwargs:
         raise DataError(f"example_inputs must hold at least one input, got {example_inputs!r}")
     return synthetic(kwargs or (args if len(args) > 1 else args[0]), SYNTHETIC_SAMPLES, seed)
+
+
+def _branches(model: nn.Module, example_inputs: Any) -> list[batches.Batch]:
+    """The batches in a list of examples, which take branches that the data may not."""
+    if not isinstance(example_inputs, list):
+        return []
+    return [kwargs or (*args, None) for args, kwargs in examples_of(model, example_inputs)]
 
 
 def _dense(space: SearchSpace) -> IntArray:

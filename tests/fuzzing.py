@@ -77,7 +77,8 @@ class Norm:
             "batch": lambda: nn.BatchNorm2d(channels),
             "group": lambda: nn.GroupNorm(math.gcd(4, channels), channels),
             "layer": lambda: ChannelsLast(nn.LayerNorm(channels)),
-            "instance": lambda: nn.InstanceNorm2d(channels, affine=True),
+            # which refuses to train on maps of one position
+            "instance": lambda: nn.InstanceNorm2d(channels, affine=True) if size > 1 else nn.Identity(),
         }
         return norms[self.kind](), channels, size
 

@@ -15,7 +15,7 @@ from autoprune.costs.inspection import Inspection, inspect
 from autoprune.costs.inspection_text import human
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import Pruning
-from autoprune.structure.examples import example_inputs_of, unwrap
+from autoprune.structure.examples import example_inputs_of, examples_of, unwrap
 from tests.zoo import ZOO
 
 NAMES = ("vgg_bn", "resnet20_padded", "densenet", "mobilenet_v2", "shufflenet_v2", "mlp", "tied_autoencoder")
@@ -179,6 +179,9 @@ def test_a_trace_on_real_values_is_mentioned(inspections):
     found = inspect(Reads(*small()), torch.ones(2, 4))
     assert found.to_dict()["traced_on"] == "cpu"
     assert "real values (cpu)" in str(found)
+    # at most the input, both sides of a layer and the number that is read, in 32-bit floats
+    assert 2 * 4 * 4 <= found.to_dict()["trace_bytes"] <= 2 * (4 + 8 + 8 + 5) * 4 + 8
+    assert inspections["mlp"].to_dict()["trace_bytes"] == 0
     assert "real values" not in str(inspections["mlp"])
 
 
@@ -233,10 +236,16 @@ def test_given_inputs_are_told_apart_by_type():
     assert example_inputs_of(model, ()) == ((), {})
 
 
-@pytest.mark.parametrize("given", [[torch.ones(2, 4)], 3, {0: torch.ones(2, 4)}])
+@pytest.mark.parametrize("given", [[[torch.ones(2, 4)]], 3, {0: torch.ones(2, 4)}])
 def test_inputs_of_another_form_are_refused(given):
-    with pytest.raises(ValueError, match=rf"example_inputs must be a tensor, .* got {type(given).__name__}; .*\(x,\)"):
-        example_inputs_of(small(), given)
+    wrong = type(given[0] if isinstance(given, list) else given).__name__
+    with pytest.raises(ValueError, match=rf"example_inputs must be a tensor, .* got {wrong}; .*\(x,\)"):
+        examples_of(small(), given)
+
+
+def test_an_empty_list_of_examples_is_refused():
+    with pytest.raises(ValueError, match="example_inputs must hold at least one example, got an empty list"):
+        inspect(small(), [])
 
 
 def test_a_model_without_an_example_asks_for_one():

@@ -681,6 +681,27 @@ def test_the_checks_catch_forgotten_couplings_in_16_bits_too(monkeypatch: pytest
         assert structure.groups == () or slots_of(structure) == slots_of(whole), where
 
 
+def test_several_examples_cover_the_branches_of_a_forward():
+    def forward(s: Net, x: Tensor) -> Tensor:
+        y = s.a(x)
+        return s.head(y + s.b(x) if x.mean() > 0 else s.c(y) + y)
+
+    model = settled(lambda: Net(forward, a=conv(3, 8), b=conv(3, 8), c=conv(8, 8, 1), head=conv(8, 2, 1)), (IMAGE,))
+    bright, dark = torch.rand(2, *IMAGE), -torch.rand(2, *IMAGE)
+    one = analyse(model, (bright,))
+    both = analyse(model, (bright,), further=[((dark,), {})])
+    assert one.untouched == ("c.weight", "c.bias")
+    assert both.untouched == ()
+    assert slots_of(both) == {
+        "a": (8, "a.bias:0 a.weight:0 b.bias:0 b.weight:0 c.bias:0 c.weight:0 c.weight:1 head.weight:1")
+    }
+    for x in (bright, dark):
+        assert_right(model, (x,), both)
+    dense = np.array([[8.0]])
+    for cost in ("flops", "memory_bytes"):
+        assert getattr(StructuralCosts(both), cost)(dense) == getattr(StructuralCosts(one), cost)(dense)
+
+
 def test_groups_not_checked_in_time_are_frozen_and_say_so():
     model, args = settled(picks(lambda s, x: s.head(s.a(x).cumsum(1))), (IMAGE,)), draw((IMAGE,))
     structure = analyse(model, args, max_check_seconds=0)

@@ -16,7 +16,7 @@ from autoprune.costs.inspection_text import as_text
 from autoprune.costs.returned import frozen_by_output, selecting
 from autoprune.costs.structural import StructuralCosts
 from autoprune.structure.analysis import analyse
-from autoprune.structure.examples import ExampleInputs, example_inputs_of, unwrap
+from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
 from autoprune.structure.structure import Structure
 from autoprune.structure.trace import Forward
 from autoprune.structure.units import Frozen, Group
@@ -109,10 +109,11 @@ class Inspection:
     attributes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: all but `structure`, of which it names the device that the pass was traced on."""
+        """JSON-ready: all but `structure`, of which it says where the pass was traced and in how much memory."""
         return {
             "model": self.model,
             "traced_on": self.structure.device,
+            "trace_bytes": self.trace_bytes,
             "dense": dict(self.dense),
             "removable": dict(self.removable),
             "groups": [asdict(group) for group in self.groups],
@@ -120,6 +121,16 @@ class Inspection:
             "untouched": dict(self.untouched),
             "attributes": list(self.attributes),
         }
+
+    @property
+    def trace_bytes(self) -> int:
+        """Most bytes that inputs and results of the traced pass took at once; 0 on the meta device."""
+        if self.structure.device == "meta":
+            return 0
+        batch, dense = self.structure.terms.batch, self.structure.sizes[None].astype(np.float64)
+        # State is the same at any batch, and activations grow with it.
+        one, all_of_it = (StructuralCosts(self.structure, n).memory_bytes(dense)[0] for n in (batch, 2 * batch))
+        return int(all_of_it - one)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """A page of its own that loads nothing from elsewhere, written to `path` if one is given."""
@@ -135,7 +146,7 @@ class Inspection:
 
 def inspect(
     model: nn.Module,
-    example_inputs: ExampleInputs | None = None,
+    example_inputs: ExampleInputs | list[ExampleInputs] | None = None,
     *,
     forward: Forward | None = None,
     outputs: Outputs | None = None,
@@ -148,7 +159,8 @@ def inspect(
     Args:
         model: Any module that runs on the inputs; DataParallel, DDP and compiled wrappers are looked through.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs; None for the example that
-            the model carries (``example_input_array``, ``dummy_inputs``, timm's ``pretrained_cfg``).
+            the model carries (``example_input_array``, ``dummy_inputs``, timm's ``pretrained_cfg``). A list of these
+            covers the branches of a forward: only what every example allows can be pruned, and costs are the first's.
         forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough; returns what matters.
         outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns. What
             reaches others alone can be pruned.
@@ -167,9 +179,9 @@ def inspect(
         [('0', 8)]
     """
     model = unwrap(model)
-    args, kwargs = example_inputs_of(model, example_inputs)
+    (args, kwargs), *further = examples_of(model, example_inputs)
     run = selecting(forward, outputs)
-    structure = analyse(model, args, kwargs, forward=run, checks=checks)
+    structure = analyse(model, args, kwargs, forward=run, further=further, checks=checks)
     costs = StructuralCosts(structure)
     groups = structure.groups
     widths = np.tile(structure.sizes.astype(np.float64), (len(groups) + 2, 1))

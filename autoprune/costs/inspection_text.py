@@ -84,8 +84,10 @@ def notes(found: Inspection) -> list[str]:
     if found.attributes:
         lines.append(f"Sizes kept in Python that follow the units: {some(found.attributes)}.")
     if found.structure.device != "meta":
-        device = found.structure.device
-        lines.append(f"Traced on real values ({device}), because the model cannot run on the meta device.")
+        lines.append(
+            f"Traced on real values ({found.structure.device}), because the model cannot run on the meta device; its "
+            f"tensors took {amount('memory_bytes', found.trace_bytes)} at the most, besides parameters and buffers."
+        )
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from autoprune.sources import seeded
 from autoprune.structure.checks import Checker, Example
 from autoprune.structure.propagate import Propagation, propagate
 from autoprune.structure.structure import Structure, assemble
-from autoprune.structure.trace import Forward, Record, trace
+from autoprune.structure.trace import Forward, Inputs, Record, trace
 from autoprune.structure.units import Units, find_units
 
 SITES_TRIED = 32
@@ -28,6 +28,7 @@ def analyse(
     kwargs: Mapping[str, Any] | None = None,
     *,
     forward: Forward | None = None,
+    further: Sequence[Inputs] = (),
     checks: str = "on",
     max_check_seconds: float = 60.0,
     seed: int = 0,
@@ -39,6 +40,8 @@ def analyse(
         args: Positional example inputs, moved to the model's device.
         kwargs: Keyword example inputs.
         forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough; returns what matters.
+        further: More positional and keyword inputs, ``(args, kwargs)`` each, that take other branches of the forward.
+            Only what holds for every example can be removed; costs are those of `args` and `kwargs`.
         checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead; ``"isolated"`` does what
             ``"on"`` does in a process of its own, which a wrong slice may kill without harm.
         max_check_seconds: Groups not checked by then are frozen.
@@ -53,17 +56,19 @@ def analyse(
         raise ValueError(f"checks must be 'on', 'strict' or 'isolated', got {checks!r}")
     device = require_supported(model)
     if checks == "isolated":
-        return _isolated(model, args, kwargs, forward, max_check_seconds, seed)
+        settings = {"forward": forward, "further": further, "max_check_seconds": max_check_seconds, "seed": seed}
+        return _isolated(model, args, kwargs, settings)
     run = forward or (lambda m, *a, **k: m(*a, **k))
-    args, kwargs = tree_map(
-        lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs or {}))
-    )
+    (args, kwargs), *further = [
+        tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (a, dict(k)))
+        for a, k in ((args, kwargs or {}), *further)
+    ]
     with seeded(seed), torch.inference_mode(False):  # which would record layers that PyTorch did not decompose
-        record = trace(model, args, kwargs, run)
+        record = trace(model, args, kwargs, run, further)
         flow, _ = best_choices(record)
         read = {record.values[value].name for op in record.ops for value in op.inputs()}
         untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
-        checker = Checker(flow, Example(model, args, kwargs, run), untouched, max_check_seconds, seed)
+        checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, max_check_seconds, seed)
         if not all(torch.isfinite(out).all() for out in checker.dense if out.is_floating_point()):
             raise ValueError(
                 "model must return finite outputs for the example inputs, got NaN or infinity; "
@@ -80,14 +85,11 @@ def _isolated(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
-    forward: Forward | None,
-    max_check_seconds: float,
-    seed: int,
+    settings: dict[str, Any],
 ) -> Structure:
     from joblib.externals.loky import ProcessPoolExecutor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    settings = {"forward": forward, "max_check_seconds": max_check_seconds, "seed": seed}
     with ProcessPoolExecutor(max_workers=1) as pool:
         task = pool.submit(_analyse_alone, torch.get_num_threads(), model, args, kwargs, settings)
         try:

@@ -1,9 +1,13 @@
 """Three checks of a structure before anything relies on it; each alone misses errors that the others catch.
 
-*Permutation*: units permuted inside every group, in all tensors, must not change the outputs. *Replay*: the record run
-with sliced tensors must agree with the record run dense and masked. *Module*: the user's own forward on the sliced
-module must agree with the sliced replay. Shapes are tried on the meta device first, because a wrong slice may kill
-the process in a native kernel.
+*Permutation*: the record run with units permuted inside every group, in all tensors, must give the model's outputs.
+*Replay*: the record run with sliced tensors must agree with the record run dense and masked. *Module*: the user's own
+forward on the sliced module must agree with the sliced replay. Shapes are tried on the meta device first, because a
+wrong slice may kill the process in a native kernel.
+
+The record needs copies of what one operation reads, and no more. A sliced module needs a copy of every tensor that it
+cuts, so large models are cut in batches of groups: extra memory stays below `ALLOWANCE`, or a copy of what the largest
+group touches.
 """
 
 from __future__ import annotations
@@ -19,14 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autoprune.protocols import Pruning
+from autoprune.protocols import IntArray, Pruning
 from autoprune.structure.attributes import Found, find_attributes, groups_near
 from autoprune.structure.propagate import Edge, Propagation
 from autoprune.structure.replay import Replay
 from autoprune.structure.slicing import Slicer, owners
 from autoprune.structure.structure import Attribute, Structure, assemble
-from autoprune.structure.trace import Call, Forward, call_with, skeleton
-from autoprune.structure.units import Group, Units, find_units, first_labels
+from autoprune.structure.trace import Call, Forward, Inputs, call_with, skeleton
+from autoprune.structure.units import Group, Slot, Units, find_units, first_labels
+
+ALLOWANCE = 2**28
+"""Bytes of tensors that the module check cuts at once; a single group may touch more."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +45,24 @@ class Example:
         args: Positional inputs, on the model's device.
         kwargs: Keyword inputs.
         forward: Runs a model on them.
+        further: More inputs, which take other branches of the forward.
     """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     forward: Forward
+    further: Sequence[Inputs] = ()
+
+    @property
+    def inputs(self) -> list[Inputs]:
+        """The inputs of every call."""
+        return [(self.args, self.kwargs), *self.further]
 
     def run(
         self, model: nn.Module, *, meta: bool = False, mode: AbstractContextManager[Any] | None = None
     ) -> list[Tensor]:
-        """Output tensors of `model`, which is put in evaluation mode; on the meta device only shapes are computed."""
+        """Output tensors of `model`, put in evaluation mode, for all inputs; on the meta device just their shapes."""
         model.eval()
 
         def place(leaf: Any) -> Any:
@@ -58,10 +72,12 @@ class Example:
                 return leaf.detach().to("meta")
             return leaf if isinstance(leaf, nn.Parameter) else leaf.clone()  # a forward may write to the others
 
-        args, kwargs = tree_map(place, (self.args, dict(self.kwargs)))
         call = Call(model, self.forward)
         state = {name: place(tensor) for name, tensor in (*call.named_parameters(), *call.named_buffers())}
-        outputs = call_with(call, state, args, kwargs, mode)
+        outputs = []
+        for inputs in self.inputs:
+            args, kwargs = tree_map(place, (inputs[0], dict(inputs[1])))
+            outputs.append(call_with(call, state, args, kwargs, mode))
         return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
@@ -87,8 +103,10 @@ class Checker:
         self.max_seconds = max_seconds
         named = (*example.model.named_parameters(), *example.model.named_buffers())
         self.tensors = {name: tensor.detach() for name, tensor in named}
-        self.inputs = [x for x in tree_leaves((example.args, dict(example.kwargs))) if isinstance(x, Tensor)]
+        self.inputs = [x for x in tree_leaves([(a, dict(k)) for a, k in example.inputs]) if isinstance(x, Tensor)]
         self.dense = example.run(skeleton(example.model))
+        # What only runs on the meta device is cut there as well, which costs no memory.
+        self.shapes = _hollow(example.model) if flow.record.device == "meta" else example.model
         self.attributes: tuple[Attribute, ...] = ()
 
     def failures(self) -> dict[str, str]:
@@ -146,7 +164,7 @@ class Checker:
 
         def cut(attributes: tuple[Attribute, ...]) -> nn.Module:
             # A fresh copy each time, because modules may keep what they computed.
-            return Slicer(self.example.model).cut(assemble(self.flow, units, attributes=attributes).edit(pruning))
+            return Slicer(self.shapes).cut(assemble(self.flow, units, attributes=attributes).edit(pruning))
 
         def run(module: nn.Module, mode: AbstractContextManager[Any]) -> None:
             self.example.run(module, meta=self.flow.record.device == "meta", mode=mode)
@@ -197,21 +215,21 @@ class Checker:
         return None
 
     def _permutation(self, units: Units, rng: np.random.Generator) -> None:
-        model = skeleton(self.example.model)
-        tensors = {id(t): t.detach() for t in (*model.parameters(), *model.buffers())}
-        named = dict((*model.named_parameters(), *model.named_buffers()))
+        order = {group.name: rng.permutation(group.size) for group in units.groups}
+        slots: dict[str, list[tuple[Slot, IntArray]]] = {}
         for group in units.groups:
-            order = rng.permutation(group.size)
             for slot in group.slots:
-                tensor = tensors[id(named[slot.tensor])]
+                slots.setdefault(slot.tensor, []).append((slot, order[group.name]))
+
+        def permuted(value: int, tensor: Tensor) -> Tensor:
+            for slot, moved in slots.get(self.flow.record.values[value].name, ()):
                 target = torch.from_numpy(slot.indices.reshape(-1)).to(tensor.device)
-                source = torch.from_numpy(slot.indices[order].reshape(-1)).to(tensor.device)
-                moved = tensor.index_select(slot.dim, source)
-                tensors[id(named[slot.tensor])] = tensor.index_copy(slot.dim, target, moved)
-        for owner in owners(model):
-            new = tensors[id(owner.tensor)]
-            owner.holder[owner.key] = nn.Parameter(new, False) if isinstance(owner.tensor, nn.Parameter) else new
-        _compare("permutation", self.example.run(model), self.dense)
+                source = torch.from_numpy(slot.indices[moved].reshape(-1)).to(tensor.device)
+                tensor = tensor.index_copy(slot.dim, target, tensor.index_select(slot.dim, source))
+            return tensor
+
+        replay = Replay(self.flow, units, np.ones(len(units.group_of), dtype=bool))
+        _compare("permutation", replay.prepared(self.tensors, self.inputs, permuted), self.dense)
 
     def _slices(self, units: Units, structure: Structure, pruning: Pruning) -> None:
         """The replay and the module check."""
@@ -221,14 +239,44 @@ class Checker:
         edit = structure.edit(pruning)
         if structure.device == "meta":
             # A copy of its own, because modules may keep what they computed on the meta device.
-            shapes = [tuple(out.shape) for out in self.example.run(Slicer(self.example.model).cut(edit), meta=True)]
+            shapes = [tuple(out.shape) for out in self.example.run(Slicer(self.shapes).cut(edit), meta=True)]
             if shapes != [tuple(out.shape) for out in sliced]:
                 raise _CheckError(f"the module check saw outputs of shapes {shapes} on the sliced module")
-        _compare("module", self.example.run(Slicer(self.example.model).cut(edit)), sliced)
+        for part in self._batches(units.groups, pruning):
+            cut = Slicer(self.example.model).cut(structure.edit(part))
+            if len(part.kept) < len(pruning.kept):
+                sliced = Replay(self.flow, units, structure.keep(part)).sliced(self.tensors, self.inputs)
+            _compare("module", self.example.run(cut), sliced)
+
+    def _batches(self, groups: Sequence[Group], pruning: Pruning) -> list[Pruning]:
+        """The same pruning in parts whose cut tensors take no more memory than allowed, a group at least."""
+        parts: list[dict[str, tuple[int, ...]]] = [{}]
+        touched: set[str] = set()
+        for group in (group for group in groups if group.name in pruning.kept):
+            own = {slot.tensor for slot in group.slots}
+            if parts[-1] and sum(self.tensors[name].nbytes for name in own | touched) > ALLOWANCE:
+                parts.append({})
+                touched = set()
+            parts[-1][group.name] = pruning.kept[group.name]
+            touched |= own
+        return [Pruning(part) for part in parts]
 
 
 class _CheckError(Exception):
     pass
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """The modules of a model with parameters and buffers on the meta device; tied ones stay tied."""
+    hollow = skeleton(model)
+    made: dict[int, Tensor] = {}
+    for owner in owners(hollow):
+        if id(owner.tensor) not in made:
+            bare = owner.tensor.detach().to("meta")
+            grad = owner.tensor.requires_grad
+            made[id(owner.tensor)] = nn.Parameter(bare, grad) if isinstance(owner.tensor, nn.Parameter) else bare
+        owner.holder[owner.key] = made[id(owner.tensor)]
+    return hollow
 
 
 def _draws(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:

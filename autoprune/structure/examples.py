@@ -64,6 +64,21 @@ def example_inputs_of(model: nn.Module, given: ExampleInputs | None = None) -> t
     )
 
 
+def examples_of(
+    model: nn.Module, given: ExampleInputs | list[ExampleInputs] | None = None
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of one call for each example in a list, or of a single call; see `example_inputs_of`.
+
+    Raises:
+        ValueError: If there is none, or one has another form.
+    """
+    if not isinstance(given, list):
+        return [example_inputs_of(model, given)]
+    if not given:
+        raise ValueError(f"example_inputs must hold at least one example, got an empty list; pass {FORMS}")
+    return [example_inputs_of(model, example) for example in given]
+
+
 def _carried(model: nn.Module) -> Any:
     if (example := getattr(model, "example_input_array", None)) is not None:
         return example

@@ -124,6 +124,12 @@ class Replay:
 
         return self._run(tensors, inputs, self.mask, run)
 
+    def prepared(
+        self, tensors: Mapping[str, Tensor], inputs: list[Tensor], prepare: Callable[[int, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Outputs of the record run at its dense sizes, with every tensor that it starts from changed by `prepare`."""
+        return self._run(tensors, inputs, prepare, lambda op, env: _call(op, op.args, env))
+
     def _run(
         self,
         tensors: Mapping[str, Tensor],
@@ -133,20 +139,28 @@ class Replay:
     ) -> list[Tensor]:
         env: dict[int, Tensor] = {}
         given = dict(zip(self.record.inputs, inputs, strict=True))
-        for i, value in enumerate(self.record.values):
+
+        def fetch(i: int) -> None:
+            """Copy a tensor that the pass did not make when it is first read, so that few copies exist at once."""
+            value = self.record.values[i]
+            if i in env or value.kind == "result":
+                return
             if value.name:
                 env[i] = prepare(i, tensors[value.name].detach().clone())
-            elif value.kind == "input":
-                env[i] = given[i].clone()
-            elif value.tensor is not None:
-                env[i] = value.tensor.clone()
+            else:
+                env[i] = (given[i] if value.tensor is None else value.tensor).clone()
+
         last = self._last_use()
         with torch.no_grad():
             for op in self.record.ops:
+                for i in op.inputs():
+                    fetch(i)
                 results = [leaf for leaf in tree_leaves(run(op, env)) if isinstance(leaf, Tensor)]
                 env.update(zip(op.results(), results, strict=True))
                 for i in last.get(op.index, ()):
                     env.pop(i, None)
+            for i in self.record.outputs:
+                fetch(i)
         return [env[i] for i in self.record.outputs]
 
     def _last_use(self) -> dict[int, list[int]]:

@@ -83,19 +83,20 @@ class _Builder:
 
 
 def cost_terms(flow: Propagation, units: Units) -> Terms:
-    """Read the exact costs off a propagation."""
+    """Read the exact costs of the first example off a propagation."""
     build = _Builder(flow, units)
     record = flow.record
-    macs = [term for op in record.ops for term in _macs(build, op)]
+    ops = record.ops[: record.first]
+    macs = [term for op in ops for term in _macs(build, op)]
     params, state, activations = [], [], []
     born, died = [], []
-    read = {i for op in record.ops for i in op.inputs()}
+    read = {i for op in ops for i in op.inputs()}
     last: dict[int, int] = {}
     for value in record.values:
-        last[value.base] = max(value.died, last.get(value.base, 0))
+        last[value.base] = max(min(value.died, len(ops)), last.get(value.base, 0))
     dropped = {  # the CPU makes no statistics in evaluation mode, other devices drop them at once
         value
-        for op in record.ops
+        for op in ops
         if op.name.endswith(("batch_norm", "no_training")) and not op.args.get("training")
         for value in op.results()[1:]
     }
@@ -105,7 +106,9 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
             state.append(build.whole(bytes_each, i))
             if value.kind == "parameter":
                 params.append(build.whole(1, i))
-        elif value.base == i and i not in dropped and (value.kind == "result" or (value.kind == "input" and i in read)):
+            continue
+        counted = value.born < len(ops) if value.kind == "result" else value.kind == "input" and i in read
+        if counted and value.base == i and i not in dropped:
             activations.append(build.whole(bytes_each, i))
             born.append(value.born)
             died.append(last[i])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 """``forward(model, *args, **kwargs)``: runs the model on example inputs and returns the outputs that matter."""
+
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and keyword inputs of one call."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,24 @@ class Op:
 
 @dataclass
 class Record:
-    """One forward pass: operations, values, and which values are inputs and outputs."""
+    """Forward passes: operations, values, and which values are inputs and outputs.
+
+    Attributes:
+        ops: Operations, in the order in which they ran.
+        values: Tensors that the passes met.
+        inputs: Values that are inputs.
+        outputs: Values that are outputs.
+        batch: Samples of the first example.
+        first: Number of operations that the first example ran; costs are its own.
+        device: ``"meta"``, or that of the real values.
+    """
 
     ops: list[Op] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     batch: int = 1
+    first: int = 0
     device: str = "meta"
 
     def named(self) -> dict[str, int]:
@@ -131,17 +145,25 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copied
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Record:
-    """Run `forward` once, on the meta device if possible, and record what it did.
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Forward,
+    further: Sequence[Inputs] = (),
+) -> Record:
+    """Run `forward` once on each example, on the meta device if possible, and record what it did.
 
     Args:
         model: Any module; it is not run itself and stays as it is.
         args: Positional example inputs; tensors may be nested in lists, tuples and dicts.
         kwargs: Keyword example inputs.
         forward: Runs a model on these inputs and returns the outputs that matter.
+        further: More examples, which take other branches.
     """
+    examples = [(args, kwargs), *further]
     try:
-        record = _trace(model, args, kwargs, forward, meta=True)
+        record = _trace(model, examples, forward, meta=True)
         # Made behind our back, as the index tensor of x[:, [0, 2]] is: its values are needed and are lost.
         lost = [v for v in record.values if v.kind == "constant" and v.tensor is not None and v.tensor.is_meta]
         if not lost:
@@ -149,12 +171,10 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], fo
         log.info("tracing on the meta device lost %d constants; tracing on real values", len(lost))
     except Exception as error:  # a model may do anything that the meta device cannot, such as read a value
         log.info("tracing on the meta device failed (%s); tracing on real values", error)
-    return _trace(model, args, kwargs, forward, meta=False)
+    return _trace(model, examples, forward, meta=False)
 
 
-def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward, *, meta: bool
-) -> Record:
+def _trace(model: nn.Module, examples: Sequence[Inputs], forward: Forward, *, meta: bool) -> Record:
     copied = skeleton(model).eval()
     move: dict[int, Tensor] = {}
 
@@ -168,7 +188,7 @@ def _trace(
 
     originals = dict(_named_tensors(copied))
     tensors = {name: moved(tensor) for name, tensor in originals.items()}
-    moved_args, moved_kwargs = tree_map(moved, (args, dict(kwargs)))
+    moved_examples = [tree_map(moved, (args, dict(kwargs))) for args, kwargs in examples]
     recorder = _Recorder()
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -176,18 +196,21 @@ def _trace(
             seen.add(id(tensor))
             kind = "parameter" if isinstance(originals[name], nn.Parameter) else "buffer"
             recorder.add(tensor, kind, name, born=-1)
-    leaves = [leaf for leaf in tree_leaves((moved_args, moved_kwargs)) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in tree_leaves(moved_examples) if isinstance(leaf, Tensor)]
     record = recorder.record
     record.inputs = [recorder.add(leaf, "input", "", born=-1) for leaf in leaves]
     record.batch = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
     record.device = "meta" if meta else str(leaves[0].device if leaves else "cpu")
     state = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    outputs = []
     with _module_paths(copied, recorder):
-        outputs = call_with(Call(copied, forward), state, moved_args, moved_kwargs, recorder)
+        for moved_args, moved_kwargs in moved_examples:
+            outputs.append(call_with(Call(copied, forward), state, moved_args, moved_kwargs, recorder))
+            record.first = record.first or len(record.ops)
     out = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     if not out:
         raise UnsupportedModelError(
-            f"model must return at least one tensor, got {type(outputs).__name__}; pass forward= to return one"
+            f"model must return at least one tensor, got {type(outputs[0]).__name__}; pass forward= to return one"
         )
     record.outputs = [recorder.lookup(leaf) for leaf in out]
     for value in record.values:
