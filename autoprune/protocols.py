@@ -97,6 +97,9 @@ class Evaluations:
         samples: Samples that the signal was averaged over, shape (n,), int64.
         status: ``"ok"``, ``"raced"`` (stopped early: carries its estimate) or ``"failed"``, length n.
         reasons: Why a row failed, else the empty string, length n.
+        distortion: How far the outputs are from those of the dense model, mean over samples, shape (n,): KL divergence
+            in nats or relative squared difference. What dimensions cost in this adds up better than the signal does.
+            NaN where it was not measured.
     """
 
     candidates: IntArray
@@ -105,11 +108,15 @@ class Evaluations:
     samples: IntArray
     status: tuple[str, ...]
     reasons: tuple[str, ...]
+    distortion: FloatArray = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         n = len(self.candidates)
-        shapes = (self.objectives.shape, self.stderr.shape, self.samples.shape, len(self.status), len(self.reasons))
-        if self.objectives.ndim != 2 or shapes != (self.objectives.shape, self.objectives.shape, (n,), n, n):
+        if self.distortion is None:
+            object.__setattr__(self, "distortion", np.full(n, np.nan))
+        rows = (self.samples.shape, self.distortion.shape, (len(self.status),), (len(self.reasons),))
+        shapes = (self.objectives.shape, self.stderr.shape, *rows)
+        if self.objectives.ndim != 2 or shapes != (self.objectives.shape, self.objectives.shape, *4 * ((n,),)):
             raise ValueError(f"evaluations need {n} rows in every field, got {shapes}")
 
     def __len__(self) -> int:
