@@ -148,11 +148,14 @@ class Measurement:
         metric: The user's metric in its own direction: one value a sample, shape (n,), or shape (1,) for a metric of
             the whole set.
         seconds: Wall time of the evaluation.
+        distortion: How far the outputs are from those of the dense model, one value a sample, for as many samples as
+            dense outputs are kept of, the same for every candidate; empty where it was not measured. See `Evaluations`.
     """
 
     signal: FloatArray
     metric: FloatArray
     seconds: float
+    distortion: FloatArray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)

@@ -126,14 +126,15 @@ def search(
     )
     for note in study.notes:
         log.info("%s", note)
-    dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), _measure_dense(study))
+    measured = _measure_dense(study)
+    dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), measured, measured)
     proposer = make_optimizer(study.problem, seed)
     deadline = None if max_seconds is None else began + max_seconds
     with Journal.create(run_dir, identity_of(study, dense, seed, trials)) as journal:
         bar = Progress(trials, study.context.judge.name, progress)
         runner.start(study.evaluator, study.context)
         try:
-            found, stopped = _run(study, proposer, runner, journal, bar, trials, deadline)
+            found, stopped = _run(study, proposer, runner, journal, bar, trials, deadline, measured)
         finally:
             runner.stop()
     return result_of(study, found, dense, stopped, time.monotonic() - began, seed)
@@ -147,6 +148,7 @@ def _run(
     bar: Progress,
     total: int,
     deadline: float | None,
+    dense: Measurement,
 ) -> tuple[list[Trial], str]:
     """The loop: ask, evaluate, record, tell."""
     pending: dict[int, IntArray] = {}
@@ -169,9 +171,9 @@ def _run(
                 if asked >= total:
                     stopped = "trials"
                 for trial, outcome in executor.gather():
-                    journal.record_evaluation(trial, outcome, worker=executor.name)
+                    journal.record_evaluation(trial, outcome, dense=dense, worker=executor.name)
                     candidate = pending.pop(trial)
-                    found.append(trial_of(study, trial, candidate, outcome))
+                    found.append(trial_of(study, trial, candidate, outcome, dense))
                     optimizer.tell(evaluations_of(study, candidate, outcome))
                     journal.record_tell([trial])
                     _show(bar, study, found)

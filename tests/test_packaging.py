@@ -21,7 +21,7 @@ MAPPED = ("search_spaces", "evaluators")
 LAYERS = (
     ("errors",),
     ("protocols", "batches"),
-    ("sources", "scorers"),
+    ("sources", "scorers", "statistics"),
     ("budget", "data", "pareto"),
     ("metrics",),
     ("structure",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from autoprune.journal import Journal, TrialRow
@@ -50,6 +51,9 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
     )
 
 
+_MEASURED = tuple(field.name for field in fields(Evaluation))
+
+
 def _trial(row: TrialRow, space: SearchSpace) -> Trial:
     last = row.evaluations[-1] if row.evaluations else None
     return Trial(
@@ -62,9 +66,7 @@ def _trial(row: TrialRow, space: SearchSpace) -> Trial:
         signal=math.nan if last is None or last.signal is None else last.signal,
         status=row.status,
         reason=row.reason,
-        evaluations=tuple(
-            Evaluation(e.fidelity, e.samples, e.seconds, e.signal, e.signal_stderr, e.metric) for e in row.evaluations
-        ),
+        evaluations=tuple(Evaluation(**{name: getattr(e, name) for name in _MEASURED}) for e in row.evaluations),
     )
 
 

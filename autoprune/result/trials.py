@@ -24,6 +24,12 @@ class Evaluation:
         signal: Mean of what steers the search, lower is better; None if it failed.
         signal_stderr: Its standard error; None if there is but one value.
         metric: Mean of the metric, in its own direction; None if it failed.
+        signal_change_stderr: Standard error of the mean difference of signals to the dense model on the same samples,
+            which is smaller than that of either mean; None if they were not both measured.
+        metric_change_stderr: The same for the metric.
+        distortion: Mean distance to the outputs of the dense model, lower is better: KL divergence in nats or relative
+            squared difference; None if it was not measured.
+        distortion_stderr: Its standard error.
     """
 
     fidelity: str
@@ -32,6 +38,10 @@ class Evaluation:
     signal: float | None
     signal_stderr: float | None
     metric: float | None
+    signal_change_stderr: float | None = None
+    metric_change_stderr: float | None = None
+    distortion: float | None = None
+    distortion_stderr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,13 @@ class Trial:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
         """Restore what `to_json` wrote."""
-        low, high = (_or_nan(end) for end in data["interval"])
+        low, high = (or_nan(end) for end in data["interval"])
         return cls(
             **{name: data[name] for name in ("id", "status", "reason", "test_score", "decoded", "costs")},
             candidate=tuple(data["candidate"]),
-            score=_or_nan(data["score"]),
+            score=or_nan(data["score"]),
             interval=(low, high),
-            signal=_or_nan(data["signal"]),
+            signal=or_nan(data["signal"]),
             evaluations=tuple(Evaluation(**evaluation) for evaluation in data["evaluations"]),
         )
 
@@ -96,7 +106,8 @@ def none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _or_nan(value: float | None) -> float:
+def or_nan(value: float | None) -> float:
+    """The opposite of `none_if_nan`."""
     return math.nan if value is None else float(value)
 
 

@@ -257,6 +257,7 @@ class EvaluatorContract:
                 assert result.signal.ndim == result.metric.ndim == 1
                 assert np.isfinite(result.signal).all()
                 assert np.isfinite(result.metric).all()
+                assert result.distortion.shape in (result.signal.shape, (0,))
                 assert result.seconds >= 0
 
     def test_chunks_of_the_validation_batches_join_up_to_the_whole(self) -> None:
@@ -367,5 +368,6 @@ def _assert_same(first: list[Measurement | Failure], second: list[Measurement | 
         if isinstance(a, Measurement) and isinstance(b, Measurement):
             np.testing.assert_array_equal(a.signal, b.signal)
             np.testing.assert_array_equal(a.metric, b.metric)
+            np.testing.assert_array_equal(a.distortion, b.distortion)
         elif isinstance(a, Failure) and isinstance(b, Failure):
             assert a.reason == b.reason
