@@ -131,7 +131,11 @@ class Optimizer(Protocol):
     """
 
     def ask(self, n: int) -> IntArray:
-        """Return up to `n` new feasible candidates, int64, shape (<= n, d). An empty array ends the search."""
+        """Return up to `n` new candidates, int64, shape (<= n, d). An empty array ends the search.
+
+        All are feasible, but for probes: candidates that change at most one dimension of the dense model may be over a
+        limit, to learn what that dimension costs in score.
+        """
         ...
 
     def tell(self, evaluations: Evaluations) -> None:

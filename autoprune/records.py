@@ -16,7 +16,7 @@ from autoprune.metrics import Summary, summary
 from autoprune.protocols import FAILED, OK, Evaluations, Failure, IntArray, Measurement
 from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
-from autoprune.result.trials import Evaluation, Trial, find_front, or_nan
+from autoprune.result.trials import Evaluation, Trial, find_front, note_of_probes, or_nan, within
 from autoprune.statistics import statistics_of
 from autoprune.study import Study
 
@@ -48,17 +48,19 @@ def trial_of(
     nothing = Summary(math.nan, math.nan, (math.nan, math.nan))
     metric = nothing if isinstance(outcome, Failure) else summary(outcome.metric, study.context.judge.proportion)
     measured = statistics_of(outcome, dense)
+    costs = {name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()}
     return Trial(
         id=number,
         candidate=tuple(candidate.tolist()),
         decoded=study.context.space.decode(candidate.tolist()),
-        costs={name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()},
+        costs=costs,
         score=metric.mean,
         interval=metric.interval,
         signal=or_nan(measured.signal),
         status=FAILED if failed else OK,
         reason=outcome.reason if isinstance(outcome, Failure) else "",
         evaluations=(Evaluation(fidelity="full", seconds=outcome.seconds, **measured._asdict()),),
+        feasible=within(costs, study.limits),
     )
 
 
@@ -82,7 +84,7 @@ def result_of(study: Study, found: list[Trial], dense: Trial, stopped: str, seco
         budget=str(study.budget),
         metric=judge.name,
         higher_is_better=judge.higher_is_better,
-        notes=study.notes,
+        notes=(*study.notes, *note_of_probes(found)),
         stopped=stopped,
         seconds=seconds,
         seed=seed,

@@ -21,7 +21,7 @@ from autoprune.progress import Progress
 from autoprune.protocols import FAILED, Failure, IntArray, Measurement, Optimizer
 from autoprune.records import evaluations_of, identity_of, result_of, trial_of
 from autoprune.result import SearchResult
-from autoprune.result.trials import Trial, find_front
+from autoprune.result.trials import Trial, find_front, note_of_probes
 from autoprune.search_spaces import Channels
 from autoprune.study import Start, Study, prepare
 
@@ -137,6 +137,8 @@ def search(
             found, stopped = _run(study, proposer, runner, journal, bar, trials, deadline, measured)
         finally:
             runner.stop()
+    for note in note_of_probes(found):
+        log.info("%s", note)
     return result_of(study, found, dense, stopped, time.monotonic() - began, seed)
 
 

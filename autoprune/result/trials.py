@@ -60,6 +60,8 @@ class Trial:
         reason: Why it failed.
         test_score: The metric on held-out samples; None off the front. Reported, never used to choose.
         evaluations: The measurements behind the score.
+        feasible: Whether the costs are within the limits of the search. What is not is a probe: measured to learn what
+            one dimension costs in score, and never on the front.
     """
 
     id: int
@@ -73,11 +75,17 @@ class Trial:
     reason: str = ""
     test_score: float | None = None
     evaluations: tuple[Evaluation, ...] = ()
+    feasible: bool = True
+
+    @property
+    def distortion(self) -> float:
+        """How far the outputs are from the dense model's, by the last evaluation; NaN if it was not measured."""
+        return or_nan(self.evaluations[-1].distortion) if self.evaluations else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; NaN becomes null."""
         return {
-            **{name: getattr(self, name) for name in ("id", "status", "reason", "test_score")},
+            **{name: getattr(self, name) for name in ("id", "status", "reason", "test_score", "feasible")},
             "candidate": list(self.candidate),
             "decoded": dict(self.decoded),
             "costs": dict(self.costs),
@@ -98,6 +106,7 @@ class Trial:
             interval=(low, high),
             signal=or_nan(data["signal"]),
             evaluations=tuple(Evaluation(**evaluation) for evaluation in data["evaluations"]),
+            feasible=data.get("feasible", True),  # results saved before there were probes
         )
 
 
@@ -111,12 +120,24 @@ def or_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def within(costs: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    """Whether no cost is over its limit."""
+    return all(costs[name] <= limit for name, limit in limits.items())
+
+
+def note_of_probes(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """How many of the trials were probes, in plain words; nothing if none was."""
+    probes = sum(not trial.feasible for trial in trials)
+    why = "over a limit, to learn what one dimension costs; they are never on the front"
+    return (f"{probes} of {len(trials)} trials are probes: {why}",) if probes else ()
+
+
 def find_front(trials: Sequence[Trial], limited: Sequence[str], higher_is_better: bool) -> tuple[Trial, ...]:
-    """Trials that no other dominates, by the first limited cost.
+    """Feasible trials that no other dominates, by the first limited cost.
 
     Scores compare by the metric and, where that ties, as it often does on a few hundred samples, by the signal.
     """
-    done = [trial for trial in trials if trial.status == OK]
+    done = [trial for trial in trials if trial.status == OK and trial.feasible]
     if not done:
         return ()
     score = np.array([(-t.score if higher_is_better else t.score, t.signal) for t in done])
