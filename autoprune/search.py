@@ -51,6 +51,7 @@ def search(
     checks: str = "on",
     costs: Mapping[str, CostFunction] | None = None,
     cost_batch: int = 1,
+    prior: str = "reconstruction",
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
 
@@ -80,6 +81,9 @@ def search(
             checks in a process of its own.
         costs: Further costs by name, each a function of candidates (n, d) giving (n,), which the budget may limit.
         cost_batch: Samples that ``memory_bytes`` is stated at.
+        prior: What optimizers that plan expect of each option before any evaluation: ``"reconstruction"``, the error
+            of the next layers' outputs, in a few forward passes over 32 samples, or ``"criterion"``, sums of what
+            ranks the units, without any.
 
     Returns:
         The front and everything measured; ``result.build()`` gives a plain pruned module. Ctrl-C returns what was
@@ -123,6 +127,8 @@ def search(
         checks=checks,
         costs=costs,
         cost_batch=cost_batch,
+        trials=trials,
+        prior=prior,
     )
     for note in study.notes:
         log.info("%s", note)

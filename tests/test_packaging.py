@@ -26,6 +26,8 @@ LAYERS = (
     ("metrics",),
     ("structure",),
     ("costs", "criteria"),
+    ("reconstruction",),
+    ("prior",),
     ("optimizers", "evaluators", "search_spaces"),
     ("journal", "execution", "racing"),
     ("result", "report"),
