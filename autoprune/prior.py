@@ -48,18 +48,17 @@ def expected_losses(
     Returns:
         None if a dimension removes no units, so that nothing is known of it.
     """
-    dimensions = [_removals(space, structure, j) for j in range(len(space.sizes))]
-    if not all(dimensions):
+    d = len(space.sizes)
+    removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
+    if {j for j, _ in removals} != set(range(d)):
         return None
-    removals = [removal for dimension in dimensions for removal in dimension]
     errors: list[FloatArray | None] = [None] * len(removals)
     if kind == "reconstruction":
-        errors = reconstruction_errors(model, structure, removals, batches, forward)
-    known = iter(
-        criterion_losses(removal, scores, criterion) if error is None else error
-        for removal, error in zip(removals, errors, strict=True)
-    )
-    return tuple(np.concatenate([[0.0], sum(next(known) for _ in dimension)]) for dimension in dimensions)
+        errors = reconstruction_errors(model, structure, [removal for _, removal in removals], batches, forward)
+    losses = tuple(np.zeros(size) for size in space.sizes)
+    for (j, removal), error in zip(removals, errors, strict=True):
+        losses[j][1:] += criterion_losses(removal, scores, criterion) if error is None else error
+    return losses
 
 
 def criterion_losses(removal: Removal, scores: Mapping[str, Tensor], criterion: str | Criterion) -> FloatArray:
@@ -84,8 +83,8 @@ def _removals(space: SearchSpace, structure: Structure, dimension: int) -> list[
     alone = np.zeros((space.sizes[dimension] - 1, len(space.sizes)), dtype=np.int64)
     alone[:, dimension] = np.arange(1, space.sizes[dimension])
     kept = [space.pruning(candidate).kept for candidate in alone.tolist()]
+    sizes = {group.name: group.size for group in structure.groups}
     return [
-        (group.name, [np.setdiff1d(np.arange(group.size), each.get(group.name, range(group.size))) for each in kept])
-        for group in structure.groups
-        if any(group.name in each for each in kept)
+        (name, [np.setdiff1d(np.arange(sizes[name]), each.get(name, range(sizes[name]))) for each in kept])
+        for name in sorted({name for each in kept for name in each})
     ]

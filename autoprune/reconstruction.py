@@ -45,8 +45,8 @@ def reconstruction_errors(
         forward: Runs the model on a batch.
 
     Returns:
-        For each removal the error of each option, shape (options,), at least 0; None where no layer was seen to read
-        the group.
+        For each removal the error of each option, shape (options,), finite, at least 0, not always monotone, because
+        units may cancel each other; None where no layer was seen to read the group.
     """
     copied = private_copy(model)
     axes, read = readers(copied, structure), _reads(copied, structure)
@@ -56,6 +56,8 @@ def reconstruction_errors(
     def watch(layer: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = next(iter((*args, *kwargs.values())))
+            if x.ndim < module.get_parameter("weight").ndim or not len(x):
+                return  # without a dimension of samples
             x = x[: max(1, MOST_VALUES // _part(module)(x[:1]).numel())]
             energies[layer] += _energy(_part(module)(x))
             for i, (group, options) in enumerate(removals):
@@ -73,7 +75,7 @@ def reconstruction_errors(
         handle.remove()
     found: list[FloatArray | None] = [None] * len(removals)
     for (layer, i), error in errors.items():
-        if energies[layer] > 0:
+        if 0 < energies[layer] < np.inf and np.isfinite(error).all():
             relative, known = error / energies[layer], found[i]
             found[i] = relative if known is None else known + relative
     return found
@@ -88,7 +90,7 @@ def _reads(model: nn.Module, structure: Structure) -> dict[str, dict[str, IntArr
             name, _, key = slot.tensor.rpartition(".")
             if name in layers and key == "weight":
                 module = model.get_submodule(name)
-                ours = type(module).__module__.startswith("torch.nn.")  # a subclass may compute something else
+                ours = type(module).__module__.startswith("torch.nn.modules.")  # a subclass may compute something else
                 if ours and slot.dim == input_dim(module):
                     found[name][group.name] = slot.indices
     return dict(found)

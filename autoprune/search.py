@@ -66,7 +66,7 @@ def search(
         space: ``"channels"``, or ``Channels(round_to=8, ignore=["head*"], ...)``.
         evaluator: ``"auto"``, ``"adaptive_bn"``, or an `Evaluator`.
         optimizer: ``"auto"``, ``"nsga2"``, ``"random"``, an `Optimizer`, or a function of (problem, seed).
-        trials: Candidates to evaluate.
+        trials: Candidates to evaluate, probes included.
         max_seconds: When to stop proposing, counted from the call.
         seed: The same seed, data and threads give the same front.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.

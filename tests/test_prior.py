@@ -107,6 +107,36 @@ def test_only_the_first_samples_and_values_are_looked_at(monkeypatch):
     np.testing.assert_allclose(errors([("c", units)]), errors([("c", units)], 4))
 
 
+class Single(nn.Module):
+    """Runs sample by sample, without a dimension of samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return torch.stack([self.second(self.first(row).relu()) for row in x])
+
+
+def test_a_layer_without_a_dimension_of_samples_is_left_out():
+    model, inputs = Single(), torch.randn(3, 4)
+    structure = analyse(model, (inputs,))
+    assert reconstruction_errors(model, structure, [("first", [np.array([0])])], [(inputs, None)], default_forward) == [
+        None
+    ]
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_a_layer_whose_outputs_have_no_energy_or_no_value_is_left_out(value):
+    model, structure = settled(Net, SHAPES), network()[1]
+    with torch.no_grad():
+        model.head.weight.mul_(value)
+    removals = [("c", [np.array([0])]), ("a", [np.array([0])])]
+    none, error = reconstruction_errors(model, structure, removals, batches(), default_forward)
+    assert none is None
+    assert error > 0
+
+
 def test_the_model_and_the_random_states_come_back_unchanged(global_rng_untouched):
     model, structure = network()
     before = state_of(model)

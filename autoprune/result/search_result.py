@@ -255,7 +255,7 @@ class SearchResult:
         return additivity_of(self)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw score against the first limited cost: all trials, the front with intervals, the dense model.
+        """Draw score against the first limited cost: feasible trials, the front with intervals, the dense model.
 
         Args:
             path: Where to write the picture; its ending says the format.

@@ -257,7 +257,7 @@ class EvaluatorContract:
                 assert result.signal.ndim == result.metric.ndim == 1
                 assert np.isfinite(result.signal).all()
                 assert np.isfinite(result.metric).all()
-                assert result.distortion.shape in (result.signal.shape, (0,))
+                assert result.distortion.ndim == 1
                 assert result.seconds >= 0
 
     def test_chunks_of_the_validation_batches_join_up_to_the_whole(self) -> None:
