@@ -261,6 +261,7 @@ def _front_json(result: SearchResult) -> dict[str, Any]:
     return {
         **{name: value for name, value in whole.items() if name not in dropped},
         "trials": {name: status.count(name) for name in ("ok", "raced", "failed", "pending")},
+        "probes": sum(not trial.feasible for trial in result.trials),
         "front": [trial.to_json() for trial in result.front],
     }
 

@@ -148,7 +148,24 @@ def rank_units(
     forward: Callable[[nn.Module, Batch], Any],
     seed: int = 0,
 ) -> dict[str, tuple[int, ...]]:
-    """Order the units of every group by falling importance.
+    """Order the units of every group by falling importance; arguments and errors are those of `score_units`."""
+    return order_units(score_units(model, structure, criterion, batches, forward, seed))
+
+
+def order_units(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Units of every group by falling score; ties go to the earlier unit."""
+    return {name: tuple(torch.argsort(each, descending=True, stable=True).tolist()) for name, each in scores.items()}
+
+
+def score_units(
+    model: nn.Module,
+    structure: Structure,
+    criterion: str | Criterion,
+    batches: Sequence[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Score the units of every group, shape (units,) each, higher more important.
 
     Args:
         model: The dense model; comes back unchanged.
@@ -156,7 +173,7 @@ def rank_units(
         criterion: A name in `CRITERIA`, or a callable, which gets everything; gradients only where there are labels.
         batches: Calibration data, for criteria that look at activations or gradients.
         forward: Runs the model on a batch.
-        seed: For criteria that draw; ties go to the earlier unit.
+        seed: For criteria that draw.
 
     Raises:
         ValueError: If the name is unknown, or a callable returns the wrong shape or NaN.
@@ -174,7 +191,7 @@ def rank_units(
     )
     generator = torch.Generator().manual_seed(seed)
     modules = dict(model.named_modules())
-    order = {}
+    scores = {}
     for group in structure.groups:
         tensors = _tensors(model, modules, group, gradients, activations.get(group.name, ()), generator)
         lacking = reads not in ("", "everything") and not getattr(tensors, reads)
@@ -186,8 +203,8 @@ def rank_units(
                 f"criterion must return {group.size} finite scores for group {group.name!r}, "
                 f"got shape {tuple(values.shape)}{'' if torch.isfinite(values).all() else ' with NaN or infinity'}"
             )
-        order[group.name] = tuple(torch.argsort(values, descending=True, stable=True).tolist())
-    return order
+        scores[group.name] = values
+    return scores
 
 
 def _tensors(
@@ -228,7 +245,7 @@ def loss_gradients(
     Raises:
         DataError: If a batch has no labels.
     """
-    copied = _Forward(_private(model), forward)
+    copied = _Forward(private_copy(model), forward)
     device = next(model.parameters()).device
     state = {name: p.detach().clone().requires_grad_() for name, p in copied.named_parameters()}
     total = sum(1 for _ in batches)
@@ -244,7 +261,7 @@ def loss_gradients(
     return {name.removeprefix("model."): torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.items()}
 
 
-def _private(model: nn.Module) -> nn.Module:
+def private_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose forward may write to its buffers; parameters are shared."""
     copied = skeleton(model).eval()
     for module in copied.modules():
@@ -273,20 +290,24 @@ def activation_statistics(
     forward: Callable[[nn.Module, Batch], Any],
 ) -> dict[str, list[Activation]]:
     """Watch the inputs of every ungrouped convolution and linear layer that reads a group."""
-    copied = _private(model)
+    copied = private_copy(model)
     sums: dict[str, list[Tensor]] = {}
 
-    def watch(name: str, axis: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].detach().double().movedim(axis, 0).flatten(1)
+    def watch(name: str, axis: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(iter((*args, *kwargs.values())))  # some models pass inputs by name
+            rows = x.detach().double().movedim(axis, 0).flatten(1)
             new = [rows.abs().sum(1), rows.sum(1), rows.square().sum(1), torch.tensor(float(rows.shape[1]))]
             old = sums.get(name)
             sums[name] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
         return hook
 
-    readers = _readers(copied, structure)
-    handles = [copied.get_submodule(n).register_forward_pre_hook(watch(n, axis)) for n, axis in readers.items()]
+    watched = readers(copied, structure)
+    handles = [
+        copied.get_submodule(n).register_forward_pre_hook(watch(n, axis), with_kwargs=True)
+        for n, axis in watched.items()
+    ]
     device = next(model.parameters()).device
     with torch.no_grad():
         for batch in batches:
@@ -297,7 +318,7 @@ def activation_statistics(
     for group in structure.groups:
         for slot in group.slots:
             name, _, key = slot.tensor.rpartition(".")
-            if key == "weight" and name in sums and slot.dim == _input_dim(copied.get_submodule(name)):
+            if key == "weight" and name in sums and slot.dim == input_dim(copied.get_submodule(name)):
                 weight = copied.get_submodule(name).get_parameter("weight")
                 out.setdefault(group.name, []).append(_activation(sums[name], weight, slot.dim, slot.indices))
     return out
@@ -311,16 +332,17 @@ def _activation(sums: list[Tensor], weight: Tensor, dim: int, indices: IntArray)
     return Activation((magnitude / count)[index], (square / count - mean.square())[index], norm[index])
 
 
-def _readers(model: nn.Module, structure: Structure) -> dict[str, int]:
+def readers(model: nn.Module, structure: Structure) -> dict[str, int]:
     """Layers whose inputs are units: name, and the axis of their input that holds the channels."""
-    readers = {}
+    found = {}
     for name, module in model.named_modules():
-        if f"{name}.weight" in structure.units_of and _input_dim(module) is not None:
-            readers[name] = -1 if isinstance(module, nn.Linear) else 1
-    return readers
+        if f"{name}.weight" in structure.units_of and input_dim(module) is not None:
+            found[name] = -1 if isinstance(module, nn.Linear) else 1
+    return found
 
 
-def _input_dim(module: nn.Module) -> int | None:
+def input_dim(module: nn.Module) -> int | None:
+    """Dimension of the weight that meets the input, for ungrouped convolutions and linear layers; None for others."""
     if isinstance(module, nn.Linear):
         return 1
     if isinstance(module, _ConvNd) and module.groups == 1:

@@ -17,7 +17,6 @@ same machine: write-ahead logging shares memory)::
 from __future__ import annotations
 
 import json
-import math
 import sqlite3
 import time
 from collections import defaultdict
@@ -29,10 +28,11 @@ from typing import Any, Self
 
 from autoprune.errors import RecipeError
 from autoprune.protocols import FAILED, OK, Failure, FloatArray, IntArray, Measurement
+from autoprune.statistics import statistics_of
 
 FILE_NAME = "journal.sqlite"
 APPLICATION_ID = int.from_bytes(b"aupr")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE meta (
     key TEXT PRIMARY KEY,
@@ -57,7 +57,11 @@ CREATE TABLE evaluations (
     samples INTEGER NOT NULL,       -- 0 if failed
     signal REAL,                    -- mean over the samples, lower is better; NULL if failed
     signal_stderr REAL,             -- standard error of that mean; NULL below two samples
+    signal_change_stderr REAL,      -- of the mean difference to the dense model on the same samples, which is smaller
     metric REAL,                    -- mean, in the metric's own direction; NULL if failed
+    metric_change_stderr REAL,      -- as above
+    distortion REAL,                -- mean distance to the outputs of the dense model; NULL if not measured
+    distortion_stderr REAL,         -- standard error of that mean
     reason TEXT NOT NULL,           -- why it failed, else empty
     signals BLOB,                   -- value of each sample, little-endian float32
     metrics BLOB                    -- the same; a single value for a metric of the whole set
@@ -78,7 +82,9 @@ class EvaluationRow:
         started: Unix time.
         samples: How many samples `signal` is the mean of; 0 if the evaluation failed.
         signal: Lower is better; None if the evaluation failed.
+        signal_change_stderr: Standard error of the mean difference to the dense model on the same samples.
         metric: In the metric's own direction; None if the evaluation failed.
+        distortion: Mean distance to the outputs of the dense model; None if it was not measured.
         reason: Why the evaluation failed, else empty.
     """
 
@@ -91,7 +97,11 @@ class EvaluationRow:
     samples: int
     signal: float | None
     signal_stderr: float | None
+    signal_change_stderr: float | None
     metric: float | None
+    metric_change_stderr: float | None
+    distortion: float | None
+    distortion_stderr: float | None
     reason: str
 
 
@@ -177,6 +187,7 @@ class Journal:
         trial: int,
         outcome: Measurement | Failure,
         *,
+        dense: Measurement | None = None,
         fidelity: str = "full",
         worker: str = "local",
         started: float | None = None,
@@ -186,6 +197,7 @@ class Journal:
         Args:
             trial: An id that `record_ask` returned.
             outcome: Values per sample, or why there are none.
+            dense: What an evaluation of the dense model saw on the same samples.
             fidelity: How much data or training was used.
             worker: Where it ran.
             started: Unix time; None if it ended just now.
@@ -197,7 +209,7 @@ class Journal:
             "worker": worker,
             "started": time.time() - outcome.seconds if started is None else started,
             "seconds": outcome.seconds,
-            **_outcome_columns(outcome),
+            **_outcome_columns(outcome, dense),
         }
         status = FAILED if isinstance(outcome, Failure) else OK
         with self._connection:
@@ -261,19 +273,12 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _outcome_columns(outcome: Measurement | Failure) -> dict[str, Any]:
+def _outcome_columns(outcome: Measurement | Failure, dense: Measurement | None) -> dict[str, Any]:
+    columns = statistics_of(outcome, dense)._asdict()
     if isinstance(outcome, Failure):
-        return {"samples": 0, "reason": outcome.reason}
-    signal, n = outcome.signal, len(outcome.signal)
-    return {
-        "samples": n,
-        "signal": float(signal.mean()),
-        "signal_stderr": float(signal.std(ddof=1)) / math.sqrt(n) if n > 1 else None,
-        "metric": float(outcome.metric.mean()),
-        "reason": "",
-        "signals": signal.astype("<f4").tobytes(),
-        "metrics": outcome.metric.astype("<f4").tobytes(),
-    }
+        return {**columns, "reason": outcome.reason}
+    values = {"signals": outcome.signal.astype("<f4").tobytes(), "metrics": outcome.metric.astype("<f4").tobytes()}
+    return {**columns, "reason": "", **values}
 
 
 def _reserve(run_dir: Path) -> Path:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune import scorers
-from autoprune.batches import Batch, targets
+from autoprune.batches import Batch, targets, tensors
 from autoprune.data import Subsets
 from autoprune.errors import DataError
 from autoprune.protocols import FloatArray
@@ -59,10 +59,11 @@ class Judge:
         name: What results call the metric.
         higher_is_better: The direction of the metric; the signal is always lower-is-better.
         note: Which metric was chosen and why, in plain words.
-        needs_dense: Whether scoring compares with the outputs of the dense model.
+        needs_dense: Whether scoring compares with the outputs of the dense model: then the signal is the distortion.
         proportion: Whether values are 0 or 1; None if only the values can tell.
         scorer: Scores samples one by one; None for a metric of the whole set.
         whole_set: ``whole_set(forward, batches)`` scores all at once; None for a per-sample metric.
+        distance: How far outputs are from dense ones, the distortion; None where there is no such measure.
     """
 
     name: str
@@ -72,16 +73,35 @@ class Judge:
     proportion: bool | None = False
     scorer: Scorer | None = None
     whole_set: Callable[..., Any] | None = None
+    distance: scorers.Distance | None = None
 
     @property
     def per_sample(self) -> bool:
         """Whether samples are scored one by one."""
         return self.scorer is not None
 
-    def dense_outputs(self, forward: Forward, batches: Sequence[Batch]) -> tuple[Tensor | None, ...]:
-        """What the scores compare with, one entry a batch, to be computed once and kept; None where not needed."""
-        with torch.no_grad():
-            return tuple(scorers.main_output(forward(batch)) if self.needs_dense else None for batch in batches)
+    def dense_outputs(
+        self, forward: Forward, batches: Sequence[Batch], memory_bytes: int = 0
+    ) -> tuple[Tensor | None, ...]:
+        """What the dense model gives for the samples of each batch, to be computed once and kept.
+
+        All of it where scores compare with it, which no limit may change. Else, for the distortion, the first samples
+        that fit into `memory_bytes`, the same for every candidate; None for the batches behind them.
+        """
+        if self.needs_dense:
+            with torch.no_grad():
+                return tuple(scorers.main_output(forward(batch)) for batch in batches)
+        kept: list[Tensor | None] = []
+        for batch in batches:
+            output = None
+            if memory_bytes > 0 and self.distance is not None:
+                with torch.no_grad():
+                    whole = scorers.main_output(forward(batch))
+                fit = min(len(whole), memory_bytes // max(whole[:1].nbytes, 1))
+                output = whole[:fit].clone() if fit else None  # a view would keep the whole alive
+                memory_bytes = memory_bytes - whole[:fit].nbytes if fit == len(whole) else 0
+            kept.append(output)
+        return tuple(kept)
 
     def score_batch(self, outputs: Any, batch: Batch, dense: Tensor | None = None) -> tuple[FloatArray, FloatArray]:
         """Signal and metric of the samples of a batch, float64, shape (n,) each; `dense` as in `dense_outputs`."""
@@ -105,23 +125,65 @@ class Judge:
                 "average over the batches, or set per_sample=True"
             ) from error
 
-    def measure(
-        self, forward: Forward, batches: Sequence[Batch], dense: Sequence[Tensor | None]
-    ) -> tuple[FloatArray, FloatArray]:
-        """Signal and metric over batches, float64: one value a sample, or shape (1,) for a metric of the whole set.
+    def measure(self, forward: Forward, batches: Sequence[Batch], dense: Sequence[Tensor | None]) -> Scores:
+        """Signal, metric and distortion over batches.
 
         Args:
             forward: Gives the outputs of the model under test for a batch.
             batches: What to score on.
             dense: The entries of `dense_outputs` for `batches`.
         """
+        watched = _Watched(forward, self.distance, dict(zip(map(id, batches), dense, strict=True)))
         if not self.per_sample:
-            value = np.array([self.score_set(forward, batches)])
-            return (-value if self.higher_is_better else value), value
+            value = np.array([self.score_set(watched, batches)])
+            return Scores((-value if self.higher_is_better else value), value, watched.distortion())
+        run = forward if self.needs_dense else watched
         with torch.no_grad():
-            scores = [self.score_batch(forward(batch), batch, d) for batch, d in zip(batches, dense, strict=True)]
-        signal, metric = zip(*scores, strict=True)
-        return np.concatenate(signal), np.concatenate(metric)
+            scores = [self.score_batch(run(batch), batch, d) for batch, d in zip(batches, dense, strict=True)]
+        signal, metric = (np.concatenate(part) for part in zip(*scores, strict=True))
+        return Scores(signal, metric, signal if self.needs_dense else watched.distortion())
+
+
+class Scores(NamedTuple):
+    """What a judge measures, float64.
+
+    Attributes:
+        signal: What steers the search, lower is better: one value a sample, or a single one for the whole set.
+        metric: In its own direction, as many values.
+        distortion: Distance to the dense outputs, one value for each sample that these were kept of; may be empty.
+    """
+
+    signal: FloatArray
+    metric: FloatArray
+    distortion: FloatArray
+
+
+class _Watched:
+    """A forward that compares outputs with the dense ones as they pass by.
+
+    So a metric of the whole set, which calls it as it likes, costs no second pass. Where a batch is missing or its
+    outputs do not compare, nothing is said of the candidate at all: candidates must be seen on equal samples.
+    """
+
+    def __init__(self, forward: Forward, distance: scorers.Distance | None, dense: Mapping[int, Tensor | None]) -> None:
+        self._forward = forward
+        self._distance = distance
+        self._dense = {key: output for key, output in dense.items() if output is not None}
+        self._seen: dict[int, Tensor] = {}
+
+    def __call__(self, batch: Batch) -> Any:
+        outputs, dense = self._forward(batch), self._dense.get(id(batch))
+        if self._distance is not None and dense is not None and next(tensors(outputs), None) is not None:
+            output = scorers.main_output(outputs)[: len(dense)]
+            if output.shape == dense.shape:  # outputs may change their shape with the candidate, as boxes do
+                self._seen[id(batch)] = self._distance(output, dense)
+        return outputs
+
+    def distortion(self) -> FloatArray:
+        """One value for each sample that dense outputs were kept of, or none."""
+        if not self._dense or self._seen.keys() != self._dense.keys():
+            return np.empty(0)
+        return torch.cat([self._seen[key].double() for key in self._dense]).cpu().numpy()
 
 
 def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Judge:
@@ -155,7 +217,7 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
         raise ValueError(f"metric must be one of {list(METRICS)}, a loss or an autoprune.Metric, got {metric!r}")
     if judge.per_sample:
         judge.score_batch(outputs, first, scorers.main_output(outputs) if judge.needs_dense else None)
-    return judge
+    return replace(judge, distance=scorers.distance_of(outputs, first))
 
 
 class Summary(NamedTuple):

@@ -97,6 +97,9 @@ class Evaluations:
         samples: Samples that the signal was averaged over, shape (n,), int64.
         status: ``"ok"``, ``"raced"`` (stopped early: carries its estimate) or ``"failed"``, length n.
         reasons: Why a row failed, else the empty string, length n.
+        distortion: How far the outputs are from those of the dense model, mean over samples, shape (n,): KL divergence
+            in nats or relative squared difference. What dimensions cost in this adds up better than the signal does.
+            NaN where it was not measured.
     """
 
     candidates: IntArray
@@ -105,11 +108,15 @@ class Evaluations:
     samples: IntArray
     status: tuple[str, ...]
     reasons: tuple[str, ...]
+    distortion: FloatArray = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         n = len(self.candidates)
-        shapes = (self.objectives.shape, self.stderr.shape, self.samples.shape, len(self.status), len(self.reasons))
-        if self.objectives.ndim != 2 or shapes != (self.objectives.shape, self.objectives.shape, (n,), n, n):
+        if self.distortion is None:
+            object.__setattr__(self, "distortion", np.full(n, np.nan))
+        rows = (self.samples.shape, self.distortion.shape, (len(self.status),), (len(self.reasons),))
+        shapes = (self.objectives.shape, self.stderr.shape, *rows)
+        if self.objectives.ndim != 2 or shapes != (self.objectives.shape, self.objectives.shape, *4 * ((n,),)):
             raise ValueError(f"evaluations need {n} rows in every field, got {shapes}")
 
     def __len__(self) -> int:
@@ -124,7 +131,11 @@ class Optimizer(Protocol):
     """
 
     def ask(self, n: int) -> IntArray:
-        """Return up to `n` new feasible candidates, int64, shape (<= n, d). An empty array ends the search."""
+        """Return up to `n` new candidates, int64, shape (<= n, d). An empty array ends the search.
+
+        All are feasible, but for probes: candidates that change at most one dimension of the dense model may be over a
+        limit, to learn what that dimension costs in score.
+        """
         ...
 
     def tell(self, evaluations: Evaluations) -> None:
@@ -141,11 +152,14 @@ class Measurement:
         metric: The user's metric in its own direction: one value a sample, shape (n,), or shape (1,) for a metric of
             the whole set.
         seconds: Wall time of the evaluation.
+        distortion: How far the outputs are from those of the dense model, one value a sample, for as many samples as
+            dense outputs are kept of, the same for every candidate; empty where it was not measured. See `Evaluations`.
     """
 
     signal: FloatArray
     metric: FloatArray
     seconds: float
+    distortion: FloatArray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import torch
 
 from autoprune.execution import Outcome
 from autoprune.metrics import Summary, summary
-from autoprune.protocols import FAILED, OK, Evaluations, Failure, IntArray
+from autoprune.protocols import FAILED, OK, Evaluations, Failure, IntArray, Measurement
 from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
-from autoprune.result.trials import Evaluation, Trial, find_front, none_if_nan
+from autoprune.result.trials import Evaluation, Trial, find_front, note_of_probes, or_nan, within
+from autoprune.statistics import statistics_of
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
@@ -26,45 +27,40 @@ def evaluations_of(study: Study, candidate: IntArray, outcome: Outcome) -> Evalu
     """One row for the optimizer: the signal, then the limited costs."""
     costs = study.problem.costs(candidate[None])[0]
     failed = isinstance(outcome, Failure)
-    mean = np.nan if isinstance(outcome, Failure) else outcome.signal.mean()
-    spread = 0.0
-    if not isinstance(outcome, Failure) and len(outcome.signal) > 1:
-        spread = outcome.signal.std(ddof=1) / np.sqrt(len(outcome.signal))
+    measured = statistics_of(outcome)
+    spread = np.nan if failed else measured.signal_stderr or 0.0
     return Evaluations(
         candidates=candidate[None],
-        objectives=np.array([[mean, *(np.full_like(costs, np.nan) if failed else costs)]]),
-        stderr=np.array([[np.nan if failed else spread, *np.zeros_like(costs)]]),
-        samples=np.array([0 if isinstance(outcome, Failure) else len(outcome.signal)], dtype=np.int64),
+        objectives=np.array([[or_nan(measured.signal), *(np.full_like(costs, np.nan) if failed else costs)]]),
+        stderr=np.array([[spread, *np.zeros_like(costs)]]),
+        samples=np.array([measured.samples], dtype=np.int64),
         status=(FAILED if failed else OK,),
         reasons=(outcome.reason if isinstance(outcome, Failure) else "",),
+        distortion=np.array([or_nan(measured.distortion)]),
     )
 
 
-def trial_of(study: Study, number: int, candidate: IntArray, outcome: Outcome) -> Trial:
-    """A record of a candidate and its one evaluation."""
+def trial_of(
+    study: Study, number: int, candidate: IntArray, outcome: Outcome, dense: Measurement | None = None
+) -> Trial:
+    """A record of a candidate and its one evaluation; `dense` is what an evaluation of the dense model saw."""
     failed = isinstance(outcome, Failure)
     nothing = Summary(math.nan, math.nan, (math.nan, math.nan))
     metric = nothing if isinstance(outcome, Failure) else summary(outcome.metric, study.context.judge.proportion)
-    signal = nothing if isinstance(outcome, Failure) else summary(outcome.signal, False)
-    evaluation = Evaluation(
-        fidelity="full",
-        samples=0 if isinstance(outcome, Failure) else len(outcome.signal),
-        seconds=outcome.seconds,
-        signal=none_if_nan(signal.mean),
-        signal_stderr=none_if_nan(signal.stderr),
-        metric=none_if_nan(metric.mean),
-    )
+    measured = statistics_of(outcome, dense)
+    costs = {name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()}
     return Trial(
         id=number,
         candidate=tuple(candidate.tolist()),
         decoded=study.context.space.decode(candidate.tolist()),
-        costs={name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()},
+        costs=costs,
         score=metric.mean,
         interval=metric.interval,
-        signal=signal.mean,
+        signal=or_nan(measured.signal),
         status=FAILED if failed else OK,
         reason=outcome.reason if isinstance(outcome, Failure) else "",
-        evaluations=(evaluation,),
+        evaluations=(Evaluation(fidelity="full", seconds=outcome.seconds, **measured._asdict()),),
+        feasible=within(costs, study.limits),
     )
 
 
@@ -88,7 +84,7 @@ def result_of(study: Study, found: list[Trial], dense: Trial, stopped: str, seco
         budget=str(study.budget),
         metric=judge.name,
         higher_is_better=judge.higher_is_better,
-        notes=study.notes,
+        notes=(*study.notes, *note_of_probes(found)),
         stopped=stopped,
         seconds=seconds,
         seed=seed,

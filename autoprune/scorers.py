@@ -6,7 +6,8 @@ The signal steers the search, lower is better; the metric is what users read, in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from autoprune.batches import Batch, batch_size, targets, tensors
 from autoprune.errors import DataError
 
 NO_LABEL = -100  # torch's default ignore_index
+
+Distance: TypeAlias = Callable[[Any, Any], Tensor]
+"""How far (outputs, dense outputs) are apart, one value a sample, shape (n,); 0 where they agree."""
 
 
 def main_output(outputs: Any) -> Tensor:
@@ -57,15 +61,58 @@ def mse(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tenso
 
 def agreement(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
     """KL(dense || pruned) in nats, and whether both have the same top class."""
-    logits, reference = _main(outputs), _main(dense)
-    divergence = F.kl_div(logits.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True).sum(1)
-    return divergence, logits.argmax(1) == reference.argmax(1)
+    return divergence(1, outputs, dense), _main(outputs).argmax(1) == _main(dense).argmax(1)
 
 
 def relative_error(scale: float, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
     """Squared difference to the dense outputs, averaged over the outputs of a sample and divided by `scale`, twice."""
-    error = _sample_means((_main(outputs) - _main(dense)).square()) / scale
+    error = squared_difference(scale, outputs, dense)
     return error, error
+
+
+def divergence(classes: int, outputs: Any, dense: Any) -> Tensor:
+    """KL(dense || pruned) in nats along the dimension `classes`, averaged over positions, shape (n,)."""
+    logits, reference = (_main(each).log_softmax(classes) for each in (outputs, dense))
+    return _sample_means(F.kl_div(logits, reference, reduction="none", log_target=True).sum(classes))
+
+
+def squared_difference(scale: float, outputs: Any, dense: Any) -> Tensor:
+    """Squared difference, averaged over the outputs of a sample and divided by `scale`, shape (n,)."""
+    return _sample_means((_main(outputs) - _main(dense)).square()) / scale
+
+
+def distance_of(outputs: Any, batch: Batch) -> Distance | None:
+    """What to measure the distance to dense outputs like these by; None where no output has a row for each sample.
+
+    KL divergence where the outputs are logits: the labels are classes of the samples or of each position (dimension 1
+    holds the classes, or the last one, as in language models), or there are none and the outputs have two dimensions
+    or are the ``"logits"`` of each position, shape (n, positions, classes). Else the squared difference relative to
+    the mean square of the outputs, on one scale for all samples: one whose outputs are near zero must not outweigh
+    the others.
+    """
+    if next(tensors(outputs), None) is None:
+        return None
+    output = main_output(outputs)
+    if output.ndim == 0 or len(output) != batch_size(batch) or not output.is_floating_point():
+        return None
+    classes = _class_dimension(outputs, output, targets(batch))
+    if classes is not None:
+        return partial(divergence, classes)
+    return partial(squared_difference, float(output.float().square().mean()) or 1.0)
+
+
+def _class_dimension(outputs: Any, output: Tensor, label: Any) -> int | None:
+    for dim in (1, -1):
+        if output.ndim < 2 or output.shape[dim] < 2:
+            continue
+        positions = [size for i, size in enumerate(output.shape) if i != dim % output.ndim]
+        if isinstance(label, Tensor):
+            logits = not label.is_floating_point() and list(label.shape) == positions
+        else:
+            logits = output.ndim == 2 or (dim == -1 and output.ndim == 3 and isinstance(outputs, Mapping))
+        if logits:
+            return dim
+    return None
 
 
 def user_loss(

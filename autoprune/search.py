@@ -21,7 +21,7 @@ from autoprune.progress import Progress
 from autoprune.protocols import FAILED, Failure, IntArray, Measurement, Optimizer
 from autoprune.records import evaluations_of, identity_of, result_of, trial_of
 from autoprune.result import SearchResult
-from autoprune.result.trials import Trial, find_front
+from autoprune.result.trials import Trial, find_front, note_of_probes
 from autoprune.search_spaces import Channels
 from autoprune.study import Start, Study, prepare
 
@@ -51,6 +51,7 @@ def search(
     checks: str = "on",
     costs: Mapping[str, CostFunction] | None = None,
     cost_batch: int = 1,
+    prior: str = "reconstruction",
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
 
@@ -65,7 +66,7 @@ def search(
         space: ``"channels"``, or ``Channels(round_to=8, ignore=["head*"], ...)``.
         evaluator: ``"auto"``, ``"adaptive_bn"``, or an `Evaluator`.
         optimizer: ``"auto"``, ``"nsga2"``, ``"random"``, an `Optimizer`, or a function of (problem, seed).
-        trials: Candidates to evaluate.
+        trials: Candidates to evaluate, probes included.
         max_seconds: When to stop proposing, counted from the call.
         seed: The same seed, data and threads give the same front.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
@@ -81,6 +82,9 @@ def search(
             checks in a process of its own.
         costs: Further costs by name, each a function of candidates (n, d) giving (n,), which the budget may limit.
         cost_batch: Samples that ``memory_bytes`` is stated at.
+        prior: What optimizers that plan expect of each option before any evaluation: ``"reconstruction"``, the error
+            of the next layers' outputs, in a few forward passes over 32 samples, or ``"criterion"``, sums of what
+            ranks the units, without any.
 
     Returns:
         The front and everything measured; ``result.build()`` gives a plain pruned module. Ctrl-C returns what was
@@ -124,19 +128,24 @@ def search(
         checks=checks,
         costs=costs,
         cost_batch=cost_batch,
+        trials=trials,
+        prior=prior,
     )
     for note in study.notes:
         log.info("%s", note)
-    dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), _measure_dense(study))
+    measured = _measure_dense(study)
+    dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), measured, measured)
     proposer = make_optimizer(study.problem, seed)
     deadline = None if max_seconds is None else began + max_seconds
     with Journal.create(run_dir, identity_of(study, dense, seed, trials)) as journal:
         bar = Progress(trials, study.context.judge.name, progress)
         runner.start(study.evaluator, study.context)
         try:
-            found, stopped = _run(study, proposer, runner, journal, bar, trials, deadline)
+            found, stopped = _run(study, proposer, runner, journal, bar, trials, deadline, measured)
         finally:
             runner.stop()
+    for note in note_of_probes(found):
+        log.info("%s", note)
     return result_of(study, found, dense, stopped, time.monotonic() - began, seed)
 
 
@@ -148,6 +157,7 @@ def _run(
     bar: Progress,
     total: int,
     deadline: float | None,
+    dense: Measurement,
 ) -> tuple[list[Trial], str]:
     """The loop: ask, evaluate, record, tell."""
     pending: dict[int, IntArray] = {}
@@ -170,9 +180,9 @@ def _run(
                 if asked >= total:
                     stopped = "trials"
                 for trial, outcome in executor.gather():
-                    journal.record_evaluation(trial, outcome, worker=executor.name)
+                    journal.record_evaluation(trial, outcome, dense=dense, worker=executor.name)
                     candidate = pending.pop(trial)
-                    found.append(trial_of(study, trial, candidate, outcome))
+                    found.append(trial_of(study, trial, candidate, outcome, dense))
                     optimizer.tell(evaluations_of(study, candidate, outcome))
                     journal.record_tell([trial])
                     _show(bar, study, found)

@@ -13,12 +13,13 @@ from autoprune import batches
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction, make_costs
 from autoprune.costs.returned import selecting
-from autoprune.criteria import rank_units
+from autoprune.criteria import order_units, score_units
 from autoprune.data import Subsets, materialise, synthetic
 from autoprune.errors import BudgetError, DataError, UnsupportedModelError
 from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
+from autoprune.prior import PRIORS, expected_losses
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial
@@ -75,11 +76,15 @@ def prepare(
     checks: str,
     costs: Mapping[str, CostFunction] | None,
     cost_batch: int,
+    trials: int = 200,
+    prior: str = "reconstruction",
 ) -> Study:
     """Trace, rank, fix the data and lay out the problem; the arguments are those of `autoprune.search`."""
     wanted, settings, chosen = _parse(budget), make_space(space), make_evaluator(evaluator)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
+    if prior not in PRIORS:
+        raise ValueError(f"prior must be one of {list(PRIORS)}, got {prior!r}")
     model = unwrap(model)
     device = require_supported(model)
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
@@ -93,12 +98,15 @@ def prepare(
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
-        order = rank_units(scored, structure, settings.criterion, subsets.calibration, run, seed)
+        scores = score_units(scored, structure, settings.criterion, subsets.calibration, run, seed)
         judge = resolve_metric(metric, subsets, lambda batch: run(scored, batch))
-    bound = settings.bind(structure, order)
+        bound = settings.bind(structure, order_units(scores))
+        expected = expected_losses(
+            prior, bound, scores, settings.criterion, scored, structure, subsets.calibration, run
+        )
     named = make_costs(structure, bound, costs, cost_batch)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
-    problem = _problem(bound, named, limits, start)
+    problem = replace(_problem(bound, named, limits, start), trials=trials, prior=expected)
     context = Context(model, structure, bound, subsets, judge, run)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoprune.batches import Batch, default_forward
 from autoprune.data import Data
 from autoprune.evaluators import AdaptiveBN
-from autoprune.evaluators.adaptive_bn import recalibrate
+from autoprune.evaluators.adaptive_bn import DENSE_BYTES, recalibrate
 from autoprune.protocols import IntArray
 from autoprune.structure.slicing import Slicer
 from autoprune.study import Study, prepare
@@ -91,7 +91,7 @@ def time_candidate(study: Study, candidate: IntArray, rounds: int, parts: bool) 
     calibration, validation = context.subsets.calibration, context.subsets.validation
     module = study.evaluator.build(candidate).eval()
     slicer = Slicer(context.model)
-    dense = (None,) * len(validation)
+    dense = context.judge.dense_outputs(lambda batch: default_forward(module, batch), validation, DENSE_BYTES)
 
     def cut() -> nn.Module:
         return slicer.cut(context.structure.edit(context.space.pruning(candidate.tolist())))

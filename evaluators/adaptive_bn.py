@@ -17,6 +17,9 @@ from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, Slicer
 
+DENSE_BYTES = 256 * 2**20
+"""Most memory for outputs of the dense model that only the distortion needs; it is measured on what fits."""
+
 
 class AdaptiveBN:
     """Scores a candidate with the weights it inherits and batch-norm statistics of its own.
@@ -34,7 +37,10 @@ class AdaptiveBN:
         self._context = context
         self._slicer = Slicer(context.model)
         dense = self._slicer.cut(Edit({}, {})).eval()  # cut, because the bare skeleton shares the model's buffers
-        self._dense = {part: self._dense_outputs(dense, part) for part in ("validation", "test")}
+        self._dense = {
+            part: self._dense_outputs(dense, part, memory)
+            for part, memory in (("validation", DENSE_BYTES), ("test", 0))
+        }
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""
@@ -62,23 +68,23 @@ class AdaptiveBN:
                 module.eval()
                 self._calibrate(module, candidate)
                 run = _forward(context, module)
-                signal, metric = context.judge.measure(run, batches, self._dense[part][chunk])
+                signal, metric, distortion = context.judge.measure(run, batches, self._dense[part][chunk])
         except Exception as error:  # whatever a user's model or metric raises costs this candidate alone
             return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - started)
         seconds = time.perf_counter() - started
         if not (np.isfinite(signal).all() and np.isfinite(metric).all()):
             bad = int((~(np.isfinite(signal) & np.isfinite(metric))).sum())
             return Failure(f"the score of {bad} of {len(signal)} samples is NaN or infinite", seconds)
-        return Measurement(signal, metric, seconds)
+        return Measurement(signal, metric, seconds, distortion)
 
     def _calibrate(self, module: nn.Module, candidate: IntArray) -> None:
         if candidate.any():
             recalibrate(module, self._context.subsets.calibration, _forward(self._context, module))
 
-    def _dense_outputs(self, dense: nn.Module, part: str) -> tuple[Tensor | None, ...]:
+    def _dense_outputs(self, dense: nn.Module, part: str, memory_bytes: int) -> tuple[Tensor | None, ...]:
         context = self._context
         with seeded(0):
-            return context.judge.dense_outputs(_forward(context, dense), getattr(context.subsets, part))
+            return context.judge.dense_outputs(_forward(context, dense), getattr(context.subsets, part), memory_bytes)
 
 
 def _forward(context: Context, module: nn.Module) -> Callable[[Batch], object]:

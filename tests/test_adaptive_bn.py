@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Categorical, kl_divergence
 
 import autoprune
 from autoprune.evaluators import AdaptiveBN
@@ -173,6 +174,18 @@ def test_what_is_built_gives_the_outputs_that_were_scored(study, pruned):
         losses = F.cross_entropy(outputs, labels, reduction="none").double().numpy()
         np.testing.assert_allclose(outcome.signal, losses, atol=1e-5)
         np.testing.assert_array_equal(outcome.metric, outputs.argmax(1) == labels)
+
+
+def test_the_distortion_is_the_divergence_from_the_dense_outputs(study, pruned, digits_model):
+    images = torch.cat([batch[0] for batch in study.context.subsets.validation])
+    with torch.no_grad():
+        dense = digits_model(images)
+        for candidate, outcome in zip(pruned, study.evaluator.evaluate(pruned), strict=True):
+            outputs = study.evaluator.build(candidate).eval()(images)
+            expected = kl_divergence(Categorical(logits=dense), Categorical(logits=outputs))
+            np.testing.assert_allclose(outcome.distortion, expected, atol=1e-4)
+    (unpruned,) = study.evaluator.evaluate(np.zeros_like(pruned[:1]))
+    np.testing.assert_array_equal(unpruned.distortion, np.zeros(len(images)))
 
 
 def test_the_dense_candidate_keeps_its_own_statistics(study, digits_model):

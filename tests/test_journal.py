@@ -3,6 +3,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ COSTS = {"flops": np.array([10.0, 8.0]), "params": np.array([5.0, 7.5])}
 def measurement(n=4):
     """Values that float32 cannot hold exactly, so that rounding shows."""
     values = np.arange(n) + 0.1
-    return Measurement(signal=values, metric=values > 1, seconds=0.25)
+    return Measurement(signal=values, metric=np.float64(values > 1), seconds=0.25)
 
 
 @pytest.fixture
@@ -48,6 +49,26 @@ def test_a_reader_gets_back_what_was_recorded(journal, tmp_path):
     assert evaluation.signal == measurement().signal.mean()
     assert evaluation.metric == 0.75
     assert evaluation.signal_stderr == pytest.approx(np.sqrt(5 / 3) / 2)
+    assert (evaluation.distortion, evaluation.signal_change_stderr) == (None, None)
+
+
+def test_distortion_and_changes_against_the_dense_model_are_kept_as_means_with_standard_errors(journal):
+    journal.record_ask(CANDIDATES, COSTS)
+    dense = measurement()
+    pruned = replace(dense, signal=dense.signal + np.array([1.0, 2.0, 1.0, 2.0]), distortion=np.array([0.5, 1.5]))
+    journal.record_evaluation(0, pruned, dense=dense)
+    (evaluation,) = journal.trials()[0].evaluations
+    assert (evaluation.distortion, evaluation.distortion_stderr) == (1.0, 0.5)
+    assert evaluation.signal_change_stderr == pytest.approx(np.sqrt(1 / 3) / 2)
+    assert evaluation.metric_change_stderr == 0.0
+
+
+@pytest.mark.parametrize("distortion", [[], [np.inf, 1.0], [np.nan]])
+def test_a_distortion_without_a_mean_is_null(journal, distortion):
+    journal.record_ask(CANDIDATES, COSTS)
+    journal.record_evaluation(0, replace(measurement(), distortion=np.array(distortion)))
+    (evaluation,) = journal.trials()[0].evaluations
+    assert (evaluation.distortion, evaluation.distortion_stderr) == (None, None)
 
 
 def test_a_metric_of_the_whole_set_on_one_sample_has_no_standard_error(journal):

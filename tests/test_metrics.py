@@ -1,12 +1,14 @@
 import pickle
 import re
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Categorical, kl_divergence
 
 from autoprune.batches import slice_batch
 from autoprune.data import Data, materialise
@@ -41,7 +43,7 @@ DENSE, PRUNED = linear(seed=1), linear(seed=2)
 
 
 def measured(judge, forward=PRUNED, subsets=LABELLED, dense=DENSE):
-    return judge.measure(forward, subsets.validation, judge.dense_outputs(dense, subsets.validation))
+    return judge.measure(forward, subsets.validation, judge.dense_outputs(dense, subsets.validation))[:2]
 
 
 def whole(subsets, i):
@@ -135,7 +137,7 @@ class TestBuiltIn:
         for name, subsets in (("accuracy", LABELLED), ("agreement", UNLABELLED)):
             judge = resolve_metric(name, subsets, DENSE)
             halves = [slice_batch(batch, *edge) for batch in subsets.validation for edge in ((0, 3), (3, 9))]
-            parts = judge.measure(PRUNED, halves, judge.dense_outputs(DENSE, halves))
+            parts = judge.measure(PRUNED, halves, judge.dense_outputs(DENSE, halves))[:2]
             np.testing.assert_allclose(parts, measured(judge, PRUNED, subsets), rtol=1e-5, atol=1e-7)
 
     def test_the_dense_model_runs_only_for_metrics_that_need_it(self):
@@ -293,6 +295,94 @@ def test_non_finite_scores_pass_through():
 def test_judges_pickle(metric):
     judge = resolve_metric(metric, LABELLED, DENSE)
     np.testing.assert_array_equal(measured(pickle.loads(pickle.dumps(judge))), measured(judge))
+
+
+def all_outputs(forward, batches):
+    return sum(forward(batch).sum() for batch in batches)
+
+
+def first_outputs(forward, batches):
+    return forward(batches[0]).sum()
+
+
+def outputs_of_a_copy(forward, batches):
+    return sum(forward((batch[0].clone(), batch[1])).sum() for batch in batches)
+
+
+class TestDistortion:
+    def distortion(self, metric, subsets=LABELLED, pruned=PRUNED, dense=DENSE, memory_bytes=10**6):
+        judge = resolve_metric(metric, subsets, dense)
+        kept = judge.dense_outputs(dense, subsets.validation, memory_bytes)
+        return judge.measure(pruned, subsets.validation, kept).distortion
+
+    def by_hand(self, subsets, pruned, dense, classes=1):
+        """KL(dense || pruned) of every sample."""
+        pairs = []
+        for batch in subsets.validation:
+            p, q = (Categorical(logits=forward(batch).movedim(classes, -1)) for forward in (dense, pruned))
+            pairs.append(kl_divergence(p, q).flatten(1).mean(1) if p.logits.ndim > 2 else kl_divergence(p, q))
+        return torch.cat(pairs)
+
+    @pytest.mark.parametrize("metric", ["accuracy", "loss", F.cross_entropy, Metric(margin, True)])
+    def test_of_class_logits_it_is_the_divergence_of_each_sample(self, metric):
+        expected = self.by_hand(LABELLED, PRUNED, DENSE)
+        np.testing.assert_allclose(self.distortion(metric), expected, rtol=1e-4)
+
+    @pytest.mark.parametrize(("shape", "classes"), [((3, 5, 6), 1), ((5, 3), 2)], ids=["images", "language"])
+    def test_of_logits_of_positions_it_is_the_mean_over_these(self, shape, classes):
+        labels = torch.zeros(20, *shape[: classes - 1], *shape[classes:], dtype=torch.long)
+        subsets = subsets_of(random(20, *shape), labels)
+        metric = Metric(lambda outputs, batch: outputs.flatten(1).sum(1), higher_is_better=True)
+        found = self.distortion(metric, subsets, lambda batch: batch[0].square(), lambda batch: batch[0])
+        expected = self.by_hand(subsets, lambda batch: batch[0].square(), lambda batch: batch[0], classes)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+    def test_of_named_logits_of_positions_without_labels_the_last_dimension_holds_the_classes(self):
+        subsets = subsets_of(random(20, 5, 3))
+        metric = Metric(lambda outputs, batch: outputs["logits"].flatten(1).sum(1), higher_is_better=True)
+        found = self.distortion(metric, subsets, lambda b: {"logits": b[0] ** 2}, lambda b: {"logits": b[0]})
+        np.testing.assert_allclose(found, self.by_hand(subsets, lambda b: b[0] ** 2, lambda b: b[0], 2), rtol=1e-4)
+
+    def test_of_other_outputs_it_is_the_squared_difference_on_one_scale(self):
+        subsets = subsets_of(INPUTS, random(20, 3))
+        found = self.distortion("mse", subsets, lambda batch: 1.1 * DENSE(batch), DENSE)
+        squares = torch.cat([DENSE(batch).square().mean(1) for batch in subsets.validation])
+        scale = DENSE(subsets.validation[0]).square().mean()
+        np.testing.assert_allclose(found, 0.01 * squares / scale, rtol=1e-4)
+
+    def test_where_the_signal_is_the_distortion_it_is_not_computed_twice(self):
+        judge = resolve_metric("agreement", UNLABELLED, DENSE)
+        batches = UNLABELLED.validation
+        counted = replace(judge, distance=None)
+        scores = counted.measure(PRUNED, batches, counted.dense_outputs(DENSE, batches))
+        assert scores.distortion is scores.signal
+        np.testing.assert_allclose(scores.distortion, self.by_hand(UNLABELLED, PRUNED, DENSE), rtol=1e-4)
+
+    @pytest.mark.parametrize(("outputs", "samples"), [(2, 2), (7, 7), (9, 9), (100, 20)])
+    def test_it_covers_the_first_samples_whose_dense_outputs_fit_into_memory(self, outputs, samples):
+        everything = self.distortion("accuracy")
+        found = self.distortion("accuracy", memory_bytes=outputs * CLASSES * 4 + 3)
+        np.testing.assert_array_equal(found, everything[:samples])
+
+    def test_nothing_is_run_or_kept_beyond_the_memory_allowed(self):
+        runs = []
+        judge = resolve_metric("accuracy", LABELLED, DENSE)
+        kept = judge.dense_outputs(lambda b: runs.append(1) or DENSE(b), LABELLED.validation, 9 * CLASSES * 4)
+        assert [None if output is None else len(output) for output in kept] == [7, 2, None]
+        assert len(runs) == 2
+
+    def test_a_metric_of_the_whole_set_is_watched(self):
+        found = self.distortion(Metric(all_outputs, True, per_sample=False))
+        np.testing.assert_array_equal(found, self.distortion("accuracy"))
+
+    @pytest.mark.parametrize("fn", [first_outputs, outputs_of_a_copy])
+    def test_nothing_is_said_where_a_metric_of_the_whole_set_runs_other_batches(self, fn):
+        assert self.distortion(Metric(fn, True, per_sample=False)).shape == (0,)
+
+    @pytest.mark.parametrize("pruned", [lambda batch: DENSE(batch)[:, :2], lambda batch: []])
+    def test_outputs_that_do_not_compare_are_not_compared(self, pruned):
+        metric = Metric(lambda outputs, batch: torch.zeros(len(batch[0])), higher_is_better=True)
+        assert self.distortion(metric, pruned=pruned).shape == (0,)
 
 
 class TestSummary:

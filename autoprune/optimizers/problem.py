@@ -36,6 +36,9 @@ class Problem:
             the limit up to the limit, or to the dense cost if that is lower.
         canonical: Sets entries made irrelevant by others to 0; shape (n, d) in and out, idempotent.
         seeds: What to propose first, in this order, shape (s, d); repaired where over a limit.
+        trials: How many candidates the search will evaluate, for optimizers that plan ahead.
+        prior: What each option of each dimension is expected to cost in score, known before any evaluation: d arrays
+            of shape (sizes[j],), 0 for dense, in any unit common to all. None if nothing is known.
 
     Raises:
         InfeasibleBudgetError: If no candidate was found within the limits; names the cheapest cost reachable.
@@ -50,6 +53,8 @@ class Problem:
     budget_range: FloatArray = None  # type: ignore[assignment]
     canonical: Callable[[IntArray], IntArray] = _identity
     seeds: IntArray = None  # type: ignore[assignment]
+    trials: int = 200
+    prior: tuple[FloatArray, ...] | None = None
 
     def __post_init__(self) -> None:
         self._fill("sizes", self.sizes, np.int64)
@@ -71,6 +76,8 @@ class Problem:
                 f"got {self.ordered.shape} and {self.budget_range.shape}"
             )
         self._check(self.seeds, "seeds")
+        if self.prior is not None and [len(row) for row in self.prior] != self.sizes.tolist():
+            raise ValueError(f"prior must have {self.sizes.tolist()} entries, got {[len(row) for row in self.prior]}")
         _ = self.cheapest  # an impossible budget must fail before the first evaluation
 
     def _fill(self, name: str, value: ArrayLike, dtype: type[np.generic]) -> None:
@@ -105,6 +112,15 @@ class Problem:
         within = self.costs(candidates) <= (self.limits if limits is None else limits)
         met: NDArray[np.bool_] = np.all(within, axis=1)
         return met
+
+    def probes(self, candidates: IntArray) -> NDArray[np.bool_]:
+        """Whether candidates (n, d) change at most one dimension of the dense model, shape (n,).
+
+        Such a candidate may be proposed to learn what its dimension costs in score even where it is over a limit. It
+        is evaluated and recorded like any other, and never on the front.
+        """
+        probing: NDArray[np.bool_] = (candidates != 0).sum(axis=1) <= 1
+        return probing
 
     def repair(self, candidates: IntArray, limits: FloatArray | None = None) -> IntArray:
         """Move every candidate over a limit no further than needed to meet all of them, under the true cost.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from autoprune.journal import Journal, TrialRow
 from autoprune.protocols import FAILED, OK, SearchSpace
 from autoprune.result import SearchResult
-from autoprune.result.trials import Evaluation, Trial, find_front
+from autoprune.result.trials import Evaluation, Trial, find_front, note_of_probes, within
 from autoprune.search_spaces import space_from_json
 
 
@@ -29,7 +30,7 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
     with Journal.open(run_dir) as journal:
         meta, rows = journal.meta(), journal.trials()
     space = space_from_json(meta["space"])
-    trials = tuple(_trial(row, space) for row in rows)
+    trials = tuple(_trial(row, space, meta["limits"]) for row in rows)
     done = sum(trial.status in (OK, FAILED) for trial in trials)
     return SearchResult(
         trials=trials,
@@ -43,6 +44,7 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
         notes=(
             f"from the journal: {done} of {meta['trials']} trials finished, {len(trials) - done} pending",
             *meta["notes"],
+            *note_of_probes(trials),
         ),
         stopped="trials" if done >= meta["trials"] else "unfinished",
         seconds=_seconds(rows),
@@ -50,7 +52,10 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
     )
 
 
-def _trial(row: TrialRow, space: SearchSpace) -> Trial:
+_MEASURED = tuple(field.name for field in fields(Evaluation))
+
+
+def _trial(row: TrialRow, space: SearchSpace, limits: Mapping[str, float]) -> Trial:
     last = row.evaluations[-1] if row.evaluations else None
     return Trial(
         id=row.id,
@@ -62,9 +67,8 @@ def _trial(row: TrialRow, space: SearchSpace) -> Trial:
         signal=math.nan if last is None or last.signal is None else last.signal,
         status=row.status,
         reason=row.reason,
-        evaluations=tuple(
-            Evaluation(e.fidelity, e.samples, e.seconds, e.signal, e.signal_stderr, e.metric) for e in row.evaluations
-        ),
+        evaluations=tuple(Evaluation(**{name: getattr(e, name) for name in _MEASURED}) for e in row.evaluations),
+        feasible=within(row.costs, limits),
     )
 
 

@@ -26,7 +26,7 @@ def plot_front(result: SearchResult, path: str | Path | None = None) -> Figure:
     name, limit = next(iter(result.limits.items()))
     figure = Figure(figsize=(7.0, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    done = [trial for trial in result.trials if trial.status == OK]
+    done = [trial for trial in result.trials if trial.status == OK and trial.feasible]
     axes.scatter([t.costs[name] for t in done], [t.score for t in done], s=14, color=INK, alpha=0.6, lw=0)
     axes.scatter([], [], s=14, color=INK, label=f"{len(done)} trials")
     if result.front:

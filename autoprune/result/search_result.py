@@ -13,9 +13,12 @@ from torch import nn
 from autoprune.budget import Budget
 from autoprune.errors import BudgetError, InfeasibleBudgetError, RecipeError
 from autoprune.protocols import OK, SearchSpace
+from autoprune.result.additivity import Additivity, additivity_of
 from autoprune.result.builders import Builder, SavedWeights, weights_file
 from autoprune.result.recipe import save
-from autoprune.result.trials import Trial
+from autoprune.result.sensitivity import Sensitivity, sensitivity_of
+from autoprune.result.tables import data_frame, front_table
+from autoprune.result.trials import Trial, note_of_probes
 from autoprune.search_spaces import space_from_json
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ class SearchResult:
 
     Attributes:
         trials: All trials in the order proposed.
-        front: Trials that no other dominates in score and limited costs, by the first limited cost.
+        front: Feasible trials that no other dominates in score and limited costs, by the first limited cost.
         dense: The unpruned model, scored on the same samples.
         space: What candidates mean.
         limits: The limited costs, absolute, in the order of the budget.
@@ -64,6 +67,7 @@ class SearchResult:
     def best(self, budget: str | Budget | Sequence[str] | None = None) -> Trial:
         """The best trial by validation score within a budget, by default the one of the search.
 
+        Only trials within the limits of the search count, even where `budget` is wider: what is over them was a probe.
         Equal scores go to the better signal, then to the lower cost. A budget of score limits alone gives the
         cheapest trial that meets them.
 
@@ -71,7 +75,7 @@ class SearchResult:
             BudgetError: If the budget cannot be read, or limits an unknown cost or another metric.
             InfeasibleBudgetError: If no trial is within it; the message names the nearest one.
         """
-        done = [trial for trial in self.trials if trial.status == OK]
+        done = [trial for trial in self.trials if trial.status == OK and trial.feasible]
         if not done:
             raise InfeasibleBudgetError(f"no trial succeeded, so there is no best; {self._why_none()}")
         if budget is None:
@@ -108,7 +112,9 @@ class SearchResult:
 
     def _why_none(self) -> str:
         reasons = [trial.reason for trial in self.trials if trial.reason]
-        return f"the first of {len(reasons)} failures: {reasons[0]}" if reasons else "the search ended too early"
+        if reasons:
+            return f"the first of {len(reasons)} failures: {reasons[0]}"
+        return "; ".join(("the search ended too early", *note_of_probes(self.trials)))
 
     def build(self, what: Trial | str | Budget | Sequence[str] | None = None) -> nn.Module:
         """Build a plain pruned module: of a trial, of the best within a budget, or of the best.
@@ -197,15 +203,13 @@ class SearchResult:
         )
 
     def to_frame(self) -> DataFrame:
-        """All trials as a pandas DataFrame, one row each: costs, score, interval, status, and one column a dimension.
+        """All trials as a pandas DataFrame, one row each: costs, scores, status, and one column a dimension.
+
+        Rows that are not ``feasible`` are probes.
 
         Raises:
             ImportError: If pandas is missing.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError("result.to_frame() needs pandas; install autoprune[plot]") from error
         front = {trial.id for trial in self.front}
         rows = [
             {
@@ -215,18 +219,43 @@ class SearchResult:
                 "low": trial.interval[0],
                 "high": trial.interval[1],
                 "signal": trial.signal,
+                "distortion": trial.distortion,
                 "test_score": trial.test_score,
                 "status": trial.status,
+                "feasible": trial.feasible,
                 "reason": trial.reason,
                 "front": trial.id in front,
                 **trial.decoded,
             }
             for trial in self.trials
         ]
-        return pd.DataFrame(rows)
+        return data_frame(rows, "result.to_frame()")
+
+    def sensitivity(self, table: str = "distortion") -> Sensitivity:
+        """What each option costs in score alone, from the trials that change one dimension of the dense model.
+
+        Args:
+            table: ``"distortion"``, the distance to the outputs of the dense model, which adds up best over dimensions
+                (arXiv:2308.10438), ``"signal"`` or ``"metric"``.
+
+        Raises:
+            ValueError: If `table` is unknown.
+        """
+        return sensitivity_of(self, table)
+
+    def additivity(self) -> Additivity:
+        """How well losses of single dimensions add up to those of whole candidates: R2, slope, Spearman.
+
+        Compares over the feasible, fully evaluated trials that change at least two dimensions and whose every option
+        was also measured alone; NaN for what fewer than 5 of them tell.
+
+        Raises:
+            ValueError: If there are fewer than 5 such trials for every table; names options not measured alone.
+        """
+        return additivity_of(self)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw score against the first limited cost: all trials, the front with intervals, the dense model.
+        """Draw score against the first limited cost: feasible trials, the front with intervals, the dense model.
 
         Args:
             path: Where to write the picture; its ending says the format.
@@ -239,6 +268,4 @@ class SearchResult:
         return plot_front(self, path)
 
     def __str__(self) -> str:
-        from autoprune.result.tables import front_table
-
         return front_table(self)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autoprune.result.trials import Trial
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from autoprune.result import SearchResult
 
 MOST_ROWS = 20
@@ -35,6 +37,29 @@ def front_table(result: SearchResult) -> str:
         *(line for note in result.notes for line in wrap(note, WIDTH, subsequent_indent="  ")),
     ]
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *foot])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length in columns as wide as they need, the first one to the left; a rule under the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in (rows[0], ["-" * width for width in widths], *rows[1:])
+    ]
+    return "\n".join(lines)
+
+
+def data_frame(rows: Sequence[Mapping[str, Any]], caller: str) -> DataFrame:
+    """Rows as a pandas DataFrame.
+
+    Raises:
+        ImportError: If pandas is missing.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError(f"{caller} needs pandas; pip install pandas") from error
+    return pd.DataFrame(rows)
 
 
 def _spread(front: Sequence[Trial], most: int) -> list[Trial]:

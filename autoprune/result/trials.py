@@ -24,6 +24,12 @@ class Evaluation:
         signal: Mean of what steers the search, lower is better; None if it failed.
         signal_stderr: Its standard error; None if there is but one value.
         metric: Mean of the metric, in its own direction; None if it failed.
+        signal_change_stderr: Standard error of the mean difference of signals to the dense model on the same samples,
+            which is smaller than that of either mean; None if they were not both measured.
+        metric_change_stderr: The same for the metric.
+        distortion: Mean distance to the outputs of the dense model, lower is better: KL divergence in nats or relative
+            squared difference; None if it was not measured.
+        distortion_stderr: Its standard error.
     """
 
     fidelity: str
@@ -32,6 +38,10 @@ class Evaluation:
     signal: float | None
     signal_stderr: float | None
     metric: float | None
+    signal_change_stderr: float | None = None
+    metric_change_stderr: float | None = None
+    distortion: float | None = None
+    distortion_stderr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class Trial:
         reason: Why it failed.
         test_score: The metric on held-out samples; None off the front. Reported, never used to choose.
         evaluations: The measurements behind the score.
+        feasible: Whether the costs are within the limits of the search. What is not is a probe: measured to learn what
+            one dimension costs in score, and never on the front.
     """
 
     id: int
@@ -63,11 +75,17 @@ class Trial:
     reason: str = ""
     test_score: float | None = None
     evaluations: tuple[Evaluation, ...] = ()
+    feasible: bool = True
+
+    @property
+    def distortion(self) -> float:
+        """How far the outputs are from the dense model's, by the last evaluation; NaN if it was not measured."""
+        return or_nan(self.evaluations[-1].distortion) if self.evaluations else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; NaN becomes null."""
         return {
-            **{name: getattr(self, name) for name in ("id", "status", "reason", "test_score")},
+            **{name: getattr(self, name) for name in ("id", "status", "reason", "test_score", "feasible")},
             "candidate": list(self.candidate),
             "decoded": dict(self.decoded),
             "costs": dict(self.costs),
@@ -80,14 +98,15 @@ class Trial:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
         """Restore what `to_json` wrote."""
-        low, high = (_or_nan(end) for end in data["interval"])
+        low, high = (or_nan(end) for end in data["interval"])
         return cls(
             **{name: data[name] for name in ("id", "status", "reason", "test_score", "decoded", "costs")},
             candidate=tuple(data["candidate"]),
-            score=_or_nan(data["score"]),
+            score=or_nan(data["score"]),
             interval=(low, high),
-            signal=_or_nan(data["signal"]),
+            signal=or_nan(data["signal"]),
             evaluations=tuple(Evaluation(**evaluation) for evaluation in data["evaluations"]),
+            feasible=data.get("feasible", True),  # results saved before there were probes
         )
 
 
@@ -96,16 +115,29 @@ def none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _or_nan(value: float | None) -> float:
+def or_nan(value: float | None) -> float:
+    """The opposite of `none_if_nan`."""
     return math.nan if value is None else float(value)
 
 
+def within(costs: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    """Whether no cost is over its limit."""
+    return all(costs[name] <= limit for name, limit in limits.items())
+
+
+def note_of_probes(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """How many of the trials were probes, in plain words; nothing if none was."""
+    probes = sum(not trial.feasible for trial in trials)
+    why = "over a limit, to learn what one dimension costs; they are never on the front"
+    return (f"{probes} of {len(trials)} trials are probes: {why}",) if probes else ()
+
+
 def find_front(trials: Sequence[Trial], limited: Sequence[str], higher_is_better: bool) -> tuple[Trial, ...]:
-    """Trials that no other dominates, by the first limited cost.
+    """Feasible trials that no other dominates, by the first limited cost.
 
     Scores compare by the metric and, where that ties, as it often does on a few hundred samples, by the signal.
     """
-    done = [trial for trial in trials if trial.status == OK]
+    done = [trial for trial in trials if trial.status == OK and trial.feasible]
     if not done:
         return ()
     score = np.array([(-t.score if higher_is_better else t.score, t.signal) for t in done])

@@ -63,7 +63,7 @@ class OptimizerContract:
             assert candidates.ndim == 2
             assert 1 <= len(candidates) <= 8
             assert ((candidates >= 0) & (candidates < known.problem.sizes)).all()
-            assert known.problem.feasible(candidates).all()
+            assert (known.problem.feasible(candidates) | known.problem.probes(candidates)).all()
             np.testing.assert_array_equal(candidates, known.problem.canonical(candidates))
 
     def test_the_same_seed_gives_the_same_search(self) -> None:
@@ -83,7 +83,7 @@ class OptimizerContract:
         for status in (FAILED, RACED, OK, FAILED, RACED, OK, FAILED, RACED):
             candidates = _turn(optimizer, known, status)
             assert len(candidates)
-            assert known.problem.feasible(candidates).all()
+            assert (known.problem.feasible(candidates) | known.problem.probes(candidates)).all()
 
     def test_late_and_shuffled_results_are_learnt_from(self) -> None:
         known = self.make_problem()
@@ -115,7 +115,10 @@ class OptimizerContract:
             if not len(candidates):
                 break
             seen.extend(candidates.tolist())
-        assert sorted(seen) == known.feasible_candidates().tolist()
+        proposed = np.array(seen)
+        feasible = known.problem.feasible(proposed)
+        assert known.problem.probes(proposed[~feasible]).all()
+        assert sorted(proposed[feasible].tolist()) == known.feasible_candidates().tolist()
         assert optimizer.ask(8).shape == (0, len(known.problem.sizes))
 
     def test_nothing_pending_is_proposed_again(self) -> None:
@@ -124,9 +127,11 @@ class OptimizerContract:
         total = len(known.feasible_candidates())
         batches = [optimizer.ask(2) for _ in range(3)]
         optimizer.tell(known.evaluate(batches[1][:1]))
-        batches += [optimizer.ask(total), optimizer.ask(1)]
+        everything = len(known.problem.enumerate())
+        batches += [optimizer.ask(everything), optimizer.ask(everything)]
         proposed = np.concatenate(batches)
-        assert len(proposed) == len(_keys(proposed)) == total
+        assert len(proposed) == len(_keys(proposed))
+        assert known.problem.feasible(proposed).sum() == total
 
     def test_global_random_states_are_left_alone(self) -> None:
         known = self.make_problem()
@@ -252,6 +257,7 @@ class EvaluatorContract:
                 assert result.signal.ndim == result.metric.ndim == 1
                 assert np.isfinite(result.signal).all()
                 assert np.isfinite(result.metric).all()
+                assert result.distortion.ndim == 1
                 assert result.seconds >= 0
 
     def test_chunks_of_the_validation_batches_join_up_to_the_whole(self) -> None:
@@ -319,6 +325,7 @@ def _shuffled(history: list[Evaluations]) -> Evaluations:
         samples=np.concatenate([part.samples for part in history])[order],
         status=tuple(status[i] for i in order),
         reasons=tuple(reasons[i] for i in order),
+        distortion=np.concatenate([part.distortion for part in history])[order],
     )
 
 
@@ -361,5 +368,6 @@ def _assert_same(first: list[Measurement | Failure], second: list[Measurement | 
         if isinstance(a, Measurement) and isinstance(b, Measurement):
             np.testing.assert_array_equal(a.signal, b.signal)
             np.testing.assert_array_equal(a.metric, b.metric)
+            np.testing.assert_array_equal(a.distortion, b.distortion)
         elif isinstance(a, Failure) and isinstance(b, Failure):
             assert a.reason == b.reason

@@ -33,11 +33,13 @@ class KnownProblem:
     def evaluate(self, candidates: IntArray, status: str = OK, reason: str = "") -> Evaluations:
         """Evaluations of candidates (n, d): loss and costs, all rows with one `status`; NaN if it is ``"failed"``."""
         n = len(candidates)
-        objectives = np.column_stack([self.loss(candidates), self.problem.costs(candidates)])
+        losses = self.loss(candidates) if status != FAILED else np.full(n, np.nan)
+        objectives = np.column_stack([losses, self.problem.costs(candidates)])
         if status == FAILED:
             objectives = np.full_like(objectives, np.nan)
         samples = np.full(n, {OK: 100, RACED: 10, FAILED: 0}[status])
-        return Evaluations(candidates, objectives, np.zeros_like(objectives), samples, (status,) * n, (reason,) * n)
+        exact = np.zeros_like(objectives)
+        return Evaluations(candidates, objectives, exact, samples, (status,) * n, (reason,) * n, losses)
 
     def feasible_candidates(self) -> IntArray:
         """Every canonical feasible candidate of a small space, without duplicates, shape (n, d)."""

@@ -1,0 +1,90 @@
+"""What each option is expected to cost in score before anything was evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from autoprune.batches import Batch
+from autoprune.criteria import Criterion
+from autoprune.protocols import FloatArray, SearchSpace
+from autoprune.reconstruction import Removal, reconstruction_errors
+from autoprune.structure.structure import Structure
+
+PRIORS = ("criterion", "reconstruction")
+MAGNITUDES = ("l1", "l2", "bn_scale", "activation_mean")
+"""Criteria whose squares are energies."""
+LOSSES = ("taylor",)
+"""Criteria that are comparable between groups as they are."""
+
+
+def expected_losses(
+    kind: str,
+    space: SearchSpace,
+    scores: Mapping[str, Tensor],
+    criterion: str | Criterion,
+    model: nn.Module,
+    structure: Structure,
+    batches: Sequence[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+) -> tuple[FloatArray, ...] | None:
+    """Expected loss of every option of every dimension alone: d arrays of shape (sizes[j],), 0 for dense.
+
+    Args:
+        kind: ``"reconstruction"``: the squared error of the layers that read a group, relative to what they compute,
+            in one forward pass over a few samples; where no such layer is seen, as ``"criterion"``. Or
+            ``"criterion"``: sums over the units removed of what ranked them, see `criterion_losses`.
+        space: What the options remove.
+        scores: Importance of the units of each group.
+        criterion: What gave the scores.
+        model: The dense model; comes back unchanged.
+        structure: Its structure.
+        batches: Calibration data.
+        forward: Runs the model on a batch.
+
+    Returns:
+        None if a dimension removes no units, so that nothing is known of it.
+    """
+    d = len(space.sizes)
+    removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
+    if {j for j, _ in removals} != set(range(d)):
+        return None
+    errors: list[FloatArray | None] = [None] * len(removals)
+    if kind == "reconstruction":
+        errors = reconstruction_errors(model, structure, [removal for _, removal in removals], batches, forward)
+    losses = tuple(np.zeros(size) for size in space.sizes)
+    for (j, removal), error in zip(removals, errors, strict=True):
+        losses[j][1:] += criterion_losses(removal, scores, criterion) if error is None else error
+    return losses
+
+
+def criterion_losses(removal: Removal, scores: Mapping[str, Tensor], criterion: str | Criterion) -> FloatArray:
+    """Sums of unit scores, made comparable between groups, shape (options,).
+
+    Taylor scores are squared changes of the loss, and add up as they are. Others have a scale of their own in each
+    group, so they give the share f of the group's energy that goes (of squares for magnitudes), as the ratio
+    f / (1 - f) of what is lost to what is left: re-estimated batch norm scales the rest up again, and the ratio grows
+    without bound as a layer empties, where a bare share lets a cheap layer vanish.
+    """
+    group, options = removal
+    values = scores[group].double().cpu().numpy()
+    if criterion in LOSSES:
+        return np.array([values[units].sum() for units in options])
+    energy = np.square(values) if criterion in MAGNITUDES else values - min(0.0, values.min())
+    share = np.array([energy[units].sum() for units in options]) / (energy.sum() or 1.0)
+    return share / np.maximum(1 - share, 1e-3)
+
+
+def _removals(space: SearchSpace, structure: Structure, dimension: int) -> list[Removal]:
+    """What the options of a dimension, dense left out, remove from each group that they touch."""
+    alone = np.zeros((space.sizes[dimension] - 1, len(space.sizes)), dtype=np.int64)
+    alone[:, dimension] = np.arange(1, space.sizes[dimension])
+    kept = [space.pruning(candidate).kept for candidate in alone.tolist()]
+    sizes = {group.name: group.size for group in structure.groups}
+    return [
+        (name, [np.setdiff1d(np.arange(sizes[name]), each.get(name, range(sizes[name]))) for each in kept])
+        for name in sorted({name for each in kept for name in each})
+    ]

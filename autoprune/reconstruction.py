@@ -1,0 +1,135 @@
+"""How much of what the next layers compute goes with the units that are removed, measured on the dense model."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.batches import Batch, batch_size, slice_batch
+from autoprune.criteria import input_dim, private_copy, readers
+from autoprune.protocols import FloatArray, IntArray
+from autoprune.structure.structure import Structure
+
+SAMPLES = 32
+MOST_VALUES = 2**24
+"""Values of one layer's output that are looked at in a batch, 64 MiB: a language model's logits are far more."""
+
+Removal = tuple[str, Sequence[IntArray]]
+"""A group, and the units of it that each option removes."""
+
+
+def reconstruction_errors(
+    model: nn.Module,
+    structure: Structure,
+    removals: Sequence[Removal],
+    batches: Sequence[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+) -> list[FloatArray | None]:
+    """Squared error of the outputs of the layers that read a group, relative to their energy, summed over the layers.
+
+    Exact, with all cross terms between units: what an option removes beyond the one before passes through the layer on
+    its own and is added up, so the options of a growing removal cost one forward pass together, however many they are.
+    Biases are left out on both sides. Seen are ungrouped convolutions and linear layers that the model calls.
+
+    Args:
+        model: The dense model; comes back unchanged.
+        structure: Its structure.
+        removals: What to remove.
+        batches: Calibration data, of which the first `SAMPLES` samples are used.
+        forward: Runs the model on a batch.
+
+    Returns:
+        For each removal the error of each option, shape (options,), finite, at least 0, not always monotone, because
+        units may cancel each other; None where no layer was seen to read the group.
+    """
+    copied = private_copy(model)
+    axes, read = readers(copied, structure), _reads(copied, structure)
+    energies: dict[str, float] = defaultdict(float)
+    errors: dict[tuple[str, int], FloatArray] = {}
+
+    def watch(layer: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = next(iter((*args, *kwargs.values())))
+            if x.ndim < module.get_parameter("weight").ndim or not len(x):
+                return  # without a dimension of samples
+            x = x[: max(1, MOST_VALUES // _part(module)(x[:1]).numel())]
+            energies[layer] += _energy(_part(module)(x))
+            for i, (group, options) in enumerate(removals):
+                if group in read[layer]:
+                    inputs = [read[layer][group][units].reshape(-1) for units in options]
+                    errors[layer, i] = errors.get((layer, i), 0.0) + _errors(module, x, axes[layer], inputs)
+
+        return hook
+
+    handles = [copied.get_submodule(n).register_forward_pre_hook(watch(n), with_kwargs=True) for n in read]
+    with torch.no_grad():
+        for batch in _first(batches, SAMPLES):
+            forward(copied, batch)
+    for handle in handles:
+        handle.remove()
+    found: list[FloatArray | None] = [None] * len(removals)
+    for (layer, i), error in errors.items():
+        if 0 < energies[layer] < np.inf and np.isfinite(error).all():
+            relative, known = error / energies[layer], found[i]
+            found[i] = relative if known is None else known + relative
+    return found
+
+
+def _reads(model: nn.Module, structure: Structure) -> dict[str, dict[str, IntArray]]:
+    """For each layer and each group that it reads: the inputs that every unit owns, shape (units, members)."""
+    found: dict[str, dict[str, IntArray]] = defaultdict(dict)
+    layers = readers(model, structure)
+    for group in structure.groups:
+        for slot in group.slots:
+            name, _, key = slot.tensor.rpartition(".")
+            if name in layers and key == "weight":
+                module = model.get_submodule(name)
+                ours = type(module).__module__.startswith("torch.nn.modules.")  # a subclass may compute something else
+                if ours and slot.dim == input_dim(module):
+                    found[name][group.name] = slot.indices
+    return dict(found)
+
+
+def _errors(module: nn.Module, x: Tensor, axis: int, options: Sequence[IntArray]) -> FloatArray:
+    """Energy of what the inputs of each option contribute to the output of a layer, shape (options,)."""
+    total, seen, energies = torch.zeros((), device=x.device), np.zeros(0, dtype=np.int64), []
+    for inputs in options:
+        if not np.isin(seen, inputs).all():
+            total, seen = torch.zeros((), device=x.device), seen[:0]
+        new = torch.from_numpy(np.setdiff1d(inputs, seen)).to(x.device)
+        if len(new):
+            total = total + _part(module, new)(x.index_select(axis, new))
+        energies.append(_energy(total))
+        seen = inputs
+    return np.array(energies)
+
+
+def _part(module: nn.Module, inputs: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """The forward of a layer without its bias and hooks, of some of its inputs only."""
+    part, weight, dim = copy.copy(module), module.get_parameter("weight"), input_dim(module)
+    assert dim is not None
+    part.__dict__["_parameters"] = {
+        "weight": weight if inputs is None else weight.index_select(dim, inputs),
+        "bias": None,
+    }
+    return part.forward
+
+
+def _energy(output: Tensor) -> float:
+    return float(torch.linalg.vector_norm(output.float()).double().square())
+
+
+def _first(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """The first so many samples."""
+    found = []
+    for batch in batches:
+        if samples > 0:
+            found.append(slice_batch(batch, 0, samples))
+            samples -= batch_size(found[-1])
+    return found

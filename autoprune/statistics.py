@@ -1,0 +1,62 @@
+"""What is kept of the values per sample of an evaluation: means and how sure they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from autoprune.protocols import Failure, FloatArray, Measurement
+
+
+class Statistics(NamedTuple):
+    """Means over samples and their standard errors; None where there is nothing to tell from, for JSON and SQLite.
+
+    Attributes:
+        samples: Samples scored; 0 if the evaluation failed.
+        signal: Mean of what steers the search, lower is better.
+        signal_stderr: Its standard error.
+        signal_change_stderr: Standard error of the mean difference to the dense model on the same samples. Which
+            samples are hard is common to both, so it is smaller than that of either mean.
+        metric: Mean of the metric, in its own direction.
+        metric_change_stderr: The same for the metric.
+        distortion: Mean distance to the outputs of the dense model.
+        distortion_stderr: Its standard error.
+    """
+
+    samples: int = 0
+    signal: float | None = None
+    signal_stderr: float | None = None
+    signal_change_stderr: float | None = None
+    metric: float | None = None
+    metric_change_stderr: float | None = None
+    distortion: float | None = None
+    distortion_stderr: float | None = None
+
+
+def statistics_of(outcome: Measurement | Failure, dense: Measurement | None = None) -> Statistics:
+    """Summarise an evaluation; `dense` is what one of the dense model saw on the same samples."""
+    if isinstance(outcome, Failure):
+        return Statistics()
+    return Statistics(
+        samples=len(outcome.signal),
+        signal=_mean(outcome.signal),
+        signal_stderr=_stderr(outcome.signal),
+        signal_change_stderr=_change_stderr(outcome.signal, None if dense is None else dense.signal),
+        metric=_mean(outcome.metric),
+        metric_change_stderr=_change_stderr(outcome.metric, None if dense is None else dense.metric),
+        distortion=_mean(outcome.distortion),
+        distortion_stderr=_stderr(outcome.distortion),
+    )
+
+
+def _mean(values: FloatArray) -> float | None:
+    return float(values.mean()) if len(values) and np.isfinite(values).all() else None
+
+
+def _stderr(values: FloatArray) -> float | None:
+    return float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 and np.isfinite(values).all() else None
+
+
+def _change_stderr(values: FloatArray, dense: FloatArray | None) -> float | None:
+    return None if dense is None or dense.shape != values.shape else _stderr(values - dense)
