@@ -22,9 +22,9 @@ from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial
-from autoprune.search_spaces import Channels, make_space
+from autoprune.search_spaces import Settings, make_space
 from autoprune.sources import seeded
-from autoprune.structure.analysis import analyse, require_prunable, require_supported
+from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.examples import example_inputs_of, unwrap
 from autoprune.structure.slicing import Edit, Slicer, build
 
@@ -64,7 +64,7 @@ def prepare(
     data: Any,
     *,
     metric: str | Metric | Callable[..., Any],
-    space: str | Channels,
+    space: str | Settings,
     evaluator: str | Evaluator,
     seed: int,
     start: Start | Sequence[Start],
@@ -85,11 +85,11 @@ def prepare(
     run = selecting(forward or batches.default_forward, outputs)
     example = batches.slice_batch(subsets.calibration[0], 0, 2)
     structure = analyse(model, (example,), forward=lambda m, batch: run(m, batch), checks=checks, seed=seed)
-    require_prunable(structure)
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
-        order = rank_units(scored, structure, settings.criterion, subsets.calibration, run, seed)
+        rank = settings.criterion
+        order = {} if rank is None else rank_units(scored, structure, rank, subsets.calibration, run, seed)
         judge = resolve_metric(metric, subsets, lambda batch: run(scored, batch))
     bound = settings.bind(structure, order)
     named = make_costs(structure, bound, costs, cost_batch)
@@ -98,7 +98,7 @@ def prepare(
     context = Context(model, structure, bound, subsets, judge, run)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
-    found = f"{len(structure.groups)} groups of {int(structure.sizes.sum())} units can be pruned{traced}"
+    found = f"search over {bound.describe()}{traced}"
     return Study(context, chosen, problem, named, wanted, limits, (found, judge.note, *subsets.notes))
 
 

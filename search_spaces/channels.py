@@ -13,6 +13,7 @@ import numpy as np
 from autoprune.criteria import Criterion
 from autoprune.errors import NothingToPruneError
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
+from autoprune.structure.analysis import require_prunable
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
 
@@ -71,9 +72,10 @@ class Channels:
             order: For each group, its units by falling importance.
 
         Raises:
-            NothingToPruneError: If no group has a choice left.
+            NothingToPruneError: If the model has no groups, or none with a choice left.
             ValueError: If a pattern in `ignore` or `bounds` matches nothing.
         """
+        require_prunable(structure)
         self._require_matches(structure)
         dimensions = []
         for group in structure.groups:
@@ -176,6 +178,10 @@ class ChannelSpace:
         out = np.tile(np.array([size for _, size in self.groups], dtype=np.float64), (len(candidates), 1))
         out[:, self._columns] = kept  # type: ignore[attr-defined]
         return out
+
+    def zeroed(self, candidates: IntArray) -> FloatArray:
+        """None: units go as a whole."""
+        return np.zeros(len(candidates))
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary."""

@@ -231,7 +231,18 @@ class TestLookingAtIt:
     def test_the_frame_has_a_row_for_each_trial(self, with_a_failure):
         frame = with_a_failure.to_frame()
         assert len(frame) == 30
-        fixed = ["trial", "flops", "params", "memory_bytes", "score", "low", "high", "signal", "test_score"]
+        fixed = [
+            "trial",
+            "flops",
+            "params",
+            "memory_bytes",
+            "nonzero_params",
+            "score",
+            "low",
+            "high",
+            "signal",
+            "test_score",
+        ]
         assert list(frame.columns) == [*fixed, "status", "reason", "front", "0", "3", "6"]
         front = frame[frame["front"]]
         assert set(front["trial"]) == {trial.id for trial in with_a_failure.front}
