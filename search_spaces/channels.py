@@ -205,6 +205,8 @@ class ChannelSpace:
     def describe(self) -> str:
         """One line for people."""
         digits = float(np.log10(self.sizes.astype(np.float64)).sum())
+        units = sum(dimension.options[0] for dimension in self.dimensions)
         return (
-            f"{len(self.dimensions)} groups with {self.sizes.min()} to {self.sizes.max()} widths, 10^{digits:.0f} nets"
+            f"{len(self.dimensions)} groups of {units} units with {self.sizes.min()} to {self.sizes.max()} widths, "
+            f"10^{digits:.0f} nets"
         )
