@@ -88,8 +88,8 @@ def prepare(
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
-        rank = settings.criterion
-        order = {} if rank is None else rank_units(scored, structure, rank, subsets.calibration, run, seed)
+        criterion = settings.criterion
+        order = {} if criterion is None else rank_units(scored, structure, criterion, subsets.calibration, run, seed)
         judge = resolve_metric(metric, subsets, lambda batch: run(scored, batch))
     bound = settings.bind(structure, order)
     named = make_costs(structure, bound, costs, cost_batch)

@@ -21,7 +21,7 @@ Slices = Mapping[str, Mapping[int, IntArray]]
 
 @dataclass(frozen=True)
 class Edit:
-    """Everything that turns a dense model into a pruned one; small.
+    """Everything that turns a dense model into a pruned one; small, and JSON-ready with lists for arrays.
 
     Attributes:
         slices: What stays of each tensor that shrinks.

@@ -59,6 +59,15 @@ MATRICES = {
 }
 """Names of the two factors of each matrix product."""
 
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    "convolution": ("weight",),
+    "_convolution": ("weight",),
+    "_grouped_mm": ("mat2",),
+    "_trilinear": ("i2",),  # a bilinear layer
+    **MATRICES,
+}
+"""Names of the arguments, one of which is the weight of the operation."""
+
 
 class _Builder:
     def __init__(self, flow: Propagation, units: Units) -> None:
@@ -170,11 +179,8 @@ def multiplied_parameters(record: Record) -> dict[str, tuple[int, ...]]:
         if known and len(known) == len(sources):
             largest = max(known, key=lambda i: math.prod(values[i].shape))
             source.update((result, largest) for result in op.results() if result not in source)
-        if op.name in ("convolution", "_convolution"):
-            factors: tuple[str, ...] = ("weight",)
-        else:
-            factors = {**MATRICES, "_grouped_mm": ("mat2",), "_trilinear": ("i2",)}.get(op.name, ())
-        weights = [i for factor in factors if (i := source.get(op.args[factor].id)) is not None]
+        arguments = (op.args[name].id for name in WEIGHTS.get(op.name, ()))
+        weights = [source[value] for value in arguments if value in source]
         if weights and len(values[weights[-1]].shape) > 1:
             found[values[weights[-1]].name] = values[weights[-1]].shape
     return found
