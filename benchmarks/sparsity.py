@@ -1,6 +1,6 @@
 """How to spread zeros over the weights of a trained network: closed-form rules, and searches over the sparsity space.
 
-Run ``python -m benchmarks.sparsity`` from the root of the repository, about 6 minutes on one thread.
+Run ``python -m benchmarks.sparsity`` from the root of the repository, about 8 minutes on one thread.
 
 Every method decides how many elements of each weight stay; which ones is the same for all: those of largest magnitude
 within the weight. All keep exactly the same number of nonzero weights, get the same batch-norm statistics from the
