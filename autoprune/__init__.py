@@ -19,7 +19,7 @@ from autoprune.result import SearchResult
 from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
 from autoprune.search import search
-from autoprune.search_spaces import Channels
+from autoprune.search_spaces import Channels, Sparsity
 from autoprune.structure.adapters import register_adapter
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "Pruning",
     "RecipeError",
     "SearchResult",
+    "Sparsity",
     "StructureCheckError",
     "Trial",
     "UnsupportedModelError",

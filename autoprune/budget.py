@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from autoprune.errors import BudgetError
 
 ALIASES = {"latency": "latency_ms", "memory": "memory_bytes"}
-BUILT_IN_COSTS = ("flops", "params", "memory_bytes", "latency_ms")
+BUILT_IN_COSTS = ("flops", "params", "nonzero_params", "memory_bytes", "latency_ms")
 FORMS = (
     "'flops <= 50%' (of the dense model), 'params <= 1.2M', 'memory_bytes <= 200MB', 'latency_ms <= 4', "
     "'accuracy drop <= 1pp', 'accuracy >= 0.98', or several joined by commas, by 'and', or in a list"

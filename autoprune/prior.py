@@ -25,7 +25,7 @@ def expected_losses(
     kind: str,
     space: SearchSpace,
     scores: Mapping[str, Tensor],
-    criterion: str | Criterion,
+    criterion: str | Criterion | None,
     model: nn.Module,
     structure: Structure,
     batches: Sequence[Batch],
@@ -39,16 +39,19 @@ def expected_losses(
             ``"criterion"``: sums over the units removed of what ranked them, see `criterion_losses`.
         space: What the options remove.
         scores: Importance of the units of each group.
-        criterion: What gave the scores.
+        criterion: What gave the scores; None where no unit goes.
         model: The dense model; comes back unchanged.
         structure: Its structure.
         batches: Calibration data.
         forward: Runs the model on a batch.
 
     Returns:
-        None if a dimension removes no units, so that nothing is known of it.
+        None if a dimension neither removes units nor sets weights to zero, so that nothing is known of it. Weights set
+        to zero lose a share of their squared sum, of either kind, see `criterion_losses`.
     """
     d = len(space.sizes)
+    if criterion is None:
+        return _zeroed_losses(space, dict(model.named_parameters()))
     removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
     if {j for j, _ in removals} != set(range(d)):
         return None
@@ -74,8 +77,29 @@ def criterion_losses(removal: Removal, scores: Mapping[str, Tensor], criterion: 
     if criterion in LOSSES:
         return np.array([values[units].sum() for units in options])
     energy = np.square(values) if criterion in MAGNITUDES else values - min(0.0, values.min())
-    share = np.array([energy[units].sum() for units in options]) / (energy.sum() or 1.0)
+    return _lost(np.array([energy[units].sum() for units in options]) / (energy.sum() or 1.0))
+
+
+def _lost(share: FloatArray) -> FloatArray:
     return share / np.maximum(1 - share, 1e-3)
+
+
+def _zeroed_losses(space: SearchSpace, parameters: Mapping[str, Tensor]) -> tuple[FloatArray, ...] | None:
+    """What is lost of the squares of the weights whose least elements each option sets to zero."""
+    losses = tuple(np.zeros(size) for size in space.sizes)
+    energies: dict[str, FloatArray] = {}
+    for j, row in enumerate(losses):
+        for option in range(1, len(row)):
+            alone = [option if i == j else 0 for i in range(len(losses))]
+            zeroed = space.pruning(alone).zeroed
+            if not zeroed:
+                return None
+            for name, count in zeroed.items():
+                if name not in energies:
+                    squares = np.sort(parameters[name].detach().double().cpu().numpy().ravel() ** 2)
+                    energies[name] = np.cumsum(squares) / (squares.sum() or 1.0)
+                row[option] += _lost(energies[name][[count - 1]])[0]
+    return losses
 
 
 def _removals(space: SearchSpace, structure: Structure, dimension: int) -> list[Removal]:

@@ -42,9 +42,12 @@ class Pruning:
 
     Attributes:
         kept: Unit indices that stay, ascending, for each group that loses units; other groups stay whole.
+        zeroed: How many elements of each parameter are set to zero, those of least magnitude first: among the elements
+            that stay, where units go too.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    zeroed: Mapping[str, int] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -70,11 +73,15 @@ class SearchSpace(Protocol):
         ...
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
-        """Say which units of which groups a candidate keeps."""
+        """Say which units of which groups a candidate keeps, and how many elements of which parameters it zeroes."""
         ...
 
     def widths(self, candidates: IntArray) -> FloatArray:
         """Units kept in each group of the structure, shape (n, groups), for candidates of shape (n, d)."""
+        ...
+
+    def zeroed(self, candidates: IntArray) -> FloatArray:
+        """Elements of parameters set to zero, shape (n,), for candidates of shape (n, d)."""
         ...
 
     def to_json(self) -> dict[str, Any]:

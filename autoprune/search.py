@@ -22,7 +22,7 @@ from autoprune.protocols import FAILED, Failure, IntArray, Measurement, Optimize
 from autoprune.records import evaluations_of, identity_of, result_of, trial_of
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
-from autoprune.search_spaces import Channels
+from autoprune.search_spaces import Settings
 from autoprune.study import Start, Study, prepare
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def search(
     data: Any = None,
     *,
     metric: str | Metric | Callable[..., Any] = "auto",
-    space: str | Channels = "channels",
+    space: str | Settings = "channels",
     evaluator: str | Evaluator = "auto",
     optimizer: str | Optimizer | Callable[[Problem, int], Optimizer] = "auto",
     trials: int = 200,
@@ -58,12 +58,14 @@ def search(
     Args:
         model: Any ``nn.Module``; it comes back unchanged: weights, mode, hooks, device.
         budget: What a pruned model may cost, for example ``"flops <= 50%"`` (of the dense model), ``"params <= 1.2M"``,
-            a list of these, or a `Budget`. Every candidate respects it, under the exact cost.
+            ``"nonzero_params <= 10%"``, a list of these, or a `Budget`. Every candidate respects it, under the exact
+            cost.
         data: `Data`, a DataLoader, or (X, y) arrays. Without data, seeded random inputs shaped like `example_inputs`
             stand in, and the score is agreement with the dense model on them.
         metric: ``"auto"`` (accuracy for class labels, else a loss that fits, else agreement), another name, a loss
             module or function, or a `Metric`.
-        space: ``"channels"``, or ``Channels(round_to=8, ignore=["head*"], ...)``.
+        space: ``"channels"``, ``"sparsity"``, or settings: ``Channels(round_to=8, ignore=["head*"], ...)``,
+            ``Sparsity(levels=(0, 0.5, 0.9), ...)``.
         evaluator: ``"auto"``, ``"adaptive_bn"``, or an `Evaluator`.
         optimizer: ``"auto"``, ``"nsga2"``, ``"random"``, an `Optimizer`, or a function of (problem, seed).
         trials: Candidates to evaluate, probes included.

@@ -23,9 +23,9 @@ from autoprune.prior import PRIORS, expected_losses
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial
-from autoprune.search_spaces import Channels, make_space
+from autoprune.search_spaces import Settings, make_space
 from autoprune.sources import seeded
-from autoprune.structure.analysis import analyse, require_prunable, require_supported
+from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.examples import examples_of, unwrap
 from autoprune.structure.slicing import Edit, Slicer, build
 from autoprune.structure.trace import Inputs
@@ -66,7 +66,7 @@ def prepare(
     data: Any,
     *,
     metric: str | Metric | Callable[..., Any],
-    space: str | Channels,
+    space: str | Settings,
     evaluator: str | Evaluator,
     seed: int,
     start: Start | Sequence[Start],
@@ -94,23 +94,21 @@ def prepare(
     structure = analyse(
         model, (example,), forward=lambda m, batch: run(m, batch), further=further, checks=checks, seed=seed
     )
-    require_prunable(structure)
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
-        scores = score_units(scored, structure, settings.criterion, subsets.calibration, run, seed)
+        criterion = settings.criterion
+        scores = {} if criterion is None else score_units(scored, structure, criterion, subsets.calibration, run, seed)
         judge = resolve_metric(metric, subsets, lambda batch: run(scored, batch))
         bound = settings.bind(structure, order_units(scores))
-        expected = expected_losses(
-            prior, bound, scores, settings.criterion, scored, structure, subsets.calibration, run
-        )
+        expected = expected_losses(prior, bound, scores, criterion, scored, structure, subsets.calibration, run)
     named = make_costs(structure, bound, costs, cost_batch)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     problem = replace(_problem(bound, named, limits, start), trials=trials, prior=expected)
     context = Context(model, structure, bound, subsets, judge, run)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
-    found = f"{len(structure.groups)} groups of {int(structure.sizes.sum())} units can be pruned{traced}"
+    found = f"search over {bound.describe()}{traced}"
     return Study(context, chosen, problem, named, wanted, limits, (found, judge.note, *subsets.notes))
 
 

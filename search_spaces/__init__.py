@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+from autoprune.criteria import Criterion
 from autoprune.errors import RecipeError
 from autoprune.protocols import SearchSpace
 from autoprune.search_spaces.channels import Channels, ChannelSpace
+from autoprune.search_spaces.sparsity import Sparsity, SparsitySpace
+from autoprune.structure.structure import Structure
 
-SPACES = {"channels": Channels}
+
+class Settings(Protocol):
+    """What a user says about a space before the model is known."""
+
+    @property
+    def criterion(self) -> str | Criterion | None:
+        """What ranks the units of the groups; None where no unit goes."""
+        ...
+
+    def bind(self, structure: Structure, order: Mapping[str, Sequence[int]]) -> SearchSpace:
+        """Lay the space out for a model; `order` holds the units of each group by falling importance."""
+        ...
 
 
-def make_space(spec: str | Channels) -> Channels:
+SPACES: dict[str, type[Channels | Sparsity]] = {"channels": Channels, "sparsity": Sparsity}
+_KINDS: dict[str, type[ChannelSpace | SparsitySpace]] = {"channels": ChannelSpace, "sparsity": SparsitySpace}
+
+
+def make_space(spec: str | Settings) -> Settings:
     """The settings meant by a name, or settings already made.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or these are no settings.
     """
-    if isinstance(spec, str):
-        if spec not in SPACES:
-            raise ValueError(f"space must be one of {sorted(SPACES)} or a Channels(...), got {spec!r}")
+    if isinstance(spec, str) and spec in SPACES:
         return SPACES[spec]()
-    if not hasattr(spec, "bind"):
-        raise ValueError(f"space must be one of {sorted(SPACES)} or a Channels(...), got {type(spec).__name__}")
+    if isinstance(spec, str | type) or not hasattr(spec, "bind"):
+        raise ValueError(
+            f"space must be one of {sorted(SPACES)}, or settings such as Channels(...) or Sparsity(...), got {spec!r}"
+        )
     return spec
 
 
@@ -33,9 +51,21 @@ def space_from_json(data: Mapping[str, Any]) -> SearchSpace:
     Raises:
         RecipeError: If the kind is unknown here.
     """
-    if data.get("type") != "channels":
-        raise RecipeError(f"space type must be 'channels', got {data.get('type')!r}; was it saved by a newer version?")
-    return ChannelSpace.from_json(data)
+    kind = _KINDS.get(data.get("type", ""))
+    if kind is None:
+        raise RecipeError(
+            f"space type must be one of {sorted(_KINDS)}, got {data.get('type')!r}; was it saved by a newer version?"
+        )
+    return kind.from_json(data)
 
 
-__all__ = ["SPACES", "ChannelSpace", "Channels", "make_space", "space_from_json"]
+__all__ = [
+    "SPACES",
+    "ChannelSpace",
+    "Channels",
+    "Settings",
+    "Sparsity",
+    "SparsitySpace",
+    "make_space",
+    "space_from_json",
+]

@@ -13,6 +13,7 @@ import numpy as np
 from autoprune.criteria import Criterion
 from autoprune.errors import NothingToPruneError
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
+from autoprune.structure.analysis import require_prunable
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
 
@@ -71,9 +72,10 @@ class Channels:
             order: For each group, its units by falling importance.
 
         Raises:
-            NothingToPruneError: If no group has a choice left.
+            NothingToPruneError: If the model has no groups, or none with a choice left.
             ValueError: If a pattern in `ignore` or `bounds` matches nothing.
         """
+        require_prunable(structure)
         self._require_matches(structure)
         dimensions = []
         for group in structure.groups:
@@ -177,6 +179,10 @@ class ChannelSpace:
         out[:, self._columns] = kept  # type: ignore[attr-defined]
         return out
 
+    def zeroed(self, candidates: IntArray) -> FloatArray:
+        """None: units go as a whole."""
+        return np.zeros(len(candidates))
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
         return {
@@ -199,6 +205,8 @@ class ChannelSpace:
     def describe(self) -> str:
         """One line for people."""
         digits = float(np.log10(self.sizes.astype(np.float64)).sum())
+        units = sum(dimension.options[0] for dimension in self.dimensions)
         return (
-            f"{len(self.dimensions)} groups with {self.sizes.min()} to {self.sizes.max()} widths, 10^{digits:.0f} nets"
+            f"{len(self.dimensions)} groups of {units} units with {self.sizes.min()} to {self.sizes.max()} widths, "
+            f"10^{digits:.0f} nets"
         )

@@ -176,7 +176,7 @@ class TestNames:
         [
             ("optimizer", "'nsga2', 'random'"),
             ("evaluator", "'adaptive_bn', 'auto'"),
-            ("space", "'channels'"),
+            ("space", "'channels', 'sparsity'"),
             ("metric", "'accuracy', 'agreement', 'auto'"),
             ("executor", "'local'"),
         ],

@@ -45,20 +45,17 @@ class TestChannelSpace(SpaceContract):
     def make_space(self) -> SearchSpace:
         return bound(ignore=["tail.*"])
 
-    def make_group_sizes(self) -> dict[str, int]:
-        return {group.name: group.size for group in structure().groups}
+    def make_structure(self) -> Structure:
+        return structure()
 
 
 class TestChannelSpaceOfAResNet(SpaceContract):
     def make_space(self) -> SearchSpace:
-        return Channels(step=2, round_to=2).bind(self._structure(), uniform_order(self._structure()))
-
-    def make_group_sizes(self) -> dict[str, int]:
-        return {group.name: group.size for group in self._structure().groups}
+        return Channels(step=2, round_to=2).bind(self.make_structure(), uniform_order(self.make_structure()))
 
     @staticmethod
     @cache
-    def _structure() -> Structure:
+    def make_structure() -> Structure:
         return analyse(ZOO["resnet20"].build(), ZOO["resnet20"].inputs())
 
 

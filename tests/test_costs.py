@@ -139,7 +139,8 @@ class TestCostsOfCandidates:
     def test_built_in_costs_see_the_widths_of_candidates(self, space: tuple[Structure, ChannelSpace]):
         candidates = np.array([[0, 0], [3, 10]])
         costs = make_costs(*space)
-        assert set(costs) == {"flops", "params", "memory_bytes"}
+        assert set(costs) == {"flops", "params", "memory_bytes", "nonzero_params"}
+        assert costs["nonzero_params"](candidates).tolist() == costs["params"](candidates).tolist()
         assert costs["flops"](candidates).tolist() == [10 * 8 + 8 * 12 + 12 * 3, 10 * 5 + 5 * 2 + 2 * 3]
 
     def test_a_cost_may_be_any_function_of_candidates(self, space: tuple[Structure, ChannelSpace]):

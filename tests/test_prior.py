@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import autoprune
-from autoprune import Channels, Data, reconstruction
+from autoprune import Channels, Data, Sparsity, reconstruction
 from autoprune.batches import default_forward
 from autoprune.criteria import CRITERIA, order_units, score_units
 from autoprune.optimizers import RandomSearch
@@ -250,3 +250,15 @@ class TestInASearch:
     def test_an_unknown_prior_is_refused(self):
         with pytest.raises(ValueError, match=r"prior must be one of \['criterion', 'reconstruction'\], got 'l2'"):
             autoprune.search(ZOO["mlp"].build(), "flops <= 50%", torch.randn(60, 64), prior="l2")
+
+
+def test_weights_set_to_zero_lose_their_share_of_the_squares():
+    model, structure = network()
+    space = Sparsity(levels=(0.0, 0.5, 0.9)).bind(structure)
+    losses = expected_losses("reconstruction", space, {}, None, model, structure, (), default_forward)
+    assert [len(row) for row in losses] == space.sizes.tolist()
+    for dimension, row in zip(space.dimensions, losses, strict=True):
+        weight = model.get_parameter(dimension.name).detach().abs().flatten()
+        for level, loss in zip(dimension.options, row, strict=True):
+            gone = weight.topk(int(level * weight.numel()), largest=False).values.square().sum()
+            assert loss == pytest.approx(float(gone / (weight.square().sum() - gone)), rel=1e-4)

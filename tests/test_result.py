@@ -236,6 +236,7 @@ class TestLookingAtIt:
             "flops",
             "params",
             "memory_bytes",
+            "nonzero_params",
             "score",
             "low",
             "high",

@@ -133,7 +133,7 @@ def make_costs(
 
     Args:
         structure: A traced model.
-        space: Says which widths a candidate keeps.
+        space: Says which widths a candidate keeps, and how many elements it sets to zero.
         user: Further costs by name, each ``(n, d) int64 -> (n,)``; they need be neither monotone nor products.
         batch: Samples that `memory_bytes` is stated at.
 
@@ -143,15 +143,22 @@ def make_costs(
     exact = StructuralCosts(structure, batch)
     built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": exact.memory_bytes}
     costs: dict[str, CostFunction] = {name: partial(_of_widths, cost, space) for name, cost in built_in.items()}
+    costs["nonzero_params"] = partial(_nonzero_params, exact, space)
+    known = sorted(costs)
     for name, function in (user or {}).items():
         if name in costs:
-            raise ValueError(f"costs must not redefine {sorted(built_in)}, got {name!r}; choose another name")
+            raise ValueError(f"costs must not redefine {known}, got {name!r}; choose another name")
         costs[name] = partial(_checked, name, function)
     return costs
 
 
 def _of_widths(cost: Callable[[FloatArray], FloatArray], space: SearchSpace, candidates: IntArray) -> FloatArray:
     return cost(space.widths(candidates))
+
+
+def _nonzero_params(exact: StructuralCosts, space: SearchSpace, candidates: IntArray) -> FloatArray:
+    """Elements of the parameters that are not set to zero; those that happen to be zero count."""
+    return exact.params(space.widths(candidates)) - space.zeroed(candidates)
 
 
 def _checked(name: str, function: CostFunction, candidates: IntArray) -> FloatArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -26,17 +26,20 @@ class Edit:
     Attributes:
         slices: What stays of each tensor that shrinks.
         attributes: Sizes that modules keep in Python, by module and attribute path.
+        zeroed: How many elements of a parameter are set to zero: those of least magnitude among what stays.
     """
 
     slices: Slices
     attributes: Mapping[str, Mapping[str, int]]
+    zeroed: Mapping[str, int] = field(default_factory=dict)
 
 
 class Slicer:
     """Applies edits to one model's skeleton again and again, sharing whatever does not shrink.
 
     Args:
-        model: The dense model; it stays as it is, and its parameters are shared by what `cut` returns.
+        model: The dense model; it stays as it is, and its parameters are shared by what `cut` returns. Elements are
+            ranked once, so its weights must not change between cuts that set some to zero.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,6 +51,7 @@ class Slicer:
         # What the last cut resized may be dense in the next; what was prepared is unlike the dense module until then.
         self._changed = {name for name, adapter in adapters.items() if adapter.prepare is not None}
         self._dense: dict[tuple[str, str], int] = {}
+        self._ranks: dict[str, Tensor] = {}
 
     def cut(self, edit: Edit, *, private: bool = False) -> nn.Module:
         """Return the skeleton as edited: valid until the next call. Buffers are always private copies.
@@ -60,9 +64,9 @@ class Slicer:
         changed = set()
         for owner in self._owners:
             if id(owner.tensor) not in made:
-                made[id(owner.tensor)] = _sliced(owner.tensor, edit.slices.get(owner.name, {}), private)
+                made[id(owner.tensor)] = self._edited(owner, edit, private)
             owner.holder[owner.key] = made[id(owner.tensor)]
-            if owner.name in edit.slices:
+            if owner.name in edit.slices or owner.name in edit.zeroed:
                 changed |= {owner.module, *_parents(owner.module)}
         self._rewrite(edit.attributes)
         resized = self._resize.keys() if private else (self._changed | changed) & self._resize.keys()
@@ -70,6 +74,20 @@ class Slicer:
             self._resize[name](self._modules[name])
         self._changed = changed
         return self.skeleton
+
+    def _edited(self, owner: Owner, edit: Edit, private: bool) -> Tensor:
+        kept, zeroed = edit.slices.get(owner.name, {}), edit.zeroed.get(owner.name, 0)
+        if not zeroed:
+            return _sliced(owner.tensor, kept, private)
+        if kept:
+            whole = _sliced(owner.tensor, kept, private).detach()
+            ranks = magnitude_ranks(whole)
+        else:
+            whole = owner.tensor.detach()
+            if owner.name not in self._ranks:
+                self._ranks[owner.name] = magnitude_ranks(whole)
+            ranks = self._ranks[owner.name]
+        return nn.Parameter(whole.masked_fill(ranks < zeroed, 0), requires_grad=owner.tensor.requires_grad)
 
     def _rewrite(self, attributes: Mapping[str, Mapping[str, int]]) -> None:
         """Set sizes kept in Python, and those of the last cut back to their dense values."""
@@ -140,6 +158,14 @@ def _sliced(tensor: Tensor, kept: Mapping[int, IntArray], private: bool) -> Tens
     if not kept:
         data = data.clone()
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if parameter else data
+
+
+def magnitude_ranks(tensor: Tensor) -> Tensor:
+    """How many elements come before each one by rising magnitude, ties in memory order; int32 or int64, same shape."""
+    order = tensor.flatten().abs().argsort(stable=True)
+    ranks = torch.empty_like(order, dtype=torch.int32 if order.numel() < 2**31 else torch.int64)
+    ranks[order] = torch.arange(order.numel(), dtype=ranks.dtype, device=order.device)
+    return ranks.view(tensor.shape)
 
 
 def set_attribute(module: nn.Module, path: str, value: int) -> None:

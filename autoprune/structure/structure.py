@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from autoprune.protocols import IntArray, Pruning
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.replay import kept_groups
 from autoprune.structure.slicing import Edit, build
-from autoprune.structure.terms import Terms, cost_terms
+from autoprune.structure.terms import Terms, cost_terms, multiplied_parameters
 from autoprune.structure.units import AffineSize, BoolArray, Frozen, Group, Units
 
 
@@ -55,6 +56,7 @@ class Structure:
         units_of: Unit of each index of each dimension of every parameter and buffer that can shrink (-1 stays).
         attributes: Sizes that modules keep in Python and that must follow the widths.
         terms: Exact costs as functions of the widths.
+        weights: Shapes of the parameters that convolutions and matrix products multiply with, in forward order.
         device: Where the pass was traced: ``"meta"``, or the device of the model's real values.
     """
 
@@ -64,6 +66,7 @@ class Structure:
     units_of: Mapping[str, tuple[IntArray | None, ...]]
     attributes: tuple[Attribute, ...]
     terms: Terms
+    weights: Mapping[str, tuple[int, ...]]
     device: str
 
     @cached_property
@@ -120,11 +123,21 @@ class Structure:
             }
             if own:
                 slices[name] = own
+        for name, count in pruning.zeroed.items():
+            self._require_elements(name, count, slices.get(name, {}))
+        zeroed = {name: count for name, count in pruning.zeroed.items() if count}
         widths = {name: len(units) for name, units in pruning.kept.items()}
         attributes: dict[str, dict[str, int]] = {}
         for attribute in self.attributes:
             attributes.setdefault(attribute.module, {})[attribute.path] = attribute.value(widths)
-        return Edit(slices, attributes)
+        return Edit(slices, attributes, zeroed)
+
+    def _require_elements(self, name: str, count: int, kept: Mapping[int, IntArray]) -> None:
+        if name not in self.weights:
+            raise ValueError(f"pruning.zeroed must name weights of the model, got {name!r}; see structure.weights")
+        left = math.prod(len(kept[dim]) if dim in kept else size for dim, size in enumerate(self.weights[name]))
+        if not 0 <= count <= left:
+            raise ValueError(f"pruning.zeroed[{name!r}] must be a number of its elements, 0 to {left}, got {count}")
 
     def build(self, model: nn.Module, pruning: Pruning) -> nn.Module:
         """Build a plain module, the pruned `model`; shares no state with it."""
@@ -148,6 +161,7 @@ def assemble(
         units_of=units_of,
         attributes=(*_group_counts(flow, units), *attributes),
         terms=cost_terms(flow, units),
+        weights=multiplied_parameters(flow.record),
         device=flow.record.device,
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.propagate import Propagation
-from autoprune.structure.trace import Op
+from autoprune.structure.trace import Op, Record
 from autoprune.structure.units import AffineSize, Units
 
 
@@ -48,6 +49,24 @@ class Terms:
     born: IntArray
     died: IntArray
     batch: int
+
+
+MATRICES = {
+    "mm": ("self", "mat2"),
+    "addmm": ("mat1", "mat2"),
+    "bmm": ("self", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+}
+"""Names of the two factors of each matrix product."""
+
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    "convolution": ("weight",),
+    "_convolution": ("weight",),
+    "_grouped_mm": ("mat2",),
+    "_trilinear": ("i2",),  # a bilinear layer
+    **MATRICES,
+}
+"""Names of the arguments, one of which is the weight of the operation."""
 
 
 class _Builder:
@@ -132,10 +151,8 @@ def _macs(build: _Builder, op: Op) -> list[tuple[float, tuple[int, ...]]]:
         rank = len(build.flow.record.values[walked].shape)
         space = [(walked, 0), *[(walked, dim) for dim in range(2, rank)]]
         return [build.product(1, space + [(weight, d) for d in range(rank)])]
-    matrices = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "bmm": ("self", "mat2")}
-    matrices["baddbmm"] = ("batch1", "batch2")
-    if op.name in matrices:
-        a, b = (op.args[name].id for name in matrices[op.name])
+    if op.name in MATRICES:
+        a, b = (op.args[name].id for name in MATRICES[op.name])
         rank = len(build.flow.record.values[a].shape)
         return [build.product(1, [*[(a, dim) for dim in range(rank)], (b, rank - 1)])]
     if op.name == "_grouped_mm":  # each row meets one matrix of the stack
@@ -147,6 +164,29 @@ def _macs(build: _Builder, op: Op) -> list[tuple[float, tuple[int, ...]]]:
         scores = [(query, 0), (query, 1), (query, 2), (key, 2)]
         return [build.product(1, [*scores, (query, 3)]), build.product(1, [*scores, (value, 3)])]
     return []
+
+
+def multiplied_parameters(record: Record) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that convolutions and matrix products read, by name, in the order first read.
+
+    Lookup tables, scales and positions that are only added are not among them. A weight may be a view of its parameter,
+    or computed from parameters alone, as weight norm does: then the largest of these counts. Where both factors come
+    from parameters, as when a layer reads learned queries, the second is the weight, as in ``F.linear``.
+    """
+    values = record.values
+    source = {i: i for i, value in enumerate(values) if value.kind == "parameter"}
+    found = {}
+    for op in record.ops:
+        sources = [source.get(value) for value in op.inputs()]
+        known = [i for i in sources if i is not None]
+        if known and len(known) == len(sources):
+            largest = max(known, key=lambda i: math.prod(values[i].shape))
+            source.update((result, largest) for result in op.results() if result not in source)
+        arguments = (op.args[name].id for name in WEIGHTS.get(op.name, ()))
+        weights = [source[value] for value in arguments if value in source]
+        if weights and len(values[weights[-1]].shape) > 1:
+            found[values[weights[-1]].name] = values[weights[-1]].shape
+    return found
 
 
 def _merge(terms: list[tuple[float, tuple[int, ...]]]) -> list[tuple[float, tuple[int, ...]]]:

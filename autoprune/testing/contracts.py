@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from autoprune.costs import make_costs
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import (
     FAILED,
@@ -33,6 +34,7 @@ from autoprune.protocols import (
     Optimizer,
     SearchSpace,
 )
+from autoprune.structure.structure import Structure
 from autoprune.testing.problems import KnownProblem, product_problem
 
 if TYPE_CHECKING:
@@ -149,8 +151,8 @@ class SpaceContract:
         """Return a space of at least one dimension."""
         raise NotImplementedError
 
-    def make_group_sizes(self) -> dict[str, int]:
-        """Units in each group of the structure that the space was made for, in the order of `widths` columns."""
+    def make_structure(self) -> Structure:
+        """Return the structure that the space was made for."""
         raise NotImplementedError
 
     def test_sizes_count_the_options(self) -> None:
@@ -160,21 +162,23 @@ class SpaceContract:
         assert (space.sizes >= 1).all()
 
     def test_option_zero_is_dense(self) -> None:
-        space, groups = self.make_space(), self.make_group_sizes()
+        space, structure = self.make_space(), self.make_structure()
         dense = np.zeros(len(space.sizes), dtype=np.int64)
-        assert space.widths(dense[None])[0].tolist() == list(groups.values())
-        for name, kept in space.pruning(dense.tolist()).kept.items():
-            assert tuple(kept) == tuple(range(groups[name]))
+        assert space.widths(dense[None])[0].tolist() == structure.sizes.tolist()
+        assert space.zeroed(dense[None]).tolist() == [0]
+        edit = structure.edit(space.pruning(dense.tolist()))
+        assert not edit.slices
+        assert not edit.zeroed
 
-    def test_later_options_of_ordered_dimensions_keep_fewer_units(self) -> None:
+    def test_later_options_of_ordered_dimensions_cost_fewer_nonzero_parameters(self) -> None:
         space = self.make_space()
+        cost = make_costs(self.make_structure(), space)["nonzero_params"]
         for j, dimension in enumerate(space.dimensions):
             if dimension.ordered:
                 ladder = np.zeros((len(dimension.options), len(space.sizes)), dtype=np.int64)
                 ladder[:, j] = np.arange(len(ladder))
-                steps = np.diff(space.widths(ladder), axis=0)
-                assert (steps <= 0).all(), dimension.name
-                assert (steps < 0).any(axis=1).all(), dimension.name
+                assert (np.diff(space.widths(ladder), axis=0) <= 0).all(), dimension.name
+                assert (np.diff(cost(ladder)) < 0).all(), dimension.name
 
     def test_canonical_is_idempotent_and_stays_in_the_space(self) -> None:
         space = self.make_space()
@@ -183,6 +187,7 @@ class SpaceContract:
         assert ((canonical >= 0) & (canonical < space.sizes)).all()
         np.testing.assert_array_equal(space.canonical(canonical), canonical)
         np.testing.assert_array_equal(space.widths(canonical), space.widths(_draw(space)))
+        np.testing.assert_array_equal(space.zeroed(canonical), space.zeroed(_draw(space)))
 
     def test_decode_names_every_dimension_with_one_of_its_options(self) -> None:
         space = self.make_space()
@@ -199,17 +204,22 @@ class SpaceContract:
         assert restored.dimensions == space.dimensions
         candidates = _draw(space)
         np.testing.assert_array_equal(restored.widths(candidates), space.widths(candidates))
+        np.testing.assert_array_equal(restored.zeroed(candidates), space.zeroed(candidates))
         assert restored.pruning(candidates[0].tolist()) == space.pruning(candidates[0].tolist())
 
-    def test_what_is_kept_agrees_with_the_widths(self) -> None:
-        space, groups = self.make_space(), self.make_group_sizes()
+    def test_what_is_kept_and_zeroed_agrees_with_the_numbers(self) -> None:
+        space, structure = self.make_space(), self.make_structure()
+        groups = {group.name: group.size for group in structure.groups}
         candidates = space.canonical(_draw(space))
-        widths = space.widths(candidates)
-        assert widths.dtype == np.float64
+        widths, zeroed = space.widths(candidates), space.zeroed(candidates)
+        assert widths.dtype == zeroed.dtype == np.float64
         assert widths.shape == (len(candidates), len(groups))
-        for candidate, row in zip(candidates, widths, strict=True):
-            kept = space.pruning(candidate.tolist()).kept
-            assert kept.keys() <= groups.keys()
+        assert zeroed.shape == (len(candidates),)
+        for candidate, row, zeros in zip(candidates, widths, zeroed, strict=True):
+            pruning = space.pruning(candidate.tolist())
+            structure.edit(pruning)  # refuses names and numbers that the model does not have
+            kept = pruning.kept
+            assert sum(pruning.zeroed.values()) == zeros
             for units in kept.values():
                 assert list(units) == sorted(set(units))
             assert [len(kept.get(name, range(size))) for name, size in groups.items()] == row.tolist()

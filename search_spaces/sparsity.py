@@ -1,0 +1,162 @@
+"""Unstructured sparsity: one dimension per weight, each option a fraction of its elements that is set to zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from autoprune.errors import NothingToPruneError
+from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
+from autoprune.structure.structure import Structure
+
+LEVELS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How to lay out a search over the sparsity of weights; `bind` turns it into a space for one model.
+
+    The weights are the parameters that convolutions and matrix products multiply with: no biases, norms, or tables
+    that are only looked up; a shared one counts once. The elements of least magnitude within a weight are set to zero,
+    and the cost to limit is ``nonzero_params``. A fine-tune moves them away from zero again unless it masks them.
+
+    Attributes:
+        levels: Fractions of the elements set to zero, rising from 0 to below 1.
+        ignore: Weights to leave as they are, by the name or glob of the parameter or of its module.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    levels: tuple[float, ...] = LEVELS
+    ignore: Sequence[str] = ()
+
+    criterion = None
+    """No unit goes, so none is ranked."""
+
+    def __post_init__(self) -> None:
+        rising = list(self.levels) == sorted(set(self.levels))
+        if not (self.levels and rising and self.levels[0] == 0 and self.levels[-1] < 1):
+            raise ValueError(f"levels must be fractions rising from 0 to below 1, got {self.levels}")
+        if isinstance(self.ignore, str):
+            raise ValueError(f"ignore must be a list of names or globs, got the string {self.ignore!r}")
+
+    def bind(self, structure: Structure, order: Mapping[str, Sequence[int]] | None = None) -> SparsitySpace:
+        """Lay the space out for a model.
+
+        Args:
+            structure: Its weights are what is searched; what is frozen there may still be sparse.
+            order: Not used, because no unit goes.
+
+        Raises:
+            NothingToPruneError: If no weight has a choice left.
+            ValueError: If a pattern in `ignore` matches nothing.
+        """
+        names = {name: (name, name.rpartition(".")[0]) for name in structure.weights}
+        for pattern in self.ignore:
+            if not any(fnmatchcase(name, pattern) for both in names.values() for name in both):
+                raise ValueError(f"ignore has {pattern!r}, which matches no weight; there are {', '.join(names)}")
+        dimensions, elements = [], []
+        for weight, shape in structure.weights.items():
+            if not any(fnmatchcase(name, pattern) for name in names[weight] for pattern in self.ignore):
+                count = math.prod(shape)
+                # Of levels that zero equally many elements of a small weight one is enough.
+                options = {zeros_at(level, count): level for level in reversed(self.levels)}
+                if len(options) > 1:
+                    dimensions.append(Dimension(weight, tuple(sorted(options.values()))))
+                    elements.append(count)
+        if not dimensions:
+            raise NothingToPruneError(
+                f"space has nothing to search: none of {len(names)} weights has a second option under {self}; "
+                "loosen ignore= or levels="
+            )
+        groups = tuple((group.name, group.size) for group in structure.groups)
+        return SparsitySpace(tuple(dimensions), tuple(elements), groups)
+
+
+def zeros_at(level: float, elements: int) -> int:
+    """How many elements a level sets to zero: rounded down, the level taken as the decimal fraction that it reads."""
+    return math.floor(Fraction(str(level)) * elements)
+
+
+@dataclass(frozen=True)
+class SparsitySpace:
+    """Sparsity of the weights of one model.
+
+    Attributes:
+        dimensions: One for each weight with a choice; options are fractions set to zero, rising from 0.
+        elements: Elements of each of these weights.
+        groups: Name and size of every group of the structure, in its order; all stay whole.
+    """
+
+    dimensions: tuple[Dimension, ...]
+    elements: tuple[int, ...]
+    groups: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        table = np.zeros((len(self.dimensions), int(self.sizes.max())))
+        for row, dimension, elements in zip(table, self.dimensions, self.elements, strict=True):
+            row[: len(dimension.options)] = [zeros_at(level, elements) for level in dimension.options]
+        object.__setattr__(self, "_table", table)
+        object.__setattr__(self, "_rows", np.arange(len(table)))
+
+    @property
+    def sizes(self) -> IntArray:
+        """Number of options of each dimension, shape (d,)."""
+        return np.array([len(dimension.options) for dimension in self.dimensions], dtype=np.int64)
+
+    def canonical(self, candidates: IntArray) -> IntArray:
+        """No dimension makes another irrelevant here."""
+        return candidates
+
+    def decode(self, candidate: Sequence[int]) -> dict[str, Any]:
+        """Fraction set to zero of each weight that has a choice."""
+        return {d.name: d.options[int(i)] for d, i in zip(self.dimensions, candidate, strict=True)}
+
+    def pruning(self, candidate: Sequence[int]) -> Pruning:
+        """Zero the elements of least magnitude within each weight."""
+        counts = self._table[self._rows, list(candidate)]  # type: ignore[attr-defined]
+        return Pruning(zeroed={d.name: int(n) for d, n in zip(self.dimensions, counts, strict=True) if n})
+
+    def widths(self, candidates: IntArray) -> FloatArray:
+        """Every unit stays; shape (n, groups)."""
+        return np.tile(np.array([size for _, size in self.groups], dtype=np.float64), (len(candidates), 1))
+
+    def zeroed(self, candidates: IntArray) -> FloatArray:
+        """Elements set to zero, shape (n,)."""
+        zeros: FloatArray = self._table[self._rows, candidates].sum(axis=1)  # type: ignore[attr-defined]
+        return zeros
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return {
+            "type": "sparsity",
+            "groups": [list(group) for group in self.groups],
+            "dimensions": [
+                {"name": d.name, "options": list(d.options), "elements": count}
+                for d, count in zip(self.dimensions, self.elements, strict=True)
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SparsitySpace:
+        """Restore what `to_json` wrote."""
+        return cls(
+            dimensions=tuple(Dimension(d["name"], tuple(d["options"])) for d in data["dimensions"]),
+            elements=tuple(d["elements"] for d in data["dimensions"]),
+            groups=tuple((str(name), int(size)) for name, size in data["groups"]),
+        )
+
+    def describe(self) -> str:
+        """One line for people."""
+        digits = float(np.log10(self.sizes.astype(np.float64)).sum())
+        return (
+            f"{len(self.dimensions)} weights of {sum(self.elements)} elements with {self.sizes.min()} to "
+            f"{self.sizes.max()} levels, 10^{digits:.0f} nets"
+        )
