@@ -139,7 +139,7 @@ def _fill_table(losses: list[FloatArray], steps: list[IntArray], last: int) -> N
     value, spare = np.zeros(last + 1), np.empty(last + 1)
     for pointer, loss, step in zip(back, losses, steps, strict=True):
         order = np.lexsort((loss, step))
-        useful = order[np.r_[True, loss[order[1:]] < np.minimum.accumulate(loss[order])[:-1]]]
+        useful = _falling(loss, order)
         pointer.fill(useful[0])
         best = value + loss[useful[0]]
         for option in useful[1:]:
@@ -191,6 +191,12 @@ def _least_maximum(losses: list[FloatArray], costs: list[FloatArray], limits: Fl
 
 def _cheaper_and_cheaper(loss: FloatArray, cost: FloatArray) -> IntArray:
     """Options by rising loss, each cheaper than all before it."""
-    order = np.lexsort((cost, loss))
-    kept: IntArray = order[np.r_[True, cost[order[1:]] < np.minimum.accumulate(cost[order])[:-1]]]
-    return kept
+    return _falling(cost, np.lexsort((cost, loss)))
+
+
+def _falling(values: FloatArray, order: IntArray) -> IntArray:
+    """Of positions in an order those whose value is below all before, the first one always."""
+    ranked = values[order]
+    kept = np.ones(len(order), dtype=np.bool_)
+    kept[1:] = ranked[1:] < np.minimum.accumulate(ranked)[:-1]
+    return order[kept]
