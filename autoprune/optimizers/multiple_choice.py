@@ -26,10 +26,10 @@ def choose_options(
     """Choose one option of each dimension, with the least loss that each of many budgets allows.
 
     ``"sum"`` minimises the sum of the losses by dynamic programming over costs in `bins` equal steps between the
-    cheapest choice and the largest budget: O(d k bins) time for all budgets together, d bins bytes of memory. Costs are
-    rounded up, so no answer exceeds its budget, and each is at least as good as the exact optimum of a budget smaller by
-    d bins. It is the exact optimum where costs are whole numbers and their greatest common divisor takes no more than
-    `bins` steps. Among equal losses the cheaper option wins.
+    cheapest choice and the largest budget: O(d k bins) time for all budgets together, d bins bytes of memory. Costs
+    are rounded up, so no answer exceeds its budget, and each is at least as good as the exact optimum of a budget
+    smaller by d bins. Where costs are whole numbers whose greatest common divisor takes no more than `bins` steps, it
+    is the exact optimum. Among equal losses the cheaper option wins.
 
     ``"minimax"`` minimises the largest loss, exactly, and among those choices the cost: every dimension takes the
     cheapest option whose loss is within the largest. What is left of the budget stays unspent, because the least sum

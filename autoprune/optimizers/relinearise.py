@@ -55,11 +55,35 @@ def front_of(
             f"got {[len(row) for row in tables]} and {limits.shape}"
         )
     moves = Moves(problem, tables, objective)
-    dense = np.zeros((len(limits), len(problem.sizes)), dtype=np.int64)
-    current = moves.fill(problem.repair(dense, limits), limits)
-    costs, losses = moves.after(current)
-    gated = (moves.idle(costs) & moves.idle(losses)).any(axis=1)
-    current[gated] = moves.settle(dense[gated], limits[gated])
+    best = _relinearise(problem, moves, tables, limits, objective, rounds)
+    best = moves.exchange(best, limits)
+    return moves.fill(_share(problem, moves, best, limits), limits)
+
+
+def spread_budgets(problem: Problem, n: int) -> FloatArray:
+    """Budgets over the budget range, from its top on and then always in the widest gap, shape (n, c).
+
+    What cannot be reached is raised to what the problem's cheapest candidate costs.
+    """
+    places, gaps = [1.0, 0.0], 1
+    while len(places) < n:
+        places += [(2 * i + 1) / (2 * gaps) for i in range(gaps)][::-1]
+        gaps *= 2
+    low, high = problem.budget_range.T
+    wanted: FloatArray = low + np.array(places[:n])[:, None] * (high - low)
+    return reachable(problem, wanted)
+
+
+def reachable(problem: Problem, budgets: FloatArray) -> FloatArray:
+    """Raise budgets (n, c) to what the problem's cheapest candidate costs, and lower them to the limits."""
+    return np.minimum(np.maximum(budgets, problem.costs(problem.cheapest[None])), problem.limits)
+
+
+def _relinearise(
+    problem: Problem, moves: Moves, tables: list[FloatArray], limits: FloatArray, objective: Objective, rounds: int
+) -> IntArray:
+    """The best incumbent seen for each row of limits (m, c), shape (m, d)."""
+    current = _start(problem, moves, limits)
     level = (current / np.maximum(problem.sizes - 1, 1)).mean(axis=1, keepdims=True)
     memory = np.rint(level * problem.ordered * (problem.sizes - 1)).astype(np.int64)
     best, weights = current.copy(), np.ones_like(limits)
@@ -67,8 +91,9 @@ def front_of(
     for _ in range(rounds):
         if not rows.size:
             break
+        scale = weights[rows] / limits[rows]
         answers, memory[rows] = _solve(
-            problem, moves, tables, current[rows], memory[rows], limits[rows], weights[rows], objective
+            problem, moves, tables, current[rows], memory[rows], limits[rows], scale, objective
         )
         settled = moves.settle(answers, limits[rows])
         better = moves.loss(settled) < moves.loss(best[rows])
@@ -76,12 +101,21 @@ def front_of(
         binding = problem.costs(answers) / limits[rows]
         weights[rows] *= np.maximum(binding / binding.max(axis=1, keepdims=True), _LEAST_WEIGHT) ** _SHARPNESS
         weights[rows] = np.maximum(weights[rows] / weights[rows].max(axis=1, keepdims=True), _LEAST_WEIGHT)
-        same = (settled == current[rows]).all(axis=1)
-        unchanged[rows] = np.where(same, unchanged[rows] + 1, 0)
+        unchanged[rows] = np.where((settled == current[rows]).all(axis=1), unchanged[rows] + 1, 0)
         current[rows] = settled
         rows = rows[unchanged[rows] < limits.shape[1]]  # with several limits the weights may still move it
-    best = moves.exchange(best, limits)
-    return moves.fill(_share(problem, moves, best, limits), limits)
+    return best
+
+
+def _start(problem: Problem, moves: Moves, limits: FloatArray) -> IntArray:
+    """Feasible candidates to linearise around first, one for each row of limits."""
+    dense = np.zeros((len(limits), len(problem.sizes)), dtype=np.int64)
+    start = moves.fill(problem.repair(dense, limits), limits)
+    costs, losses = moves.after(start)
+    # The repair moves all dimensions alike, which drops every block at once; single moves, if dearer, choose.
+    gated = (moves.idle(costs) & moves.idle(losses)).any(axis=1)
+    start[gated] = moves.settle(dense[gated], limits[gated])
+    return start
 
 
 def _solve(
@@ -91,10 +125,12 @@ def _solve(
     current: IntArray,
     memory: IntArray,
     limits: FloatArray,
-    weights: FloatArray,
+    scale: FloatArray,
     objective: Objective,
 ) -> tuple[IntArray, IntArray]:
     """The knapsack's answers under costs linearised around feasible incumbents, and the memory, both (n, d).
+
+    `scale` (n, c) turns the costs into the one that the knapsack limits.
 
     What an option costs that makes dimensions relevant, such as keeping a block after all, depends on their options.
     So the memory holds what each dimension was when it last mattered.
@@ -104,7 +140,6 @@ def _solve(
     memory = np.where(idle, memory, current)
     if idle.any():
         costs, losses = moves.after(memory)
-    scale = weights / limits
     at = problem.costs(current)
     change = ((costs - at[:, None]) * scale[:, None]).sum(axis=2)
     slack = np.maximum(((limits - at) * scale).sum(axis=1), 0.0)
