@@ -14,6 +14,7 @@ from autoprune.protocols import FloatArray, IntArray
 
 _SHARPNESS = 8.0  # how fast the weight of a limit follows how binding it is
 _LEAST_WEIGHT = 1e-3
+_ROUNDING = 1e-9  # of a limit: sums of differences must not miss what just fits; true costs decide anyway
 
 
 def front_of(
@@ -142,7 +143,7 @@ def _solve(
         costs, losses = moves.after(memory)
     at = problem.costs(current)
     change = ((costs - at[:, None]) * scale[:, None]).sum(axis=2)
-    slack = np.maximum(((limits - at) * scale).sum(axis=1), 0.0)
+    slack = np.maximum(((limits - at) * scale).sum(axis=1), 0.0) + _ROUNDING
     bins = int(np.clip(64 * len(tables), 1_000, 10_000))
     answers = np.empty_like(current)
     for i, room in enumerate(slack):
