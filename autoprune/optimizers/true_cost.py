@@ -110,6 +110,7 @@ class Moves:
                 break
             swapped = self.fill(self._swap(best[rows], limits[rows]), limits[rows])
             better = self._steer(swapped) < self._steer(best[rows]) - self._tiny
+            better &= self.loss(swapped) <= self.loss(best[rows])  # powers only stand in for the largest loss
             best[rows[better]] = swapped[better]
             rows = rows[better]
         return best
