@@ -18,6 +18,7 @@ _EXCHANGES = 64  # pairs of each candidate that are priced under the true cost, 
 _PARTNERS = 128  # raises and lowerings of each candidate that pairs are made of
 _ROUNDS = 8
 _POWER = 4
+_DIMS_PER_STEP = 32  # so many dimensions allow one more lowering by the same prices, which take the time to make
 
 
 @final
@@ -145,12 +146,20 @@ class Moves:
             harm = losses - self._steer(lowered[rows])[:, None]
             helps = removed > 1e-12 * excess[:, None]
             price = np.where(helps, harm / np.where(helps, removed, 1.0), np.inf)
-            best, helped = price.argmin(axis=1), helps.any(axis=1)
+            helped = helps.any(axis=1)
             lowered[rows[~helped]] = self._problem.repair(lowered[rows[~helped]], limits[rows[~helped]])
-            rows, best = rows[helped], best[helped]
-            lowered[rows, self.dims[best]] = self.options[best]
-            lowered[rows] = self._problem.canonical(lowered[rows])
-            rows = rows[~self._problem.feasible(lowered[rows], limits[rows])]
+            rows, price = rows[helped], price[helped]
+            for _ in range(1 + candidates.shape[1] // _DIMS_PER_STEP):
+                best = price.argmin(axis=1)
+                helped = np.isfinite(price.min(axis=1))
+                moved, best = rows[helped], best[helped]
+                lowered[moved, self.dims[best]] = self.options[best]
+                lowered[moved] = self._problem.canonical(lowered[moved])
+                price[helped] = np.where(self.dims == self.dims[best][:, None], np.inf, price[helped])
+                over = ~self._problem.feasible(lowered[rows], limits[rows])
+                rows, price = rows[over], price[over]
+                if not rows.size:
+                    break
         if rows.size:
             lowered[rows] = self._problem.repair(lowered[rows], limits[rows])
         return lowered
