@@ -29,7 +29,7 @@ class Archive:
         self._problem = problem
         self._seed = seed
         self._seeds = problem.repair(problem.seeds)
-        self._told: dict[bytes, tuple[bool, int, str, bytes]] = {}
+        self._told: dict[bytes, tuple[bool, int, str, bytes, bytes, bytes]] = {}
         self._pending: set[bytes] = set()
         self._ok: tuple[IntArray, FloatArray] | None = None
 
@@ -39,25 +39,51 @@ class Archive:
     def tell(self, evaluations: Evaluations) -> None:
         """Remember evaluations; of two for one candidate the ``ok`` one counts, then that with more samples."""
         candidates = np.asarray(self._problem.canonical(evaluations.candidates), dtype=np.int64)
-        rows = zip(candidates, evaluations.status, evaluations.samples, evaluations.objectives, strict=True)
-        for candidate, status, samples, objectives in rows:
-            if status != FAILED and not np.isfinite(objectives).all():
-                status = FAILED
+        status = np.where(np.isfinite(evaluations.objectives).all(axis=1), evaluations.status, FAILED).tolist()
+        values = (evaluations.objectives, evaluations.stderr, evaluations.distortion)
+        columns = [[np.asarray(row, dtype=np.float64).tobytes() for row in column] for column in values]
+        rows = zip(candidates, status, evaluations.samples.tolist(), *columns, strict=True)
+        for candidate, fate, samples, *measured in rows:
             key = candidate.tobytes()
-            row = (status == OK, int(samples), status, np.asarray(objectives, dtype=np.float64).tobytes())
+            row = (fate == OK, samples, fate, *measured)
             self._pending.discard(key)
             self._told[key] = max(row, self._told.get(key, row))
         self._ok = None
 
     def ok(self) -> tuple[IntArray, FloatArray]:
-        """The fully evaluated candidates (n, d) and their objectives (n, m), sorted."""
+        """The feasible candidates evaluated in full (n, d) and their objectives (n, m), sorted."""
         if self._ok is None:
-            rows = sorted((key, row[3]) for key, row in self._told.items() if row[0])
-            candidates = np.frombuffer(b"".join(key for key, _ in rows), dtype=np.int64)
-            objectives = np.frombuffer(b"".join(values for _, values in rows), dtype=np.float64)
-            n = len(rows)
-            self._ok = candidates.reshape(n, len(self._problem.sizes)), objectives.reshape(n, -1 if n else 0)
+            rows = self._rows([key for key, row in self._told.items() if row[0]])
+            feasible = self._problem.feasible(rows.candidates)
+            self._ok = rows.candidates[feasible], rows.objectives[feasible]
         return self._ok
+
+    def probes(self) -> Evaluations:
+        """What was told of candidates that change at most one dimension, feasible or not, sorted."""
+        told = self._unpack(list(self._told))
+        return self._rows([key for key, probing in zip(self._told, self._problem.probes(told), strict=True) if probing])
+
+    def known(self) -> IntArray:
+        """Everything told or pending, sorted, shape (n, d)."""
+        return self._unpack(sorted(self._told.keys() | self._pending))
+
+    def _unpack(self, keys: list[bytes]) -> IntArray:
+        return np.frombuffer(b"".join(keys), dtype=np.int64).reshape(len(keys), len(self._problem.sizes))
+
+    def _rows(self, keys: list[bytes]) -> Evaluations:
+        """Evaluations of told candidates, sorted; reasons are not kept."""
+        keys, n = sorted(keys), len(keys)
+        rows = [self._told[key] for key in keys]
+        columns = [np.frombuffer(b"".join(row[i] for row in rows), dtype=np.float64) for i in (3, 4, 5)]  # type: ignore[misc]
+        return Evaluations(
+            candidates=self._unpack(keys),
+            objectives=columns[0].reshape(n, -1 if n else 0),
+            stderr=columns[1].reshape(n, -1 if n else 0),
+            samples=np.array([row[1] for row in rows], dtype=np.int64),
+            status=tuple(row[2] for row in rows),
+            reasons=("",) * n,
+            distortion=columns[2],
+        )
 
     def ask(self, n: int, propose: Propose) -> IntArray:
         """Return up to `n` candidates never returned or told before, shape (<= n, d).
