@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from autoprune.optimizers import NSGA2, OPTIMIZERS, RandomSearch, find_optimizer, uniform_seeds
+from autoprune.optimizers import NSGA2, OPTIMIZERS, Bayes, LevelSwitch, RandomSearch, find_optimizer, uniform_seeds
 from autoprune.pareto import hypervolume
 from autoprune.protocols import FAILED, OK, RACED
 from autoprune.testing.contracts import OptimizerContract
@@ -30,7 +30,12 @@ LARGE_AND_TINY = {
     "table": (lambda: table_problem([7] * 20, seed=0, budget=0.6), lambda: table_problem([5, 5], seed=0, budget=0.7)),
     "blocks": (lambda: blocks_problem(4, seed=0), lambda: blocks_problem(1, seed=0, budget=0.8)),
 }
-MAKERS = [pytest.param(RandomSearch, id="random"), pytest.param(NSGA2, id="nsga2")]
+MAKERS = [
+    pytest.param(RandomSearch, id="random"),
+    pytest.param(NSGA2, id="nsga2"),
+    pytest.param(LevelSwitch, id="level_switch"),
+    pytest.param(Bayes, id="bayes"),
+]
 
 
 @pytest.mark.parametrize("maker", MAKERS, scope="class")
@@ -136,7 +141,10 @@ def test_names_classes_functions_and_instances_make_an_optimizer():
 
 def test_an_unknown_optimizer_is_refused_with_the_names_there_are():
     problem = additive_problem([3, 3], seed=0).problem
-    with pytest.raises(ValueError, match=r"optimizer must be one of \['auto', 'nsga2', 'random'\], got 'nsga3'"):
+    with pytest.raises(
+        ValueError,
+        match=r"optimizer must be one of \['auto', 'bayes', 'level_switch', 'nsga2', 'random'\], got 'nsga3'",
+    ):
         find_optimizer("nsga3")(problem, 0)
     with pytest.raises(TypeError, match=r"have ask and tell, got 3"):
         find_optimizer(3)(problem, 0)
