@@ -22,11 +22,12 @@ _MOST_PAIRED = 256
 class NSGA2:
     """Breeds candidates from the best trials so far, ranked by dominance and then by crowding.
 
-    It starts from the problem's seeds, followed by random candidates up to `population` if the seeds are fewer than half
-    of that, and then works in a steady state: the parents are the best `population` of all evaluated trials (raced and
-    failed ones never), whenever their results came. Half of the children are shifted as a whole to a cost drawn from
-    the budget range, up or down, so that the front spans it and the profile found for one budget serves the others.
-    What a child's cost leaves free, it is raised by. Crossover exchanges blocks of dimensions that the costs couple.
+    It starts from the problem's seeds, followed by random candidates up to `population` if the seeds are fewer than
+    half of that. Then it works in a steady state: the parents are the best `population` of all evaluated trials (raced
+    and failed ones never), whenever their results came. Half of the children are shifted as a whole to a cost drawn
+    from the budget range, up or down, so that the front spans it and the profile found for one budget serves the
+    others. Every child is then raised as far as its cost allows. Crossover exchanges blocks of dimensions that the
+    costs couple.
 
     Args:
         problem: What to search.
@@ -35,7 +36,8 @@ class NSGA2:
 
     Reference:
         Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", IEEE Transactions on Evolutionary
-        Computation 6(2), 2002, with pymoo's rounded polynomial mutation. The crossover by random blocks of coupled dimensions is ours.
+        Computation 6(2), 2002, with pymoo's rounded polynomial mutation. The crossover by random blocks
+        of coupled dimensions is ours.
     """
 
     def __init__(self, problem: Problem, seed: int = 0, population: int = 20) -> None:
@@ -140,7 +142,7 @@ def find_coupled(problem: Problem) -> IntArray:
 
 
 def _blocks(coupled: IntArray, n: int, d: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Which entries change places in n crossovers, shape (n, d): half of the blocks, each a chain of coupled dimensions.
+    """Which entries change places in n crossovers, shape (n, d): half of the blocks of coupled dimensions.
 
     Each coupling holds with probability a half, anew in every crossover, so that blocks of all sizes occur; dimensions
     without couplings are blocks of one, as in uniform crossover.
