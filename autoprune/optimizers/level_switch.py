@@ -48,37 +48,59 @@ class LevelSwitch:
             raise ValueError(f"population and niches must be at least 1, got {population} and {niches}")
         self._problem = problem
         self._population = population
-        low, high = problem.budget_range.T
-        reachable = problem.costs(problem.cheapest[None])[0]
-        budgets = low + np.linspace(0.0, 1.0, niches)[::-1, None] * (high - low)
-        self._budgets = np.minimum(np.maximum(budgets, reachable), problem.limits)
+        self._niches = niches
         self._archive = Archive(problem, seed)
 
     def ask(self, n: int) -> IntArray:
         """Return up to `n` new feasible candidates, int64, shape (<= n, d); empty when none is left."""
         enough = len(self._archive) >= _START and len(self._archive.ok()[0]) > 0
-        return self._archive.ask(n, self._breed if enough else lambda k, rng: draw(self._problem, k, rng))
+        return self._archive.ask(n, self._children if enough else lambda k, rng: draw(self._problem, k, rng))
 
     def tell(self, evaluations: Evaluations) -> None:
         """Learn from evaluations, in any order."""
         self._archive.tell(evaluations)
 
-    def _breed(self, n: int, rng: np.random.Generator) -> IntArray:
-        """Return `n` feasible children, shape (n, d); some may be known already."""
-        candidates, objectives = self._archive.ok()
-        ranked = np.argsort(objectives[:, 0], kind="stable")
-        affordable = (objectives[ranked, None, 1:] <= self._budgets).all(axis=2)
-        elites = [ranked[column][: self._population] for column in affordable.T]
-        niche = rng.integers(len(self._budgets), size=n)
-        source = np.where(rng.random(n) < _EXCHANGE, rng.integers(len(self._budgets), size=n), niche)
-        chosen = [elites[k] if len(elites[k]) else ranked[-1:] for k in source]
-        rows = np.array([rng.choice(own) for own in chosen], dtype=np.int64)
-        parents, limits = candidates[rows], self._budgets[niche]
-        moved = (source != niche) | ~self._problem.feasible(parents, limits)
-        if moved.any():
-            levels = parents[moved] / np.maximum(self._problem.sizes - 1, 1)
-            parents[moved] = move_to_costs(self._problem, levels, limits[moved])
-        return switch_levels(self._problem, parents, limits, rng)
+    def _children(self, n: int, rng: np.random.Generator) -> IntArray:
+        return evolve(self._problem, *self._archive.ok(), n, rng, self._population, self._niches)
+
+
+def evolve(
+    problem: Problem,
+    candidates: IntArray,
+    objectives: FloatArray,
+    n: int,
+    rng: np.random.Generator,
+    population: int = 1,
+    niches: int = 16,
+) -> IntArray:
+    """Make children of the elites of each budget: what `LevelSwitch` does after its start.
+
+    Args:
+        problem: The space and its costs.
+        candidates: What was evaluated in full, shape (k, d), k >= 1.
+        objectives: Of the candidates: the signal, then the costs, lower is better, shape (k, m).
+        n: How many children.
+        rng: Where chance comes from.
+        population: Elites of each niche.
+        niches: Budgets, evenly spaced over the budget range.
+
+    Returns:
+        Feasible children, shape (n, d); some may be known already, or equal.
+    """
+    low, high = problem.budget_range.T
+    budgets = low + np.linspace(1.0, 0.0, niches)[:, None] * (high - low)
+    budgets = np.minimum(np.maximum(budgets, problem.costs(problem.cheapest[None])), problem.limits)
+    ranked = np.argsort(objectives[:, 0], kind="stable")
+    affordable = (objectives[ranked, None, 1:] <= budgets).all(axis=2)
+    elites = [ranked[met][:population] if met.any() else ranked for met in affordable.T]
+
+    niche = rng.integers(niches, size=n)
+    source = np.where(rng.random(n) < _EXCHANGE, rng.integers(niches, size=n), niche)
+    parents = candidates[[rng.choice(elites[k]) for k in source]]
+    moved = (source != niche) | ~problem.feasible(parents, budgets[niche])
+    levels = parents[moved] / np.maximum(problem.sizes - 1, 1)
+    parents[moved] = move_to_costs(problem, levels, budgets[niche[moved]])
+    return switch_levels(problem, parents, budgets[niche], rng)
 
 
 def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: np.random.Generator) -> IntArray:

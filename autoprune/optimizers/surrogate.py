@@ -152,7 +152,7 @@ def _models() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"ridge({penalty})", partial(ridge, penalty)
     for scale, noise in ((3.0, 0.003), (3.0, 0.1), (10.0, 0.1)):
         yield f"gp({scale}, {noise})", partial(process, scale, noise)
-    yield "trees", partial(ExtraTreesRegressor, 20, min_samples_leaf=2, random_state=0)
+    yield "trees", partial(ExtraTreesRegressor, 10, min_samples_leaf=2, random_state=0)
 
 
 def _with_squares(x: FloatArray) -> FloatArray:
