@@ -5,7 +5,16 @@ import sys
 import numpy as np
 import pytest
 
-from autoprune.optimizers import NSGA2, OPTIMIZERS, Knapsack, RandomSearch, find_optimizer, uniform_seeds
+from autoprune.optimizers import (
+    NSGA2,
+    OPTIMIZERS,
+    Bayes,
+    Knapsack,
+    LevelSwitch,
+    RandomSearch,
+    find_optimizer,
+    uniform_seeds,
+)
 from autoprune.pareto import hypervolume
 from autoprune.protocols import FAILED, OK, RACED
 from autoprune.testing.contracts import OptimizerContract
@@ -40,12 +49,13 @@ def knapsack(problem, seed):
 MAKERS = [
     pytest.param(RandomSearch, id="random"),
     pytest.param(NSGA2, id="nsga2"),
+    pytest.param(LevelSwitch, id="level_switch"),
+    pytest.param(Bayes, id="bayes"),
     pytest.param(knapsack, id="knapsack"),
 ]
 
 
-@pytest.mark.parametrize("maker", MAKERS, scope="class")
-@pytest.mark.parametrize("kind", LARGE_AND_TINY, scope="class")
+@pytest.mark.parametrize(("maker", "kind"), CASES, scope="class")
 class TestEveryOptimizer(OptimizerContract):
     @pytest.fixture(autouse=True)
     def _case(self, maker, kind):
@@ -148,15 +158,23 @@ def test_names_classes_functions_and_instances_make_an_optimizer():
 def test_an_unknown_optimizer_is_refused_with_the_names_there_are():
     problem = additive_problem([3, 3], seed=0).problem
     with pytest.raises(
-        ValueError, match=r"optimizer must be one of \['auto', 'knapsack', 'nsga2', 'random'\], got 'nsga3'"
+        ValueError,
+        match=r"must be one of \['auto', 'bayes', 'knapsack', 'level_switch', 'nsga2', 'random'\], got 'nsga3'",
     ):
         find_optimizer("nsga3")(problem, 0)
     with pytest.raises(TypeError, match=r"have ask and tell, got 3"):
         find_optimizer(3)(problem, 0)
     with pytest.raises(ValueError, match="population must be at least 4, got 1"):
         NSGA2(problem, 0, population=1)
+    with pytest.raises(ValueError, match="population and niches must be at least 1, got 1 and 0"):
+        LevelSwitch(problem, 0, niches=0)
+    with pytest.raises(ValueError, match=r"sampler must be one of \['tpe', 'gp'\], got 'cmaes'"):
+        Bayes(problem, 0, sampler="cmaes")
 
 
-def test_importing_the_optimizers_does_not_import_pymoo():
-    code = "import sys, autoprune.optimizers, autoprune.budget, autoprune.pareto; sys.exit('pymoo' in sys.modules)"
+def test_importing_the_optimizers_does_not_import_the_libraries_behind_them():
+    code = (
+        "import sys, autoprune.optimizers.surrogate, autoprune.budget, autoprune.pareto; "
+        "sys.exit(len({'pymoo', 'optuna', 'sklearn'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,17 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+from autoprune.optimizers.bayes import Bayes
 from autoprune.optimizers.knapsack import Knapsack
+from autoprune.optimizers.level_switch import LevelSwitch
 from autoprune.optimizers.nsga2 import NSGA2
 from autoprune.optimizers.problem import Problem, uniform_seeds
 from autoprune.optimizers.random import RandomSearch
 from autoprune.protocols import Optimizer
 
-__all__ = ["NSGA2", "OPTIMIZERS", "Knapsack", "Problem", "RandomSearch", "find_optimizer", "uniform_seeds"]
+__all__ = [
+    "NSGA2",
+    "OPTIMIZERS",
+    "Bayes",
+    "Knapsack",
+    "LevelSwitch",
+    "Problem",
+    "RandomSearch",
+    "find_optimizer",
+    "uniform_seeds",
+]
 
 MakeOptimizer = Callable[[Problem, int], Optimizer]
 
-OPTIMIZERS: dict[str, MakeOptimizer] = {"auto": NSGA2, "knapsack": Knapsack, "nsga2": NSGA2, "random": RandomSearch}
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "auto": NSGA2,
+    "bayes": Bayes,
+    "knapsack": Knapsack,
+    "level_switch": LevelSwitch,
+    "nsga2": NSGA2,
+    "random": RandomSearch,
+}
 """What `search(optimizer=)` knows by name."""
 
 

@@ -78,3 +78,31 @@ def move_to_costs(problem: Problem, levels: FloatArray, costs: FloatArray) -> In
         within, over = np.where(met, middle, within), np.where(met, over, middle)
     # The last profile over the limits, not the first within: the repair then fills up what the common shift left.
     return problem.repair(shifted(over), limits)
+
+
+def fill_up(problem: Problem, candidates: IntArray, limits: FloatArray, rng: np.random.Generator) -> IntArray:
+    """Raise dimensions towards dense while the limits allow, because what the budget has left is lost otherwise.
+
+    Every candidate takes its dimensions in a random order of its own, and each as far as it goes one option at a time.
+    Dimensions without an order stay.
+
+    Args:
+        problem: The space and its costs.
+        candidates: Feasible within `limits`, shape (n, d).
+        limits: The most that each candidate may cost, shape (n, c).
+        rng: Draws the orders.
+
+    Returns:
+        Canonical candidates within their limits, shape (n, d).
+    """
+    filled, rows = candidates.copy(), np.arange(len(candidates))
+    for dim in np.argsort(rng.random(filled.shape), axis=1).T:
+        active = np.flatnonzero(problem.ordered[dim] & (filled[rows, dim] > 0))
+        while active.size:
+            raised = filled[active]
+            raised[np.arange(len(active)), dim[active]] -= 1
+            met = problem.feasible(raised, limits[active])
+            active = active[met]
+            filled[active] = raised[met]
+            active = active[filled[active, dim[active]] > 0]
+    return np.array(problem.canonical(filled))

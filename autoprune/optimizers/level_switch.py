@@ -1,0 +1,167 @@
+"""Evolution that pays for what it raises: some dimensions move towards dense, others lose what that costs."""
+
+from __future__ import annotations
+
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.optimizers.archive import Archive
+from autoprune.optimizers.problem import Problem
+from autoprune.optimizers.random import draw, fill_up, move_to_costs
+from autoprune.protocols import Evaluations, FloatArray, IntArray
+
+_START = 12  # candidates known before evolution starts, random ones where there are fewer seeds
+_EXCHANGE = 0.7  # of the parents come from any niche: what is good for one budget mostly is for its neighbours
+_MOST_SWITCHES = 3
+_STEP = 0.25  # mean step, as a share of a dimension's options: a few hundred trials have no time for small steps
+
+
+@final
+class LevelSwitch:
+    """(1 + lambda) or small-population evolution in several budgets at once, by trading one dimension for another.
+
+    The budget range holds `niches` budgets. The elites of each are the `population` best trials that it can afford,
+    whatever they were made for, so what is found for one budget serves all dearer ones at once. A child is made for one
+    niche. Its parent is an elite of that niche, or of any, then shifted as a whole to this niche's cost. The child
+    raises few dimensions and lowers others until it is within the budget again (`switch_levels`). The search starts
+    from the problem's seeds, and from random candidates while fewer than 12 are known.
+
+    Departures from the paper: it switches levels of equal cost one for one, where here the true cost decides how far
+    others must fall; steps may be longer than one level; one search serves many budgets; and every child is scored at
+    the same fidelity, because stopping early is not an optimizer's business here.
+
+    Args:
+        problem: What to search.
+        seed: Not negative; the same seed gives the same proposals for the same history.
+        population: Elites that each niche breeds from; 1 is the paper's (1 + lambda).
+        niches: Budgets, evenly spaced over the budget range.
+
+    Reference:
+        Sieberling, Kuznedelev, Kurtic and Alistarh, "EvoPress: Accurate Dynamic Model Compression via Evolutionary
+        Search", ICML 2025, arXiv:2410.14649.
+    """
+
+    def __init__(self, problem: Problem, seed: int = 0, population: int = 1, niches: int = 16) -> None:
+        if population < 1 or niches < 1:
+            raise ValueError(f"population and niches must be at least 1, got {population} and {niches}")
+        self._problem = problem
+        self._population = population
+        self._niches = niches
+        self._archive = Archive(problem, seed)
+
+    def ask(self, n: int) -> IntArray:
+        """Return up to `n` new feasible candidates, int64, shape (<= n, d); empty when none is left."""
+        enough = len(self._archive) >= _START and len(self._archive.ok()[0]) > 0
+        return self._archive.ask(n, self._children if enough else lambda k, rng: draw(self._problem, k, rng))
+
+    def tell(self, evaluations: Evaluations) -> None:
+        """Learn from evaluations, in any order."""
+        self._archive.tell(evaluations)
+
+    def _children(self, n: int, rng: np.random.Generator) -> IntArray:
+        return evolve(self._problem, *self._archive.ok(), n, rng, self._population, self._niches)
+
+
+def evolve(
+    problem: Problem,
+    candidates: IntArray,
+    objectives: FloatArray,
+    n: int,
+    rng: np.random.Generator,
+    population: int = 1,
+    niches: int = 16,
+) -> IntArray:
+    """Make children of the elites of each budget: what `LevelSwitch` does after its start.
+
+    Args:
+        problem: The space and its costs.
+        candidates: What was evaluated in full, shape (k, d), k >= 1.
+        objectives: Of the candidates: the signal, then the costs, lower is better, shape (k, m).
+        n: How many children.
+        rng: Where chance comes from.
+        population: Elites of each niche.
+        niches: Budgets, evenly spaced over the budget range.
+
+    Returns:
+        Feasible children, shape (n, d); some may be known already, or equal.
+    """
+    low, high = problem.budget_range.T
+    budgets = low + np.linspace(1.0, 0.0, niches)[:, None] * (high - low)
+    budgets = np.minimum(np.maximum(budgets, problem.costs(problem.cheapest[None])), problem.limits)
+    ranked = np.argsort(objectives[:, 0], kind="stable")
+    affordable = (objectives[ranked, None, 1:] <= budgets).all(axis=2)
+    elites = [ranked[met][:population] if met.any() else ranked for met in affordable.T]
+
+    niche = rng.integers(niches, size=n)
+    source = np.where(rng.random(n) < _EXCHANGE, rng.integers(niches, size=n), niche)
+    parents = candidates[[rng.choice(elites[k]) for k in source]]
+    moved = (source != niche) | ~problem.feasible(parents, budgets[niche])
+    levels = parents[moved] / np.maximum(problem.sizes - 1, 1)
+    parents[moved] = move_to_costs(problem, levels, budgets[niche[moved]])
+    return switch_levels(problem, parents, budgets[niche], rng)
+
+
+def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: np.random.Generator) -> IntArray:
+    """Raise one to three dimensions of every parent, and lower others until it is affordable again.
+
+    Few switches are more likely than many: their number is the lesser of two uniform draws, as in EvoPress. A dimension
+    without an order takes another option at random, which may raise or lower the cost. What the last step down freed
+    in excess then goes to dimensions in random order, as far as it reaches.
+
+    Args:
+        problem: The space and its costs.
+        parents: Shape (n, d), feasible within `limits`.
+        limits: The most that each child may cost, shape (n, c).
+        rng: Where chance comes from.
+
+    Returns:
+        One child for each parent, canonical and within its limits, shape (n, d); rarely the parent itself, where the
+        way back is all that is affordable.
+    """
+    children, order = parents.copy(), np.argsort(rng.random(parents.shape), axis=1)
+    raised = _raise_some(problem, children, order, rng)
+    _pay(problem, children, raised, order[:, ::-1], limits, rng)
+    return fill_up(problem, problem.repair(children, limits), limits, rng)
+
+
+def _raise_some(problem: Problem, children: IntArray, order: IntArray, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Raise the first dimensions in order (n, d) that can be raised, in place; return which, shape (n, d)."""
+    rows, last = np.arange(len(children)), problem.sizes - 1
+    switches = rng.integers(1, _MOST_SWITCHES + 1, size=(len(children), 2)).min(axis=1)
+    raised = np.zeros(children.shape, dtype=np.bool_)
+    for dim in order.T:
+        options = children[rows, dim]
+        other = (options + rng.integers(1, np.maximum(last[dim], 1) + 1)) % (last[dim] + 1)
+        value = np.where(problem.ordered[dim], np.maximum(options - _steps(last[dim], rng), 0), other)
+        move = (value != options) & (raised.sum(axis=1) < switches)
+        children[rows[move], dim[move]] = value[move]
+        raised[rows[move], dim[move]] = True
+    return raised
+
+
+def _pay(
+    problem: Problem,
+    children: IntArray,
+    raised: NDArray[np.bool_],
+    order: IntArray,
+    limits: FloatArray,
+    rng: np.random.Generator,
+) -> None:
+    """Lower dimensions that were not raised, in order (n, d), in place, until the limits are met or all have paid."""
+    rows, last = np.arange(len(children)), problem.sizes - 1
+    over = ~problem.feasible(children, limits)
+    for dim in order.T:
+        room = np.where(problem.ordered[dim] & ~raised[rows, dim], last[dim] - children[rows, dim], 0)
+        steps = np.minimum(_steps(last[dim], rng), room)
+        for step in range(1, int(steps[over].max(initial=0)) + 1):
+            move = np.flatnonzero(over & (steps >= step))
+            children[move, dim[move]] += 1
+            over[move] = ~problem.feasible(children[move], limits[move])
+
+
+def _steps(last: IntArray, rng: np.random.Generator) -> IntArray:
+    """How many options to move at once, at least one, for dimensions of last + 1 options; shape (n,)."""
+    steps: IntArray = 1 + np.floor(rng.exponential(_STEP, len(last)) * last).astype(np.int64)
+    return steps
