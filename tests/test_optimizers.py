@@ -46,12 +46,13 @@ def knapsack(problem, seed):
     return Knapsack(dataclasses.replace(problem, trials=40), seed)
 
 
-MAKERS = [
-    pytest.param(RandomSearch, id="random"),
-    pytest.param(NSGA2, id="nsga2"),
-    pytest.param(LevelSwitch, id="level_switch"),
-    pytest.param(Bayes, id="bayes"),
-    pytest.param(knapsack, id="knapsack"),
+NAMED = {"random": RandomSearch, "nsga2": NSGA2, "level_switch": LevelSwitch, "bayes": Bayes, "knapsack": knapsack}
+MAKERS = [pytest.param(maker, id=name) for name, maker in NAMED.items()]
+CASES = [
+    pytest.param(maker, kind, id=f"{name}-{kind}")
+    for name, maker in NAMED.items()
+    for kind in LARGE_AND_TINY
+    if maker is not Bayes or kind in ("additive", "blocks")  # it is slow; these two are without and with categories
 ]
 
 
