@@ -113,7 +113,7 @@ def _start(problem: Problem, moves: Moves, limits: FloatArray) -> IntArray:
     dense = np.zeros((len(limits), len(problem.sizes)), dtype=np.int64)
     start = moves.fill(problem.repair(dense, limits), limits)
     costs, losses = moves.after(start)
-    # The repair moves all dimensions alike, which drops every block at once; single moves, if dearer, choose.
+    # The repair moves all dimensions alike, which drops every block at once; single moves choose, but take longer.
     gated = (moves.idle(costs) & moves.idle(losses)).any(axis=1)
     start[gated] = moves.settle(dense[gated], limits[gated])
     return start
