@@ -88,11 +88,11 @@ def evolve(
         Feasible children, shape (n, d); some may be known already, or equal.
     """
     low, high = problem.budget_range.T
-    budgets = low + np.linspace(1.0, 0.0, niches)[:, None] * (high - low)
+    budgets = low + np.linspace(0.0, 1.0, niches)[::-1, None] * (high - low)
     budgets = np.minimum(np.maximum(budgets, problem.costs(problem.cheapest[None])), problem.limits)
     ranked = np.argsort(objectives[:, 0], kind="stable")
     affordable = (objectives[ranked, None, 1:] <= budgets).all(axis=2)
-    elites = [ranked[met][:population] if met.any() else ranked for met in affordable.T]
+    elites = [ranked[met][:population] if met.any() else ranked[-1:] for met in affordable.T]
 
     niche = rng.integers(niches, size=n)
     source = np.where(rng.random(n) < _EXCHANGE, rng.integers(niches, size=n), niche)
