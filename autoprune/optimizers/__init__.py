@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+from autoprune.optimizers.auto import Auto
 from autoprune.optimizers.bayes import Bayes
 from autoprune.optimizers.knapsack import Knapsack
 from autoprune.optimizers.level_switch import LevelSwitch
@@ -28,7 +29,7 @@ __all__ = [
 MakeOptimizer = Callable[[Problem, int], Optimizer]
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
-    "auto": NSGA2,
+    "auto": Auto,
     "bayes": Bayes,
     "knapsack": Knapsack,
     "level_switch": LevelSwitch,

@@ -1,0 +1,173 @@
+"""The default: the knapsack's front on measured tables, refined on assembled candidates and screened by a surrogate."""
+
+from __future__ import annotations
+
+from typing import final
+
+import numpy as np
+
+from autoprune.optimizers.archive import Archive
+from autoprune.optimizers.coefficients import corrected_tables
+from autoprune.optimizers.level_switch import evolve
+from autoprune.optimizers.nsga2 import breed, find_coupled
+from autoprune.optimizers.problem import Problem
+from autoprune.optimizers.relinearise import front_of, reachable, spread_budgets
+from autoprune.optimizers.sensitivity import SHARE, Table, next_probes, table_of
+from autoprune.optimizers.surrogate import Surrogate
+from autoprune.protocols import Evaluations, FloatArray, IntArray
+
+_SCAN_BUDGETS, _FIRST_FRONT, _FRONT = 5, 5, 9  # numbers of budgets that leave equal gaps
+_QUICK_ROUNDS = 2
+_LEAST_ADDITIVE = 0.5  # rank correlation of summed and joint losses, below which the table's front is left early
+_FEWEST = 4  # trials to breed from
+_PROPOSALS = 80  # of each kind, for every ask
+_KNAPSACKS = 400  # dimensions times budgets of the knapsacks solved for one ask
+_AT_LIMIT = 1.3  # stretches the budgets aimed at, so that about a quarter of them are the limit itself
+_UNSCREENED = 4  # one in so many is not screened, so that the surrogate learns where it errs
+_GREED = 0.7  # probability of taking the best prediction; else the next one, and so on
+_WINDOW = 0.1  # of the budget range: how near to its budget every second choice must come
+
+
+@final
+class Auto:
+    """Composes the other optimizers; what is told of any candidate serves all of them.
+
+    1. The problem's seeds: dense, uniform pruning, and what the user starts from.
+    2. A scan: what each dimension costs alone, for at most 40 % of the trials (`sensitivity.next_probes`).
+    3. The front that the knapsack finds best by that table, for 9 budgets; for 5 if sums of the table turn out to
+       rank assembled candidates badly.
+    4. Proposals of four kinds until the trials end: knapsacks on tables corrected by what assembled candidates have
+       shown (`corrected_tables`), children of `NSGA2` and of `LevelSwitch`, and one or two changes at random to the
+       best candidate of a budget. A surrogate screens them for budgets spread over the budget range, a quarter at the
+       limit itself, while its cross-validated rank correlation is good; otherwise the kinds take turns.
+
+    Args:
+        problem: What to search.
+        seed: Not negative; the same seed gives the same proposals for the same history.
+    """
+
+    def __init__(self, problem: Problem, seed: int = 0) -> None:
+        self._problem = problem
+        self._archive = Archive(problem, seed)
+        self._surrogate = Surrogate(problem)
+        self._coupled = find_coupled(problem)
+        self._fronts: dict[int, tuple[bytes, IntArray]] = {}
+
+    @property
+    def surrogate_history(self) -> list[tuple[int, float]]:
+        """(feasible candidates evaluated, cross-validated Kendall tau at equal cost) of every surrogate fitted."""
+        return self._surrogate.history
+
+    def ask(self, n: int) -> IntArray:
+        """Return up to `n` new candidates, feasible or single changes, int64, shape (<= n, d); empty at the end."""
+        return self._archive.ask(n, self._propose)
+
+    def tell(self, evaluations: Evaluations) -> None:
+        """Learn from evaluations, in any order."""
+        self._archive.tell(evaluations)
+
+    def _propose(self, n: int, rng: np.random.Generator) -> IntArray:
+        """Probes, then the table's front, then refinements, shape (any, d)."""
+        table, known = table_of(self._problem, self._archive.probes()), self._archive.known()
+        found = [
+            next_probes(self._problem, known, n, lambda: self._front(table, _SCAN_BUDGETS, _QUICK_ROUNDS), share=SHARE)
+        ]
+        if len(found[0]) < n:
+            found.append(_new(self._front(table, _FRONT if self._adds_up(table) else _FIRST_FRONT), known))
+        missing = n - sum(map(len, found))
+        return np.concatenate([*found, self._refine(missing, table, known, rng)] if missing > 0 else found)
+
+    def _adds_up(self, table: Table) -> bool:
+        """Whether sums of the table rank the assembled candidates, or too few are known to tell."""
+        from scipy.stats import spearmanr
+
+        candidates, objectives = self._archive.ok()
+        joint = np.count_nonzero(candidates, axis=1) > 1
+        summed = sum(row[candidates[joint, j]] for j, row in enumerate(table.losses))
+        if joint.sum() < _FIRST_FRONT or np.ptp(summed) == 0 or np.ptp(objectives[joint, 0]) == 0:
+            return True
+        return bool(spearmanr(summed, objectives[joint, 0]).statistic >= _LEAST_ADDITIVE)
+
+    def _refine(self, n: int, table: Table, known: IntArray, rng: np.random.Generator) -> IntArray:
+        """Return proposals, the `n` most promising first, shape (any, d)."""
+        problem, (candidates, objectives) = self._problem, self._archive.ok()
+        low, high = problem.budget_range.T
+        place = _AT_LIMIT * (np.arange(n) + rng.uniform(-0.5, 0.5, n)) / max(n - 1, 1)
+        budgets = reachable(problem, low + np.clip(place, 0.0, 1.0)[:, None] * (high - low))
+        solved = rng.permutation(budgets)[: max(_KNAPSACKS // len(problem.sizes), 1)]
+        tables = corrected_tables(table, candidates, objectives, rng)
+        kinds = [front_of(problem, tables, solved, rounds=_QUICK_ROUNDS)]
+        if len(candidates) >= _FEWEST:
+            kinds += [
+                breed(problem, candidates, objectives, _PROPOSALS, rng, coupled=self._coupled),
+                evolve(problem, candidates, objectives, _PROPOSALS, rng),
+                _vary(problem, _elites(candidates, objectives, budgets), _PROPOSALS, rng),
+            ]
+        proposals = _in_turn([rng.permutation(_new(kind, known)) for kind in kinds])
+        self._surrogate.fit(candidates, objectives)
+        if not self._surrogate.trusted or not len(proposals):
+            return proposals
+        return np.concatenate([self._screen(proposals, budgets, rng)[: n - n // _UNSCREENED], proposals])
+
+    def _screen(self, proposals: IntArray, budgets: FloatArray, rng: np.random.Generator) -> IntArray:
+        """For each budget a proposal within it that is predicted to be good, shape (<= budgets, d).
+
+        What costs little may be predicted best for every budget. So every second choice must come close to its own.
+        """
+        predicted, costs = self._surrogate.predict(proposals), self._problem.costs(proposals)
+        low, high = self._problem.budget_range.T
+        chosen: list[int] = []
+        for i, budget in enumerate(budgets):
+            fits = (costs <= budget).all(axis=1)
+            if i % 2:
+                fits &= (np.maximum(costs, low) >= budget - _WINDOW * (high - low)).any(axis=1)
+            fits[chosen] = False
+            best = np.flatnonzero(fits)[np.argsort(predicted[fits], kind="stable")]
+            if len(best):
+                chosen.append(int(best[min(rng.geometric(_GREED), len(best)) - 1]))
+        return proposals[np.array(chosen, dtype=np.int64)]
+
+    def _front(self, table: Table, n: int, rounds: int = 6) -> IntArray:
+        """The front of a table for `n` budgets, kept until the table changes."""
+        key = b"".join(row.tobytes() for row in table.losses)
+        if self._fronts.get(n, (b"",))[0] != key:
+            self._fronts[n] = (
+                key,
+                front_of(self._problem, table.losses, spread_budgets(self._problem, n), "sum", rounds),
+            )
+        return self._fronts[n][1]
+
+
+def _elites(candidates: IntArray, objectives: FloatArray, budgets: FloatArray) -> IntArray:
+    """The best candidate within each budget, the best of all where none is, shape (budgets, d)."""
+    ranked = np.argsort(objectives[:, 0], kind="stable")
+    within = (objectives[ranked, None, 1:] <= budgets).all(axis=2)
+    elites: IntArray = candidates[ranked[within.argmax(axis=0)]]
+    return elites
+
+
+def _vary(problem: Problem, elites: IntArray, n: int, rng: np.random.Generator) -> IntArray:
+    """Set one or two entries of elites to any option, repaired; shape (n, d).
+
+    These are not filled up to their budget, as the others are: where a loss is not monotone, less can be better.
+    """
+    varied = rng.choice(elites, n)
+    for share in (1.0, 0.5):
+        rows = np.flatnonzero(rng.random(n) < share)
+        dims = rng.integers(varied.shape[1], size=len(rows))
+        varied[rows, dims] = rng.integers(problem.sizes[dims])
+    return problem.repair(varied)
+
+
+def _new(candidates: IntArray, known: IntArray) -> IntArray:
+    """Those not known, each once, in their order."""
+    seen = {row.tobytes() for row in known}
+    fresh = [key for key in dict.fromkeys(row.tobytes() for row in candidates) if key not in seen]
+    return np.frombuffer(b"".join(fresh), dtype=np.int64).reshape(-1, candidates.shape[1])
+
+
+def _in_turn(kinds: list[IntArray]) -> IntArray:
+    """One of each kind in turn, each once."""
+    rows = [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
+    merged = np.array(rows, dtype=np.int64).reshape(-1, kinds[0].shape[1])
+    return _new(merged, merged[:0])
