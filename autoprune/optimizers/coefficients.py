@@ -46,7 +46,7 @@ def corrected_tables(
             rest = y / slope - total
             noise = max(float(np.var(rest)), 1e-9 * float(np.var(total)))
             covariance = np.linalg.inv(x.T @ x / noise + np.eye(d) / _DOUBT**2)
-            mean = 1 + covariance @ (x.T @ rest) / noise
-            root = np.linalg.cholesky(covariance + 1e-9 * np.eye(d))
+            mean = np.asarray(1 + covariance @ (x.T @ rest) / noise, dtype=np.float64)
+            root = np.asarray(np.linalg.cholesky(covariance + 1e-9 * np.eye(d)), dtype=np.float64)
     drawn = np.maximum(mean + root @ rng.standard_normal(d), _LEAST)
     return [coefficient * row for coefficient, row in zip(drawn, table.losses, strict=True)]
