@@ -39,7 +39,8 @@ PROBLEMS: dict[str, Callable[[int], KnownProblem]] = {
     "table": lambda seed: table_problem([8] * 24, seed, budget=0.6),
     "blocks": lambda seed: blocks_problem(8, seed),
 }
-COMPARED: dict[str, MakeOptimizer] = {name: OPTIMIZERS[name] for name in ("random", "nsga2", "level_switch", "bayes")}
+NAMES = ("random", "nsga2", "level_switch", "bayes", "knapsack", "auto")
+COMPARED: dict[str, MakeOptimizer] = {name: OPTIMIZERS[name] for name in NAMES}
 FEWER_SEEDS = {"bayes": 5}  # where an optimizer is slow
 
 

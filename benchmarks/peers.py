@@ -45,7 +45,6 @@ PEERS: dict[str, methods.Method] = {
     "FastNAS": methods.fastnas,
 }
 OURS: dict[str, methods.Method] = {
-    "autoprune nsga2": partial(methods.ours, optimizer="nsga2"),
     "autoprune auto": partial(methods.ours, optimizer="auto"),
 }
 """The last one is what the targets are about."""

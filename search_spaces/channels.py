@@ -36,10 +36,10 @@ class Channels:
         ValueError: If a setting is out of range, or `options` is empty or unsorted.
     """
 
-    step: float | int = 0.125
+    step: float | int = 0.0625
     round_to: int = 1
     min_width: int = 1
-    min_fraction: float = 0.125
+    min_fraction: float = 0.0625
     options: tuple[float, ...] | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ignore: Sequence[str] = ()

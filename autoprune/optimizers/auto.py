@@ -12,11 +12,12 @@ from autoprune.optimizers.level_switch import evolve
 from autoprune.optimizers.nsga2 import breed, find_coupled
 from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.relinearise import front_of, reachable, spread_budgets
-from autoprune.optimizers.sensitivity import SHARE, Table, next_probes, table_of
+from autoprune.optimizers.sensitivity import Table, next_probes, table_of
 from autoprune.optimizers.surrogate import Surrogate
 from autoprune.protocols import Evaluations, FloatArray, IntArray
 
-_SCAN_BUDGETS, _FIRST_FRONT, _FRONT = 5, 5, 9  # numbers of budgets that leave equal gaps
+_FRONTS = (33, 17, 9, 5)  # numbers of budgets that leave equal gaps
+_FRONT_SHARE = 0.1  # of the trials, the most for the front, but for the least of these numbers
 _QUICK_ROUNDS = 2
 _LEAST_ADDITIVE = 0.5  # rank correlation of summed and joint losses, below which the table's front is left early
 _FEWEST = 4  # trials to breed from
@@ -34,8 +35,8 @@ class Auto:
 
     1. The problem's seeds: dense, uniform pruning, and what the user starts from.
     2. A scan: what each dimension costs alone, for at most 40 % of the trials (`sensitivity.next_probes`).
-    3. The front that the knapsack finds best by that table, for 9 budgets; for 5 if sums of the table turn out to
-       rank assembled candidates badly.
+    3. The front that the knapsack finds best by that table, for a tenth of the trials; for 5 budgets if sums of the
+       table turn out to rank assembled candidates badly.
     4. Proposals of four kinds until the trials end: knapsacks on tables corrected by what assembled candidates have
        shown (`corrected_tables`), children of `NSGA2` and of `LevelSwitch`, and one or two changes at random to the
        best candidate of a budget. A surrogate screens them for budgets spread over the budget range, a quarter at the
@@ -69,11 +70,11 @@ class Auto:
     def _propose(self, n: int, rng: np.random.Generator) -> IntArray:
         """Probes, then the table's front, then refinements, shape (any, d)."""
         table, known = table_of(self._problem, self._archive.probes()), self._archive.known()
-        found = [
-            next_probes(self._problem, known, n, lambda: self._front(table, _SCAN_BUDGETS, _QUICK_ROUNDS), share=SHARE)
-        ]
+        found = [next_probes(self._problem, known, n, lambda: self._front(table, _FRONTS[-1], _QUICK_ROUNDS))]
         if len(found[0]) < n:
-            found.append(_new(self._front(table, _FRONT if self._adds_up(table) else _FIRST_FRONT), known))
+            affordable = [count for count in _FRONTS if count <= _FRONT_SHARE * self._problem.trials]
+            most = affordable[0] if affordable and self._adds_up(table) else _FRONTS[-1]
+            found.append(_new(self._front(table, most), known))
         missing = n - sum(map(len, found))
         return np.concatenate([*found, self._refine(missing, table, known, rng)] if missing > 0 else found)
 
@@ -84,7 +85,7 @@ class Auto:
         candidates, objectives = self._archive.ok()
         joint = np.count_nonzero(candidates, axis=1) > 1
         summed = sum(row[candidates[joint, j]] for j, row in enumerate(table.losses))
-        if joint.sum() < _FIRST_FRONT or np.ptp(summed) == 0 or np.ptp(objectives[joint, 0]) == 0:
+        if joint.sum() < _FRONTS[-1] or np.ptp(summed) == 0 or np.ptp(objectives[joint, 0]) == 0:
             return True
         return bool(spearmanr(summed, objectives[joint, 0]).statistic >= _LEAST_ADDITIVE)
 
