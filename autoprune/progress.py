@@ -47,9 +47,9 @@ class Progress:
             self._task = self._bar.add_task("search", total=self._total, state="")
         return self
 
-    def update(self, done: int, failed: int, best: Trial | None, front: int) -> None:
+    def update(self, done: int, failed: int, best: Trial | None, front: int, phase: str = "") -> None:
         """Say how far the search is."""
-        state = f"front {front}"
+        state = f"front {front}, {phase}" if phase else f"front {front}"
         if best is not None:
             state = f"{self._metric} {best.score:.4f}, {state}"
         if failed:

@@ -150,6 +150,21 @@ class Optimizer(Protocol):
         ...
 
 
+@runtime_checkable
+class Explains(Protocol):
+    """An optimizer that says what it is doing; none has to."""
+
+    @property
+    def phase(self) -> str:
+        """What the last candidates asked for were meant for, in a word or two."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What it did and how it decided, in plain words, for the result."""
+        ...
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What one evaluation of one candidate saw.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,15 @@ def trial_of(
     )
 
 
-def result_of(study: Study, found: list[Trial], dense: Trial, stopped: str, seconds: float, seed: int) -> SearchResult:
+def result_of(
+    study: Study,
+    found: list[Trial],
+    dense: Trial,
+    stopped: str,
+    seconds: float,
+    seed: int,
+    explained: Sequence[str] = (),
+) -> SearchResult:
     """Score the front once on held-out samples, and put everything together."""
     judge = study.context.judge
     front = find_front(found, tuple(study.limits), judge.higher_is_better)
@@ -84,7 +93,7 @@ def result_of(study: Study, found: list[Trial], dense: Trial, stopped: str, seco
         budget=str(study.budget),
         metric=judge.name,
         higher_is_better=judge.higher_is_better,
-        notes=(*study.notes, *note_of_probes(found)),
+        notes=(*study.notes, *note_of_probes(found), *explained),
         stopped=stopped,
         seconds=seconds,
         seed=seed,

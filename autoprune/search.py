@@ -18,7 +18,7 @@ from autoprune.journal import Journal
 from autoprune.metrics import Metric
 from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
-from autoprune.protocols import FAILED, Failure, IntArray, Measurement, Optimizer
+from autoprune.protocols import FAILED, Explains, Failure, IntArray, Measurement, Optimizer
 from autoprune.records import evaluations_of, identity_of, result_of, trial_of
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
@@ -146,9 +146,10 @@ def search(
             found, stopped = _run(study, proposer, runner, journal, bar, trials, deadline, measured)
         finally:
             runner.stop()
-    for note in note_of_probes(found):
+    explained = proposer.notes if isinstance(proposer, Explains) else ()
+    for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
-    return result_of(study, found, dense, stopped, time.monotonic() - began, seed)
+    return result_of(study, found, dense, stopped, time.monotonic() - began, seed, explained)
 
 
 def _run(
@@ -187,16 +188,19 @@ def _run(
                     found.append(trial_of(study, trial, candidate, outcome, dense))
                     optimizer.tell(evaluations_of(study, candidate, outcome))
                     journal.record_tell([trial])
-                    _show(bar, study, found)
+                    _show(bar, study, found, optimizer)
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
             stopped = "interrupted"
     return found, stopped
 
 
-def _show(bar: Progress, study: Study, found: list[Trial]) -> None:
+def _show(bar: Progress, study: Study, found: list[Trial], optimizer: Optimizer) -> None:
+    phase = optimizer.phase if isinstance(optimizer, Explains) else ""
     front = find_front(found, tuple(study.limits), study.context.judge.higher_is_better)
-    bar.update(len(found), sum(trial.status == FAILED for trial in found), front[-1] if front else None, len(front))
+    bar.update(
+        len(found), sum(trial.status == FAILED for trial in found), front[-1] if front else None, len(front), phase
+    )
 
 
 def _measure_dense(study: Study) -> Measurement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import final
 
 import numpy as np
@@ -13,9 +14,11 @@ from autoprune.optimizers.nsga2 import breed, find_coupled
 from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.relinearise import front_of, reachable, spread_budgets
 from autoprune.optimizers.sensitivity import Table, next_probes, table_of
-from autoprune.optimizers.surrogate import Surrogate
+from autoprune.optimizers.surrogate import THRESHOLD, Surrogate
 from autoprune.protocols import Evaluations, FloatArray, IntArray
 
+_START, _SCAN, _FRONT, _REFINE = "uniform pruning", "sensitivity scan", "knapsack front", "refinement"
+_SHOWN = 8  # values of tau in the notes
 _FRONTS = (33, 17, 9, 5)  # numbers of budgets that leave equal gaps
 _FRONT_SHARE = 0.1  # of the trials, the most for the front, but for the least of these numbers
 _QUICK_ROUNDS = 2
@@ -53,15 +56,34 @@ class Auto:
         self._surrogate = Surrogate(problem)
         self._coupled = find_coupled(problem)
         self._fronts: dict[int, tuple[bytes, IntArray]] = {}
+        self._phase = _START
+        self._asked: Counter[str] = Counter()
 
     @property
-    def surrogate_history(self) -> list[tuple[int, float]]:
-        """(feasible candidates evaluated, cross-validated Kendall tau at equal cost) of every surrogate fitted."""
-        return self._surrogate.history
+    def phase(self) -> str:
+        """What the last candidates asked for were meant for."""
+        return self._phase
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many candidates each phase asked for, and how far the surrogate could be trusted."""
+        phases = ", ".join(f"{count} {phase}" for phase, count in self._asked.items())
+        notes = [f"candidates by the phase that began their batch: {phases}"] if phases else []
+        if history := self._surrogate.history:
+            places = np.unique(np.linspace(0, len(history) - 1, _SHOWN).astype(np.int64))
+            taus = ", ".join(f"{history[i][1]:.2f} after {history[i][0]}" for i in places)
+            notes.append(
+                f"surrogate: rank correlation at equal cost (Kendall's tau, cross-validated) {taus} candidates; "
+                f"it screens proposals while that is at least {THRESHOLD:g}"
+            )
+        return tuple(notes)
 
     def ask(self, n: int) -> IntArray:
         """Return up to `n` new candidates, feasible or single changes, int64, shape (<= n, d); empty at the end."""
-        return self._archive.ask(n, self._propose)
+        self._phase = _START
+        candidates = self._archive.ask(n, self._propose)
+        self._asked[self._phase] += len(candidates)
+        return candidates
 
     def tell(self, evaluations: Evaluations) -> None:
         """Learn from evaluations, in any order."""
@@ -71,10 +93,12 @@ class Auto:
         """Probes, then the table's front, then refinements, shape (any, d)."""
         table, known = table_of(self._problem, self._archive.probes()), self._archive.known()
         found = [next_probes(self._problem, known, n, lambda: self._front(table, _FRONTS[-1], _QUICK_ROUNDS))]
+        self._phase = _SCAN if len(found[0]) else _REFINE
         if len(found[0]) < n:
             affordable = [count for count in _FRONTS if count <= _FRONT_SHARE * self._problem.trials]
             most = affordable[0] if affordable and self._adds_up(table) else _FRONTS[-1]
             found.append(_new(self._front(table, most), known))
+            self._phase = _FRONT if len(found[1]) and not len(found[0]) else self._phase
         missing = n - sum(map(len, found))
         return np.concatenate([*found, self._refine(missing, table, known, rng)] if missing > 0 else found)
 

@@ -11,6 +11,9 @@ import numpy as np
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import FloatArray, IntArray
 
+THRESHOLD = 0.4
+"""The least rank correlation at which predictions are trusted."""
+
 _FEWEST = 16
 _MOST = 300  # more would take longer to learn from than they save
 _FOLDS = 4
@@ -38,7 +41,7 @@ class Surrogate:
         history: (number of candidates told, tau) of every fit that was told more than the one before.
     """
 
-    def __init__(self, problem: Problem, threshold: float = 0.4) -> None:
+    def __init__(self, problem: Problem, threshold: float = THRESHOLD) -> None:
         if not -1 <= threshold <= 1:
             raise ValueError(f"threshold must be a rank correlation in [-1, 1], got {threshold}")
         self._problem = problem
