@@ -16,6 +16,7 @@ from autoprune.execution import LocalExecutor
 from tests.zoo import ZOO
 
 GENERATOR = torch.Generator().manual_seed(0)
+EIGHTHS = Channels(step=0.125, min_fraction=0.125)
 X, Y = torch.randn(120, 64, generator=GENERATOR), torch.randint(0, 10, (120,), generator=GENERATOR)
 
 
@@ -53,7 +54,7 @@ class TestBudgets:
         cheapest = 64 * 6 + 6 * 4 + 4 * 3 + 3 * 10
         parts = f"flops must be at least {cheapest}, the cheapest reachable", "got 56.16", "Raise the limit"
         with refused(autoprune.InfeasibleBudgetError, *parts):
-            search(mlp, "flops <= 1%")
+            search(mlp, "flops <= 1%", space=EIGHTHS)
 
     def test_a_limit_on_the_score_says_how_to_choose_by_it(self, mlp):
         with refused(autoprune.BudgetError, "accuracy drop <= 0.01", "result.best('accuracy drop <= 0.01')"):
@@ -257,13 +258,13 @@ class TestRuns:
     @pytest.mark.parametrize("bad", [[0, 0], [0] * 6, [8, 0, 0], [-1, 0, 0], "abc", 7])
     def test_a_start_that_is_no_candidate_is_named(self, mlp, bad):
         with refused(ValueError, "start must hold results, trials,", "option indices below [8, 8, 8]", repr(bad)):
-            search(mlp, start=[bad])
+            search(mlp, start=[bad], space=EIGHTHS)
 
     def test_a_start_with_an_unknown_dimension_or_option_names_those_known(self, mlp):
         with refused(ValueError, "start must name dimensions of the space (0, 3, 6), got ['stem']"):
             search(mlp, start=[{"stem": 8}])
         with refused(ValueError, "start['3'] must be one of (32, 28", "got 31"):
-            search(mlp, start=[{"3": 31}])
+            search(mlp, start=[{"3": 31}], space=EIGHTHS)
 
 
 class TestFunctionsOfTheUser:
@@ -301,7 +302,7 @@ def test_nothing_is_evaluated_before_a_mistake_is_found(mlp):
 
     for options in ({"budget": "flops <= 1%"}, {"start": [[9, 9, 9]]}, {"metric": "bset"}, {"costs": {"flops": len}}):
         with pytest.raises(ValueError, match="must"):
-            search(mlp, evaluator=Untouched(), **options)
+            search(mlp, evaluator=Untouched(), space=EIGHTHS, **options)
 
 
 def test_a_trial_of_a_result_without_its_model_says_how_to_build_it(mlp):

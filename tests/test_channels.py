@@ -41,6 +41,10 @@ def options(**settings: Any) -> dict[str, tuple[int, ...]]:
     return {dimension.name: dimension.options for dimension in bound(**settings).dimensions}
 
 
+def eighths(**settings: Any) -> dict[str, tuple[int, ...]]:
+    return options(**{"step": 0.125, "min_fraction": 0.125, **settings})
+
+
 class TestChannelSpace(SpaceContract):
     def make_space(self) -> SearchSpace:
         return bound(ignore=["tail.*"])
@@ -62,10 +66,13 @@ class TestChannelSpaceOfAResNet(SpaceContract):
 class TestOptions:
     def test_equal_fractions_of_each_group_are_the_default(self):
         assert options() == {
-            "body.first": (16, 14, 12, 10, 8, 6, 4, 2),
-            "body.second": (10, 9, 8, 6, 5, 4, 2),  # round half to even, and no width twice
+            "body.first": tuple(range(16, 0, -1)),
+            "body.second": tuple(range(10, 0, -1)),  # steps of 0.625 units: no width twice
             "tail.0": (7, 6, 5, 4, 3, 2, 1),
         }
+
+    def test_steps_that_fall_between_units_round_half_to_even(self):
+        assert eighths()["body.second"] == (10, 9, 8, 6, 5, 4, 2)
 
     def test_a_step_in_units(self):
         assert options(step=4, min_fraction=0.2)["body.first"] == (16, 12, 8, 4)
@@ -82,25 +89,25 @@ class TestOptions:
         assert options(round_to=4) == {"body.first": (16, 12, 8, 4), "body.second": (10, 8, 4), "tail.0": (7, 4)}
 
     def test_a_minimum_width_and_a_minimum_fraction_both_hold(self):
-        assert options(min_width=6) == {
+        assert eighths(min_width=6) == {
             "body.first": (16, 14, 12, 10, 8, 6),
             "body.second": (10, 9, 8, 6),
             "tail.0": (7, 6),
         }
-        assert options(min_fraction=0.5)["body.second"] == (10, 9, 8, 6, 5)
-        assert options(min_fraction=0.5, min_width=6)["tail.0"] == (7, 6)
+        assert eighths(min_fraction=0.5)["body.second"] == (10, 9, 8, 6, 5)
+        assert eighths(min_fraction=0.5, min_width=6)["tail.0"] == (7, 6)
 
     def test_bounds_hold_for_groups_that_match(self):
-        found = options(bounds={"body.*": (0.5, 0.8)})
+        found = eighths(bounds={"body.*": (0.5, 0.8)})
         assert found["body.first"] == (16, 12, 10, 8)
         assert found["body.second"] == (10, 8, 6, 5)
-        assert found["tail.0"] == options()["tail.0"]
+        assert found["tail.0"] == eighths()["tail.0"]
 
     def test_bounds_may_go_below_the_minimum_fraction(self):
-        assert options(min_fraction=0.5, bounds={"body.first": (0.25, 1.0)})["body.first"] == (16, 14, 12, 10, 8, 6, 4)
+        assert eighths(min_fraction=0.5, bounds={"body.first": (0.25, 1.0)})["body.first"] == (16, 14, 12, 10, 8, 6, 4)
 
     def test_the_tightest_of_several_bounds_holds(self):
-        assert options(bounds={"body.*": (0.25, 1.0), "*first": (0.5, 0.75)})["body.first"] == (16, 12, 10, 8)
+        assert eighths(bounds={"body.*": (0.25, 1.0), "*first": (0.5, 0.75)})["body.first"] == (16, 12, 10, 8)
 
     @pytest.mark.parametrize("pattern", ["body.first", "body.f*", "*.first"])
     def test_groups_of_ignored_modules_are_left_out(self, pattern: str):

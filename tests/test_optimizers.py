@@ -8,6 +8,7 @@ import pytest
 from autoprune.optimizers import (
     NSGA2,
     OPTIMIZERS,
+    Auto,
     Bayes,
     Knapsack,
     LevelSwitch,
@@ -46,7 +47,19 @@ def knapsack(problem, seed):
     return Knapsack(dataclasses.replace(problem, trials=40), seed)
 
 
-NAMED = {"random": RandomSearch, "nsga2": NSGA2, "level_switch": LevelSwitch, "bayes": Bayes, "knapsack": knapsack}
+def auto(problem, seed):
+    """A scan and a front of at most 21 candidates, so that the contract tests see the refinement too."""
+    return Auto(dataclasses.replace(problem, trials=40), seed)
+
+
+NAMED = {
+    "random": RandomSearch,
+    "nsga2": NSGA2,
+    "level_switch": LevelSwitch,
+    "bayes": Bayes,
+    "knapsack": knapsack,
+    "auto": auto,
+}
 MAKERS = [pytest.param(maker, id=name) for name, maker in NAMED.items()]
 CASES = [
     pytest.param(maker, kind, id=f"{name}-{kind}")

@@ -241,7 +241,8 @@ class TestInASearch:
         data = torch.randn(60, 64, generator=torch.Generator().manual_seed(0))
         for prior in PRIORS:
             options = {"trials": 3, "optimizer": make, "prior": prior, "progress": False}
-            autoprune.search(ZOO["mlp"].build(), "flops <= 50%", data, **options)
+            space = Channels(step=0.125, min_fraction=0.125)
+            autoprune.search(ZOO["mlp"].build(), "flops <= 50%", data, space=space, **options)
         assert [problem.trials for problem in seen] == [3, 3]
         first, second = (np.concatenate(problem.prior) for problem in seen)
         assert first.shape == second.shape == (24,)

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, kl_divergence
 from typer.testing import CliRunner
 
 import autoprune
-from autoprune import Data, Metric, SearchResult
+from autoprune import Channels, Data, Metric, SearchResult
 from autoprune.cli import app
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.journal import Journal
@@ -23,6 +23,7 @@ from autoprune.result.from_journal import result_from_journal
 from tests.zoo import ZOO
 
 TRIALS = 40
+EIGHTHS = Channels(step=0.125, min_fraction=0.125)  # three dimensions of 8 options: 21 single changes
 
 
 def settled_mlp():
@@ -73,9 +74,8 @@ def found(data, run_dir, scan):
         scan.append(Scan(problem, seed))
         return scan[0]
 
-    result = autoprune.search(
-        settled_mlp(), "flops <= 50%", data, trials=TRIALS, optimizer=make, run_dir=str(run_dir), progress=False
-    )
+    options = {"trials": TRIALS, "space": EIGHTHS, "run_dir": str(run_dir), "progress": False}
+    result = autoprune.search(settled_mlp(), "flops <= 50%", data, optimizer=make, **options)
     result.save(run_dir)
     return result
 
@@ -121,15 +121,17 @@ class TestInTheLoop:
         assert f"{len(probes)} of {TRIALS} trials are probes" in str(found)
 
     def test_a_search_without_probes_says_nothing_of_them(self, data):
-        result = autoprune.search(settled_mlp(), "flops <= 50%", data, trials=4, progress=False)
+        options = {"trials": 4, "optimizer": "nsga2", "progress": False}
+        result = autoprune.search(settled_mlp(), "flops <= 50%", data, **options)
         assert "probes" not in str(result)
         assert all(trial.feasible for trial in result.trials)
 
     def test_the_log_says_so_and_the_progress_counts_the_front_without_them(self, data, caplog, monkeypatch):
         shown = []
         monkeypatch.setattr(Progress, "update", lambda self, done, failed, best, front: shown.append((done, front)))
+        options = {"trials": 24, "space": EIGHTHS, "optimizer": Scan, "progress": False}
         with caplog.at_level(logging.INFO, logger="autoprune"):
-            result = autoprune.search(settled_mlp(), "flops <= 20%", data, trials=24, optimizer=Scan, progress=False)
+            result = autoprune.search(settled_mlp(), "flops <= 20%", data, **options)
         assert any("trials are probes" in record.getMessage() for record in caplog.records)
         assert [done for done, _ in shown] == list(range(1, 25))
         first = next(i for i, trial in enumerate(result.trials) if trial.feasible)

@@ -26,6 +26,7 @@ from tests.oracle import count_macs, count_params
 from tests.zoo import ZOO
 
 TRIALS = 40
+EIGHTHS = Channels(step=0.125, min_fraction=0.125)
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +61,20 @@ def seen(result):
 
 
 def dominating(result, trial):
-    """Trials that dominate `trial` by definition: the score, ties by the signal, and every limited cost."""
+    """Feasible trials that dominate `trial` by definition: the score, ties by the signal, and every limited cost."""
     sign = -1 if result.higher_is_better else 1
 
     def measures(t):
         return [(sign * t.score, t.signal), *(t.costs[name] for name in result.limits)]
 
     mine = measures(trial)
-    rest = [(measures(t), t.id) for t in result.trials if t.status == OK]
+    rest = [(measures(t), t.id) for t in result.trials if t.status == OK and t.feasible]
     return [i for other, i in rest if other != mine and all(a <= b for a, b in zip(other, mine, strict=True))]
+
+
+def undominated(result):
+    """Ids of what must be on the front."""
+    return {trial.id for trial in result.trials if trial.feasible and not dominating(result, trial)}
 
 
 def assert_costs_are_exact(result, inputs):
@@ -76,6 +82,18 @@ def assert_costs_are_exact(result, inputs):
         built = result.build(trial).eval()
         assert trial.costs["flops"] == count_macs(built, tuple(x[:1] for x in inputs))
         assert trial.costs["params"] == count_params(built)
+
+
+def assert_within_the_limits_or_probes(result, probes):
+    """Every trial meets all limits or is a probe; whether there are `probes` is known."""
+    for trial in result.trials:
+        assert trial.feasible == all(trial.costs[name] <= limit for name, limit in result.limits.items())
+        assert trial.feasible or sum(option > 0 for option in trial.candidate) == 1
+    assert all(trial.feasible for trial in (*result.front, result.best()))
+    assert probes == (not all(trial.feasible for trial in result.trials))
+
+
+WITH_AND_WITHOUT_PROBES = pytest.mark.parametrize(("optimizer", "probes"), [("auto", True), ("nsga2", False)])
 
 
 class Watched:
@@ -111,12 +129,19 @@ class TestOneSearch:
         assert [trial.id for trial in found.trials] == list(range(TRIALS))
         assert len({trial.candidate for trial in found.trials}) == TRIALS
 
-    def test_every_trial_is_within_the_budget_when_counted_on_the_built_model(self, found, digits, digits_model):
+    def test_every_trial_is_within_the_budget_or_a_probe_when_counted_on_the_built_model(
+        self, found, digits, digits_model
+    ):
         image = digits.validation[0][:1]
         limit = count_macs(digits_model, (image,)) / 2
         assert found.limits == {"flops": limit}
         assert_costs_are_exact(found, (image,))
-        assert all(trial.costs["flops"] <= limit for trial in found.trials)
+        assert_within_the_limits_or_probes(found, probes=True)
+
+    def test_an_optimizer_without_probes_keeps_every_trial_within_the_budget(self, digits_model, digits, data):
+        result = quick(digits_model, "flops <= 50%", data, trials=24, optimizer="nsga2")
+        assert_costs_are_exact(result, (digits.validation[0][:1],))
+        assert_within_the_limits_or_probes(result, probes=False)
 
     def test_costs_of_the_dense_model_are_those_counted(self, found, digits, digits_model):
         assert found.dense.costs["flops"] == count_macs(digits_model, (digits.validation[0][:1],))
@@ -124,8 +149,8 @@ class TestOneSearch:
 
     def test_the_front_is_what_no_trial_dominates(self, found):
         on_front = {trial.id for trial in found.front}
-        assert on_front == {trial.id for trial in found.trials if not dominating(found, trial)}
-        assert 1 < len(on_front) < TRIALS
+        assert on_front == undominated(found)
+        assert 1 < len(on_front) < sum(trial.feasible for trial in found.trials)
 
     def test_the_front_is_sorted_by_cost_and_so_by_score(self, found):
         costs = [trial.costs["flops"] for trial in found.front]
@@ -212,46 +237,59 @@ def test_equal_scores_are_told_apart_by_the_signal_on_the_front(found, limits, h
     )
     made = replace(found, trials=trials, limits=dict.fromkeys(limits, 9.0), higher_is_better=higher)
     front = find_front(trials, limits, higher)
-    assert {trial.id for trial in front} == {trial.id for trial in trials if not dominating(made, trial)}
+    assert {trial.id for trial in front} == undominated(made)
 
 
-def test_no_candidate_over_the_budget_is_evaluated(mlp, vectors):
+@WITH_AND_WITHOUT_PROBES
+def test_no_candidate_over_the_budget_is_evaluated_but_probes(mlp, vectors, optimizer, probes):
     evaluator = Watched()
-    result = quick(mlp, "flops <= 30%", vectors, trials=30, evaluator=evaluator)
+    result = quick(mlp, "flops <= 30%", vectors, trials=30, evaluator=evaluator, optimizer=optimizer)
     dense, *evaluated = evaluator.candidates
     assert dense == [0, 0, 0]
     assert [tuple(candidate) for candidate in evaluated] == [trial.candidate for trial in result.trials]
-    assert all(count_macs(result.build(t), (vectors[0][:1],)) <= 0.3 * 5616 for t in result.trials)
+    assert [t.feasible for t in result.trials] == [
+        count_macs(result.build(t), (vectors[0][:1],)) <= 0.3 * 5616 for t in result.trials
+    ]
+    assert_within_the_limits_or_probes(result, probes)
 
 
-def test_two_limits_hold_together_and_span_the_front(digits_model, digits, data):
-    result = quick(digits_model, ["flops <= 60%", "params <= 40%"], data, trials=24)
+@WITH_AND_WITHOUT_PROBES
+def test_two_limits_hold_together_and_span_the_front(digits_model, digits, data, optimizer, probes):
+    result = quick(digits_model, ["flops <= 60%", "params <= 40%"], data, trials=24, optimizer=optimizer)
     assert list(result.limits) == ["flops", "params"]
     assert_costs_are_exact(result, (digits.validation[0],))
-    assert all(trial.costs[name] <= limit for trial in result.trials for name, limit in result.limits.items())
-    assert {trial.id for trial in result.front} == {t.id for t in result.trials if not dominating(result, t)}
+    assert_within_the_limits_or_probes(result, probes)
+    assert {trial.id for trial in result.front} == undominated(result)
 
 
-def test_memory_is_a_budget(digits_model, data):
-    result = quick(digits_model, "memory_bytes <= 45KB", data, trials=8, cost_batch=2)
+@WITH_AND_WITHOUT_PROBES
+def test_memory_is_a_budget(digits_model, data, optimizer, probes):
+    result = quick(digits_model, "memory_bytes <= 45KB", data, trials=12, cost_batch=2, optimizer=optimizer)
+    assert result.limits == {"memory_bytes": 45_000}
     for trial in result.trials:
         state = sum(t.numel() * t.element_size() for t in result.build(trial).state_dict().values())
-        assert state < trial.costs["memory_bytes"] <= 45_000
+        assert state < trial.costs["memory_bytes"]
+    assert_within_the_limits_or_probes(result, probes)
 
 
-def test_a_cost_of_the_users_that_is_a_staircase_is_a_budget(mlp, vectors):
+@WITH_AND_WITHOUT_PROBES
+def test_a_cost_of_the_users_that_is_a_staircase_is_a_budget(mlp, vectors, optimizer, probes):
     def energy(candidates):
         return 2.5 * np.ceil((24 - candidates.sum(axis=1)) / 3)
 
-    result = quick(mlp, "energy_mj <= 50%", vectors, trials=20, costs={"energy_mj": energy})
+    options = {"space": EIGHTHS, "costs": {"energy_mj": energy}, "optimizer": optimizer}
+    result = quick(mlp, "energy_mj <= 50%", vectors, trials=20, **options)
     assert result.limits == {"energy_mj": 10.0}
     for trial in result.trials:
-        assert trial.costs["energy_mj"] == 2.5 * math.ceil((24 - sum(trial.candidate)) / 3) <= 10.0
-    assert {trial.id for trial in result.front} == {t.id for t in result.trials if not dominating(result, t)}
+        assert trial.costs["energy_mj"] == 2.5 * math.ceil((24 - sum(trial.candidate)) / 3)
+    assert_within_the_limits_or_probes(result, probes)
+    assert {trial.id for trial in result.front} == undominated(result)
 
 
-def test_a_cost_that_is_zero_for_the_dense_model_is_a_budget(mlp, vectors, tmp_path):
-    result = quick(mlp, "waste <= 3", vectors, costs={"waste": lambda c: (c % 3).sum(axis=1)})
+@pytest.mark.parametrize("optimizer", ["auto", "nsga2", "knapsack", "level_switch"])
+def test_a_cost_that_is_zero_for_the_dense_model_is_a_budget(mlp, vectors, tmp_path, optimizer):
+    waste = {"waste": lambda candidates: (candidates % 3).sum(axis=1)}
+    result = quick(mlp, "waste <= 3", vectors, trials=20, costs=waste, optimizer=optimizer)
     assert all(trial.costs["waste"] <= 3 for trial in result.trials)
     assert "waste" in str(result)
     result.plot(tmp_path / "front.png")
@@ -289,13 +327,16 @@ class TestStopping:
         assert result.stopped == "time"
         assert len(result.trials) < 5_000
 
-    def test_a_small_space_is_exhausted(self, mlp, vectors):
-        result = quick(mlp, "flops <= 60%", vectors, trials=100, space=Channels(options=(1.0, 0.5)))
+    @WITH_AND_WITHOUT_PROBES
+    def test_a_small_space_is_exhausted(self, mlp, vectors, optimizer, probes):
+        halves = Channels(options=(1.0, 0.5))
+        result = quick(mlp, "flops <= 60%", vectors, trials=100, space=halves, optimizer=optimizer)
         assert result.stopped == "exhausted"
         dims = [(a, b, c) for a in (48, 24) for b in (32, 16) for c in (24, 12)]
         macs = {w: 64 * w[0] + w[0] * w[1] + w[1] * w[2] + w[2] * 10 for w in dims}
         within = {widths for widths, cost in macs.items() if cost <= 0.6 * macs[dims[0]]}
-        assert {tuple(trial.decoded.values()) for trial in result.trials} == within
+        assert {tuple(trial.decoded.values()) for trial in result.trials if trial.feasible} == within
+        assert_within_the_limits_or_probes(result, probes)
 
     def test_an_interrupt_returns_the_front_so_far(self, mlp, vectors, tmp_path):
         def interrupt_the_fifth(calls):
@@ -306,7 +347,7 @@ class TestStopping:
         result = quick(mlp, "flops <= 50%", vectors, trials=20, evaluator=evaluator, run_dir=tmp_path)
         assert result.stopped == "interrupted"
         assert len(result.trials) == 3  # the first evaluation was the dense model
-        assert {trial.id for trial in result.front} == {t.id for t in result.trials if not dominating(result, t)}
+        assert {trial.id for trial in result.front} == undominated(result)
         assert count_macs(result.build(), (vectors[0][:1],)) == result.best().costs["flops"]
         journal = Journal.open(tmp_path)
         assert [row.status for row in journal.trials()] == [OK] * 3 + ["pending"] * 5
@@ -459,7 +500,7 @@ class TestMetrics:
                     out = built(x[part])
                     value = by_hand[name](out, part) if name in by_hand else expected(out, x[part], y[part])
                 assert score == pytest.approx(float(value), abs=1e-5)
-        assert result.best().score == (max if higher else min)(trial.score for trial in result.trials)
+        assert result.best().score == (max if higher else min)(trial.score for trial in result.trials if trial.feasible)
         assert result.front[-1].score == result.best().score
 
     def test_a_metric_of_the_whole_set_has_no_interval(self, mlp, vectors):
@@ -536,7 +577,7 @@ class TestStart:
         assert [t.candidate for t in second.trials[: len(first.front)]] == [t.candidate for t in first.front]
 
     def test_what_is_over_the_budget_is_brought_within(self, mlp, vectors):
-        result = quick(mlp, "flops <= 20%", vectors, start=[(0, 0, 0), (1, 2, 3)])
+        result = quick(mlp, "flops <= 20%", vectors, start=[(0, 0, 0), (1, 2, 3)], optimizer="nsga2")
         assert all(trial.costs["flops"] <= result.limits["flops"] for trial in result.trials)
 
 

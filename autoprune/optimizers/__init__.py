@@ -17,6 +17,7 @@ from autoprune.protocols import Optimizer
 __all__ = [
     "NSGA2",
     "OPTIMIZERS",
+    "Auto",
     "Bayes",
     "Knapsack",
     "LevelSwitch",

@@ -117,8 +117,8 @@ class Auto:
         """Return proposals, the `n` most promising first, shape (any, d)."""
         problem, (candidates, objectives) = self._problem, self._archive.ok()
         low, high = problem.budget_range.T
-        place = _AT_LIMIT * (np.arange(n) + rng.uniform(-0.5, 0.5, n)) / max(n - 1, 1)
-        budgets = reachable(problem, low + np.clip(place, 0.0, 1.0)[:, None] * (high - low))
+        place = (np.arange(n) + rng.uniform(-0.5, 0.5, n)) / (n - 1) if n > 1 else rng.random(1)
+        budgets = reachable(problem, low + np.clip(_AT_LIMIT * place, 0.0, 1.0)[:, None] * (high - low))
         solved = rng.permutation(budgets)[: max(_KNAPSACKS // len(problem.sizes), 1)]
         tables = corrected_tables(table, candidates, objectives, rng)
         kinds = [front_of(problem, tables, solved, rounds=_QUICK_ROUNDS)]

@@ -33,7 +33,7 @@ class Problem:
         cost_function: Canonical candidates (n, d) to costs (n, c); a pure function.
         ordered: Whether later options of a dimension remove more, shape (d,). By default all do.
         budget_range: Costs between which candidates are wanted, rows of (low, high), shape (c, 2). By default from half
-            the limit up to the limit, or to the dense cost if that is lower.
+            the limit up to the limit, or to the dense cost if that is positive and lower.
         canonical: Sets entries made irrelevant by others to 0; shape (n, d) in and out, idempotent.
         seeds: What to propose first, in this order, shape (s, d); repaired where over a limit.
         trials: How many candidates the search will evaluate, for optimizers that plan ahead.
@@ -67,7 +67,8 @@ class Problem:
         self._fill("ordered", np.ones(d) if self.ordered is None else self.ordered, np.bool_)
         self._fill("seeds", np.zeros((0, d)) if self.seeds is None else self.seeds, np.int64)
         if self.budget_range is None:
-            high = np.minimum(self.limits, self.costs(np.zeros((1, d), dtype=np.int64))[0])
+            dense = self.costs(np.zeros((1, d), dtype=np.int64))[0]
+            high = np.where(dense > 0, np.minimum(self.limits, dense), self.limits)
             object.__setattr__(self, "budget_range", np.stack([high / 2, high], axis=1))
         self._fill("budget_range", self.budget_range, np.float64)
         if self.ordered.shape != (d,) or self.budget_range.shape != (c, 2):

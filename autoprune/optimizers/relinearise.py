@@ -100,7 +100,8 @@ def _relinearise(
         better = moves.loss(settled) < moves.loss(best[rows])
         best[rows[better]] = settled[better]
         binding = problem.costs(answers) / limits[rows]
-        weights[rows] *= np.maximum(binding / binding.max(axis=1, keepdims=True), _LEAST_WEIGHT) ** _SHARPNESS
+        most = np.maximum(binding.max(axis=1, keepdims=True), np.finfo(np.float64).tiny)  # answers may cost nothing
+        weights[rows] *= np.maximum(binding / most, _LEAST_WEIGHT) ** _SHARPNESS
         weights[rows] = np.maximum(weights[rows] / weights[rows].max(axis=1, keepdims=True), _LEAST_WEIGHT)
         unchanged[rows] = np.where((settled == current[rows]).all(axis=1), unchanged[rows] + 1, 0)
         current[rows] = settled
