@@ -241,7 +241,7 @@ class TestSensitivity:
     def test_text_and_frame_hold_the_table(self, found):
         table = found.sensitivity()
         lines = str(table).splitlines()
-        assert lines[0] == "distortion of one dimension at a time"
+        assert lines[0] == "distortion of one dimension at a time, where measured"
         assert len({len(line) for line in lines[3:]}) == 1
         assert lines[4].split()[:5] == ["0", "48", "0", "42", f"{table.losses[0, 1]:.3g}"]
         frame = table.to_frame()

@@ -132,7 +132,9 @@ class Auto:
         self._surrogate.fit(candidates, objectives)
         if not self._surrogate.trusted or not len(proposals):
             return proposals
-        return np.concatenate([self._screen(proposals, budgets, rng)[: n - n // _UNSCREENED], proposals])
+        screened = self._screen(proposals, budgets, rng)
+        unscreened = (n + rng.integers(_UNSCREENED)) // _UNSCREENED  # at random where few are asked for at once
+        return np.concatenate([screened[: n - unscreened], proposals])
 
     def _screen(self, proposals: IntArray, budgets: FloatArray, rng: np.random.Generator) -> IntArray:
         """For each budget a proposal within it that is predicted to be good, shape (<= budgets, d).
@@ -144,7 +146,7 @@ class Auto:
         chosen: list[int] = []
         for i, budget in enumerate(budgets):
             fits = (costs <= budget).all(axis=1)
-            if i % 2:
+            if i % 2 or (len(budgets) == 1 and rng.random() < 0.5):
                 fits &= (np.maximum(costs, low) >= budget - _WINDOW * (high - low)).any(axis=1)
             fits[chosen] = False
             best = np.flatnonzero(fits)[np.argsort(predicted[fits], kind="stable")]

@@ -57,12 +57,20 @@ class Sensitivity:
         return data_frame(rows, "sensitivity.to_frame()")
 
     def __str__(self) -> str:
-        most = self.losses.shape[1]
-        rows = [["dimension", *(part for _ in range(most) for part in ("option", "loss"))]]
-        for name, options, losses in zip(self.names, self.options, self.losses, strict=True):
-            cells = [part for option, loss in zip(options, losses, strict=False) for part in _cells(option, loss)]
-            rows.append([name, *cells, *[""] * (2 * most - len(cells))])
-        return f"{self.table} of one dimension at a time\n\n{aligned(rows)}"
+        """A line for each dimension: its options that were measured alone, and what each costs."""
+        found = [
+            [
+                part
+                for option, loss in zip(options, losses, strict=False)
+                if np.isfinite(loss)
+                for part in _cells(option, loss)
+            ]
+            for options, losses in zip(self.options, self.losses, strict=True)
+        ]
+        most = max(map(len, found))
+        rows = [["dimension", *["option", "loss"] * (most // 2)]]
+        rows += [[name, *cells, *[""] * (most - len(cells))] for name, cells in zip(self.names, found, strict=True)]
+        return f"{self.table} of one dimension at a time, where measured\n\n{aligned(rows)}"
 
 
 def sensitivity_of(result: SearchResult, table: str = "distortion") -> Sensitivity:
@@ -96,4 +104,4 @@ def loss_of(result: SearchResult, trial: Trial, table: str) -> tuple[float, floa
 
 
 def _cells(option: Any, loss: float) -> tuple[str, str]:
-    return f"{option:.4g}" if isinstance(option, float) else str(option), "-" if np.isnan(loss) else f"{loss:.3g}"
+    return f"{option:.4g}" if isinstance(option, float) else str(option), f"{loss:.3g}"
