@@ -67,8 +67,8 @@ def search(
         space: ``"channels"``, ``"sparsity"``, or settings: ``Channels(round_to=8, ignore=["head*"], ...)``,
             ``Sparsity(levels=(0, 0.5, 0.9), ...)``.
         evaluator: ``"auto"``, ``"adaptive_bn"``, or an `Evaluator`.
-        optimizer: ``"auto"``, ``"knapsack"``, ``"level_switch"``, ``"nsga2"``, ``"bayes"``, ``"random"``, an `Optimizer`,
-            or a function of (problem, seed).
+        optimizer: ``"auto"``, ``"knapsack"``, ``"level_switch"``, ``"nsga2"``, ``"bayes"`` or ``"random"``, an
+            `Optimizer`, or a function of (problem, seed).
         trials: Candidates to evaluate, probes included.
         max_seconds: When to stop proposing, counted from the call.
         seed: The same seed, data and threads give the same front.

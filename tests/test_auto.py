@@ -5,10 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+import autoprune
+from autoprune import Data
 from autoprune.optimizers import Auto, RandomSearch, uniform_seeds
 from autoprune.optimizers.coefficients import corrected_tables
 from autoprune.optimizers.relinearise import front_of, spread_budgets
 from autoprune.optimizers.sensitivity import Table, table_of
+from autoprune.progress import Progress
 from autoprune.protocols import FAILED, OK, RACED
 from autoprune.testing.problems import additive_problem, blocks_problem, product_problem, staircase_problem
 
@@ -238,3 +241,14 @@ class TestCoefficients:
         candidates, _ = told(20)
         for rows in (candidates, np.repeat(candidates[:1], 20, axis=0)):
             assert np.isfinite(drawn(rows, np.ones((20, 1)), 5)).all()
+
+
+def test_a_search_tells_its_phases_and_its_surrogate_while_it_runs_and_in_the_result(digits, digits_model, monkeypatch):
+    phases = []
+    monkeypatch.setattr(Progress, "update", lambda self, done, failed, best, front, phase: phases.append(phase))
+    data = Data(digits.train, digits.validation, digits.test, calibration_samples=64, validation_samples=64)
+    result = autoprune.search(digits_model, "flops <= 50%", data, trials=60, progress=False)
+    assert list(dict.fromkeys(phases)) == ["sensitivity scan", "knapsack front", "refinement"]
+    notes = " ".join(result.notes)
+    assert "sensitivity scan" in notes
+    assert "surrogate: rank correlation at equal cost" in notes
