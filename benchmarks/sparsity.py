@@ -29,7 +29,7 @@ COMMAND = "python -m benchmarks.sparsity"
 NETWORKS = 5
 TRIALS = 200
 SPARSITIES = (0.8, 0.9)
-OPTIMIZERS = ("random", "nsga2")
+OPTIMIZERS = ("random", "nsga2", "knapsack", "auto")
 LEVELS = tuple(round(1 - 0.9**i, 4) for i in range(38))  # what stays falls by a tenth from level to level, to 2 %
 EPOCHS = 15
 
