@@ -37,6 +37,8 @@ Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
 SYNTHETIC_SAMPLES = 256
 """Samples of each part when no data is given."""
 
+_ROUNDING = 1e-9  # a user's cost of the cheapest candidate may differ in its last bit with the size of the population
+
 
 @dataclass(frozen=True)
 class Study:
@@ -196,7 +198,7 @@ def _problem(
     )
     fractions = (0.8, 0.6, 0.4, 0.2) if minimise else (1.0, 0.75, 0.5)
     if minimise:
-        least = problem.costs(problem.cheapest[None])[0]
+        least = (1 + _ROUNDING) * problem.costs(problem.cheapest[None])[0]
         problem = replace(problem, budget_range=np.stack([least, problem.budget_range[:, 1]], axis=1))
     items = [start] if isinstance(start, SearchResult | Trial | Mapping) else list[Any](start)
     given = [candidate for item in items for candidate in candidates_of(item, space)]
