@@ -97,7 +97,7 @@ def _points(trials: Sequence[Trial], problem: Problem) -> FloatArray:
 
 
 def _growth(before: FloatArray, after: FloatArray) -> float:
-    """By how much the hypervolume grew, as a share of what it was; infinite where nothing was before."""
+    """By how much the hypervolume grew, as a share of what it was."""
     before, after = before[non_dominated(before)], after[non_dominated(after)]
     low, high = np.minimum(before.min(axis=0), after.min(axis=0)), before.max(axis=0)
     extent = np.where(high > low, high - low, 1.0)
