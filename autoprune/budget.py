@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from autoprune.errors import BudgetError
 
 ALIASES = {"latency": "latency_ms", "memory": "memory_bytes"}
+_SAME_METRIC = {"cross_entropy": "loss"}  # `search` takes either name
+_ROUNDING = 1e-9  # a score of 387/400 meets 395/400 - 2pp, whatever floats make of that
 BUILT_IN_COSTS = ("flops", "params", "nonzero_params", "memory_bytes", "latency_ms")
 FORMS = (
     "'flops <= 50%' (of the dense model), 'params <= 1.2M', 'memory_bytes <= 200MB', 'latency_ms <= 4', "
@@ -59,13 +61,15 @@ class ScoreLimit:
     Attributes:
         name: The metric, for example ``"accuracy"``.
         value: In the metric's own unit: the largest loss against the dense model (one point, ``1pp``, is 0.01) if
-            `drop`, else the lowest score.
-        drop: Whether `value` is a loss against the dense model.
+            `drop`, else the worst score allowed.
+        drop: Whether `value` is a loss against the dense model: a fall, or a rise where lower is better.
+        at_most: Whether lower is better, so that `value` is the highest score; only without `drop`.
     """
 
     name: str
     value: float
     drop: bool
+    at_most: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value) or (self.drop and self.value < 0):
@@ -73,7 +77,11 @@ class ScoreLimit:
             raise BudgetError(f"the limit on {self.name} must be {rule}, got {self.value}")
 
     def __str__(self) -> str:
-        return f"{self.name}{' drop <=' if self.drop else ' >='} {self.value:.15g}"
+        return f"{self.name}{' drop' * self.drop} {'<=' if self.drop or self.at_most else '>='} {self.value:.15g}"
+
+    def worst(self, dense_score: float, higher_is_better: bool) -> float:
+        """The worst score allowed, in the metric's own direction, where the dense model scores `dense_score`."""
+        return dense_score + (-self.value if higher_is_better else self.value) if self.drop else self.value
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,8 @@ class Budget:
 
     Attributes:
         limits: At most one for each cost; met by construction.
-        score_limits: Constraints on the score; verified on held-out data.
+        score_limits: Constraints on the score; verified on held-out data. An upper limit on a metric, such as
+            ``loss <= 0.3``, is among `limits` until `judged_by` knows that it is no cost.
 
     Raises:
         BudgetError: If there is no limit at all, or two on the same quantity.
@@ -130,6 +139,43 @@ class Budget:
             score_limits=tuple(limit for limit in found if isinstance(limit, ScoreLimit)),
         )
 
+    def judged_by(self, metric: str, higher_is_better: bool, costs: Container[str]) -> Budget:
+        """Tell limits on the score from limits on costs, once the metric and the costs are known.
+
+        Raises:
+            BudgetError: If a limit names another metric, or is on the wrong side for its direction.
+        """
+        limits, score_limits = [], list(self.score_limits)
+        for limit in self.limits:
+            if limit.name in costs or not _same_metric(limit.name, metric):
+                limits.append(limit)
+            elif higher_is_better or limit.relative:
+                way_out = f"{limit.name} >= {limit.value:.15g}" if higher_is_better else f"{limit.name} drop <= 0.1"
+                raise BudgetError(f"'{limit}' cannot limit the metric {metric!r}; write for example '{way_out}'")
+            else:
+                score_limits.append(ScoreLimit(limit.name, limit.value, drop=False, at_most=True))
+        for score_limit in score_limits:
+            if score_limit.name in costs:
+                continue  # `resolve` says what is wrong with it
+            if not _same_metric(score_limit.name, metric):
+                raise BudgetError(
+                    f"budget limits {score_limit.name!r}, but candidates are scored by {metric!r}; "
+                    f"limit {metric!r}, or pass metric="
+                )
+            if not (higher_is_better or score_limit.drop or score_limit.at_most):
+                raise BudgetError(
+                    f"lower is better for {metric!r}, so it takes an upper limit (<=), got '{score_limit}'"
+                )
+        return Budget(tuple(limits), tuple(score_limits))
+
+    def worst_score(self, dense_score: float, higher_is_better: bool) -> float | None:
+        """The worst score that meets every limit on it, up to rounding, in the metric's own direction; None without."""
+        worst = [limit.worst(dense_score, higher_is_better) for limit in self.score_limits]
+        if not worst:
+            return None
+        slack = _ROUNDING * max(1.0, abs(dense_score))
+        return max(worst) - slack if higher_is_better else min(worst) + slack
+
     def resolve(self, dense_costs: Mapping[str, float]) -> dict[str, float]:
         """Turn the limits on costs into absolute numbers.
 
@@ -153,6 +199,10 @@ class Budget:
                 raise BudgetError(f"budget must limit one of {sorted(dense_costs)}, got {limit.name!r}{hint}")
             absolute[limit.name] = limit.value * (dense_costs[limit.name] if limit.relative else 1.0)
         return absolute
+
+
+def _same_metric(name: str, metric: str) -> bool:
+    return _SAME_METRIC.get(name, name) == _SAME_METRIC.get(metric, metric)
 
 
 def _parse_clause(text: str) -> Limit | ScoreLimit:

@@ -67,7 +67,10 @@ def _main(
 def search(
     model: Model,
     budget: Annotated[
-        list[str], typer.Option(help='Limit on a cost, such as "flops <= 50%" or "params <= 1.2M"; may be repeated.')
+        list[str],
+        typer.Option(
+            help='Limit, such as "flops <= 50%", "params <= 1.2M" or "accuracy drop <= 1pp"; may be repeated.'
+        ),
     ],
     run_dir: Annotated[Path, typer.Option(help="New folder for the journal and the result.")],
     data: Annotated[
@@ -80,7 +83,10 @@ def search(
     weights: Annotated[
         Path | None, typer.Option(help="State dict to load into the model: .safetensors, or from torch.save.")
     ] = None,
-    trials: Annotated[int, typer.Option(help="Candidates to evaluate.")] = 200,
+    trials: Annotated[
+        str,
+        typer.Option(metavar="N|auto", help="Candidates to evaluate; auto stops when they no longer gain anything."),
+    ] = "200",
     max_seconds: Annotated[float | None, typer.Option(help="Stop after this time.")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal fronts.")] = 0,
     metric: Annotated[str, typer.Option(help="auto, accuracy, agreement, cross_entropy, loss or mse.")] = "auto",
@@ -115,7 +121,7 @@ def search(
             space=autoprune.Channels(**{name: value for name, value in settings.items() if value is not None}),
             evaluator=evaluator,
             optimizer=optimizer,
-            trials=trials,
+            trials=int(trials) if trials.lstrip("-").isdecimal() else trials,
             max_seconds=max_seconds,
             seed=seed,
             example_inputs=_example_inputs(dense, input_shape, example) if data is None else None,

@@ -107,6 +107,7 @@ class Evaluations:
         distortion: How far the outputs are from those of the dense model, mean over samples, shape (n,): KL divergence
             in nats or relative squared difference. What dimensions cost in this adds up better than the signal does.
             NaN where it was not measured.
+        acceptable: Whether the metric meets the limits of the search on the score, shape (n,), bool; by default all do.
     """
 
     candidates: IntArray
@@ -115,15 +116,19 @@ class Evaluations:
     samples: IntArray
     status: tuple[str, ...]
     reasons: tuple[str, ...]
-    distortion: FloatArray = None  # type: ignore[assignment]  # filled in below
+    distortion: FloatArray = None  # type: ignore[assignment]  # filled in below, as is the next
+    acceptable: NDArray[np.bool_] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         n = len(self.candidates)
         if self.distortion is None:
             object.__setattr__(self, "distortion", np.full(n, np.nan))
-        rows = (self.samples.shape, self.distortion.shape, (len(self.status),), (len(self.reasons),))
+        if self.acceptable is None:
+            object.__setattr__(self, "acceptable", np.ones(n, dtype=np.bool_))
+        lengths = ((len(self.status),), (len(self.reasons),))
+        rows = (self.samples.shape, self.distortion.shape, self.acceptable.shape, *lengths)
         shapes = (self.objectives.shape, self.stderr.shape, *rows)
-        if self.objectives.ndim != 2 or shapes != (self.objectives.shape, self.objectives.shape, *4 * ((n,),)):
+        if self.objectives.ndim != 2 or shapes != (self.objectives.shape, self.objectives.shape, *5 * ((n,),)):
             raise ValueError(f"evaluations need {n} rows in every field, got {shapes}")
 
     def __len__(self) -> int:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from autoprune.errors import InfeasibleBudgetError
 from autoprune.execution import Outcome
 from autoprune.metrics import Summary, summary
 from autoprune.protocols import FAILED, OK, Evaluations, Failure, IntArray, Measurement
 from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
-from autoprune.result.trials import Evaluation, Trial, find_front, note_of_probes, or_nan, within
+from autoprune.result.held_out import note_of_held_out
+from autoprune.result.trials import Evaluation, Trial, find_front, meets, note_of_probes, or_nan, within
 from autoprune.statistics import statistics_of
 from autoprune.study import Study
 
@@ -30,6 +32,7 @@ def evaluations_of(study: Study, candidate: IntArray, outcome: Outcome) -> Evalu
     failed = isinstance(outcome, Failure)
     measured = statistics_of(outcome)
     spread = np.nan if failed else measured.signal_stderr or 0.0
+    acceptable = meets(or_nan(measured.metric), study.worst_score, study.context.judge.higher_is_better)
     return Evaluations(
         candidates=candidate[None],
         objectives=np.array([[or_nan(measured.signal), *(np.full_like(costs, np.nan) if failed else costs)]]),
@@ -38,6 +41,7 @@ def evaluations_of(study: Study, candidate: IntArray, outcome: Outcome) -> Evalu
         status=(FAILED if failed else OK,),
         reasons=(outcome.reason if isinstance(outcome, Failure) else "",),
         distortion=np.array([or_nan(measured.distortion)]),
+        acceptable=np.array([acceptable]),
     )
 
 
@@ -77,17 +81,21 @@ def result_of(
     """Score the front once on held-out samples, and put everything together."""
     judge = study.context.judge
     front = find_front(found, tuple(study.limits), judge.higher_is_better)
-    dense, tested = _tested(study, dense), {}
+    tests: dict[int, Measurement] = {}
     try:
-        for trial in front:
-            tested[trial.id] = _tested(study, trial)
+        for trial in (dense, *front):
+            outcome = study.evaluator.test(np.array(trial.candidate, dtype=np.int64))
+            if isinstance(outcome, Measurement):
+                tests[trial.id] = outcome
     except KeyboardInterrupt:
-        log.warning("interrupted; only %d of %d trials on the front have a test score", len(tested), len(front))
+        log.warning(
+            "interrupted; only %d of %d trials on the front have a test score", max(len(tests) - 1, 0), len(front)
+        )
         stopped = "interrupted"
-    return SearchResult(
-        trials=tuple(sorted((tested.get(trial.id, trial) for trial in found), key=lambda trial: trial.id)),
-        front=tuple(tested.get(trial.id, trial) for trial in front),
-        dense=dense,
+    result = SearchResult(
+        trials=tuple(_tested(trial, tests) for trial in sorted(found, key=lambda trial: trial.id)),
+        front=tuple(_tested(trial, tests) for trial in front),
+        dense=_tested(dense, tests),
         space=study.context.space,
         limits=dict(study.limits),
         budget=str(study.budget),
@@ -99,14 +107,30 @@ def result_of(
         seed=seed,
         _builder=FromEvaluator(study.evaluator, study.context),
     )
+    return replace(result, notes=(*result.notes, *_notes_of_score(study, result, tests)))
 
 
-def _tested(study: Study, trial: Trial) -> Trial:
-    outcome = study.evaluator.test(np.array(trial.candidate, dtype=np.int64))
-    return trial if isinstance(outcome, Failure) else replace(trial, test_score=float(outcome.metric.mean()))
+def _tested(trial: Trial, tests: Mapping[int, Measurement]) -> Trial:
+    return replace(trial, test_score=float(tests[trial.id].metric.mean())) if trial.id in tests else trial
 
 
-def identity_of(study: Study, dense: Trial, seed: int, trials: int) -> dict[str, Any]:
+def _notes_of_score(study: Study, result: SearchResult, tests: Mapping[int, Measurement]) -> list[str]:
+    """Whether the limits on the score hold for the trial that `SearchResult.best` gives, and on held-out data."""
+    if study.worst_score is None:
+        return []
+    try:
+        best, dense = result.best(), result.dense
+    except InfeasibleBudgetError as error:
+        return [str(error)]
+    if not {best.id, dense.id} <= tests.keys():
+        return []
+    return [
+        note_of_held_out(limit, study.context.judge, best, dense, tests[best.id], tests[dense.id])
+        for limit in study.budget.score_limits
+    ]
+
+
+def identity_of(study: Study, dense: Trial, seed: int, trials: int | str) -> dict[str, Any]:
     """What identifies a run in the journal."""
     return {
         "budget": str(study.budget),

@@ -23,7 +23,8 @@ from autoprune.records import evaluations_of, identity_of, result_of, trial_of
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
 from autoprune.search_spaces import Settings
-from autoprune.study import Start, Study, prepare
+from autoprune.stopping import most, why_converged, why_not_converged
+from autoprune.study import Start, Study, hold_score, prepare
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def search(
     space: str | Settings = "channels",
     evaluator: str | Evaluator = "auto",
     optimizer: str | Optimizer | Callable[[Problem, int], Optimizer] = "auto",
-    trials: int = 200,
+    trials: int | str = 200,
     max_seconds: float | None = None,
     seed: int = 0,
     start: Start | Sequence[Start] = (),
@@ -59,7 +60,10 @@ def search(
         model: Any ``nn.Module``; it comes back unchanged: weights, mode, hooks, device.
         budget: What a pruned model may cost, for example ``"flops <= 50%"`` (of the dense model), ``"params <= 1.2M"``,
             ``"nonzero_params <= 10%"``, a list of these, or a `Budget`. Every candidate respects it, under the exact
-            cost.
+            cost. Or how much score must stay, ``"accuracy drop <= 1pp"`` or ``"accuracy >= 0.98"`` (``"loss <= 0.3"``
+            where lower is better): the search then looks for the cheapest model that keeps it on the validation data,
+            and a note says whether it does on held-out data. What is minimised is the first cost that the budget also
+            limits, else ``flops``, or ``nonzero_params`` where the space leaves the FLOPs alone.
         data: `Data`, a DataLoader, or (X, y) arrays. Without data, seeded random inputs shaped like `example_inputs`
             stand in, and the score is agreement with the dense model on them.
         metric: ``"auto"`` (accuracy for class labels, else a loss that fits, else agreement), another name, a loss
@@ -69,7 +73,8 @@ def search(
         evaluator: ``"auto"``, ``"adaptive_bn"``, or an `Evaluator`.
         optimizer: ``"auto"``, ``"knapsack"``, ``"level_switch"``, ``"nsga2"``, ``"bayes"`` or ``"random"``, an
             `Optimizer`, or a function of (problem, seed).
-        trials: Candidates to evaluate, probes included.
+        trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained
+            next to nothing (see `autoprune.stopping.why_converged`), at 1,000 at the latest; a note says how it knew.
         max_seconds: When to stop proposing, counted from the call.
         seed: The same seed, data and threads give the same front.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
@@ -94,7 +99,8 @@ def search(
         found so far.
 
     Raises:
-        BudgetError: If the budget cannot be read or names an unknown cost.
+        BudgetError: If the budget cannot be read, names an unknown cost or another metric, or asks for more score than
+            the dense model has.
         InfeasibleBudgetError: If no candidate can meet it; names the cheapest that can be reached.
         UnsupportedModelError: If the model is scripted, quantised, or on several devices.
         NothingToPruneError: If nothing can be removed; says why.
@@ -106,8 +112,7 @@ def search(
         >>> small = result.build()  # doctest: +SKIP
     """
     began = time.monotonic()
-    if not isinstance(trials, int) or trials < 1:
-        raise ValueError(f"trials must be an integer of at least 1, got {trials!r}")
+    total = most(trials)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     if max_seconds is not None and max_seconds <= 0:
@@ -137,17 +142,20 @@ def search(
     for note in study.notes:
         log.info("%s", note)
     measured = _measure_dense(study)
+    study = hold_score(study, measured)
     dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), measured, measured)
     proposer = make_optimizer(study.problem, seed)
     deadline = None if max_seconds is None else began + max_seconds
     with Journal.create(run_dir, identity_of(study, dense, seed, trials)) as journal:
-        bar = Progress(trials, study.context.judge.name, progress)
+        bar = Progress(total, study.context.judge.name, progress)
         runner.start(study.evaluator, study.context)
         try:
-            found, stopped = _run(study, proposer, runner, journal, bar, trials, deadline, measured)
+            found, stopped, why = _run(
+                study, proposer, runner, journal, bar, total, deadline, measured, adaptive=trials == "auto"
+            )
         finally:
             runner.stop()
-    explained = proposer.notes if isinstance(proposer, Explains) else ()
+    explained = (*([why] if why else []), *(proposer.notes if isinstance(proposer, Explains) else ()))
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
     return result_of(study, found, dense, stopped, time.monotonic() - began, seed, explained)
@@ -162,11 +170,12 @@ def _run(
     total: int,
     deadline: float | None,
     dense: Measurement,
-) -> tuple[list[Trial], str]:
-    """The loop: ask, evaluate, record, tell."""
+    adaptive: bool,
+) -> tuple[list[Trial], str, str]:
+    """The loop: ask, evaluate, record, tell. Returns the trials, the word for why it stopped, and how it knew."""
     pending: dict[int, IntArray] = {}
     found: list[Trial] = []
-    asked, stopped = 0, ""
+    asked, stopped, why = 0, "", ""
     with bar:
         try:
             while pending or not stopped:
@@ -174,6 +183,9 @@ def _run(
                     stopped = "time"
                     break
                 room = min(executor.room(), total - asked)
+                if adaptive and room > 0 and not stopped:
+                    why = why_converged(found, study.problem, study.worst_score, study.context.judge.higher_is_better)
+                    stopped = "converged" if why else ""
                 if room > 0 and not stopped:
                     candidates = optimizer.ask(room)
                     ids = journal.record_ask(candidates, {name: cost(candidates) for name, cost in study.costs.items()})
@@ -193,7 +205,7 @@ def _run(
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
             stopped = "interrupted"
-    return found, stopped
+    return found, stopped, why or (why_not_converged(stopped, len(found)) if adaptive else "")
 
 
 def _show(bar: Progress, study: Study, found: list[Trial], optimizer: Optimizer) -> None:

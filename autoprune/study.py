@@ -20,11 +20,12 @@ from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.prior import PRIORS, expected_losses
-from autoprune.protocols import FloatArray, IntArray, SearchSpace
+from autoprune.protocols import FloatArray, IntArray, Measurement, SearchSpace
 from autoprune.result import SearchResult
-from autoprune.result.trials import Trial
+from autoprune.result.trials import Trial, meets
 from autoprune.search_spaces import Settings, make_space
 from autoprune.sources import seeded
+from autoprune.stopping import planned
 from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.examples import examples_of, unwrap
 from autoprune.structure.slicing import Edit, Slicer, build
@@ -35,6 +36,8 @@ Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
 
 SYNTHETIC_SAMPLES = 256
 """Samples of each part when no data is given."""
+
+_ROUNDING = 1e-9  # a user's cost of the cheapest candidate may differ in its last bit with the size of the population
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,11 @@ class Study:
         problem: What the optimizer gets.
         costs: Every cost by name, of candidates (n, d).
         budget: As parsed.
-        limits: The limited costs, absolute, in the order of the budget.
+        limits: The limited costs, absolute, in the order of the budget. One of score limits alone leaves the cost of
+            the dense model as the limit of what is minimised.
         notes: What was decided, in plain words.
+        worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
+            and until the dense model is measured.
     """
 
     context: Context
@@ -58,6 +64,7 @@ class Study:
     budget: Budget
     limits: Mapping[str, float]
     notes: tuple[str, ...]
+    worst_score: float | None = None
 
 
 def prepare(
@@ -76,11 +83,11 @@ def prepare(
     checks: str,
     costs: Mapping[str, CostFunction] | None,
     cost_batch: int,
-    trials: int = 200,
+    trials: int | str = 200,
     prior: str = "reconstruction",
 ) -> Study:
     """Trace, rank, fix the data and lay out the problem; the arguments are those of `autoprune.search`."""
-    wanted, settings, chosen = _parse(budget), make_space(space), make_evaluator(evaluator)
+    wanted, settings, chosen = Budget.parse(budget), make_space(space), make_evaluator(evaluator)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
     if prior not in PRIORS:
@@ -103,23 +110,47 @@ def prepare(
         bound = settings.bind(structure, order_units(scores))
         expected = expected_losses(prior, bound, scores, criterion, scored, structure, subsets.calibration, run)
     named = make_costs(structure, bound, costs, cost_batch)
+    wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
-    problem = replace(_problem(bound, named, limits, start), trials=trials, prior=expected)
+    limits = limits or _cost_to_minimise(bound, named)
+    problem = _problem(bound, named, limits, start, bool(wanted.score_limits))
+    problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
     context = Context(model, structure, bound, subsets, judge, run)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
-    found = f"search over {bound.describe()}{traced}"
-    return Study(context, chosen, problem, named, wanted, limits, (found, judge.note, *subsets.notes))
+    notes = [f"search over {bound.describe()}{traced}"]
+    if wanted.score_limits:
+        notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
+    return Study(context, chosen, problem, named, wanted, limits, (*notes, judge.note, *subsets.notes))
 
 
-def _parse(budget: Any) -> Budget:
-    parsed = Budget.parse(budget)
-    if parsed.score_limits:
+def hold_score(study: Study, dense: Measurement) -> Study:
+    """The study with its limit on the score as a number, once the dense model is measured.
+
+    Raises:
+        BudgetError: If even the dense model is beyond it.
+    """
+    judge, score = study.context.judge, float(dense.metric.mean())
+    worst = study.budget.worst_score(score, judge.higher_is_better)
+    if worst is not None and not meets(score, worst, judge.higher_is_better):
         raise BudgetError(
-            f"budget '{parsed}' limits the score, which is not searched for yet; search under cost limits and choose "
-            f"with result.best('{parsed.score_limits[0]}')"
+            f"budget '{study.budget}' asks for more than the dense model has, whose {judge.name} is {score:.4f} on the "
+            f"validation data; allow a worse one, or a drop, such as '{judge.name} drop <= 1pp'"
         )
-    return parsed
+    return replace(study, worst_score=worst)
+
+
+def _cost_to_minimise(space: SearchSpace, costs: Mapping[str, CostFunction]) -> dict[str, float]:
+    """The dense model's cost as the limit of what a search under score limits alone minimises: FLOPs where they differ.
+
+    They do not where elements are set to zero, nor in a model without multiplications.
+    """
+    ends = np.concatenate([_dense(space), space.canonical(space.sizes[None] - 1)])
+    for name in ("flops", "nonzero_params"):
+        dense, least = costs[name](ends)
+        if least < dense:
+            return {name: float(dense)}
+    raise BudgetError("budget must limit a cost, because no option of the space changes flops or nonzero_params")
 
 
 def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed: int) -> Subsets:
@@ -145,8 +176,13 @@ def _dense(space: SearchSpace) -> IntArray:
 
 
 def _problem(
-    space: SearchSpace, costs: Mapping[str, CostFunction], limits: Mapping[str, float], start: Start | Sequence[Start]
+    space: SearchSpace,
+    costs: Mapping[str, CostFunction],
+    limits: Mapping[str, float],
+    start: Start | Sequence[Start],
+    minimise: bool,
 ) -> Problem:
+    """Lay out the problem; to minimise the cost, the whole of what can be reached is of interest."""
     names = tuple(limits)
 
     def limited(candidates: IntArray) -> FloatArray:
@@ -160,9 +196,13 @@ def _problem(
         ordered=np.array([dimension.ordered for dimension in space.dimensions]),
         canonical=space.canonical,
     )
+    fractions = (0.8, 0.6, 0.4, 0.2) if minimise else (1.0, 0.75, 0.5)
+    if minimise:
+        least = (1 + _ROUNDING) * problem.costs(problem.cheapest[None])[0]
+        problem = replace(problem, budget_range=np.stack([least, problem.budget_range[:, 1]], axis=1))
     items = [start] if isinstance(start, SearchResult | Trial | Mapping) else list[Any](start)
     given = [candidate for item in items for candidate in candidates_of(item, space)]
-    seeds = [np.array(given, dtype=np.int64).reshape(-1, len(space.sizes)), uniform_seeds(problem, (1.0, 0.75, 0.5))]
+    seeds = [np.array(given, dtype=np.int64).reshape(-1, len(space.sizes)), uniform_seeds(problem, fractions)]
     return replace(problem, seeds=np.concatenate(seeds))
 
 

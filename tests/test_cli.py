@@ -166,6 +166,16 @@ def test_a_built_file_loads_into_a_fresh_model_and_costs_what_was_said(choice, s
     torch.testing.assert_close(small(x), expected(x), rtol=0, atol=0)
 
 
+def test_a_search_may_limit_the_score_and_stop_by_itself(tmp_path):
+    command = (*SEARCH[:4], "--budget", "accuracy drop <= 5pp", "--optimizer", "random", "--round-to", 8)
+    printed = ok(*command, "--trials", "auto", "--run-dir", tmp_path / "run")
+    assert "score limit" in printed.splitlines()[0]
+    assert "stopped after" in printed
+    message = "trials must be an integer of at least 1, or 'auto', got "
+    assert message + "'soon'" in error(*command, "--trials", "soon", "--run-dir", tmp_path / "other")
+    assert message + "-3" in error(*command, "--trials", "-3", "--run-dir", tmp_path / "other")
+
+
 def test_build_takes_the_best_of_the_trials_that_have_weights(searched, tmp_path):
     result = autoprune.SearchResult.load(searched[0], load_model(MODEL))
     shutil.copytree(searched[0], tmp_path / "run")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.repair import ENUMERABLE
@@ -29,9 +30,9 @@ class Archive:
         self._problem = problem
         self._seed = seed
         self._seeds = problem.repair(problem.seeds)
-        self._told: dict[bytes, tuple[bool, int, str, bytes, bytes, bytes]] = {}
+        self._told: dict[bytes, tuple[bool, int, str, bytes, bytes, bytes, bool]] = {}
         self._pending: set[bytes] = set()
-        self._ok: tuple[IntArray, FloatArray] | None = None
+        self._ok: tuple[IntArray, FloatArray, NDArray[np.bool_]] | None = None
 
     def __len__(self) -> int:
         return len(self._told) + len(self._pending)
@@ -42,20 +43,27 @@ class Archive:
         status = np.where(np.isfinite(evaluations.objectives).all(axis=1), evaluations.status, FAILED).tolist()
         values = (evaluations.objectives, evaluations.stderr, evaluations.distortion)
         columns = [[np.asarray(row, dtype=np.float64).tobytes() for row in column] for column in values]
-        rows = zip(candidates, status, evaluations.samples.tolist(), *columns, strict=True)
-        for candidate, fate, samples, *measured in rows:
+        samples, acceptable = evaluations.samples.tolist(), evaluations.acceptable.tolist()
+        for candidate, fate, count, *measured in zip(candidates, status, samples, *columns, acceptable, strict=True):
             key = candidate.tobytes()
-            row = (fate == OK, samples, fate, *measured)
+            row = (fate == OK, count, fate, *measured)
             self._pending.discard(key)
             self._told[key] = max(row, self._told.get(key, row))
         self._ok = None
 
     def ok(self) -> tuple[IntArray, FloatArray]:
         """The feasible candidates evaluated in full (n, d) and their objectives (n, m), sorted."""
+        return self._feasible()[:2]
+
+    def acceptable(self) -> NDArray[np.bool_]:
+        """Whether each row of `ok` meets the limits on the score, shape (n,)."""
+        return self._feasible()[2]
+
+    def _feasible(self) -> tuple[IntArray, FloatArray, NDArray[np.bool_]]:
         if self._ok is None:
             rows = self._rows([key for key, row in self._told.items() if row[0]])
             feasible = self._problem.feasible(rows.candidates)
-            self._ok = rows.candidates[feasible], rows.objectives[feasible]
+            self._ok = rows.candidates[feasible], rows.objectives[feasible], rows.acceptable[feasible]
         return self._ok
 
     def probes(self) -> Evaluations:
@@ -83,6 +91,7 @@ class Archive:
             status=tuple(row[2] for row in rows),
             reasons=("",) * n,
             distortion=columns[2],
+            acceptable=np.array([row[6] for row in rows], dtype=np.bool_),
         )
 
     def ask(self, n: int, propose: Propose) -> IntArray:

@@ -29,6 +29,7 @@ _KNAPSACKS = 400  # dimensions times budgets of the knapsacks solved for one ask
 _AT_LIMIT = 1.3  # stretches the budgets aimed at, so that about a quarter of them are the limit itself
 _UNSCREENED = 4  # one in so many is not screened, so that the surrogate learns where it errs
 _GREED = 0.7  # probability of taking the best prediction; else the next one, and so on
+_BELOW = 0.7  # of the cost at which a limit on the score is known to be missed: how far below it may yet be met
 _WINDOW = 0.1  # of the budget range: how near to its budget every second choice must come
 
 
@@ -44,6 +45,9 @@ class Auto:
        shown (`corrected_tables`), children of `NSGA2` and of `LevelSwitch`, and one or two changes at random to the
        best candidate of a budget. A surrogate screens them for budgets spread over the budget range, a quarter at the
        limit itself, while its cross-validated rank correlation is good; otherwise the kinds take turns.
+
+    Once a candidate turns out unacceptable, the last two look for the cheapest acceptable one: where the front is known
+    to be unacceptable up to the cheapest candidate that is not, instead of over the whole budget range.
 
     Args:
         problem: What to search.
@@ -97,10 +101,33 @@ class Auto:
         if len(found[0]) < n:
             affordable = [count for count in _FRONTS if count <= _FRONT_SHARE * self._problem.trials]
             most = affordable[0] if affordable and self._adds_up(table) else _FRONTS[-1]
-            found.append(_new(self._front(table, most), known))
+            found.append(self._within_aim(_new(self._front(table, most), known)))
             self._phase = _FRONT if len(found[1]) and not len(found[0]) else self._phase
         missing = n - sum(map(len, found))
         return np.concatenate([*found, self._refine(missing, table, known, rng)] if missing > 0 else found)
+
+    def _aim(self) -> FloatArray:
+        """Where the candidates looked for cost, shape (c, 2): the budget range, or where a limit on the score is met.
+
+        Nobody tells an optimizer of such a limit, so there is none until a candidate misses it. The cheapest one that
+        meets it, by the first cost, is the upper end. Of those that cost less, all miss it, and the best shows how far
+        the front is known to do so; better candidates may move it some way down from there.
+        """
+        wanted = self._problem.budget_range.copy()
+        (_, objectives), acceptable = self._archive.ok(), self._archive.acceptable()
+        if not acceptable.all():
+            high = min(objectives[acceptable, 1], default=wanted[0, 1])
+            cheaper = objectives[objectives[:, 1] < high]
+            best = cheaper[cheaper[:, 0].argmin(), 1] if len(cheaper) else wanted[0, 0]
+            wanted[0] = min(max(_BELOW * best, wanted[0, 0]), high), high
+        return wanted
+
+    def _within_aim(self, candidates: IntArray) -> IntArray:
+        """Those that cost what is looked for; all where there is no limit on the score."""
+        low, high = self._aim()[0]
+        first = self._problem.costs(candidates)[:, 0]
+        aimed: IntArray = candidates[((low <= first) & (first < high)) | self._archive.acceptable().all()]
+        return aimed
 
     def _adds_up(self, table: Table) -> bool:
         """Whether sums of the table rank the assembled candidates, or too few are known to tell."""
@@ -115,7 +142,7 @@ class Auto:
 
     def _refine(self, n: int, table: Table, known: IntArray, rng: np.random.Generator) -> IntArray:
         """Return proposals, the `n` most promising first, shape (any, d)."""
-        problem, (candidates, objectives) = self._problem, self._archive.ok()
+        problem, (candidates, objectives) = self._problem.aimed(self._aim()), self._archive.ok()
         low, high = problem.budget_range.T
         place = (np.arange(n) + rng.uniform(-0.5, 0.5, n)) / (n - 1) if n > 1 else rng.random(1)
         budgets = reachable(problem, low + np.clip(_AT_LIMIT * place, 0.0, 1.0)[:, None] * (high - low))
@@ -132,17 +159,17 @@ class Auto:
         self._surrogate.fit(candidates, objectives)
         if not self._surrogate.trusted or not len(proposals):
             return proposals
-        screened = self._screen(proposals, budgets, rng)
+        screened = self._screen(problem, proposals, budgets, rng)
         unscreened = (n + rng.integers(_UNSCREENED)) // _UNSCREENED  # at random where few are asked for at once
         return np.concatenate([screened[: n - unscreened], proposals])
 
-    def _screen(self, proposals: IntArray, budgets: FloatArray, rng: np.random.Generator) -> IntArray:
+    def _screen(self, problem: Problem, proposals: IntArray, budgets: FloatArray, rng: np.random.Generator) -> IntArray:
         """For each budget a proposal within it that is predicted to be good, shape (<= budgets, d).
 
         What costs little may be predicted best for every budget. So every second choice must come close to its own.
         """
-        predicted, costs = self._surrogate.predict(proposals), self._problem.costs(proposals)
-        low, high = self._problem.budget_range.T
+        predicted, costs = self._surrogate.predict(proposals), problem.costs(proposals)
+        low, high = problem.budget_range.T
         chosen: list[int] = []
         for i, budget in enumerate(budgets):
             fits = (costs <= budget).all(axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,15 @@ class Problem:
         within = self.costs(candidates) <= (self.limits if limits is None else limits)
         met: NDArray[np.bool_] = np.all(within, axis=1)
         return met
+
+    def aimed(self, budget_range: FloatArray) -> Problem:
+        """The same problem with candidates wanted between other costs, rows of (low, high), shape (c, 2).
+
+        Costs nothing, unlike `dataclasses.replace`, which looks for the cheapest candidate again.
+        """
+        other = copy.copy(self)
+        object.__setattr__(other, "budget_range", np.array(budget_range, dtype=np.float64))
+        return other
 
     def probes(self, candidates: IntArray) -> NDArray[np.bool_]:
         """Whether candidates (n, d) change at most one dimension of the dense model, shape (n,).

@@ -31,6 +31,7 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
         meta, rows = journal.meta(), journal.trials()
     space = space_from_json(meta["space"])
     trials = tuple(_trial(row, space, meta["limits"]) for row in rows)
+    total = "" if meta["trials"] == "auto" else f" of {meta['trials']}"
     done = sum(trial.status in (OK, FAILED) for trial in trials)
     return SearchResult(
         trials=trials,
@@ -42,11 +43,11 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
         metric=meta["metric"],
         higher_is_better=meta["higher_is_better"],
         notes=(
-            f"from the journal: {done} of {meta['trials']} trials finished, {len(trials) - done} pending",
+            f"from the journal: {done}{total} trials finished, {len(trials) - done} pending",
             *meta["notes"],
             *note_of_probes(trials),
         ),
-        stopped="trials" if done >= meta["trials"] else "unfinished",
+        stopped="unfinished" if meta["trials"] == "auto" or done < meta["trials"] else "trials",
         seconds=_seconds(rows),
         seed=meta["seed"],
     )

@@ -39,7 +39,10 @@ def plot_front(result: SearchResult, path: str | Path | None = None) -> Figure:
     axes.scatter([result.dense.costs[name]], [result.dense.score], marker="D", s=36, color="#111827", label="dense")
     dense = result.dense.costs[name]
     share = f" ({limit / dense:.0%} of dense)" if dense else ""
-    axes.axvline(limit, color=LIMIT, ls="--", lw=1, label=f"limit{share}")
+    if limit != dense:
+        axes.axvline(limit, color=LIMIT, ls="--", lw=1, label=f"limit{share}")
+    if (worst := result.worst_score) is not None:
+        axes.axhline(worst, color=LIMIT, ls=":", lw=1, label="score limit")
     axes.set_xlabel(f"{name} ({UNITS[name]})" if name in UNITS else name)
     axes.set_ylabel(f"{result.metric} on validation data")
     axes.set_title(f"{result.budget}: {len(result.front)} networks on the front", fontsize=11, loc="left")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from autoprune.budget import Budget
-from autoprune.errors import BudgetError, InfeasibleBudgetError, RecipeError
+from autoprune.errors import InfeasibleBudgetError, RecipeError
 from autoprune.protocols import OK, SearchSpace
 from autoprune.result.additivity import Additivity, additivity_of
 from autoprune.result.builders import Builder, SavedWeights, weights_file
@@ -39,13 +39,14 @@ class SearchResult:
         front: Feasible trials that no other dominates in score and limited costs, by the first limited cost.
         dense: The unpruned model, scored on the same samples.
         space: What candidates mean.
-        limits: The limited costs, absolute, in the order of the budget.
+        limits: The limited costs, absolute, in the order of the budget. After a search under score limits alone, what
+            was minimised, with the cost of the dense model.
         budget: The budget as text.
         metric: Name of the metric.
         higher_is_better: Its direction.
         notes: What was decided about data, metric and model, in plain words.
-        stopped: Why the search ended: ``"trials"``, ``"time"``, ``"interrupted"``, ``"exhausted"``, or
-            ``"unfinished"`` when it was read from the journal of a run that goes on or was killed.
+        stopped: Why the search ended: ``"trials"``, ``"converged"`` (see `notes`), ``"time"``, ``"interrupted"``,
+            ``"exhausted"``, or ``"unfinished"`` when it was read from the journal of a run that goes on or was killed.
         seconds: Wall time of the search.
         seed: Its seed.
     """
@@ -68,8 +69,9 @@ class SearchResult:
         """The best trial by validation score within a budget, by default the one of the search.
 
         Only trials within the limits of the search count, even where `budget` is wider: what is over them was a probe.
-        Equal scores go to the better signal, then to the lower cost. A budget of score limits alone gives the
-        cheapest trial that meets them.
+        Equal scores go to the better signal, then to the lower cost. Where the budget limits the score, this is the
+        cheapest trial that meets it, by the first cost that the budget limits too, else by the first of the search:
+        whoever says how good is good enough wants no better.
 
         Raises:
             BudgetError: If the budget cannot be read, or limits an unknown cost or another metric.
@@ -78,37 +80,38 @@ class SearchResult:
         done = [trial for trial in self.trials if trial.status == OK and trial.feasible]
         if not done:
             raise InfeasibleBudgetError(f"no trial succeeded, so there is no best; {self._why_none()}")
-        if budget is None:
-            return min(done, key=self._rank)
-        wanted = Budget.parse(budget)
-        limits = wanted.resolve(self.dense.costs)
-        for limit in wanted.score_limits:
-            if limit.name != self.metric:
-                raise BudgetError(f"budget limits {limit.name!r}, but this result was scored by {self.metric!r}")
-        within = [t for t in done if self._excess(t, limits, wanted) <= 0]
+        wanted = Budget.parse(self.budget if budget is None else budget)
+        wanted = wanted.judged_by(self.metric, self.higher_is_better, self.dense.costs)
+        limits = wanted.resolve(self.dense.costs) if budget is not None else {}
+        worst = wanted.worst_score(self.dense.score, self.higher_is_better)
+        within = [t for t in done if self._excess(t, limits, worst) <= 0]
         if not within:
-            nearest = min(done, key=lambda t: self._excess(t, limits, wanted))
-            costs = ", ".join(f"{name} {nearest.costs[name]:.6g}" for name in limits) or "its costs aside"
+            nearest = min(done, key=lambda t: (self._excess(t, limits, worst), *self._rank(t)))
+            costs = ", ".join(f"{name} {nearest.costs[name]:.6g}" for name in limits or self.limits)
             raise InfeasibleBudgetError(
                 f"budget '{wanted}' is met by none of {len(done)} trials; the nearest is trial {nearest.id} with "
                 f"{costs}, {self.metric} {nearest.score:.4f}; search again under this budget"
             )
-        if not limits:
-            first = next(iter(self.limits))
-            return min(within, key=lambda t: (t.costs[first], *self._rank(t)))
-        return min(within, key=self._rank)
+        if worst is None:
+            return min(within, key=self._rank)
+        first = next(iter(limits or self.limits))
+        return min(within, key=lambda t: (t.costs[first], *self._rank(t)))
+
+    @property
+    def worst_score(self) -> float | None:
+        """The worst validation score that the budget of the search allows; None if it limits costs alone."""
+        budget = Budget.parse(self.budget).judged_by(self.metric, self.higher_is_better, self.dense.costs)
+        return budget.worst_score(self.dense.score, self.higher_is_better)
 
     def _rank(self, trial: Trial) -> tuple[float, ...]:
         return (-trial.score if self.higher_is_better else trial.score, trial.signal, *trial.costs.values())
 
-    def _excess(self, trial: Trial, limits: Mapping[str, float], budget: Budget) -> float:
-        """By how much a trial misses a budget, as a fraction; 0 or less if it does not."""
+    def _excess(self, trial: Trial, limits: Mapping[str, float], worst: float | None) -> float:
+        """By how much a trial misses limits on costs, as a fraction, or on the score; 0 or less if it does not."""
         misses = [trial.costs[name] / limit - 1 for name, limit in limits.items()]
-        sign = 1.0 if self.higher_is_better else -1.0
-        for limit in budget.score_limits:
-            floor = self.dense.score - sign * limit.value if limit.drop else limit.value
-            misses.append(sign * (floor - trial.score))
-        return max(misses)
+        if worst is not None:
+            misses.append(worst - trial.score if self.higher_is_better else trial.score - worst)
+        return max(misses, default=0.0)
 
     def _why_none(self) -> str:
         reasons = [trial.reason for trial in self.trials if trial.reason]
@@ -141,14 +144,16 @@ class SearchResult:
             ValueError: If `weights` is unknown.
             FileExistsError: If the folder holds a result already, or is a file.
         """
-        kept = {"front": self.front, "best": self.front and (self.best(),), "none": ()}
-        if weights not in kept:
-            raise ValueError(f"weights must be one of {sorted(kept)}, got {weights!r}")
+        if weights not in ("best", "front", "none"):
+            raise ValueError(f"weights must be one of ['best', 'front', 'none'], got {weights!r}")
         folder = Path(path)
         if folder.is_file() or (folder / "result.json").exists():
             raise FileExistsError(f"path must be a folder without a result in it, got {path}; pass another path")
         folder.mkdir(parents=True, exist_ok=True)
-        for trial in kept[weights]:
+        kept = self.front if weights == "front" else ()
+        if weights == "best" and self.front:
+            kept = (self.best(),)
+        for trial in kept:
             save(self.build(trial), weights_file(folder, trial))
         (folder / "result.json").write_text(json.dumps(self.to_json(), indent=1))
         return folder

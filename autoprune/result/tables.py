@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from autoprune.result.trials import Trial
+from autoprune.result.trials import Trial, meets
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -24,6 +24,10 @@ def front_table(result: SearchResult) -> str:
     header = ["trial", *names, "of dense", result.metric, "95 % interval", "held out"]
     shown = _spread(result.front, MOST_ROWS)
     rows = [_row(result, trial, names) for trial in (*shown, result.dense)]
+    if (worst := result.worst_score) is not None:
+        header.append("score limit")
+        for row, trial in zip(rows, (*shown, result.dense), strict=True):
+            row.append("met" if meets(trial.score, worst, result.higher_is_better) else "missed")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     rule = "  ".join("-" * width for width in widths)

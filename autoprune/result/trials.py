@@ -125,6 +125,11 @@ def within(costs: Mapping[str, float], limits: Mapping[str, float]) -> bool:
     return all(costs[name] <= limit for name, limit in limits.items())
 
 
+def meets(score: float, worst: float | None, higher_is_better: bool) -> bool:
+    """Whether a score is no worse than the worst one allowed; NaN is not."""
+    return worst is None or (score >= worst if higher_is_better else score <= worst)
+
+
 def note_of_probes(trials: Sequence[Trial]) -> tuple[str, ...]:
     """How many of the trials were probes, in plain words; nothing if none was."""
     probes = sum(not trial.feasible for trial in trials)

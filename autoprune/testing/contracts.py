@@ -336,6 +336,7 @@ def _shuffled(history: list[Evaluations]) -> Evaluations:
         status=tuple(status[i] for i in order),
         reasons=tuple(reasons[i] for i in order),
         distortion=np.concatenate([part.distortion for part in history])[order],
+        acceptable=np.concatenate([part.acceptable for part in history])[order],
     )
 
 

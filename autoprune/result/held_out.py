@@ -1,0 +1,84 @@
+"""Whether a limit on the score, met on the data that chose the model, also holds on data that did not."""
+
+from __future__ import annotations
+
+import math
+
+from autoprune.budget import Budget, ScoreLimit
+from autoprune.metrics import Judge, summary
+from autoprune.protocols import Measurement
+from autoprune.result.trials import Trial, meets
+from autoprune.statistics import statistics_of
+
+_BIASED = (
+    "; the cheapest of many that just meet a limit tends to be a lucky one: ask for a tighter limit, or give more "
+    "validation samples"
+)
+
+
+def note_of_held_out(
+    limit: ScoreLimit, judge: Judge, trial: Trial, dense: Trial, tested: Measurement, dense_tested: Measurement
+) -> str:
+    """Say in plain words what the chosen trial does under a limit on validation and on held-out data.
+
+    Args:
+        limit: What it was chosen to meet.
+        judge: The metric.
+        trial: The trial chosen, with its validation score.
+        dense: The unpruned model, with the same.
+        tested: What the trial scores on the held-out samples.
+        dense_tested: What the dense model scores there.
+    """
+    here = _change_on_validation(judge, trial, dense) if limit.drop else (trial.score, trial.interval)
+    there = _change(judge, tested, dense_tested) if limit.drop else _score(judge, tested)
+    worst = Budget(score_limits=(limit,)).worst_score(0.0, judge.higher_is_better)  # a drop limits changes from 0
+    holds, *ends = (meets(value, worst, judge.higher_is_better) for value in (there[0], *there[1]))
+    if holds:
+        verdict = "it holds there too" + ("" if all(ends) else ", but not for sure")
+    else:
+        verdict = ("it is missed there, perhaps by chance" if any(ends) else "it does not hold there") + _BIASED
+    what = f"trial {trial.id} is the cheapest with {limit}"
+    return f"{what}: {_say(limit, judge, *here)} on validation, {_say(limit, judge, *there)} on test data; {verdict}"
+
+
+def _score(judge: Judge, measured: Measurement) -> tuple[float, tuple[float, float]]:
+    found = summary(measured.metric, judge.proportion)
+    return found.mean, found.interval
+
+
+def _change(judge: Judge, measured: Measurement, dense: Measurement) -> tuple[float, tuple[float, float]]:
+    change = float(measured.metric.mean() - dense.metric.mean())
+    return change, _interval(judge, change, statistics_of(measured, dense).metric_change_stderr, len(measured.metric))
+
+
+def _change_on_validation(judge: Judge, trial: Trial, dense: Trial) -> tuple[float, tuple[float, float]]:
+    last = trial.evaluations[-1]
+    return trial.score - dense.score, _interval(
+        judge, trial.score - dense.score, last.metric_change_stderr, last.samples
+    )
+
+
+def _interval(judge: Judge, change: float, stderr: float | None, samples: int) -> tuple[float, float]:
+    """95 % interval of a paired mean difference over samples; NaN where one value cannot tell.
+
+    Where samples are right or wrong, few or none may differ, and the usual interval then has no width. So a sample more
+    that is won and one that is lost are added, as by Agresti and Min, Statistics in Medicine 24(5), 2005.
+    """
+    if stderr is None:
+        return math.nan, math.nan
+    centre, n = change, samples
+    if judge.proportion:
+        squares = n * (n - 1) * stderr**2 + n * change**2 + 1
+        n, centre = n + 2, samples * change / (samples + 2)
+        stderr = math.sqrt(squares - n * centre**2) / n
+    return centre - 1.96 * stderr, centre + 1.96 * stderr
+
+
+def _say(limit: ScoreLimit, judge: Judge, value: float, interval: tuple[float, float]) -> str:
+    def number(x: float) -> str:
+        if not limit.drop:
+            return f"{x:.4f}"
+        return f"{100 * x:+.2f}pp" if judge.proportion else f"{x:+.4g}"
+
+    low, high = interval
+    return number(value) + ("" if math.isnan(low) else f" (95 % interval {number(low)} to {number(high)})")

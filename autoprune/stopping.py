@@ -1,0 +1,105 @@
+"""When ``trials="auto"`` has seen enough: more of the same is not expected to find anything better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from autoprune.optimizers.problem import Problem
+from autoprune.pareto import hypervolume, non_dominated
+from autoprune.protocols import OK, FloatArray
+from autoprune.result.trials import Trial, meets
+
+MOST_TRIALS = 1_000
+"""Candidates that ``trials="auto"`` evaluates at most."""
+
+_PLANNED = 200  # trials that optimizers plan for, or more in proportion to the dimensions
+_PLANNED_A_DIMENSION = 8
+_OPENING = (40, 200)  # assembled candidates before gains count, 4 for each dimension between these
+_OPENING_A_DIMENSION = 4
+_WINDOW = 40  # assembled candidates that gains are counted over, or this share of all
+_WINDOW_SHARE = 0.25
+_LEAST_GROWTH = 0.001  # of the hypervolume of the front
+_LEAST_SAVING = 0.005  # of the cost of the cheapest acceptable candidate
+_MARGIN = 0.1  # of the extent of the front: where its ends lie inside of what is counted
+
+
+def most(trials: int | str) -> int:
+    """How many candidates a search evaluates at most.
+
+    Raises:
+        ValueError: If `trials` is neither a positive integer nor ``"auto"``.
+    """
+    if trials == "auto":
+        return MOST_TRIALS
+    if not isinstance(trials, int) or trials < 1:
+        raise ValueError(f"trials must be an integer of at least 1, or 'auto', got {trials!r}")
+    return trials
+
+
+def planned(trials: int | str, dimensions: int) -> int:
+    """How many candidates an optimizer shall plan for."""
+    if trials == "auto":
+        return min(max(_PLANNED, _PLANNED_A_DIMENSION * dimensions), MOST_TRIALS)
+    return most(trials)
+
+
+def why_converged(found: Sequence[Trial], problem: Problem, worst_score: float | None, higher_is_better: bool) -> str:
+    """Say how it is known that further trials are not expected to gain anything; empty while they are.
+
+    Gains are counted over the last quarter of the feasible candidates that change two dimensions or more, at least 40
+    of them: single changes teach an optimizer, but rarely gain anything themselves. Before these come at least 40,
+    or 4 for each dimension up to 200, so that every optimizer is past its opening. What counts is the hypervolume of
+    the front, within the budget range and scaled to its own extent; under a limit on the score, the cost of the
+    cheapest candidate that meets it.
+
+    Args:
+        found: The trials so far, in order of arrival.
+        problem: What is searched.
+        worst_score: The worst score allowed, if any.
+        higher_is_better: Direction of the score.
+    """
+    done = [trial for trial in found if trial.status == OK and trial.feasible]
+    assembled = [i for i, trial in enumerate(done) if np.count_nonzero(trial.candidate) > 1]
+    window = max(_WINDOW, int(_WINDOW_SHARE * len(assembled)))
+    if len(assembled) < window + np.clip(_OPENING_A_DIMENSION * len(problem.sizes), *_OPENING):
+        return ""
+    before = done[: assembled[-window]]
+    name = problem.cost_names[0]
+    costs = [
+        min((t.costs[name] for t in part if meets(t.score, worst_score, higher_is_better)), default=np.inf)
+        for part in (before, done)
+    ]
+    if worst_score is not None and np.isfinite(costs[1]):
+        saved = 1 - costs[1] / costs[0]
+        what, least = f"made the cheapest one that meets the score limit {saved:.2%} cheaper", _LEAST_SAVING
+    else:
+        saved = _growth(_points(before, problem), _points(done, problem))
+        what, least = f"grew the front's hypervolume by {saved:.2%}", _LEAST_GROWTH
+    if saved >= least:
+        return ""
+    return f"stopped after {len(found)} trials: the last {window} candidates {what}, less than {least:.1%}"
+
+
+def why_not_converged(stopped: str, trials: int) -> str:
+    """Say why a search under ``trials="auto"`` ended before gains did; empty where its user knows."""
+    return {
+        "exhausted": f"stopped after {trials} trials: the optimizer found no further candidate within the budget",
+        "trials": f"stopped at {trials} trials, the most that trials='auto' takes, while there still were gains",
+    }.get(stopped, "")
+
+
+def _points(trials: Sequence[Trial], problem: Problem) -> FloatArray:
+    """Signal and limited costs, where costs below the budget range count as its lower end, shape (n, 1 + c)."""
+    costs = np.array([[trial.costs[name] for name in problem.cost_names] for trial in trials])
+    return np.column_stack([[trial.signal for trial in trials], np.maximum(costs, problem.budget_range[:, 0])])
+
+
+def _growth(before: FloatArray, after: FloatArray) -> float:
+    """By how much the hypervolume grew, as a share of what it was."""
+    before, after = before[non_dominated(before)], after[non_dominated(after)]
+    low, high = np.minimum(before.min(axis=0), after.min(axis=0)), before.max(axis=0)
+    extent = np.where(high > low, high - low, 1.0)
+    volumes = [hypervolume((points - low) / extent, np.full(len(low), 1 + _MARGIN)) for points in (before, after)]
+    return volumes[1] / volumes[0] - 1
