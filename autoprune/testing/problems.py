@@ -92,10 +92,10 @@ def additive_problem(sizes: Sequence[int], seed: int, budget: float = 0.5) -> Kn
 def product_problem(sizes: Sequence[int], seed: int, budget: float = 0.5) -> KnownProblem:
     """A chain of layers: MACs are sums of products of neighbouring widths; both MACs and widths are limited."""
     weights = np.random.default_rng(seed).lognormal(0.0, 1.0, len(sizes) + 1)
-    tables = tuple(_widths(size) for size in sizes)
+    options = np.array(sizes)
 
     def costs(candidates: IntArray) -> FloatArray:
-        widths = np.stack([table[candidates[:, j]] for j, table in enumerate(tables)], axis=1)
+        widths = (options - candidates) / options
         ends = np.ones((len(widths), 1))
         flops = (np.hstack([ends, widths]) * np.hstack([widths, ends])) @ weights
         return np.stack([flops, widths.sum(axis=1)], axis=1)
