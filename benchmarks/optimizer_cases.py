@@ -64,32 +64,33 @@ class Case:
         found = {share: uniform_seeds(self.problem, (share,))[-1:] for share in (1.0, 0.5)}
         return {share: float(self.loss(candidate)[0]) - self.dense for share, candidate in found.items()}
 
-    def volume(self, told: Evaluations) -> float:
-        """Hypervolume of the front that a user would be shown, with its exact losses, from 0 to 1.
+    def volume(self, seen: IntArray) -> float:
+        """Hypervolume of the front of candidates (n, d) that a user would be shown, by exact losses, from 0 to 1.
 
         The box lies between the loss of the dense model at the lowest cost of the budget range, and uniform pruning
         there at the limits. What costs less than the budget range asks for counts as if it cost that much.
         """
         low, high = self.problem.budget_range.T
-        feasible = self.problem.feasible(told.candidates)
-        costs = np.maximum(told.objectives[feasible, 1:], low)
-        front = non_dominated(np.column_stack([told.objectives[feasible, 0], costs]))
-        lost = (self.loss(told.candidates[feasible][front]) - self.dense) / self.uniform[0.5]
+        feasible = seen[self.problem.feasible(seen)]
+        told = self.evaluate(feasible).objectives
+        told[:, 1:] = np.maximum(told[:, 1:], low)
+        front = non_dominated(told)
+        lost = (self.loss(feasible[front]) - self.dense) / self.uniform[0.5]
         floor = np.concatenate([[0.0], low / high])
-        points = np.column_stack([np.maximum(lost, 0.0), costs[front] / high])
+        points = np.column_stack([np.maximum(lost, 0.0), told[front, 1:] / high])
         reference = np.concatenate([[1.0], np.full(len(low), 1.0 + 1e-9)])
         return hypervolume(points, reference) / float(np.prod(reference - floor))
 
-    def best(self, told: Evaluations, share: float) -> float:
-        """Exact loss of the best seen within a share of the limits, as a share of what uniform pruning loses there.
+    def best(self, seen: IntArray, share: float) -> float:
+        """Exact loss of the best of candidates (n, d) in a share of the limits, as a share of uniform pruning's there.
 
         With nothing found there, the cheapest candidate counts.
         """
         limits = np.maximum(share * self.problem.limits, self.problem.costs(self.problem.cheapest[None])[0])
-        within = np.flatnonzero((told.objectives[:, 1:] <= limits).all(axis=1))
+        within = seen[self.problem.feasible(seen, limits)]
         chosen = self.problem.cheapest
         if len(within):
-            chosen = told.candidates[within[told.objectives[within, 0].argmin()]]
+            chosen = within[self.evaluate(within).objectives[:, 0].argmin()]
         return (float(self.loss(chosen[None])[0]) - self.dense) / self.uniform[share]
 
 

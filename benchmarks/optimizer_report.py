@@ -16,6 +16,7 @@ from benchmarks.optimizer_cases import DECEPTIVE, NETWORKS
 Cells = Mapping[str, Mapping[str, Mapping[str, Any]]]
 JUDGED = "auto"
 BEHIND = ("random", "nsga2 (random start)")  # of which auto must be clearly ahead
+COLUMNS = 4
 MARGIN = 0.02  # of the other's hypervolume, by which auto may be behind
 
 
@@ -116,8 +117,7 @@ def draw(cells: Cells, path: Path) -> None:
 
     names = list(dict.fromkeys(name for row in cells.values() for name in row))
     colours = {name: "black" if name == JUDGED else f"C{i}" for i, name in enumerate(names)}
-    columns = 4
-    rows = -(-(len(cells) + 1) // columns)
+    rows, columns = -(-len(cells) // COLUMNS), min(COLUMNS, len(cells))
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
     for axis, (problem, row) in zip(axes.flat, cells.items(), strict=False):
         for name, cell in row.items():
@@ -126,18 +126,14 @@ def draw(cells: Cells, path: Path) -> None:
             axis.plot(x, mean, color=colours[name], lw=2 if name == JUDGED else 1.2)
             if np.isfinite(half).all():
                 axis.fill_between(x, mean - half, mean + half, color=colours[name], alpha=0.15, lw=0)
-            planned = np.mean(cell["volume"], axis=0)
-            axis.plot(cell["shown"], planned, "o", color=colours[name], ms=5 if name == JUDGED else 3.5)
-        axis.set_title(problem, fontsize=10)
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("evaluations")
-        axis.set_ylabel("hypervolume (share of the box)")
-    spare = axes.flat[len(cells)]
+            if cell["replanned"]:
+                axis.plot(cell["shown"], np.mean(cell["volume"], axis=0), "o", color=colours[name], ms=4)
+        axis.set(title=problem, xlabel="evaluations", ylabel="hypervolume (share of the box)", ylim=(0, None))
     for axis in axes.flat[len(cells) :]:
         axis.axis("off")
-    for name in names:
-        spare.plot([], [], color=colours[name], lw=2, label=name)
-    spare.plot([], [], "o", color="grey", label="a run planned for so many")
-    spare.legend(loc="center", frameon=False, title="mean and 95 % interval over seeds")
+    handles = [plt.Line2D([], [], color=colours[name], lw=2, label=name) for name in names]
+    handles.append(plt.Line2D([], [], color="grey", marker="o", lw=0, label="run planned for so many evaluations"))
+    title = "mean and 95 % interval over seeds"
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, title=title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

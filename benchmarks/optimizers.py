@@ -7,8 +7,8 @@ misses its target. ``--problems`` and ``--optimizers`` run these again and keep 
 nothing. Evaluations of the networks are kept in ``runs/optimizers``.
 
 A single change that is over the limit, to learn what a dimension costs, counts as an evaluation like any other.
-Optimizers that plan are run once for each number of evaluations, because a user who asks for 50 gets a plan for 50; on
-the networks once, for 200. All but the two that start at random are given uniform pruning to start from, as
+Optimizers that plan are run once for each number of evaluations, because a user who asks for 50 gets a plan for 50. All
+but the two that start at random are given uniform pruning to start from, as
 `autoprune.search` does.
 """
 
@@ -79,49 +79,44 @@ def seeds_of(problem: str, optimizer: str) -> int:
     return min(BAYES_SEEDS if "bayes" in optimizer else SEEDS, NETWORK_SEEDS if problem in NETWORKS else SEEDS)
 
 
-def run(optimizer: str, case: Case, seed: int, trials: int) -> tuple[Evaluations, float]:
-    """What was told, in order, and the optimizer's own seconds."""
+def run(optimizer: str, case: Case, seed: int, trials: int) -> tuple[IntArray, float]:
+    """What was evaluated, in order, shape (<= trials, d), and the optimizer's own seconds of processor time."""
     starts = None if optimizer in AT_RANDOM else case.starts
-    began = time.perf_counter()
+    began = time.process_time()
     proposer = COMPARED[optimizer](replace(case.problem, seeds=starts, trials=trials), seed)
-    own, told, done = time.perf_counter() - began, [], 0
-    while done < trials:
-        began = time.perf_counter()
-        candidates = proposer.ask(min(BATCH, trials - done))
-        own += time.perf_counter() - began
+    seen, own = case.starts[:0], time.process_time() - began
+    while len(seen) < trials:
+        began = time.process_time()
+        candidates = proposer.ask(min(BATCH, trials - len(seen)))
+        own += time.process_time() - began
         if not len(candidates):
             break
-        told.append(case.evaluate(candidates))
-        done += len(candidates)
-        began = time.perf_counter()
-        proposer.tell(told[-1])
-        own += time.perf_counter() - began
-    columns = {name: [getattr(part, name) for part in told] for name in Evaluations.__dataclass_fields__}
-    texts = {name: tuple(text for part in columns.pop(name) for text in part) for name in ("status", "reasons")}
-    return Evaluations(**{name: np.concatenate(parts) for name, parts in columns.items()}, **texts), own
-
-
-def first(told: Evaluations, n: int) -> Evaluations:
-    return Evaluations(**{name: getattr(told, name)[:n] for name in Evaluations.__dataclass_fields__})
+        evaluations = case.evaluate(candidates)
+        began = time.process_time()
+        proposer.tell(evaluations)
+        own += time.process_time() - began
+        seen = np.concatenate([seen, candidates])
+    return seen, own
 
 
 def cell(problem: str, optimizer: str, seeds: Sequence[int]) -> dict[str, Any]:
     """One optimizer on one problem: figures of every seed at the checkpoints, and curves of the longest runs."""
     shown, seconds = (SMALL if problem == "small" else EVALUATIONS), 0.0
-    replanned = optimizer in PLANNING and problem not in NETWORKS
+    replanned = optimizer in PLANNING
     figures: dict[str, list[list[float]]] = {"volume": [], "at limit": [], "at half": []}
     curves = []
     for seed in seeds:
         case = CASES[problem](seed)
         longest, own = run(optimizer, case, seed, shown[-1])
         seconds += own
-        runs = [run(optimizer, case, seed, n)[0] if replanned else first(longest, n) for n in shown[:-1]] + [longest]
-        figures["volume"].append([round(case.volume(told), 4) for told in runs])
-        figures["at limit"].append([round(case.best(told, 1.0), 4) for told in runs])
-        figures["at half"].append([round(case.best(told, 0.5), 4) for told in runs])
-        curves.append([round(case.volume(first(longest, n)), 4) for n in range(STEP, shown[-1] + 1, STEP)])
+        runs = [run(optimizer, case, seed, n)[0] if replanned else longest[:n] for n in shown[:-1]] + [longest]
+        figures["volume"].append([round(case.volume(seen), 4) for seen in runs])
+        figures["at limit"].append([round(case.best(seen, 1.0), 4) for seen in runs])
+        figures["at half"].append([round(case.best(seen, 0.5), 4) for seen in runs])
+        curves.append([round(case.volume(longest[:n]), 4) for n in range(STEP, shown[-1] + 1, STEP)])
     milliseconds = round(1e3 * seconds / (len(seeds) * shown[-1]), 1)
-    return {"seeds": len(seeds), "shown": shown, **figures, "curves": curves, "step": STEP, "ms": milliseconds}
+    made = {"seeds": len(seeds), "shown": shown, "replanned": replanned, "ms": milliseconds}
+    return made | figures | {"curves": curves, "step": STEP}
 
 
 def stored() -> dict[str, dict[str, Any]]:
