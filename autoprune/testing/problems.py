@@ -1,4 +1,8 @@
-"""Search problems with known answers: separable losses over costs of every shape that a budget may meet."""
+"""Search problems with known answers: costs of every shape that a budget may meet, under landscapes of losses.
+
+The problems have separable losses, whose additive optimum is the true one. `interacting`, `deceptive` and `noisy` put
+another landscape over the costs of any of them. `KnownProblem.best` is the answer of those that can be enumerated.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,12 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.optimizers.problem import Problem
+from autoprune.optimizers.problem import Problem, uniform_seeds
 from autoprune.protocols import FAILED, OK, RACED, Evaluations, FloatArray, IntArray
+
+
+def _nothing(candidates: IntArray) -> FloatArray:
+    return np.zeros(len(candidates))
 
 
 @final
@@ -20,26 +28,53 @@ class KnownProblem:
 
     Attributes:
         problem: What the optimizer is given.
-        losses: Loss of each option of each dimension, 0 for dense; the losses of a candidate add up.
+        losses: Loss of each option of each dimension alone, 0 for dense.
+        joint: What canonical candidates (n, d) lose beyond the sum of these, shape (n,); 0 for single changes.
+        noise: Standard deviation of the error of a full evaluation, in the unit of the losses.
+        noise_seed: Another seed, other errors.
     """
 
     problem: Problem
     losses: tuple[FloatArray, ...]
+    joint: Callable[[IntArray], FloatArray] = _nothing
+    noise: float = 0.0
+    noise_seed: int = 0
 
     def loss(self, candidates: IntArray) -> FloatArray:
         """The exact loss of candidates (n, d), shape (n,)."""
-        return _total(self.losses, self.problem.canonical(candidates))
+        canonical = self.problem.canonical(candidates)
+        return _total(self.losses, canonical) + self.joint(canonical)
 
     def evaluate(self, candidates: IntArray, status: str = OK, reason: str = "") -> Evaluations:
-        """Evaluations of candidates (n, d): loss and costs, all rows with one `status`; NaN if it is ``"failed"``."""
+        """Evaluations of candidates (n, d): loss and costs, all rows with one `status`; NaN if it is ``"failed"``.
+
+        With noise, a candidate errs by the same amount whenever it is evaluated, as it does on a fixed set of samples;
+        raced ones, on a tenth of the samples, by the square root of ten as much. The distortion is the loss again.
+        """
         n = len(candidates)
-        losses = self.loss(candidates) if status != FAILED else np.full(n, np.nan)
-        objectives = np.column_stack([losses, self.problem.costs(candidates)])
-        if status == FAILED:
-            objectives = np.full_like(objectives, np.nan)
         samples = np.full(n, {OK: 100, RACED: 10, FAILED: 0}[status])
-        exact = np.zeros_like(objectives)
-        return Evaluations(candidates, objectives, exact, samples, (status,) * n, (reason,) * n, losses)
+        stderr = np.zeros((n, 1 + len(self.problem.limits)))
+        if status == FAILED:
+            losses, objectives = np.full(n, np.nan), np.full_like(stderr, np.nan)
+        else:
+            stderr[:, 0] = self.noise * np.sqrt(100 / samples)
+            losses = self.loss(candidates) + stderr[:, 0] * self._errors(candidates)
+            objectives = np.column_stack([losses, self.problem.costs(candidates)])
+        return Evaluations(candidates, objectives, stderr, samples, (status,) * n, (reason,) * n, losses)
+
+    def _errors(self, candidates: IntArray) -> FloatArray:
+        """Standard normal, one for each candidate (n, d), shape (n,)."""
+        if not self.noise:
+            return np.zeros(len(candidates))
+        canonical = self.problem.canonical(candidates).tolist()
+        return np.array([np.random.default_rng([self.noise_seed, *row]).standard_normal() for row in canonical])
+
+    def best(self, limits: FloatArray | None = None) -> IntArray:
+        """The candidate of least exact loss within `limits`, by default the problem's, shape (d,); by enumeration."""
+        candidates = self.feasible_candidates()
+        within = candidates[self.problem.feasible(candidates, limits)]
+        best: IntArray = within[self.loss(within).argmin()]
+        return best
 
     def feasible_candidates(self) -> IntArray:
         """Every canonical feasible candidate of a small space, without duplicates, shape (n, d)."""
@@ -57,10 +92,10 @@ def additive_problem(sizes: Sequence[int], seed: int, budget: float = 0.5) -> Kn
 def product_problem(sizes: Sequence[int], seed: int, budget: float = 0.5) -> KnownProblem:
     """A chain of layers: MACs are sums of products of neighbouring widths; both MACs and widths are limited."""
     weights = np.random.default_rng(seed).lognormal(0.0, 1.0, len(sizes) + 1)
-    tables = tuple(_widths(size) for size in sizes)
+    options = np.array(sizes)
 
     def costs(candidates: IntArray) -> FloatArray:
-        widths = np.stack([table[candidates[:, j]] for j, table in enumerate(tables)], axis=1)
+        widths = (options - candidates) / options
         ends = np.ones((len(widths), 1))
         flops = (np.hstack([ends, widths]) * np.hstack([widths, ends])) @ weights
         return np.stack([flops, widths.sum(axis=1)], axis=1)
@@ -103,6 +138,58 @@ def blocks_problem(blocks: int, seed: int, budget: float = 0.5) -> KnownProblem:
     ordered = np.array([True] * 3 * blocks + [False])
     return _known([2, 5, 5] * blocks + [4], seed, budget, ("flops",), costs, ordered, canonical)
 
+
+def interacting(known: KnownProblem, seed: int, strength: float = 0.8) -> KnownProblem:
+    """Neighbouring dimensions lose more together than each alone, or less, by up to `strength` of their mean loss.
+
+    The geometric mean of two losses, times a factor from -`strength` to `strength` for each pair of neighbours, so the
+    loss of a candidate is between 1 - `strength` and 1 + `strength` of the sum of single losses.
+    """
+    factors = np.random.default_rng([seed, 2]).uniform(-strength, strength, len(known.losses) - 1)
+
+    def joint(candidates: IntArray) -> FloatArray:
+        roots = np.sqrt([row[options] for row, options in zip(known.losses, candidates.T, strict=True)])
+        extra: FloatArray = factors @ (roots[:-1] * roots[1:])
+        return extra
+
+    return replace(known, joint=joint)
+
+
+def deceptive(known: KnownProblem, seed: int, share: float = 0.5) -> KnownProblem:
+    """In a share of the pairs of neighbours, removing one alone is ruinous, and removing both is nearly free.
+
+    In such a trap the losses of either dimension are scaled up, to three times what they or the median dimension were
+    at the last option, so that single changes say to leave it alone. Only with both at their last option, no more than
+    a twentieth of what they lost before is lost. Every dimension needs at least two options.
+    """
+    d = len(known.losses)
+    first = 2 * np.random.default_rng([seed, 3]).permutation(d // 2)[: max(int(share * (d // 2)), 1)]
+    trapped = {*first.tolist(), *(first + 1).tolist()}
+    last = np.array([row[-1] for row in known.losses])
+    ruinous = 3 * np.maximum(last, np.median(last))
+    losses = tuple(row * (ruinous[j] / last[j]) if j in trapped else row for j, row in enumerate(known.losses))
+    refund = (ruinous - 0.05 * last)[first] + (ruinous - 0.05 * last)[first + 1]
+
+    def joint(candidates: IntArray) -> FloatArray:
+        removed = candidates == known.problem.sizes - 1
+        free: FloatArray = -((removed[:, first] & removed[:, first + 1]) @ refund)
+        return free
+
+    return replace(known, losses=losses, joint=joint)
+
+
+def noisy(known: KnownProblem, seed: int, share: float = 0.1) -> KnownProblem:
+    """Evaluations err by a `share` of what uniform pruning at the limits loses, with the standard error reported."""
+    uniform = uniform_seeds(known.problem)[-1:]
+    return replace(known, noise=share * float(known.loss(uniform)[0]), noise_seed=seed)
+
+
+LANDSCAPES: dict[str, Callable[..., KnownProblem]] = {
+    "interacting": interacting,
+    "deceptive": deceptive,
+    "noisy": noisy,
+}
+"""Other losses over the same costs, by name: functions of (known problem, seed, strength)."""
 
 PROBLEMS: dict[str, Callable[..., KnownProblem]] = {
     "additive": additive_problem,
