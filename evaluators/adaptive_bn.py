@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -60,25 +60,30 @@ def recalibrate(module: nn.Module, batches: Sequence[Batch], forward: Callable[[
         batches: Calibration data.
         forward: Runs `module` on a batch.
     """
-    averages = {
-        m: (m.running_mean, m.running_var)
-        for m in module.modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
-    }
-    if not averages:
+    if not statistics(module):
         return
-    with torch.no_grad(), _averaging(module, averages):
+    with torch.no_grad(), averaging(module):
         for batch in batches:
             forward(batch)
 
 
+def statistics(module: nn.Module) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
+    """Running mean and variance of the batch norms that have them."""
+    return {
+        m: (m.running_mean, m.running_var)
+        for m in module.modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
+    }
+
+
 @contextmanager
-def _averaging(module: nn.Module, averages: Mapping[_BatchNorm, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Let layers normalise each batch with its own statistics, and leave them with the `averages` of these.
+def averaging(module: nn.Module) -> Iterator[None]:
+    """Let batch norms normalise each batch with its own statistics, and leave them with the averages of these.
 
     The layers stay in evaluation mode and a hook hands them the statistics, because PyTorch's training mode on a CPU
     sums one value after the other: a fifth of an evaluation of ResNet-20 at 32x32 (benchmarks/overhead.py).
     """
+    averages = statistics(module)
     modes = [(m, m.training) for m in module.modules()]
     seen = dict.fromkeys(averages, 0)
 
