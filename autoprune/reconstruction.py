@@ -49,7 +49,7 @@ def reconstruction_errors(
         units may cancel each other; None where no layer was seen to read the group.
     """
     copied = private_copy(model)
-    axes, read = readers(copied, structure), _reads(copied, structure)
+    axes, read = readers(copied, structure), reads(copied, structure)
     energies: dict[str, float] = defaultdict(float)
     errors: dict[tuple[str, int], FloatArray] = {}
 
@@ -81,8 +81,11 @@ def reconstruction_errors(
     return found
 
 
-def _reads(model: nn.Module, structure: Structure) -> dict[str, dict[str, IntArray]]:
-    """For each layer and each group that it reads: the inputs that every unit owns, shape (units, members)."""
+def reads(model: nn.Module, structure: Structure) -> dict[str, dict[str, IntArray]]:
+    """For each layer and each group that it reads: the inputs that every unit owns, shape (units, members).
+
+    Ungrouped convolutions, transposed ones too, and linear layers.
+    """
     found: dict[str, dict[str, IntArray]] = defaultdict(dict)
     layers = readers(model, structure)
     for group in structure.groups:

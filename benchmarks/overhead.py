@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoprune.batches import Batch, default_forward
 from autoprune.data import Data
 from autoprune.evaluators import AdaptiveBN
-from autoprune.evaluators.adaptive_bn import DENSE_BYTES, recalibrate
+from autoprune.evaluators.adaptive_bn import recalibrate
+from autoprune.evaluators.measuring import DENSE_BYTES
 from autoprune.protocols import IntArray
 from autoprune.structure.slicing import Slicer
 from autoprune.study import Study, prepare

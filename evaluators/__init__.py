@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
+from autoprune.evaluators.compensation import Compensated
+from autoprune.evaluators.finetune import FineTune
 from autoprune.evaluators.protocol import Context, Evaluator, Forward
 
-EVALUATORS: dict[str, Callable[[], Evaluator]] = {"adaptive_bn": AdaptiveBN, "auto": AdaptiveBN}
+EVALUATORS: dict[str, Callable[[], Evaluator]] = {
+    "adaptive_bn": AdaptiveBN,
+    "auto": AdaptiveBN,
+    "compensated": Compensated,
+    "finetune": FineTune,
+}
 """``"auto"`` is adaptive batch norm, which scores a model without batch norm as it is."""
 
 
@@ -24,4 +31,4 @@ def make_evaluator(spec: str | Evaluator) -> Evaluator:
     return spec
 
 
-__all__ = ["EVALUATORS", "AdaptiveBN", "Context", "Evaluator", "Forward", "make_evaluator"]
+__all__ = ["EVALUATORS", "AdaptiveBN", "Compensated", "Context", "Evaluator", "FineTune", "Forward", "make_evaluator"]

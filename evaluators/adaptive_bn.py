@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.batches import Batch
+from autoprune.evaluators.measuring import Adapted, bound_forward
 from autoprune.evaluators.protocol import Context
 from autoprune.protocols import Failure, IntArray, Measurement
-from autoprune.sources import seeded
-from autoprune.structure.slicing import Edit, Slicer
-
-DENSE_BYTES = 256 * 2**20
-"""Most memory for outputs of the dense model that only the distortion needs; it is measured on what fits."""
+from autoprune.structure.slicing import Edit
 
 
 class AdaptiveBN:
@@ -34,61 +29,23 @@ class AdaptiveBN:
 
     def prepare(self, context: Context) -> None:
         """Make the skeleton that every candidate is cut from."""
-        self._context = context
-        self._slicer = Slicer(context.model)
-        dense = self._slicer.cut(Edit({}, {})).eval()  # cut, because the bare skeleton shares the model's buffers
-        self._dense = {
-            part: self._dense_outputs(dense, part, memory)
-            for part, memory in (("validation", DENSE_BYTES), ("test", 0))
-        }
+
+        def adapt(module: nn.Module, _: Edit) -> None:
+            recalibrate(module, context.subsets.calibration, bound_forward(context, module))
+
+        self._adapted = Adapted(context, adapt)
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""
-        return [self._measure(candidate, "validation", chunk or slice(None)) for candidate in candidates]
+        return self._adapted.evaluate(candidates, chunk)
 
     def test(self, candidate: IntArray) -> Measurement | Failure:
         """Score a candidate on the held-out samples."""
-        return self._measure(candidate, "test", slice(None))
+        return self._adapted.test(candidate)
 
     def build(self, candidate: IntArray) -> nn.Module:
         """A plain module with the statistics that were scored."""
-        context = self._context
-        module = context.structure.build(context.model, context.space.pruning(candidate.tolist()))
-        with seeded(0):
-            self._calibrate(module, candidate)
-        return module
-
-    def _measure(self, candidate: IntArray, part: str, chunk: slice) -> Measurement | Failure:
-        started = time.perf_counter()
-        context = self._context
-        batches: Sequence[Batch] = getattr(context.subsets, part)[chunk]
-        try:
-            with seeded(0):
-                module = self._slicer.cut(context.structure.edit(context.space.pruning(candidate.tolist())))
-                module.eval()
-                self._calibrate(module, candidate)
-                run = _forward(context, module)
-                signal, metric, distortion = context.judge.measure(run, batches, self._dense[part][chunk])
-        except Exception as error:  # whatever a user's model or metric raises costs this candidate alone
-            return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - started)
-        seconds = time.perf_counter() - started
-        if not (np.isfinite(signal).all() and np.isfinite(metric).all()):
-            bad = int((~(np.isfinite(signal) & np.isfinite(metric))).sum())
-            return Failure(f"the score of {bad} of {len(signal)} samples is NaN or infinite", seconds)
-        return Measurement(signal, metric, seconds, distortion)
-
-    def _calibrate(self, module: nn.Module, candidate: IntArray) -> None:
-        if candidate.any():
-            recalibrate(module, self._context.subsets.calibration, _forward(self._context, module))
-
-    def _dense_outputs(self, dense: nn.Module, part: str, memory_bytes: int) -> tuple[Tensor | None, ...]:
-        context = self._context
-        with seeded(0):
-            return context.judge.dense_outputs(_forward(context, dense), getattr(context.subsets, part), memory_bytes)
-
-
-def _forward(context: Context, module: nn.Module) -> Callable[[Batch], object]:
-    return lambda batch: context.forward(module, batch)
+        return self._adapted.build(candidate)
 
 
 def recalibrate(module: nn.Module, batches: Sequence[Batch], forward: Callable[[Batch], object]) -> None:
@@ -103,25 +60,30 @@ def recalibrate(module: nn.Module, batches: Sequence[Batch], forward: Callable[[
         batches: Calibration data.
         forward: Runs `module` on a batch.
     """
-    averages = {
-        m: (m.running_mean, m.running_var)
-        for m in module.modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
-    }
-    if not averages:
+    if not statistics(module):
         return
-    with torch.no_grad(), _averaging(module, averages):
+    with torch.no_grad(), averaging(module):
         for batch in batches:
             forward(batch)
 
 
+def statistics(module: nn.Module) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
+    """Running mean and variance of the batch norms that have them."""
+    return {
+        m: (m.running_mean, m.running_var)
+        for m in module.modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
+    }
+
+
 @contextmanager
-def _averaging(module: nn.Module, averages: Mapping[_BatchNorm, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Let layers normalise each batch with its own statistics, and leave them with the `averages` of these.
+def averaging(module: nn.Module) -> Iterator[None]:
+    """Let batch norms normalise each batch with its own statistics, and leave them with the averages of these.
 
     The layers stay in evaluation mode and a hook hands them the statistics, because PyTorch's training mode on a CPU
     sums one value after the other: a fifth of an evaluation of ResNet-20 at 32x32 (benchmarks/overhead.py).
     """
+    averages = statistics(module)
     modes = [(m, m.training) for m in module.modules()]
     seen = dict.fromkeys(averages, 0)
 

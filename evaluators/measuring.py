@@ -1,0 +1,96 @@
+"""What evaluators share: cut candidates from a model, and score them on the samples of the search."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from torch import Tensor, nn
+
+from autoprune.batches import Batch
+from autoprune.evaluators.protocol import Context
+from autoprune.protocols import Failure, IntArray, Measurement
+from autoprune.sources import seeded
+from autoprune.structure.slicing import Edit, Slicer, build
+
+DENSE_BYTES = 256 * 2**20
+"""Most memory for outputs of the dense model that only the distortion needs; it is measured on what fits."""
+
+
+class Measuring:
+    """Scores modules beside the outputs of the dense model, which are computed once.
+
+    Args:
+        context: The samples, and what they are judged by.
+        dense: The dense model in evaluation mode, with buffers of its own.
+    """
+
+    def __init__(self, context: Context, dense: nn.Module) -> None:
+        self._context = context
+        with seeded(0):
+            self._dense: dict[str, tuple[Tensor | None, ...]] = {
+                part: context.judge.dense_outputs(bound_forward(context, dense), getattr(context.subsets, part), memory)
+                for part, memory in (("validation", DENSE_BYTES), ("test", 0))
+            }
+
+    def __call__(self, make: Callable[[], nn.Module], part: str, chunk: slice | None = None) -> Measurement | Failure:
+        """Make a module and score it on the batches `chunk`, all by default, of ``"validation"`` or ``"test"``."""
+        started, rows = time.perf_counter(), chunk or slice(None)
+        context = self._context
+        batches: Sequence[Batch] = getattr(context.subsets, part)[rows]
+        try:
+            with seeded(0):
+                run = bound_forward(context, make().eval())
+                signal, metric, distortion = context.judge.measure(run, batches, self._dense[part][rows])
+        except Exception as error:  # whatever a user's model or metric raises costs this candidate alone
+            return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        if not (np.isfinite(signal).all() and np.isfinite(metric).all()):
+            bad = int((~(np.isfinite(signal) & np.isfinite(metric))).sum())
+            return Failure(f"the score of {bad} of {len(signal)} samples is NaN or infinite", seconds)
+        return Measurement(signal, metric, seconds, distortion)
+
+
+class Adapted:
+    """Scores and builds candidates that are cut from a model and then adapted in place.
+
+    Args:
+        context: With the model whose weights candidates inherit; it stays as it is.
+        adapt: ``adapt(module, edit)`` changes what was cut before it is scored or delivered, by swapping parameters and
+            not by writing to them, because what does not shrink is shared. The dense candidate is left as it is.
+    """
+
+    def __init__(self, context: Context, adapt: Callable[[nn.Module, Edit], None]) -> None:
+        self._context = context
+        self._adapt = adapt
+        self._slicer = Slicer(context.model)
+        # Cut, because the bare skeleton shares the model's buffers.
+        self._measure = Measuring(context, self._slicer.cut(Edit({}, {})).eval())
+
+    def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
+        """Score candidates, shape (n, d), on validation batches."""
+        return [self._measure(partial(self._cut, candidate, False), "validation", chunk) for candidate in candidates]
+
+    def test(self, candidate: IntArray) -> Measurement | Failure:
+        """Score a candidate, shape (d,), on the held-out samples."""
+        return self._measure(partial(self._cut, candidate, False), "test")
+
+    def build(self, candidate: IntArray) -> nn.Module:
+        """The module that is scored, with state of its own, in the training mode of the model."""
+        with seeded(0):
+            return self._cut(candidate, True)
+
+    def _cut(self, candidate: IntArray, private: bool) -> nn.Module:
+        context = self._context
+        edit = context.structure.edit(context.space.pruning(candidate.tolist()))
+        module = build(context.model, edit) if private else self._slicer.cut(edit)
+        if candidate.any():
+            self._adapt(module, edit)
+        return module
+
+
+def bound_forward(context: Context, module: nn.Module) -> Callable[[Batch], object]:
+    """The forward of the context, of one module."""
+    return lambda batch: context.forward(module, batch)
