@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +45,7 @@ class Study:
     Attributes:
         context: What evaluators and workers get.
         evaluator: Prepared on the context.
+        fresh: The same evaluator before that, for workers.
         problem: What the optimizer gets.
         costs: Every cost by name, of candidates (n, d).
         budget: As parsed.
@@ -53,6 +55,7 @@ class Study:
 
     context: Context
     evaluator: Evaluator
+    fresh: Evaluator
     problem: Problem
     costs: Mapping[str, CostFunction]
     budget: Budget
@@ -106,10 +109,11 @@ def prepare(
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     problem = replace(_problem(bound, named, limits, start), trials=trials, prior=expected)
     context = Context(model, structure, bound, subsets, judge, run)
+    fresh = copy.deepcopy(chosen)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
     found = f"search over {bound.describe()}{traced}"
-    return Study(context, chosen, problem, named, wanted, limits, (found, judge.note, *subsets.notes))
+    return Study(context, chosen, fresh, problem, named, wanted, limits, (found, judge.note, *subsets.notes))
 
 
 def _parse(budget: Any) -> Budget:
