@@ -130,7 +130,7 @@ class TrialRow:
 
 
 class Journal:
-    """Trials on disk. `create` or `resume` one to write, `open` one to read; close it, or use it as a context manager."""
+    """Trials on disk. `create` or `resume` one to write, `open` one to read; close it, or use it in a `with`."""
 
     def __init__(self, connection: sqlite3.Connection, lock: IO[bytes] | None = None) -> None:
         self._connection = connection

@@ -245,7 +245,7 @@ class RayExecutor:
         return "node has died" not in str(error) and (not worker.node or worker.node in alive)
 
     def _dispatch(self) -> None:
-        """Send what waits to the workers with the least to do; what has a strike, alone, so that it is clear who dies."""
+        """Send what waits to the workers with the least to do; what has a strike alone, to be sure who dies of it."""
         while self._waiting:
             task = self._waiting[0]
             slots = 1 if task.strikes else 1 + self._ahead
