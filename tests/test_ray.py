@@ -239,7 +239,7 @@ class Unpreparable(AdaptiveBN):
 
 
 def test_workers_that_cannot_start_are_given_up_with_the_reason(two_workers):
-    with pytest.raises(RuntimeError, match="no worker could be started: .*the licence server is down"):
+    with pytest.raises(RuntimeError, match=r"no worker could be started: .*the licence server is down"):
         search(executor=two_workers(max_restarts=1), evaluator=Unpreparable())
 
 
