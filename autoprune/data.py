@@ -114,7 +114,8 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
         # Clones, so that a model that works in place never reaches the user's tensors.
         batches |= {part: tuple(map_tensors(_clone, batch) for batch in drawn[part]) for part in wanted}
         notes += _notes(data, home, {part: sum(map(batch_size, drawn[part])) for part in wanted})
-    return Subsets(**batches, notes=tuple(notes), fingerprint=_fingerprint(batches)).to(device)
+    batches = {part: batches[part] for part in PARTS}
+    return Subsets(**batches, notes=tuple(notes), fingerprint=fingerprint(batches)).to(device)
 
 
 def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 128) -> Subsets:
@@ -143,7 +144,7 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
         f"calibration, validation and test (seed {seed}); scores say how close a candidate stays to the dense model on "
         "such inputs, not how well it does its task"
     )
-    return Subsets(**batches, notes=(note,), fingerprint=_fingerprint(batches))
+    return Subsets(**batches, notes=(note,), fingerprint=fingerprint(batches))
 
 
 def _homes(data: Data) -> dict[str, str]:
@@ -189,7 +190,8 @@ def _random_like(samples: int, generator: torch.Generator, example: Tensor) -> T
     return torch.randint(0, int(example.max()) + 1, shape, generator=generator).to(example.dtype)
 
 
-def _fingerprint(batches: Mapping[str, tuple[Batch, ...]]) -> str:
+def fingerprint(tree: Any) -> str:
+    """SHA-256 of the tensors, keys and plain values in nested lists, tuples and mappings; the same in any process."""
     digest = hashlib.sha256()
 
     def add(tree: Any) -> None:
@@ -209,7 +211,5 @@ def _fingerprint(batches: Mapping[str, tuple[Batch, ...]]) -> str:
             plain = isinstance(tree, str | int | float | np.generic | None)
             digest.update((repr(tree) if plain else type(tree).__name__).encode())
 
-    for part in PARTS:
-        digest.update(part.encode())
-        add(batches[part])
+    add(tree)
     return digest.hexdigest()

@@ -12,6 +12,8 @@ same machine: write-ahead logging shares memory)::
 - Each event is one transaction. With ``synchronous=NORMAL`` it survives ``kill -9`` as soon as the method returns; a
   power cut may undo the last few, never corrupt the file, and costs their evaluation anew. FULL would wait for the disk
   three times a trial to save those.
+- One search writes at a time: it holds a lock on ``journal.lock``, which the system lets go of when the process ends,
+  however that happens.
 """
 
 from __future__ import annotations
@@ -20,17 +22,26 @@ import json
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
+
+import numpy as np
 
 from autoprune.errors import RecipeError
 from autoprune.protocols import FAILED, OK, Failure, FloatArray, IntArray, Measurement
 from autoprune.statistics import statistics_of
 
+try:
+    import fcntl
+except ImportError:  # Windows, where two searches with one run_dir are not told apart
+    fcntl = None  # type: ignore[assignment]
+
 FILE_NAME = "journal.sqlite"
+LOCK_NAME = "journal.lock"
 APPLICATION_ID = int.from_bytes(b"aupr")
 SCHEMA_VERSION = 2
 SCHEMA = """
@@ -119,10 +130,11 @@ class TrialRow:
 
 
 class Journal:
-    """Trials on disk. `create` one to write, `open` one to read; close it, or use it as a context manager."""
+    """Trials on disk. `create` or `resume` one to write, `open` one to read; close it, or use it in a `with`."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, lock: IO[bytes] | None = None) -> None:
         self._connection = connection
+        self._lock = lock
 
     @classmethod
     def create(cls, run_dir: str | Path | None, meta: Mapping[str, Any]) -> Self:
@@ -137,16 +149,44 @@ class Journal:
             OSError: If `run_dir` is a file or cannot be written.
         """
         entries = [(key, json.dumps(value, allow_nan=False)) for key, value in meta.items()]
-        connection = sqlite3.connect(":memory:" if run_dir is None else _reserve(Path(run_dir)))
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        connection.execute("PRAGMA foreign_keys=ON")
-        connection.executescript(
-            f"BEGIN; PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {SCHEMA}"
-        )
-        connection.executemany("INSERT INTO meta VALUES (?, ?)", entries)
-        connection.commit()
-        return cls(connection)
+        if run_dir is None:
+            connection = sqlite3.connect(":memory:")
+            _lay_out(connection, entries)
+            return cls(connection)
+        path = Path(run_dir) / FILE_NAME
+        lock = _reserve(path)
+        unfinished = path.with_suffix(".new")  # renamed when it is whole, so that a kill leaves no half of a journal
+        try:
+            unfinished.unlink(missing_ok=True)
+            connection = sqlite3.connect(unfinished)
+            with _explaining(path):
+                _lay_out(connection, entries)
+            connection.close()
+            unfinished.rename(path)
+        except BaseException:
+            lock.close()
+            raise
+        return cls(_connect(path), lock)
+
+    @classmethod
+    def resume(cls, run_dir: str | Path) -> Self:
+        """Open the journal in `run_dir` to go on writing it.
+
+        Raises:
+            FileNotFoundError: If `run_dir` holds no journal.
+            BlockingIOError: If another search is writing it.
+            OSError: If it cannot be written.
+            RecipeError: If the file is corrupted, not a journal, or written by a newer version.
+        """
+        path = Path(run_dir) / FILE_NAME
+        cls.open(run_dir).close()  # whether it is a journal of ours shows without changing it
+        with _writable(path.parent):
+            lock = _lock(path)
+        try:
+            return cls(_connect(path), lock)
+        except BaseException:
+            lock.close()
+            raise
 
     @classmethod
     def open(cls, run_dir: str | Path) -> Self:
@@ -176,7 +216,7 @@ class Journal:
             (first + i, ask, asked, _json(candidate), _json({name: float(values[i]) for name, values in costs.items()}))
             for i, candidate in enumerate(candidates.tolist())
         ]
-        with self._connection:
+        with self._transaction():
             self._connection.executemany(
                 "INSERT INTO trials (id, ask, asked, candidate, costs) VALUES (?, ?, ?, ?, ?)", rows
             )
@@ -212,7 +252,7 @@ class Journal:
             **_outcome_columns(outcome, dense),
         }
         status = FAILED if isinstance(outcome, Failure) else OK
-        with self._connection:
+        with self._transaction():
             self._connection.execute(
                 f"INSERT INTO evaluations ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
                 tuple(values.values()),
@@ -224,14 +264,19 @@ class Journal:
     def record_tell(self, trials: Sequence[int]) -> None:
         """Add that these trials were told to the optimizer together, in this order. A trial is told once."""
         tell, first = self._next("tells", "tell"), self._next("tells", "id")
-        with self._connection:
+        with self._transaction():
             self._connection.executemany(
                 "INSERT INTO tells (id, tell, trial) VALUES (?, ?, ?)",
                 [(first + i, tell, trial) for i, trial in enumerate(trials)],
             )
 
+    def record_meta(self, key: str, value: Any) -> None:
+        """Replace what identifies the run under `key`, such as the number of trials wanted by now."""
+        with self._transaction():
+            self._connection.execute("REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value, allow_nan=False)))
+
     def meta(self) -> dict[str, Any]:
-        """What `create` was given."""
+        """What `create` was given, and `record_meta` after it."""
         return {key: json.loads(value) for key, value in self._connection.execute("SELECT key, value FROM meta")}
 
     def trials(self) -> list[TrialRow]:
@@ -249,9 +294,27 @@ class Journal:
             for id_, ask, candidate, costs, status, reason in rows
         ]
 
+    def metrics(self, evaluation: int) -> FloatArray:
+        """The metric of each sample in an evaluation, rounded to float32, shape (n,); empty if it failed."""
+        (blob,) = self._connection.execute("SELECT metrics FROM evaluations WHERE id = ?", (evaluation,)).fetchone()
+        return np.frombuffer(blob or b"", "<f4").astype(np.float64)
+
+    def told(self) -> set[int]:
+        """The trials that were told to the optimizer."""
+        return {trial for (trial,) in self._connection.execute("SELECT trial FROM tells")}
+
     def close(self) -> None:
         """Close the file. Everything recorded is already in it."""
         self._connection.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of it or nothing, even when the process is killed in between."""
+        (_, _, path) = self._connection.execute("PRAGMA database_list").fetchone()
+        with _explaining(path), self._connection:
+            yield
 
     def __enter__(self) -> Self:
         return self
@@ -281,22 +344,81 @@ def _outcome_columns(outcome: Measurement | Failure, dense: Measurement | None) 
     return {**columns, "reason": "", **values}
 
 
-def _reserve(run_dir: Path) -> Path:
-    """Make an empty journal file, so that two searches can never share one."""
-    path = run_dir / FILE_NAME
+def _lay_out(connection: sqlite3.Connection, entries: Sequence[tuple[str, str]]) -> None:
+    connection.executescript(
+        f"BEGIN; PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {SCHEMA}"
+    )
+    connection.executemany("INSERT INTO meta VALUES (?, ?)", entries)
+    connection.commit()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path.touch(exist_ok=False)
+        with _explaining(path):
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+                connection.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def _explaining(path: str | Path) -> Iterator[None]:
+    """Say which file could not be written, and that the rest of it is safe."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            raise
+        raise OSError(
+            f"run_dir must have room for the journal, but {path} cannot be written: {error}; everything recorded so "
+            "far can be read, and once there is room again, resume=True goes on from there"
+        ) from error
+
+
+def _reserve(path: Path) -> IO[bytes]:
+    """Make the folder and lock it, so that two searches can never share one."""
+    run_dir = path.parent
+    try:
+        with _writable(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                raise FileExistsError
+            return _lock(path)
     except FileExistsError as error:
         rule = f"already holds a {FILE_NAME}" if run_dir.is_dir() else "is a file"
         raise FileExistsError(
-            f"run_dir must be a folder of its own, but {run_dir} {rule}; pass another run_dir"
+            f"run_dir must be a folder of its own, but {run_dir} {rule}; pass another run_dir, or resume=True to go on "
+            "with the search in it"
         ) from error
+
+
+@contextmanager
+def _writable(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, BlockingIOError):
+        raise
     except OSError as error:
         raise type(error)(
             f"run_dir must be a folder that can be written, got {run_dir} ({error.strerror}); pass another run_dir"
         ) from error
-    return path
+
+
+def _lock(path: Path) -> IO[bytes]:
+    lock = path.with_name(LOCK_NAME).open("ab")
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise BlockingIOError(
+            f"run_dir must not be in use, but another search is writing to {path.parent}; wait until it ends, stop it, "
+            "or pass another run_dir"
+        ) from error
+    return lock
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

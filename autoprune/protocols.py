@@ -170,6 +170,15 @@ class Explains(Protocol):
         ...
 
 
+@runtime_checkable
+class Pends(Protocol):
+    """An optimizer that can be told what an earlier process asked for; else a resumed search may propose it again."""
+
+    def pend(self, candidates: IntArray) -> None:
+        """Take candidates, shape (n, d), as proposed already, with their evaluations still to come."""
+        ...
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What one evaluation of one candidate saw.

@@ -1,48 +1,52 @@
-"""From what was measured to what is told, kept and returned: evaluations, trials, the result, a run's identity."""
+"""From what was measured to what is told, kept and returned: evaluations, trials, the result."""
 
 from __future__ import annotations
 
 import logging
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
 
 from autoprune.errors import InfeasibleBudgetError
 from autoprune.execution import Outcome
 from autoprune.metrics import Summary, summary
-from autoprune.protocols import FAILED, OK, Evaluations, Failure, IntArray, Measurement
+from autoprune.protocols import FAILED, OK, Evaluations, Failure, FloatArray, IntArray, Measurement
 from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
 from autoprune.result.held_out import note_of_held_out
 from autoprune.result.trials import Evaluation, Trial, find_front, meets, note_of_probes, or_nan, within
-from autoprune.statistics import statistics_of
+from autoprune.statistics import Statistics, statistics_of
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
 
 
-def evaluations_of(study: Study, candidate: IntArray, outcome: Outcome) -> Evaluations:
-    """One row for the optimizer: the signal, then the limited costs."""
-    costs = study.problem.costs(candidate[None])[0]
-    failed = isinstance(outcome, Failure)
-    measured = statistics_of(outcome)
-    spread = np.nan if failed else measured.signal_stderr or 0.0
-    acceptable = meets(or_nan(measured.metric), study.worst_score, study.context.judge.higher_is_better)
+def evaluations_of(
+    study: Study, candidates: IntArray, measured: Sequence[Statistics], reasons: Sequence[str]
+) -> Evaluations:
+    """Rows for the optimizer, one for each of the candidates (n, d): the signal, then the limited costs."""
+    costs = study.problem.costs(candidates)
+    failed = np.array([row.samples == 0 for row in measured])
+    worst, higher_is_better = study.worst_score, study.context.judge.higher_is_better
     return Evaluations(
-        candidates=candidate[None],
-        objectives=np.array([[or_nan(measured.signal), *(np.full_like(costs, np.nan) if failed else costs)]]),
-        stderr=np.array([[spread, *np.zeros_like(costs)]]),
-        samples=np.array([measured.samples], dtype=np.int64),
-        status=(FAILED if failed else OK,),
-        reasons=(outcome.reason if isinstance(outcome, Failure) else "",),
-        distortion=np.array([or_nan(measured.distortion)]),
-        acceptable=np.array([acceptable]),
+        candidates=candidates,
+        objectives=np.column_stack([_column(measured, "signal"), np.where(failed[:, None], np.nan, costs)]),
+        stderr=np.column_stack(
+            [np.where(failed, np.nan, _column(measured, "signal_stderr", 0.0)), np.zeros_like(costs)]
+        ),
+        samples=np.array([row.samples for row in measured], dtype=np.int64),
+        status=tuple(FAILED if row else OK for row in failed),
+        reasons=tuple(reasons),
+        distortion=_column(measured, "distortion"),
+        acceptable=np.array([meets(or_nan(row.metric), worst, higher_is_better) for row in measured], dtype=np.bool_),
     )
+
+
+def _column(measured: Sequence[Statistics], name: str, missing: float = math.nan) -> FloatArray:
+    values = [getattr(row, name) for row in measured]
+    return np.array([missing if value is None else value for value in values], dtype=np.float64)
 
 
 def trial_of(
@@ -128,22 +132,3 @@ def _notes_of_score(study: Study, result: SearchResult, tests: Mapping[int, Meas
         note_of_held_out(limit, study.context.judge, best, dense, tests[best.id], tests[dense.id])
         for limit in study.budget.score_limits
     ]
-
-
-def identity_of(study: Study, dense: Trial, seed: int, trials: int | str) -> dict[str, Any]:
-    """What identifies a run in the journal."""
-    return {
-        "budget": str(study.budget),
-        "limits": dict(study.limits),
-        "seed": seed,
-        "trials": trials,
-        "metric": study.context.judge.name,
-        "higher_is_better": study.context.judge.higher_is_better,
-        "space": study.context.space.to_json(),
-        "dense": dense.to_json(),
-        "data": study.context.subsets.fingerprint,
-        "notes": list(study.notes),
-        "threads": torch.get_num_threads(),
-        "device": str(next(study.context.model.parameters()).device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-    }

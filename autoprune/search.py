@@ -14,15 +14,18 @@ from autoprune.budget import Budget
 from autoprune.costs import CostFunction
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, make_executor
+from autoprune.identity import identity_of
 from autoprune.journal import Journal
 from autoprune.metrics import Metric
 from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
 from autoprune.protocols import FAILED, Explains, Failure, IntArray, Measurement, Optimizer
-from autoprune.records import evaluations_of, identity_of, result_of, trial_of
+from autoprune.records import evaluations_of, result_of, trial_of
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
+from autoprune.resume import History, open_journal, recall
 from autoprune.search_spaces import Settings
+from autoprune.statistics import statistics_of
 from autoprune.stopping import most, why_converged, why_not_converged
 from autoprune.study import Start, Study, hold_score, prepare
 
@@ -83,9 +86,12 @@ def search(
         example_inputs: A tensor, a tuple or a dict of inputs; needed only without data. A list of these covers branches
             of the forward that the data may not take.
         outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns.
-        executor: ``"local"``, or an `Executor`.
+        executor: ``"local"``, ``"ray"`` (workers on this machine, or on the cluster of the job that this runs in), or
+            an `Executor`, such as ``RayExecutor(address="auto", gpus_per_worker=0.5)``.
         run_dir: A folder of its own for the journal of the run; kept in memory without.
-        resume: Not supported yet.
+        resume: Go on with the search in `run_dir`, or begin it if there is none yet. No finished trial is repeated, and
+            what was being evaluated is evaluated again. The other arguments must be those of that search, but `trials`
+            may be more or ``"auto"``, and `executor` and `optimizer` others.
         progress: Show a progress line in a terminal.
         checks: ``"on"`` freezes groups that fail a check of the traced structure, ``"strict"`` raises, ``"isolated"``
             checks in a process of its own.
@@ -106,7 +112,8 @@ def search(
         UnsupportedModelError: If the model is scripted, quantised, or on several devices.
         NothingToPruneError: If nothing can be removed; says why.
         DataError: If the data is empty, or lacks what the metric needs.
-        ValueError: If another argument is out of range or an unknown name.
+        OSError: If `run_dir` cannot be written, or is in use by another search.
+        ValueError: If another argument is out of range or an unknown name, or not what the resumed search had.
 
     Example:
         >>> result = autoprune.search(model, "flops <= 50%", (images, labels))  # doctest: +SKIP
@@ -118,8 +125,8 @@ def search(
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     if max_seconds is not None and max_seconds <= 0:
         raise ValueError(f"max_seconds must be positive or None, got {max_seconds}")
-    if resume:
-        raise ValueError("resume=True is not supported yet; pass a new run_dir, and start=[...] to begin from a result")
+    if resume and run_dir is None:
+        raise ValueError("resume=True needs the run_dir of an earlier search, got run_dir=None")
     runner = make_executor(executor)
     make_optimizer = find_optimizer(optimizer)  # an unknown name must fail before the model is traced
     study = prepare(
@@ -147,12 +154,13 @@ def search(
     dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), measured, measured)
     proposer = make_optimizer(study.problem, seed)
     deadline = None if max_seconds is None else began + max_seconds
-    with Journal.create(run_dir, identity_of(study, dense, seed, trials)) as journal:
+    identity = identity_of(study, dense, seed, trials, proposer, runner)
+    with open_journal(run_dir, identity, resume) as journal:
+        history = recall(journal, study, proposer)
         bar = Progress(total, study.context.judge.name, progress)
-        runner.start(study.evaluator, study.context)
         try:
             found, stopped, why = _run(
-                study, proposer, runner, journal, bar, total, deadline, measured, adaptive=trials == "auto"
+                study, proposer, runner, journal, bar, total, deadline, measured, history, adaptive=trials == "auto"
             )
         finally:
             runner.stop()
@@ -171,21 +179,28 @@ def _run(
     total: int,
     deadline: float | None,
     dense: Measurement,
+    history: History,
     adaptive: bool,
 ) -> tuple[list[Trial], str, str]:
     """The loop: ask, evaluate, record, tell. Returns the trials, the word for why it stopped, and how it knew."""
-    pending: dict[int, IntArray] = {}
-    found: list[Trial] = []
-    asked, stopped, why = 0, "", ""
+    pending: dict[int, IntArray] = dict(history.pending)
+    found: list[Trial] = list(history.found)
+    asked = len(history)
+    why = _why_converged(study, found) if adaptive and not pending and asked < total else ""
+    stopped = "converged" if why else ""
+    if pending or (asked < total and not stopped):
+        executor.start(study.evaluator, study.context, study.fresh)
     with bar:
         try:
+            if pending:
+                executor.submit(list(pending), np.stack(list(pending.values())))
             while pending or not stopped:
                 if deadline is not None and time.monotonic() > deadline:
                     stopped = "time"
                     break
                 room = min(executor.room(), total - asked)
                 if adaptive and room > 0 and not stopped:
-                    why = why_converged(found, study.problem, study.worst_score, study.context.judge.higher_is_better)
+                    why = _why_converged(study, found)
                     stopped = "converged" if why else ""
                 if room > 0 and not stopped:
                     candidates = optimizer.ask(room)
@@ -196,17 +211,21 @@ def _run(
                     stopped = "exhausted" if len(candidates) == 0 else ""
                 if asked >= total:
                     stopped = "trials"
-                for trial, outcome in executor.gather():
-                    journal.record_evaluation(trial, outcome, dense=dense, worker=executor.name)
-                    candidate = pending.pop(trial)
+                for trial, outcome, worker in executor.gather():
+                    journal.record_evaluation(trial, outcome, dense=dense, worker=worker)
+                    candidate, reason = pending.pop(trial), getattr(outcome, "reason", "")
                     found.append(trial_of(study, trial, candidate, outcome, dense))
-                    optimizer.tell(evaluations_of(study, candidate, outcome))
+                    optimizer.tell(evaluations_of(study, candidate[None], [statistics_of(outcome)], [reason]))
                     journal.record_tell([trial])
                     _show(bar, study, found, optimizer)
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
             stopped = "interrupted"
     return found, stopped, why or (why_not_converged(stopped, len(found)) if adaptive else "")
+
+
+def _why_converged(study: Study, found: Sequence[Trial]) -> str:
+    return why_converged(found, study.problem, study.worst_score, study.context.judge.higher_is_better)
 
 
 def _show(bar: Progress, study: Study, found: list[Trial], optimizer: Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +48,7 @@ class Study:
     Attributes:
         context: What evaluators and workers get.
         evaluator: Prepared on the context.
+        fresh: The same evaluator before that, for workers.
         problem: What the optimizer gets.
         costs: Every cost by name, of candidates (n, d).
         budget: As parsed.
@@ -59,6 +61,7 @@ class Study:
 
     context: Context
     evaluator: Evaluator
+    fresh: Evaluator
     problem: Problem
     costs: Mapping[str, CostFunction]
     budget: Budget
@@ -116,12 +119,13 @@ def prepare(
     problem = _problem(bound, named, limits, start, bool(wanted.score_limits))
     problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
     context = Context(model, structure, bound, subsets, judge, run)
+    fresh = copy.deepcopy(chosen)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
     notes = [f"search over {bound.describe()}{traced}"]
     if wanted.score_limits:
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
-    return Study(context, chosen, problem, named, wanted, limits, (*notes, judge.note, *subsets.notes))
+    return Study(context, chosen, fresh, problem, named, wanted, limits, (*notes, judge.note, *subsets.notes))
 
 
 def hold_score(study: Study, dense: Measurement) -> Study:

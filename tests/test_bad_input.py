@@ -245,9 +245,9 @@ class TestRuns:
         with refused(ValueError, f"max_seconds must be positive or None, got {seconds}"):
             search(mlp, max_seconds=seconds)
 
-    def test_resuming_says_what_to_do_instead(self, mlp, tmp_path):
-        with refused(ValueError, "resume=True is not supported yet", "run_dir", "start="):
-            search(mlp, run_dir=tmp_path, resume=True)
+    def test_resuming_needs_a_run_dir(self, mlp):
+        with refused(ValueError, "resume=True needs the run_dir", "got run_dir=None"):
+            search(mlp, resume=True)
 
     @pytest.mark.parametrize("bad", [[0, 0], [0] * 6, [8, 0, 0], [-1, 0, 0], "abc", 7])
     def test_a_start_that_is_no_candidate_is_named(self, mlp, bad):

@@ -1,5 +1,27 @@
 """Executors: run evaluations here or on workers."""
 
-from autoprune.execution.local import EXECUTORS, Executor, LocalExecutor, Outcome, make_executor
+from __future__ import annotations
 
-__all__ = ["EXECUTORS", "Executor", "LocalExecutor", "Outcome", "make_executor"]
+from collections.abc import Callable
+
+from autoprune.execution.local import Executor, Finished, LocalExecutor, Outcome
+from autoprune.execution.ray import RayExecutor
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {"local": LocalExecutor, "ray": RayExecutor}
+"""What `search(executor=)` knows by name."""
+
+
+def make_executor(spec: str | Executor) -> Executor:
+    """Make the executor meant by a name, or take one already made.
+
+    Raises:
+        ValueError: If it is an unknown name, or no executor.
+    """
+    if isinstance(spec, str) and spec in EXECUTORS:
+        return EXECUTORS[spec]()
+    if isinstance(spec, str | type) or not hasattr(spec, "submit"):
+        raise ValueError(f"executor must be one of {sorted(EXECUTORS)} or an Executor instance, got {spec!r}")
+    return spec
+
+
+__all__ = ["EXECUTORS", "Executor", "Finished", "LocalExecutor", "Outcome", "RayExecutor", "make_executor"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,25 +11,48 @@ from autoprune.protocols import Failure, IntArray, Measurement
 
 Outcome = Measurement | Failure
 
+GENERATION = 8
+"""Candidates asked for at once where results must not depend on who is faster."""
+
+
+class Finished(NamedTuple):
+    """What came back: the trial's number, what was seen or why nothing was, and the name of the worker."""
+
+    trial: int
+    outcome: Outcome
+    worker: str
+
 
 class Executor(Protocol):
-    """Runs evaluations somewhere. Receives integers only; results come back in any order."""
+    """Runs evaluations somewhere. Receives integers only; results come back in any order.
+
+    Attributes:
+        name: What the journal calls this kind of execution.
+        threads: PyTorch threads of each worker; None where evaluations run in this process.
+    """
 
     name: str
+    threads: int | None
 
-    def start(self, evaluator: Evaluator, context: Context) -> None:
-        """Bring an evaluator, prepared here already, and its context to the workers, once."""
+    def start(self, evaluator: Evaluator, context: Context, fresh: Evaluator) -> None:
+        """Bring the evaluator and its context to the workers, once.
+
+        Args:
+            evaluator: Prepared on the context in this process.
+            context: Everything that a worker holds.
+            fresh: The same evaluator before it was prepared, which pickles.
+        """
         ...
 
     def room(self) -> int:
-        """How many more candidates to submit now; 0 while all workers have enough to do."""
+        """How many more candidates to submit now; 0 while all workers have enough to do, or before `start`."""
         ...
 
     def submit(self, trials: list[int], candidates: IntArray) -> None:
         """Queue candidates, shape (n, d), under their trial numbers."""
         ...
 
-    def gather(self) -> list[tuple[int, Outcome]]:
+    def gather(self) -> list[Finished]:
         """Wait for at least one outcome and return those that are there; empty when nothing is queued."""
         ...
 
@@ -47,49 +70,35 @@ class LocalExecutor:
     """
 
     name = "local"
+    threads: int | None = None
 
-    def __init__(self, generation: int = 8) -> None:
+    def __init__(self, generation: int = GENERATION) -> None:
         self._generation = generation
         self._queue: list[tuple[int, IntArray]] = []
         self._evaluator: Evaluator | None = None
 
-    def start(self, evaluator: Evaluator, context: Context) -> None:
+    def start(self, evaluator: Evaluator, context: Context, fresh: Evaluator) -> None:
         """Use the evaluator as it is."""
         self._evaluator = evaluator
 
     def room(self) -> int:
         """A whole generation once the last one is done, so that runs with one seed agree."""
-        return 0 if self._queue else self._generation
+        return 0 if self._queue or self._evaluator is None else self._generation
 
     def submit(self, trials: list[int], candidates: IntArray) -> None:
         """Queue candidates."""
         self._queue.extend(zip(trials, candidates, strict=True))
 
-    def gather(self) -> list[tuple[int, Outcome]]:
+    def gather(self) -> list[Finished]:
         """Evaluate the next candidate in the queue."""
         if not self._queue:
             return []
         assert self._evaluator is not None
         trial, candidate = self._queue.pop(0)
         (outcome,) = self._evaluator.evaluate(np.stack([candidate]))
-        return [(trial, outcome)]
+        return [Finished(trial, outcome, self.name)]
 
     def stop(self) -> None:
         """Nothing to let go of."""
         self._queue.clear()
-
-
-EXECUTORS = {"local": LocalExecutor}
-
-
-def make_executor(spec: str | Executor) -> Executor:
-    """Make the executor meant by a name, or take one already made.
-
-    Raises:
-        ValueError: If it is an unknown name, or no executor.
-    """
-    if isinstance(spec, str) and spec in EXECUTORS:
-        return EXECUTORS[spec]()
-    if isinstance(spec, str | type) or not hasattr(spec, "submit"):
-        raise ValueError(f"executor must be one of {sorted(EXECUTORS)} or an Executor instance, got {spec!r}")
-    return spec
+        self._evaluator = None

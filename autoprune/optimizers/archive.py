@@ -51,6 +51,11 @@ class Archive:
             self._told[key] = max(row, self._told.get(key, row))
         self._ok = None
 
+    def pend(self, candidates: IntArray) -> None:
+        """Take candidates (n, d) as proposed already: an earlier process asked for them."""
+        keys = {candidate.tobytes() for candidate in np.asarray(self._problem.canonical(candidates), dtype=np.int64)}
+        self._pending |= keys - self._told.keys()
+
     def ok(self) -> tuple[IntArray, FloatArray]:
         """The feasible candidates evaluated in full (n, d) and their objectives (n, m), sorted."""
         return self._feasible()[:2]

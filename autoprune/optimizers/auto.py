@@ -93,6 +93,10 @@ class Auto:
         """Learn from evaluations, in any order."""
         self._archive.tell(evaluations)
 
+    def pend(self, candidates: IntArray) -> None:
+        """Take candidates (n, d) as proposed already."""
+        self._archive.pend(candidates)
+
     def _propose(self, n: int, rng: np.random.Generator) -> IntArray:
         """Probes, then the table's front, then refinements, shape (any, d)."""
         table, known = table_of(self._problem, self._archive.probes()), self._archive.known()

@@ -59,6 +59,11 @@ class Bayes:
         for candidate in self._problem.canonical(evaluations.candidates):
             self._pending.pop(candidate.tobytes(), None)
 
+    def pend(self, candidates: IntArray) -> None:
+        """Take candidates (n, d) as proposed already."""
+        self._archive.pend(candidates)
+        self._pending.update({candidate.tobytes(): candidate for candidate in self._problem.canonical(candidates)})
+
     def _sample(self, n: int, rng: np.random.Generator) -> IntArray:
         """Return `n` feasible candidates that the sampler likes, shape (n, d); some may be known already."""
         with _quiet() as optuna:

@@ -71,6 +71,10 @@ class Knapsack:
         """Learn from evaluations, in any order."""
         self._archive.tell(evaluations)
 
+    def pend(self, candidates: IntArray) -> None:
+        """Take candidates (n, d) as proposed already."""
+        self._archive.pend(candidates)
+
     def table(self) -> Table:
         """What is known of the losses so far."""
         if self._scan:

@@ -60,6 +60,10 @@ class LevelSwitch:
         """Learn from evaluations, in any order."""
         self._archive.tell(evaluations)
 
+    def pend(self, candidates: IntArray) -> None:
+        """Take candidates (n, d) as proposed already."""
+        self._archive.pend(candidates)
+
     def _children(self, n: int, rng: np.random.Generator) -> IntArray:
         return evolve(self._problem, *self._archive.ok(), n, rng, self._population, self._niches)
 

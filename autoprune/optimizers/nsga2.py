@@ -59,6 +59,10 @@ class NSGA2:
         """Learn from evaluations, in any order."""
         self._archive.tell(evaluations)
 
+    def pend(self, candidates: IntArray) -> None:
+        """Take candidates (n, d) as proposed already."""
+        self._archive.pend(candidates)
+
     def _children(self, n: int, rng: np.random.Generator) -> IntArray:
         candidates, objectives = self._archive.ok()
         return breed(self._problem, candidates, objectives, n, rng, self._population, self._coupled)

@@ -34,6 +34,10 @@ class RandomSearch:
         """Remember what is known, so that it is not proposed again."""
         self._archive.tell(evaluations)
 
+    def pend(self, candidates: IntArray) -> None:
+        """Take candidates (n, d) as proposed already."""
+        self._archive.pend(candidates)
+
 
 def draw(problem: Problem, n: int, rng: np.random.Generator) -> IntArray:
     """Draw feasible candidates whose costs spread over the budget range; shape (n, d), duplicates possible.

@@ -30,7 +30,7 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
     with Journal.open(run_dir) as journal:
         meta, rows = journal.meta(), journal.trials()
     space = space_from_json(meta["space"])
-    trials = tuple(_trial(row, space, meta["limits"]) for row in rows)
+    trials = tuple(trial_from(row, space, meta["limits"]) for row in rows)
     total = "" if meta["trials"] == "auto" else f" of {meta['trials']}"
     done = sum(trial.status in (OK, FAILED) for trial in trials)
     return SearchResult(
@@ -56,7 +56,8 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
 _MEASURED = tuple(field.name for field in fields(Evaluation))
 
 
-def _trial(row: TrialRow, space: SearchSpace, limits: Mapping[str, float]) -> Trial:
+def trial_from(row: TrialRow, space: SearchSpace, limits: Mapping[str, float]) -> Trial:
+    """A trial as its row in the journal has it: without an interval."""
     last = row.evaluations[-1] if row.evaluations else None
     return Trial(
         id=row.id,

@@ -32,6 +32,7 @@ from autoprune.protocols import (
     IntArray,
     Measurement,
     Optimizer,
+    Pends,
     SearchSpace,
 )
 from autoprune.structure.structure import Structure
@@ -108,6 +109,22 @@ class OptimizerContract:
         second.tell(_shuffled(history))
         for _ in range(3):
             np.testing.assert_array_equal(_turn(first, known), _turn(second, known))
+
+    def test_what_is_pending_continues_the_same_search_when_told_by_an_earlier_one(self) -> None:
+        known = self.make_problem()
+        first, second = self.make(known.problem, 3), self.make(known.problem, 3)
+        if not isinstance(second, Pends):
+            return
+        batches = [_turn(first, known) for _ in range(4)]
+        pending = first.ask(8)
+        for batch in batches:
+            second.tell(known.evaluate(batch))
+        second.pend(pending)
+        asked = first.ask(4)
+        np.testing.assert_array_equal(second.ask(4), asked)
+        for optimizer in (first, second):
+            optimizer.tell(known.evaluate(np.concatenate([pending, asked])))
+        np.testing.assert_array_equal(second.ask(8), first.ask(8))
 
     def test_nothing_is_proposed_twice_and_a_tiny_space_is_exhausted(self) -> None:
         known = self.make_tiny_problem()

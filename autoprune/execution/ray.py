@@ -1,0 +1,306 @@
+"""Run evaluations on Ray actors: on this machine's cores and GPUs, or on a cluster's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, final
+
+from autoprune.evaluators import Context, Evaluator
+from autoprune.execution.local import GENERATION, Finished, Outcome
+from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
+from autoprune.protocols import Failure, IntArray
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 1.0  # how soon a hanging worker is noticed
+_LOOK_SECONDS = 5.0  # between looks at what nodes there are
+_STRIKES = 2  # workers that a candidate may take down before it counts as failed
+
+
+@final
+class RayExecutor:
+    """Evaluates on Ray actors, each of which holds model, data and caches, and is sent option indices only.
+
+    A worker that dies or hangs is replaced and its candidate tried again; a candidate that takes down two is recorded
+    as failed. A lost node counts against no candidate: its workers start anew where and when there is room.
+
+    Args:
+        address: ``"auto"``, ``"ray://host:port"`` or ``"host:port"`` of a running cluster. By default what
+            ``RAY_ADDRESS`` says, as it does within a Ray job, or a Ray of its own on this machine. A Ray that this
+            process is connected to already is used as it is. Only a Ray connected here is shut down in the end.
+        workers: How many; None for as many as the nodes have room for, which follows nodes that join. With a number,
+            workers without room wait for a node.
+        cpus_per_worker: Cores reserved for each.
+        gpus_per_worker: GPUs reserved for each; several share one with a fraction. Without any, a worker runs on the
+            CPU, wherever the model is.
+        threads_per_worker: PyTorch threads of each. Sums differ in the last digits between numbers of threads.
+        runtime_env: What Ray prepares on the nodes, such as ``{"working_dir": ".", "pip": ["autoprune"]}``.
+        max_restarts: How often in a row a worker may die before it is ready, until it is given up.
+        timeout_seconds: What evaluates one candidate for longer hangs, and is replaced; None for never.
+        synchronous: Ask for a generation, wait for all of it, and tell in the order asked. The same seed then gives the
+            same trials as a local search with as many threads, but fast workers wait for slow ones.
+        generation: Candidates asked for at once if synchronous.
+        ahead: Candidates waiting on each worker beside the one that it evaluates, so that it need not wait for the
+            driver. 0 lets optimizers learn sooner, and is better where evaluations take many seconds.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    name = "ray"
+
+    def __init__(
+        self,
+        address: str | None = None,
+        workers: int | None = None,
+        cpus_per_worker: float = 1,
+        gpus_per_worker: float = 0,
+        threads_per_worker: int = 1,
+        runtime_env: Mapping[str, Any] | None = None,
+        max_restarts: int = 3,
+        timeout_seconds: float | None = None,
+        synchronous: bool = False,
+        generation: int = GENERATION,
+        ahead: int = 1,
+    ) -> None:
+        for name, value, least in (
+            ("workers", 1 if workers is None else workers, 1),
+            ("cpus_per_worker", cpus_per_worker, 0),
+            ("gpus_per_worker", gpus_per_worker, 0),
+            ("threads_per_worker", threads_per_worker, 1),
+            ("max_restarts", max_restarts, 0),
+            ("generation", generation, 1),
+            ("ahead", ahead, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if cpus_per_worker == 0 == gpus_per_worker:
+            raise ValueError("cpus_per_worker and gpus_per_worker must not both be 0: workers would have no bound")
+        if timeout_seconds is not None and timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds must be positive or None, got {timeout_seconds}")
+        self.threads: int | None = threads_per_worker
+        self._address, self._wanted, self._runtime_env = address, workers, runtime_env
+        self._cpus, self._gpus = cpus_per_worker, gpus_per_worker
+        self._max_restarts, self._timeout = max_restarts, timeout_seconds
+        self._synchronous, self._generation, self._ahead = synchronous, generation, ahead
+        self._forget()
+
+    def _forget(self) -> None:
+        self._ray: Any = None
+        self._connected = False
+        self._shipped: Any = None
+        self._started = 0
+        self._looked = 0.0
+        self._workers: list[Worker] = []
+        self._waiting: deque[Task] = deque()
+        self._unreleased: deque[int] = deque()  # trials in the order submitted
+        self._done: dict[int, Finished] = {}  # in the order of arrival
+
+    def start(self, evaluator: Evaluator, context: Context, fresh: Evaluator) -> None:
+        """Connect to Ray, store evaluator and context in it once, and start the workers.
+
+        Raises:
+            ValueError: If no node has room for a worker, or a Ray of its own for as many as asked for.
+        """
+        import ray
+
+        self._ray, self._connected = ray, not ray.is_initialized()
+        if self._connected:
+            address = self._address or os.environ.get("RAY_ADDRESS") or "local"
+            local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+            local_room = self._capacity() if local else None
+        else:
+            local_room = None
+        room = self._capacity()
+        if room == 0 if self._wanted is None else local_room is not None and self._wanted > local_room:
+            raise ValueError(
+                f"{self._wanted or 1} workers must fit, each with cpus_per_worker={self._cpus:g} and "
+                f"gpus_per_worker={self._gpus:g}, but there is room for {room} on the nodes of Ray "
+                f"({self._resources()}); ask for fewer or smaller ones"
+            )
+        self._shipped = ray.put((fresh, context_on(context, "cpu")))
+        self._add_workers(self._wanted or room)
+
+    def room(self) -> int:
+        """A generation once the last one is done if synchronous, else what workers have slots for."""
+        if self._synchronous:
+            return self._generation if self._workers and not self._unreleased else 0
+        return max(len(self._workers) * (1 + self._ahead) - len(self._unreleased), 0)
+
+    def submit(self, trials: list[int], candidates: IntArray) -> None:
+        """Queue candidates."""
+        self._waiting.extend(Task(trial, candidate) for trial, candidate in zip(trials, candidates, strict=True))
+        self._unreleased.extend(trials)
+        self._dispatch()
+
+    def gather(self) -> list[Finished]:
+        """Wait for outcomes: in the order of arrival, or in the order submitted if synchronous.
+
+        Raises:
+            RuntimeError: If no worker is left, because none could be started.
+        """
+        while self._unreleased:
+            if released := self._release():
+                return released
+            self._step()
+        return []
+
+    def stop(self) -> None:
+        """Stop the workers, and Ray if `start` connected to it."""
+        for worker in self._workers:
+            self._ray.kill(worker.handle)
+        if self._connected:
+            self._ray.shutdown()
+        self._forget()
+
+    def _release(self) -> list[Finished]:
+        if not self._synchronous:
+            released = list(self._done.values())
+        else:
+            released = []
+            while len(released) < len(self._unreleased) and self._unreleased[len(released)] in self._done:
+                released.append(self._done[self._unreleased[len(released)]])
+        for finished in released:
+            self._unreleased.remove(finished.trial)
+            del self._done[finished.trial]
+        return released
+
+    def _step(self) -> None:
+        """Wait until something happens, or for a second, and deal with it."""
+        self._follow_nodes()
+        self._dispatch()
+        refs = [ref for worker in self._workers for ref in worker.refs()]
+        if not refs:
+            raise RuntimeError("no worker is left to evaluate candidates; the log says why each of them was given up")
+        self._ray.wait(refs, timeout=_POLL_SECONDS)
+        ready = set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        for worker in list(self._workers):
+            if worker.starting is not None:
+                self._welcome(worker, ready)
+            else:
+                self._collect(worker, ready)
+
+    def _welcome(self, worker: Worker, ready: set[Any]) -> None:
+        if worker.starting not in ready:
+            return
+        try:
+            worker.place, worker.node = self._ray.get(worker.starting)
+            worker.starting, worker.lost_starts = None, 0
+            log.info("%s is ready", worker.name)
+        except self._ray.exceptions.RayError as error:
+            worker.lost_starts += self._blames(worker, error)
+            if worker.lost_starts > self._max_restarts:
+                log.error("%s is given up, because it could not be started: %s", worker.name, error)
+                self._workers.remove(worker)
+                if not self._workers:
+                    raise RuntimeError(f"no worker could be started: {_one_line(error)}") from error
+            else:
+                log.warning("%s could not be started, and is started again: %s", worker.name, _one_line(error))
+                self._launch(worker)
+
+    def _collect(self, worker: Worker, ready: set[Any]) -> None:
+        while worker.tasks and worker.tasks[0].ref in ready:
+            task = worker.tasks[0]
+            try:
+                outcome: Outcome = self._ray.get(task.ref)
+            except self._ray.exceptions.RayTaskError as error:
+                outcome = Failure(f"{type(error.cause).__name__}: {error.cause}")
+            except self._ray.exceptions.RayError as error:
+                self._replace(worker, f"died: {_one_line(error)}", self._blames(worker, error))
+                return
+            del worker.tasks[0]
+            worker.since = time.monotonic()
+            self._done[task.trial] = Finished(task.trial, outcome, worker.name)
+        if self._timeout is not None and worker.tasks and time.monotonic() - worker.since > self._timeout:
+            self._replace(worker, f"did not answer within timeout_seconds={self._timeout:g}", blames=True)
+
+    def _replace(self, worker: Worker, why: str, blames: bool) -> None:
+        """Start the worker anew; what it evaluated gets a strike, what waited behind that is merely sent again."""
+        if blames:
+            worker.tasks[0].strikes += 1
+        log.warning(
+            "%s %s; it is started again, and trial %d %s",
+            worker.name,
+            why,
+            worker.tasks[0].trial,
+            "failed" if worker.tasks[0].strikes >= _STRIKES else "is tried again",
+        )
+        for task in worker.tasks[::-1]:
+            if task.strikes >= _STRIKES:
+                reason = f"{task.strikes} workers were lost while they evaluated it; the last one {why}"
+                self._done[task.trial] = Finished(task.trial, Failure(reason), worker.name)
+            else:
+                self._waiting.appendleft(task)
+        self._ray.kill(worker.handle)
+        self._launch(worker)
+
+    def _blames(self, worker: Worker, error: Exception) -> bool:
+        """Whether a worker died of what it did, and not with its node."""
+        alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+        return "node has died" not in str(error) and (not worker.node or worker.node in alive)
+
+    def _dispatch(self) -> None:
+        """Send what waits to the workers with the least to do; what has a strike alone, to be sure who dies of it."""
+        while self._waiting:
+            task = self._waiting[0]
+            slots = 1 if task.strikes else 1 + self._ahead
+            free = [
+                worker
+                for worker in self._workers
+                if worker.starting is None and len(worker.tasks) < slots and not any(t.strikes for t in worker.tasks)
+            ]
+            if not free:
+                return
+            worker = min(free, key=lambda worker: len(worker.tasks))
+            if not worker.tasks:
+                worker.since = time.monotonic()
+            task.ref = worker.handle.evaluate.remote(task.candidate)
+            worker.tasks.append(self._waiting.popleft())
+
+    def _launch(self, worker: Worker) -> None:
+        worker.tasks, worker.place, worker.node = [], "", ""
+        actor = self._ray.remote(Actor).options(
+            num_cpus=self._cpus,
+            num_gpus=self._gpus,
+            runtime_env=None if self._runtime_env is None else dict(self._runtime_env),
+            scheduling_strategy="SPREAD",
+        )
+        worker.handle = actor.remote(self._shipped, self.threads)
+        worker.starting = worker.handle.where.remote()
+
+    def _add_workers(self, count: int) -> None:
+        for _ in range(count):
+            self._workers.append(Worker(self._started))
+            self._launch(self._workers[-1])
+            self._started += 1
+
+    def _follow_nodes(self) -> None:
+        """Add workers where nodes have joined, unless their number was given."""
+        if self._wanted is not None or time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        if (more := self._capacity() - len(self._workers)) > 0 and self._started:
+            log.info("the nodes have room for %d more workers", more)
+            self._add_workers(more)
+
+    def _capacity(self) -> int:
+        """How many workers the nodes have room for when nothing else runs on them."""
+        rooms = []
+        for node in self._ray.nodes():
+            has, needs = node["Resources"], {"CPU": self._cpus, "GPU": self._gpus}
+            if node["Alive"]:
+                rooms.append(min(int(has.get(name, 0) / need + 1e-9) for name, need in needs.items() if need))
+        return sum(rooms)
+
+    def _resources(self) -> str:
+        found = self._ray.cluster_resources()
+        return f"{found.get('CPU', 0):g} CPUs and {found.get('GPU', 0):g} GPUs in all"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

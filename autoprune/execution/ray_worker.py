@@ -1,0 +1,97 @@
+"""What runs in a Ray worker, and what the driver knows of it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from autoprune.evaluators import Context, Evaluator
+from autoprune.execution.local import Outcome
+from autoprune.protocols import IntArray
+
+
+class Actor:
+    """Holds model, data and caches in a process of its own, receives option indices and returns what it measured.
+
+    Args:
+        shipped: The evaluator, not prepared yet, and its context on the CPU.
+        threads: PyTorch threads.
+    """
+
+    def __init__(self, shipped: tuple[Evaluator, Context], threads: int) -> None:
+        import ray
+
+        torch.set_num_threads(threads)
+        gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
+        self._evaluator, context = shipped
+        self._evaluator.prepare(context_on(context, "cuda" if gpu else "cpu"))
+
+    def where(self) -> tuple[str, str]:
+        """Host and process, for people, and the id of the node; comes back once the evaluator is prepared."""
+        import ray
+
+        return f"{socket.gethostname()}:{os.getpid()}", ray.get_runtime_context().get_node_id()
+
+    def evaluate(self, candidate: IntArray) -> Outcome:
+        """Score one candidate, shape (d,)."""
+        (outcome,) = self._evaluator.evaluate(candidate[None])
+        return outcome
+
+
+def context_on(context: Context, device: str) -> Context:
+    """The context with model and samples on a device; the model of the one given stays where it is."""
+    here = next(context.model.parameters()).device
+    model = context.model if here == torch.device(device) else copy.deepcopy(context.model).to(device)
+    return replace(context, model=model, subsets=context.subsets.to(device))
+
+
+@dataclass(eq=False)
+class Task:
+    """A candidate on its way.
+
+    Attributes:
+        strikes: How many workers died or hung while they evaluated it.
+    """
+
+    trial: int
+    candidate: IntArray
+    strikes: int = 0
+    ref: Any = None
+
+
+@dataclass(eq=False)
+class Worker:
+    """One actor as the driver sees it; it keeps its number when it is replaced.
+
+    Attributes:
+        handle: Of the actor.
+        starting: A reference that is ready once the actor is; None afterwards.
+        tasks: Sent to it, in the order in which it works; the first one is being evaluated.
+        since: When that one began, by the monotonic clock.
+        place: Host and process; empty until known.
+        node: Id of its node; empty until known.
+        lost_starts: How often in a row it died before it was ready.
+    """
+
+    number: int
+    handle: Any = None
+    starting: Any = None
+    tasks: list[Task] = field(default_factory=list)
+    since: float = 0.0
+    place: str = ""
+    node: str = ""
+    lost_starts: int = 0
+
+    @property
+    def name(self) -> str:
+        """What logs and the journal call it."""
+        return f"ray-{self.number} {self.place}".strip()
+
+    def refs(self) -> list[Any]:
+        """What the driver waits for."""
+        return [self.starting] if self.starting is not None else [task.ref for task in self.tasks]

@@ -1,0 +1,89 @@
+"""Going on with an earlier search: what its journal knows becomes what the loop begins with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoprune.identity import require_same
+from autoprune.journal import FILE_NAME, Journal, TrialRow
+from autoprune.metrics import summary
+from autoprune.protocols import IntArray, Optimizer, Pends
+from autoprune.records import evaluations_of
+from autoprune.result.from_journal import trial_from
+from autoprune.result.trials import Trial
+from autoprune.statistics import Statistics
+from autoprune.study import Study
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class History:
+    """What a search knows when it begins; nothing, unless it is resumed.
+
+    Attributes:
+        found: Finished trials in the order in which their results came.
+        pending: Candidates that were asked for and never scored, shape (d,) each, by trial number.
+    """
+
+    found: tuple[Trial, ...]
+    pending: Mapping[int, IntArray]
+
+    def __len__(self) -> int:
+        return len(self.found) + len(self.pending)
+
+
+def open_journal(run_dir: str | Path | None, identity: Mapping[str, Any], resume: bool) -> Journal:
+    """The journal to write: a new one, also where a search to be resumed was killed before it had one.
+
+    Raises:
+        ValueError: If the search in `run_dir` is another one; names what differs.
+        OSError: If `run_dir` cannot be written or is in use, or holds a journal and `resume` is false.
+        RecipeError: If the journal is corrupted, foreign, or of a newer version.
+    """
+    if not resume or run_dir is None or not (Path(run_dir) / FILE_NAME).exists():
+        return Journal.create(run_dir, identity)
+    journal = Journal.resume(run_dir)
+    try:
+        require_same(journal.meta(), identity)
+        journal.record_meta("trials", identity["trials"])
+    except BaseException:
+        journal.close()
+        raise
+    return journal
+
+
+def recall(journal: Journal, study: Study, optimizer: Optimizer) -> History:
+    """Tell an optimizer all that the journal knows, at once, and say what is left to do."""
+    rows = journal.trials()
+    if not rows:
+        return History((), {})
+    done = sorted((row for row in rows if row.evaluations), key=lambda row: row.evaluations[-1].id)
+    waiting = {row.id: np.array(row.candidate, dtype=np.int64) for row in rows if not row.evaluations}
+    if done:
+        candidates = np.array([row.candidate for row in done], dtype=np.int64)
+        measured = [_statistics(row) for row in done]
+        optimizer.tell(evaluations_of(study, candidates, measured, [row.reason for row in done]))
+        told = journal.told()
+        journal.record_tell([row.id for row in done if row.id not in told])
+    if waiting and isinstance(optimizer, Pends):
+        optimizer.pend(np.stack(list(waiting.values())))
+    log.info("resumed: %d trials from the journal, and %d that were never scored again", len(done), len(waiting))
+    return History(tuple(_trial(journal, study, row) for row in done), waiting)
+
+
+def _statistics(row: TrialRow) -> Statistics:
+    return Statistics(**{name: getattr(row.evaluations[-1], name) for name in Statistics._fields})
+
+
+def _trial(journal: Journal, study: Study, row: TrialRow) -> Trial:
+    """The trial with its interval, which the journal leaves to the values of its samples."""
+    trial, judge = trial_from(row, study.context.space, study.limits), study.context.judge
+    metrics = journal.metrics(row.evaluations[-1].id)
+    return replace(trial, interval=summary(metrics, judge.proportion).interval) if len(metrics) else trial

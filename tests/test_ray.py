@@ -1,0 +1,299 @@
+"""Searches on Ray: the same trials as here, whatever dies on the way."""
+
+import logging
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import autoprune
+from autoprune.evaluators import AdaptiveBN
+from autoprune.execution import RayExecutor
+from autoprune.journal import Journal
+from autoprune.protocols import FAILED, OK
+from tests.zoo import ZOO
+
+pytestmark = pytest.mark.ray
+
+
+def make_data():
+    x = torch.randn(240, 64, generator=torch.Generator().manual_seed(0))
+    return x, x[:, :10].argmax(1)
+
+
+def search(trials=24, **options):
+    options = {"optimizer": "level_switch", "progress": False, **options}
+    return autoprune.search(ZOO["mlp"].build(), "flops <= 50%", make_data(), trials=trials, **options)
+
+
+def scores(result):
+    return {t.candidate: (t.score, t.signal, t.distortion) for t in result.trials}
+
+
+def assert_whole(result, trials=24):
+    """Exactly the trials asked for, each candidate once."""
+    assert result.stopped == "trials"
+    assert [trial.id for trial in result.trials] == list(range(trials))
+    assert len({trial.candidate for trial in result.trials}) == trials
+
+
+class Faulty(AdaptiveBN):
+    """Calls ``fault()`` in the workers for candidates whose first option is odd, always or the first time only."""
+
+    def __init__(self, fault, marks=None):
+        self.fault, self.marks, self.driver = fault, marks, os.getpid()
+
+    def evaluate(self, candidates, chunk=None):
+        for candidate in candidates.tolist():
+            mark = None if self.marks is None else self.marks / "-".join(map(str, candidate))
+            if os.getpid() != self.driver and odd(candidate) and (mark is None or not mark.exists()):
+                if mark is not None:
+                    mark.touch()
+                self.fault()
+        return super().evaluate(candidates, chunk)
+
+
+def odd(candidate):
+    return candidate[0] % 4 == 1
+
+
+def die():
+    os._exit(1)
+
+
+def hang():
+    time.sleep(600)
+
+
+class Slow(AdaptiveBN):
+    """Takes a moment for each candidate, so that something can happen meanwhile."""
+
+    def evaluate(self, candidates, chunk=None):
+        time.sleep(0.2)
+        return super().evaluate(candidates, chunk)
+
+
+@pytest.fixture(scope="module")
+def local():
+    return search(trials=40)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One Ray for all tests of the module, with GPUs that there are none of."""
+    ray = pytest.importorskip("ray")
+    ray.init(
+        address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="warning"
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def two_workers(ray):
+    """Options for two workers, with a check that none of their processes is left."""
+
+    def make(**options):
+        return RayExecutor(workers=2, **options)
+
+    yield make
+    deadline = time.monotonic() + 60
+    while alive(ray) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(ray)
+    assert ray.is_initialized(), "a Ray that was there before must stay"
+
+
+def alive(ray):
+    """CPUs that workers hold."""
+    return ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0)
+
+
+def test_synchronous_workers_give_the_trials_and_the_front_of_a_local_search(two_workers, local):
+    result = search(trials=40, executor=two_workers(synchronous=True))
+    assert [(t.candidate, *scores(result)[t.candidate]) for t in result.trials] == [
+        (t.candidate, *scores(local)[t.candidate]) for t in local.trials
+    ]
+    assert [trial.id for trial in result.front] == [trial.id for trial in local.front]
+
+
+def test_asynchronous_workers_score_as_here_and_the_journal_says_who_did(two_workers, local, tmp_path):
+    result = search(
+        executor=two_workers(), metric="auto", forward=lambda model, batch: model(batch[0]), run_dir=tmp_path
+    )
+    assert_whole(result)
+    common = scores(result).keys() & scores(local).keys()
+    assert common
+    assert {c: scores(result)[c] for c in common} == {c: scores(local)[c] for c in common}
+    with Journal.open(tmp_path) as journal:
+        workers = {evaluation.worker.split()[0] for row in journal.trials() for evaluation in row.evaluations}
+        assert workers == {"ray-0", "ray-1"}
+        assert journal.told() == set(range(24))
+
+
+def test_workers_share_a_gpu(ray, local):
+    result = search(executor=RayExecutor(cpus_per_worker=0.1, gpus_per_worker=0.5))
+    assert_whole(result)
+
+
+def test_a_candidate_that_ends_its_process_fails_after_a_second_try_and_the_search_goes_on(two_workers, caplog):
+    with caplog.at_level(logging.WARNING, "autoprune"):
+        result = search(12, executor=two_workers(), evaluator=Faulty(die))
+    assert_whole(result, 12)
+    failed = [trial for trial in result.trials if trial.status == FAILED]
+    assert {trial.id for trial in failed} == {trial.id for trial in result.trials if odd(trial.candidate)}
+    assert failed
+    assert all(trial.reason.startswith("2 workers were lost while they evaluated it") for trial in failed)
+    assert caplog.text.count("is tried again") == caplog.text.count(" failed") == len(failed)
+
+
+def test_what_hangs_once_is_replaced_and_its_candidate_scored(two_workers, local, tmp_path):
+    evaluator = Faulty(hang, marks=tmp_path)
+    result = search(12, executor=two_workers(timeout_seconds=8, ahead=0), evaluator=evaluator)
+    assert_whole(result, 12)
+    assert {trial.status for trial in result.trials} == {OK}
+    assert list(tmp_path.iterdir())
+
+
+def test_kill_9_of_a_worker_loses_nothing(two_workers, tmp_path, caplog):
+    def kill():
+        while not (found := places(tmp_path)):
+            time.sleep(0.05)
+        os.kill(int(found.pop().rpartition(":")[2]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with caplog.at_level(logging.WARNING, "autoprune"):
+        result = search(executor=two_workers(), evaluator=Slow(), run_dir=tmp_path)
+    killer.join(10)
+    assert_whole(result)
+    assert {trial.status for trial in result.trials} == {OK}
+    assert "is tried again" in caplog.text
+
+
+def places(run_dir):
+    """Where trials were evaluated, so far."""
+    try:
+        with Journal.open(run_dir) as journal:
+            return {evaluation.worker for row in journal.trials() for evaluation in row.evaluations}
+    except FileNotFoundError:
+        return set()
+
+
+def test_a_resumed_asynchronous_search_evaluates_what_was_pending(two_workers, tmp_path):
+    class Stops:
+        """A Ray executor whose driver stops after ten results."""
+
+        name, threads = "ray", 1
+
+        def __init__(self, inner):
+            self.inner, self.count = inner, 0
+
+        def gather(self):
+            if self.count >= 10:
+                raise KeyboardInterrupt
+            finished = self.inner.gather()
+            self.count += len(finished)
+            return finished
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    search(executor=Stops(two_workers()), run_dir=tmp_path)
+    with Journal.open(tmp_path) as journal:
+        before = {row.id: (row.candidate, row.evaluations) for row in journal.trials()}
+    pending = [i for i, (_, evaluations) in before.items() if not evaluations]
+    assert pending
+    assert_whole(search(executor=two_workers(), run_dir=tmp_path, resume=True))
+    with Journal.open(tmp_path) as journal:
+        after = journal.trials()
+    assert {i: after[i].candidate for i in before} == {i: candidate for i, (candidate, _) in before.items()}
+    assert [len(row.evaluations) for row in after] == [1] * 24
+
+
+def test_a_driver_holds_no_more_tasks_than_its_workers_have_slots(two_workers):
+    executor, held = two_workers(), []
+    submit = executor.submit
+
+    def watched(trials, candidates):
+        submit(trials, candidates)
+        held.append(len(executor._unreleased))
+
+    executor.submit = watched
+    search(executor=executor)
+    assert max(held) == 4
+
+
+class Unpreparable(AdaptiveBN):
+    def __init__(self):
+        self.driver = os.getpid()
+
+    def prepare(self, context):
+        if os.getpid() != self.driver:
+            raise RuntimeError("the licence server is down")
+        super().prepare(context)
+
+
+def test_workers_that_cannot_start_are_given_up_with_the_reason(two_workers):
+    with pytest.raises(RuntimeError, match=r"no worker could be started: .*the licence server is down"):
+        search(executor=two_workers(max_restarts=1), evaluator=Unpreparable())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"threads_per_worker": 0}, "threads_per_worker must be at least 1, got 0"),
+        ({"cpus_per_worker": 0}, "must not both be 0"),
+        ({"timeout_seconds": 0}, "timeout_seconds must be positive or None, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RayExecutor(**options)
+
+
+def test_workers_larger_than_any_node_are_refused(ray):
+    with pytest.raises(ValueError, match=r"1 workers must fit, each with cpus_per_worker=64 .* room for 0 .*2 CPUs"):
+        search(executor=RayExecutor(cpus_per_worker=64))
+
+
+class TestOtherRays:
+    """Each needs Ray to itself, so these come last and stop the one that the tests above share."""
+
+    @pytest.fixture(autouse=True)
+    def alone(self, ray):
+        ray.shutdown()
+        yield
+        assert not ray.is_initialized()
+
+    def test_a_ray_of_its_own_is_shut_down(self, ray):
+        assert_whole(search(4, executor=RayExecutor(workers=1)), 4)
+
+    def test_nodes_that_leave_and_join_change_only_the_speed(self, ray, tmp_path):
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        leaving = cluster.add_node(num_cpus=1)
+
+        def change():
+            while len(places(tmp_path)) < 2:
+                time.sleep(0.05)
+            cluster.remove_node(leaving, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+
+        changer = threading.Thread(target=change, daemon=True)
+        changer.start()
+        try:
+            result = search(60, executor=RayExecutor(address=cluster.address), evaluator=Slow(), run_dir=tmp_path)
+            changer.join(60)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+        assert_whole(result, 60)
+        assert {trial.status for trial in result.trials} == {OK}
+        assert np.unique([place.split()[1] for place in places(tmp_path)]).size >= 2
