@@ -141,6 +141,6 @@ def draw(cells: Cells, path: Path) -> None:
     handles = [plt.Line2D([], [], color=colours[name], lw=2, label=name) for name in names]
     handles.append(plt.Line2D([], [], color="grey", marker="o", lw=0, label="run planned for so many evaluations"))
     title = "mean and 95 % interval over seeds"
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, title=title)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, title=title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
