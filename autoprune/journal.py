@@ -44,6 +44,7 @@ FILE_NAME = "journal.sqlite"
 LOCK_NAME = "journal.lock"
 APPLICATION_ID = int.from_bytes(b"aupr")
 SCHEMA_VERSION = 2
+_TRIES, _WAIT_SECONDS = 20, 0.1
 SCHEMA = """
 CREATE TABLE meta (
     key TEXT PRIMARY KEY,
@@ -423,6 +424,10 @@ def _lock(path: Path) -> IO[bytes]:
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:
     try:
+        for _ in range(_TRIES):  # a search that begins makes the file first and lays it out an instant later
+            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                break
+            time.sleep(_WAIT_SECONDS)
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()

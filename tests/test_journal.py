@@ -2,6 +2,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 
 from autoprune.errors import RecipeError
-from autoprune.journal import FILE_NAME, Journal
+from autoprune.journal import APPLICATION_ID, FILE_NAME, SCHEMA, SCHEMA_VERSION, Journal
 from autoprune.protocols import Failure, Measurement
 
 META = {"space": "channels", "limits": {"flops": 12.5}, "seed": 3, "versions": ["torch 2.13"]}
@@ -135,6 +136,7 @@ def test_an_evaluation_of_an_unknown_trial_is_refused(journal):
 
 WRITER = """
 import sys
+import threading
 import numpy as np
 from autoprune.journal import Journal
 from autoprune.protocols import Measurement
@@ -227,3 +229,21 @@ class TestBadRunDir:
         with pytest.raises(TypeError):
             Journal.create(tmp_path, {"seed": object()})
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_that_is_only_beginning_is_waited_for(tmp_path):
+    path = tmp_path / FILE_NAME
+    path.touch()  # what a search makes first
+
+    def lay_out():
+        connection = sqlite3.connect(path)
+        connection.executescript(
+            f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {SCHEMA}"
+        )
+        connection.close()
+
+    later = threading.Timer(0.3, lay_out)
+    later.start()
+    with Journal.open(tmp_path) as journal:
+        assert journal.trials() == []
+    later.join()

@@ -64,6 +64,11 @@ class Auto:
         self._asked: Counter[str] = Counter()
 
     @property
+    def surrogate_history(self) -> list[tuple[int, float]]:
+        """(feasible candidates evaluated, cross-validated Kendall tau at equal cost) of every surrogate fitted."""
+        return self._surrogate.history
+
+    @property
     def phase(self) -> str:
         """What the last candidates asked for were meant for."""
         return self._phase
@@ -73,7 +78,7 @@ class Auto:
         """How many candidates each phase asked for, and how far the surrogate could be trusted."""
         phases = ", ".join(f"{count} {phase}" for phase, count in self._asked.items())
         notes = [f"candidates by the phase that began their batch: {phases}"] if phases else []
-        if history := self._surrogate.history:
+        if history := self.surrogate_history:
             places = np.unique(np.linspace(0, len(history) - 1, _SHOWN).astype(np.int64))
             taus = ", ".join(f"{history[i][1]:.2f} after {history[i][0]}" for i in places)
             notes.append(
