@@ -279,21 +279,23 @@ class TestOtherRays:
 
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         leaving = cluster.add_node(num_cpus=1)
+        executor = RayExecutor(address=cluster.address)
+        submit, changes = executor.submit, []
 
-        def change():
-            while len(places(tmp_path)) < 2:
-                time.sleep(0.05)
-            cluster.remove_node(leaving, allow_graceful=False)
-            cluster.add_node(num_cpus=1)
+        def submit_and_change(trials, candidates):
+            submit(trials, candidates)
+            if not changes and len(places(tmp_path)) == 2:
+                changes.append("one left, one joined")
+                cluster.remove_node(leaving, allow_graceful=False)
+                cluster.add_node(num_cpus=1)
 
-        changer = threading.Thread(target=change, daemon=True)
-        changer.start()
+        executor.submit = submit_and_change
         try:
-            result = search(60, executor=RayExecutor(address=cluster.address), evaluator=Slow(), run_dir=tmp_path)
-            changer.join(60)
+            result = search(60, executor=executor, evaluator=Slow(), run_dir=tmp_path)
         finally:
             ray.shutdown()
             cluster.shutdown()
+        assert changes
         assert_whole(result, 60)
         assert {trial.status for trial in result.trials} == {OK}
         assert np.unique([place.split()[1] for place in places(tmp_path)]).size >= 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0  # how soon a hanging worker is noticed
 _LOOK_SECONDS = 5.0  # between looks at what nodes there are
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _STRIKES = 2  # workers that a candidate may take down before it counts as failed
 
 
@@ -303,4 +305,7 @@ class RayExecutor:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+    """What happened, without the traceback that Ray puts before an exception of ours and after one of its own."""
+    lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
+    told = lines[-1] if "creation task" in lines[0] else " ".join(lines)
+    return told[:500]
