@@ -84,16 +84,7 @@ def make_study(model: nn.Module, data: dict[str, Part]) -> Study:
         "flops <= 100%",
         Data(calibration=data["train"], validation=data["validation"], test=data["test"]),
         metric="accuracy",
-        space="channels",
         evaluator=AdaptiveBN(),
-        seed=0,
-        start=(),
-        forward=None,
-        example_inputs=None,
-        outputs=None,
-        checks="on",
-        costs=None,
-        cost_batch=1,
     )
 
 

@@ -115,14 +115,6 @@ def accuracies(model: nn.Module, data: dict[str, Part], space: Channels, kind: s
         metric="accuracy",
         space=space,
         evaluator="adaptive_bn",
-        seed=0,
-        start=(),
-        forward=None,
-        example_inputs=None,
-        outputs=None,
-        checks="on",
-        costs=None,
-        cost_batch=1,
     )
     chosen = [np.zeros(len(study.problem.sizes), dtype=np.int64)]
     chosen += [uniform_seeds(study.problem, (2 * budget,))[0] for budget in BUDGETS]

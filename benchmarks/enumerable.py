@@ -61,14 +61,6 @@ def make(seed: int) -> None:
         metric="accuracy",
         space=Channels(options=OPTIONS),
         evaluator=AdaptiveBN(),
-        seed=0,
-        start=(),
-        forward=None,
-        example_inputs=None,
-        outputs=None,
-        checks="on",
-        costs=None,
-        cost_batch=1,
         trials=200,
     )
     candidates = study.problem.enumerate()

@@ -110,14 +110,6 @@ def study_of(network: str, budget: str, space: Channels) -> Study:
         metric="accuracy",
         space=space,
         evaluator=AdaptiveBN(),
-        seed=0,
-        start=(),
-        forward=None,
-        example_inputs=None,
-        outputs=None,
-        checks="on",
-        costs=None,
-        cost_batch=1,
     )
 
 

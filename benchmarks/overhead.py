@@ -47,16 +47,7 @@ def make_study(model: nn.Module) -> Study:
         "flops <= 100%",
         Data(parts[0], parts[1], parts[2], validation_samples=SAMPLES),
         metric="accuracy",
-        space="channels",
         evaluator=AdaptiveBN(),
-        seed=0,
-        start=(),
-        forward=None,
-        example_inputs=None,
-        outputs=None,
-        checks="on",
-        costs=None,
-        cost_batch=1,
     )
 
 

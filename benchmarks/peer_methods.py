@@ -72,13 +72,6 @@ class Case:
             space=space,
             evaluator="adaptive_bn",
             seed=self.seed,
-            start=(),
-            forward=None,
-            example_inputs=None,
-            outputs=None,
-            checks="on",
-            costs=None,
-            cost_batch=1,
         )
 
 

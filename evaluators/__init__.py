@@ -11,11 +11,12 @@ from autoprune.evaluators.protocol import Context, Evaluator, Forward
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     "adaptive_bn": AdaptiveBN,
-    "auto": AdaptiveBN,
+    "auto": Compensated,
     "compensated": Compensated,
     "finetune": FineTune,
 }
-"""``"auto"`` is adaptive batch norm, which scores a model without batch norm as it is."""
+"""``"auto"`` re-fits weights, biases and statistics: without, many candidates score at chance, and none is better than
+another (`benchmarks.compensation`)."""
 
 
 def make_evaluator(spec: str | Evaluator) -> Evaluator:

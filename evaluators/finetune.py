@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.batches import Batch
-from autoprune.evaluators.adaptive_bn import AdaptiveBN, recalibrate
+from autoprune.evaluators.adaptive_bn import recalibrate
+from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.measuring import DENSE_BYTES, Measuring, bound_forward
 from autoprune.evaluators.protocol import Context, Evaluator
 from autoprune.protocols import Failure, IntArray, Measurement
@@ -41,7 +42,7 @@ class FineTune:
         steps: The budget: optimizer steps for each candidate, one batch of the calibration data each.
         train_fn: ``train_fn(model, steps)`` trains a model in place; for your own data and recipe. It pickles to
             workers, and should take its randomness from PyTorch's, NumPy's or Python's global state, which is seeded.
-        start: Builds what is trained; `AdaptiveBN` by default.
+        start: Builds what is trained; `Compensated` by default.
         lr: Largest learning rate of the default recipe.
         seed: Of everything drawn in training.
 
@@ -62,7 +63,7 @@ class FineTune:
         if not lr > 0:
             raise ValueError(f"lr must be positive, got {lr}")
         self._steps, self._train_fn, self._lr, self._seed = steps, train_fn, lr, seed
-        self._start: Evaluator = AdaptiveBN() if start is None else start
+        self._start: Evaluator = Compensated() if start is None else start
 
     def prepare(self, context: Context) -> None:
         """Compute what the dense model gives on the calibration samples.

@@ -21,12 +21,9 @@ from autoprune.testing.contracts import EvaluatorContract
 from tests.zoo import ZOO
 from tests.zoo.settle import BATCH_NORMS
 
-DEFAULTS = {"metric": "auto", "space": "channels", "evaluator": "auto", "seed": 0, "start": (), "forward": None}
-DEFAULTS |= {"example_inputs": None, "outputs": None, "checks": "on", "costs": None, "cost_batch": 1}
-
 
 def study_of(model, data, budget="flops <= 60%"):
-    return prepare(model, budget, data, **DEFAULTS)
+    return prepare(model, budget, data, evaluator="adaptive_bn")
 
 
 @pytest.fixture(scope="module")

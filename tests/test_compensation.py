@@ -16,7 +16,6 @@ from autoprune.evaluators.moments import unfolded
 from autoprune.protocols import Failure, Measurement
 from autoprune.study import prepare
 from autoprune.testing.contracts import EvaluatorContract
-from tests.test_adaptive_bn import DEFAULTS
 from tests.zoo import ZOO, draw, settled
 
 SHAPES = ((3, 12, 12),)
@@ -47,8 +46,7 @@ LAYERS = ("b", "c", "d", "tied", "head")
 
 
 def study_of(model, data, evaluator="compensated", space="channels", metric="auto"):
-    settings = {"evaluator": evaluator, "space": space, "metric": metric}
-    return prepare(model, "flops <= 100%", data, **DEFAULTS | settings)
+    return prepare(model, "flops <= 100%", data, evaluator=evaluator, space=space, metric=metric)
 
 
 @pytest.fixture(scope="module")

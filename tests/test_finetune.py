@@ -80,7 +80,7 @@ def test_it_learns_from_the_dense_model_where_there_are_no_labels():
     study = study_of(ZOO["mlp"].build(), images, evaluator="adaptive_bn")
     candidate = halved(study.context)
     (before,) = study.evaluator.evaluate(candidate[None])
-    (after,) = prepared(study.context, steps=30, lr=0.01).evaluate(candidate[None])
+    (after,) = prepared(study.context, steps=30, lr=0.01, start=AdaptiveBN()).evaluate(candidate[None])
     assert after.signal.mean() < before.signal.mean()
 
 
@@ -167,8 +167,8 @@ def test_it_asks_for_a_recipe_where_there_is_nothing_to_learn(context):
         prepared(replace(context, judge=judge))
 
 
-def test_it_starts_from_adaptive_statistics_by_default(context):
-    seen, start = [], AdaptiveBN()
+def test_it_starts_from_what_the_default_evaluator_builds(context):
+    seen, start = [], Compensated()
     start.prepare(context)
     prepared(context, steps=1, train_fn=lambda model, steps: seen.append(model.state_dict())).build(halved(context))
     for name, tensor in start.build(halved(context)).named_parameters():

@@ -212,17 +212,8 @@ class TestInASearch:
             digits_model,
             "flops <= 50%",
             Data(digits.train, digits.validation, digits.test, validation_samples=200),
-            metric="auto",
             space=Channels(step=0.25),
             evaluator="auto",
-            seed=0,
-            start=(),
-            forward=None,
-            example_inputs=None,
-            outputs=None,
-            checks="on",
-            costs=None,
-            cost_batch=1,
             prior=prior,
         )
         sizes = study.problem.sizes
