@@ -63,14 +63,14 @@ class Case:
         image = self.subsets.calibration[0][0][:1]
         return counted_macs(module, lambda m: m(image))
 
-    def study(self, space: Channels) -> Study:
+    def study(self, space: Channels, evaluator: str = "adaptive_bn") -> Study:
         return prepare(
             self.trained.model,
             "flops <= 100%",
             self.data,
             metric="accuracy",
             space=space,
-            evaluator="adaptive_bn",
+            evaluator=evaluator,
             seed=self.seed,
         )
 
@@ -105,13 +105,13 @@ def accuracies(study: Study, candidates: IntArray) -> FloatArray:
     return np.array([m.metric.mean() for m in measured if not isinstance(m, Failure)])
 
 
-def uniform(case: Case, criterion: str) -> Pruned:
+def uniform(case: Case, criterion: str, evaluator: str = "adaptive_bn") -> Pruned:
     """The same fraction of every group: the last such network over the budget, brought within it unit by unit.
 
     Only equal fractions would leave several points of a budget unused, because groups of equal size lose a unit
     together.
     """
-    study = case.study(every_width(criterion))
+    study = case.study(every_width(criterion), evaluator)
     networks = {}
     for share in BUDGETS:
         problem = replace(study.problem, limits=share * study.problem.limits, budget_range=None, seeds=None)

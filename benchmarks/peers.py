@@ -45,9 +45,10 @@ PEERS: dict[str, methods.Method] = {
     "FastNAS": methods.fastnas,
 }
 OURS: dict[str, methods.Method] = {
+    "uniform L2, compensated": partial(methods.uniform, criterion="l2", evaluator="compensated"),
     "autoprune auto": partial(methods.ours, optimizer="auto"),
 }
-"""The last one is what the targets are about."""
+"""The last one is what the targets are about; the first has its weights re-fitted like it, but no search."""
 
 Job = tuple[str, int, str]
 
