@@ -1,4 +1,4 @@
-"""What `benchmarks.optimizers` searches: problems with known answers, and trained networks judged by `AdaptiveBN`."""
+"""What `benchmarks.optimizers` searches: problems with known answers, and trained networks under the default evaluator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from autoprune.data import Data
-from autoprune.evaluators import AdaptiveBN
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.pareto import hypervolume, non_dominated
 from autoprune.protocols import OK, Evaluations, FloatArray, IntArray, Measurement
@@ -109,14 +108,13 @@ def study_of(network: str, budget: str, space: Channels) -> Study:
         Data(calibration=own["train"], validation=own["validation"], test=own["test"]),
         metric="accuracy",
         space=space,
-        evaluator=AdaptiveBN(),
     )
 
 
 class Stored:
     """Evaluations of a network, each made once: only their order matters here.
 
-    The file is named after the weights and the options, so that others do not meet what these have scored.
+    The file is named after the weights, the options and the evaluator, so that others do not meet these scores.
     """
 
     def __init__(self, network: str) -> None:
@@ -125,7 +123,7 @@ class Stored:
         for parameter in self.study.context.model.parameters():
             digest.update(parameter.detach().numpy().tobytes())
         STORE.mkdir(parents=True, exist_ok=True)
-        self._file = sqlite3.connect(STORE / f"{network}-{digest.hexdigest()[:8]}.sqlite")
+        self._file = sqlite3.connect(STORE / f"{network}-{type(self.study.evaluator).__name__}-{digest.hexdigest()[:8]}.sqlite")
         self._file.execute("CREATE TABLE IF NOT EXISTS seen (candidate BLOB PRIMARY KEY, loss, stderr, distortion)")
 
     def measure(self, candidates: IntArray) -> FloatArray:
