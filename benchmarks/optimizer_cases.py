@@ -1,4 +1,4 @@
-"""What `benchmarks.optimizers` searches: problems with known answers, and trained networks under the default evaluator."""
+"""What `benchmarks.optimizers` searches: problems with known answers, and trained networks scored as by default."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ class Stored:
         for parameter in self.study.context.model.parameters():
             digest.update(parameter.detach().numpy().tobytes())
         STORE.mkdir(parents=True, exist_ok=True)
-        self._file = sqlite3.connect(STORE / f"{network}-{type(self.study.evaluator).__name__}-{digest.hexdigest()[:8]}.sqlite")
+        name = f"{network}-{type(self.study.evaluator).__name__}-{digest.hexdigest()[:8]}.sqlite"
+        self._file = sqlite3.connect(STORE / name)
         self._file.execute("CREATE TABLE IF NOT EXISTS seen (candidate BLOB PRIMARY KEY, loss, stderr, distortion)")
 
     def measure(self, candidates: IntArray) -> FloatArray:
