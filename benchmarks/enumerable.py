@@ -39,6 +39,7 @@ OPTIMIZERS: dict[str, Any] = {
     "random": "random",
     "nsga2": "nsga2",
     "level_switch": "level_switch",
+    "bayes": "bayes",
     "knapsack": "knapsack",
     "knapsack, no evaluation": partial(Knapsack, table="prior"),
     "auto": "auto",
