@@ -20,7 +20,7 @@ from autoprune.protocols import Evaluations, FloatArray, IntArray
 _START, _SCAN, _FRONT, _REFINE = "uniform pruning", "sensitivity scan", "knapsack front", "refinement"
 _SHOWN = 8  # values of tau in the notes
 _FRONTS = (33, 17, 9, 5)  # numbers of budgets that leave equal gaps
-_FRONT_SHARE = 0.1  # of the trials, the most for the front, but for the least of these numbers
+_FRONT_SHARE = 0.25  # of the trials, the most for the front, but for the least of these numbers
 _QUICK_ROUNDS = 2
 _LEAST_ADDITIVE = 0.5  # rank correlation of summed and joint losses, below which the table's front is left early
 _FEWEST = 4  # trials to breed from
@@ -39,7 +39,7 @@ class Auto:
 
     1. The problem's seeds: dense, uniform pruning, and what the user starts from.
     2. A scan: what each dimension costs alone, for at most 40 % of the trials (`sensitivity.next_probes`).
-    3. The front that the knapsack finds best by that table, for a tenth of the trials; for 5 budgets if sums of the
+    3. The front that the knapsack finds best by that table, for at most a quarter of the trials; for 5 budgets if sums of the
        table turn out to rank assembled candidates badly.
     4. Proposals of four kinds until the trials end: knapsacks on tables corrected by what assembled candidates have
        shown (`corrected_tables`), children of `NSGA2` and of `LevelSwitch`, and one or two changes at random to the
