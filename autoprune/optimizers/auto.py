@@ -39,8 +39,8 @@ class Auto:
 
     1. The problem's seeds: dense, uniform pruning, and what the user starts from.
     2. A scan: what each dimension costs alone, for at most 40 % of the trials (`sensitivity.next_probes`).
-    3. The front that the knapsack finds best by that table, for at most a quarter of the trials; for 5 budgets if sums of
-       the table turn out to rank assembled candidates badly.
+    3. The front that the knapsack finds best by that table, for at most a quarter of the trials; for 5 budgets if sums
+       of the table turn out to rank assembled candidates badly.
     4. Proposals of four kinds until the trials end: knapsacks on tables corrected by what assembled candidates have
        shown (`corrected_tables`), children of `NSGA2` and of `LevelSwitch`, and one or two changes at random to the
        best candidate of a budget. A surrogate screens them for budgets spread over the budget range, a quarter at the
