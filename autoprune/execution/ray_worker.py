@@ -93,5 +93,5 @@ class Worker:
         return f"ray-{self.number} {self.place}".strip()
 
     def refs(self) -> list[Any]:
-        """What the driver waits for."""
-        return [self.starting] if self.starting is not None else [task.ref for task in self.tasks]
+        """What the driver waits for: a worker ends its tasks in their order, so the first one is enough."""
+        return [self.starting] if self.starting is not None else [task.ref for task in self.tasks[:1]]
