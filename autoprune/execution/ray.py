@@ -8,6 +8,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import Any, final
 
@@ -126,7 +127,7 @@ class RayExecutor:
                 f"gpus_per_worker={self._gpus:g}, but there is room for {room} on the nodes of Ray "
                 f"({self._resources()}); ask for fewer or smaller ones"
             )
-        self._shipped = ray.put((fresh, context_on(context, "cpu")))
+        self._shipped = ray.put((fresh, context_on(replace(context, subsets=context.subsets.to_send()), "cpu")))
         self._add_workers(self._wanted or room)
 
     def room(self) -> int:

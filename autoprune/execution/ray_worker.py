@@ -29,6 +29,7 @@ class Actor:
         torch.set_num_threads(threads)
         gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
         self._evaluator, context = shipped
+        context = replace(context, subsets=context.subsets.received())
         self._evaluator.prepare(context_on(context, "cuda" if gpu else "cpu"))
 
     def where(self) -> tuple[str, str]:
