@@ -108,8 +108,8 @@ class Subsets:
         drawn = materialise(*self.recipe)
         if drawn.fingerprint != self.fingerprint:
             raise DataError(
-                "functions that give data must give the same in every process, but on a worker they gave other samples; "
-                "fix what is random in them, and what files they read, or give the data itself"
+                "functions that give data must give the same in every process, but on a worker they gave other samples; fix "
+                "what is random in them, and what files they read, or give the data itself"
             )
         return drawn
 

@@ -125,8 +125,8 @@ def main() -> int:
         if not kills:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            end(start(Path(folder, "whole"), executor))
+            process, began = start(Path(folder, "whole"), executor), time.perf_counter()
+            end(process)
             whole, took = recorded(Path(folder, "whole")), time.perf_counter() - began
             for i in range(kills // 2):
                 moments = rng.uniform(0.0, took, size=2).tolist()
