@@ -108,7 +108,7 @@ class Subsets:
         drawn = materialise(*self.recipe)
         if drawn.fingerprint != self.fingerprint:
             raise DataError(
-                "functions that give data must give the same in every process, but on a worker they gave other samples; fix "
+                "functions that give data must give the same in every process, but on a worker they gave others; fix "
                 "what is random in them, and what files they read, or give the data itself"
             )
         return drawn

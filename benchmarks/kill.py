@@ -114,7 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=KILLS, help="for the local search; a fifth of it on Ray")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--executor", default="local", help=argparse.SUPPRESS)
+    parser.add_argument("--executor", choices=("local", "ray"), help="by default both")
     options = parser.parse_args()
     if options.child:
         child(options.child, options.executor)
@@ -122,7 +122,7 @@ def main() -> int:
     torch.set_num_threads(1)
     where, rng, rows, met = environment(COMMAND), np.random.default_rng(0), [], True
     for executor, kills in (("local", options.kills), ("ray", options.kills // 5)):
-        if not kills:
+        if not kills or options.executor not in (None, executor):
             continue
         with tempfile.TemporaryDirectory() as folder:
             process, began = start(Path(folder, "whole"), executor), time.perf_counter()
@@ -139,7 +139,7 @@ def main() -> int:
                 print(rows[-1], flush=True)
     header = ("executor", "finished at the first kill", "at the second", "none lost or doubled", "as left alone")
     text = f"{TRIALS} trials a search.\n\n{table(header, rows)}\n\nTargets {'met' if met else 'NOT met'}."
-    if options.kills == KILLS:
+    if options.kills == KILLS and options.executor is None:
         write("kill", "Killed drivers", {"environment": where, "met": met, "rows": rows}, text)
     else:
         print(text)

@@ -270,4 +270,4 @@ class TestTheDocument:
         frame = pd.read_sql(query, connection)
         connection.close()
         assert frame.flops.tolist() == [10.0, 8.0]
-        assert frame.worker.tolist() == [None, "gpu-3"]
+        assert frame.worker.isna().tolist() == [True, False]
