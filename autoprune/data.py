@@ -133,9 +133,10 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
     given = {part: source for part in PARTS if (source := getattr(data, part)) is not None}
     factories = {part: source for part, source in given.items() if _is_factory(source)}
     recipe = (data, seed) if factories and factories.keys() == given.keys() else None
+    distinct = {id(make): make for make in factories.values()}  # one may be given for several parts
     with seeded(seed):
-        made = {make: make() for make in factories.values()}  # once, where one is given for several parts
-    data = replace(data, **{part: made[make] for part, make in factories.items()})
+        made = {key: make() for key, make in distinct.items()}
+    data = replace(data, **{part: made[id(make)] for part, make in factories.items()})
     homes = _homes(data)
     batches: dict[str, tuple[Batch, ...]] = {}
     notes: list[str] = []
