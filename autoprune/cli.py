@@ -6,9 +6,10 @@ import json
 import logging
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +21,11 @@ from autoprune.errors import AutopruneError
 if TYPE_CHECKING:
     from torch import nn
 
+    from autoprune.execution import Executor
     from autoprune.result import SearchResult
     from autoprune.result.trials import Trial
+
+_WATCH_SECONDS = 1.0
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,7 +76,7 @@ def search(
             help='Limit, such as "flops <= 50%", "params <= 1.2M" or "accuracy drop <= 1pp"; may be repeated.'
         ),
     ],
-    run_dir: Annotated[Path, typer.Option(help="New folder for the journal and the result.")],
+    run_dir: Annotated[Path, typer.Option(help="New folder for the journal and the result, unless resumed.")],
     data: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +101,12 @@ def search(
     ignore: Annotated[
         list[str] | None, typer.Option(help='Module to leave whole, by name or glob, such as "head*"; may be repeated.')
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the search in --run-dir, or begin it; --trials may be more.")
+    ] = False,
+    executor: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="With ray: how many; by default as many as fit.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="With ray: GPUs of each, such as 0.5.")] = 0.0,
     input_shape: InputShape = None,
     example: Example = None,
     debug: Debug = False,
@@ -109,8 +119,11 @@ def search(
         import autoprune
         from autoprune.loading import load_model, load_object
 
-        if (run_dir / "result.json").exists():  # the search itself minds the journal; this must not show at its end
-            raise FileExistsError(f"run-dir must be a folder of its own, but {run_dir} holds a result; name another")
+        saved = run_dir / "result.json"
+        if saved.exists() and not resume:  # the search itself minds the journal; this must not show at its end
+            raise FileExistsError(
+                f"run-dir must be a folder of its own, but {run_dir} holds a result; name another, or add --resume"
+            )
         settings: dict[str, Any] = {"criterion": criterion, "round_to": round_to, "ignore": ignore}
         dense = load_model(model, weights)
         result = autoprune.search(
@@ -125,8 +138,11 @@ def search(
             max_seconds=max_seconds,
             seed=seed,
             example_inputs=_example_inputs(dense, input_shape, example) if data is None else None,
+            executor=_executor(executor, workers, gpus_per_worker),
             run_dir=str(run_dir),
+            resume=resume,
         )
+        saved.unlink(missing_ok=True)  # of the search before it was resumed
         result.save(run_dir)
         typer.echo(result)
         typer.echo(f"\nsaved in {run_dir}: result.json, and the weights of each model on the front")
@@ -142,11 +158,12 @@ def front(
     run_dir: RunDir,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the front into this file.")] = None,
     as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew as trials come, until the search ends.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print the front of a search: finished, still running, or killed."""
     with _errors_on_one_line(debug):
-        result = _read(run_dir)
+        result = _watch(run_dir) if watch else _read(run_dir)
         if plot is not None:
             _plot(result, plot)
         typer.echo(json.dumps(_front_json(result), indent=1) if as_json else result)
@@ -175,7 +192,7 @@ def build(
         if not (run_dir / "result.json").exists() and (run_dir / "journal.sqlite").exists():
             raise ValueError(
                 f"{run_dir} holds a journal but no saved result, so no weights to build from; "
-                "let its search end or stop it with Ctrl-C, which saves; if it was killed, search again"
+                "let its search end or stop it with Ctrl-C, which saves; if it was killed, go on with --resume"
             )
         result = autoprune.SearchResult.load(run_dir, load_model(model))
         chosen = _choose(result, run_dir, budget, trial)
@@ -257,6 +274,36 @@ def _read(run_dir: Path) -> SearchResult:
     if (run_dir / "result.json").exists():
         return SearchResult.load(run_dir)
     return result_from_journal(run_dir)
+
+
+def _watch(run_dir: Path) -> SearchResult:
+    """Show what the journal holds until its search has all trials, or saves what it found, or Ctrl-C."""
+    from rich.live import Live
+    from rich.text import Text
+
+    from autoprune.result.from_journal import result_from_journal
+
+    saved = run_dir / "result.json"
+    before = saved.stat().st_mtime_ns if saved.exists() else 0  # of the search before it was resumed
+    result = result_from_journal(run_dir)
+    with Live(Text(str(result)), auto_refresh=False, transient=True) as live, suppress(KeyboardInterrupt):
+        while result.stopped == "unfinished" and not (saved.exists() and saved.stat().st_mtime_ns > before):
+            began = time.monotonic()
+            result = result_from_journal(run_dir)
+            live.update(Text(str(result)), refresh=True)
+            time.sleep(max(_WATCH_SECONDS, time.monotonic() - began))  # a long journal takes long to read
+    return result
+
+
+def _executor(name: str, workers: int | None, gpus_per_worker: float) -> str | Executor:
+    """What runs the evaluations: by name, or Ray with what was said about its workers."""
+    if workers is None and not gpus_per_worker:
+        return name
+    if name != "ray":
+        raise ValueError(f"--workers and --gpus-per-worker are for --executor ray, got --executor {name}")
+    from autoprune.execution import RayExecutor
+
+    return RayExecutor(workers=workers, gpus_per_worker=gpus_per_worker)
 
 
 def _front_json(result: SearchResult) -> dict[str, Any]:

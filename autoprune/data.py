@@ -7,7 +7,7 @@ once, before the search, and every evaluation uses them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from autoprune.batches import Batch, batch_size, map_tensors, to_device
 from autoprune.errors import DataError
-from autoprune.sources import draw, even_chunks
+from autoprune.sources import draw, even_chunks, seeded
 
 PARTS = ("calibration", "validation", "test")
 
@@ -28,10 +29,12 @@ class Data:
     """Where samples come from, and how many a search uses.
 
     A source is a DataLoader, a Dataset, any iterable of batches, a tuple ``(X, y)`` or an array ``X`` (NumPy, pandas
-    or torch; NumPy's float64 becomes torch's default dtype), or None. A missing part is taken from another source,
-    without overlap: calibration and test from the validation source, validation from the calibration source. A source
-    that holds fewer samples than its parts want is divided in proportion to what they want: with the defaults 1/5
-    calibration, 2/5 validation and 2/5 test, but at least 4 samples each.
+    or torch; NumPy's float64 becomes torch's default dtype), None, or a function without arguments that returns one of
+    these. Where all that are given are such functions, Ray workers call them for themselves, and samples do not travel.
+    A missing part is taken from another source, without overlap: calibration and test from the validation source,
+    validation from the calibration source. A source that holds fewer samples than its parts want is divided in
+    proportion to what they want: with the defaults 1/5 calibration, 2/5 validation and 2/5 test, but at least 4 samples
+    each.
 
     Attributes:
         calibration: Samples that statistics and compensation are fitted on; training data as a rule.
@@ -68,6 +71,7 @@ class Subsets:
         test: Batches that only the finished front is scored on.
         notes: What was decided about the data, in plain words.
         fingerprint: SHA-256 of the contents, so that a resumed search can refuse other data.
+        recipe: What `materialise` was given, where that draws the same samples on any machine; None elsewhere.
     """
 
     calibration: tuple[Batch, ...]
@@ -75,6 +79,7 @@ class Subsets:
     test: tuple[Batch, ...]
     notes: tuple[str, ...]
     fingerprint: str
+    recipe: tuple[Data, int] | None = None
 
     @property
     def samples(self) -> dict[str, int]:
@@ -87,6 +92,26 @@ class Subsets:
             tuple(to_device(batch, device) for batch in getattr(self, part)) for part in PARTS
         )
         return replace(self, calibration=calibration, validation=validation, test=test)
+
+    def to_send(self) -> Subsets:
+        """What a process elsewhere needs for `received`: without the samples, if it can draw them itself."""
+        return self if self.recipe is None else replace(self, calibration=(), validation=(), test=())
+
+    def received(self) -> Subsets:
+        """The samples again, from what `to_send` gave.
+
+        Raises:
+            DataError: If the functions that give the data gave others here.
+        """
+        if self.recipe is None:
+            return self
+        drawn = materialise(*self.recipe)
+        if drawn.fingerprint != self.fingerprint:
+            raise DataError(
+                "functions that give data must give the same in every process, but on a worker they gave others; fix "
+                "what is random in them, and what files they read, or give the data itself"
+            )
+        return drawn
 
 
 def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Subsets:
@@ -105,6 +130,13 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
         DataError: If a source is empty, too small to be divided, or of an unknown form.
     """
     data = data if isinstance(data, Data) else Data(validation=data)
+    given = {part: source for part in PARTS if (source := getattr(data, part)) is not None}
+    factories = {part: source for part, source in given.items() if _is_factory(source)}
+    recipe = (data, seed) if factories and factories.keys() == given.keys() else None
+    distinct = {id(make): make for make in factories.values()}  # one may be given for several parts
+    with seeded(seed):
+        made = {key: make() for key, make in distinct.items()}
+    data = replace(data, **{part: made[id(make)] for part, make in factories.items()})
     homes = _homes(data)
     batches: dict[str, tuple[Batch, ...]] = {}
     notes: list[str] = []
@@ -115,7 +147,7 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
         batches |= {part: tuple(map_tensors(_clone, batch) for batch in drawn[part]) for part in wanted}
         notes += _notes(data, home, {part: sum(map(batch_size, drawn[part])) for part in wanted})
     batches = {part: batches[part] for part in PARTS}
-    return Subsets(**batches, notes=tuple(notes), fingerprint=fingerprint(batches)).to(device)
+    return Subsets(**batches, notes=tuple(notes), fingerprint=fingerprint(batches), recipe=recipe).to(device)
 
 
 def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 128) -> Subsets:
@@ -145,6 +177,11 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
         "such inputs, not how well it does its task"
     )
     return Subsets(**batches, notes=(note,), fingerprint=fingerprint(batches))
+
+
+def _is_factory(source: Any) -> bool:
+    """Whether a source is a function that makes one, or a class; what holds samples may be callable too."""
+    return callable(source) and (isinstance(source, type) or not isinstance(source, Iterable | Dataset))
 
 
 def _homes(data: Data) -> dict[str, str]:

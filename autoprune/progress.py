@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("autoprune.search")
 
 LOG_EVERY_SECONDS = 30.0
+DRAW_EVERY_SECONDS = 0.5
 
 
 class Progress:
@@ -34,7 +35,7 @@ class Progress:
         self._show = show and sys.stderr.isatty()
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
-        self._logged = time.monotonic()
+        self._updated = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._show:
@@ -47,6 +48,11 @@ class Progress:
             self._task = self._bar.add_task("search", total=self._total, state="")
         return self
 
+    def due(self, done: int) -> bool:
+        """Whether it is time to `update`: to find the front after every trial would take longer the more there are."""
+        every = LOG_EVERY_SECONDS if self._bar is None else DRAW_EVERY_SECONDS
+        return done == self._total or time.monotonic() - self._updated > every
+
     def update(self, done: int, failed: int, best: Trial | None, front: int, phase: str = "") -> None:
         """Say how far the search is."""
         state = f"front {front}, {phase}" if phase else f"front {front}"
@@ -54,10 +60,10 @@ class Progress:
             state = f"{self._metric} {best.score:.4f}, {state}"
         if failed:
             state += f", {failed} failed"
+        self._updated = time.monotonic()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, state=state)
-        elif time.monotonic() - self._logged > LOG_EVERY_SECONDS or done == self._total:
-            self._logged = time.monotonic()
+        else:
             log.info("%d of %d trials: %s", done, self._total, state)
 
     def __exit__(

@@ -217,7 +217,8 @@ def _run(
                     found.append(trial_of(study, trial, candidate, outcome, dense))
                     optimizer.tell(evaluations_of(study, candidate[None], [statistics_of(outcome)], [reason]))
                     journal.record_tell([trial])
-                    _show(bar, study, found, optimizer)
+                    if bar.due(len(found)):
+                        _show(bar, study, found, optimizer)
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
             stopped = "interrupted"

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import autoprune
 from autoprune.cli import app
 from autoprune.journal import Journal
 from autoprune.loading import load_model, load_object
+from autoprune.protocols import Failure
 from autoprune.result.from_journal import result_from_journal
 
 CODE = """
@@ -206,6 +208,36 @@ def test_front_of_a_killed_search_leaves_out_what_is_pending(journal_only):
     assert found["stopped"] == "unfinished"
 
 
+def test_a_front_is_watched_until_the_search_has_all_its_trials(journal_only):
+    run_dir, pending = journal_only
+
+    def finish():
+        time.sleep(0.5)
+        with Journal.resume(run_dir) as journal:
+            journal.record_evaluation(pending, Failure("out of memory"))
+
+    search = threading.Thread(target=finish)
+    search.start()
+    printed = ok("front", run_dir, "--watch")
+    search.join()
+    assert printed.count("trials finished") == 1
+    assert "0 pending" in printed
+
+
+def test_a_killed_search_is_resumed_and_a_finished_one_takes_more_trials(searched, journal_only):
+    run_dir, _ = journal_only
+    command = (*SEARCH, "--run-dir", run_dir, "--round-to", 2, "--ignore", "8", "--resume")
+    ok(*command)
+    whole, resumed = (autoprune.SearchResult.load(folder) for folder in (searched[0], run_dir))
+    assert [(t.id, t.candidate, t.score) for t in resumed.trials] == [
+        (t.id, t.candidate, t.score) for t in whole.trials
+    ]
+    ok(*command, "--trials", 14)
+    more = autoprune.SearchResult.load(run_dir)
+    assert len(more.trials) == 14
+    assert more.trials[:10] == resumed.trials[:10]
+
+
 def test_inspect_prints_what_the_library_says():
     found = json.loads(ok("inspect", MODEL, "--input-shape", "2,1,4,4", "--json"))
     assert [group["units"] for group in found["groups"]] == [16, 16, 8]
@@ -265,7 +297,10 @@ def test_a_file_named_like_a_module_in_use_is_refused(tmp_path):
         (("--weights", "cli_example.py"), ["cli_example.py", "state dict"]),
         (("--data", "cli_example.py:nothing"), ["'nothing'"]),
         (("--run-dir", "cli_example.py"), ["is a file"]),
-        (("--run-dir", "runs/a"), ["runs/a", "holds a result"]),
+        (("--run-dir", "runs/a"), ["runs/a", "holds a result", "--resume"]),
+        (("--run-dir", "runs/a", "--resume"), ["differs in", "space"]),
+        (("--executor", "cloud"), ["'cloud'", "ray"]),
+        (("--workers", "2"), ["--executor ray", "local"]),
     ],
 )
 def test_a_mistake_in_a_search_is_one_line_before_any_trial(options, words, searched, tmp_path):
@@ -302,7 +337,17 @@ def test_help_lists_the_commands_and_their_options():
         assert command in commands
         assert "--debug" in ok(command, "--help")
     listed = ok("search", "--help")
-    for option in ("--data", "--budget", "--run-dir", "--trials", "--seed", "--weights", "--ignore", "--max-seconds"):
+    for option in (
+        "--data",
+        "--budget",
+        "--run-dir",
+        "--trials",
+        "--seed",
+        "--weights",
+        "--ignore",
+        "--resume",
+        "--executor",
+    ):
         assert option in listed
 
 

@@ -19,7 +19,7 @@ from autoprune.batches import (
     tensors,
     to_device,
 )
-from autoprune.data import PARTS, Data, materialise, synthetic
+from autoprune.data import PARTS, Data, fingerprint, materialise, synthetic
 from autoprune.errors import DataError
 
 Pair = namedtuple("Pair", "left right")
@@ -222,6 +222,40 @@ def test_one_loader_given_twice_is_divided():
     subsets = materialise(Data(calibration=numbered(9), validation=dataset, test=dataset), seed=0)
     assert not set(ids(subsets.validation)) & set(ids(subsets.test))
     assert "test and validation data are one source" in subsets.notes[0]
+
+
+class TestFunctionsThatGiveData:
+    @staticmethod
+    def arrays(shift=0.0):
+        return torch.arange(200.0).reshape(100, 2) + shift, torch.arange(100)
+
+    def test_they_give_the_samples_of_what_they_return(self):
+        expected = materialise(Data(validation=self.arrays()), seed=0)
+        assert materialise(Data(validation=self.arrays), seed=0).fingerprint == expected.fingerprint
+        assert materialise(self.arrays, seed=0).fingerprint == expected.fingerprint
+        assert materialise(lambda: DataLoader(TensorDataset(*self.arrays())), seed=0).samples == expected.samples
+
+    def test_one_given_for_two_parts_is_one_source(self):
+        subsets = materialise(Data(calibration=self.arrays, validation=self.arrays), seed=0)
+        labels = torch.cat([batch[1] for part in PARTS for batch in getattr(subsets, part)])
+        assert labels.unique().numel() == len(labels) == 100
+
+    def test_their_samples_are_drawn_again_elsewhere_instead_of_sent(self):
+        subsets = materialise(self.arrays, seed=3)
+        sent = subsets.to_send()
+        assert sum(sent.samples.values()) == 0
+        received = sent.received()
+        assert fingerprint({part: getattr(received, part) for part in PARTS}) == subsets.fingerprint
+
+    def test_beside_data_given_as_they_are_all_samples_are_sent(self):
+        subsets = materialise(Data(calibration=self.arrays(1.0), validation=self.arrays), seed=0)
+        assert subsets.to_send().received() is subsets
+
+    def test_they_must_give_the_same_everywhere(self):
+        calls = iter((0.0, 1.0))
+        subsets = materialise(lambda: self.arrays(next(calls)), seed=0)
+        with pytest.raises(DataError, match="must give the same in every process"):
+            subsets.to_send().received()
 
 
 def test_batches_are_at_most_the_batch_size_and_never_tiny():

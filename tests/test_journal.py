@@ -1,3 +1,4 @@
+import re
 import signal
 import sqlite3
 import subprocess
@@ -5,6 +6,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -247,3 +249,25 @@ def test_a_journal_that_is_only_beginning_is_waited_for(tmp_path):
     with Journal.open(tmp_path) as journal:
         assert journal.trials() == []
     later.join()
+
+
+class TestTheDocument:
+    text = (Path(__file__).parent.parent / "docs" / "journal.md").read_text()
+
+    def test_names_every_table_and_column(self, journal, tmp_path):
+        connection = sqlite3.connect(tmp_path / FILE_NAME)
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            (line,) = (line for line in self.text.splitlines() if line.startswith(f"| `{name}` |"))
+            for _, column, *_ in connection.execute(f"PRAGMA table_info({name})"):
+                assert f"`{column}`" in line
+        connection.close()
+
+    def test_shows_a_query_that_pandas_reads(self, journal, tmp_path):
+        journal.record_ask(CANDIDATES, COSTS)
+        journal.record_evaluation(1, measurement(), worker="gpu-3")
+        (query,) = re.findall(r'"""(.*?)"""', self.text, re.DOTALL)
+        connection = sqlite3.connect(tmp_path / FILE_NAME)
+        frame = pd.read_sql(query, connection)
+        connection.close()
+        assert frame.flops.tolist() == [10.0, 8.0]
+        assert frame.worker.isna().tolist() == [True, False]

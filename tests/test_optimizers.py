@@ -16,6 +16,7 @@ from autoprune.optimizers import (
     find_optimizer,
     uniform_seeds,
 )
+from autoprune.optimizers.archive import Archive
 from autoprune.pareto import hypervolume
 from autoprune.protocols import FAILED, OK, RACED
 from autoprune.testing.contracts import OptimizerContract
@@ -146,6 +147,24 @@ def test_a_raced_row_told_again_in_full_counts_once_whatever_the_order():
     alone = NSGA2(known.problem, 0)
     alone.tell(known.evaluate(batch))
     np.testing.assert_array_equal(proposal, alone.ask(8))
+
+
+def test_an_archive_shows_the_same_rows_however_often_it_was_looked_at_in_between():
+    known, rng = additive_problem([9] * 4, seed=0), np.random.default_rng(0)
+    watched, told = Archive(known.problem, 0), []
+    for status in (OK, FAILED, OK, RACED, OK, OK):
+        told.append(known.evaluate(rng.integers(5, 9, size=(12, 4)), status))
+        told.append(dataclasses.replace(told[-1], samples=told[-1].samples + 1, objectives=told[-1].objectives + 1))
+        at_once = Archive(known.problem, 0)
+        for evaluations in told[-2:]:
+            watched.tell(evaluations)
+        for evaluations in reversed(told):
+            at_once.tell(evaluations)
+        for seen, expected in zip(
+            (*watched.ok(), watched.acceptable()), (*at_once.ok(), at_once.acceptable()), strict=True
+        ):
+            np.testing.assert_array_equal(seen, expected)
+    assert len(watched.ok()[0]) > 24
 
 
 def test_a_search_without_a_binding_limit_still_proposes_different_candidates():

@@ -128,6 +128,7 @@ class TestInTheLoop:
 
     def test_the_log_says_so_and_the_progress_counts_the_front_without_them(self, data, caplog, monkeypatch):
         shown = []
+        monkeypatch.setattr(Progress, "due", lambda self, done: True)
         monkeypatch.setattr(Progress, "update", lambda self, done, failed, best, front, _: shown.append((done, front)))
         options = {"trials": 24, "space": EIGHTHS, "optimizer": Scan, "progress": False}
         with caplog.at_level(logging.INFO, logger="autoprune"):

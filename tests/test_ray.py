@@ -25,9 +25,9 @@ def make_data():
     return x, x[:, :10].argmax(1)
 
 
-def search(trials=24, **options):
+def search(trials=24, data=None, **options):
     options = {"optimizer": "level_switch", "progress": False, **options}
-    return autoprune.search(ZOO["mlp"].build(), "flops <= 50%", make_data(), trials=trials, **options)
+    return autoprune.search(ZOO["mlp"].build(), "flops <= 50%", data or make_data(), trials=trials, **options)
 
 
 def scores(result):
@@ -133,6 +133,16 @@ def test_asynchronous_workers_score_as_here_and_the_journal_says_who_did(two_wor
         workers = {evaluation.worker.split()[0] for row in journal.trials() for evaluation in row.evaluations}
         assert workers == {"ray-0", "ray-1"}
         assert journal.told() == set(range(24))
+
+
+def test_workers_draw_samples_for_themselves_where_functions_give_them(two_workers, local, tmp_path):
+    def give():
+        (tmp_path / str(os.getpid())).touch()
+        return make_data()
+
+    result = search(8, data=autoprune.Data(validation=give), executor=two_workers(synchronous=True))
+    assert {str(os.getpid())} < {mark.name for mark in tmp_path.iterdir()}
+    assert scores(result) == {c: scores(local)[c] for c in scores(result)}
 
 
 def test_workers_share_a_gpu(ray, local):

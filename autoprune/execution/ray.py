@@ -8,6 +8,8 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
+from heapq import heapify, heappop, heappush
 from typing import Any, final
 
 from autoprune.evaluators import Context, Evaluator
@@ -125,7 +127,7 @@ class RayExecutor:
                 f"gpus_per_worker={self._gpus:g}, but there is room for {room} on the nodes of Ray "
                 f"({self._resources()}); ask for fewer or smaller ones"
             )
-        self._shipped = ray.put((fresh, context_on(context, "cpu")))
+        self._shipped = ray.put((fresh, context_on(replace(context, subsets=context.subsets.to_send()), "cpu")))
         self._add_workers(self._wanted or room)
 
     def room(self) -> int:
@@ -248,21 +250,25 @@ class RayExecutor:
 
     def _dispatch(self) -> None:
         """Send what waits to the workers with the least to do; what has a strike alone, to be sure who dies of it."""
-        while self._waiting:
-            task = self._waiting[0]
-            slots = 1 if task.strikes else 1 + self._ahead
-            free = [
-                worker
-                for worker in self._workers
-                if worker.starting is None and len(worker.tasks) < slots and not any(t.strikes for t in worker.tasks)
-            ]
-            if not free:
+        if not self._waiting:
+            return
+        free = [
+            (len(worker.tasks), i, worker)
+            for i, worker in enumerate(self._workers)
+            if worker.starting is None and len(worker.tasks) <= self._ahead and not any(t.strikes for t in worker.tasks)
+        ]
+        heapify(free)
+        while self._waiting and free:
+            task, (held, i, worker) = self._waiting[0], free[0]
+            if held and task.strikes:
                 return
-            worker = min(free, key=lambda worker: len(worker.tasks))
-            if not worker.tasks:
+            heappop(free)
+            if not held:
                 worker.since = time.monotonic()
             task.ref = worker.handle.evaluate.remote(task.candidate)
             worker.tasks.append(self._waiting.popleft())
+            if held < self._ahead and not task.strikes:
+                heappush(free, (held + 1, i, worker))
 
     def _launch(self, worker: Worker) -> None:
         worker.tasks, worker.place, worker.node = [], "", ""

@@ -29,6 +29,7 @@ class Actor:
         torch.set_num_threads(threads)
         gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
         self._evaluator, context = shipped
+        context = replace(context, subsets=context.subsets.received())
         self._evaluator.prepare(context_on(context, "cuda" if gpu else "cpu"))
 
     def where(self) -> tuple[str, str]:
@@ -93,5 +94,5 @@ class Worker:
         return f"ray-{self.number} {self.place}".strip()
 
     def refs(self) -> list[Any]:
-        """What the driver waits for."""
-        return [self.starting] if self.starting is not None else [task.ref for task in self.tasks]
+        """What the driver waits for: a worker ends its tasks in their order, so the first one is enough."""
+        return [self.starting] if self.starting is not None else [task.ref for task in self.tasks[:1]]

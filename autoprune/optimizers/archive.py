@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import final
 
@@ -32,7 +33,9 @@ class Archive:
         self._seeds = problem.repair(problem.seeds)
         self._told: dict[bytes, tuple[bool, int, str, bytes, bytes, bytes, bool]] = {}
         self._pending: set[bytes] = set()
+        self._ok_keys: list[bytes] = []  # of the rows below, sorted
         self._ok: tuple[IntArray, FloatArray, NDArray[np.bool_]] | None = None
+        self._news: set[bytes] = set()  # told since those rows were last asked for
 
     def __len__(self) -> int:
         return len(self._told) + len(self._pending)
@@ -49,7 +52,7 @@ class Archive:
             row = (fate == OK, count, fate, *measured)
             self._pending.discard(key)
             self._told[key] = max(row, self._told.get(key, row))
-        self._ok = None
+            self._news.add(key)
 
     def pend(self, candidates: IntArray) -> None:
         """Take candidates (n, d) as proposed already: an earlier process asked for them."""
@@ -65,11 +68,29 @@ class Archive:
         return self._feasible()[2]
 
     def _feasible(self) -> tuple[IntArray, FloatArray, NDArray[np.bool_]]:
-        if self._ok is None:
-            rows = self._rows([key for key, row in self._told.items() if row[0]])
-            feasible = self._problem.feasible(rows.candidates)
-            self._ok = rows.candidates[feasible], rows.objectives[feasible], rows.acceptable[feasible]
+        if self._ok is None or not self._news.isdisjoint(self._ok_keys):
+            self._ok, self._ok_keys, self._news = None, [], set(self._told)
+        if self._news or self._ok is None:
+            keys = sorted(key for key in self._news if self._told[key][0])
+            rows = self._rows(keys)
+            feasible = np.flatnonzero(self._problem.feasible(rows.candidates))
+            self._insert([keys[i] for i in feasible], rows, feasible)
+            self._news.clear()
+        assert self._ok is not None
         return self._ok
+
+    def _insert(self, keys: list[bytes], rows: Evaluations, feasible: IntArray) -> None:
+        """Put new rows where they belong: to sort all of them at every ask takes longer the more there are."""
+        added = rows.candidates[feasible], rows.objectives[feasible], rows.acceptable[feasible]
+        if self._ok is None or not self._ok_keys:
+            self._ok, self._ok_keys = added, keys
+        elif keys:
+            at = [bisect_left(self._ok_keys, key) for key in keys]
+            candidates, objectives, acceptable = (
+                np.insert(old, at, new, axis=0) for old, new in zip(self._ok, added, strict=True)
+            )
+            self._ok = candidates, objectives, acceptable
+            self._ok_keys = sorted(self._ok_keys + keys)
 
     def probes(self) -> Evaluations:
         """What was told of candidates that change at most one dimension, feasible or not, sorted."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from autoprune.optimizers.archive import Archive
 from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.random import draw, draw_costs, fill_up, move_to_costs
+from autoprune.pareto import non_dominated
 from autoprune.protocols import Evaluations, FloatArray, IntArray
 
 _FEWEST_PARENTS = 4
@@ -105,7 +106,9 @@ def breed(
     last = problem.sizes - 1
     bounds = Bounds(n_var=len(last), xl=np.zeros(len(last)), xu=last.astype(np.float64))
     signal, costs = objectives[:, :1], np.maximum(objectives[:, 1:], problem.budget_range[:, 0])
-    trials = Population.new(X=candidates.astype(np.float64), F=np.hstack([signal, costs]))
+    points = np.hstack([signal, costs])
+    best = _first_fronts(points, population)  # the others cannot survive, and pymoo makes an object of each
+    trials = Population.new(X=candidates[best].astype(np.float64), F=points[best])
     parents = RankAndCrowding().do(bounds, trials, n_survive=population, random_state=rng)
     pairs = TournamentSelection(_fitter)(
         bounds, parents, n_select=(n + 1) // 2, n_parents=2, random_state=rng, to_pop=False
@@ -121,6 +124,16 @@ def breed(
     bred[shift] = move_to_costs(problem, options[shift] / np.maximum(last, 1), draw_costs(problem, n, rng)[shift])
     spent = np.maximum(problem.costs(bred), problem.budget_range[:, 0])
     return fill_up(problem, bred, np.minimum(spent, problem.limits), rng)
+
+
+def _first_fronts(points: FloatArray, n: int) -> IntArray:
+    """Positions of the best points (k, m) by dominance: whole fronts, until they hold `n`, ascending."""
+    taken, waiting = np.zeros(len(points), dtype=np.bool_), np.arange(len(points))
+    while len(waiting) and taken.sum() < n:
+        front = non_dominated(points[waiting])
+        taken[waiting[front]] = True
+        waiting = waiting[~front]
+    return np.flatnonzero(taken)
 
 
 def find_coupled(problem: Problem) -> IntArray:

@@ -1,0 +1,150 @@
+"""Kill the driver of a search at random moments, again and again, and compare with the search left alone.
+
+Run ``python -m benchmarks.kill`` from the root of the repository (about 5 minutes); exits with 1 when anything is lost,
+doubled or changed. Each run is a real search in a process of its own, killed with SIGKILL at a moment drawn uniformly
+over the time that it takes, started anew with ``resume=True``, killed once more, and then left to its end.
+
+- local: every resumed search must end with the candidates, scores and front of the one left alone.
+- ray: asynchronous workers. What was recorded before must be there unchanged, what was pending is evaluated once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import autoprune
+from autoprune.execution import Executor, RayExecutor
+from autoprune.journal import FILE_NAME, Journal, TrialRow
+from benchmarks.common import environment, table, write
+from tests.zoo import ZOO
+
+COMMAND = "python -m benchmarks.kill"
+KILLS, TRIALS = 20, 60
+
+
+def search(run_dir: str | None, executor: str | Executor = "local") -> autoprune.SearchResult:
+    x = torch.randn(240, 64, generator=torch.Generator().manual_seed(0))
+    return autoprune.search(
+        ZOO["mlp"].build(),
+        "flops <= 50%",
+        (x, x[:, :10].argmax(1)),
+        trials=TRIALS,
+        executor=executor,
+        run_dir=run_dir,
+        resume=run_dir is not None,
+        progress=False,
+    )
+
+
+def child(run_dir: str, executor: str) -> None:
+    torch.set_num_threads(1)
+    print("ready", flush=True)
+    search(run_dir, RayExecutor(workers=2) if executor == "ray" else "local")
+
+
+def start(run_dir: Path, executor: str) -> subprocess.Popen[str]:
+    """Begin or resume a search in a process of its own, past its imports."""
+    call = [sys.executable, "-m", "benchmarks.kill", "--child", str(run_dir), "--executor", executor]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def recorded(run_dir: Path) -> list[TrialRow]:
+    if not (run_dir / FILE_NAME).exists():
+        return []
+    with Journal.open(run_dir) as journal:
+        return journal.trials()
+
+
+def seen(rows: list[TrialRow]) -> list[tuple[object, ...]]:
+    """What must not change: candidates, costs, and every number measured."""
+    return [
+        (row.id, row.candidate, row.costs, row.status, *((e.signal, e.metric, e.distortion) for e in row.evaluations))
+        for row in rows
+    ]
+
+
+def kept(before: list[TrialRow], after: list[TrialRow]) -> bool:
+    """Whether what one process recorded is a prefix of what the next one did, with at most pending trials settled."""
+    return [row.candidate for row in before] == [row.candidate for row in after[: len(before)]] and all(
+        seen([old]) == seen([new]) for old, new in zip(before, after, strict=False) if old.evaluations
+    )
+
+
+def killed_run(run_dir: Path, executor: str, moments: list[float]) -> tuple[list[int], bool]:
+    """Trials finished at each kill, and whether nothing was lost, doubled or changed."""
+    counts, sound, before = [], True, recorded(run_dir)
+    for moment in moments:
+        process = start(run_dir, executor)
+        time.sleep(moment)
+        os.killpg(process.pid, signal.SIGKILL)  # the driver, and the Ray that it started
+        end(process)
+        after = recorded(run_dir)
+        sound &= kept(before, after)
+        counts.append(sum(bool(row.evaluations) for row in after))
+        before = after
+    end(start(run_dir, executor))
+    after = recorded(run_dir)
+    once = [len(row.evaluations) for row in after] == [1] * TRIALS
+    return counts, sound and kept(before, after) and once and len({row.candidate for row in after}) == TRIALS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=KILLS, help="for the local search; a fifth of it on Ray")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--executor", choices=("local", "ray"), help="by default both")
+    options = parser.parse_args()
+    if options.child:
+        child(options.child, options.executor)
+        return 0
+    torch.set_num_threads(1)
+    where, rng, rows, met = environment(COMMAND), np.random.default_rng(0), [], True
+    for executor, kills in (("local", options.kills), ("ray", options.kills // 5)):
+        if not kills or options.executor not in (None, executor):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            process, began = start(Path(folder, "whole"), executor), time.perf_counter()
+            end(process)
+            whole, took = recorded(Path(folder, "whole")), time.perf_counter() - began
+            for i in range(kills // 2):
+                moments = rng.uniform(0.0, took, size=2).tolist()
+                run_dir = Path(folder, str(i))
+                counts, sound = killed_run(run_dir, executor, moments)
+                same = seen(recorded(run_dir)) == seen(whole)
+                good = sound and (same or executor == "ray")
+                met &= good
+                rows.append((executor, *counts, "yes" if sound else "NO", "yes" if same else "no"))
+                print(rows[-1], flush=True)
+    header = ("executor", "finished at the first kill", "at the second", "none lost or doubled", "as left alone")
+    text = f"{TRIALS} trials a search.\n\n{table(header, rows)}\n\nTargets {'met' if met else 'NOT met'}."
+    if options.kills == KILLS and options.executor is None:
+        write("kill", "Killed drivers", {"environment": where, "met": met, "rows": rows}, text)
+    else:
+        print(text)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

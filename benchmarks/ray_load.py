@@ -1,0 +1,92 @@
+"""Hundreds of workers of Ray on a few processes: asynchronous actors that sleep in place of evaluating."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from autoprune.execution import RayExecutor
+from autoprune.execution.ray_worker import Worker
+from autoprune.protocols import IntArray, Measurement
+
+WORKERS_A_PROCESS = 64
+
+
+class Sleepers:
+    """One process that stands for many workers, each of which does one thing after the other."""
+
+    def __init__(self, seed: int, median: float, sigma: float) -> None:
+        self._rng, self._median, self._sigma = np.random.default_rng(seed), median, sigma
+        self._turns: dict[int, asyncio.Lock] = {}
+        self._spans: list[tuple[float, float]] = []
+
+    async def where(self) -> tuple[str, str]:
+        return "asleep", ""
+
+    async def evaluate(self, worker: int, candidate: IntArray) -> Measurement:
+        async with self._turns.setdefault(worker, asyncio.Lock()):
+            began = time.time()
+            await asyncio.sleep(self._median * self._rng.lognormal(0.0, self._sigma))
+            self._spans.append((began, time.time()))
+        loss = np.array([float((candidate**2).sum())])
+        return Measurement(loss, loss, 0.0)
+
+    async def spans(self) -> list[tuple[float, float]]:
+        """Begin and end of every evaluation, Unix time."""
+        return self._spans
+
+
+class ManyWorkers:
+    """A `RayExecutor`, whose workers share a few processes that sleep; everything in the driver is as it always is.
+
+    Args:
+        ray: The module, connected.
+        workers: How many.
+        median: Of the seconds of an evaluation, which are lognormal.
+        sigma: Their spread.
+    """
+
+    name, threads = "ray", 1
+
+    def __init__(self, ray: Any, workers: int, median: float, sigma: float, **options: Any) -> None:
+        self.inner = RayExecutor(workers=workers, **options)
+        self.inner._launch = self._launch  # type: ignore[method-assign]
+        slots = 2 * WORKERS_A_PROCESS + 8  # two tasks of each worker, and questions
+        make = ray.remote(Sleepers).options(num_cpus=0, max_concurrency=slots).remote
+        self._ray = ray
+        self._actors = [make(i, median, sigma) for i in range(math.ceil(workers / WORKERS_A_PROCESS))]
+        self.spans: list[tuple[float, float]] = []
+        self.submitted: list[float] = []
+        self.workers = workers
+
+    def _launch(self, worker: Worker) -> None:
+        actor, number = self._actors[worker.number // WORKERS_A_PROCESS], worker.number
+        worker.tasks, worker.place, worker.node = [], "", ""
+        send: Callable[[IntArray], Any] = lambda candidate: actor.evaluate.remote(number, candidate)  # noqa: E731
+        worker.handle = SimpleNamespace(evaluate=SimpleNamespace(remote=send))
+        worker.starting = actor.where.remote()
+
+    def start(self, *args: Any) -> None:
+        self._ray.get([actor.where.remote() for actor in self._actors])
+        self.inner.start(*args)
+
+    def submit(self, trials: list[int], candidates: IntArray) -> None:
+        self.inner.submit(trials, candidates)
+        self.submitted.append(time.time())
+
+    def stop(self) -> None:
+        for spans in self._ray.get([actor.spans.remote() for actor in self._actors]):
+            self.spans += spans
+        self.inner._workers.clear()  # there is nothing of theirs to stop
+        self.inner.stop()
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
