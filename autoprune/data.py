@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autoprune.batches import Batch, batch_size, map_tensors, to_device
 from autoprune.errors import DataError
-from autoprune.sources import draw, even_chunks
+from autoprune.sources import draw, drawn_at_random, even_chunks
 
 PARTS = ("calibration", "validation", "test")
 
@@ -68,6 +68,7 @@ class Subsets:
         test: Batches that only the finished front is scored on.
         notes: What was decided about the data, in plain words.
         fingerprint: SHA-256 of the contents, so that a resumed search can refuse other data.
+        shuffled: Whether validation samples were drawn at random, and so come in a random order.
     """
 
     calibration: tuple[Batch, ...]
@@ -75,6 +76,7 @@ class Subsets:
     test: tuple[Batch, ...]
     notes: tuple[str, ...]
     fingerprint: str
+    shuffled: bool = True
 
     @property
     def samples(self) -> dict[str, int]:
@@ -115,7 +117,8 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
         batches |= {part: tuple(map_tensors(_clone, batch) for batch in drawn[part]) for part in wanted}
         notes += _notes(data, home, {part: sum(map(batch_size, drawn[part])) for part in wanted})
     batches = {part: batches[part] for part in PARTS}
-    return Subsets(**batches, notes=tuple(notes), fingerprint=fingerprint(batches)).to(device)
+    shuffled = drawn_at_random(getattr(data, homes["validation"]))
+    return Subsets(*batches.values(), tuple(notes), fingerprint(batches), shuffled).to(device)
 
 
 def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 128) -> Subsets:
@@ -144,7 +147,7 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
         f"calibration, validation and test (seed {seed}); scores say how close a candidate stays to the dense model on "
         "such inputs, not how well it does its task"
     )
-    return Subsets(**batches, notes=(note,), fingerprint=fingerprint(batches))
+    return Subsets(*batches.values(), (note,), fingerprint(batches))
 
 
 def _homes(data: Data) -> dict[str, str]:

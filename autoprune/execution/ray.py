@@ -7,13 +7,14 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from autoprune.evaluators import Context, Evaluator
 from autoprune.execution.local import GENERATION, Finished, Outcome
 from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
 from autoprune.protocols import Failure, IntArray
+from autoprune.racing import Race
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +135,9 @@ class RayExecutor:
             return self._generation if self._workers and not self._unreleased else 0
         return max(len(self._workers) * (1 + self._ahead) - len(self._unreleased), 0)
 
-    def submit(self, trials: list[int], candidates: IntArray) -> None:
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
         """Queue candidates."""
-        self._waiting.extend(Task(trial, candidate) for trial, candidate in zip(trials, candidates, strict=True))
+        self._waiting.extend(map(Task, trials, candidates, races))
         self._unreleased.extend(trials)
         self._dispatch()
 
@@ -261,7 +262,7 @@ class RayExecutor:
             worker = min(free, key=lambda worker: len(worker.tasks))
             if not worker.tasks:
                 worker.since = time.monotonic()
-            task.ref = worker.handle.evaluate.remote(task.candidate)
+            task.ref = worker.handle.evaluate.remote(task.candidate, task.race)
             worker.tasks.append(self._waiting.popleft())
 
     def _launch(self, worker: Worker) -> None:
