@@ -116,9 +116,14 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
         # Clones, so that a model that works in place never reaches the user's tensors.
         batches |= {part: tuple(map_tensors(_clone, batch) for batch in drawn[part]) for part in wanted}
         notes += _notes(data, home, {part: sum(map(batch_size, drawn[part])) for part in wanted})
-    batches = {part: batches[part] for part in PARTS}
-    shuffled = drawn_at_random(getattr(data, homes["validation"]))
-    return Subsets(*batches.values(), tuple(notes), fingerprint(batches), shuffled).to(device)
+    return Subsets(
+        batches["calibration"],
+        batches["validation"],
+        batches["test"],
+        notes=tuple(notes),
+        fingerprint=fingerprint(batches),
+        shuffled=drawn_at_random(getattr(data, homes["validation"])),
+    ).to(device)
 
 
 def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 128) -> Subsets:
@@ -147,7 +152,7 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
         f"calibration, validation and test (seed {seed}); scores say how close a candidate stays to the dense model on "
         "such inputs, not how well it does its task"
     )
-    return Subsets(*batches.values(), (note,), fingerprint(batches))
+    return Subsets(batches["calibration"], batches["validation"], batches["test"], (note,), fingerprint(batches))
 
 
 def _homes(data: Data) -> dict[str, str]:
