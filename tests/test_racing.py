@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 import autoprune
 from autoprune import Racing
+from autoprune.execution import RayExecutor
 from autoprune.journal import Journal
 from autoprune.optimizers.random import RandomSearch
 from autoprune.protocols import OK, RACED, Failure, Measurement
@@ -277,3 +278,32 @@ class TestWhereItCannotWork:
             search(None, racing=0.05)
         with pytest.raises(ValueError, match=r"delta must be a probability between 0 and 1, got 1"):
             Racing(delta=1)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One Ray for all tests of the module."""
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray")
+class TestOnRay:
+    def test_synchronous_workers_race_as_a_local_search_does(self, pair):
+        _, raced, _ = pair
+        assert seen(search(None, executor=RayExecutor(workers=2, synchronous=True))) == seen(raced)
+
+    def test_asynchronous_workers_drop_what_is_dominated(self, pair, tmp_path):
+        full, _, _ = pair
+        signal = {trial.candidate: trial.signal for trial in full.trials}
+        result = search(tmp_path, executor=RayExecutor(workers=2))
+        dropped = [trial for trial in result.trials if trial.status == RACED]
+        assert dropped
+        assert all(len(row.evaluations) == 1 for row in rows(tmp_path))
+        for trial in dropped:
+            rival = result.trials[int(trial.reason.split()[3])]
+            assert rival.signal < signal.get(trial.candidate, np.inf)
+            assert rival.costs["flops"] <= trial.costs["flops"]
