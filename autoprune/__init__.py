@@ -15,6 +15,7 @@ from autoprune.errors import (
 )
 from autoprune.metrics import Metric
 from autoprune.protocols import Pruning
+from autoprune.racing import Racing
 from autoprune.result import SearchResult
 from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
@@ -36,6 +37,7 @@ __all__ = [
     "Metric",
     "NothingToPruneError",
     "Pruning",
+    "Racing",
     "RecipeError",
     "SearchResult",
     "Sparsity",

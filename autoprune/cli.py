@@ -96,6 +96,7 @@ def search(
     metric: Annotated[str, typer.Option(help="auto, accuracy, agreement, cross_entropy, loss or mse.")] = "auto",
     optimizer: Annotated[str, typer.Option(help="auto, nsga2 or random.")] = "auto",
     evaluator: Annotated[str, typer.Option(help="auto, adaptive_bn, compensated or finetune.")] = "auto",
+    racing: Annotated[bool, typer.Option(help="Drop candidates once they are known to be dominated.")] = False,
     criterion: Annotated[str | None, typer.Option(help="What ranks channels, such as l1, l2 or taylor.")] = None,
     round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this.")] = None,
     ignore: Annotated[
@@ -134,6 +135,7 @@ def search(
             space=autoprune.Channels(**{name: value for name, value in settings.items() if value is not None}),
             evaluator=evaluator,
             optimizer=optimizer,
+            racing=racing,
             trials=int(trials) if trials.lstrip("-").isdecimal() else trials,
             max_seconds=max_seconds,
             seed=seed,

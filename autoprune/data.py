@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from autoprune.batches import Batch, batch_size, map_tensors, to_device
 from autoprune.errors import DataError
-from autoprune.sources import draw, even_chunks, seeded
+from autoprune.sources import draw, drawn_at_random, even_chunks, seeded
 
 PARTS = ("calibration", "validation", "test")
 
@@ -72,6 +72,7 @@ class Subsets:
         notes: What was decided about the data, in plain words.
         fingerprint: SHA-256 of the contents, so that a resumed search can refuse other data.
         recipe: What `materialise` was given, where that draws the same samples on any machine; None elsewhere.
+        shuffled: Whether validation samples were drawn at random, and so come in a random order.
     """
 
     calibration: tuple[Batch, ...]
@@ -80,6 +81,7 @@ class Subsets:
     notes: tuple[str, ...]
     fingerprint: str
     recipe: tuple[Data, int] | None = None
+    shuffled: bool = True
 
     @property
     def samples(self) -> dict[str, int]:
@@ -146,8 +148,15 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
         # Clones, so that a model that works in place never reaches the user's tensors.
         batches |= {part: tuple(map_tensors(_clone, batch) for batch in drawn[part]) for part in wanted}
         notes += _notes(data, home, {part: sum(map(batch_size, drawn[part])) for part in wanted})
-    batches = {part: batches[part] for part in PARTS}
-    return Subsets(**batches, notes=tuple(notes), fingerprint=fingerprint(batches), recipe=recipe).to(device)
+    return Subsets(
+        batches["calibration"],
+        batches["validation"],
+        batches["test"],
+        notes=tuple(notes),
+        fingerprint=fingerprint(batches),
+        recipe=recipe,
+        shuffled=drawn_at_random(getattr(data, homes["validation"])),
+    ).to(device)
 
 
 def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 128) -> Subsets:
@@ -176,7 +185,7 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
         f"calibration, validation and test (seed {seed}); scores say how close a candidate stays to the dense model on "
         "such inputs, not how well it does its task"
     )
-    return Subsets(**batches, notes=(note,), fingerprint=fingerprint(batches))
+    return Subsets(batches["calibration"], batches["validation"], batches["test"], (note,), fingerprint(batches))
 
 
 def _is_factory(source: Any) -> bool:

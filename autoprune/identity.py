@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from autoprune.data import fingerprint
 from autoprune.execution import Executor
 from autoprune.protocols import Optimizer
+from autoprune.racing import Racing
 from autoprune.result.trials import Trial
 from autoprune.study import Study
 
@@ -21,14 +23,20 @@ log = logging.getLogger(__name__)
 MUST_AGREE = ("model", "weights", "space", "data", "budget", "limits", "metric", "seed", "evaluator")
 """What scores and proposals are a function of."""
 
-SHOULD_AGREE = ("versions", "threads", "device", "optimizer")
+SHOULD_AGREE = ("versions", "threads", "device", "optimizer", "racing")
 """What may change scores in their last digits, or what is proposed next."""
 
 _SHOWN = 60  # characters; longer values, such as whole spaces, are only said to differ
 
 
 def identity_of(
-    study: Study, dense: Trial, seed: int, trials: int | str, optimizer: Optimizer, executor: Executor
+    study: Study,
+    dense: Trial,
+    seed: int,
+    trials: int | str,
+    optimizer: Optimizer,
+    executor: Executor,
+    racing: Racing | None,
 ) -> dict[str, Any]:
     """What the journal keeps of a run, JSON-ready."""
     context = study.context
@@ -46,6 +54,7 @@ def identity_of(
         "weights": fingerprint(context.model.state_dict()),
         "evaluator": type(study.evaluator).__name__,
         "optimizer": type(optimizer).__name__,
+        "racing": None if racing is None else asdict(racing),
         "notes": list(study.notes),
         "executor": executor.name,
         "threads": executor.threads or torch.get_num_threads(),

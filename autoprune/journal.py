@@ -32,8 +32,8 @@ from typing import IO, Any, Self
 import numpy as np
 
 from autoprune.errors import RecipeError
-from autoprune.protocols import FAILED, OK, Failure, FloatArray, IntArray, Measurement
-from autoprune.statistics import statistics_of
+from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
+from autoprune.statistics import fidelity_of, reason_of, statistics_of, status_of
 
 try:
     import fcntl
@@ -57,12 +57,13 @@ CREATE TABLE trials (
     candidate TEXT NOT NULL,        -- JSON list of option indices, 0 is dense
     costs TEXT NOT NULL,            -- JSON object: name of the cost, value
     status TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'ok', 'raced', 'failed')),
-    reason TEXT NOT NULL DEFAULT '' -- why it failed
+    reason TEXT NOT NULL DEFAULT '' -- why it failed or was dropped
 );
 CREATE TABLE evaluations (
     id INTEGER PRIMARY KEY,         -- 0, 1, 2, ... in the order of arrival
     trial INTEGER NOT NULL REFERENCES trials,
-    fidelity TEXT NOT NULL,         -- how much data or training: 'full' is all of the validation subset
+    fidelity TEXT NOT NULL,         -- how much data or training: 'full' is all of the validation subset, 'part' its
+                                    -- first samples
     worker TEXT NOT NULL,
     started REAL NOT NULL,          -- Unix time
     seconds REAL NOT NULL,
@@ -74,7 +75,7 @@ CREATE TABLE evaluations (
     metric_change_stderr REAL,      -- as above
     distortion REAL,                -- mean distance to the outputs of the dense model; NULL if not measured
     distortion_stderr REAL,         -- standard error of that mean
-    reason TEXT NOT NULL,           -- why it failed, else empty
+    reason TEXT NOT NULL,           -- why it failed or was stopped early, else empty
     signals BLOB,                   -- value of each sample, little-endian float32
     metrics BLOB                    -- the same; a single value for a metric of the whole set
 );
@@ -97,7 +98,7 @@ class EvaluationRow:
         signal_change_stderr: Standard error of the mean difference to the dense model on the same samples.
         metric: In the metric's own direction; None if the evaluation failed.
         distortion: Mean distance to the outputs of the dense model; None if it was not measured.
-        reason: Why the evaluation failed, else empty.
+        reason: Why the evaluation failed or was stopped early, else empty.
     """
 
     id: int
@@ -229,37 +230,34 @@ class Journal:
         outcome: Measurement | Failure,
         *,
         dense: Measurement | None = None,
-        fidelity: str = "full",
         worker: str = "local",
         started: float | None = None,
     ) -> None:
-        """Add what an evaluation of `trial` saw, and settle the trial's fate: ok, or failed with the reason.
+        """Add what an evaluation of `trial` saw, and settle the trial's fate: ok, or raced or failed with the reason.
 
         Args:
             trial: An id that `record_ask` returned.
             outcome: Values per sample, or why there are none.
             dense: What an evaluation of the dense model saw on the same samples.
-            fidelity: How much data or training was used.
             worker: Where it ran.
             started: Unix time; None if it ended just now.
         """
         values = {
             "id": self._next("evaluations", "id"),
             "trial": trial,
-            "fidelity": fidelity,
+            "fidelity": fidelity_of(outcome),
             "worker": worker,
             "started": time.time() - outcome.seconds if started is None else started,
             "seconds": outcome.seconds,
             **_outcome_columns(outcome, dense),
         }
-        status = FAILED if isinstance(outcome, Failure) else OK
         with self._transaction():
             self._connection.execute(
                 f"INSERT INTO evaluations ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
                 tuple(values.values()),
             )
             self._connection.execute(
-                "UPDATE trials SET status = ?, reason = ? WHERE id = ?", (status, values["reason"], trial)
+                "UPDATE trials SET status = ?, reason = ? WHERE id = ?", (status_of(outcome), values["reason"], trial)
             )
 
     def record_tell(self, trials: Sequence[int]) -> None:
@@ -300,6 +298,18 @@ class Journal:
         (blob,) = self._connection.execute("SELECT metrics FROM evaluations WHERE id = ?", (evaluation,)).fetchone()
         return np.frombuffer(blob or b"", "<f4").astype(np.float64)
 
+    def values(self, trial: int) -> tuple[FloatArray, FloatArray]:
+        """Signal and metric of each sample in the last evaluation of `trial`, float32; empty if it failed."""
+        query = "SELECT signals, metrics FROM evaluations WHERE trial = ? ORDER BY id DESC LIMIT 1"
+        signals, metrics = self._connection.execute(query, (trial,)).fetchone()
+        return np.frombuffer(signals or b"", "<f4"), np.frombuffer(metrics or b"", "<f4")
+
+    def first_of_ask(self, trial: int) -> int:
+        """The first trial of those proposed together with `trial`."""
+        query = "SELECT min(id) FROM trials WHERE ask = (SELECT ask FROM trials WHERE id = ?)"
+        (first,) = self._connection.execute(query, (trial,)).fetchone()
+        return int(first)
+
     def told(self) -> set[int]:
         """The trials that were told to the optimizer."""
         return {trial for (trial,) in self._connection.execute("SELECT trial FROM tells")}
@@ -338,11 +348,11 @@ def _json(value: Any) -> str:
 
 
 def _outcome_columns(outcome: Measurement | Failure, dense: Measurement | None) -> dict[str, Any]:
-    columns = statistics_of(outcome, dense)._asdict()
+    columns = {**statistics_of(outcome, dense)._asdict(), "reason": reason_of(outcome)}
     if isinstance(outcome, Failure):
-        return {**columns, "reason": outcome.reason}
+        return columns
     values = {"signals": outcome.signal.astype("<f4").tobytes(), "metrics": outcome.metric.astype("<f4").tobytes()}
-    return {**columns, "reason": "", **values}
+    return {**columns, **values}
 
 
 def _lay_out(connection: sqlite3.Connection, entries: Sequence[tuple[str, str]]) -> None:

@@ -190,12 +190,14 @@ class Measurement:
         seconds: Wall time of the evaluation.
         distortion: How far the outputs are from those of the dense model, one value a sample, for as many samples as
             dense outputs are kept of, the same for every candidate; empty where it was not measured. See `Evaluations`.
+        raced: Why the evaluation ended before it had seen all samples, the first n of them; empty if it did not.
     """
 
     signal: FloatArray
     metric: FloatArray
     seconds: float
     distortion: FloatArray = field(default_factory=lambda: np.empty(0))
+    raced: str = ""
 
 
 @dataclass(frozen=True)

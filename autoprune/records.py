@@ -11,24 +11,28 @@ import numpy as np
 
 from autoprune.errors import InfeasibleBudgetError
 from autoprune.execution import Outcome
-from autoprune.metrics import Summary, summary
-from autoprune.protocols import FAILED, OK, Evaluations, Failure, FloatArray, IntArray, Measurement
+from autoprune.metrics import summary
+from autoprune.protocols import FAILED, Evaluations, FloatArray, IntArray, Measurement
 from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
 from autoprune.result.held_out import note_of_held_out
 from autoprune.result.trials import Evaluation, Trial, find_front, meets, note_of_probes, or_nan, within
-from autoprune.statistics import Statistics, statistics_of
+from autoprune.statistics import Statistics, fidelity_of, reason_of, statistics_of, status_of
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
 
 
 def evaluations_of(
-    study: Study, candidates: IntArray, measured: Sequence[Statistics], reasons: Sequence[str]
+    study: Study,
+    candidates: IntArray,
+    measured: Sequence[Statistics],
+    status: Sequence[str],
+    reasons: Sequence[str],
 ) -> Evaluations:
     """Rows for the optimizer, one for each of the candidates (n, d): the signal, then the limited costs."""
     costs = study.problem.costs(candidates)
-    failed = np.array([row.samples == 0 for row in measured])
+    failed = np.array([fate == FAILED for fate in status])
     worst, higher_is_better = study.worst_score, study.context.judge.higher_is_better
     return Evaluations(
         candidates=candidates,
@@ -37,7 +41,7 @@ def evaluations_of(
             [np.where(failed, np.nan, _column(measured, "signal_stderr", 0.0)), np.zeros_like(costs)]
         ),
         samples=np.array([row.samples for row in measured], dtype=np.int64),
-        status=tuple(FAILED if row else OK for row in failed),
+        status=tuple(status),
         reasons=tuple(reasons),
         distortion=_column(measured, "distortion"),
         acceptable=np.array([meets(or_nan(row.metric), worst, higher_is_better) for row in measured], dtype=np.bool_),
@@ -53,9 +57,9 @@ def trial_of(
     study: Study, number: int, candidate: IntArray, outcome: Outcome, dense: Measurement | None = None
 ) -> Trial:
     """A record of a candidate and its one evaluation; `dense` is what an evaluation of the dense model saw."""
-    failed = isinstance(outcome, Failure)
-    nothing = Summary(math.nan, math.nan, (math.nan, math.nan))
-    metric = nothing if isinstance(outcome, Failure) else summary(outcome.metric, study.context.judge.proportion)
+    interval = (math.nan, math.nan)
+    if isinstance(outcome, Measurement) and not outcome.raced:
+        interval = summary(outcome.metric, study.context.judge.proportion).interval
     measured = statistics_of(outcome, dense)
     costs = {name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()}
     return Trial(
@@ -63,12 +67,12 @@ def trial_of(
         candidate=tuple(candidate.tolist()),
         decoded=study.context.space.decode(candidate.tolist()),
         costs=costs,
-        score=metric.mean,
-        interval=metric.interval,
+        score=or_nan(measured.metric),
+        interval=interval,
         signal=or_nan(measured.signal),
-        status=FAILED if failed else OK,
-        reason=outcome.reason if isinstance(outcome, Failure) else "",
-        evaluations=(Evaluation(fidelity="full", seconds=outcome.seconds, **measured._asdict()),),
+        status=status_of(outcome),
+        reason=reason_of(outcome),
+        evaluations=(Evaluation(fidelity=fidelity_of(outcome), seconds=outcome.seconds, **measured._asdict()),),
         feasible=within(costs, study.limits),
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 from autoprune.identity import require_same
 from autoprune.journal import FILE_NAME, Journal, TrialRow
 from autoprune.metrics import summary
-from autoprune.protocols import IntArray, Optimizer, Pends
+from autoprune.protocols import OK, IntArray, Optimizer, Pends
 from autoprune.records import evaluations_of
 from autoprune.result.from_journal import trial_from
 from autoprune.result.trials import Trial
@@ -69,7 +69,9 @@ def recall(journal: Journal, study: Study, optimizer: Optimizer) -> History:
     if done:
         candidates = np.array([row.candidate for row in done], dtype=np.int64)
         measured = [_statistics(row) for row in done]
-        optimizer.tell(evaluations_of(study, candidates, measured, [row.reason for row in done]))
+        optimizer.tell(
+            evaluations_of(study, candidates, measured, [row.status for row in done], [row.reason for row in done])
+        )
         told = journal.told()
         journal.record_tell([row.id for row in done if row.id not in told])
     if waiting and isinstance(optimizer, Pends):
@@ -86,4 +88,4 @@ def _trial(journal: Journal, study: Study, row: TrialRow) -> Trial:
     """The trial with its interval, which the journal leaves to the values of its samples."""
     trial, judge = trial_from(row, study.context.space, study.limits), study.context.judge
     metrics = journal.metrics(row.evaluations[-1].id)
-    return replace(trial, interval=summary(metrics, judge.proportion).interval) if len(metrics) else trial
+    return replace(trial, interval=summary(metrics, judge.proportion).interval) if trial.status == OK else trial

@@ -20,12 +20,14 @@ from autoprune.metrics import Metric
 from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
 from autoprune.protocols import FAILED, Explains, Failure, IntArray, Measurement, Optimizer
+from autoprune.racing import Racing
 from autoprune.records import evaluations_of, result_of, trial_of
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
 from autoprune.resume import History, open_journal, recall
+from autoprune.rivals import Rivals, applicable, find_racing, note_of_racing
 from autoprune.search_spaces import Settings
-from autoprune.statistics import statistics_of
+from autoprune.statistics import reason_of, statistics_of, status_of
 from autoprune.stopping import most, why_converged, why_not_converged
 from autoprune.study import Start, Study, hold_score, prepare
 
@@ -56,6 +58,7 @@ def search(
     costs: Mapping[str, CostFunction] | None = None,
     cost_batch: int = 1,
     prior: str = "reconstruction",
+    racing: bool | Racing = False,
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
 
@@ -100,6 +103,8 @@ def search(
         prior: What optimizers that plan expect of each option before any evaluation: ``"reconstruction"``, the error
             of the next layers' outputs, in a few forward passes over 32 samples, or ``"criterion"``, sums of what
             ranks the units, without any.
+        racing: Score candidates batch by batch, and drop those that are known to be dominated (see `Racing` and
+            docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as trials.
 
     Returns:
         The front and everything measured; ``result.build()`` gives a plain pruned module. Ctrl-C returns what was
@@ -128,6 +133,7 @@ def search(
     if resume and run_dir is None:
         raise ValueError("resume=True needs the run_dir of an earlier search, got run_dir=None")
     runner = make_executor(executor)
+    settings = find_racing(racing)
     make_optimizer = find_optimizer(optimizer)  # an unknown name must fail before the model is traced
     study = prepare(
         model,
@@ -147,24 +153,36 @@ def search(
         trials=trials,
         prior=prior,
     )
+    measured = _measure_dense(study)
+    settings, study = applicable(settings, hold_score(study, measured))
     for note in study.notes:
         log.info("%s", note)
-    measured = _measure_dense(study)
-    study = hold_score(study, measured)
     dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), measured, measured)
     proposer = make_optimizer(study.problem, seed)
     deadline = None if max_seconds is None else began + max_seconds
-    identity = identity_of(study, dense, seed, trials, proposer, runner)
+    identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
     with open_journal(run_dir, identity, resume) as journal:
         history = recall(journal, study, proposer)
+        rivals = Rivals(study, settings, journal, measured)
         bar = Progress(total, study.context.judge.name, progress)
         try:
             found, stopped, why = _run(
-                study, proposer, runner, journal, bar, total, deadline, measured, history, adaptive=trials == "auto"
+                study,
+                proposer,
+                runner,
+                rivals,
+                journal,
+                bar,
+                total,
+                deadline,
+                measured,
+                history,
+                adaptive=trials == "auto",
             )
         finally:
             runner.stop()
     explained = (*([why] if why else []), *(proposer.notes if isinstance(proposer, Explains) else ()))
+    explained = (*note_of_racing(settings, study, found), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
     return result_of(study, found, dense, stopped, time.monotonic() - began, seed, explained)
@@ -174,6 +192,7 @@ def _run(
     study: Study,
     optimizer: Optimizer,
     executor: Executor,
+    rivals: Rivals,
     journal: Journal,
     bar: Progress,
     total: int,
@@ -193,7 +212,8 @@ def _run(
     with bar:
         try:
             if pending:
-                executor.submit(list(pending), np.stack(list(pending.values())))
+                ids, candidates = list(pending), np.stack(list(pending.values()))
+                executor.submit(ids, candidates, rivals.races(ids, candidates, found))
             while pending or not stopped:
                 if deadline is not None and time.monotonic() > deadline:
                     stopped = "time"
@@ -206,16 +226,17 @@ def _run(
                     candidates = optimizer.ask(room)
                     ids = journal.record_ask(candidates, {name: cost(candidates) for name, cost in study.costs.items()})
                     pending.update(zip(ids, candidates, strict=True))
-                    executor.submit(ids, candidates)
+                    executor.submit(ids, candidates, rivals.races(ids, candidates, found))
                     asked += len(candidates)
                     stopped = "exhausted" if len(candidates) == 0 else ""
                 if asked >= total:
                     stopped = "trials"
                 for trial, outcome, worker in executor.gather():
                     journal.record_evaluation(trial, outcome, dense=dense, worker=worker)
-                    candidate, reason = pending.pop(trial), getattr(outcome, "reason", "")
+                    candidate, fate, reason = pending.pop(trial), status_of(outcome), reason_of(outcome)
                     found.append(trial_of(study, trial, candidate, outcome, dense))
-                    optimizer.tell(evaluations_of(study, candidate[None], [statistics_of(outcome)], [reason]))
+                    statistics = [statistics_of(outcome, dense)]
+                    optimizer.tell(evaluations_of(study, candidate[None], statistics, [fate], [reason]))
                     journal.record_tell([trial])
                     if bar.due(len(found)):
                         _show(bar, study, found, optimizer)

@@ -75,6 +75,13 @@ def draw(source: Any, wanted: Mapping[str, int], size: int, seed: int, name: str
     return {part: list(islice(batches, len(part_chunks))) for part, part_chunks in chunks.items()}
 
 
+def drawn_at_random(source: Any) -> bool:
+    """Whether `draw` takes samples of a source at random; of a stream it takes the first."""
+    if isinstance(source, Dataset) or hasattr(source, "__getitems__"):
+        return not isinstance(source, IterableDataset)
+    return _is_table(source) or _has_random_access(source)
+
+
 def allocate(samples: int, wanted: Mapping[str, int], name: str) -> dict[str, int]:
     """Divide samples among parts in proportion to what they want, none below 4 or below a smaller wish.
 
@@ -110,7 +117,7 @@ def _shares(samples: int, weights: IntArray) -> IntArray:
 
 def _indexed(source: Any, size: int, seed: int, name: str) -> tuple[IntArray, int, Load] | None:
     """Sample numbers, batch size and loading function of a source with random access; None for a stream."""
-    if _is_array(source) or (isinstance(source, tuple) and all(map(_is_array, source))):
+    if _is_table(source):
         return np.arange(_length(source, name)), size, lambda chunks: [_rows(source, chunk) for chunk in chunks]
     if not _has_random_access(source):
         return None
@@ -119,6 +126,10 @@ def _indexed(source: Any, size: int, seed: int, name: str) -> tuple[IntArray, in
 
 def _is_array(source: Any) -> bool:
     return hasattr(source, "__array__")  # NumPy, torch, pandas
+
+
+def _is_table(source: Any) -> bool:
+    return _is_array(source) or (isinstance(source, tuple) and all(map(_is_array, source)))
 
 
 def _length(arrays: Any, name: str) -> int:

@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autoprune.protocols import Failure, FloatArray, Measurement
+from autoprune.protocols import FAILED, OK, RACED, Failure, FloatArray, Measurement
 
 
 class Statistics(NamedTuple):
     """Means over samples and their standard errors; None where there is nothing to tell from, for JSON and SQLite.
+
+    Means of an evaluation that was stopped early are estimates for all samples: what the dense model has on all of them
+    and the mean difference to it on those seen, which leaves aside how hard these are.
 
     Attributes:
         samples: Samples scored; 0 if the evaluation failed.
@@ -38,6 +41,8 @@ def statistics_of(outcome: Measurement | Failure, dense: Measurement | None = No
     """Summarise an evaluation; `dense` is what one of the dense model saw on the same samples."""
     if isinstance(outcome, Failure):
         return Statistics()
+    if outcome.raced:
+        return _estimated(outcome, dense)
     return Statistics(
         samples=len(outcome.signal),
         signal=_mean(outcome.signal),
@@ -48,6 +53,34 @@ def statistics_of(outcome: Measurement | Failure, dense: Measurement | None = No
         distortion=_mean(outcome.distortion),
         distortion_stderr=_stderr(outcome.distortion),
     )
+
+
+def status_of(outcome: Measurement | Failure) -> str:
+    """The fate of a trial whose evaluation ended like this."""
+    return FAILED if isinstance(outcome, Failure) else RACED if outcome.raced else OK
+
+
+def reason_of(outcome: Measurement | Failure) -> str:
+    """Why it failed or was dropped; empty if neither."""
+    return outcome.reason if isinstance(outcome, Failure) else outcome.raced
+
+
+def fidelity_of(outcome: Measurement | Failure) -> str:
+    """How much of the data it was to see: all of it, or a part because it was dropped."""
+    return "part" if status_of(outcome) == RACED else "full"
+
+
+def _estimated(outcome: Measurement, dense: Measurement | None) -> Statistics:
+    if dense is None:
+        raise ValueError("statistics of an evaluation that was stopped early need the dense model's")
+    values: dict[str, float | None] = {}
+    for name in ("signal", "metric"):
+        seen, whole = getattr(outcome, name), getattr(dense, name)
+        change = seen - whole[: len(seen)]
+        values[name] = float(whole.mean() + change.mean())
+        spread = _stderr(change)
+        values[f"{name}_change_stderr"] = spread and spread * (1 - len(seen) / len(whole)) ** 0.5
+    return Statistics(samples=len(outcome.signal), signal_stderr=values["signal_change_stderr"], **values)
 
 
 def _mean(values: FloatArray) -> float | None:

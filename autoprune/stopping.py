@@ -8,7 +8,7 @@ import numpy as np
 
 from autoprune.optimizers.problem import Problem
 from autoprune.pareto import hypervolume, non_dominated
-from autoprune.protocols import OK, FloatArray
+from autoprune.protocols import OK, RACED, FloatArray
 from autoprune.result.trials import Trial, meets
 
 MOST_TRIALS = 1_000
@@ -60,7 +60,7 @@ def why_converged(found: Sequence[Trial], problem: Problem, worst_score: float |
         worst_score: The worst score allowed, if any.
         higher_is_better: Direction of the score.
     """
-    done = [trial for trial in found if trial.status == OK and trial.feasible]
+    done = [trial for trial in found if trial.status in (OK, RACED) and trial.feasible]
     assembled = [i for i, trial in enumerate(done) if np.count_nonzero(trial.candidate) > 1]
     window = max(_WINDOW, int(_WINDOW_SHARE * len(assembled)))
     if len(assembled) < window + np.clip(_OPENING_A_DIMENSION * len(problem.sizes), *_OPENING):
@@ -92,6 +92,7 @@ def why_not_converged(stopped: str, trials: int) -> str:
 
 def _points(trials: Sequence[Trial], problem: Problem) -> FloatArray:
     """Signal and limited costs, where costs below the budget range count as its lower end, shape (n, 1 + c)."""
+    trials = [trial for trial in trials if trial.status == OK]  # those dropped early were tried, and gained nothing
     costs = np.array([[trial.costs[name] for name in problem.cost_names] for trial in trials])
     return np.column_stack([[trial.signal for trial in trials], np.maximum(costs, problem.budget_range[:, 0])])
 

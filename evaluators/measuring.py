@@ -66,12 +66,14 @@ class Adapted:
         self._context = context
         self._adapt = adapt
         self._slicer = Slicer(context.model)
+        self._last: tuple[bytes, nn.Module] | None = None
         # Cut, because the bare skeleton shares the model's buffers.
         self._measure = Measuring(context, self._slicer.cut(Edit({}, {})).eval())
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on validation batches."""
-        return [self._measure(partial(self._cut, candidate, False), "validation", chunk) for candidate in candidates]
+        make = self._kept if chunk else partial(self._cut, private=False)
+        return [self._measure(partial(make, candidate), "validation", chunk) for candidate in candidates]
 
     def test(self, candidate: IntArray) -> Measurement | Failure:
         """Score a candidate, shape (d,), on the held-out samples."""
@@ -81,6 +83,14 @@ class Adapted:
         """The module that is scored, with state of its own, in the training mode of the model."""
         with seeded(0):
             return self._cut(candidate, True)
+
+    def _kept(self, candidate: IntArray) -> nn.Module:
+        """What `_cut` gives; consecutive chunks of one candidate share it, so that it is adapted once."""
+        key = candidate.tobytes()
+        if self._last is None or self._last[0] != key:
+            self._last = None  # whatever happens next, two are never held
+            self._last = key, self._cut(candidate, private=False)
+        return self._last[1]
 
     def _cut(self, candidate: IntArray, private: bool) -> nn.Module:
         context = self._context

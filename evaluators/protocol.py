@@ -49,6 +49,7 @@ class Evaluator(Protocol):
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on the validation batches of `chunk`, all by default; never raises for one.
 
+        Racing asks for one batch after the other, so what was made for a candidate is worth keeping for its next chunk.
         Two calls agree bit for bit. A candidate that raises, runs out of memory or scores NaN is a `Failure`.
         """
         ...

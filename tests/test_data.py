@@ -93,6 +93,11 @@ class TestEverySource:
         }
         assert len(set().union(*parts.values())) == 160
 
+    def test_it_says_whether_samples_come_in_a_random_order(self, make):
+        subsets = materialise(make(), seed=0)
+        order = ids(subsets.validation)
+        assert subsets.shuffled == (order != sorted(order))
+
     def test_labels_stay_with_their_samples(self, make):
         subsets = materialise(make(), seed=0)
         for part in PARTS:

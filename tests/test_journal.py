@@ -37,7 +37,7 @@ def test_a_reader_gets_back_what_was_recorded(journal, tmp_path):
     assert journal.record_ask(CANDIDATES, COSTS) == [0, 1]
     assert journal.record_ask(CANDIDATES[:1], {"flops": np.array([1.0])}) == [2]
     journal.record_evaluation(1, Failure("out of memory", seconds=2.0), worker="gpu-3")
-    journal.record_evaluation(0, measurement(), fidelity="full", started=100.0)
+    journal.record_evaluation(0, measurement(), started=100.0)
 
     with Journal.open(tmp_path) as reader:
         assert reader.meta() == META

@@ -292,8 +292,8 @@ class TestOtherRays:
         executor = RayExecutor(address=cluster.address)
         submit, changes = executor.submit, []
 
-        def submit_and_change(trials, candidates):
-            submit(trials, candidates)
+        def submit_and_change(*tasks):
+            submit(*tasks)
             if not changes and len(places(tmp_path)) == 2:
                 changes.append("one left, one joined")
                 cluster.remove_node(leaving, allow_graceful=False)

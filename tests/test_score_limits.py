@@ -16,7 +16,7 @@ from autoprune.journal import Journal
 from autoprune.metrics import Judge
 from autoprune.optimizers import OPTIMIZERS, RandomSearch, uniform_seeds
 from autoprune.optimizers.auto import Auto
-from autoprune.protocols import FAILED, Measurement
+from autoprune.protocols import FAILED, RACED, Measurement
 from autoprune.result.from_journal import result_from_journal
 from autoprune.result.held_out import note_of_held_out
 from autoprune.result.trials import Evaluation, Trial
@@ -345,6 +345,13 @@ class TestConvergence:
         assert not self.why(self.trials(self.start) + self.trials(rows, (1, 0, 0, 0)))
         failed = [dataclasses.replace(t, status=FAILED, signal=math.nan) for t in self.trials(rows)]
         assert not self.why(self.trials(self.start) + failed)
+
+    def test_trials_dropped_early_count_as_tried_whatever_their_estimate_promises(self):
+        rows = self.start + ((0.8, 0.9),) * 39 + ((0.7, 0.1),)
+        trials = self.trials(rows)
+        assert not self.why(trials)
+        raced = [dataclasses.replace(t, status=RACED) for t in trials[len(self.start) :]]
+        assert self.why(trials[: len(self.start)] + raced)
 
     def test_under_a_limit_on_the_score_the_cheapest_acceptable_one_counts(self):
         rows = self.start + ((0.8, 0.9),) * 39

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
-
-import numpy as np
 
 from autoprune.evaluators import Context, Evaluator
 from autoprune.protocols import Failure, IntArray, Measurement
+from autoprune.racing import Race, evaluate
 
 Outcome = Measurement | Failure
 
@@ -48,8 +48,8 @@ class Executor(Protocol):
         """How many more candidates to submit now; 0 while all workers have enough to do, or before `start`."""
         ...
 
-    def submit(self, trials: list[int], candidates: IntArray) -> None:
-        """Queue candidates, shape (n, d), under their trial numbers."""
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
+        """Queue candidates, shape (n, d), under their trial numbers, each with the race that it runs, if any."""
         ...
 
     def gather(self) -> list[Finished]:
@@ -74,7 +74,7 @@ class LocalExecutor:
 
     def __init__(self, generation: int = GENERATION) -> None:
         self._generation = generation
-        self._queue: list[tuple[int, IntArray]] = []
+        self._queue: list[tuple[int, IntArray, Race | None]] = []
         self._evaluator: Evaluator | None = None
 
     def start(self, evaluator: Evaluator, context: Context, fresh: Evaluator) -> None:
@@ -85,18 +85,17 @@ class LocalExecutor:
         """A whole generation once the last one is done, so that runs with one seed agree."""
         return 0 if self._queue or self._evaluator is None else self._generation
 
-    def submit(self, trials: list[int], candidates: IntArray) -> None:
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
         """Queue candidates."""
-        self._queue.extend(zip(trials, candidates, strict=True))
+        self._queue.extend(zip(trials, candidates, races, strict=True))
 
     def gather(self) -> list[Finished]:
         """Evaluate the next candidate in the queue."""
         if not self._queue:
             return []
         assert self._evaluator is not None
-        trial, candidate = self._queue.pop(0)
-        (outcome,) = self._evaluator.evaluate(np.stack([candidate]))
-        return [Finished(trial, outcome, self.name)]
+        trial, candidate, race = self._queue.pop(0)
+        return [Finished(trial, evaluate(self._evaluator, candidate, race), self.name)]
 
     def stop(self) -> None:
         """Nothing to let go of."""

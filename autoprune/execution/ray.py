@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import Any, final
@@ -16,6 +16,7 @@ from autoprune.evaluators import Context, Evaluator
 from autoprune.execution.local import GENERATION, Finished, Outcome
 from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
 from autoprune.protocols import Failure, IntArray
+from autoprune.racing import Race
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +137,9 @@ class RayExecutor:
             return self._generation if self._workers and not self._unreleased else 0
         return max(len(self._workers) * (1 + self._ahead) - len(self._unreleased), 0)
 
-    def submit(self, trials: list[int], candidates: IntArray) -> None:
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
         """Queue candidates."""
-        self._waiting.extend(Task(trial, candidate) for trial, candidate in zip(trials, candidates, strict=True))
+        self._waiting.extend(map(Task, trials, candidates, races))
         self._unreleased.extend(trials)
         self._dispatch()
 
@@ -265,7 +266,7 @@ class RayExecutor:
             heappop(free)
             if not held:
                 worker.since = time.monotonic()
-            task.ref = worker.handle.evaluate.remote(task.candidate)
+            task.ref = worker.handle.evaluate.remote(task.candidate, task.race)
             worker.tasks.append(self._waiting.popleft())
             if held < self._ahead and not task.strikes:
                 heappush(free, (held + 1, i, worker))

@@ -13,6 +13,7 @@ import torch
 from autoprune.evaluators import Context, Evaluator
 from autoprune.execution.local import Outcome
 from autoprune.protocols import IntArray
+from autoprune.racing import Race, evaluate
 
 
 class Actor:
@@ -38,10 +39,9 @@ class Actor:
 
         return f"{socket.gethostname()}:{os.getpid()}", ray.get_runtime_context().get_node_id()
 
-    def evaluate(self, candidate: IntArray) -> Outcome:
-        """Score one candidate, shape (d,)."""
-        (outcome,) = self._evaluator.evaluate(candidate[None])
-        return outcome
+    def evaluate(self, candidate: IntArray, race: Race | None) -> Outcome:
+        """Score one candidate, shape (d,), which may lose its race before it has seen all samples."""
+        return evaluate(self._evaluator, candidate, race)
 
 
 def context_on(context: Context, device: str) -> Context:
@@ -56,11 +56,13 @@ class Task:
     """A candidate on its way.
 
     Attributes:
+        race: What it has to stand up to, if anything.
         strikes: How many workers died or hung while they evaluated it.
     """
 
     trial: int
     candidate: IntArray
+    race: Race | None
     strikes: int = 0
     ref: Any = None
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from autoprune.journal import Journal, TrialRow
-from autoprune.protocols import FAILED, OK, SearchSpace
+from autoprune.protocols import FAILED, OK, RACED, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.trials import Evaluation, Trial, find_front, note_of_probes, within
 from autoprune.search_spaces import space_from_json
@@ -32,7 +32,7 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
     space = space_from_json(meta["space"])
     trials = tuple(trial_from(row, space, meta["limits"]) for row in rows)
     total = "" if meta["trials"] == "auto" else f" of {meta['trials']}"
-    done = sum(trial.status in (OK, FAILED) for trial in trials)
+    done = sum(trial.status in (OK, RACED, FAILED) for trial in trials)
     return SearchResult(
         trials=trials,
         front=find_front(trials, tuple(meta["limits"]), meta["higher_is_better"]),

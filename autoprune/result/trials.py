@@ -18,7 +18,7 @@ class Evaluation:
     """One measurement of one candidate.
 
     Attributes:
-        fidelity: How much data or training was used.
+        fidelity: ``"full"``, or ``"part"`` if it was stopped early: then means are estimates for all samples.
         samples: Samples scored.
         seconds: Wall time.
         signal: Mean of what steers the search, lower is better; None if it failed.
@@ -57,7 +57,7 @@ class Trial:
         interval: 95 % interval of the score over samples; NaN where it cannot be told.
         signal: What steered the search, lower is better; breaks ties between equal scores.
         status: ``"ok"``, ``"raced"``, ``"failed"`` or ``"pending"``.
-        reason: Why it failed.
+        reason: Why it failed or was dropped.
         test_score: The metric on held-out samples; None off the front. Reported, never used to choose.
         evaluations: The measurements behind the score.
         feasible: Whether the costs are within the limits of the search. What is not is a probe: measured to learn what

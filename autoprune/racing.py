@@ -1,0 +1,158 @@
+"""Racing: a candidate is scored batch by batch, and dropped as soon as a rival is known to be better.
+
+The rival is a finished trial that costs no more in any limited cost. What is compared is the mean signal on the whole
+validation subset, a fixed and finite set of samples, so what is left of a race knows no error: after the last sample
+nothing is estimated. The test needs no normal distribution, holds at every sample at once, and pays for a race only,
+not for each look at it (`log_evidence`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autoprune.evaluators.protocol import Evaluator
+from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
+
+FRACTIONS = np.array([0.1, 0.2, 0.4, 0.6, 0.8])
+"""Of the largest bet that cannot lose more than it has; how much is best depends on the candidate."""
+
+QUANTILE = 0.9
+"""What the rival scores is capped here before it is compared: large bets need small losses. See `log_evidence`."""
+
+_FIRST_BLOCK = 256
+_SLACK = 1e-6  # by which rounding may take a loss below zero
+
+
+@dataclass(frozen=True)
+class Racing:
+    """Drop candidates early: ``search(..., racing=Racing(delta=0.01))``; ``racing=True`` takes the defaults.
+
+    Attributes:
+        delta: Largest probability that the search drops even one candidate whose mean signal on all validation samples
+            is no worse than that of the trial it lost against.
+    """
+
+    delta: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta must be a probability between 0 and 1, got {self.delta}")
+
+    def share(self, trial: int) -> float:
+        """How much of `delta` a trial may spend, by its number from 0.
+
+        Half of it for the first 256 trials, a quarter for the next 512, and so on, so that any number of trials may
+        be added to a search.
+        """
+        block = int(np.log2(trial / _FIRST_BLOCK + 1))
+        return float(self.delta / (2 * _FIRST_BLOCK * 4**block))
+
+
+@dataclass(frozen=True)
+class Race:
+    """What a candidate has to stand up to. Travels to workers: 8 bytes a sample.
+
+    Attributes:
+        rival: The trial to beat, which costs no more.
+        signal: Its signal on each validation sample, float32 as in the journal, shape (N,).
+        metric: Its metric on each, float32, shape (N,).
+        higher_is_better: Direction of the metric.
+        floor: What no sample of any candidate scores below.
+        distances: Samples that the distortion is measured on.
+        error: Largest probability of dropping the candidate although it is no worse.
+    """
+
+    rival: int
+    signal: FloatArray
+    metric: FloatArray
+    higher_is_better: bool
+    floor: float
+    distances: int
+    error: float
+
+    def lost(self, signal: FloatArray, metric: FloatArray) -> bool:
+        """Whether a candidate is known to be worse, by its values on the first n samples, shape (n,) each.
+
+        One that is ahead in the metric so far is not dropped: that is what users choose by, though it is too coarse
+        for a test of its own. Nor is one that has gone below the floor.
+        """
+        gained = (metric - self.metric[: len(metric)]).mean()
+        ahead = gained > 0 if self.higher_is_better else gained < 0
+        if ahead or signal.min() < self.floor - _SLACK:
+            return False
+        return bool(log_evidence(signal, self.signal, self.floor - _SLACK).max() >= -np.log(self.error))
+
+
+def log_evidence(seen: FloatArray, rival: FloatArray, floor: float) -> FloatArray:
+    """Logarithm of how much a bettor has made of 1 who bets that a candidate is worse than its rival on all samples.
+
+    If the candidate is no worse, the capital is a nonnegative supermartingale, so the probability that it ever comes to
+    1 / p is at most p (Ville's inequality), at whatever moments one looks. Assumed is that samples come in a random
+    order, all orders being equally likely and independent of the candidate; and that none of its signals is below
+    `floor`. Nothing is assumed of how signals are distributed, and none above is too large.
+
+    Each sample is a bet at fair odds on what the null hypothesis expects of it: the candidate's mean over the samples
+    left, if its mean over all were the rival's. Bets are made on the difference to a known value for each sample, the
+    rival's signal up to its 0.9 quantile, because hard samples are hard for both. The most that a bet can lose is
+    known, as the rival's samples and the floor are; the capital is spread over five `FRACTIONS` of the bet that would
+    risk all.
+
+    Args:
+        seen: Signals of the candidate, lower is better, shape (..., n).
+        rival: Signals of the rival on all samples, the same n first, shape (..., N).
+        floor: Lower bound of all signals of the candidate.
+
+    Returns:
+        Logarithm of the capital after each sample, shape (..., n).
+
+    Reference:
+        Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS B 2024,
+        arXiv:2010.09686, section 5 on sampling without replacement. There both ends are bounded, and bets adapt.
+    """
+    n, total = seen.shape[-1], rival.shape[-1]
+    known = np.minimum(rival, np.quantile(rival, QUANTILE, axis=-1, keepdims=True)).astype(np.float64)
+    left = total - np.arange(n)
+    before = np.cumsum(seen, axis=-1, dtype=np.float64) - seen
+    expected = (rival.sum(axis=-1, keepdims=True, dtype=np.float64) - before) / left
+    known_left = (np.cumsum(known[..., ::-1], axis=-1)[..., ::-1])[..., :n] / left
+    highest_left = np.maximum.accumulate(known[..., ::-1], axis=-1)[..., ::-1][..., :n]
+    gain = (seen - expected) - (known[..., :n] - known_left)
+    risk = np.maximum((expected - floor) + (highest_left - known_left), np.finfo(np.float64).tiny)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        steps = np.log(np.maximum(1 + FRACTIONS * (gain / risk)[..., None], 0.0))
+        capital: FloatArray = np.logaddexp.reduce(np.cumsum(steps, axis=-2), axis=-1) - np.log(len(FRACTIONS))
+    return capital
+
+
+def evaluate(evaluator: Evaluator, candidate: IntArray, race: Race | None = None) -> Measurement | Failure:
+    """Score a candidate, shape (d,), on all validation batches, or on one after the other until it has lost its race.
+
+    What survives is what an evaluation of all at once gives, to the last bit.
+    """
+    if race is None:
+        (outcome,) = evaluator.evaluate(candidate[None])
+        return outcome
+    parts: list[Measurement] = []
+    seen, total = 0, len(race.signal)
+    while seen < total:
+        (part,) = evaluator.evaluate(candidate[None], slice(len(parts), len(parts) + 1))
+        if isinstance(part, Failure):
+            return replace(part, seconds=part.seconds + sum(before.seconds for before in parts))
+        parts.append(part)
+        seen += len(part.signal)
+        whole = _joined(parts, race.distances)
+        if seen < total and race.lost(whole.signal.astype(np.float32), whole.metric.astype(np.float32)):
+            reason = f"dominated by trial {race.rival} after {seen} of {total} samples"
+            return replace(whole, raced=reason)
+    return whole
+
+
+def _joined(parts: list[Measurement], distances: int) -> Measurement:
+    """One measurement of consecutive chunks; without a distortion unless all of it is there."""
+    signal, metric, distortion = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("signal", "metric", "distortion")
+    )
+    distortion = distortion if len(distortion) == distances else np.empty(0)
+    return Measurement(signal, metric, sum(part.seconds for part in parts), distortion)

@@ -1,0 +1,111 @@
+"""Which candidate is raced against which finished trial, and what racing saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import final
+
+import numpy as np
+
+from autoprune.journal import Journal
+from autoprune.protocols import OK, RACED, IntArray, Measurement
+from autoprune.racing import Race, Racing
+from autoprune.result.trials import Trial
+from autoprune.study import Study
+
+
+def find_racing(spec: bool | Racing) -> Racing | None:
+    """The settings meant by ``search(racing=)``; None for no racing.
+
+    Raises:
+        ValueError: If it is neither a bool nor a `Racing`.
+    """
+    if isinstance(spec, bool):
+        return Racing() if spec else None
+    if not isinstance(spec, Racing):
+        raise ValueError(f"racing must be True, False or an autoprune.Racing, got {spec!r}")
+    return spec
+
+
+def applicable(racing: Racing | None, study: Study) -> tuple[Racing | None, Study]:
+    """The settings if racing can work in this search, else None and the study with a note that says why."""
+    subsets, reason = study.context.subsets, ""
+    if not study.context.judge.per_sample:
+        reason = f"metric {study.context.judge.name!r} scores the whole set at once"
+    elif study.worst_score is not None:
+        reason = "a limit on the score needs full scores: what is worse than another may be the cheapest that meets it"
+    elif not subsets.shuffled:
+        reason = "validation samples come in the order of a stream, and the test needs a random one"
+    elif len(subsets.validation) < 2:
+        reason = "there is but one batch of validation samples; give more samples or smaller batches"
+    if racing is None or not reason:
+        return racing, study
+    return None, replace(study, notes=(*study.notes, f"no racing: {reason}"))
+
+
+@final
+class Rivals:
+    """Finds the trial that each candidate must not be worse than.
+
+    A candidate is dominated if any trial that costs no more in every limited cost has a better signal, so it is
+    compared with the best of these alone. Only trials of earlier asks count: then a synchronous search on many workers
+    decides as one on a single worker does, and a resumed one as if it had never stopped. Probes of single dimensions
+    run no race, because what is planned from them needs full scores.
+
+    Args:
+        study: The search.
+        racing: Its settings; None pairs nobody.
+        journal: Where values per sample are read.
+        dense: What an evaluation of the dense model saw.
+    """
+
+    def __init__(self, study: Study, racing: Racing | None, journal: Journal, dense: Measurement) -> None:
+        self._study, self._racing, self._journal, self._dense = study, racing, journal, dense
+
+    def races(self, trials: Sequence[int], candidates: IntArray, found: Sequence[Trial]) -> list[Race | None]:
+        """What each of the candidates (n, d), asked for under these numbers, runs; None where there is no rival."""
+        done = [trial for trial in found if trial.status == OK and trial.feasible]
+        if self._racing is None or not done:
+            return [None] * len(trials)
+        problem, ids = self._study.problem, np.array([trial.id for trial in done])
+        known = problem.costs(np.array([trial.candidate for trial in done], dtype=np.int64))
+        signal, costs, probes = (
+            np.array([t.signal for t in done]),
+            problem.costs(candidates),
+            problem.probes(candidates),
+        )
+        races: list[Race | None] = []
+        for trial, cost, probe in zip(trials, costs, probes, strict=True):
+            fits = (known <= cost).all(axis=1) & (ids < self._journal.first_of_ask(trial))
+            best = min(np.flatnonzero(fits), key=lambda i: (signal[i], ids[i]), default=None)
+            races.append(None if probe or best is None else self._race(trial, int(ids[best]), self._racing))
+        return races
+
+    def _race(self, trial: int, rival: int, racing: Racing) -> Race:
+        signal, metric = self._journal.values(rival)
+        return Race(
+            rival=rival,
+            signal=signal,
+            metric=metric,
+            higher_is_better=self._study.context.judge.higher_is_better,
+            floor=min(0.0, float(signal.min()), float(self._dense.signal.min())),
+            distances=len(self._dense.distortion),
+            error=racing.share(trial),
+        )
+
+
+def note_of_racing(racing: Racing | None, study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
+    """How many candidates were dropped and how many samples that saved, in plain words; nothing without racing."""
+    done = [trial for trial in found if trial.status in (OK, RACED)]
+    if racing is None or not done:
+        return ()
+    counts = study.context.subsets.samples
+    whole, seen = counts["validation"], [trial.evaluations[-1].samples for trial in done]
+    share = (np.mean(seen) + counts["calibration"]) / (whole + counts["calibration"])
+    dropped = sum(trial.status == RACED for trial in done)
+    return (
+        f"racing dropped {dropped} of {len(done)} candidates early; {np.mean(seen) / whole:.0%} of the validation "
+        f"samples were scored, which with calibration is {share:.0%} of all; with a probability of at least "
+        f"{1 - racing.delta:g} each that was dropped is dominated",
+    )
