@@ -33,7 +33,7 @@ LAYERS = (
     ("result", "report"),
     ("progress", "stopping"),
     ("study",),
-    ("records", "identity"),
+    ("records", "identity", "trainings", "variants"),
     ("resume",),
     ("search", "audit", "recover"),
     ("autoprune",),

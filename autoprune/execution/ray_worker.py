@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autoprune.evaluators import Context, Evaluator
-from autoprune.execution.local import Outcome
+from autoprune.execution.local import Outcome, evaluate_one
 from autoprune.protocols import IntArray
 
 
@@ -39,8 +39,7 @@ class Actor:
 
     def evaluate(self, candidate: IntArray) -> Outcome:
         """Score one candidate, shape (d,)."""
-        (outcome,) = self._evaluator.evaluate(candidate[None])
-        return outcome
+        return evaluate_one(self._evaluator, candidate)
 
 
 def context_on(context: Context, device: str) -> Context:
