@@ -170,11 +170,11 @@ class Audit:
             return "do not choose by it: train several networks of the front and compare them"
         if not ranking.tau_in_band.low > 0:
             return (
-                f"it tells networks of different {self.cost} apart, but among equals train several before choosing "
-                f"(the best of the {most} with the best scores is {ranking.regret[most].value:.4f} behind the best of all)"
+                f"it tells networks of different {self.cost} apart, but among equals train several before choosing; "
+                f"the {most} of best score come within {ranking.regret[most].value:.4f} of the best of {len(self.rows)}"
             )
         loss = ranking.regret[1].value
-        return f"it can be chosen by, and its first choice is {loss:.4f} behind the best of {len(self.rows)} trained"
+        return f"it can be chosen by, and its first choice comes within {loss:.4f} of the best of {len(self.rows)}"
 
     def comparison(self) -> str:
         """Which evaluator did best, and whether that is beyond chance; empty where there is but one."""
