@@ -14,9 +14,8 @@ from autoprune import Metric
 from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.memory import Halving, Passes, fitting, is_out_of_memory, joined, split
-from autoprune.protocols import Failure, Measurement
+from autoprune.protocols import Measurement
 from tests.test_compensation import classes_context, halved
-from tests.zoo import ZOO
 
 
 class Small(nn.Module):
@@ -58,7 +57,7 @@ def statistics(model):
     return {name: tensor for name, tensor in model.state_dict().items() if "running" in name}
 
 
-@pytest.mark.parametrize("at", [0, 2, 4, 6])
+@pytest.mark.parametrize("at", [0, 2, 4, 5])
 @pytest.mark.parametrize("most", [40, 7, 1])
 def test_statistics_do_not_depend_on_how_a_batch_was_divided(images, at, most):
     whole, divided = network(1000, at), network(most, at)
@@ -104,7 +103,7 @@ def limited(context, most):
 
 
 @pytest.mark.parametrize("make", [AdaptiveBN, Compensated])
-@pytest.mark.parametrize("name", ["mlp", "plain"])
+@pytest.mark.parametrize("name", ["mlp", "vgg_plain"])
 def test_scores_and_what_is_built_do_not_depend_on_it(make, name, caplog):
     context = classes_context(name, "adaptive_bn")
     candidate = halved(context)[None]
@@ -137,7 +136,7 @@ def test_a_metric_of_the_whole_set_sees_whole_batches(digits, digits_model):
         return model(batch[0])
 
     scores = []
-    for most in (1000, 50):  # noqa: B007  read by forward
+    for most in (1000, 50):  # noqa: B007  forward reads it
         result = autoprune.search(
             digits_model,
             "flops <= 50%",
@@ -195,9 +194,9 @@ def test_other_errors_and_batches_of_one_are_not_tried_again():
 
     with pytest.raises(ValueError, match="another"):
         Halving()(fail, [torch.zeros(5), torch.zeros(2)])
-    assert calls == [[5, 2], [3, 2, 2], [2, 1, 2, 2]][:3]
+    assert calls == [[5, 2], [3, 2, 2], [2, 2, 1, 2]]
     calls.clear()
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="none"):
         Halving()(fail, [torch.zeros(2)])
     assert calls == [[2], [1, 1]]
 
@@ -235,7 +234,8 @@ def test_outputs_of_parts_join_to_those_of_the_whole():
     whole, parts = forward(x), split(x, 2)
     found = joined([forward(part) for part in parts], [len(part) for part in parts])
     assert isinstance(found["pair"], Pair)
-    torch.testing.assert_close(found, whole)
+    assert (found.pop("name"), whole.pop("name")) == ("detector", "detector")
+    torch.testing.assert_close(found, whole, allow_subclasses=False)
 
 
 @pytest.mark.parametrize("outputs", [lambda x: x.mean(), lambda x: x.mean(0), lambda x: (x, len(x))])
@@ -259,22 +259,3 @@ def test_a_model_that_calls_other_layers_for_other_samples_is_not_divided():
 
 def test_outside_a_run_a_batch_is_whole():
     assert Passes().moments(lambda: "moments") == ("moments", True)
-
-
-def test_the_dense_model_of_a_whole_zoo_network_is_divided_too():
-    entry = ZOO["mlp"]
-    x = torch.randn(80, 64, generator=torch.Generator().manual_seed(0))
-
-    def forward(model, batch):
-        if len(batch[0]) > 9:
-            raise torch.OutOfMemoryError("no memory")
-        return model(batch[0])
-
-    found = [
-        autoprune.search(entry.build(), "flops <= 50%", (x, torch.arange(80) % 4), trials=3, progress=False, **options)
-        for options in ({}, {"forward": forward})
-    ]
-    for a, b in zip(*(result.trials for result in found), strict=True):
-        assert not isinstance(b, Failure)
-        assert (b.status, b.candidate) == ("ok", a.candidate)
-        assert b.signal == pytest.approx(a.signal, rel=1e-4)
