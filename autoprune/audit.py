@@ -303,14 +303,16 @@ def _report(
         variants=variants,
         seconds=sum(record.seconds for record in work.found.values()),
     )
-    return replace(report, notes=(*work.notes, *_notes(report, work.found)))
+    return replace(report, notes=(*work.notes, *_notes(report, work.found, work.builder.context.subsets.synthetic)))
 
 
-def _notes(report: Audit, found: Mapping[Key, Record]) -> list[str]:
+def _notes(report: Audit, found: Mapping[Key, Record], synthetic: bool) -> list[str]:
     notes = []
     reasons = [record.reason for record in found.values() if record.reason]
     if reasons:
         notes.append(f"{len(reasons)} of {len(found)} trainings and scores failed; the first: {reasons[0]}")
     if report.noise == 0:
         notes.append("repeated trainings gave equal scores: draw from the global random state in train_fn to see luck")
+    if synthetic:
+        notes.append("scores before and after training are of random inputs: search with data to audit what matters")
     return notes

@@ -68,6 +68,7 @@ class Subsets:
         test: Batches that only the finished front is scored on.
         notes: What was decided about the data, in plain words.
         fingerprint: SHA-256 of the contents, so that a resumed search can refuse other data.
+        synthetic: Whether random inputs stand in for data.
     """
 
     calibration: tuple[Batch, ...]
@@ -75,6 +76,7 @@ class Subsets:
     test: tuple[Batch, ...]
     notes: tuple[str, ...]
     fingerprint: str
+    synthetic: bool = False
 
     @property
     def samples(self) -> dict[str, int]:
@@ -142,9 +144,9 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
     note = (
         f"no data given: {samples} random inputs with the shape and spread of example_inputs stand in for each of "
         f"calibration, validation and test (seed {seed}); scores say how close a candidate stays to the dense model on "
-        "such inputs, not how well it does its task"
+        "such inputs, not how well it does its task: measure that before you use one, or give data"
     )
-    return Subsets(**batches, notes=(note,), fingerprint=fingerprint(batches))
+    return Subsets(**batches, notes=(note,), fingerprint=fingerprint(batches), synthetic=True)
 
 
 def _homes(data: Data) -> dict[str, str]:

@@ -209,7 +209,7 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
     if isinstance(metric, Metric):
         judge = _judge_metric(metric)
     elif isinstance(metric, str) and metric in METRICS:
-        judge = _judge_name(metric, scorers.main_output(outputs), labelled)
+        judge = _judge_name(metric, scorers.main_output(outputs), labelled, subsets.synthetic)
     elif callable(metric):
         _require_labels(_name(metric), labelled)
         judge = _judge_loss(metric)
@@ -271,8 +271,10 @@ def _judge_loss(loss: Callable[..., Any]) -> Judge:
     return Judge(name, False, f"loss {name!r} was given", scorer=partial(scorers.user_loss, name, each))
 
 
-def _judge_name(name: str, outputs: Tensor, batches: Sequence[Batch]) -> Judge:
-    if name == "auto":
+def _judge_name(name: str, outputs: Tensor, batches: Sequence[Batch], synthetic: bool) -> Judge:
+    if name == "auto" and synthetic:
+        name, note = "agreement", "metric 'agreement' with the dense model was chosen because there is no data"
+    elif name == "auto":
         name, note = _choose(outputs, batches)
     else:
         name, note = ("loss" if name == "cross_entropy" else name), f"metric {name!r} was asked for"

@@ -126,7 +126,12 @@ def prepare(
     notes = [f"search over {bound.describe()}{traced}"]
     if wanted.score_limits:
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
-    return Study(context, chosen, fresh, problem, named, wanted, limits, (*notes, judge.note, *subsets.notes))
+    return Study(context, chosen, fresh, problem, named, wanted, limits, _ordered(notes, judge.note, subsets))
+
+
+def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:
+    """Notes for the reader of the result; that its scores are of random inputs comes first."""
+    return (*subsets.notes, *notes, metric) if subsets.synthetic else (*notes, metric, *subsets.notes)
 
 
 def hold_score(study: Study, dense: Measurement) -> Study:

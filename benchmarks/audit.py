@@ -115,8 +115,8 @@ def main() -> None:
         f"Searches under {BUDGET} with adaptive batch norm; then {K} of the candidates, and {REPEATS} times each the "
         "best one and networks like it, get the same fine-tune. Kendall's tau between the accuracy before it on "
         "validation data and the accuracy after it on held-out data, with 95 % bootstrap intervals over the candidates "
-        "(they say nothing about other networks or data); then how many points the first choice, or the best of the first "
-        "3, stays behind the best of all."
+        "(they say nothing about other networks or data); then how many points the first choice, or the best of the "
+        "first 3, stays behind the best of all."
     )
     text = "\n\n".join([intro, *(section(name, report) for name, report in reports.items())])
     write("audit", "How far cheap scores can be trusted", results, text)
