@@ -293,7 +293,8 @@ def _judge_name(name: str, outputs: Tensor, batches: Sequence[Batch], synthetic:
         case "mse":
             return Judge(name, False, note, scorer=scorers.mse)
     if outputs.ndim == 2 and outputs.shape[1] >= 2 and not _has_float_targets(batches[0]):
-        note += "; the share of samples with the dense model's top class, steered by KL(dense || pruned)"
+        note += f"; outputs of shape (n, {outputs.shape[1]}) are taken for logits: it is "
+        note += "the share of samples with the dense model's top class, steered by KL(dense || pruned)"
         return Judge("agreement", True, note, needs_dense=True, proportion=True, scorer=scorers.agreement)
     note += "; the squared difference to the dense model's outputs, relative to their mean square"
     # One scale for all samples: a sample whose outputs are near zero must not outweigh the others.

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import autoprune
-from tests.zoo import ZOO
-from tests.zoo.series import LstmForecaster
+from tests.zoo import resnet
 
 
 class Tokens(nn.Module):
@@ -39,21 +38,15 @@ class Critic(nn.Module):
         return self.value(self.state(state) + self.action(action))
 
 
-def image_model():
-    torch.manual_seed(0)
-    return ZOO["resnet20"].build()
-
-
 def seeded(make):
     torch.manual_seed(0)
     return make()
 
 
 CASES = {
-    "images": (image_model, lambda: ZOO["resnet20"].inputs()[0], "agreement"),
+    "images": (lambda: resnet(8, width=8, channels=1), lambda: torch.randn(2, 1, 8, 8), "agreement"),
     "tokens, from the model's own example": (Tokens, lambda: None, "agreement"),
     "two inputs, one number": (Critic, lambda: (torch.randn(2, 5), torch.randn(2, 3)), "relative_error"),
-    "a recurrent forecaster": (lambda: LstmForecaster(), lambda: torch.randn(2, 12, 5), "relative_error"),
 }
 
 
@@ -73,6 +66,7 @@ def test_it_searches_and_says_what_the_scores_mean(name):
         assert words in foot
     assert "was chosen because there is no data" in foot
     assert "labels are missing" not in foot
+    assert ("are taken for logits" in foot) == (metric == "agreement")
 
 
 def test_scores_of_random_inputs_are_those_of_the_built_model():
