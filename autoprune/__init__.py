@@ -1,5 +1,6 @@
 """Search how much of each layer of a PyTorch model to remove."""
 
+from autoprune.audit import audit
 from autoprune.budget import Budget
 from autoprune.costs.inspection import Inspection, inspect
 from autoprune.data import Data
@@ -17,6 +18,7 @@ from autoprune.metrics import Metric
 from autoprune.protocols import Pruning
 from autoprune.racing import Racing
 from autoprune.result import SearchResult
+from autoprune.result.audit_report import Audit
 from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
 from autoprune.search import search
@@ -26,6 +28,7 @@ from autoprune.structure.adapters import register_adapter
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "AutopruneError",
     "Budget",
     "BudgetError",
@@ -44,6 +47,7 @@ __all__ = [
     "StructureCheckError",
     "Trial",
     "UnsupportedModelError",
+    "audit",
     "inspect",
     "load",
     "register_adapter",

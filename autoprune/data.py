@@ -73,6 +73,7 @@ class Subsets:
         fingerprint: SHA-256 of the contents, so that a resumed search can refuse other data.
         recipe: What `materialise` was given, where that draws the same samples on any machine; None elsewhere.
         shuffled: Whether validation samples were drawn at random, and so come in a random order.
+        synthetic: Whether random inputs stand in for data.
     """
 
     calibration: tuple[Batch, ...]
@@ -82,6 +83,7 @@ class Subsets:
     fingerprint: str
     recipe: tuple[Data, int] | None = None
     shuffled: bool = True
+    synthetic: bool = False
 
     @property
     def samples(self) -> dict[str, int]:
@@ -183,9 +185,11 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
     note = (
         f"no data given: {samples} random inputs with the shape and spread of example_inputs stand in for each of "
         f"calibration, validation and test (seed {seed}); scores say how close a candidate stays to the dense model on "
-        "such inputs, not how well it does its task"
+        "such inputs, not how well it does its task: measure that before you use one, or give data"
     )
-    return Subsets(batches["calibration"], batches["validation"], batches["test"], (note,), fingerprint(batches))
+    return Subsets(
+        batches["calibration"], batches["validation"], batches["test"], (note,), fingerprint(batches), synthetic=True
+    )
 
 
 def _is_factory(source: Any) -> bool:

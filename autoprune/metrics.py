@@ -209,7 +209,7 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
     if isinstance(metric, Metric):
         judge = _judge_metric(metric)
     elif isinstance(metric, str) and metric in METRICS:
-        judge = _judge_name(metric, scorers.main_output(outputs), labelled)
+        judge = _judge_name(metric, scorers.main_output(outputs), labelled, subsets.synthetic)
     elif callable(metric):
         _require_labels(_name(metric), labelled)
         judge = _judge_loss(metric)
@@ -271,8 +271,10 @@ def _judge_loss(loss: Callable[..., Any]) -> Judge:
     return Judge(name, False, f"loss {name!r} was given", scorer=partial(scorers.user_loss, name, each))
 
 
-def _judge_name(name: str, outputs: Tensor, batches: Sequence[Batch]) -> Judge:
-    if name == "auto":
+def _judge_name(name: str, outputs: Tensor, batches: Sequence[Batch], synthetic: bool) -> Judge:
+    if name == "auto" and synthetic:
+        name, note = "agreement", "metric 'agreement' with the dense model was chosen because there is no data"
+    elif name == "auto":
         name, note = _choose(outputs, batches)
     else:
         name, note = ("loss" if name == "cross_entropy" else name), f"metric {name!r} was asked for"
@@ -291,7 +293,8 @@ def _judge_name(name: str, outputs: Tensor, batches: Sequence[Batch]) -> Judge:
         case "mse":
             return Judge(name, False, note, scorer=scorers.mse)
     if outputs.ndim == 2 and outputs.shape[1] >= 2 and not _has_float_targets(batches[0]):
-        note += "; the share of samples with the dense model's top class, steered by KL(dense || pruned)"
+        note += f"; outputs of shape (n, {outputs.shape[1]}) are taken for logits: it is "
+        note += "the share of samples with the dense model's top class, steered by KL(dense || pruned)"
         return Judge("agreement", True, note, needs_dense=True, proportion=True, scorer=scorers.agreement)
     note += "; the squared difference to the dense model's outputs, relative to their mean square"
     # One scale for all samples: a sample whose outputs are near zero must not outweigh the others.

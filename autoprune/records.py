@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from autoprune.errors import InfeasibleBudgetError
-from autoprune.execution import Outcome
+from autoprune.execution import Outcome, attempt
 from autoprune.metrics import summary
 from autoprune.protocols import FAILED, Evaluations, FloatArray, IntArray, Measurement
 from autoprune.result import SearchResult
@@ -92,7 +93,7 @@ def result_of(
     tests: dict[int, Measurement] = {}
     try:
         for trial in (dense, *front):
-            outcome = study.evaluator.test(np.array(trial.candidate, dtype=np.int64))
+            outcome = attempt(partial(study.evaluator.test, np.array(trial.candidate, dtype=np.int64)))
             if isinstance(outcome, Measurement):
                 tests[trial.id] = outcome
     except KeyboardInterrupt:
@@ -113,7 +114,7 @@ def result_of(
         stopped=stopped,
         seconds=seconds,
         seed=seed,
-        _builder=FromEvaluator(study.evaluator, study.context),
+        _builder=FromEvaluator(study.evaluator, study.context, study.fresh, study.costs),
     )
     return replace(result, notes=(*result.notes, *_notes_of_score(study, result, tests)))
 

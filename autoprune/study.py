@@ -18,6 +18,7 @@ from autoprune.criteria import order_units, score_units
 from autoprune.data import Subsets, materialise, synthetic
 from autoprune.errors import BudgetError, DataError, UnsupportedModelError
 from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
+from autoprune.evaluators.memory import fitting
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.prior import PRIORS, expected_losses
@@ -109,7 +110,7 @@ def prepare(
     with seeded(0):
         criterion = settings.criterion
         scores = {} if criterion is None else score_units(scored, structure, criterion, subsets.calibration, run, seed)
-        judge = resolve_metric(metric, subsets, lambda batch: run(scored, batch))
+        judge = resolve_metric(metric, subsets, fitting(lambda batch: run(scored, batch)))
         bound = settings.bind(structure, order_units(scores))
         expected = expected_losses(prior, bound, scores, criterion, scored, structure, subsets.calibration, run)
     named = make_costs(structure, bound, costs, cost_batch)
@@ -125,7 +126,12 @@ def prepare(
     notes = [f"search over {bound.describe()}{traced}"]
     if wanted.score_limits:
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
-    return Study(context, chosen, fresh, problem, named, wanted, limits, (*notes, judge.note, *subsets.notes))
+    return Study(context, chosen, fresh, problem, named, wanted, limits, _ordered(notes, judge.note, subsets))
+
+
+def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:
+    """Notes for the reader of the result; that its scores are of random inputs comes first."""
+    return (*subsets.notes, *notes, metric) if subsets.synthetic else (*notes, metric, *subsets.notes)
 
 
 def hold_score(study: Study, dense: Measurement) -> Study:

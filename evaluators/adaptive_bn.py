@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.batches import Batch
 from autoprune.evaluators.measuring import Adapted, bound_forward
+from autoprune.evaluators.memory import BatchMoments, Passes
 from autoprune.evaluators.protocol import Context
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.structure.slicing import Edit
@@ -62,9 +63,10 @@ def recalibrate(module: nn.Module, batches: Sequence[Batch], forward: Callable[[
     """
     if not statistics(module):
         return
-    with torch.no_grad(), averaging(module):
+    passes = Passes()
+    with torch.no_grad(), averaging(module, passes):
         for batch in batches:
-            forward(batch)
+            passes.run(forward, batch)
 
 
 def statistics(module: nn.Module) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
@@ -77,8 +79,10 @@ def statistics(module: nn.Module) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def averaging(module: nn.Module) -> Iterator[None]:
+def averaging(module: nn.Module, passes: Passes | None = None) -> Iterator[None]:
     """Let batch norms normalise each batch with its own statistics, and leave them with the averages of these.
+
+    Batches that run through `passes` are divided where they do not fit into memory.
 
     The layers stay in evaluation mode and a hook hands them the statistics, because PyTorch's training mode on a CPU
     sums one value after the other: a fifth of an evaluation of ResNet-20 at 32x32 (benchmarks/overhead.py).
@@ -86,17 +90,19 @@ def averaging(module: nn.Module) -> Iterator[None]:
     averages = statistics(module)
     modes = [(m, m.training) for m in module.modules()]
     seen = dict.fromkeys(averages, 0)
+    passes = passes or Passes()
 
     def measure(norm: _BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         (x,) = (*args, *kwargs.values())
         mean, var = averages[norm]
-        count = x.numel() // x.shape[1]
-        if count > 1:
-            own = _moments(x, mean.dtype)
-            seen[norm] += len(x)
-            mean.lerp_(own[0], len(x) / seen[norm])
-            var.lerp_(own[1] * (count / (count - 1)), len(x) / seen[norm])
-            mean, var = own
+        whole, new = passes.moments(lambda: _moments(x, mean.dtype))
+        if whole.count > 1:
+            assert whole.var is not None
+            if new:
+                seen[norm] += whole.samples
+                mean.lerp_(whole.mean, whole.samples / seen[norm])
+                var.lerp_(whole.var * (whole.count / (whole.count - 1)), whole.samples / seen[norm])
+            mean, var = whole.mean, whole.var
         norm.running_mean, norm.running_var = mean, var
 
     module.eval()
@@ -112,17 +118,20 @@ def averaging(module: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, to 1e-6 of the standard deviation and 1e-5 of the variance."""
+def _moments(x: Tensor, dtype: torch.dtype) -> BatchMoments:
+    """Of each channel of x (samples, channels, ...), to 1e-6 of the standard deviation and 1e-5 of the variance."""
+    count = x.numel() // x.shape[1]
+    if count == 0:
+        return BatchMoments(len(x), 0, x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype))
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and x.shape[2:].numel() >= 16:
         # PyTorch vectorises sums and norms along rows on a CPU, but not `var_mean`, which takes ten times as long.
-        rows, count = x.flatten(2), x.numel() // x.shape[1]
+        rows = x.flatten(2)
         mean = rows.sum(2).sum(0, dtype=torch.float64) / count
         norm = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=2), dim=0, dtype=torch.float64)
         square = mean.square()
         var = norm.square() / count - square
         if (square <= 100 * var).all():  # else the difference has lost too many digits
-            return mean.to(dtype), var.to(dtype)
+            return BatchMoments(len(x), count, mean.to(dtype), var.to(dtype))
     dims = [0, *range(2, x.ndim)]
     var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dims, correction=0)
-    return mean.to(dtype), var.to(dtype)
+    return BatchMoments(len(x), count, mean.to(dtype), var.to(dtype))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.evaluators.adaptive_bn import averaging, statistics
-from autoprune.evaluators.measuring import Adapted
+from autoprune.evaluators.measuring import Adapted, bound_forward
+from autoprune.evaluators.memory import BatchMoments, Passes
 from autoprune.evaluators.moments import Moments, layer_moments
 from autoprune.evaluators.protocol import Context
 from autoprune.protocols import Failure, IntArray, Measurement
@@ -109,10 +110,11 @@ class Compensated:
                 _replace(layer, "weight", least_squares(target, moments.products, kept, self._ridge))
             if self._shifts(name, moments):
                 means[layer] = target @ moments.mean + _rows(dense.get_parameter("bias"), slices)
-        with averaging(module) if self._bn else nullcontext(), shifting(means):
+        passes = Passes()
+        with averaging(module, passes) if self._bn else nullcontext(), shifting(means, passes):
             if means or (self._bn and statistics(module)):
                 for batch in context.subsets.calibration:
-                    context.forward(module, batch)
+                    passes.run(bound_forward(context, module), batch)
 
 
 def _rows(parameter: Tensor, slices: Mapping[int, IntArray]) -> Tensor:
@@ -126,13 +128,15 @@ def _replace(layer: nn.Module, key: str, value: Tensor) -> None:
 
 
 @contextmanager
-def shifting(means: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+def shifting(means: Mapping[nn.Module, Tensor], passes: Passes | None = None) -> Iterator[None]:
     """Shift what layers give to the `means` of its channels, batch by batch, and leave them with biases that do so.
 
     Args:
         means: For each linear or convolution layer with a bias the means wanted, shape (outputs,). Its bias is replaced
             by one that takes the average of the shifts, over positions and samples, into account.
+        passes: What batches run through that are divided where they do not fit into memory.
     """
+    passes = passes or Passes()
     shifts = {layer: torch.zeros_like(mean) for layer, mean in means.items()}
     seen = dict.fromkeys(means, 0)
 
@@ -142,9 +146,13 @@ def shifting(means: Mapping[nn.Module, Tensor]) -> Iterator[None]:
         count = output.numel() // output.shape[axis]
         if not count:
             return output
-        change = means[layer] - (output.double().mean(others) if others else output.double())
-        seen[layer] += count
-        shifts[layer].lerp_(change, count / seen[layer])
+        whole, new = passes.moments(
+            lambda: BatchMoments(len(output), count, output.double().mean(others) if others else output.double())
+        )
+        change = means[layer] - whole.mean
+        if new:
+            seen[layer] += whole.count
+            shifts[layer].lerp_(change, whole.count / seen[layer])
         return output + change.to(output.dtype).view([-1 if dim == axis else 1 for dim in range(output.ndim)])
 
     hooks = [layer.register_forward_hook(shift) for layer in means]

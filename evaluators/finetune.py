@@ -14,6 +14,7 @@ from autoprune.batches import Batch
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.measuring import DENSE_BYTES, Measuring, bound_forward
+from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.protocol import Context, Evaluator
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.scorers import main_output
@@ -81,7 +82,7 @@ class FineTune:
         if self._train_fn is None:
             calibration = context.subsets.calibration
             with seeded(0):
-                outputs = context.judge.dense_outputs(bound_forward(context, dense), calibration, DENSE_BYTES)
+                outputs = context.judge.dense_outputs(fitting(bound_forward(context, dense)), calibration, DENSE_BYTES)
             if context.judge.distance is None:
                 outputs = (None,) * len(calibration)
             lessons = zip(calibration, outputs, strict=True)

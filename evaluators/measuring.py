@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from autoprune.batches import Batch
+from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.protocol import Context
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
@@ -31,7 +32,9 @@ class Measuring:
         self._context = context
         with seeded(0):
             self._dense: dict[str, tuple[Tensor | None, ...]] = {
-                part: context.judge.dense_outputs(bound_forward(context, dense), getattr(context.subsets, part), memory)
+                part: context.judge.dense_outputs(
+                    fitting(bound_forward(context, dense)), getattr(context.subsets, part), memory
+                )
                 for part, memory in (("validation", DENSE_BYTES), ("test", 0))
             }
 
@@ -42,7 +45,7 @@ class Measuring:
         batches: Sequence[Batch] = getattr(context.subsets, part)[rows]
         try:
             with seeded(0):
-                run = bound_forward(context, make().eval())
+                run = fitting(bound_forward(context, make().eval()))
                 signal, metric, distortion = context.judge.measure(run, batches, self._dense[part][rows])
         except Exception as error:  # whatever a user's model or metric raises costs this candidate alone
             return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - started)

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from autoprune.batches import Batch
 from autoprune.criteria import private_copy
+from autoprune.evaluators.memory import Halving
 from autoprune.reconstruction import reads
 from autoprune.structure.slicing import owners
 from autoprune.structure.structure import Structure
@@ -74,7 +75,18 @@ def layer_moments(
             means only.
     """
     copied = private_copy(model)
-    found = _empty(copied, _watched(copied, structure), memory_bytes)
+    watched = _watched(copied, structure)
+    # Anew for smaller batches, because part of one that did not fit was averaged.
+    return Halving()(lambda parts: _moments_of(copied, _empty(copied, watched, memory_bytes), parts, forward), batches)
+
+
+def _moments_of(
+    copied: nn.Module,
+    found: dict[str, Moments],
+    batches: Sequence[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+) -> dict[str, Moments]:
+    """Fill `found` in one pass over the batches."""
     made_by: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
 
     def see(name: str) -> Callable[..., None]:
@@ -93,11 +105,13 @@ def layer_moments(
     hooks = [copied.get_submodule(name).register_forward_hook(see(name), with_kwargs=True) for name in found]
     norms = [module for module in copied.modules() if isinstance(module, _BatchNorm)]
     hooks += [norm.register_forward_pre_hook(meet, with_kwargs=True) for norm in norms]
-    with torch.no_grad():
-        for batch in batches:
-            forward(copied, batch)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                forward(copied, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return {name: moments for name, moments in found.items() if moments.rows and _finite(moments)}
 
 

@@ -34,7 +34,7 @@ LAYERS = (
     ("result", "report"),
     ("progress", "stopping"),
     ("study",),
-    ("records", "identity", "rivals"),
+    ("records", "identity", "rivals", "trainings", "variants"),
     ("resume",),
     ("search", "audit", "recover"),
     ("autoprune",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autoprune.execution.local import Executor, Finished, LocalExecutor, Outcome
+from autoprune.execution.local import Executor, Finished, LocalExecutor, Outcome, attempt, evaluate_one
 from autoprune.execution.ray import RayExecutor
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {"local": LocalExecutor, "ray": RayExecutor}
@@ -24,4 +24,14 @@ def make_executor(spec: str | Executor) -> Executor:
     return spec
 
 
-__all__ = ["EXECUTORS", "Executor", "Finished", "LocalExecutor", "Outcome", "RayExecutor", "make_executor"]
+__all__ = [
+    "EXECUTORS",
+    "Executor",
+    "Finished",
+    "LocalExecutor",
+    "Outcome",
+    "RayExecutor",
+    "attempt",
+    "evaluate_one",
+    "make_executor",
+]

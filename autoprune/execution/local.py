@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from autoprune.evaluators import Context, Evaluator
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.racing import Race, evaluate
+
+log = logging.getLogger(__name__)
 
 Outcome = Measurement | Failure
 
@@ -21,6 +27,24 @@ class Finished(NamedTuple):
     trial: int
     outcome: Outcome
     worker: str
+
+
+def evaluate_one(evaluator: Evaluator, candidate: IntArray, race: Race | None = None) -> Outcome:
+    """Score one candidate, shape (d,), which may lose its race before it has seen all samples; come what may."""
+    return attempt(lambda: evaluate(evaluator, candidate, race))
+
+
+def attempt(measure: Callable[[], Outcome]) -> Outcome:
+    """An outcome whatever happens: what a user's evaluator raises, or gives that is no number, costs one trial."""
+    began = time.perf_counter()
+    try:
+        outcome = measure()
+    except Exception as error:
+        log.debug("an evaluation failed", exc_info=error)
+        return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - began)
+    if isinstance(outcome, Measurement) and not all(np.isfinite(x).all() for x in (outcome.signal, outcome.metric)):
+        return Failure("the score of a sample is NaN or infinite", outcome.seconds)
+    return outcome
 
 
 class Executor(Protocol):
@@ -95,7 +119,7 @@ class LocalExecutor:
             return []
         assert self._evaluator is not None
         trial, candidate, race = self._queue.pop(0)
-        return [Finished(trial, evaluate(self._evaluator, candidate, race), self.name)]
+        return [Finished(trial, evaluate_one(self._evaluator, candidate, race), self.name)]
 
     def stop(self) -> None:
         """Nothing to let go of."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from autoprune.evaluators import Context, Evaluator
-from autoprune.execution.local import Outcome
+from autoprune.execution.local import Outcome, evaluate_one
 from autoprune.protocols import IntArray
-from autoprune.racing import Race, evaluate
+from autoprune.racing import Race
 
 
 class Actor:
@@ -41,7 +41,7 @@ class Actor:
 
     def evaluate(self, candidate: IntArray, race: Race | None) -> Outcome:
         """Score one candidate, shape (d,), which may lose its race before it has seen all samples."""
-        return evaluate(self._evaluator, candidate, race)
+        return evaluate_one(self._evaluator, candidate, race)
 
 
 def context_on(context: Context, device: str) -> Context:

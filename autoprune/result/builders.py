@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from torch import nn
 
+from autoprune.costs import CostFunction
 from autoprune.errors import RecipeError
 from autoprune.evaluators import Context, Evaluator
 from autoprune.result.recipe import attach, load
@@ -22,17 +25,26 @@ class Builder(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
 class FromEvaluator:
-    """Builds what an evaluator scored."""
+    """Builds what an evaluator scored; holds what a search worked with.
 
-    def __init__(self, evaluator: Evaluator, context: Context) -> None:
-        self._evaluator = evaluator
-        self._context = context
+    Attributes:
+        evaluator: Prepared on the context.
+        context: With the model and the samples.
+        fresh: The same evaluator before it was prepared.
+        costs: Every cost by name, of candidates (n, d).
+    """
+
+    evaluator: Evaluator
+    context: Context
+    fresh: Evaluator
+    costs: Mapping[str, CostFunction]
 
     def build(self, trial: Trial) -> nn.Module:
         """Cut the trial's candidate from the model."""
-        context = self._context
-        module = self._evaluator.build(np.array(trial.candidate, dtype=np.int64))
+        context = self.context
+        module = self.evaluator.build(np.array(trial.candidate, dtype=np.int64))
         return attach(module, context.structure.edit(context.space.pruning(trial.candidate)), context.model)
 
 

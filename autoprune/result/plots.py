@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from autoprune.result import SearchResult
+    from autoprune.result.audit_report import Audit
 
 INK, FRONT, LIMIT = "#9aa5b1", "#1f6feb", "#c2410c"
 UNITS = {"flops": "MACs", "params": "parameters", "memory_bytes": "bytes"}
@@ -53,4 +54,46 @@ def plot_front(result: SearchResult, path: str | Path | None = None) -> Figure:
     axes.legend(frameon=False, fontsize=9, loc="lower right" if result.higher_is_better else "upper right")
     if path is not None:
         figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_audit(audit: Audit, path: str | Path | None = None) -> Figure:
+    """Draw trained scores against cheap ones, and networks like the best; see `Audit.plot`."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except ImportError as error:
+        raise ImportError("result.audit.plot() needs matplotlib; install autoprune[plot]") from error
+    panels = len(audit.evaluators) + bool(audit.variants)
+    figure = Figure(figsize=(3.4 * panels + 1.0, 3.6), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, audit.evaluators, strict=False):
+        points = axis.scatter(
+            [row.scores[name] for row in audit.rows],
+            [row.trained for row in audit.rows],
+            c=[row.cost for row in audit.rows],
+            cmap="viridis",
+            s=24,
+        )
+        tau = audit.rankings[name].tau
+        axis.set_title(f"{name}: tau {tau.value:.2f} ({tau.low:.2f} to {tau.high:.2f})", fontsize=9)
+        axis.set_xlabel(f"{audit.metric} before training")
+    unit = UNITS.get(audit.cost)
+    figure.colorbar(
+        points,
+        ax=list(axes[: len(audit.evaluators)]),
+        label=f"{audit.cost} ({unit})" if unit else audit.cost,
+        format=EngFormatter(),
+    )
+    axes[0].set_ylabel(f"{audit.metric} after training")
+    if audit.variants:
+        for place, variant in enumerate(audit.variants.values()):
+            axes[-1].scatter([place] * len(variant.trained), variant.trained, color=FRONT, s=24, alpha=0.7)
+        axes[-1].set_xticks(range(len(audit.variants)), list(audit.variants), rotation=20, fontsize=8)
+        axes[-1].set_title(f"networks like trial {audit.winner}", fontsize=9)
+    for axis in axes:
+        axis.grid(alpha=0.25, lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    if path is not None:
+        figure.savefig(path, dpi=120)
     return figure

@@ -14,6 +14,7 @@ from autoprune.budget import Budget
 from autoprune.errors import InfeasibleBudgetError, RecipeError
 from autoprune.protocols import OK, SearchSpace
 from autoprune.result.additivity import Additivity, additivity_of
+from autoprune.result.audit_report import Audit
 from autoprune.result.builders import Builder, SavedWeights, weights_file
 from autoprune.result.recipe import save
 from autoprune.result.sensitivity import Sensitivity, sensitivity_of
@@ -49,6 +50,7 @@ class SearchResult:
             ``"exhausted"``, or ``"unfinished"`` when it was read from the journal of a run that goes on or was killed.
         seconds: Wall time of the search.
         seed: Its seed.
+        audit: How far its scores can be trusted, from `autoprune.audit`; None before.
     """
 
     trials: tuple[Trial, ...]
@@ -63,6 +65,7 @@ class SearchResult:
     stopped: str
     seconds: float
     seed: int
+    audit: Audit | None = None
     _builder: Builder | None = field(default=None, repr=False, compare=False)
 
     def best(self, budget: str | Budget | Sequence[str] | None = None) -> Trial:
@@ -170,6 +173,7 @@ class SearchResult:
             "dense": self.dense.to_json(),
             "trials": [trial.to_json() for trial in self.trials],
             "front": [trial.id for trial in self.front],
+            "audit": None if self.audit is None else self.audit.to_json(),
         }
 
     @classmethod
@@ -204,6 +208,7 @@ class SearchResult:
             notes=tuple(data["notes"]),
             _builder=builder,
             limits=data["limits"],
+            audit=Audit.from_json(data["audit"]) if data.get("audit") else None,
             **{name: data[name] for name in _PLAIN},
         )
 

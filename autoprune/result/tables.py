@@ -31,6 +31,7 @@ def front_table(result: SearchResult) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     rule = "  ".join("-" * width for width in widths)
+    notes = result.notes if result.audit is None else (*result.notes, result.audit.verdict())
     failed = sum(trial.status == "failed" for trial in result.trials)
     hidden = len(result.front) - len(shown)
     foot = [
@@ -38,7 +39,7 @@ def front_table(result: SearchResult) -> str:
         + (f", {failed} failed" if failed else "")
         + f"; {len(result.front)} on the front"
         + (f", {hidden} between them not shown" if hidden else ""),
-        *(line for note in result.notes for line in wrap(note, WIDTH, subsequent_indent="  ")),
+        *(line for note in notes for line in wrap(note, WIDTH, subsequent_indent="  ")),
     ]
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *foot])
 

@@ -1,0 +1,322 @@
+"""What an audit found: how cheap scores compare with trained ones, and what made the best network good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autoprune.protocols import FloatArray
+from autoprune.result.ranking import BAND, CHOICES, FEWEST, Estimate, Ranking, rank, tau_difference
+from autoprune.result.tables import WIDTH, aligned, engineering
+from autoprune.result.trials import none_if_nan, or_nan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FOUND, NEW_WEIGHTS, RANDOM_UNITS, UNIFORM = "as found", "new weights", "random units", "uniform widths"
+ORIGINS = {"widths": UNIFORM, "units": RANDOM_UNITS, "weights": NEW_WEIGHTS}
+"""What each origin of quality is measured against."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One candidate that was trained.
+
+    Attributes:
+        trial: Its number in the result.
+        cost: The first limited cost.
+        trained: The metric on the held-out samples after training; NaN if that failed.
+        scores: By evaluator the metric on the validation samples before training; NaN if that failed.
+        signals: By evaluator what steers a search, lower is better.
+        reason: Why training failed.
+    """
+
+    trial: int
+    cost: float
+    trained: float
+    scores: Mapping[str, float]
+    signals: Mapping[str, float]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Trainings of networks like the best one found.
+
+    Attributes:
+        cost: The first limited cost.
+        trained: The metric on the held-out samples after each training; those that failed are left out.
+    """
+
+    cost: float
+    trained: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the trainings; NaN without any."""
+        return float(np.mean(self.trained)) if self.trained else math.nan
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How far cheap scores can be trusted; see `autoprune.audit`.
+
+    Attributes:
+        rows: The candidates that were trained, by cost.
+        evaluators: Whose scores were compared, that of the search first.
+        metric: Name of the metric.
+        higher_is_better: Its direction.
+        samples: Held-out samples that trained candidates were scored on.
+        cost: Name of the first limited cost.
+        steps: The budget of each training, if one was given.
+        winner: Number of the trial that the variants are made of.
+        variants: By name, of ``"as found"``, ``"new weights"``, ``"random units"`` and ``"uniform widths"`` those that
+            were trained.
+        seconds: Wall time, that of trainings read from `run_dir` included.
+        notes: What was left out and why, in plain words.
+    """
+
+    rows: tuple[Trained, ...]
+    evaluators: tuple[str, ...]
+    metric: str
+    higher_is_better: bool
+    samples: int
+    cost: str
+    steps: int | None
+    winner: int
+    variants: Mapping[str, Variant]
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def rankings(self) -> Mapping[str, Ranking]:
+        """How well each evaluator's score orders the candidates as training does."""
+        return {name: rank(self._cheap(name), self._trained, self._costs) for name in self.evaluators}
+
+    @cached_property
+    def signal_rankings(self) -> Mapping[str, Ranking]:
+        """The same of what steers a search, which ties less than most metrics."""
+        return {name: rank(-self._column("signals", name), self._trained, self._costs) for name in self.evaluators}
+
+    @cached_property
+    def cost_ranking(self) -> Ranking:
+        """What would be known without any score: that the costlier network is the better one."""
+        return rank(self._costs, self._trained, self._costs)
+
+    @property
+    def best_evaluator(self) -> str:
+        """The one whose score orders the candidates best, by tau; the first of the search's where none can be told."""
+        return max(self.evaluators, key=lambda name: np.nan_to_num(self.rankings[name].tau.value, nan=-2.0))
+
+    @cached_property
+    def effects(self) -> Mapping[str, Estimate]:
+        """By how much the best network is better than without its ``"widths"``, ``"units"`` and ``"weights"``.
+
+        In units of the metric, positive where what was found is better. One is replaced at a time, so they need not add
+        up. Intervals are those of Student's t, with the variance of repeated trainings pooled over the variants; they
+        say nothing about other samples. NaN where trainings were not repeated.
+        """
+        known = {name: variant for name, variant in self.variants.items() if variant.trained}
+        freedom = sum(len(v.trained) - 1 for v in known.values())
+        found, sign = known.get(FOUND), 1.0 if self.higher_is_better else -1.0
+        effects = {}
+        for origin, name in ORIGINS.items():
+            if found is None or name not in known:
+                continue
+            value, other, margin = sign * (found.mean - known[name].mean), known[name], math.nan
+            if freedom:
+                from scipy.stats import t
+
+                several = 1 / len(found.trained) + 1 / len(other.trained)
+                margin = float(t.ppf(0.975, freedom)) * self.noise * several**0.5
+            effects[origin] = Estimate(value, value - margin, value + margin)
+        return effects
+
+    @cached_property
+    def noise(self) -> float:
+        """Standard deviation of the trained score between trainings of one network; NaN where none was repeated."""
+        groups = [np.array(variant.trained) for variant in self.variants.values() if len(variant.trained) > 1]
+        freedom = sum(len(group) - 1 for group in groups)
+        return float(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom) ** 0.5 if freedom else math.nan
+
+    def verdict(self) -> str:
+        """What the comparison means, in one sentence."""
+        name = self.evaluators[0]
+        ranking = self.rankings[name]
+        if math.isnan(ranking.tau.value):
+            why = f"{ranking.candidates} candidates have both" if ranking.candidates < FEWEST else "one of them ties"
+            return f"nothing can be said of how the score of {name} compares with trained scores: {why}"
+        inside = ranking.tau_in_band
+        equal = (
+            f"too few pairs ({ranking.pairs_in_band}) cost nearly the same to tell"
+            if math.isnan(inside.value)
+            else f"of {ranking.pairs_in_band} pairs that cost nearly the same, {_share(inside)}"
+        )
+        return (
+            f"of two networks, the one with the better score by {name} is the better one after training in "
+            f"{_share(ranking.tau)}; {equal}; so {self._advice(ranking)}"
+        )
+
+    def _advice(self, ranking: Ranking) -> str:
+        most = CHOICES[-1]
+        if not ranking.tau.low > 0:
+            return "do not choose by it: train several networks of the front and compare them"
+        if not ranking.tau_in_band.low > 0:
+            return (
+                f"it tells networks of different {self.cost} apart, but among equals train several before choosing; "
+                f"the {most} of best score come within {ranking.regret[most].value:.4f} of the best of {len(self.rows)}"
+            )
+        loss = ranking.regret[1].value
+        return f"it can be chosen by, and its first choice comes within {loss:.4f} of the best of {len(self.rows)}"
+
+    def comparison(self) -> str:
+        """Which evaluator did best, and whether that is beyond chance; empty where there is but one."""
+        best = self.best_evaluator
+        others = [name for name in self.evaluators if name != best and np.isfinite(self.rankings[name].tau.value)]
+        if not others:
+            return ""
+        ahead = []
+        for name in others:
+            gap = tau_difference(self._cheap(best), self._cheap(name), self._trained)
+            ahead.append(f"{gap.value:+.2f} to {name} ({gap.low:+.2f} to {gap.high:+.2f})")
+        return f"{best} did best; difference in tau, with its 95 % interval: {', '.join(ahead)}"
+
+    def origin(self) -> str:
+        """How much of the best network's quality came from widths, units and weights, in one sentence."""
+        if not self.effects:
+            return ""
+        parts = ", ".join(
+            f"{effect.value:+.4f}"
+            + ("" if math.isnan(effect.low) else f" ({effect.low:+.4f} to {effect.high:+.4f})")
+            + f" from its {name}"
+            for name, effect in self.effects.items()
+        )
+        sure = [name for name, effect in self.effects.items() if effect.low > 0]
+        lost = [name for name, effect in self.effects.items() if effect.high < 0]
+        end = f"beyond the spread of trainings are {_and(sure)}" if sure else "none is beyond the spread of trainings"
+        if lost:
+            end += f", and with other {_and(lost)} it is better"
+        if math.isnan(self.noise):
+            end = "trainings were not repeated, so luck is not told apart"
+        return f"of {self.metric} after equal training, the network found owes {parts}; {end}"
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw trained scores against each evaluator's, coloured by cost, and the variants beside.
+
+        Args:
+            path: Where to write the picture; its ending says the format.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        from autoprune.result.plots import plot_audit
+
+        return plot_audit(self, path)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; NaN becomes null."""
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            row["trained"] = none_if_nan(row["trained"])
+            for table in ("scores", "signals"):
+                row[table] = {name: none_if_nan(value) for name, value in row[table].items()}
+        return {
+            **plain,
+            "evaluators": list(self.evaluators),
+            "notes": list(self.notes),
+            "rows": rows,
+            "variants": {name: [v.cost, list(v.trained)] for name, v in self.variants.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Audit:
+        """Restore what `to_json` wrote."""
+        rows = tuple(
+            Trained(
+                trial=row["trial"],
+                cost=row["cost"],
+                trained=or_nan(row["trained"]),
+                scores={name: or_nan(value) for name, value in row["scores"].items()},
+                signals={name: or_nan(value) for name, value in row["signals"].items()},
+                reason=row["reason"],
+            )
+            for row in data["rows"]
+        )
+        return cls(
+            rows=rows,
+            evaluators=tuple(data["evaluators"]),
+            notes=tuple(data["notes"]),
+            variants={name: Variant(cost, tuple(scores)) for name, (cost, scores) in data["variants"].items()},
+            **{name: data[name] for name in _PLAIN},
+        )
+
+    def __str__(self) -> str:
+        recipe = "" if self.steps is None else f", {self.steps} steps each"
+        lines = [
+            f"{len(self.rows)} candidates trained{recipe}; {self.metric} on {self.samples} held-out samples afterwards",
+            "",
+        ]
+        lines += [aligned(self._table()), ""]
+        if self.variants:
+            rows = [[f"like trial {self.winner}", self.cost, self.metric, "trainings"]]
+            for name, variant in self.variants.items():
+                rows.append([name, engineering(variant.cost), f"{variant.mean:.4f}", str(len(variant.trained))])
+            lines += [aligned(rows), ""]
+        for text in (self.verdict(), self.comparison(), self.origin(), *self.notes):
+            lines += wrap(text, WIDTH, subsequent_indent="  ")
+        return "\n".join(lines)
+
+    def _table(self) -> list[list[str]]:
+        behind = [f"behind, of {most}" for most in CHOICES]
+        equal = f"{BAND:.0%} of {self.cost}"
+        rows = [["against trained scores", "tau", "95 % interval", equal, "95 % interval", *behind]]
+        named = [(name, ranking) for name, ranking in self.rankings.items()]
+        for name, ranking in self.signal_rankings.items():
+            if ranking != self.rankings[name]:
+                named.append((f"{name}, its signal", ranking))
+        for name, ranking in (*named, (f"{self.cost} alone", self.cost_ranking)):
+            taus = [cell for tau in (ranking.tau, ranking.tau_in_band) for cell in _cells(tau)]
+            rows.append([name, *taus, *(f"{ranking.regret[most].value:.4f}" for most in CHOICES)])
+        return rows
+
+    @property
+    def _trained(self) -> FloatArray:
+        values = np.array([row.trained for row in self.rows])
+        return values if self.higher_is_better else -values
+
+    @property
+    def _costs(self) -> FloatArray:
+        return np.array([row.cost for row in self.rows])
+
+    def _cheap(self, name: str) -> FloatArray:
+        values = self._column("scores", name)
+        return values if self.higher_is_better else -values
+
+    def _column(self, table: str, name: str) -> FloatArray:
+        return np.array([getattr(row, table)[name] for row in self.rows])
+
+
+_PLAIN = ("metric", "higher_is_better", "samples", "cost", "steps", "winner", "seconds")
+
+
+def _share(tau: Estimate) -> str:
+    """A tau as a share of pairs."""
+    return f"{50 * (1 + tau.value):.0f} % of cases (tau {tau.value:.2f}, 95 % interval {tau.low:.2f} to {tau.high:.2f})"
+
+
+def _cells(tau: Estimate) -> tuple[str, str]:
+    if math.isnan(tau.value):
+        return "", ""
+    return f"{tau.value:.2f}", f"{tau.low:.2f} to {tau.high:.2f}"
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

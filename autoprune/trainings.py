@@ -1,0 +1,129 @@
+"""Finished trainings of an audit, kept so that none is repeated: in memory, or in a file with a line for each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from autoprune.data import fingerprint
+from autoprune.evaluators import Context
+from autoprune.execution import Outcome
+from autoprune.protocols import Failure
+from autoprune.statistics import statistics_of
+
+log = logging.getLogger(__name__)
+
+FILE = "audit.jsonl"
+Key = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a training, or of a cheap score.
+
+    Attributes:
+        score: Mean of the metric; NaN if it failed.
+        signal: Mean of the signal; NaN if it failed.
+        seconds: Wall time.
+        reason: Why it failed.
+    """
+
+    score: float = math.nan
+    signal: float = math.nan
+    seconds: float = 0.0
+    reason: str = ""
+
+
+class Trainings:
+    """Records by key. Failures are not written, so that they are tried again when an audit goes on."""
+
+    def __init__(self, known: Mapping[Key, Record], file: IO[str] | None = None) -> None:
+        self._known = dict(known)
+        self._file = file
+
+    @classmethod
+    @contextmanager
+    def open(cls, run_dir: str | None, identity: Mapping[str, Any]) -> Iterator[Trainings]:
+        """Go on with the file in a folder, or begin it; without a folder keep records in memory.
+
+        Raises:
+            ValueError: If the file is of another audit; names what differs.
+        """
+        if run_dir is None:
+            yield cls({})
+            return
+        path = Path(run_dir) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = _read(path)
+        if lines:
+            _require_same(lines[0], identity, path)
+        with path.open("a") as file:
+            if not lines:
+                _append(file, identity)
+            known = {tuple(line["key"]): Record(**line["record"]) for line in lines[1:]}
+            if known:
+                log.info("%d trainings and scores were read from %s", len(known), path)
+            yield cls(known, file)
+
+    def recall(self, key: Key, measure: Callable[[], Outcome]) -> Record:
+        """The record under a key, measured and written if there is none yet."""
+        if key not in self._known:
+            outcome = measure()
+            found = statistics_of(outcome)
+            if isinstance(outcome, Failure) or found.metric is None or found.signal is None:
+                return Record(seconds=outcome.seconds, reason=getattr(outcome, "reason", "the score is not finite"))
+            self._known[key] = Record(found.metric, found.signal, outcome.seconds)
+            if self._file is not None:
+                _append(self._file, {"key": list(key), "record": asdict(self._known[key])})
+        return self._known[key]
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._known
+
+
+def audit_identity(context: Context, evaluator: str, steps: int | None, seed: int) -> dict[str, Any]:
+    """What trained scores are a function of, besides the recipe, which cannot be compared; JSON-ready."""
+    return {
+        "weights": fingerprint(context.model.state_dict()),
+        "data": context.subsets.fingerprint,
+        "space": fingerprint(context.space.to_json()),
+        "metric": context.judge.name,
+        "evaluator": evaluator,
+        "steps": steps,
+        "seed": seed,
+    }
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; the last one may have been cut short."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if not line:
+            continue
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.warning("a line of %s was cut short; what it held is done again", path)
+    return lines
+
+
+def _append(file: IO[str], line: Mapping[str, Any]) -> None:
+    file.write("\n" + json.dumps(line))  # begun anew, because a crash may have cut the last line short
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _require_same(recorded: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    differing = [name for name, value in now.items() if recorded.get(name) != value]
+    if differing:
+        raise ValueError(
+            f"run_dir must hold the same audit to go on with it, but {path} differs in {', '.join(differing)}; pass "
+            "what it was started with, or another run_dir"
+        )
