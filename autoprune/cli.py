@@ -91,7 +91,7 @@ def search(
     seed: Annotated[int, typer.Option(help="Equal seeds give equal fronts.")] = 0,
     metric: Annotated[str, typer.Option(help="auto, accuracy, agreement, cross_entropy, loss or mse.")] = "auto",
     optimizer: Annotated[str, typer.Option(help="auto, nsga2 or random.")] = "auto",
-    evaluator: Annotated[str, typer.Option(help="auto, adaptive_bn, compensated or finetune.")] = "auto",
+    evaluator: Annotated[str, typer.Option(help="auto, adaptive_bn, compensated, finetune or supernet.")] = "auto",
     criterion: Annotated[str | None, typer.Option(help="What ranks channels, such as l1, l2 or taylor.")] = None,
     round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this.")] = None,
     ignore: Annotated[

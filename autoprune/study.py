@@ -125,7 +125,8 @@ def prepare(
     notes = [f"search over {bound.describe()}{traced}"]
     if wanted.score_limits:
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
-    return Study(context, chosen, fresh, problem, named, wanted, limits, (*notes, judge.note, *subsets.notes))
+    told = getattr(chosen, "notes", ())  # after `prepare`, because only then an evaluator knows what it learned
+    return Study(context, chosen, fresh, problem, named, wanted, limits, (*notes, judge.note, *subsets.notes, *told))
 
 
 def hold_score(study: Study, dense: Measurement) -> Study:

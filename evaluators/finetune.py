@@ -100,6 +100,11 @@ class FineTune:
         """The trained module that was scored."""
         return self._trained(candidate)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the start has to say of the dense network."""
+        return getattr(self._start, "notes", ())
+
     def _trained(self, candidate: IntArray) -> nn.Module:
         """A copy of the trained candidate, for its caller to keep; chunks of one candidate share a training."""
         key = candidate.tobytes()

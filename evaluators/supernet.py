@@ -65,9 +65,9 @@ class Supernet:
     Args:
         steps: Optimizer steps; each takes 2 + `subnets` forward and backward passes.
         data: What to train on: your training data, augmented as usual, as a DataLoader, a Dataset, arrays ``(X, y)``,
-            or an iterable of batches that can be iterated again. By default the calibration samples of the search, which
-            are few; more can be had with ``Data(calibration_samples=...)``, but your own data is better. It must not
-            hold validation or test samples.
+            or an iterable of batches that can be iterated again. By default the calibration samples of the search:
+            they are few, and while ``Data(calibration_samples=...)`` gives more, all that you have is better. It must
+            not hold validation or test samples.
         loss: ``loss(outputs, batch)``, a scalar, for the largest candidate, in place of the metric's loss on labels;
             for all candidates where outputs cannot be compared with each other.
         subnets: Random candidates in each step.
@@ -147,6 +147,8 @@ class Supernet:
         model, identity = build(context.model, Edit({}, {})), self._training_identity(context)
         if self._learned.identity == identity:
             load_weights(model, self._learned.weights)
+        elif self._own_data and self._recipe.data is None:
+            raise ValueError("supernet was pickled without its training data, and serves only what it was trained for")
         else:
             Training(context, model, self._recipe, identity).run()
             self._learned.identity, self._learned.weights = identity, weights_of(model)
