@@ -125,15 +125,16 @@ class Supernet:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Supernet:
         """Shares what is learned: a search copies its evaluator for the workers before it trains it."""
-        return copy.copy(self)
+        copied = object.__new__(Supernet)
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Once trained, without what only training needs: a worker gets the weights, and not the training data."""
-        state = dict(self.__dict__)
+        """Not prepared; once trained, with the weights in place of what training needs, such as the data."""
+        recipe = self._recipe
         if self._learned.weights:
-            recipe = replace(self._recipe, data=None, loss=None, optimizer=None, schedule=None, checkpoint=None)
-            state["_recipe"] = recipe
-        return state
+            recipe = replace(recipe, data=None, loss=None, optimizer=None, schedule=None, checkpoint=None)
+        return {"_recipe": recipe, "_own_data": self._own_data, "_learned": self._learned}
 
     def prepare(self, context: Context) -> None:
         """Train the shared weights, unless they are known already.
