@@ -79,7 +79,9 @@ class Training:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._parameters:
             raise ValueError("supernet needs parameters to train, but none requires gradients; set requires_grad first")
-        self._device = self._parameters[0].device
+        self._device = device = self._parameters[0].device
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self._mixed = on_gpu if recipe.mixed_precision is None else recipe.mixed_precision
         make, schedule = recipe.optimizer or partial(torch.optim.AdamW, lr=recipe.lr), recipe.schedule or _falling
         self._optimizer = make(self._parameters)
         self._schedule = schedule(self._optimizer, recipe.steps)
@@ -119,10 +121,7 @@ class Training:
             part.training = mode
 
     def _precision(self) -> AbstractContextManager[Any]:
-        mixed_precision = self._recipe.mixed_precision
-        if mixed_precision is None:
-            mixed_precision = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=mixed_precision)
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._mixed)
 
     def _require_finite(self, losses: Sequence[float]) -> None:
         names = ["the largest candidate", "the smallest candidate", *["a random candidate"] * self._recipe.subnets]

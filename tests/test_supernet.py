@@ -375,6 +375,21 @@ def test_a_search_says_what_its_dense_network_is_and_builds_what_it_scored(tmp_p
         autoprune.search(model, "flops <= 60%", data, evaluator=Supernet(steps=5), resume=True, **settings)
 
 
+def test_a_search_killed_while_its_supernet_trains_is_resumed_as_if_nothing_had_happened(tmp_path):
+    def search(run_dir, most):
+        supernet = Supernet(
+            6, Augmented(most, interrupt), batch_size=45, checkpoint=tmp_path / run_dir / "weights", checkpoint_steps=2
+        )
+        settings = {"trials": 4, "progress": False, "run_dir": tmp_path / run_dir, "resume": True}
+        data = autoprune.Data(validation=rows(), batch_size=16)
+        result = autoprune.search(made(Dropping), "flops <= 60%", data, evaluator=supernet, **settings)
+        return [(trial.candidate, trial.signal) for trial in result.trials]
+
+    with pytest.raises(KeyboardInterrupt):
+        search("killed", 150)
+    assert search("killed", 225) == search("whole", 1000)
+
+
 def test_agreement_compares_with_the_model_given():
     context = context_of(data=rows()[0])
     dense = np.zeros((1, len(context.space.sizes)), dtype=np.int64)
