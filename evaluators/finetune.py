@@ -105,6 +105,12 @@ class FineTune:
         """What the start has to say of the dense network."""
         return getattr(self._start, "notes", ())
 
+    @property
+    def identity(self) -> str:
+        """With that of a start that has learned something."""
+        start = getattr(self._start, "identity", "")
+        return f"FineTune of {start}" if start else "FineTune"
+
     def _trained(self, candidate: IntArray) -> nn.Module:
         """A copy of the trained candidate, for its caller to keep; chunks of one candidate share a training."""
         key = candidate.tobytes()

@@ -57,7 +57,7 @@ class Supernet:
     always compares with the model given.
 
     Training happens once: copies of the evaluator share what was learned, workers get it sent, and one evaluator used
-    for several searches of the same model, space and samples is trained by the first. A `checkpoint` does the same for
+    for several searches of the same model, space, metric and samples is trained by the first. A `checkpoint` does the same for
     other processes, and lets a training that was killed go on; it ends with the weights it would have had, bit for bit
     on a CPU with as many threads.
 
@@ -164,11 +164,14 @@ class Supernet:
 
     def _training_identity(self, context: Context) -> dict[str, Any]:
         """What the weights are a function of, as far as it can be compared."""
-        recipe, space = self._recipe, context.space
-        settings = {name: getattr(recipe, name) for name in ("steps", "subnets", "lr", "batch_size", "seed")}
-        data = "own" if self._own_data else fingerprint(context.subsets.calibration)
-        weights = fingerprint(context.model.state_dict())
-        return {**settings, "data": data, "model": weights, "space": fingerprint(space.to_json())}
+        settings = {name: getattr(self._recipe, name) for name in ("steps", "subnets", "lr", "batch_size", "seed")}
+        return {
+            **settings,
+            "data": "own" if self._own_data else fingerprint(context.subsets.calibration),
+            "metric": context.judge.name,
+            "model": fingerprint(context.model.state_dict()),
+            "space": fingerprint(context.space.to_json()),
+        }
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""
