@@ -57,9 +57,9 @@ class Supernet:
     always compares with the model given.
 
     Training happens once: copies of the evaluator share what was learned, workers get it sent, and one evaluator used
-    for several searches of the same model, space, metric and samples is trained by the first. A `checkpoint` does the same for
-    other processes, and lets a training that was killed go on; it ends with the weights it would have had, bit for bit
-    on a CPU with as many threads.
+    for several searches of the same model, space, metric and samples is trained by the first. A `checkpoint` does the
+    same for other processes, and lets a training that was killed go on; it ends with the weights it would have had, bit
+    for bit on a CPU with as many threads.
 
     Args:
         steps: Optimizer steps; each takes 2 + `subnets` forward and backward passes.
