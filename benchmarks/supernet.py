@@ -32,13 +32,14 @@ from benchmarks.compensation import interval, plain
 from benchmarks.trained import Part, trained
 
 BUDGETS = (0.7, 0.5, 0.3)
-BATCH, SUBNETS, LR = 64, 2, 3e-3
+BATCH, SUBNETS = 64, 2
 MOST_BEHIND = 0.01
-SPACES = {
-    "ResNet-20 on hard digits": Channels(min_fraction=0.25),
-    "vision transformer on clean digits": Channels(min_fraction=0.25, ignore=["embed"]),
+CASES = {
+    "ResNet-20 on hard digits": (Channels(min_fraction=0.25), 0.01),
+    "vision transformer on clean digits": (Channels(min_fraction=0.25, ignore=["embed"]), 0.003),
 }
-"""Widths of a quarter and more: the smallest candidate is trained in every step, and 30 % of the FLOPs need half."""
+"""Widths of a quarter and more: the smallest candidate is trained in every step, and 30 % of the FLOPs need half. The
+learning rates are those that the dense networks were trained with."""
 ROWS = ("adaptive BN", "compensated", "adaptive BN, fine-tuned", "compensated, fine-tuned", "supernet")
 
 
@@ -49,11 +50,11 @@ def network(name: str, seed: int) -> tuple[nn.Module, dict[str, Part]]:
     return plain("vision transformer", seed)
 
 
-def distil(teacher: nn.Module, data: Part, seed: int, model: nn.Module, steps: int) -> None:
+def distil(teacher: nn.Module, data: Part, lr: float, seed: int, model: nn.Module, steps: int) -> None:
     """Train in place on labels and on what the teacher gives, as the largest candidate of a supernet is."""
     x, y = data
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order: list[Tensor] = []
     model.train()
@@ -93,14 +94,14 @@ def accuracies(evaluator: Evaluator, candidates: list[IntArray]) -> list[float]:
 
 def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     """Accuracies (rows, 1 + budgets), the dense network first, and what they took."""
-    model, data = network(name, seed)
+    (space, lr), (model, data) = CASES[name], network(name, seed)
     source = Data(calibration=data["train"], validation=data["validation"], test=data["test"], test_samples=2000)
     study = prepare(
         model,
         f"flops <= {BUDGETS[0]:.0%}",
         source,
         metric="accuracy",
-        space=SPACES[name],
+        space=space,
         evaluator="adaptive_bn",
         seed=seed,
         start=(),
@@ -124,13 +125,13 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     for make in (AdaptiveBN, Compensated):
         began, row = time.process_time(), [found[0][0]]
         for candidate, count in zip(candidates[1:], tuned_steps, strict=True):
-            tuned = FineTune(count, partial(distil, model, data["train"], seed), make(), seed=seed)
+            tuned = FineTune(count, partial(distil, model, data["train"], lr, seed), make(), seed=seed)
             tuned.prepare(study.context)
             row += accuracies(tuned, [candidate])
         found.append(row)
         seconds.append(time.process_time() - began)
     began, wall = time.process_time(), time.perf_counter()
-    supernet = Supernet(steps, data["train"], subnets=SUBNETS, lr=LR, batch_size=BATCH, seed=seed)
+    supernet = Supernet(steps, data["train"], subnets=SUBNETS, lr=lr, batch_size=BATCH, seed=seed)
     supernet.prepare(study.context)
     seconds.append(time.process_time() - began)
     found.append(accuracies(supernet, candidates))
@@ -178,7 +179,7 @@ def main() -> None:
     torch.set_num_threads(1)
     given = "" if options == parser.parse_args([]) else f" --seeds {options.seeds} --steps {options.steps}"
     where = environment(f"python -m benchmarks.supernet{given}")
-    runs = {name: [run(name, seed, options.steps) for seed in range(options.seeds)] for name in SPACES}
+    runs = {name: [run(name, seed, options.steps) for seed in range(options.seeds)] for name in CASES}
     sections = {name: section(name, each, options.steps) for name, each in runs.items()}
     lost = [name for name, (_, good) in sections.items() if not good]
     text = (
