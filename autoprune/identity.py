@@ -52,7 +52,7 @@ def identity_of(
         "data": context.subsets.fingerprint,
         "model": type(context.model).__qualname__,
         "weights": fingerprint(context.model.state_dict()),
-        "evaluator": type(study.evaluator).__name__,
+        "evaluator": getattr(study.evaluator, "identity", type(study.evaluator).__name__),
         "optimizer": type(optimizer).__name__,
         "racing": None if racing is None else asdict(racing),
         "notes": list(study.notes),

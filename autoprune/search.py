@@ -77,7 +77,8 @@ def search(
         space: ``"channels"``, ``"sparsity"``, or settings: ``Channels(round_to=8, ignore=["head*"], ...)``,
             ``Sparsity(levels=(0, 0.5, 0.9), ...)``.
         evaluator: ``"auto"`` is ``"compensated"`` (layers re-fitted by least squares, with biases and statistics);
-            or ``"adaptive_bn"`` (statistics alone), ``"finetune"`` (a short training), or an `Evaluator`.
+            or ``"adaptive_bn"`` (statistics alone), ``"finetune"`` (a short training), ``"supernet"`` (one training of
+            weights that all share), or an `Evaluator`.
         optimizer: ``"auto"``, ``"knapsack"``, ``"level_switch"``, ``"nsga2"``, ``"bayes"`` or ``"random"``, an
             `Optimizer`, or a function of (problem, seed).
         trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained

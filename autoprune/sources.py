@@ -165,7 +165,8 @@ def _has_random_access(loader: Any) -> bool:
     )
 
 
-def _generators(loader: Any) -> list[torch.Generator | None]:
+def generators_of(loader: Any) -> list[torch.Generator | None]:
+    """The generators of its own that a loader draws from."""
     return [getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))]
 
 
@@ -173,7 +174,7 @@ def _sampled(loader: DataLoader[Any], seed: int) -> IntArray:
     """Numbers of the samples that a loader draws from, each once."""
     if isinstance(loader.sampler, SequentialSampler | RandomSampler):
         return np.arange(len(loader.sampler.data_source))
-    with seeded(seed, *_generators(loader)):
+    with seeded(seed, *generators_of(loader)):
         return np.unique(np.fromiter(loader.sampler, np.int64))
 
 
@@ -190,7 +191,7 @@ def _load(loader: DataLoader[Any], chunks: Sequence[IntArray], seed: int) -> lis
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
     )
-    with seeded(seed, *_generators(loader)):
+    with seeded(seed, *generators_of(loader)):
         batches = list(chosen)
     for batch in batches:
         batch_size(batch)  # raises for a form that is not a batch
@@ -205,7 +206,7 @@ def _draw_first(source: Any, wanted: Mapping[str, int], seed: int, name: str) ->
             f"got {type(source).__name__}"
         )
     batches, read, total = [], 0, sum(wanted.values())
-    with seeded(seed, *_generators(source)):
+    with seeded(seed, *generators_of(source)):
         for batch in source:
             batches.append(batch)
             read += batch_size(batch)
@@ -228,3 +229,35 @@ def _cut(batches: Sequence[Batch], start: int, stop: int) -> list[Batch]:
             cut.append(slice_batch(batch, first, last))
         offset += size
     return cut
+
+
+def training_loader(source: Any, size: int, name: str) -> Iterable[Batch]:
+    """Batches to train on: what gives them in another order, or otherwise augmented, each time that it is iterated.
+
+    Args:
+        source: Arrays or a Dataset, which are shuffled; a loader or any other iterable of batches is taken as it is.
+        size: Batch size for arrays and datasets; the samples that do not fill a last batch are left out of a round.
+        name: What to call the source in messages.
+
+    Raises:
+        DataError: If it is none of these.
+    """
+    if _is_array(source) or (isinstance(source, tuple) and source and all(map(_is_array, source))):
+        rows = range(_length(source, name))
+        return DataLoader(
+            rows,  # type: ignore[arg-type]  # all that a loader asks of a dataset is length and indices
+            batch_size=size,
+            shuffle=True,
+            drop_last=len(rows) > size,
+            collate_fn=lambda chunk: _rows(source, np.array(chunk)),
+        )
+    if isinstance(source, IterableDataset):
+        return DataLoader(source, batch_size=size)
+    if isinstance(source, Dataset) or hasattr(source, "__getitems__"):
+        return DataLoader(source, batch_size=size, shuffle=True, drop_last=len(source) > size)
+    if isinstance(source, str | bytes | Mapping) or not isinstance(source, Iterable):
+        raise DataError(
+            f"{name} data must be a DataLoader, a Dataset, an iterable of batches, or arrays (X, y), "
+            f"got {type(source).__name__}"
+        )
+    return source

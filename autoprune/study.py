@@ -126,7 +126,9 @@ def prepare(
     notes = [f"search over {bound.describe()}{traced}"]
     if wanted.score_limits:
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
-    return Study(context, chosen, fresh, problem, named, wanted, limits, _ordered(notes, judge.note, subsets))
+    told = getattr(chosen, "notes", ())  # after `prepare`, because only then an evaluator knows what it learned
+    ordered = (*_ordered(notes, judge.note, subsets), *told)
+    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered)
 
 
 def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Evaluators: score candidates without, or with little, training."""
+"""Evaluators: score candidates without training, with a little, or after one for all of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.finetune import FineTune
 from autoprune.evaluators.protocol import Context, Evaluator, Forward
+from autoprune.evaluators.supernet import Supernet
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     "adaptive_bn": AdaptiveBN,
     "auto": Compensated,
     "compensated": Compensated,
     "finetune": FineTune,
+    "supernet": Supernet,
 }
 """``"auto"`` re-fits weights, biases and statistics: without, many candidates score at chance, and none is better than
 another (`benchmarks.compensation`)."""
@@ -32,4 +34,14 @@ def make_evaluator(spec: str | Evaluator) -> Evaluator:
     return spec
 
 
-__all__ = ["EVALUATORS", "AdaptiveBN", "Compensated", "Context", "Evaluator", "FineTune", "Forward", "make_evaluator"]
+__all__ = [
+    "EVALUATORS",
+    "AdaptiveBN",
+    "Compensated",
+    "Context",
+    "Evaluator",
+    "FineTune",
+    "Forward",
+    "Supernet",
+    "make_evaluator",
+]

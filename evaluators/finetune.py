@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import Batch
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.compensation import Compensated
+from autoprune.evaluators.lessons import learns_labels, lesson_loss
 from autoprune.evaluators.measuring import DENSE_BYTES, Measuring, bound_forward
 from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.protocol import Context, Evaluator
 from autoprune.protocols import Failure, IntArray, Measurement
-from autoprune.scorers import main_output
 from autoprune.sources import seeded
 
 TrainFn = Callable[[nn.Module, int], None]
@@ -86,7 +85,8 @@ class FineTune:
             if context.judge.distance is None:
                 outputs = (None,) * len(calibration)
             lessons = zip(calibration, outputs, strict=True)
-            self._lessons = [(batch, output) for batch, output in lessons if self._labelled or output is not None]
+            labelled = learns_labels(context.judge)
+            self._lessons = [(batch, output) for batch, output in lessons if labelled or output is not None]
             if not self._lessons:
                 raise ValueError("finetune finds neither labels nor outputs to compare; pass FineTune(train_fn=...)")
 
@@ -103,10 +103,15 @@ class FineTune:
         return self._trained(candidate)
 
     @property
-    def _labelled(self) -> bool:
-        """Whether the signal is a loss on labels, and no measure of the user's, which may have no useful slope."""
-        judge = self._context.judge
-        return judge.per_sample and not judge.needs_dense and judge.proportion is not None
+    def notes(self) -> tuple[str, ...]:
+        """What the start has to say of the dense network."""
+        return getattr(self._start, "notes", ())
+
+    @property
+    def identity(self) -> str:
+        """With that of a start that has learned something."""
+        start = getattr(self._start, "identity", "")
+        return f"FineTune of {start}" if start else "FineTune"
 
     def _trained(self, candidate: IntArray) -> nn.Module:
         """A copy of the trained candidate, for its caller to keep; chunks of one candidate share a training."""
@@ -147,20 +152,14 @@ class FineTune:
         for _ in range(self._steps):
             order = order or torch.randperm(len(self._lessons)).tolist()
             optimizer.zero_grad()
-            self._loss(module, *self._lessons[order.pop()]).backward()  # type: ignore[no-untyped-call]
+            batch, dense = self._lessons[order.pop()]
+            loss = lesson_loss(self._context.judge, self._context.forward(module, batch), batch, dense)
+            assert loss is not None
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, MOST_NORM)
             optimizer.step()
             schedule.step()
             _mask(masks)
-
-    def _loss(self, module: nn.Module, batch: Batch, dense: Tensor | None) -> Tensor:
-        judge, outputs = self._context.judge, self._context.forward(module, batch)
-        losses = []
-        if dense is not None and judge.distance is not None:
-            losses.append(judge.distance(main_output(outputs)[: len(dense)], dense).mean())
-        if self._labelled and judge.scorer is not None:
-            losses.append(judge.scorer(outputs, batch, None)[0].mean())
-        return torch.stack(losses).sum()
 
 
 @torch.no_grad()

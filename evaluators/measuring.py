@@ -63,15 +63,19 @@ class Adapted:
         context: With the model whose weights candidates inherit; it stays as it is.
         adapt: ``adapt(module, edit)`` changes what was cut before it is scored or delivered, by swapping parameters and
             not by writing to them, because what does not shrink is shared. The dense candidate is left as it is.
+        reference: What outputs are compared with, in evaluation mode, with buffers of its own; the dense candidate by
+            default.
     """
 
-    def __init__(self, context: Context, adapt: Callable[[nn.Module, Edit], None]) -> None:
+    def __init__(
+        self, context: Context, adapt: Callable[[nn.Module, Edit], None], reference: nn.Module | None = None
+    ) -> None:
         self._context = context
         self._adapt = adapt
         self._slicer = Slicer(context.model)
         self._last: tuple[bytes, nn.Module] | None = None
         # Cut, because the bare skeleton shares the model's buffers.
-        self._measure = Measuring(context, self._slicer.cut(Edit({}, {})).eval())
+        self._measure = Measuring(context, reference or self._slicer.cut(Edit({}, {})).eval())
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on validation batches."""
@@ -81,6 +85,10 @@ class Adapted:
     def test(self, candidate: IntArray) -> Measurement | Failure:
         """Score a candidate, shape (d,), on the held-out samples."""
         return self._measure(partial(self._cut, candidate, False), "test")
+
+    def score(self, module: nn.Module) -> Measurement | Failure:
+        """Score any module on all validation batches, as candidates are."""
+        return self._measure(lambda: module, "validation")
 
     def build(self, candidate: IntArray) -> nn.Module:
         """The module that is scored, with state of its own, in the training mode of the model."""

@@ -40,7 +40,11 @@ class Context:
 
 
 class Evaluator(Protocol):
-    """Scores candidates. Pickles before `prepare`, which runs once on each worker."""
+    """Scores candidates. Pickles before `prepare`, which runs once on each worker.
+
+    Of one that learns something, two properties are read after `prepare`: ``notes``, a tuple of sentences for the
+    result, and ``identity``, a string that a resumed search must find again; by default the name of the class.
+    """
 
     def prepare(self, context: Context) -> None:
         """Keep what scoring needs; the model of the context stays untouched."""

@@ -39,7 +39,7 @@ class Slicer:
 
     Args:
         model: The dense model; it stays as it is, and its parameters are shared by what `cut` returns. Elements are
-            ranked once, so its weights must not change between cuts that set some to zero.
+            ranked once, so its weights must not change between cuts that set some to zero, unless `rerank` says so.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,6 +74,10 @@ class Slicer:
             self._resize[name](self._modules[name])
         self._changed = changed
         return self.skeleton
+
+    def rerank(self) -> None:
+        """Rank elements anew, because the weights have changed."""
+        self._ranks.clear()
 
     def _edited(self, owner: Owner, edit: Edit, private: bool) -> Tensor:
         kept, zeroed = edit.slices.get(owner.name, {}), edit.zeroed.get(owner.name, 0)
