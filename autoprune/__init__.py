@@ -2,6 +2,8 @@
 
 from autoprune.budget import Budget
 from autoprune.costs.inspection import Inspection, inspect
+from autoprune.costs.latency import Latency
+from autoprune.costs.profile import profile
 from autoprune.data import Data
 from autoprune.errors import (
     AutopruneError,
@@ -33,6 +35,7 @@ __all__ = [
     "DataError",
     "InfeasibleBudgetError",
     "Inspection",
+    "Latency",
     "Metric",
     "NothingToPruneError",
     "Pruning",
@@ -44,6 +47,7 @@ __all__ = [
     "UnsupportedModelError",
     "inspect",
     "load",
+    "profile",
     "register_adapter",
     "save",
     "search",

@@ -34,7 +34,7 @@ LAYERS = (
     ("progress", "stopping"),
     ("study",),
     ("records", "identity"),
-    ("resume",),
+    ("resume", "verify"),
     ("search", "audit", "recover"),
     ("autoprune",),
     ("loading",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ def _axis(family: Family, a: int, bench: Bench, refine: bool) -> Values:
     step = family.steps[a]
     lowest, highest = max(family.lowest[a] // step, 1) * step, family.highest[a]
     even = np.linspace(max(highest / 16, lowest), highest, _FIRST)
-    points = sorted({lowest, highest, *(max(int(round(x / step)) * step, lowest) for x in even)})
+    points = sorted({lowest, highest, *(max(round(x / step) * step, lowest) for x in even)})
 
     def at(value: int) -> Values:
         return (*family.highest[:a], value, *family.highest[a + 1 :])
@@ -139,7 +139,7 @@ def _axis(family: Family, a: int, bench: Bench, refine: bool) -> Values:
 
     most = _MOST_POINTS.get(len(family.highest), 4)
     bench.measure(family, [at(value) for value in points])
-    open_gaps = list(zip(points, points[1:], strict=False)) if refine else []
+    open_gaps = list(pairwise(points)) if refine else []
     while open_gaps and len(points) < most:
         middles = {(p, q): (p + q) // 2 // step * step for p, q in open_gaps}
         middles = {gap: m for gap, m in middles.items() if gap[0] < m < gap[1]}

@@ -57,7 +57,9 @@ class Setting:
     def elsewhere(self, here: Setting) -> list[str]:
         """What differs `here` in what times depend on, as ``"threads 1, here 2"``."""
         names = ("device", "machine", "threads", "runtime")
-        return [f"{n} {getattr(self, n)}, here {getattr(here, n)}" for n in names if getattr(self, n) != getattr(here, n)]
+        return [
+            f"{n} {getattr(self, n)}, here {getattr(here, n)}" for n in names if getattr(self, n) != getattr(here, n)
+        ]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Correction:
     Attributes:
         constant_ms: What every network takes: Python, launches, and what has no part.
         factors: What the parts of each kind are multiplied by; running alone, they find all they read in the cache.
-        median_error: Median of \\|predicted / measured - 1\\| over networks held out.
+        median_error: Median of the distance of predicted / measured from 1 over networks held out.
         p95_error: 95th percentile of it.
         spearman: Rank correlation of predicted and measured over networks held out.
         margin: By how much predictions must be raised so that nine of ten networks held out take no longer.
@@ -319,8 +321,8 @@ class Latency:
         where, how = self.setting, self.correction
         return (
             f"{where.model}, batch {where.batch}: {self.dense_ms:.4g} ms dense on {where.machine} ({where.device}, "
-            f"{where.threads} threads, {where.runtime} {where.versions.get(where.runtime, '')}); predictions are off by "
-            f"{how.median_error:.1%} on the median and by {how.p95_error:.1%} at the 95th percentile of "
+            f"{where.threads} threads, {where.runtime} {where.versions.get(where.runtime, '')}); predictions are off "
+            f"by {how.median_error:.1%} on the median and by {how.p95_error:.1%} at the 95th percentile of "
             f"{how.networks[1]} networks not fitted to (rank correlation {how.spearman:.3f})"
         )
 
@@ -340,7 +342,8 @@ def _interpolate(table: Table, places: Sequence[tuple[IntArray, FloatArray]]) ->
         return float(table.ms)
     total: FloatArray = np.zeros(len(places[0][0]))
     for corner in product((0, 1), repeat=len(places)):
-        weight, index = 1.0, []
+        weight: FloatArray = np.ones(len(total))
+        index = []
         for up, (left, t), n in zip(corner, places, table.ms.shape, strict=True):
             weight = weight * (t if up else 1 - t)
             index.append(np.minimum(left + up, n - 1))

@@ -184,7 +184,9 @@ def _calls(record: Record) -> list[_Call]:
                 numbers.append(leaf)
             else:
                 kept.append(leaf)
-        found.append(_Call(op, f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}", tuple(kept), tree, tuple(numbers)))
+        found.append(
+            _Call(op, f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}", tuple(kept), tree, tuple(numbers))
+        )
     return found
 
 
@@ -310,7 +312,7 @@ def _maker(
             slot = next(left)
             return slot if isinstance(slot, int) else int(slot[1] * int(values[slot[0]]))
 
-        leaves = []
+        leaves: list[Any] = []
         for i, leaf in enumerate(call.leaves):
             if isinstance(leaf, _Spec):
                 leaves.append(_tensor(leaf, [number() for _ in range(leaf.dims)], device, writes, i == 0))

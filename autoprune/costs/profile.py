@@ -75,9 +75,7 @@ def profile(
     (args, kwargs), *_ = examples_of(model, example_inputs)
     run = selecting(forward, outputs)
     structure = analyse(model, *with_batch(args, kwargs, 2), forward=run)
-    return profile_structure(
-        model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path
-    )
+    return profile_structure(model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path)
 
 
 def with_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -37,7 +37,7 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """Time on the CPU: with one thread the time that it ran, so that other programs' turns do not count; else wall time.
+    """Time on the CPU: with one thread the time that it ran, without other programs' turns; else wall time.
 
     Torch's number of threads is read when the clock is made.
     """
@@ -62,7 +62,7 @@ class CudaClock:
     def seconds(self, call: Call, repeats: int) -> float:
         """Seconds of `repeats` calls, launches included where they are slower than the kernels."""
         with torch.cuda.device(self._device):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
             begin.record()
             for _ in range(repeats):

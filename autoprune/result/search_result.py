@@ -220,6 +220,7 @@ class SearchResult:
             {
                 "trial": trial.id,
                 **trial.costs,
+                **{f"predicted_{name}": value for name, value in trial.predicted.items()},
                 "score": trial.score,
                 "low": trial.interval[0],
                 "high": trial.interval[1],
