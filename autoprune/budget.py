@@ -34,8 +34,8 @@ class Limit:
     """The most that a model may cost.
 
     Attributes:
-        name: The cost, for example ``"flops"``; ``"latency"`` and ``"memory"`` mean ``latency_ms``, ``memory_bytes``, and
-            a throughput of at least something is a limit on ``ms_per_sample``.
+        name: The cost, for example ``"flops"``; ``"latency"`` and ``"memory"`` mean ``latency_ms``, ``memory_bytes``,
+            and a throughput of at least something is a limit on ``ms_per_sample``.
         value: In the unit of the cost, or as a fraction of the dense model's cost in (0, 1] if `relative`.
         relative: Whether `value` is a fraction of the dense model's cost.
     """
@@ -56,11 +56,8 @@ class Limit:
 
     def __str__(self) -> str:
         if self.name == "ms_per_sample":
-            return (
-                f"throughput >= {100 / self.value:.12g}%"
-                if self.relative
-                else f"throughput >= {1e3 / self.value:.12g}/s"
-            )
+            least = f"{100 / self.value:.12g}%" if self.relative else f"{1e3 / self.value:.12g}/s"
+            return f"{THROUGHPUT} >= {least}"
         return f"{self.name} <= {100 * self.value:.12g}%" if self.relative else f"{self.name} <= {self.value:.15g}"
 
 

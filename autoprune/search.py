@@ -65,8 +65,8 @@ def search(
     Args:
         model: Any ``nn.Module``; it comes back unchanged: weights, mode, hooks, device.
         budget: What a pruned model may cost, for example ``"flops <= 50%"`` (of the dense model), ``"params <= 1.2M"``,
-            ``"latency <= 60%"``, ``"throughput >= 900/s"``, ``"nonzero_params <= 10%"``, a list of these, or a `Budget`.
-            Every candidate respects it, under the exact or measured cost. Or how much score must stay,
+            ``"latency <= 60%"``, ``"throughput >= 900/s"``, ``"nonzero_params <= 10%"``, a list, or a `Budget`. Every
+            candidate respects it, under the exact or measured cost. Or how much score must stay,
             ``"accuracy drop <= 1pp"`` or ``"accuracy >= 0.98"`` (``"loss <= 0.3"`` where lower is better): the search
             then looks for the cheapest model that keeps it on the validation data, and a note says whether it does on
             held-out data. What is minimised is the first cost that the budget also limits, else ``flops``, or

@@ -1,4 +1,4 @@
-"""A machine of known speed: every operation takes a time that its sizes alone decide, with steps, on a drifting clock."""
+"""A machine of known speed: what operations take is decided by their sizes, with steps, on a clock that may drift."""
 
 import math
 from collections.abc import Callable

@@ -111,28 +111,23 @@ class TestTiming:
 
 
 class TestParts:
-    @pytest.mark.parametrize("name", ["resnet20_padded", "mobilenet_v2", "densenet", "shufflenet_v2", "convnext"])
-    def test_sizes_of_operations_follow_the_widths(self, name):
+    @pytest.mark.parametrize("name", ["resnet20_padded", "densenet", "shufflenet_v2"])
+    def test_operations_at_the_sizes_of_a_pruned_network_take_what_it_takes(self, name):
         entry = ZOO[name]
         model, inputs = entry.build(), entry.inputs()
-        structure = analyse(model, inputs)
-        families, parts = find_parts(model, structure, inputs, {}, run)
+        structure = analyse(model, inputs, max_check_seconds=5)
+        found, parts = find_parts(model, structure, inputs, {}, run)
+        families = {family.key: family for family in found}
         widths = draw_widths(structure, 1, np.random.default_rng(3))
         values = part_values(parts, widths.astype(np.float64))
+        machine = Machine()
+        alone = sum(
+            part.count * machine.seconds(families[part.family].make([int(values[size][0]) for size in part.sizes]), 1)
+            for part in parts
+        )
         pruned = build(model, structure.edit(prefixes(structure, widths[0])))
-        channels = {m.weight.shape[0] for m in pruned.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-        outputs = {int(values[part.sizes[-1]][0]) for part in parts if "convolution" in part.family and part.sizes}
-        assert outputs <= channels | {m.weight.shape[1] for m in pruned.modules() if isinstance(m, nn.Conv2d)}
-        for family in families:
-            family.make(family.highest)()
-
-    def test_equal_operations_are_one_family_wherever_they_are(self):
-        entry = ZOO["resnet56"]
-        structure = analyse(entry.build(), entry.inputs())
-        families, parts = find_parts(entry.build(), structure, entry.inputs(), {}, run)
-        convolutions = [family for family in families if family.kind == "convolution"]
-        assert len(convolutions) < 10
-        assert sum(p.count for p in parts if "convolution" in p.family) > 50
+        assert alone == pytest.approx(machine.seconds(network_call(pruned, run, inputs, {}), 1), rel=0.02)
+        assert len(families) < 0.7 * sum(part.count for part in parts)
 
 
 class TestLatency:
@@ -167,7 +162,9 @@ class TestLatency:
         before = latency.predict(widths.astype(np.float64))
         slower = 1.3 * before / latency.dense_ms
         after = latency.refitted(np.repeat(widths, 9, axis=0), np.repeat(slower, 9), np.full(36, 0.005))
-        assert (after.predict(widths.astype(np.float64)) > 1.1 * before).all()
+        errors = after.predict(widths.astype(np.float64)) / (1.3 * before) - 1
+        assert np.abs(errors).mean() < 0.12
+        assert after.correction.networks[0] == latency.correction.networks[0] + 36
 
     def test_a_saved_table_predicts_the_same(self, latency, tmp_path):
         loaded = Latency.load(latency.save(tmp_path / "table.json"))
@@ -198,7 +195,7 @@ class TestLatency:
     def test_interrupted_profiling_goes_on_where_it_stopped(self, tmp_path):
         class Pulled(Machine):
             def seconds(self, call, repeats):
-                if self.calls > 3000:
+                if self.calls > 1500:
                     raise KeyboardInterrupt
                 return super().seconds(call, repeats)
 
@@ -208,7 +205,7 @@ class TestLatency:
         rest, whole = Machine(), Machine()
         measured(rest, path=path, networks=6)
         measured(whole, networks=6)
-        assert rest.calls < whole.calls - 1500
+        assert rest.calls < whole.calls - 1000
         assert Latency.load(path).dense_ms > 0
         assert not path.with_name("table.json.partial").exists()
 

@@ -21,7 +21,7 @@ Points = dict[Values, tuple[float, float, float]]
 """Milliseconds at values of the variables, with the 95 % interval."""
 
 _FIRST = 5  # points of an axis before steps are looked for
-_MOST_POINTS = {1: 33, 2: 17, 3: 7}  # of each axis, by the number of variables
+_MOST_POINTS = {1: 65, 2: 17, 3: 7}  # of an axis, by the number of variables; what one leaves, later ones may take
 _TOLERANCE = 0.04  # a point further from the line between its neighbours, as a fraction of it, is a step
 _SHARE = 0.003  # families that take a smaller part of the dense network keep the first points
 _AT_ONCE = 24  # calls whose tensors exist at once
@@ -115,7 +115,11 @@ def measure_tables(families: Sequence[Family], counts: Sequence[int], bench: Ben
     tables = []
     for i, (family, _) in enumerate(runnable):
         refine = dense[family.key] > _SHARE * total
-        axes = tuple(_axis(family, a, bench, refine) for a in range(len(family.highest)))
+        axes: tuple[Values, ...] = ()
+        v, most = len(family.highest), _MOST_POINTS.get(len(family.highest), 4)
+        for a in range(v):
+            taken = int(np.prod([len(axis) for axis in axes], dtype=np.int64))
+            axes += (_axis(family, a, bench, refine, most ** (a + 1) // taken),)
         bench.measure(family, list(product(*axes)))
         grid = np.array([bench.known[family.key][point] for point in product(*axes)])
         ms, low, high = grid.T.reshape(3, *map(len, axes))
@@ -124,8 +128,8 @@ def measure_tables(families: Sequence[Family], counts: Sequence[int], bench: Ben
     return tables
 
 
-def _axis(family: Family, a: int, bench: Bench, refine: bool) -> Values:
-    """Values of one variable: evenly spread, and then halving every interval whose middle is off the line."""
+def _axis(family: Family, a: int, bench: Bench, refine: bool, most: int) -> Values:
+    """At most so many values of one variable: evenly spread, then halving intervals whose middle is off the line."""
     step = family.steps[a]
     lowest, highest = max(family.lowest[a] // step, 1) * step, family.highest[a]
     even = np.linspace(max(highest / 16, lowest), highest, _FIRST)
@@ -137,7 +141,6 @@ def _axis(family: Family, a: int, bench: Bench, refine: bool) -> Values:
     def ms(value: int) -> float:
         return bench.known[family.key][at(value)][0]
 
-    most = _MOST_POINTS.get(len(family.highest), 4)
     bench.measure(family, [at(value) for value in points])
     open_gaps = list(pairwise(points)) if refine else []
     while open_gaps and len(points) < most:
