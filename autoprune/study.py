@@ -27,7 +27,7 @@ from autoprune.prior import PRIORS, expected_losses
 from autoprune.protocols import FloatArray, IntArray, Measurement, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, meets
-from autoprune.search_spaces import Settings, make_space
+from autoprune.search_spaces import Channels, Settings, make_space
 from autoprune.sources import seeded
 from autoprune.stopping import planned
 from autoprune.structure.analysis import analyse, require_supported
@@ -119,6 +119,11 @@ def prepare(
     structure = analyse(
         model, (example,), forward=lambda m, batch: run(m, batch), further=further, checks=checks, seed=seed
     )
+    (timed,), _ = with_batch((subsets.calibration[0],), {}, cost_batch)
+    at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
+    source = _latency_of(latency, wanted, costs or {}, model, structure, timed, run, cost_batch, run_dir, at_edges)
+    if source is not None and isinstance(settings, Channels) and at_edges:
+        settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
@@ -127,8 +132,6 @@ def prepare(
         judge = resolve_metric(metric, subsets, lambda batch: run(scored, batch))
         bound = settings.bind(structure, order_units(scores))
         expected = expected_losses(prior, bound, scores, criterion, scored, structure, subsets.calibration, run)
-    (timed,), _ = with_batch((subsets.calibration[0],), {}, cost_batch)
-    source = _latency_of(latency, wanted, costs or {}, model, structure, timed, run, cost_batch, run_dir)
     named = make_costs(structure, bound, costs, cost_batch, source)
     wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
@@ -169,10 +172,11 @@ def _latency_of(
     run: Forward,
     size: int,
     run_dir: str | None,
+    needed: bool,
 ) -> Latency | None:
-    """The table given, that of the run being resumed, or one measured now if the budget needs it."""
+    """The table given, that of the run being resumed, or one measured now if the budget or the space needs it."""
     limited = any(limit.name in TIMED for limit in wanted.limits)
-    if given is None and ("latency_ms" in costs or not limited):
+    if given is None and ("latency_ms" in costs or not (limited or needed)):
         return None
     kept = None if run_dir is None else Path(run_dir) / "latency.json"
     if given is None and (kept is None or not kept.exists()):

@@ -111,7 +111,7 @@ class TestTiming:
 
 
 class TestParts:
-    @pytest.mark.parametrize("name", ["resnet20_padded", "densenet", "shufflenet_v2"])
+    @pytest.mark.parametrize("name", ["resnet20_padded", "densenet"])
     def test_operations_at_the_sizes_of_a_pruned_network_take_what_it_takes(self, name):
         entry = ZOO[name]
         model, inputs = entry.build(), entry.inputs()
@@ -205,7 +205,7 @@ class TestLatency:
         rest, whole = Machine(), Machine()
         measured(rest, path=path, networks=6)
         measured(whole, networks=6)
-        assert rest.calls < whole.calls - 1000
+        assert rest.calls < 0.7 * whole.calls
         assert Latency.load(path).dense_ms > 0
         assert not path.with_name("table.json.partial").exists()
 

@@ -134,3 +134,24 @@ def test_all_costs_of_a_result_survive_saving(machine, table, tmp_path):
     assert [t.predicted for t in loaded.front] == [t.predicted for t in result.front]
     assert [t.cost_intervals for t in loaded.front] == [t.cost_intervals for t in result.front]
     assert np.isfinite([t.costs["latency_ms"] for t in loaded.front]).all()
+
+
+def test_round_to_auto_takes_widths_at_the_right_edges_of_steps(machine, table):
+    edges = table.right_edges([1, 1])
+    assert set(edges["3"]) >= {8, 16, 24, 32, 40}
+    assert not {9, 17, 25, 33} & set(edges["3"])
+    space = autoprune.Channels(round_to="auto")
+    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, space=space, **QUICK)
+    (options,) = (d.options for d in result.space.dimensions if d.name == "3")
+    assert set(options) <= set(edges["3"])
+    assert result.front
+
+
+def test_round_to_auto_needs_latencies_and_says_so():
+    with pytest.raises(ValueError, match="round_to must be at least 1, or 'auto', got 'eight'"):
+        autoprune.Channels(round_to="eight")
+    costs = {"latency_ms": lambda candidates: 10.0 - candidates.sum(axis=1)}
+    with pytest.raises(ValueError, match="round_to='auto' needs measured latencies"):
+        autoprune.search(
+            small(), "latency_ms <= 6", DATA, costs=costs, space=autoprune.Channels(round_to="auto"), **QUICK
+        )

@@ -143,6 +143,26 @@ class Latency:
         """Milliseconds that nine of ten networks do not exceed, shape (n,), at widths (n, groups)."""
         return self.predict(widths) * (1 + self.correction.margin)
 
+    def right_edges(self, multiples: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """For each group its widths, ascending, beyond which the next wider ones take noticeably more time.
+
+        All other groups are dense. Noticeably is half of what a unit costs on average.
+
+        Args:
+            multiples: What the width of each group is a multiple of, length (groups,).
+        """
+        sizes = np.array([size for _, size in self.groups], dtype=np.float64)
+        found = {}
+        for g, ((name, size), multiple) in enumerate(zip(self.groups, multiples, strict=True)):
+            own = np.arange(multiple, size + 1, multiple)
+            widths = np.tile(sizes, (len(own), 1))
+            widths[:, g] = own
+            ms = self.predict(widths)
+            least_wider = np.append(np.minimum.accumulate(ms[::-1])[::-1][1:], np.inf)
+            noticeable = max(0.5 * (ms[-1] - ms[0]) / max(len(own) - 1, 1), 0.0)
+            found[name] = tuple(own[least_wider > ms + noticeable].tolist())
+        return found
+
     def by_kind(self, widths: FloatArray) -> dict[str, FloatArray]:
         """Sums of measured parts by kind, uncorrected, in milliseconds, shape (n,) each."""
         values = part_values(self.parts, widths)
