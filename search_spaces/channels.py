@@ -24,9 +24,8 @@ class Channels:
 
     Attributes:
         step: Distance between options: a fraction of each group (float in (0, 1)) or a number of units (int >= 1).
-        round_to: Widths are multiples of this many units, except the dense one. ``"auto"`` takes the widths at the right
-            edge of a step in the measured latency instead: each option goes up to the next width that is no wider for
-            free.
+        round_to: Widths are multiples of this many units, except the dense one. ``"auto"`` takes widths at the right
+            edges of steps in the measured latency: each option goes up to the first that cannot be widened for free.
         min_width: Fewest units that a group keeps.
         min_fraction: Smallest fraction of its units that a group keeps, in (0, 1].
         options: Fractions to keep, falling from 1.0, instead of equal steps.
@@ -128,7 +127,9 @@ class Channels:
         rounded = {max(even, round(width / even) * even) for width in wanted}
         if self.round_to == "auto":
             if group.name not in self.edges:
-                raise ValueError("round_to='auto' needs measured latencies; search with a latency budget or latency=")
+                raise ValueError(
+                    "round_to='auto' needs measured latencies: a latency budget without costs=, or latency="
+                )
             rounded = {min((edge for edge in self.edges[group.name] if edge >= w), default=w) for w in rounded}
         # Option 0 is dense whatever the bounds say: it is what every candidate is measured against.
         smaller = sorted((w for w in rounded if lowest <= w <= highest and w < group.size), reverse=True)

@@ -79,8 +79,7 @@ def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
     assert result.front
 
 
-def test_latencies_are_measured_first_where_no_table_is_given(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr("autoprune.costs.profile.NETWORKS", 9)
+def test_latencies_are_measured_first_where_no_table_is_given(machine, tmp_path):
     result = autoprune.search(small(), "throughput >= 150%", DATA, run_dir=str(tmp_path), **QUICK)
     limit = result.dense.costs["ms_per_sample"] / 1.5
     assert result.best().costs["ms_per_sample"] <= limit
