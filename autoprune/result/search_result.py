@@ -120,9 +120,9 @@ class SearchResult:
         if missed := [trial for trial in self.trials if trial.predicted and not trial.feasible]:
             nearest = min(missed, key=lambda trial: self._excess(trial, self.limits, None))
             return (
-                f"all {len(missed)} that were predicted to be within the limits were measured to be over; the nearest is "
-                f"trial {nearest.id}, over by {self._excess(nearest, self.limits, None):.1%}; search again, with more "
-                "trials or a looser limit"
+                f"{len(missed)} that were predicted to be within the limits were measured to be over; the nearest is "
+                f"trial {nearest.id}, by {self._excess(nearest, self.limits, None):.1%}; search again, with more trials "
+                "or a looser limit"
             )
         return "; ".join(("the search ended too early", *note_of_probes(self.trials)))
 
