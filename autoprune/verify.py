@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import nn
 
 from autoprune.costs import Latency, make_costs
 from autoprune.costs.profile import network_call, setting_of, time_networks
@@ -16,6 +17,8 @@ from autoprune.protocols import IntArray
 from autoprune.result.trials import Trial, find_front, within
 from autoprune.structure.slicing import Edit, build
 from autoprune.study import TIMED, Study
+
+log = logging.getLogger(__name__)
 
 _AT_ONCE = 12  # networks that exist, and are compared, at once
 _DRIFT = 0.1  # a dense network that is slower or faster by more than this is worth a word
@@ -42,37 +45,39 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
     setting = setting_of(context.model, (study.latency_batch,), {}, latency.setting.batch)
     if differing := latency.setting.elsewhere(setting):
         return trials, (f"latencies are predictions, not verified here: measured with {'; '.join(differing)}",)
-    call = _caller(study)
+
+    def call(module: nn.Module) -> Callable[[], Any]:
+        return network_call(module.eval(), context.forward, (study.latency_batch,), {})
+
     dense = call(build(context.model, Edit({}, {})))
     clock = clock_for(next(context.model.parameters()).device)
     timings: dict[int, Timing] = {}
-    while True:
-        front = find_front(trials, tuple(study.limits), context.judge.higher_is_better)
-        todo = [trial for trial in front if trial.id not in timings][:_AT_ONCE]
-        if not todo:
-            break
-        calls = [call(study.evaluator.build(np.array(trial.candidate, dtype=np.int64))) for trial in todo]
-        measured = time_networks(calls, dense, clock)
-        timings.update(zip((trial.id for trial in todo), measured, strict=True))
-        widths = context.space.widths(_candidates(todo)).astype(np.int64)
-        ratio, uncertainty = np.array([(timing.ratio, timing.uncertainty) for timing in measured]).T
-        latency = latency.refitted(widths, ratio, uncertainty)
-        trials = _corrected(study, trials, latency, timings)
+    try:
+        while todo := _unmeasured(study, trials, timings):
+            calls = [call(study.evaluator.build(np.array(trial.candidate, dtype=np.int64))) for trial in todo]
+            measured = time_networks(calls, dense, clock)
+            timings.update(zip((trial.id for trial in todo), measured, strict=True))
+            widths = context.space.widths(_candidates(todo)).astype(np.int64)
+            ratio, uncertainty = np.array([(timing.ratio, timing.uncertainty) for timing in measured]).T
+            latency = latency.refitted(widths, ratio, uncertainty)
+            trials = _corrected(study, trials, latency, timings)
+    except KeyboardInterrupt:
+        log.warning("interrupted; some latencies on the front are predictions")
+        return trials, (*_notes(trials, timings, latency), "interrupted: some latencies on the front are predictions")
     return trials, tuple(_notes(trials, timings, latency))
 
 
-def _caller(study: Study) -> Callable[[Any], Callable[[], Any]]:
-    device = next(study.context.model.parameters()).device
-    batch = study.latency_batch
-    batch = batch.to(device) if isinstance(batch, Tensor) else batch
-    return lambda module: network_call(module.eval(), study.context.forward, (batch,), {})
+def _unmeasured(study: Study, trials: Sequence[Trial], timings: Mapping[int, Timing]) -> list[Trial]:
+    """Trials on the front that are still to be measured, as many as are compared at once."""
+    front = find_front(trials, tuple(study.limits), study.context.judge.higher_is_better)
+    return [trial for trial in front if trial.id not in timings][:_AT_ONCE]
 
 
 def _candidates(trials: Sequence[Trial]) -> IntArray:
     return np.array([trial.candidate for trial in trials], dtype=np.int64)
 
 
-def _corrected(study: Study, trials: Sequence[Trial], latency: Latency, timings: dict[int, Timing]) -> list[Trial]:
+def _corrected(study: Study, trials: Sequence[Trial], latency: Latency, timings: Mapping[int, Timing]) -> list[Trial]:
     """Trials with measured latencies where there are some, and with those of the refitted model elsewhere."""
     batch = latency.setting.batch
     costs = make_costs(study.context.structure, study.context.space, None, batch, latency)
@@ -92,7 +97,7 @@ def _corrected(study: Study, trials: Sequence[Trial], latency: Latency, timings:
     return corrected
 
 
-def _notes(trials: Sequence[Trial], timings: dict[int, Timing], latency: Latency) -> list[str]:
+def _notes(trials: Sequence[Trial], timings: Mapping[int, Timing], latency: Latency) -> list[str]:
     """How predictions compare with what was measured, in plain words."""
     measured = [trial for trial in trials if trial.predicted]
     if not measured:

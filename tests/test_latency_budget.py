@@ -154,3 +154,25 @@ def test_round_to_auto_needs_latencies_and_says_so():
         autoprune.search(
             small(), "latency_ms <= 6", DATA, costs=costs, space=autoprune.Channels(round_to="auto"), **QUICK
         )
+
+
+def test_an_interrupted_verification_returns_what_was_measured(machine, table, monkeypatch):
+    from autoprune import verify
+
+    def pulled(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "time_networks", pulled)
+    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
+    assert result.front
+    assert any("interrupted: some latencies" in note for note in result.notes)
+
+
+def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monkeypatch):
+    from autoprune import verify
+
+    slow = Machine(cold=1.3, per_pass=1.0)
+    monkeypatch.setattr(verify, "clock_for", lambda device: slow)
+    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
+    with pytest.raises(InfeasibleBudgetError, match="were measured to be over, the nearest by"):
+        result.best()

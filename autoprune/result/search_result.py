@@ -118,11 +118,10 @@ class SearchResult:
         if reasons:
             return f"the first of {len(reasons)} failures: {reasons[0]}"
         if missed := [trial for trial in self.trials if trial.predicted and not trial.feasible]:
-            nearest = min(missed, key=lambda trial: self._excess(trial, self.limits, None))
+            over = min(self._excess(trial, self.limits, None) for trial in missed)
             return (
-                f"{len(missed)} that were predicted to be within the limits were measured to be over; the nearest is "
-                f"trial {nearest.id}, by {self._excess(nearest, self.limits, None):.1%}; search again, with more trials "
-                "or a looser limit"
+                f"{len(missed)} networks predicted to be within the limits were measured to be over, the nearest by "
+                f"{over:.1%}; search again, with more trials or a looser limit"
             )
         return "; ".join(("the search ended too early", *note_of_probes(self.trials)))
 
