@@ -3,6 +3,8 @@
 from autoprune.audit import audit
 from autoprune.budget import Budget
 from autoprune.costs.inspection import Inspection, inspect
+from autoprune.costs.latency import Latency
+from autoprune.costs.profile import profile
 from autoprune.data import Data
 from autoprune.errors import (
     AutopruneError,
@@ -37,6 +39,7 @@ __all__ = [
     "DataError",
     "InfeasibleBudgetError",
     "Inspection",
+    "Latency",
     "Metric",
     "NothingToPruneError",
     "Pruning",
@@ -50,6 +53,7 @@ __all__ = [
     "audit",
     "inspect",
     "load",
+    "profile",
     "register_adapter",
     "save",
     "search",

@@ -13,16 +13,19 @@ from autoprune.errors import BudgetError
 ALIASES = {"latency": "latency_ms", "memory": "memory_bytes"}
 _SAME_METRIC = {"cross_entropy": "loss"}  # `search` takes either name
 _ROUNDING = 1e-9  # a score of 387/400 meets 395/400 - 2pp, whatever floats make of that
-BUILT_IN_COSTS = ("flops", "params", "nonzero_params", "memory_bytes", "latency_ms")
+BUILT_IN_COSTS = ("flops", "params", "nonzero_params", "memory_bytes", "latency_ms", "ms_per_sample")
+THROUGHPUT = "throughput"
+"""At least so many samples a second: an upper limit on ``ms_per_sample``."""
 FORMS = (
     "'flops <= 50%' (of the dense model), 'params <= 1.2M', 'memory_bytes <= 200MB', 'latency_ms <= 4', "
+    "'throughput >= 900/s', "
     "'accuracy drop <= 1pp', 'accuracy >= 0.98', or several joined by commas, by 'and', or in a list"
 )
 _MULTIPLIERS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 _CLAUSE = re.compile(
     r"(?P<name>[A-Za-z_][\w.]*)(?P<drop>\s+drop)?\s*(?P<sign><=|≤|>=|≥)\s*"
-    r"(?P<number>[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>[A-Za-z%]*)"
+    r"(?P<number>[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>/s|[A-Za-z%]*)"
 )
 
 
@@ -31,7 +34,8 @@ class Limit:
     """The most that a model may cost.
 
     Attributes:
-        name: The cost, for example ``"flops"``; ``"latency"`` and ``"memory"`` mean ``latency_ms``, ``memory_bytes``.
+        name: The cost, for example ``"flops"``; ``"latency"`` and ``"memory"`` mean ``latency_ms``, ``memory_bytes``,
+            and a throughput of at least something is a limit on ``ms_per_sample``.
         value: In the unit of the cost, or as a fraction of the dense model's cost in (0, 1] if `relative`.
         relative: Whether `value` is a fraction of the dense model's cost.
     """
@@ -51,6 +55,9 @@ class Limit:
             )
 
     def __str__(self) -> str:
+        if self.name == "ms_per_sample":
+            least = f"{100 / self.value:.12g}%" if self.relative else f"{1e3 / self.value:.12g}/s"
+            return f"{THROUGHPUT} >= {least}"
         return f"{self.name} <= {100 * self.value:.12g}%" if self.relative else f"{self.name} <= {self.value:.15g}"
 
 
@@ -212,6 +219,8 @@ def _parse_clause(text: str) -> Limit | ScoreLimit:
         raise BudgetError(f"cannot read {text.strip()!r} as a budget; write {FORMS}")
     name, unit, value = ALIASES.get(match["name"], match["name"]), match["unit"], float(match["number"])
     at_least = match["sign"] in (">=", "≥")
+    if name == THROUGHPUT and not match["drop"]:
+        return _throughput(text.strip(), at_least, unit, value)
     if match["drop"]:
         if at_least or unit not in ("", "pp"):
             raise BudgetError(f"a drop takes an upper limit (<=) in points, for example '1pp', got {text.strip()!r}")
@@ -225,6 +234,17 @@ def _parse_clause(text: str) -> Limit | ScoreLimit:
     if unit == "%":
         return Limit(name, value / 100, relative=True)
     return Limit(name, value * _unit(name, unit))
+
+
+def _throughput(text: str, at_least: bool, unit: str, value: float) -> Limit:
+    """Samples a second, or a percentage of the dense model's, as milliseconds a sample."""
+    if not at_least or value <= 0 or unit not in ("", "/s", "%"):
+        raise BudgetError(f"throughput takes a lower limit (>=) in samples a second, such as '900/s', got {text!r}")
+    if unit == "%" and value < 100:
+        raise BudgetError(
+            f"a percentage is of the dense model, so the limit on throughput must be at least 100%, got {text!r}"
+        )
+    return Limit("ms_per_sample", 100 / value, relative=True) if unit == "%" else Limit("ms_per_sample", 1e3 / value)
 
 
 def _unit(name: str, unit: str) -> float:

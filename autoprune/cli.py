@@ -1,4 +1,4 @@
-"""The command line: ``autoprune search``, ``front``, ``build`` and ``inspect``."""
+"""The command line: ``autoprune search``, ``front``, ``build``, ``inspect`` and ``profile``."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def search(
     evaluator: Annotated[str, typer.Option(help="auto, adaptive_bn, compensated, finetune or supernet.")] = "auto",
     racing: Annotated[bool, typer.Option(help="Drop candidates once they are known to be dominated.")] = False,
     criterion: Annotated[str | None, typer.Option(help="What ranks channels, such as l1, l2 or taylor.")] = None,
-    round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this.")] = None,
+    round_to: Annotated[
+        str | None, typer.Option(metavar="N|auto", help="Widths are multiples of this; auto: what the machine likes.")
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help='Module to leave whole, by name or glob, such as "head*"; may be repeated.')
     ] = None,
@@ -108,6 +110,10 @@ def search(
     executor: Annotated[str, typer.Option(help="local or ray.")] = "local",
     workers: Annotated[int | None, typer.Option(help="With ray: how many; by default as many as fit.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(help="With ray: GPUs of each, such as 0.5.")] = 0.0,
+    latency: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Latencies measured by autoprune profile.")
+    ] = None,
+    cost_batch: Annotated[int, typer.Option(help="Samples that latency and memory are of.")] = 1,
     input_shape: InputShape = None,
     example: Example = None,
     debug: Debug = False,
@@ -125,7 +131,8 @@ def search(
             raise FileExistsError(
                 f"run-dir must be a folder of its own, but {run_dir} holds a result; name another, or add --resume"
             )
-        settings: dict[str, Any] = {"criterion": criterion, "round_to": round_to, "ignore": ignore}
+        rounded = int(round_to) if round_to is not None and round_to.lstrip("-").isdecimal() else round_to
+        settings: dict[str, Any] = {"criterion": criterion, "round_to": rounded, "ignore": ignore}
         dense = load_model(model, weights)
         result = autoprune.search(
             dense,
@@ -143,6 +150,8 @@ def search(
             executor=_executor(executor, workers, gpus_per_worker),
             run_dir=str(run_dir),
             resume=resume,
+            latency=latency,
+            cost_batch=cost_batch,
         )
         saved.unlink(missing_ok=True)  # of the search before it was resumed
         result.save(run_dir)
@@ -219,6 +228,39 @@ def inspect(
         dense = load_model(model)
         found = inspect_model(dense, _example_inputs(dense, input_shape, example))
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found)
+
+
+@app.command()
+def profile(
+    model: Model,
+    output: Annotated[Path, typer.Option(metavar="FILE.json", help="The table to write; interrupted, it goes on.")],
+    batch: Annotated[int, typer.Option(help="Samples of one forward pass.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; as many as it chooses if not given.")] = None,
+    input_shape: InputShape = None,
+    example: Example = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how long a model and its pruned versions take on this machine, for searches here or elsewhere."""
+    with _errors_on_one_line(debug):
+        import torch
+
+        from autoprune.costs.profile import profile as measure
+        from autoprune.loading import load_model
+
+        if not output.absolute().parent.is_dir():
+            raise FileNotFoundError(f"output must lie in a folder that exists, got {output}")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device must be one of this machine, got {device!r}, and PyTorch sees no GPU here")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        dense = load_model(model).to(device)
+        found = measure(dense, _example_inputs(dense, input_shape, example), batch=batch, path=output)
+        for line in (found, *found.notes):
+            typer.echo(line)
+        typer.echo(
+            f'saved as {output}; next: autoprune search {model} --budget "latency <= 60%" --latency {output} ...'
+        )
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from autoprune.budget import Budget
-from autoprune.costs import CostFunction
+from autoprune.costs import CostFunction, Latency
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, make_executor
 from autoprune.identity import identity_of
@@ -30,6 +31,7 @@ from autoprune.search_spaces import Settings
 from autoprune.statistics import reason_of, statistics_of, status_of
 from autoprune.stopping import most, why_converged, why_not_converged
 from autoprune.study import Start, Study, hold_score, prepare
+from autoprune.verify import verify
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +61,19 @@ def search(
     cost_batch: int = 1,
     prior: str = "reconstruction",
     racing: bool | Racing = False,
+    latency: Latency | str | Path | None = None,
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
 
     Args:
         model: Any ``nn.Module``; it comes back unchanged: weights, mode, hooks, device.
         budget: What a pruned model may cost, for example ``"flops <= 50%"`` (of the dense model), ``"params <= 1.2M"``,
-            ``"nonzero_params <= 10%"``, a list of these, or a `Budget`. Every candidate respects it, under the exact
-            cost. Or how much score must stay, ``"accuracy drop <= 1pp"`` or ``"accuracy >= 0.98"`` (``"loss <= 0.3"``
-            where lower is better): the search then looks for the cheapest model that keeps it on the validation data,
-            and a note says whether it does on held-out data. What is minimised is the first cost that the budget also
-            limits, else ``flops``, or ``nonzero_params`` where the space leaves the FLOPs alone.
+            ``"latency <= 60%"``, ``"throughput >= 900/s"``, ``"nonzero_params <= 10%"``, a list, or a `Budget`. Every
+            candidate respects it, under the exact or measured cost. Or how much score must stay,
+            ``"accuracy drop <= 1pp"`` or ``"accuracy >= 0.98"`` (``"loss <= 0.3"`` where lower is better): the search
+            then looks for the cheapest model that keeps it on the validation data, and a note says whether it does on
+            held-out data. What is minimised is the first cost that the budget also limits, else ``flops``, or
+            ``nonzero_params`` where the space leaves the FLOPs alone.
         data: `Data`, a DataLoader, or (X, y) arrays. Without data, seeded random inputs shaped like `example_inputs`
             stand in, and the score is agreement with the dense model on them.
         metric: ``"auto"`` (accuracy for class labels, else a loss that fits, else agreement), another name, a loss
@@ -100,12 +104,16 @@ def search(
         checks: ``"on"`` freezes groups that fail a check of the traced structure, ``"strict"`` raises, ``"isolated"``
             checks in a process of its own.
         costs: Further costs by name, each a function of candidates (n, d) giving (n,), which the budget may limit.
-        cost_batch: Samples that ``memory_bytes`` is stated at.
+        cost_batch: Samples that ``memory_bytes`` and ``latency_ms`` are stated at.
         prior: What optimizers that plan expect of each option before any evaluation: ``"reconstruction"``, the error
             of the next layers' outputs, in a few forward passes over 32 samples, or ``"criterion"``, sums of what
             ranks the units, without any.
         racing: Score candidates batch by batch, and drop those that are known to be dominated (see `Racing` and
             docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as trials.
+        latency: A table from `autoprune.profile`, or its file, for budgets on ``latency_ms`` or ``throughput``; without
+            it, latencies are measured here first. Searches stay within the limit by the upper end of what the table
+            predicts; the networks on the front are then measured against the dense one, as far as this is the machine
+            of the table. For a device out of reach, pass ``costs={"latency_ms": function}`` instead.
 
     Returns:
         The front and everything measured; ``result.build()`` gives a plain pruned module. Ctrl-C returns what was
@@ -153,6 +161,8 @@ def search(
         cost_batch=cost_batch,
         trials=trials,
         prior=prior,
+        latency=latency,
+        run_dir=run_dir,
     )
     measured = _measure_dense(study)
     settings, study = applicable(settings, hold_score(study, measured))
@@ -182,8 +192,9 @@ def search(
             )
         finally:
             runner.stop()
+    found, verified = verify(study, found)
     explained = (*([why] if why else []), *(proposer.notes if isinstance(proposer, Explains) else ()))
-    explained = (*note_of_racing(settings, study, found), *explained)
+    explained = (*verified, *note_of_racing(settings, study, found), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
     return result_of(study, found, dense, stopped, time.monotonic() - began, seed, explained)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,12 @@ from torch import nn
 
 from autoprune import batches
 from autoprune.budget import Budget
-from autoprune.costs import CostFunction, make_costs
+from autoprune.costs import CostFunction, Latency, make_costs
+from autoprune.costs.profile import profile_structure, with_batch
 from autoprune.costs.returned import selecting
 from autoprune.criteria import order_units, score_units
 from autoprune.data import Subsets, materialise, synthetic
-from autoprune.errors import BudgetError, DataError, UnsupportedModelError
+from autoprune.errors import BudgetError, DataError, InfeasibleBudgetError, UnsupportedModelError
 from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
 from autoprune.evaluators.memory import fitting
 from autoprune.metrics import Metric, resolve_metric
@@ -25,19 +28,25 @@ from autoprune.prior import PRIORS, expected_losses
 from autoprune.protocols import FloatArray, IntArray, Measurement, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, meets
-from autoprune.search_spaces import Settings, make_space
+from autoprune.search_spaces import Channels, Settings, make_space
 from autoprune.sources import seeded
 from autoprune.stopping import planned
 from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.examples import examples_of, unwrap
 from autoprune.structure.slicing import Edit, Slicer, build
+from autoprune.structure.structure import Structure
 from autoprune.structure.trace import Inputs
+
+log = logging.getLogger(__name__)
 
 Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
 """A candidate to begin from: option indices, ``{dimension: option}``, a trial, or the front of a result."""
 
 SYNTHETIC_SAMPLES = 256
 """Samples of each part when no data is given."""
+
+TIMED = ("latency_ms", "ms_per_sample")
+"""Costs that are predicted, and measured on the networks that are offered."""
 
 _ROUNDING = 1e-9  # a user's cost of the cheapest candidate may differ in its last bit with the size of the population
 
@@ -58,6 +67,8 @@ class Study:
         notes: What was decided, in plain words.
         worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
             and until the dense model is measured.
+        latency: What predicts latencies; None if they are not limited, or a function of the user's says them.
+        latency_batch: What a latency is of: a batch of the size that costs are stated at.
     """
 
     context: Context
@@ -69,6 +80,8 @@ class Study:
     limits: Mapping[str, float]
     notes: tuple[str, ...]
     worst_score: float | None = None
+    latency: Latency | None = None
+    latency_batch: batches.Batch = None
 
 
 def prepare(
@@ -89,6 +102,8 @@ def prepare(
     cost_batch: int = 1,
     trials: int | str = 200,
     prior: str = "reconstruction",
+    latency: Latency | str | Path | None = None,
+    run_dir: str | None = None,
 ) -> Study:
     """Trace, rank, fix the data and lay out the problem; the arguments are those of `autoprune.search`."""
     wanted, settings, chosen = Budget.parse(budget), make_space(space), make_evaluator(evaluator)
@@ -105,6 +120,11 @@ def prepare(
     structure = analyse(
         model, (example,), forward=lambda m, batch: run(m, batch), further=further, checks=checks, seed=seed
     )
+    (timed,), _ = with_batch((subsets.calibration[0],), {}, cost_batch)
+    at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
+    source = _latency_of(latency, wanted, costs or {}, model, structure, timed, run, cost_batch, run_dir, at_edges)
+    if source is not None and isinstance(settings, Channels) and at_edges:
+        settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
@@ -113,27 +133,75 @@ def prepare(
         judge = resolve_metric(metric, subsets, fitting(lambda batch: run(scored, batch)))
         bound = settings.bind(structure, order_units(scores))
         expected = expected_losses(prior, bound, scores, criterion, scored, structure, subsets.calibration, run)
-    named = make_costs(structure, bound, costs, cost_batch)
+    named = make_costs(structure, bound, costs, cost_batch, source)
     wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     limits = limits or _cost_to_minimise(bound, named)
-    problem = _problem(bound, named, limits, start, bool(wanted.score_limits))
+    problem = _within_upper(bound, named, limits, start, bool(wanted.score_limits), source)
     problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
     context = Context(model, structure, bound, subsets, judge, run)
     fresh = copy.deepcopy(chosen)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
     notes = [f"search over {bound.describe()}{traced}"]
+    if source is not None:
+        notes += [f"latency: {source}", *source.notes]
     if wanted.score_limits:
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
     told = getattr(chosen, "notes", ())  # after `prepare`, because only then an evaluator knows what it learned
     ordered = (*_ordered(notes, judge.note, subsets), *told)
-    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered)
+    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered, None, source, timed)
 
 
 def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:
     """Notes for the reader of the result; that its scores are of random inputs comes first."""
     return (*subsets.notes, *notes, metric) if subsets.synthetic else (*notes, metric, *subsets.notes)
+
+
+def _latency_of(
+    given: Latency | str | Path | None,
+    wanted: Budget,
+    costs: Mapping[str, CostFunction],
+    model: nn.Module,
+    structure: Structure,
+    batch: batches.Batch,
+    run: Forward,
+    size: int,
+    run_dir: str | None,
+    needed: bool,
+) -> Latency | None:
+    """The table given, that of the run being resumed, or one measured now if the budget or the space needs it."""
+    limited = any(limit.name in TIMED for limit in wanted.limits)
+    if given is None and ("latency_ms" in costs or not (limited or needed)):
+        return None
+    kept = None if run_dir is None else Path(run_dir) / "latency.json"
+    if given is None and (kept is None or not kept.exists()):
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+        log.info("measuring latencies of %s; autoprune.profile measures once for many searches", type(model).__name__)
+        return profile_structure(model, structure, (batch,), {}, run, batch=size, path=kept)
+    found = given if isinstance(given, Latency) else Latency.load(given or kept)  # type: ignore[arg-type]
+    found.require_match(structure, size, type(model).__name__)
+    return found
+
+
+def _within_upper(
+    space: SearchSpace,
+    costs: Mapping[str, CostFunction],
+    limits: Mapping[str, float],
+    start: Start | Sequence[Start],
+    minimise: bool,
+    latency: Latency | None,
+) -> Problem:
+    """The problem whose candidates stay within the limits by the upper ends of predicted latencies, where they can."""
+    slack = 1.0 if latency is None or minimise else 1 / (1 + np.nan_to_num(latency.correction.margin))
+    tight = {name: limit * slack if name in TIMED else limit for name, limit in limits.items()}
+    try:
+        return _problem(space, costs, tight, start, minimise)
+    except InfeasibleBudgetError:
+        if tight == dict(limits):
+            raise
+        return _problem(space, costs, limits, start, minimise)
 
 
 def hold_score(study: Study, dense: Measurement) -> Study:

@@ -24,34 +24,42 @@ class Channels:
 
     Attributes:
         step: Distance between options: a fraction of each group (float in (0, 1)) or a number of units (int >= 1).
-        round_to: Widths are multiples of this many units, except the dense one.
+        round_to: Widths are multiples of this many units, except the dense one. ``"auto"`` takes widths at the right
+            edges of steps in the measured latency: each option goes up to the first that cannot be widened for free.
         min_width: Fewest units that a group keeps.
         min_fraction: Smallest fraction of its units that a group keeps, in (0, 1].
         options: Fractions to keep, falling from 1.0, instead of equal steps.
         bounds: For groups whose name, or one of whose modules, matches a glob: (least, most) fraction to keep.
         ignore: Modules to leave as they are, by name or glob: every group that touches one keeps all its units.
         criterion: What ranks the units of a group: a name in ``autoprune.criteria.CRITERIA``, or a callable.
+        edges: The right edges, ascending, for each group by name; a search with ``round_to="auto"`` fills them in.
 
     Raises:
         ValueError: If a setting is out of range, or `options` is empty or unsorted.
     """
 
     step: float | int = 0.0625
-    round_to: int = 1
+    round_to: int | str = 1
     min_width: int = 1
     min_fraction: float = 0.0625
     options: tuple[float, ...] | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ignore: Sequence[str] = ()
     criterion: str | Criterion = "l2"
+    edges: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         units = isinstance(self.step, int) and self.step >= 1
         if not units and not (isinstance(self.step, float) and 0 < self.step < 1):
             raise ValueError(f"step must be a fraction in (0, 1) or a whole number of units >= 1, got {self.step!r}")
-        for name in ("round_to", "min_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if isinstance(self.round_to, str) and self.round_to != "auto":
+            raise ValueError(f"round_to must be at least 1, or 'auto', got {self.round_to!r}")
+        for name, least in (
+            ("round_to", 1 if self.round_to == "auto" else self.round_to),
+            ("min_width", self.min_width),
+        ):
+            if least < 1:  # type: ignore[operator]
+                raise ValueError(f"{name} must be at least 1, got {least}")
         if not 0 < self.min_fraction <= 1:
             raise ValueError(f"min_fraction must be in (0, 1], got {self.min_fraction}")
         if self.options is not None:
@@ -115,8 +123,14 @@ class Channels:
         else:
             step = self.step if isinstance(self.step, int) else self.step * group.size
             wanted = [group.size - i * step for i in range(int(group.size / step) + 1)]
-        even = lcm(self.round_to, group.multiple)
+        even = group.multiple if isinstance(self.round_to, str) else lcm(self.round_to, group.multiple)
         rounded = {max(even, round(width / even) * even) for width in wanted}
+        if self.round_to == "auto":
+            if group.name not in self.edges:
+                raise ValueError(
+                    "round_to='auto' needs measured latencies: a latency budget without costs=, or latency="
+                )
+            rounded = {min((edge for edge in self.edges[group.name] if edge >= w), default=w) for w in rounded}
         # Option 0 is dense whatever the bounds say: it is what every candidate is measured against.
         smaller = sorted((w for w in rounded if lowest <= w <= highest and w < group.size), reverse=True)
         return (group.size, *smaller)

@@ -22,6 +22,7 @@ from autoprune.journal import Journal
 from autoprune.loading import load_model, load_object
 from autoprune.protocols import Failure
 from autoprune.result.from_journal import result_from_journal
+from tests.machine import Machine
 
 CODE = """
 import torch
@@ -387,3 +388,18 @@ def wait_for_trials(run_dir, count, process):
                     return
         time.sleep(0.1)
     raise AssertionError("the search finished no trials within three minutes")
+
+
+def test_profile_writes_a_table_that_search_takes(monkeypatch):
+    monkeypatch.setattr("autoprune.costs.profile.clock_for", lambda device: Machine())
+    monkeypatch.setattr("autoprune.verify.clock_for", lambda device: Machine())
+    arguments = ("--input-shape", "2,1,4,4", "--output", "table.json", "--batch", "2")
+    finished = run("profile", MODEL, *arguments)
+    assert finished.exit_code == 0, finished.output
+    assert "Sequential, batch 2" in finished.output
+    assert json.loads(Path("table.json").read_text())["setting"]["batch"] == 2
+    budget = ("--budget", "latency <= 70%", "--latency", "table.json", "--trials", "8", "--run-dir", "timed")
+    assert run("search", MODEL, "--data", DATA, *budget, "--cost-batch", "2").exit_code == 0
+    refused = run("search", MODEL, "--data", DATA, *budget[:-1], "other")
+    assert refused.exit_code == 2
+    assert "batch size is 2" in refused.output

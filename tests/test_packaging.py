@@ -35,7 +35,7 @@ LAYERS = (
     ("progress", "stopping"),
     ("study",),
     ("records", "identity", "rivals", "trainings", "variants"),
-    ("resume",),
+    ("resume", "verify"),
     ("search", "audit", "recover"),
     ("autoprune",),
     ("loading",),

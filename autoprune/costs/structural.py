@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from autoprune.costs.latency import Latency
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products, Terms
@@ -127,7 +128,11 @@ def _peaks(born: IntArray, died: IntArray) -> IntArray:
 
 
 def make_costs(
-    structure: Structure, space: SearchSpace, user: Mapping[str, CostFunction] | None = None, batch: int = 1
+    structure: Structure,
+    space: SearchSpace,
+    user: Mapping[str, CostFunction] | None = None,
+    batch: int = 1,
+    latency: Latency | None = None,
 ) -> dict[str, CostFunction]:
     """Every cost that a budget may limit, as functions of candidates.
 
@@ -135,7 +140,8 @@ def make_costs(
         structure: A traced model.
         space: Says which widths a candidate keeps, and how many elements it sets to zero.
         user: Further costs by name, each ``(n, d) int64 -> (n,)``; they need be neither monotone nor products.
-        batch: Samples that `memory_bytes` is stated at.
+        batch: Samples that `memory_bytes` and `latency_ms` are stated at.
+        latency: Predicts `latency_ms`; without it, and without a user's cost of that name, there is none.
 
     Raises:
         ValueError: If a user's cost takes the name of a built-in one, or its result has the wrong shape.
@@ -144,12 +150,28 @@ def make_costs(
     built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": exact.memory_bytes}
     costs: dict[str, CostFunction] = {name: partial(_of_widths, cost, space) for name, cost in built_in.items()}
     costs["nonzero_params"] = partial(_nonzero_params, exact, space)
+    if latency is not None:
+        costs["latency_ms"] = partial(_latency_ms, latency, space)
     known = sorted(costs)
     for name, function in (user or {}).items():
         if name in costs:
             raise ValueError(f"costs must not redefine {known}, got {name!r}; choose another name")
         costs[name] = partial(_checked, name, function)
+    if "latency_ms" in costs:
+        costs["ms_per_sample"] = partial(_per_sample, costs["latency_ms"], batch)
     return costs
+
+
+def _latency_ms(latency: Latency, space: SearchSpace, candidates: IntArray) -> FloatArray:
+    """Predicted milliseconds; for the dense network those that were measured."""
+    widths = space.widths(candidates)
+    dense = (widths == [size for _, size in latency.groups]).all(axis=1)
+    ms: FloatArray = np.where(dense, latency.dense_ms, latency.predict(widths))
+    return ms
+
+
+def _per_sample(latency_ms: CostFunction, batch: int, candidates: IntArray) -> FloatArray:
+    return latency_ms(candidates) / batch
 
 
 def _of_widths(cost: Callable[[FloatArray], FloatArray], space: SearchSpace, candidates: IntArray) -> FloatArray:

@@ -120,6 +120,12 @@ class SearchResult:
         reasons = [trial.reason for trial in self.trials if trial.reason]
         if reasons:
             return f"the first of {len(reasons)} failures: {reasons[0]}"
+        if missed := [trial for trial in self.trials if trial.predicted and not trial.feasible]:
+            over = min(self._excess(trial, self.limits, None) for trial in missed)
+            return (
+                f"{len(missed)} networks predicted to be within the limits were measured to be over, the nearest by "
+                f"{over:.1%}; search again, with more trials or a looser limit"
+            )
         return "; ".join(("the search ended too early", *note_of_probes(self.trials)))
 
     def build(self, what: Trial | str | Budget | Sequence[str] | None = None) -> nn.Module:
@@ -225,6 +231,7 @@ class SearchResult:
             {
                 "trial": trial.id,
                 **trial.costs,
+                **{f"predicted_{name}": value for name, value in trial.predicted.items()},
                 "score": trial.score,
                 "low": trial.interval[0],
                 "high": trial.interval[1],

@@ -28,6 +28,10 @@ def front_table(result: SearchResult) -> str:
         header.append("score limit")
         for row, trial in zip(rows, (*shown, result.dense), strict=True):
             row.append("met" if meets(trial.score, worst, result.higher_is_better) else "missed")
+    for name in [name for name in names if any(name in trial.predicted for trial in shown)]:
+        header.append(f"predicted {name}")
+        for row, trial in zip(rows, (*shown, result.dense), strict=True):
+            row.append(engineering(trial.predicted[name]) if name in trial.predicted else "")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     rule = "  ".join("-" * width for width in widths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,10 @@ class Trial:
         reason: Why it failed or was dropped.
         test_score: The metric on held-out samples; None off the front. Reported, never used to choose.
         evaluations: The measurements behind the score.
-        feasible: Whether the costs are within the limits of the search. What is not is a probe: measured to learn what
-            one dimension costs in score, and never on the front.
+        feasible: Whether the costs are within the limits of the search. What is not is a probe, measured to learn what
+            one dimension costs in score, or was predicted to be within and measured to be over; never on the front.
+        predicted: For costs that were measured on the built network, what the search went by; empty where nothing was.
+        cost_intervals: 95 % intervals of the costs that were measured.
     """
 
     id: int
@@ -76,6 +78,8 @@ class Trial:
     test_score: float | None = None
     evaluations: tuple[Evaluation, ...] = ()
     feasible: bool = True
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    cost_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def distortion(self) -> float:
@@ -89,6 +93,8 @@ class Trial:
             "candidate": list(self.candidate),
             "decoded": dict(self.decoded),
             "costs": dict(self.costs),
+            "predicted": dict(self.predicted),
+            "cost_intervals": {name: list(ends) for name, ends in self.cost_intervals.items()},
             "score": none_if_nan(self.score),
             "interval": [none_if_nan(end) for end in self.interval],
             "signal": none_if_nan(self.signal),
@@ -107,6 +113,8 @@ class Trial:
             signal=or_nan(data["signal"]),
             evaluations=tuple(Evaluation(**evaluation) for evaluation in data["evaluations"]),
             feasible=data.get("feasible", True),  # results saved before there were probes
+            predicted=data.get("predicted", {}),
+            cost_intervals={name: (low, high) for name, (low, high) in data.get("cost_intervals", {}).items()},
         )
 
 
@@ -132,7 +140,7 @@ def meets(score: float, worst: float | None, higher_is_better: bool) -> bool:
 
 def note_of_probes(trials: Sequence[Trial]) -> tuple[str, ...]:
     """How many of the trials were probes, in plain words; nothing if none was."""
-    probes = sum(not trial.feasible for trial in trials)
+    probes = sum(not trial.feasible and not trial.predicted for trial in trials)
     why = "over a limit, to learn what one dimension costs; they are never on the front"
     return (f"{probes} of {len(trials)} trials are probes: {why}",) if probes else ()
 

@@ -54,6 +54,7 @@ class Value:
         born: Index of the operation that made it, -1 for what existed before.
         died: Number of operations that had run when Python let go of it.
         tensor: The tensor of a constant, which a replay needs.
+        strides: Its strides, in elements.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +65,7 @@ class Value:
     born: int
     died: int
     tensor: Tensor | None = None
+    strides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ def trace(
     kwargs: Mapping[str, Any],
     forward: Forward,
     further: Sequence[Inputs] = (),
+    *,
+    values: bool = False,
 ) -> Record:
     """Run `forward` once on each example, on the meta device if possible, and record what it did.
 
@@ -160,8 +164,11 @@ def trace(
         kwargs: Keyword example inputs.
         forward: Runs a model on these inputs and returns the outputs that matter.
         further: More examples, which take other branches.
+        values: Run on the real values: the operations are then those of the device.
     """
     examples = [(args, kwargs), *further]
+    if values:
+        return _trace(model, examples, forward, meta=False)
     try:
         record = _trace(model, examples, forward, meta=True)
         # Made behind our back, as the index tensor of x[:, [0, 2]] is: its values are needed and are lost.
@@ -292,7 +299,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's,
         keep = tensor if kind == "constant" else None
         shape = tuple(tensor.shape)
         base = index if base is None else base
-        record.values.append(Value(shape, tensor.dtype, kind, name, base, born, 2**62, keep))
+        strides = tuple(tensor.stride()) if tensor.layout == torch.strided else ()
+        record.values.append(Value(shape, tensor.dtype, kind, name, base, born, 2**62, keep, strides))
         key = id(tensor)
         self._ids[key] = index
 

@@ -1,0 +1,398 @@
+"""Latency of pruned models, predicted from what their operations and some whole networks were measured to take."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from autoprune.costs.grids import Table
+from autoprune.costs.parts import Part, part_values
+from autoprune.errors import RecipeError
+from autoprune.protocols import FloatArray, IntArray
+from autoprune.structure.structure import Structure
+
+FORMAT = "autoprune-latency"
+VERSION = 1
+UNITS = {"ms": "milliseconds of one forward pass of the whole batch", "ratio": "of the dense network's time"}
+
+_TOWARDS_ONE_FACTOR = 0.3  # how far the factors of kinds are held together: some kinds hardly vary
+_OWN_WEIGHT = 5.0  # of the dense network in the fit, as it is the one that all are compared with
+_SURE = 0.9  # share of networks that the upper limit is to hold for
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What latencies hold for.
+
+    Attributes:
+        model: Class of the model.
+        inputs: Type and shape of each input tensor, such as ``"float32 1x3x32x32"``.
+        batch: Samples of one forward pass.
+        device: ``"cpu"`` or ``"cuda"``.
+        machine: Name of the processor or GPU.
+        threads: Threads of PyTorch.
+        runtime: What runs the model: ``"torch"``, or a name of the user's.
+        versions: Of Python, PyTorch and autoprune.
+        date: When it was measured, UTC.
+    """
+
+    model: str
+    inputs: tuple[str, ...]
+    batch: int
+    device: str
+    machine: str
+    threads: int
+    runtime: str
+    versions: Mapping[str, str]
+    date: str
+
+    def elsewhere(self, here: Setting) -> list[str]:
+        """What differs `here` in what times depend on, as ``"threads 1, here 2"``."""
+        names = ("device", "machine", "threads", "runtime")
+        return [
+            f"{n} {getattr(self, n)}, here {getattr(here, n)}" for n in names if getattr(self, n) != getattr(here, n)
+        ]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Whole networks that were measured, each against the dense one in the same run.
+
+    Attributes:
+        widths: Units kept in each group, shape (m, groups).
+        ratio: Their time over the dense network's, shape (m,).
+        uncertainty: How far the 95 % interval of each reaches, as a fraction of it, shape (m,).
+        held_out: Which were kept from the fit, shape (m,), bool.
+    """
+
+    widths: IntArray
+    ratio: FloatArray
+    uncertainty: FloatArray
+    held_out: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What turns times of parts into the time of the whole: fitted on whole networks, judged on others.
+
+    Attributes:
+        constant_ms: What every network takes: Python, launches, and what has no part.
+        factors: What the parts of each kind are multiplied by; running alone, they find all they read in the cache.
+        median_error: Median of the distance of predicted / measured from 1 over networks held out.
+        p95_error: 95th percentile of it.
+        spearman: Rank correlation of predicted and measured over networks held out.
+        margin: By how much predictions must be raised so that nine of ten networks held out take no longer.
+        networks: Number of networks fitted to, and held out.
+    """
+
+    constant_ms: float
+    factors: Mapping[str, float]
+    median_error: float
+    p95_error: float
+    spearman: float
+    margin: float
+    networks: tuple[int, int]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Latency:
+    """A latency model of one network on one machine; measured by `autoprune.profile`.
+
+    Attributes:
+        setting: What it holds for.
+        dense_ms: Milliseconds of the dense network.
+        groups: Name and size of every group of the network's structure.
+        tables: Measured times of families of operations.
+        parts: Which operations the network runs, and their sizes as functions of the widths.
+        evidence: Whole networks that were measured.
+        correction: From the parts to the whole.
+        notes: What was left out, and how noisy the machine was, in plain words.
+    """
+
+    setting: Setting
+    dense_ms: float
+    groups: tuple[tuple[str, int], ...]
+    tables: tuple[Table, ...]
+    parts: tuple[Part, ...]
+    evidence: Evidence
+    correction: Correction = None  # type: ignore[assignment]  # fitted below if not given
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.correction is None:
+            object.__setattr__(self, "correction", self._fit())
+
+    def predict(self, widths: FloatArray) -> FloatArray:
+        """Milliseconds of the whole network for the batch, shape (n,), at widths (n, groups)."""
+        kinds = self.by_kind(widths)
+        total = np.full(len(widths), self.correction.constant_ms)
+        for kind, ms in kinds.items():
+            total += self.correction.factors[kind] * ms
+        return total
+
+    def upper(self, widths: FloatArray) -> FloatArray:
+        """Milliseconds that nine of ten networks do not exceed, shape (n,), at widths (n, groups)."""
+        return self.predict(widths) * (1 + self.correction.margin)
+
+    def right_edges(self, multiples: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """For each group its widths, ascending, beyond which the next wider ones take noticeably more time.
+
+        All other groups are dense. Noticeably is half of what a unit costs on average.
+
+        Args:
+            multiples: What the width of each group is a multiple of, length (groups,).
+        """
+        sizes = np.array([size for _, size in self.groups], dtype=np.float64)
+        found = {}
+        for g, ((name, size), multiple) in enumerate(zip(self.groups, multiples, strict=True)):
+            own = np.arange(multiple, size + 1, multiple)
+            widths = np.tile(sizes, (len(own), 1))
+            widths[:, g] = own
+            ms = self.predict(widths)
+            least_wider = np.append(np.minimum.accumulate(ms[::-1])[::-1][1:], np.inf)
+            noticeable = max(0.5 * (ms[-1] - ms[0]) / max(len(own) - 1, 1), 0.0)
+            found[name] = tuple(own[least_wider > ms + noticeable].tolist())
+        return found
+
+    def by_kind(self, widths: FloatArray) -> dict[str, FloatArray]:
+        """Sums of measured parts by kind, uncorrected, in milliseconds, shape (n,) each."""
+        values = part_values(self.parts, widths)
+        places: dict[tuple[tuple[int, ...], Any], tuple[IntArray, FloatArray]] = {}
+        kinds: dict[str, FloatArray] = {}
+        for part in self.parts:
+            table = self._by_key.get(part.family)
+            if table is None:
+                continue
+            for axis, size in zip(table.axes, part.sizes, strict=True):
+                if (axis, size) not in places:
+                    places[axis, size] = _place(axis, values[size])
+            ms = _interpolate(table, [places[axis, size] for axis, size in zip(table.axes, part.sizes, strict=True)])
+            kinds[table.kind] = kinds.get(table.kind, np.zeros(len(widths))) + part.count * ms
+        return kinds
+
+    @cached_property
+    def _by_key(self) -> dict[str, Table]:
+        return {table.key: table for table in self.tables}
+
+    def refitted(self, widths: IntArray, ratio: FloatArray, uncertainty: FloatArray) -> Latency:
+        """The same model with more whole networks, widths (m, groups), added to what it is fitted to."""
+        old = self.evidence
+        evidence = Evidence(
+            np.concatenate([old.widths, widths]),
+            np.concatenate([old.ratio, ratio]),
+            np.concatenate([old.uncertainty, uncertainty]),
+            np.concatenate([old.held_out, np.zeros(len(widths), dtype=np.bool_)]),
+        )
+        return replace(self, evidence=evidence, correction=None)  # type: ignore[arg-type]
+
+    def _fit(self) -> Correction:
+        """Least squares of relative errors with factors of at least 0, held near the best common factor."""
+        seen = self.evidence
+        kinds = self.by_kind(seen.widths.astype(np.float64))
+        measured = seen.ratio * self.dense_ms
+        columns = np.stack([np.ones(len(measured)), *kinds.values()], axis=1) / measured[:, None]
+        weights = 1 / np.maximum(seen.uncertainty, 0.01)
+        weights = weights / np.median(weights)
+        weights[(seen.widths == [size for _, size in self.groups]).all(axis=1)] *= _OWN_WEIGHT
+
+        def solve(rows: np.ndarray[Any, np.dtype[np.bool_]]) -> FloatArray:
+            return _factors(columns[rows], weights[rows])
+
+        factors = solve(~seen.held_out)
+        held = seen.held_out
+        if not held.any():
+            return Correction(factors[0], dict(zip(kinds, factors[1:], strict=True)), *4 * (math.nan,), (len(held), 0))
+        predicted = columns @ factors
+        errors = predicted[held] - 1
+        return Correction(
+            constant_ms=float(factors[0]),
+            factors={kind: float(factor) for kind, factor in zip(kinds, factors[1:], strict=True)},
+            median_error=float(np.median(np.abs(errors))),
+            p95_error=float(np.quantile(np.abs(errors), 0.95)),
+            spearman=_spearman(predicted[held] * measured[held], measured[held]),
+            margin=max(float(np.quantile(1 / predicted[held] - 1, _SURE)), 0.0),
+            networks=(int((~held).sum()), int(held.sum())),
+        )
+
+    def require_match(self, structure: Structure, batch: int, model: str) -> None:
+        """Refuse another model or batch size.
+
+        Raises:
+            ValueError: If they are others; names what differs.
+        """
+        differing = []
+        if batch != self.setting.batch:
+            differing.append(f"its batch size is {self.setting.batch}, and cost_batch is {batch}")
+        if model != self.setting.model:
+            differing.append(f"its model is {self.setting.model}, and this is {model}")
+        here = tuple((group.name, group.size) for group in structure.groups)
+        if here != self.groups:
+            own, other = dict(self.groups), dict(here)
+            names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
+            shown = ", ".join(f"{n} ({own.get(n, 'none')} units, here {other.get(n, 'none')})" for n in names[:3])
+            differing.append(f"its groups differ in {shown or 'their order'}" + ("..." if len(names) > 3 else ""))
+        if differing:
+            raise ValueError(
+                f"latency must be a table of this model at this batch size, but {'; '.join(differing)}; "
+                "measure again with autoprune.profile"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a portable JSON table; an existing file is replaced."""
+        path = Path(path)
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Latency:
+        """Read what `save` wrote, here or on another machine.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            RecipeError: If it is damaged, foreign, or of a newer version.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"latency must be a file written by autoprune profile, got {path}: no such file")
+        try:
+            data = json.loads(file.read_text())
+            if data["format"] != FORMAT or data["version"] != VERSION:
+                raise ValueError(f"format {data['format']!r} version {data['version']!r}")
+            return cls.from_json(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RecipeError(f"{file} is not a latency table of autoprune, or is damaged: {error!r}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready, with everything that a prediction needs."""
+        seen = self.evidence
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "units": UNITS,
+            "setting": {**asdict(self.setting), "inputs": list(self.setting.inputs)},
+            "dense_ms": self.dense_ms,
+            "notes": list(self.notes),
+            "correction": _nan_to_none(asdict(self.correction)),
+            "groups": [list(group) for group in self.groups],
+            "parts": [
+                {"family": part.family, "count": part.count, "sizes": [[f, list(map(list, s))] for f, s in part.sizes]}
+                for part in self.parts
+            ],
+            "tables": [
+                {
+                    "family": table.key,
+                    "kind": table.kind,
+                    "axes": [list(axis) for axis in table.axes],
+                    "ms": table.ms.tolist(),
+                    "low": table.low.tolist(),
+                    "high": table.high.tolist(),
+                }
+                for table in self.tables
+            ],
+            "networks": {
+                "widths": seen.widths.tolist(),
+                "ratio": seen.ratio.tolist(),
+                "uncertainty": seen.uncertainty.tolist(),
+                "held_out": seen.held_out.tolist(),
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Latency:
+        """Restore what `to_json` wrote."""
+        seen, correction = data["networks"], _none_to_nan(data["correction"])
+        return cls(
+            setting=Setting(**{**data["setting"], "inputs": tuple(data["setting"]["inputs"])}),
+            dense_ms=data["dense_ms"],
+            groups=tuple((str(name), int(size)) for name, size in data["groups"]),
+            tables=tuple(
+                Table(
+                    t["family"],
+                    t["kind"],
+                    tuple(tuple(axis) for axis in t["axes"]),
+                    *(np.array(t[name], dtype=np.float64) for name in ("ms", "low", "high")),
+                )
+                for t in data["tables"]
+            ),
+            parts=tuple(
+                Part(p["family"], tuple((f, tuple((g, each) for g, each in s)) for f, s in p["sizes"]), p["count"])
+                for p in data["parts"]
+            ),
+            evidence=Evidence(
+                np.array(seen["widths"], dtype=np.int64),
+                np.array(seen["ratio"], dtype=np.float64),
+                np.array(seen["uncertainty"], dtype=np.float64),
+                np.array(seen["held_out"], dtype=np.bool_),
+            ),
+            correction=Correction(**{**correction, "networks": tuple(correction["networks"])}),
+            notes=tuple(data["notes"]),
+        )
+
+    def __str__(self) -> str:
+        where, how = self.setting, self.correction
+        return (
+            f"{where.model}, batch {where.batch}: {self.dense_ms:.4g} ms dense on {where.machine} ({where.device}, "
+            f"{where.threads} threads, {where.runtime} {where.versions.get(where.runtime, '')}); predictions are off "
+            f"by {how.median_error:.1%} on the median and by {how.p95_error:.1%} at the 95th percentile of "
+            f"{how.networks[1]} networks not fitted to (rank correlation {how.spearman:.3f})"
+        )
+
+
+def _place(axis: Sequence[int], values: FloatArray) -> tuple[IntArray, FloatArray]:
+    """The interval of an axis that each value lies in, and where in it, in [0, 1]."""
+    points = np.array(axis, dtype=np.float64)
+    if len(points) == 1:
+        return np.zeros(len(values), dtype=np.int64), np.zeros(len(values))
+    left = np.clip(np.searchsorted(points, values, side="right") - 1, 0, len(points) - 2)
+    return left, np.clip((values - points[left]) / (points[left + 1] - points[left]), 0.0, 1.0)
+
+
+def _interpolate(table: Table, places: Sequence[tuple[IntArray, FloatArray]]) -> FloatArray | float:
+    """Multilinear interpolation, shape (n,); a number for an operation of constant size."""
+    if not places:
+        return float(table.ms)
+    total: FloatArray = np.zeros(len(places[0][0]))
+    for corner in product((0, 1), repeat=len(places)):
+        weight: FloatArray = np.ones(len(total))
+        index = []
+        for up, (left, t), n in zip(corner, places, table.ms.shape, strict=True):
+            weight = weight * (t if up else 1 - t)
+            index.append(np.minimum(left + up, n - 1))
+        total += weight * table.ms[tuple(index)]
+    return total
+
+
+def _factors(columns: FloatArray, weights: FloatArray) -> FloatArray:
+    """Factors of at least 0 for columns (m, 1 + kinds) whose sums should be 1: a constant, then one for each kind."""
+    from scipy.optimize import nnls
+
+    common = np.stack([columns[:, 0], columns[:, 1:].sum(axis=1)], axis=1) * weights[:, None]
+    constant, factor = nnls(common, weights)[0]
+    # Rows that ask for the common factor, the louder the less there is to learn about a kind.
+    hold = np.diag(_TOWARDS_ONE_FACTOR * math.sqrt(len(columns)) * columns.mean(axis=0))
+    wanted = hold @ np.array([constant, *[factor] * (columns.shape[1] - 1)])
+    solved: FloatArray = nnls(np.concatenate([columns * weights[:, None], hold]), np.concatenate([weights, wanted]))[0]
+    return solved
+
+
+def _spearman(a: FloatArray, b: FloatArray) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic) if len(a) > 2 else math.nan
+
+
+def _nan_to_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+
+def _none_to_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: math.nan if v is None else v for k, v in values.items()}

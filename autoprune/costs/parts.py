@@ -1,0 +1,361 @@
+"""The operations that a model executes, with every size in their arguments as a function of the widths of its groups.
+
+The model is run dense, and once more for each group with a few of its units gone. Every integer of an operation, in a
+shape or in an argument such as ``groups``, is an affine function of the widths, so these runs determine it; a run at
+random widths then checks it. This needs no rule for any operation, and holds for any batch size. Operations that differ
+in nothing but the names of their groups make a *family*: whatever it costs, it is measured once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from autoprune.errors import UnsupportedModelError
+from autoprune.protocols import FloatArray, IntArray, Pruning
+from autoprune.structure.slicing import Slicer
+from autoprune.structure.structure import Structure
+from autoprune.structure.trace import Forward, Op, Record, Ref, trace
+
+Size = tuple[int, tuple[tuple[int, int], ...]]
+"""A size as a function of widths: its fixed part, then numbers of groups with what each unit adds, ascending."""
+
+_LARGE = 1e4  # what an operation that writes into its argument may halve again and again without reaching denormals
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """A tensor among the arguments, without its sizes: they are among the numbers."""
+
+    dims: int
+    dtype: str
+    order: tuple[int, ...]  # dimensions from the slowest to the fastest in memory
+    broadcast: tuple[int, ...]  # dimensions of stride 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """Operations that take equal time at equal sizes.
+
+    Attributes:
+        key: Everything that they agree in, readable.
+        kind: ``"convolution"``, ``"grouped convolution"``, ``"matmul"``, ``"norm"`` or ``"elementwise"``.
+        highest: The largest value of each variable size that occurs, length v.
+        lowest: The smallest that can occur, length v.
+        steps: What values of each variable are multiples of, length v.
+        make: Values, length v, to a call that runs the operation on tensors of its own; None once loaded from a file.
+    """
+
+    key: str
+    kind: str
+    highest: tuple[int, ...]
+    lowest: tuple[int, ...]
+    steps: tuple[int, ...]
+    make: Callable[[Sequence[int]], Callable[[], Any]] | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Operations of one model, alike in everything.
+
+    Attributes:
+        family: Key of their family.
+        sizes: The values of its variables as functions of the widths.
+        count: How many there are.
+    """
+
+    family: str
+    sizes: tuple[Size, ...]
+    count: int
+
+
+def find_parts(
+    model: nn.Module,
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Forward,
+    seed: int = 0,
+) -> tuple[list[Family], list[Part]]:
+    """Take a model apart into families of operations and where they occur.
+
+    Views are left out: they move no data.
+
+    Args:
+        model: The dense model; comes back unchanged.
+        structure: What can be removed from it.
+        args: Positional inputs, of the batch size that matters.
+        kwargs: Keyword inputs.
+        forward: Runs the model on them.
+        seed: Draws the widths that are checked.
+
+    Raises:
+        UnsupportedModelError: If the model runs other operations once it is pruned.
+    """
+    slicer = Slicer(model)
+
+    def run(widths: IntArray) -> list[_Call]:
+        cut = slicer.cut(structure.edit(prefixes(structure, widths))).eval()
+        return _calls(trace(cut, args, kwargs, forward, values=True))
+
+    dense = run(structure.sizes)
+    fixed = [np.array(call.numbers, dtype=np.int64) for call in dense]
+    slopes = [np.zeros((len(numbers), len(structure.groups)), dtype=object) for numbers in fixed]
+    for g, group in enumerate(structure.groups):
+        if group.size == group.multiple:
+            continue
+        widths = structure.sizes.copy()
+        widths[g] -= group.multiple
+        for i, call in enumerate(_same_calls(dense, run(widths))):
+            for j in np.flatnonzero(fixed[i] != call.numbers):
+                slopes[i][j, g] = Fraction(int(fixed[i][j] - call.numbers[j]), group.multiple)
+    sizes = structure.sizes
+    rows = [[_row(f, s, sizes) for f, s in zip(fs, ss, strict=True)] for fs, ss in zip(fixed, slopes, strict=True)]
+    drawn = draw_widths(structure, 1, np.random.default_rng(seed))[0]
+    for i, call in enumerate(_same_calls(dense, run(drawn))):
+        wrong = [j for j, row in enumerate(rows[i]) if _value(row, drawn) != call.numbers[j]]
+        if wrong:
+            raise UnsupportedModelError(
+                f"latency of parts needs sizes that are affine in the widths, but a size of {dense[i].op.where()} is "
+                "not; pass costs={'latency_ms': your own function}"
+            )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return _families(dense, rows, structure, device)
+
+
+def prefixes(structure: Structure, widths: Sequence[int] | IntArray) -> Pruning:
+    """Keep the first units of every group, as many as `widths` (groups,) says: which ones matters for no size."""
+    return Pruning(
+        {
+            group.name: tuple(range(int(width)))
+            for group, width in zip(structure.groups, widths, strict=True)
+            if int(width) < group.size
+        }
+    )
+
+
+def draw_widths(structure: Structure, n: int, rng: np.random.Generator) -> IntArray:
+    """Random widths, shape (n, groups): every other row around a common level, the rest each group for itself."""
+    sizes = structure.sizes
+    multiples = np.array([group.multiple for group in structure.groups], dtype=np.int64)
+    level = rng.uniform(0.1, 1.0, (n, 1)) + rng.normal(0.0, 0.15, (n, len(sizes)))
+    alone = rng.uniform(0.0625, 1.0, (n, len(sizes)))
+    share = np.where(np.arange(n)[:, None] % 2 == 0, level, alone)
+    drawn: IntArray = np.clip(np.rint(share * sizes / multiples).astype(np.int64), 1, sizes // multiples) * multiples
+    return drawn
+
+
+@dataclass(frozen=True)
+class _Call:
+    op: Op
+    template: str
+    leaves: tuple[Any, ...]
+    tree: Any
+    numbers: tuple[int, ...]
+
+
+def _calls(record: Record) -> list[_Call]:
+    """The operations that compute, each with its numbers apart from everything else."""
+    found = []
+    for op in record.ops[: record.first]:
+        results, read = op.results(), set(op.inputs())
+        views = all(record.values[i].base != i and i not in read for i in results)
+        if not results or views or not read:
+            continue
+        leaves, tree = tree_flatten(dict(op.args))
+        numbers: list[int] = []
+        kept: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, Ref):
+                value = record.values[leaf.id]
+                kept.append(_spec(value.shape, value.strides, value.dtype))
+                numbers += value.shape
+            elif isinstance(leaf, int) and not isinstance(leaf, bool):
+                kept.append(int)
+                numbers.append(leaf)
+            else:
+                kept.append(leaf)
+        found.append(
+            _Call(op, f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}", tuple(kept), tree, tuple(numbers))
+        )
+    return found
+
+
+def _stable(leaf: Any) -> Any:
+    return (leaf.dims, leaf.dtype) if isinstance(leaf, _Spec) else str(leaf)
+
+
+def _spec(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> _Spec:
+    steps = strides or tuple(torch.empty(shape, device="meta").stride())
+    order = tuple(sorted(range(len(shape)), key=lambda dim: -steps[dim]))
+    broadcast = tuple(dim for dim, step in enumerate(steps) if step == 0 and shape[dim] > 1)
+    return _Spec(len(shape), str(dtype).removeprefix("torch."), order, broadcast)
+
+
+def _same_calls(dense: list[_Call], other: list[_Call]) -> list[_Call]:
+    if [call.template for call in dense] != [call.template for call in other]:
+        raise UnsupportedModelError(
+            "latency of parts needs a model that runs the same operations however narrow it is, and this one does not; "
+            "pass costs={'latency_ms': your own function}"
+        )
+    return other
+
+
+def _row(fixed: int, slopes: Any, sizes: IntArray) -> tuple[Fraction, tuple[tuple[int, Fraction], ...]]:
+    """A number as an affine function, from its dense value and what each unit of each group adds."""
+    shares = tuple((g, Fraction(slope)) for g, slope in enumerate(slopes) if slope)
+    return Fraction(int(fixed)) - sum((slope * int(sizes[g]) for g, slope in shares), Fraction(0)), shares
+
+
+def _value(row: tuple[Fraction, tuple[tuple[int, Fraction], ...]], widths: IntArray) -> Fraction:
+    return row[0] + sum((slope * int(widths[g]) for g, slope in row[1]), Fraction(0))
+
+
+def _primitive(row: tuple[Fraction, tuple[tuple[int, Fraction], ...]]) -> tuple[Size, Fraction]:
+    """The least whole-numbered size that a row is a multiple of, and that multiple."""
+    entries = [row[0], *(slope for _, slope in row[1])]
+    whole = math.lcm(*(entry.denominator for entry in entries))
+    scale = Fraction(math.gcd(*(int(entry * whole) for entry in entries)), whole)
+    return (int(row[0] / scale), tuple((g, int(slope / scale)) for g, slope in row[1])), scale
+
+
+def _families(
+    calls: list[_Call], rows: list[list[Any]], structure: Structure, device: torch.device
+) -> tuple[list[Family], list[Part]]:
+    families: dict[str, Family] = {}
+    counts: dict[tuple[str, tuple[Size, ...]], int] = {}
+    least = np.array([group.multiple for group in structure.groups], dtype=np.int64)
+    for call, own in zip(calls, rows, strict=True):
+        variables: dict[Size, int] = {}
+        steps: list[int] = []
+        slots: list[int | tuple[int, Fraction]] = []
+        for row in own:
+            if not row[1]:
+                slots.append(int(row[0]))
+                continue
+            size, scale = _primitive(row)
+            if size not in variables:
+                variables[size] = len(variables)
+                steps.append(1)
+            at = variables[size]
+            steps[at] = math.lcm(steps[at], scale.denominator)
+            slots.append((at, scale))
+        key = _key(call, slots)
+        highest = [_at(size, structure.sizes) for size in variables]
+        lowest = [_at(size, least) for size in variables]
+        if key in families:
+            known = families[key]
+            highest = list(map(max, known.highest, highest))
+            lowest = list(map(min, known.lowest, lowest))
+        make = _maker(call, tuple(slots), device)
+        families[key] = Family(key, _kind(call.op), tuple(highest), tuple(lowest), tuple(steps), make)
+        place = (key, tuple(variables))
+        counts[place] = counts.get(place, 0) + 1
+    return list(families.values()), [Part(key, sizes, count) for (key, sizes), count in counts.items()]
+
+
+def _at(size: Size, widths: IntArray) -> int:
+    return size[0] + sum(each * int(widths[g]) for g, each in size[1])
+
+
+def _key(call: _Call, slots: Sequence[int | tuple[int, Fraction]]) -> str:
+    """A line that says what the operation is, with variables as letters."""
+    left = iter(slots)
+
+    def number() -> str:
+        slot = next(left)
+        if isinstance(slot, int):
+            return str(slot)
+        at, scale = slot
+        return ("" if scale == 1 else f"{scale}*") + chr(ord("a") + at)
+
+    said = []
+    for name, leaf in zip(_names(call), call.leaves, strict=True):
+        if isinstance(leaf, _Spec):
+            shape = "x".join(number() for _ in range(leaf.dims))
+            order = "" if leaf.order == tuple(range(leaf.dims)) else f" order {''.join(map(str, leaf.order))}"
+            stretched = f" broadcast {leaf.broadcast}" if leaf.broadcast else ""
+            said.append(f"{name}={leaf.dtype}[{shape}]{order}{stretched}")
+        elif leaf is int:
+            said.append(f"{name}={number()}")
+        elif leaf is not None:
+            said.append(f"{name}={json.dumps(leaf, default=str)}")
+    return f"{call.op.func}({', '.join(said)})"
+
+
+def _names(call: _Call) -> list[str]:
+    """The argument that each leaf belongs to."""
+    return [name for name, value in call.op.args.items() for _ in tree_flatten(value)[0]]
+
+
+def _maker(
+    call: _Call, slots: tuple[int | tuple[int, Fraction], ...], device: torch.device
+) -> Callable[[Sequence[int]], Callable[[], Any]]:
+    """What makes the operation at given values of its variables, on tensors of its own."""
+    func = call.op.func
+    writes = func._schema.is_mutable
+    names = [a for a in func._schema.arguments if a.name in call.op.args]
+
+    def make(values: Sequence[int]) -> Callable[[], Any]:
+        left = iter(slots)
+
+        def number() -> int:
+            slot = next(left)
+            return slot if isinstance(slot, int) else int(slot[1] * int(values[slot[0]]))
+
+        leaves: list[Any] = []
+        for i, leaf in enumerate(call.leaves):
+            if isinstance(leaf, _Spec):
+                leaves.append(_tensor(leaf, [number() for _ in range(leaf.dims)], device, writes, i == 0))
+            else:
+                leaves.append(number() if leaf is int else leaf)
+        bound = tree_unflatten(leaves, call.tree)
+        positional = tuple(bound[a.name] for a in names if not a.kwarg_only)
+        keywords = {a.name: bound[a.name] for a in names if a.kwarg_only}
+        return lambda: func(*positional, **keywords)
+
+    return make
+
+
+def _tensor(spec: _Spec, shape: list[int], device: torch.device, writes: bool, first: bool) -> torch.Tensor:
+    """A tensor laid out in memory as the model's own: ones where an operation writes, else positive noise."""
+    dtype = getattr(torch, spec.dtype)
+    own = [1 if dim in spec.broadcast else size for dim, size in enumerate(shape)]
+    stored = [own[dim] for dim in spec.order]
+    if not dtype.is_floating_point:
+        tensor = torch.zeros(stored, dtype=dtype, device=device)
+    elif writes:
+        tensor = torch.full(stored, _LARGE if first else 1.0, dtype=dtype, device=device)
+    else:
+        tensor = torch.rand(stored, device=device).to(dtype) + 0.1
+    back = [spec.order.index(dim) for dim in range(len(shape))]
+    return tensor.permute(back).expand(shape)
+
+
+def _kind(op: Op) -> str:
+    name = op.name
+    if "convolution" in name:
+        return "grouped convolution" if op.args.get("groups", 1) > 1 else "convolution"
+    if name.lstrip("_") in ("mm", "addmm", "bmm", "baddbmm", "grouped_mm") or "attention" in name:
+        return "matmul"
+    return "norm" if "norm" in name else "elementwise"
+
+
+def part_values(parts: Sequence[Part], widths: FloatArray) -> dict[Size, FloatArray]:
+    """Every variable size that occurs, at widths (n, groups), shape (n,) each."""
+    found: dict[Size, FloatArray] = {}
+    for part in parts:
+        for size in part.sizes:
+            if size not in found:
+                index = [g for g, _ in size[1]]
+                found[size] = widths[:, index] @ np.array([each for _, each in size[1]], dtype=np.float64) + size[0]
+    return found

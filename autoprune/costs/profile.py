@@ -1,0 +1,266 @@
+"""Measure a model on this machine: its operations at many sizes, and some whole pruned networks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autoprune.costs.grids import Bench, Points, measure_tables
+from autoprune.costs.latency import Evidence, Latency, Setting
+from autoprune.costs.parts import draw_widths, find_parts, prefixes
+from autoprune.costs.returned import selecting
+from autoprune.costs.timing import Clock, Timing, clock_for, compare, note_of_noise
+from autoprune.protocols import IntArray
+from autoprune.structure.analysis import analyse, require_supported
+from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
+from autoprune.structure.slicing import build
+from autoprune.structure.structure import Structure
+from autoprune.structure.trace import Forward
+
+log = logging.getLogger(__name__)
+
+NETWORKS = 36
+"""Whole networks that the correction is fitted to and judged on; a third of them are held out."""
+
+_YARDSTICK = 192  # rows of the square matrices whose product the operations are compared with
+_AT_ONCE = 12  # networks that exist at once
+
+
+def profile(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    batch: int = 1,
+    forward: Forward | None = None,
+    outputs: Any = None,
+    networks: int = NETWORKS,
+    seed: int = 0,
+    path: str | Path | None = None,
+) -> Latency:
+    """Measure how long a model and its pruned versions take here, as a table that `autoprune.search` takes.
+
+    On the model's device, with PyTorch's current number of threads, in the memory format of the model. The model comes
+    back unchanged.
+
+    Args:
+        model: Any module that runs on the inputs.
+        example_inputs: A tensor, a tuple or a dict of inputs; None for the example that the model carries. Repeated or
+            cut to `batch` samples.
+        batch: Samples of one forward pass.
+        forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough.
+        outputs: Which outputs matter, as in `autoprune.search`.
+        networks: Whole networks to measure.
+        seed: Draws their widths.
+        path: Where to save the table. What is measured is kept beside it meanwhile, and an interrupted run goes on.
+
+    Raises:
+        ValueError: If there are no inputs, `batch` or `networks` is too small, or the device has no clock.
+        UnsupportedModelError: If the model cannot be pruned, or runs other operations once it is.
+
+    Example:
+        >>> autoprune.profile(model, torch.randn(1, 3, 32, 32), path="table.json")  # doctest: +SKIP
+    """
+    model = unwrap(model)
+    require_supported(model)
+    (args, kwargs), *_ = examples_of(model, example_inputs)
+    run = selecting(forward, outputs)
+    structure = analyse(model, *with_batch(args, kwargs, 2), forward=run)
+    return profile_structure(model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path)
+
+
+def with_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs with `n` samples: those of the given ones, over and over; what does not hold samples stays."""
+    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not leaves:
+        raise ValueError("example_inputs must hold a tensor with a dimension for samples, got none")
+    size = len(leaves[0])
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != size:
+            return leaf
+        return leaf[torch.arange(n, device=leaf.device) % size]
+
+    resized_args, resized_kwargs = tree_map(resized, (args, dict(kwargs)))
+    return resized_args, resized_kwargs
+
+
+def profile_structure(
+    model: nn.Module,
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    run: Forward,
+    *,
+    batch: int,
+    networks: int = NETWORKS,
+    seed: int = 0,
+    path: str | Path | None = None,
+    clock: Clock | None = None,
+) -> Latency:
+    """`profile` for a model that is traced already; `clock` stands in for that of the device."""
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if networks < 6:
+        raise ValueError(f"networks must be at least 6, to fit to some and judge on others, got {networks}")
+    device = next(model.parameters()).device
+    clock = clock or clock_for(device)
+    args, kwargs = tree_map(
+        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, with_batch(args, kwargs, batch)
+    )
+    setting = setting_of(model, args, kwargs, batch)
+    matrix = torch.rand(_YARDSTICK, _YARDSTICK, device=device)
+    bench = Bench(clock, lambda: torch.mm(matrix, matrix))
+    progress = _Progress(path, setting, bench)
+    families, parts = find_parts(model, structure, args, kwargs, run, seed)
+    counts = [sum(part.count for part in parts if part.family == family.key) for family in families]
+    tables = measure_tables(families, counts, bench)
+    dense = build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
+    call = network_call(dense, run, args, kwargs)
+    if not progress.dense_ms:
+        (timing,) = bench.compare([call], tolerance=0.01, block_seconds=2e-3)
+        progress.dense_ms = timing.ratio * bench.reference_ms
+    widths = draw_widths(structure, networks, np.random.default_rng(seed))
+    widths[0] = structure.sizes
+    _measure_networks(model, structure, widths, lambda m: network_call(m, run, args, kwargs), call, clock, progress)
+    ratio, uncertainty = np.array(progress.networks, dtype=np.float64).T
+    left_out = sorted({family.key for family in families} - {table.key for table in tables})
+    notes = [note_of_noise([*bench.timings, *progress.timings])]
+    notes += [f"{len(left_out)} kinds of operations could not be run alone: {left_out[0]}..."] if left_out else []
+    latency = Latency(
+        setting=setting,
+        dense_ms=progress.dense_ms,
+        groups=tuple((group.name, group.size) for group in structure.groups),
+        tables=tuple(tables),
+        parts=tuple(parts),
+        evidence=Evidence(widths, ratio, uncertainty, np.arange(networks) % 3 == 2),
+        notes=tuple(note for note in notes if note),
+    )
+    if path is not None:
+        latency.save(path)
+        progress.remove()
+    return latency
+
+
+def network_call(model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any]:
+    """One forward pass as a user would run it."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return run(model, *args, **kwargs)
+
+    return call
+
+
+def time_networks(calls: Sequence[Callable[[], Any]], dense: Callable[[], Any], clock: Clock) -> list[Timing]:
+    """Time whole networks against the dense one in one interleaved run."""
+    return compare(calls, dense, clock, rounds=9, most_rounds=30, tolerance=0.01, block_seconds=2e-3)
+
+
+def _measure_networks(
+    model: nn.Module,
+    structure: Structure,
+    widths: IntArray,
+    make: Callable[[nn.Module], Callable[[], Any]],
+    dense: Callable[[], Any],
+    clock: Clock,
+    progress: _Progress,
+) -> None:
+    """Time networks (m, groups) that `progress` does not hold yet."""
+    for start in range(len(progress.networks), len(widths), _AT_ONCE):
+        some = widths[start : start + _AT_ONCE]
+        calls = [make(build(model, structure.edit(prefixes(structure, row))).eval()) for row in some]
+        timings = time_networks(calls, dense, clock)
+        progress.timings += timings
+        progress.networks += [(timing.ratio, timing.uncertainty) for timing in timings]
+        progress.save()
+        log.info("latency of whole networks: %d of %d measured", start + len(some), len(widths))
+
+
+class _Progress:
+    """What is measured so far, kept in a file beside the table."""
+
+    def __init__(self, path: str | Path | None, setting: Setting, bench: Bench) -> None:
+        self._file = None if path is None else Path(f"{path}.partial")
+        self._setting = setting
+        self._bench = bench
+        self.dense_ms = 0.0
+        self.networks: list[tuple[float, float]] = []
+        self.timings: list[Timing] = []
+        bench.save = self.save
+        if self._file is not None and self._file.exists():
+            self._read(self._file)
+
+    def save(self) -> None:
+        """Write everything; a kill leaves the old file or the new one."""
+        if self._file is None:
+            return
+        known = {key: [[list(at), *ms] for at, ms in points.items()] for key, points in self._bench.known.items()}
+        data = {
+            "setting": self._identity(),
+            "reference_ms": self._bench.reference_ms,
+            "dense_ms": self.dense_ms,
+            "networks": self.networks,
+            "known": known,
+        }
+        fresh = self._file.with_suffix(".new")
+        fresh.write_text(json.dumps(data))
+        fresh.replace(self._file)
+
+    def remove(self) -> None:
+        """Drop the file, because the table is complete."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def _identity(self) -> list[Any]:
+        own = self._setting
+        return [own.model, list(own.inputs), own.batch, own.device, own.machine, own.threads, dict(own.versions)]
+
+    def _read(self, file: Path) -> None:
+        data = json.loads(file.read_text())
+        if data["setting"] != self._identity():
+            log.warning("%s is of another model, machine or setting, and is replaced", file)
+            return
+        points: dict[str, Points] = {
+            key: {tuple(at): (ms, low, high) for at, ms, low, high in rows} for key, rows in data["known"].items()
+        }
+        self._bench.known.update(points)
+        self._bench.reference_ms = data["reference_ms"]
+        self.dense_ms = data["dense_ms"]
+        self.networks = [tuple(row) for row in data["networks"]]
+        log.info("going on with %s: %d families measured already", file, len(points))
+
+
+def setting_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> Setting:
+    """What latencies measured here and now hold for."""
+    from autoprune import __version__
+
+    device = next(model.parameters()).device
+    inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    return Setting(
+        model=type(model).__name__,
+        inputs=tuple(f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, x.shape))}" for x in inputs),
+        batch=batch,
+        device=device.type,
+        machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        threads=torch.get_num_threads(),
+        runtime="torch",
+        versions={"python": platform.python_version(), "torch": torch.__version__, "autoprune": __version__},
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

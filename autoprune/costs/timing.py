@@ -1,0 +1,203 @@
+"""Honest timing: calls interleaved with a reference, so that a machine that drifts or is shared cancels out.
+
+A block of a few repeats of each call is timed between two blocks of the reference, in rounds whose order is shuffled,
+and what is kept of a block is its ratio to the mean of the two. A machine that slows down slows down both. The median
+over rounds forgives single blocks that another program disturbed; a bootstrap over rounds says how well it is known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from autoprune.protocols import FloatArray
+
+Call = Callable[[], Any]
+
+NOISY = 0.05
+"""A median whose 95 % interval is wider than this on either side, as a fraction of it, is reported as noisy."""
+
+_OUTLIER = 6.0  # scaled median absolute deviations from the median
+_RESAMPLES = 200
+_BLOCKS_PER_REFERENCE = 6
+_MOST_REPEATS = 10_000
+
+
+class Clock(Protocol):
+    """Times a call; a protocol so that tests need no real time."""
+
+    def seconds(self, call: Call, repeats: int) -> float:
+        """Seconds that `repeats` calls in a row take, all work that they started included."""
+        ...
+
+
+class CpuClock:
+    """Time on the CPU: with one thread the time that it ran, without other programs' turns; else wall time.
+
+    Torch's number of threads is read when the clock is made.
+    """
+
+    def __init__(self) -> None:
+        self._now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def seconds(self, call: Call, repeats: int) -> float:
+        """Seconds of `repeats` calls."""
+        began = self._now()
+        for _ in range(repeats):
+            call()
+        return self._now() - began
+
+
+class CudaClock:
+    """Time between two events on a GPU's stream, which is idle when the first is recorded."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def seconds(self, call: Call, repeats: int) -> float:
+        """Seconds of `repeats` calls, launches included where they are slower than the kernels."""
+        with torch.cuda.device(self._device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+            begin.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            torch.cuda.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of a device.
+
+    Raises:
+        ValueError: If the device is neither a CPU nor a CUDA GPU.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"latency is measured on 'cpu' or 'cuda', got {str(device)!r}; pass costs= with your own")
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a call takes.
+
+    Attributes:
+        ms: Milliseconds of one call, at the speed that the reference had on the median.
+        ratio: Median of its time over that of the reference.
+        low: Lower end of the 95 % interval of `ratio`, by bootstrap over rounds.
+        high: Its upper end.
+        rounds: Blocks that were timed.
+        outliers: Blocks more than 6 scaled median absolute deviations off; they count like all others.
+    """
+
+    ms: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+    outliers: int
+
+    @property
+    def uncertainty(self) -> float:
+        """How far the interval reaches from the median, as a fraction of it, on the wider side."""
+        return max(self.high - self.ratio, self.ratio - self.low) / self.ratio
+
+
+def compare(
+    calls: Sequence[Call],
+    reference: Call,
+    clock: Clock,
+    *,
+    rounds: int = 9,
+    most_rounds: int = 27,
+    tolerance: float = 0.02,
+    block_seconds: float = 1e-3,
+    seed: int = 0,
+) -> list[Timing]:
+    """Time calls against a reference in one interleaved run.
+
+    Args:
+        calls: What to time.
+        reference: What every call is compared with.
+        clock: Takes the time.
+        rounds: Blocks of each call.
+        most_rounds: Blocks of a call whose interval stays wider than `tolerance` on either side.
+        tolerance: Fraction of the median.
+        block_seconds: What a block takes at least; a call that is shorter is repeated.
+        seed: Orders the calls within rounds, so that periodic disturbances hit all alike, and draws the resamples.
+
+    Returns:
+        One timing for each call, in their order.
+    """
+    rng = np.random.default_rng(seed)
+    repeats = [_warm_up(call, clock, block_seconds) for call in calls]
+    steps = _warm_up(reference, clock, block_seconds)
+    ratios: list[list[float]] = [[] for _ in calls]
+    references: list[float] = []
+    found: list[Timing | None] = [None] * len(calls)
+    waiting = list(range(len(calls)))
+    done = 0
+    while waiting:
+        before = clock.seconds(reference, steps) / steps
+        order = rng.permutation(waiting).tolist()
+        for start in range(0, len(order), _BLOCKS_PER_REFERENCE):
+            some = order[start : start + _BLOCKS_PER_REFERENCE]
+            taken = [clock.seconds(calls[i], repeats[i]) / repeats[i] for i in some]
+            after = clock.seconds(reference, steps) / steps
+            for i, seconds in zip(some, taken, strict=True):
+                ratios[i].append(2 * seconds / (before + after))
+            references.append(after)
+            before = after
+        done += 1
+        if done >= rounds and (done % 3 == 0 or done >= most_rounds):
+            speed = float(np.median(references))
+            for i in waiting:
+                found[i] = _timing(np.array(ratios[i]), speed, rng)
+            waiting = [i for i in waiting if done < most_rounds and _timing_of(found[i]).uncertainty > tolerance]
+    return [_timing_of(timing) for timing in found]
+
+
+def _timing_of(timing: Timing | None) -> Timing:
+    assert timing is not None
+    return timing
+
+
+def _warm_up(call: Call, clock: Clock, block_seconds: float) -> int:
+    """Run a call until it has its memory and its kernels, and say how often to repeat it in a block."""
+    clock.seconds(call, 1)
+    seconds = clock.seconds(call, 2) / 2
+    if seconds < block_seconds / 10:
+        seconds = clock.seconds(call, 10) / 10
+    return int(np.clip(np.ceil(block_seconds / max(seconds, 1e-9)), 1, _MOST_REPEATS))
+
+
+def _timing(ratios: FloatArray, reference_seconds: float, rng: np.random.Generator) -> Timing:
+    median = float(np.median(ratios))
+    resampled = np.median(rng.choice(ratios, (_RESAMPLES, len(ratios))), axis=1)
+    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+    away = np.abs(ratios - median)
+    spread = 1.4826 * float(np.median(away))
+    outliers = int((away > _OUTLIER * spread).sum()) if spread > 0 else 0
+    return Timing(1e3 * reference_seconds * median, median, low, high, len(ratios), outliers)
+
+
+def note_of_noise(timings: Sequence[Timing]) -> str:
+    """Say in plain words how well timings are known; empty where there is nothing to say."""
+    noisy = sum(timing.uncertainty > NOISY for timing in timings)
+    blocks, outliers = sum(timing.rounds for timing in timings), sum(timing.outliers for timing in timings)
+    said = []
+    if noisy:
+        worst = max(timing.uncertainty for timing in timings)
+        said.append(
+            f"the machine is noisy: {noisy} of {len(timings)} medians are known to no better than {NOISY:.0%} (worst "
+            f"{worst:.0%}), and their intervals say so; close other programs and measure again"
+        )
+    if outliers:
+        said.append(f"{outliers} of {blocks} blocks were outliers; they count like all others")
+    return "; ".join(said)

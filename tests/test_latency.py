@@ -1,0 +1,220 @@
+"""The latency model, against a simulated machine whose speed is known."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autoprune
+from autoprune.costs.latency import Latency
+from autoprune.costs.parts import draw_widths, find_parts, part_values, prefixes
+from autoprune.costs.profile import network_call, profile_structure, setting_of
+from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
+from autoprune.errors import RecipeError
+from autoprune.structure.analysis import analyse
+from autoprune.structure.slicing import build
+from tests.machine import STEP, Machine, stepped
+from tests.zoo import ZOO
+
+INPUTS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def run(model, *args, **kwargs):
+    return model(*args, **kwargs)
+
+
+def small() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.Conv2d(24, 40, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(40, 5),
+        ).eval()
+
+
+def measured(clock=None, batch=3, path=None, networks=15) -> Latency:
+    model = small()
+    structure = analyse(model, (INPUTS,))
+    clock = clock or Machine(drift=1e-5, cold=1.3, per_pass=2e-5)
+    return profile_structure(
+        model, structure, (INPUTS,), {}, run, batch=batch, clock=clock, path=path, networks=networks
+    )
+
+
+@pytest.fixture(scope="module")
+def latency() -> Latency:
+    return measured()
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """Milliseconds of networks at widths (n, groups) on the machine that `latency` was measured on, batch 3."""
+    model = small()
+    structure = analyse(model, (INPUTS,))
+    inputs = INPUTS[[0, 1, 0]]
+
+    def of(widths):
+        machine = Machine(cold=1.3, per_pass=2e-5)
+        nets = [build(model, structure.edit(prefixes(structure, row))) for row in widths]
+        return 1e3 * np.array([machine.seconds(network_call(net, run, (inputs,), {}), 1) for net in nets])
+
+    return structure, of
+
+
+class TestTiming:
+    def test_a_drifting_machine_cancels_out(self):
+        calls = [lambda n=n: torch.zeros(n, 1000).add(1.0) for n in (5, 10, 40)]
+        quiet, drifting = (
+            compare(calls, lambda: torch.zeros(10, 1000).add(1.0), Machine(drift=d)) for d in (0.0, 5e-3)
+        )
+        assert [timing.ratio for timing in drifting] == pytest.approx([timing.ratio for timing in quiet], rel=0.02)
+        assert quiet[1].ratio == pytest.approx(1.0)
+
+    def test_a_noisy_machine_widens_the_interval_and_is_said_to_be_noisy(self):
+        def timed(noise):
+            return compare([lambda: torch.zeros(9)] * 4, lambda: torch.zeros(9), Machine(noise=noise), most_rounds=9)
+
+        assert note_of_noise(timed(0.0)) == ""
+        noisy = timed(1.0)
+        assert max(timing.uncertainty for timing in noisy) > NOISY
+        assert "noisy" in note_of_noise(noisy)
+        assert all(timing.low <= timing.ratio <= timing.high for timing in noisy)
+
+    def test_more_rounds_are_spent_where_the_interval_is_wide(self):
+        (quiet,) = compare([lambda: torch.zeros(9)], lambda: torch.zeros(9), Machine())
+        (noisy,) = compare([lambda: torch.zeros(9)], lambda: torch.zeros(9), Machine(noise=0.5))
+        assert quiet.rounds < noisy.rounds
+
+    def test_single_disturbed_blocks_do_not_move_the_median_and_are_reported(self):
+        class Disturbed(Machine):
+            def seconds(self, call, repeats):
+                return super().seconds(call, repeats) * (50 if self.calls % 17 == 0 else 1)
+
+        (timing,) = compare([lambda: torch.zeros(9)], lambda: torch.zeros(9), Disturbed(noise=0.01), rounds=27)
+        assert timing.ratio == pytest.approx(1.0, rel=0.03)
+        assert timing.outliers > 0
+        assert "outliers" in note_of_noise([timing])
+
+    def test_the_clock_of_the_cpu_counts_repeats(self):
+        calls = []
+        assert CpuClock().seconds(lambda: calls.append(1), 7) > 0
+        assert len(calls) == 7
+
+
+class TestParts:
+    @pytest.mark.parametrize("name", ["resnet20_padded", "densenet"])
+    def test_operations_at_the_sizes_of_a_pruned_network_take_what_it_takes(self, name):
+        entry = ZOO[name]
+        model, inputs = entry.build(), entry.inputs()
+        structure = analyse(model, inputs, max_check_seconds=5)
+        found, parts = find_parts(model, structure, inputs, {}, run)
+        families = {family.key: family for family in found}
+        widths = draw_widths(structure, 1, np.random.default_rng(3))
+        values = part_values(parts, widths.astype(np.float64))
+        machine = Machine()
+        alone = sum(
+            part.count * machine.seconds(families[part.family].make([int(values[size][0]) for size in part.sizes]), 1)
+            for part in parts
+        )
+        pruned = build(model, structure.edit(prefixes(structure, widths[0])))
+        assert alone == pytest.approx(machine.seconds(network_call(pruned, run, inputs, {}), 1), rel=0.02)
+        assert len(families) < 0.7 * sum(part.count for part in parts)
+
+
+class TestLatency:
+    def test_predictions_are_those_of_the_machine(self, latency, truth):
+        structure, of = truth
+        widths = draw_widths(structure, 40, np.random.default_rng(9))
+        errors = np.abs(latency.predict(widths.astype(np.float64)) / of(widths) - 1)
+        assert np.median(errors) < 0.02
+        assert np.quantile(errors, 0.95) < 0.06
+
+    def test_flops_predict_worse(self, latency, truth):
+        structure, of = truth
+        widths = draw_widths(structure, 40, np.random.default_rng(9))
+        flops = autoprune.costs.StructuralCosts(structure).flops(widths.astype(np.float64))
+        dense = autoprune.costs.StructuralCosts(structure).flops(structure.sizes[None].astype(np.float64))
+        errors = np.abs(flops / dense * latency.dense_ms / of(widths) - 1)
+        assert np.median(errors) > 0.1
+
+    def test_the_grid_is_denser_at_steps(self, latency):
+        (table,) = (t for t in latency.tables if t.kind == "convolution" and len(t.axes) == 2)
+        steps = {edge for edge in range(STEP, 40, STEP) if {edge, edge + 1} <= set(table.axes[1])}
+        assert len(steps) >= 2
+
+    def test_held_out_errors_and_the_margin_are_part_of_the_model(self, latency):
+        assert latency.correction.networks == (10, 5)
+        assert 0 <= latency.correction.median_error <= latency.correction.p95_error < 0.1
+        widths = latency.evidence.widths.astype(np.float64)
+        assert (latency.upper(widths) >= latency.predict(widths)).all()
+
+    def test_more_evidence_moves_predictions_towards_it(self, latency):
+        widths = latency.evidence.widths[1:5]
+        before = latency.predict(widths.astype(np.float64))
+        slower = 1.3 * before / latency.dense_ms
+        after = latency.refitted(np.repeat(widths, 9, axis=0), np.repeat(slower, 9), np.full(36, 0.005))
+        errors = after.predict(widths.astype(np.float64)) / (1.3 * before) - 1
+        assert np.abs(errors).mean() < 0.12
+        assert after.correction.networks[0] == latency.correction.networks[0] + 36
+
+    def test_a_saved_table_predicts_the_same(self, latency, tmp_path):
+        loaded = Latency.load(latency.save(tmp_path / "table.json"))
+        widths = latency.evidence.widths.astype(np.float64)
+        np.testing.assert_array_equal(loaded.predict(widths), latency.predict(widths))
+        assert loaded.setting == latency.setting
+        assert json.loads((tmp_path / "table.json").read_text())["units"]["ms"].startswith("milliseconds")
+        assert str(loaded) == str(latency)
+
+    def test_a_file_that_is_no_table_is_refused(self, latency, tmp_path):
+        (tmp_path / "a.json").write_text("{}")
+        with pytest.raises(RecipeError, match="not a latency table"):
+            Latency.load(tmp_path / "a.json")
+        with pytest.raises(FileNotFoundError, match=r"b\.json"):
+            Latency.load(tmp_path / "b.json")
+
+    def test_another_batch_size_or_model_is_refused_by_name(self, latency):
+        structure = analyse(small(), (INPUTS,))
+        latency.require_match(structure, 3, "Sequential")
+        with pytest.raises(ValueError, match="its batch size is 3, and cost_batch is 1"):
+            latency.require_match(structure, 1, "Sequential")
+        with pytest.raises(ValueError, match="its model is Sequential, and this is ResNet"):
+            latency.require_match(structure, 3, "ResNet")
+        other = replace(latency, groups=(("0", 24), ("3", 48)))
+        with pytest.raises(ValueError, match=r"its groups differ in 3 \(48 units, here 40\)"):
+            other.require_match(structure, 3, "Sequential")
+
+    def test_interrupted_profiling_goes_on_where_it_stopped(self, tmp_path):
+        class Pulled(Machine):
+            def seconds(self, call, repeats):
+                if self.calls > 1500:
+                    raise KeyboardInterrupt
+                return super().seconds(call, repeats)
+
+        path = tmp_path / "table.json"
+        with pytest.raises(KeyboardInterrupt):
+            measured(Pulled(), path=path, networks=6)
+        rest, whole = Machine(), Machine()
+        measured(rest, path=path, networks=6)
+        measured(whole, networks=6)
+        assert rest.calls < 0.7 * whole.calls
+        assert Latency.load(path).dense_ms > 0
+        assert not path.with_name("table.json.partial").exists()
+
+    def test_the_setting_says_what_times_depend_on(self):
+        setting = setting_of(small(), (INPUTS,), {}, 2)
+        assert setting.inputs == ("float32 2x3x8x8",)
+        assert setting.elsewhere(setting) == []
+        assert setting.elsewhere(replace(setting, threads=99)) == [f"threads {setting.threads}, here 99"]
+
+
+def test_the_machine_of_these_tests_has_steps():
+    assert [stepped(n) for n in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 24]

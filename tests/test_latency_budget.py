@@ -1,0 +1,178 @@
+"""Searches under latency and throughput budgets, on a simulated machine."""
+
+import numpy as np
+import pytest
+import torch
+
+import autoprune
+from autoprune.budget import Budget
+from autoprune.costs.latency import Latency
+from autoprune.costs.profile import network_call
+from autoprune.errors import BudgetError, InfeasibleBudgetError
+from tests.machine import Machine
+from tests.test_latency import INPUTS, measured, run, small
+
+DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
+QUICK = {"trials": 24, "progress": False, "prior": "criterion"}
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Machine:
+    """Stands in for every clock."""
+    found = Machine(cold=1.3, per_pass=2e-5)
+    for module in ("autoprune.costs.profile", "autoprune.verify"):
+        monkeypatch.setattr(f"{module}.clock_for", lambda device: found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def table() -> Latency:
+    return measured(Machine(cold=1.3, per_pass=2e-5), batch=1)
+
+
+def true_ms(module) -> float:
+    return 1e3 * Machine(cold=1.3, per_pass=2e-5).seconds(network_call(module, run, (INPUTS[:1],), {}), 1)
+
+
+class TestBudget:
+    def test_throughput_is_a_limit_on_the_time_of_a_sample(self):
+        budget = Budget.parse("throughput >= 800/s and flops <= 50%")
+        assert budget.resolve({"ms_per_sample": 2.0, "flops": 10.0}) == {"ms_per_sample": 1.25, "flops": 5.0}
+        assert str(budget) == "throughput >= 800/s and flops <= 50%"
+        assert Budget.parse(str(budget)) == budget
+
+    def test_a_percentage_of_throughput_is_of_the_dense_model(self):
+        budget = Budget.parse("throughput >= 200%")
+        assert budget.resolve({"ms_per_sample": 2.0}) == {"ms_per_sample": 1.0}
+        assert Budget.parse(str(budget)) == budget
+
+    @pytest.mark.parametrize("text", ["throughput <= 5/s", "throughput >= 5ms", "throughput >= 50%", "throughput >= 0"])
+    def test_what_is_no_lower_limit_is_refused(self, text):
+        with pytest.raises(BudgetError, match="limit"):
+            Budget.parse(text)
+
+
+@pytest.mark.parametrize("optimizer", ["auto", "knapsack", "nsga2"])
+def test_what_is_offered_is_within_the_budget_as_measured(machine, table, optimizer):
+    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, optimizer=optimizer, **QUICK)
+    assert result.front
+    for trial in result.front:
+        built = true_ms(result.build(trial))
+        assert built <= 0.5 * true_ms(small()) * (1 + 1e-6)
+        assert trial.costs["latency_ms"] == pytest.approx(built, rel=1e-6)
+        assert trial.predicted["latency_ms"] == pytest.approx(built, rel=0.1)
+        low, high = trial.cost_intervals["latency_ms"]
+        assert low <= trial.costs["latency_ms"] <= high
+    assert "predicted latency_ms" in str(result)
+
+
+def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
+    from dataclasses import replace
+
+    factors = {kind: 0.7 * factor for kind, factor in table.correction.factors.items()}
+    optimistic = replace(table, correction=replace(table.correction, factors=factors, margin=0.0))
+    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic, **QUICK)
+    missed = [trial for trial in result.trials if trial.predicted and not trial.feasible]
+    assert missed
+    assert all(trial.costs["latency_ms"] <= result.limits["latency_ms"] for trial in result.front)
+    assert any(f"{len(missed)} missed a limit" in note for note in result.notes)
+    assert result.front
+
+
+def test_latencies_are_measured_first_where_no_table_is_given(machine, tmp_path):
+    result = autoprune.search(small(), "throughput >= 150%", DATA, run_dir=str(tmp_path), **QUICK)
+    limit = result.dense.costs["ms_per_sample"] / 1.5
+    assert result.best().costs["ms_per_sample"] <= limit
+    assert Latency.load(tmp_path / "latency.json").dense_ms == pytest.approx(true_ms(small()), rel=0.01)
+    again = autoprune.search(
+        small(), "throughput >= 150%", DATA, run_dir=str(tmp_path), resume=True, **{**QUICK, "trials": 28}
+    )
+    assert len(again.trials) == 28
+
+
+def test_a_table_saved_and_loaded_gives_the_same_search(machine, table, tmp_path):
+    path = table.save(tmp_path / "table.json")
+    budget = ["latency <= 50%", "params <= 60%"]
+    first, second = (autoprune.search(small(), budget, DATA, latency=given, **QUICK) for given in (table, str(path)))
+    assert [t.candidate for t in first.trials] == [t.candidate for t in second.trials]
+    assert [t.costs for t in first.front] == [t.costs for t in second.front]
+
+
+def test_a_table_of_another_machine_predicts_and_says_that_nothing_was_verified(machine, table):
+    from dataclasses import replace
+
+    elsewhere = replace(table, setting=replace(table.setting, machine="a phone"))
+    result = autoprune.search(small(), "latency <= 50%", DATA, latency=elsewhere, **QUICK)
+    assert any("not verified here" in note and "a phone" in note for note in result.notes)
+    assert all(not trial.predicted for trial in result.trials)
+
+
+def test_a_function_of_the_user_is_a_latency_too():
+    def on_my_phone(candidates):
+        return 10.0 - candidates.sum(axis=1)
+
+    result = autoprune.search(
+        small(), ["latency_ms <= 6", "throughput >= 200/s"], DATA, costs={"latency_ms": on_my_phone}, **QUICK
+    )
+    assert all(trial.costs["ms_per_sample"] == trial.costs["latency_ms"] <= 5 for trial in result.front)
+
+
+def test_an_impossible_latency_names_the_lowest_reachable(machine, table):
+    with pytest.raises(InfeasibleBudgetError, match="latency_ms must be at least"):
+        autoprune.search(small(), "latency_ms <= 0.0001", DATA, latency=table, **QUICK)
+
+
+def test_a_table_for_another_batch_size_is_refused_before_anything_is_searched(table):
+    with pytest.raises(ValueError, match="batch size is 1, and cost_batch is 8"):
+        autoprune.search(small(), "latency <= 50%", DATA, latency=table, cost_batch=8, **QUICK)
+
+
+def test_all_costs_of_a_result_survive_saving(machine, table, tmp_path):
+    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
+    loaded = autoprune.SearchResult.load(result.save(tmp_path / "a", weights="none"))
+    assert [t.predicted for t in loaded.front] == [t.predicted for t in result.front]
+    assert [t.cost_intervals for t in loaded.front] == [t.cost_intervals for t in result.front]
+    assert np.isfinite([t.costs["latency_ms"] for t in loaded.front]).all()
+
+
+def test_round_to_auto_takes_widths_at_the_right_edges_of_steps(machine, table):
+    edges = table.right_edges([1, 1])
+    assert set(edges["3"]) >= {8, 16, 24, 32, 40}
+    assert not {9, 17, 25, 33} & set(edges["3"])
+    space = autoprune.Channels(round_to="auto")
+    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, space=space, **QUICK)
+    (options,) = (d.options for d in result.space.dimensions if d.name == "3")
+    assert set(options) <= set(edges["3"])
+    assert result.front
+
+
+def test_round_to_auto_needs_latencies_and_says_so():
+    with pytest.raises(ValueError, match="round_to must be at least 1, or 'auto', got 'eight'"):
+        autoprune.Channels(round_to="eight")
+    costs = {"latency_ms": lambda candidates: 10.0 - candidates.sum(axis=1)}
+    with pytest.raises(ValueError, match="round_to='auto' needs measured latencies"):
+        autoprune.search(
+            small(), "latency_ms <= 6", DATA, costs=costs, space=autoprune.Channels(round_to="auto"), **QUICK
+        )
+
+
+def test_an_interrupted_verification_returns_what_was_measured(machine, table, monkeypatch):
+    from autoprune import verify
+
+    def pulled(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "time_networks", pulled)
+    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
+    assert result.front
+    assert any("interrupted: some latencies" in note for note in result.notes)
+
+
+def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monkeypatch):
+    from autoprune import verify
+
+    slow = Machine(cold=1.3, per_pass=1.0)
+    monkeypatch.setattr(verify, "clock_for", lambda device: slow)
+    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
+    with pytest.raises(InfeasibleBudgetError, match="were measured to be over, the nearest by"):
+        result.best()
