@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import autoprune
+from autoprune import journal as journal_module
 from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import LocalExecutor
 from autoprune.journal import FILE_NAME, Journal
@@ -283,6 +284,23 @@ def test_other_threads_versions_and_optimizers_are_warned_of(tmp_path, caplog):
     assert "other versions" in text
     assert "optimizer (LevelSwitch before, RandomSearch now)" in text
     assert "device" not in text
+
+
+def test_a_search_that_fills_the_disk_says_so_and_goes_on_once_there_is_room(tmp_path, monkeypatch):
+    connect = journal_module._connect
+
+    def connect_to_a_small_disk(path):
+        connection = connect(path)
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count={pages + 3}")
+        return connection
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module, "_connect", connect_to_a_small_disk)
+        with pytest.raises(OSError, match=r"run_dir must have room .*resume=True goes on"):
+            search(tmp_path)
+    assert 0 < finished(tmp_path) < TRIALS
+    assert seen(search(tmp_path, True)) == seen(search(None))
 
 
 def fill(journal):

@@ -127,7 +127,7 @@ def breed(
 
 
 def _first_fronts(points: FloatArray, n: int) -> IntArray:
-    """Positions of the best points (k, m) by dominance: whole fronts, until they hold `n`, ascending."""
+    """Positions of the best finite points (k, m) by dominance: whole fronts, until they hold `n`, ascending."""
     taken, waiting = np.zeros(len(points), dtype=np.bool_), np.arange(len(points))
     while len(waiting) and taken.sum() < n:
         front = non_dominated(points[waiting])
