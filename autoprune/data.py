@@ -117,8 +117,8 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
         batches |= {part: tuple(map_tensors(_clone, batch) for batch in drawn[part]) for part in wanted}
         notes += _notes(data, home, {part: sum(map(batch_size, drawn[part])) for part in wanted})
     batches = {part: batches[part] for part in PARTS}
-    found = Subsets(**batches, notes=tuple(notes), fingerprint=fingerprint(batches), synthetic=False)
-    return found.to(device)
+    calibration, validation, test = batches.values()
+    return Subsets(calibration, validation, test, tuple(notes), fingerprint(batches)).to(device)
 
 
 def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 128) -> Subsets:
