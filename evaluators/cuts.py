@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -20,8 +19,6 @@ from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.slicing import owners
 from autoprune.structure.terms import WEIGHTS
 from autoprune.structure.trace import Forward, ModuleCall, Op, Record, Ref, trace
-
-log = logging.getLogger(__name__)
 
 _LEAST_GAIN = 1e-3  # of all multiply-accumulates, on average over dimensions: less is not worth a place
 _MOST_SHAPES = 8  # forms of batches that are traced; more of them, and nothing is shared
@@ -67,8 +64,12 @@ class Flow:
     macs: float
 
 
-def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flow | None:
-    """Trace every form of batch, and find the cuts; None, with the reason in the log, where nothing may be skipped.
+class NothingToShareError(Exception):
+    """Why no part of a forward pass may be skipped."""
+
+
+def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flow:
+    """Trace every form of batch, and find the cuts.
 
     A pass must run on the meta device, so that it cannot depend on values, without random numbers, the same way for all
     batches, and without writing attributes of modules.
@@ -77,24 +78,27 @@ def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flo
         model: The dense model; comes back unchanged.
         batches: All that the model will be run on.
         forward: Runs a model on a batch.
+
+    Raises:
+        NothingToShareError: If a pass is not like this; says why.
     """
     forms = {_form(batch): batch for batch in batches}
     if len(forms) > _MOST_SHAPES:
-        return _none(f"batches have {len(forms)} different forms")
+        raise NothingToShareError(f"batches have {len(forms)} different forms")
     records = []
     for batch in forms.values():
         written: list[str] = []
         record = trace(model, (batch,), {}, _watching(forward, written))
         if written:
-            return _none(f"the forward pass writes the attribute {written[0]}")
+            raise NothingToShareError(f"the forward pass writes the attribute {written[0]}")
         if record.device != "meta":
-            return _none("the forward pass needs real values")
+            raise NothingToShareError("the forward pass needs real values")
         random = [op for op in record.ops if torch.Tag.nondeterministic_seeded in op.func.tags]
         if random:
-            return _none(f"{random[0].where()} draws random numbers")
+            raise NothingToShareError(f"{random[0].where()} draws random numbers")
         records.append(record)
     if any(_order(record) != _order(records[0]) for record in records):
-        return _none("batches of different shapes take different ways through the model")
+        raise NothingToShareError("batches of different shapes take different ways through the model")
     hooked = {name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks}
     holders = {owner.module for owner in owners(model)}
     return _Finder(records[0], hooked, holders).flow()
@@ -123,10 +127,6 @@ def choose_cuts(flow: Flow, firsts: IntArray, samples: int, memory_bytes: int) -
         chosen.add(pick)
         left -= size[pick]
         best = np.maximum(best, saves[pick])
-
-
-def _none(reason: str) -> None:
-    log.info("candidates share no computation: %s", reason)
 
 
 def _form(batch: Batch) -> str:
@@ -211,7 +211,7 @@ class _Finder:
         self._repeated = {name for name, count in times.items() if count > 1}
         # Statistics taken over several calls cannot be told apart, so a call that hides only some of these must run.
         self._run_always = hooked | (self._repeated & holders)
-        outermost_first = sorted(reversed(record.calls), key=lambda call: (call.first, -call.last))
+        outermost_first = sorted(record.calls, key=lambda call: (call.first, -call.last))
         self._calls = [call for call in outermost_first if self._replaceable(call)]
 
     def flow(self) -> Flow:
@@ -237,7 +237,7 @@ class _Finder:
     def _outputs(self, call: ModuleCall) -> set[int]:
         return {self._base[leaf.id] for leaf in tree_leaves(call.outputs) if isinstance(leaf, Ref)}
 
-    def _inside(self, covered: Set[int]) -> set[str]:
+    def _inside(self, covered: Container[int]) -> set[str]:
         """Names of modules whose calls run none but the operations covered."""
         calls = (call for call in self._record.calls if call.first < call.last)
         return {call.name for call in calls if call.first in covered and call.last - 1 in covered}
@@ -316,9 +316,9 @@ def _macs(op: Op, record: Record) -> float:
     results = [record.values[i].shape for i in op.results()]
     if op.name.startswith("_scaled_dot_product"):
         *_, queries, _ = record.values[op.args["query"].id].shape
-        return 2.0 * queries * float(np.prod(record.values[op.args["key"].id].shape))
+        return float(2 * queries * prod(record.values[op.args["key"].id].shape))
     if not weights or not results:
         return 0.0
     shape = record.values[weights[-1].id].shape
-    contracted = np.prod(shape[1:]) if "convolution" in op.name else shape[-2] if len(shape) > 1 else 1
-    return float(np.prod(results[0]) * contracted)
+    contracted = prod(shape[1:]) if "convolution" in op.name else shape[-2] if len(shape) > 1 else 1
+    return float(prod(results[0]) * contracted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from autoprune.batches import Batch
 from autoprune.evaluators.protocol import Context
+from autoprune.evaluators.sharing import Sharing
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, Slicer, build
+
+Adapt = Callable[[nn.Module, Edit, Callable[[Batch], object]], None]
 
 DENSE_BYTES = 256 * 2**20
 """Most memory for outputs of the dense model that only the distortion needs; it is measured on what fits."""
@@ -58,20 +62,29 @@ class Adapted:
 
     Args:
         context: With the model whose weights candidates inherit; it stays as it is.
-        adapt: ``adapt(module, edit)`` changes what was cut before it is scored or delivered, by swapping parameters and
-            not by writing to them, because what does not shrink is shared. The dense candidate is left as it is.
+        adapt: ``adapt(module, edit, run)`` changes what was cut before it is scored or delivered, by swapping
+            parameters and not by writing to them, because what does not shrink is shared. ``run(batch)`` runs the
+            module on calibration data. What a layer becomes may depend on the edit of what is read up to there and on
+            what the layer sees in these runs, and on nothing behind it. The dense candidate is left as it is.
+        share_bytes: Most memory for what candidates share, see `autoprune.evaluators.sharing`; 0 for none.
     """
 
-    def __init__(self, context: Context, adapt: Callable[[nn.Module, Edit], None]) -> None:
+    def __init__(self, context: Context, adapt: Adapt, share_bytes: int = 0) -> None:
         self._context = context
         self._adapt = adapt
         self._slicer = Slicer(context.model)
-        # Cut, because the bare skeleton shares the model's buffers.
-        self._measure = Measuring(context, self._slicer.cut(Edit({}, {})).eval())
+        dense = self._slicer.cut(Edit({}, {})).eval()  # cut, because the bare skeleton shares the model's buffers
+        self._sharing = Sharing(context, dense, share_bytes)
+        self._measure = Measuring(replace(context, forward=self._sharing.forward), dense)
+
+    def order(self, candidates: IntArray) -> IntArray:
+        """The order of evaluation in which candidates, shape (n, d), share most; positions, shape (n,)."""
+        return np.array(self._sharing.order([self._edit(candidate) for candidate in candidates]), dtype=np.int64)
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on validation batches."""
-        return [self._measure(partial(self._cut, candidate, False), "validation", chunk) for candidate in candidates]
+        cuts = (partial(self._cut, candidate, False) for candidate in candidates)
+        return [self._sharing.score(partial(self._measure, cut, "validation", chunk)) for cut in cuts]
 
     def test(self, candidate: IntArray) -> Measurement | Failure:
         """Score a candidate, shape (d,), on the held-out samples."""
@@ -83,12 +96,16 @@ class Adapted:
             return self._cut(candidate, True)
 
     def _cut(self, candidate: IntArray, private: bool) -> nn.Module:
-        context = self._context
-        edit = context.structure.edit(context.space.pruning(candidate.tolist()))
-        module = build(context.model, edit) if private else self._slicer.cut(edit)
+        edit = self._edit(candidate)
+        module = build(self._context.model, edit) if private else self._slicer.cut(edit)
         if candidate.any():
-            self._adapt(module, edit)
+            self._sharing.begin(edit)
+            self._adapt(module, edit, partial(self._sharing.forward, module))
+            self._sharing.settle()
         return module
+
+    def _edit(self, candidate: IntArray) -> Edit:
+        return self._context.structure.edit(self._context.space.pruning(candidate.tolist()))
 
 
 def bound_forward(context: Context, module: nn.Module) -> Callable[[Batch], object]:

@@ -295,7 +295,7 @@ def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
     handles = [
         register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, with_kwargs=True),  # type: ignore[arg-type]  # torch's type lacks kwargs
+        register_module_forward_hook(leave, with_kwargs=True),
     ]
     try:
         yield
