@@ -7,7 +7,7 @@ from collections.abc import Callable
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.finetune import FineTune
-from autoprune.evaluators.protocol import Context, Evaluator, Forward
+from autoprune.evaluators.protocol import Context, Evaluator, Forward, Orders
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     "adaptive_bn": AdaptiveBN,
@@ -31,4 +31,14 @@ def make_evaluator(spec: str | Evaluator) -> Evaluator:
     return spec
 
 
-__all__ = ["EVALUATORS", "AdaptiveBN", "Compensated", "Context", "Evaluator", "FineTune", "Forward", "make_evaluator"]
+__all__ = [
+    "EVALUATORS",
+    "AdaptiveBN",
+    "Compensated",
+    "Context",
+    "Evaluator",
+    "FineTune",
+    "Forward",
+    "Orders",
+    "make_evaluator",
+]

@@ -289,19 +289,26 @@ class _Finder:
     def _needed(self, cut: ModuleCall, skipped: Sequence[ModuleCall]) -> set[str]:
         """Skipped modules whose outputs an operation needs that runs all the same, after the cut or on real values."""
         missing: dict[int, set[str]] = {}  # storages that hold no values, and the skipped modules that this is due to
-        hides = {i: call for call in (*skipped, cut) for i in range(call.first, call.last)}
+        returns = {call.last - 1: call for call in (*skipped, cut)}
+        hidden = {i for call in (*skipped, cut) for i in range(call.first, call.last)}
         for i, reads in enumerate(self._reads):
-            call = hides.get(i)
-            if call is not None:
-                if i == call.last - 1:
-                    for base in self._outputs(call):
-                        missing[base] = {call.name} if call is not cut else set()
+            if i in hidden:
+                if call := returns.get(i):
+                    missing.update((base, {call.name}) for base in self._outputs(call))
+                if call is cut:
+                    missing = {base: due for base, due in missing.items() if cut.name not in due}
                 continue
-            due = set[str]().union(*(missing.get(base, set()) for base in reads))
-            if due and (i >= cut.last or not all(missing.get(base) for base in reads)):
-                return due
-            missing.update((base, due) for base in self._makes[i] | self._mutates[i])
-        return set[str]().union(*(missing.get(self._base[i], set()) for i in self._record.outputs))
+            lacking = missing.keys() & reads
+            if lacking and (i >= cut.last or len(lacking) < len(reads)):
+                return set[str]().union(*(missing[base] for base in lacking))
+            due = set[str]().union(*(missing[base] for base in lacking))
+            for base in self._makes[i] | self._mutates[i]:
+                if due:
+                    missing[base] = due
+                else:
+                    missing.pop(base, None)
+        results = {self._base[i] for i in self._record.outputs}
+        return set[str]().union(*(missing[base] for base in missing.keys() & results))
 
 
 def _plain(tree: Any) -> bool:

@@ -79,7 +79,11 @@ class Adapted:
 
     def order(self, candidates: IntArray) -> IntArray:
         """The order of evaluation in which candidates, shape (n, d), share most; positions, shape (n,)."""
-        return np.array(self._sharing.order([self._edit(candidate) for candidate in candidates]), dtype=np.int64)
+        try:
+            order = self._sharing.order([self._edit(candidate) for candidate in candidates])
+        except Exception:  # a candidate that cannot be cut fails when it is scored, alone
+            order = list(range(len(candidates)))
+        return np.array(order, dtype=np.int64)
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on validation batches."""

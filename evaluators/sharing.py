@@ -33,9 +33,13 @@ SHARE_BYTES = 2**30
 """Most memory for shared outputs, by default."""
 
 _REMEMBERED = 4096  # digests whose number of uses is remembered
+_NEVER = np.iinfo(np.int64).max - 1
+_CALIBRATED = 16  # candidates whose calibration is remembered, so that further chunks of data need none
+WHOLE = ""  # the name of the whole model
 PARTS = ("calibration", "validation")
 Outcome = Measurement | Failure
 Key = tuple[str, bytes, str]
+Mark = tuple[int, str, bool]
 State = dict[tuple[str, str], Tensor]
 
 
@@ -138,7 +142,7 @@ class _Candidate:
     """
 
     digests: dict[str, bytes]
-    known: State | None = None
+    known: State | None
     before: dict[tuple[str, str], tuple[Tensor, int]] | None = None
     resumed: tuple[Cut, Kept] | None = None
     touched: set[Key] = field(default_factory=set)
@@ -183,17 +187,12 @@ class Sharing:
         self._places = {id(b): (part, i) for part in PARTS for i, b in enumerate(getattr(subsets, part))}
         self._samples = {part: subsets.samples[part] for part in PARTS}
         self.store = Store(memory_bytes)
-        self.cuts: tuple[Cut, ...] = ()
-        self._marks: list[tuple[int, str, bool]] = []
-        if memory_bytes:
-            try:
-                self._lay_out(memory_bytes)
-            except Exception as error:  # what raises here shows again, with its reason, when a candidate is scored
-                log.info("candidates share no computation: %s", error)
+        self.cuts, self._marks = self._lay_out(memory_bytes)
         self._watched = {name for cut in self.cuts for name in (cut.name, *cut.skipped)}
         self._skippable = {name for cut in self.cuts for name in cut.skipped}
         self._by_name = {cut.name: cut for cut in self.cuts}
         self._holders = [(owner.module, owner.key, owner.holder) for owner in owners(module)]
+        self._calibrated: OrderedDict[bytes, State] = OrderedDict()
         self._on, self._proven, self._resumed = bool(self.cuts), False, False
         self._active = False
         self._now: _Candidate | None = None
@@ -207,8 +206,8 @@ class Sharing:
         """The order in which candidates share most with the one before, as positions; takes note of what they share."""
         digests = [self._digests(edit) for edit in edits]
         for each in digests:
-            for name, digest in each.items():
-                self.store.ask(name, digest)
+            for cut in self.cuts:
+                self.store.ask(cut.name, each[cut.name])
         return sorted(range(len(edits)), key=lambda i: (*digests[i].values(), i))
 
     def score(self, measure: Callable[[], Outcome]) -> Outcome:
@@ -236,14 +235,20 @@ class Sharing:
 
     def begin(self, edit: Edit) -> None:
         """Say which candidate the skeleton is now."""
-        self._now = _Candidate(self._digests(edit)) if self._active else None
+        if self._active:
+            digests = self._digests(edit)
+            self._now = _Candidate(digests, self._calibrated.get(digests[WHOLE]))
 
     def settle(self) -> None:
         """Say that the candidate is calibrated: modules that did not run get what an earlier calibration gave them."""
         now = self._now
         if now is None or now.before is None:
             return
-        found = {}
+        if now.known is not None:
+            for module, key, holder in self._holders:
+                holder[key] = now.known.get((module, key), holder[key])
+            return
+        found: State = {}
         if now.resumed is not None:
             assert now.resumed[1].state is not None
             found.update(now.resumed[1].state)
@@ -256,6 +261,9 @@ class Sharing:
                 old, version = now.before[module, key]
                 if holder[key] is not old or old._version != version:
                     found[module, key] = holder[key]
+        self._calibrated[now.digests[WHOLE]] = found
+        while len(self._calibrated) > _CALIBRATED:
+            self._calibrated.popitem(last=False)
         batches = len(self._context.subsets.calibration)
         for cut in self.cuts:
             kept = self.store.find((cut.name, now.digests[cut.name], "calibration"))
@@ -276,7 +284,10 @@ class Sharing:
         else:
             if now.before is None:
                 now.before = {(m, k): (holder[k], holder[k]._version) for m, k, holder in self._holders}
-                now.resumed = self._find(now, part, None)
+                now.resumed = self._find(now, part, None) if now.known is None else None
+            if now.known is not None:
+                self._resumed = True
+                return None
             found = now.resumed
         cut, kept = found or (None, None)
         shapes = {} if kept is None else dict(kept.shapes[index])
@@ -292,31 +303,31 @@ class Sharing:
                 raise RuntimeError("modules are not called in the way that was traced")
         return outputs
 
-    def _lay_out(self, memory_bytes: int) -> None:
-        """Find the cuts, and what of a candidate matters when."""
-        context = self._context
-        if context.structure.device != "meta":
-            raise NothingToShareError("the forward pass needs real values")
-        flow = flow_of(context.model, [b for part in PARTS for b in getattr(context.subsets, part)], context.forward)
-        self.cuts = choose_cuts(flow, _firsts(context, flow), sum(self._samples.values()), memory_bytes)
-        self._marks = _marks(context, flow)
+    def _lay_out(self, memory_bytes: int) -> tuple[tuple[Cut, ...], list[Mark]]:
+        """Find the cuts, and when what candidates change matters first; nothing where nothing can be shared."""
+        context, subsets = self._context, self._context.subsets
+        if not memory_bytes:
+            return (), []
+        try:
+            if context.structure.device != "meta":
+                raise NothingToShareError("the forward pass needs real values")
+            flow = flow_of(context.model, [*subsets.calibration, *subsets.validation], context.forward)
+            firsts = _firsts(context, flow)
+        except Exception as error:  # a fault of the model shows again when a candidate is scored
+            log.info("candidates share no computation: %s", error)
+            return (), []
+        return choose_cuts(flow, firsts, sum(self._samples.values()), memory_bytes), _marks(context, flow)
 
     def _digests(self, edit: Edit) -> dict[str, bytes]:
-        """For each cut a digest of what the candidate reads up to there."""
-        digests, marks, digest = {}, iter(self._marks), hashlib.blake2b(digest_size=16)
+        """For each cut a digest of what the candidate reads up to there, and one of all that it is."""
+        digests, digest, ends = {}, hashlib.blake2b(digest_size=16), [(cut.name, cut.end) for cut in self.cuts]
+        marks = iter(self._marks)
         mark = next(marks, None)
-        for cut in self.cuts:
-            while mark is not None and mark[0] < cut.end:
-                _, name, tensor = mark
-                if not tensor:
-                    digest.update(repr((name, sorted(edit.attributes.get(name, {}).items()))).encode())
-                elif name in edit.slices or name in edit.zeroed:
-                    digest.update(repr((name, edit.zeroed.get(name, 0))).encode())
-                    for dim, index in edit.slices.get(name, {}).items():
-                        digest.update(repr((dim, len(index))).encode())
-                        digest.update(index.tobytes())
+        for cut, end in (*ends, (WHOLE, _NEVER + 1)):
+            while mark is not None and mark[0] < end:
+                _describe(edit, mark[1], mark[2], digest.update)
                 mark = next(marks, None)
-            digests[cut.name] = digest.digest()
+            digests[cut] = digest.digest()
         return digests
 
     def _find(self, now: _Candidate, part: str, index: int | None) -> tuple[Cut, Kept] | None:
@@ -390,24 +401,36 @@ class Sharing:
 
 def _firsts(context: Context, flow: Flow) -> IntArray:
     """The first operation that each dimension changes, shape (d,)."""
-    sizes, never = context.space.sizes, np.iinfo(np.int64).max
+    sizes = context.space.sizes
     candidates = np.vstack([np.zeros_like(sizes), np.diag(sizes - 1)])
     dense, *changed = (context.structure.edit(context.space.pruning(c)) for c in candidates.tolist())
     firsts = []
     for edit in changed:
-        places = [flow.reads.get(name, never) for name in {*edit.slices, *edit.zeroed}]
+        places = [flow.reads.get(name, _NEVER) for name in {*edit.slices, *edit.zeroed}]
         for name, values in edit.attributes.items():
             if values != dense.attributes.get(name):
                 places.append(flow.enters.get(name, 0))
-        firsts.append(min(places, default=never))
+        firsts.append(min(places, default=_NEVER))
     return np.array(firsts, dtype=np.int64)
 
 
-def _marks(context: Context, flow: Flow) -> list[tuple[int, str, bool]]:
-    """When parts of the model that candidates change first matter: operation, name, and whether it is a tensor."""
-    tensors = [(flow.reads[name], name, True) for name in flow.reads]
-    modules = {attribute.module for attribute in context.structure.attributes}
-    return sorted([*tensors, *((flow.enters.get(name, -1), name, False) for name in modules)])
+def _marks(context: Context, flow: Flow) -> list[Mark]:
+    """When what candidates may change matters first: operation, name, and whether it is a tensor or a module."""
+    structure = context.structure
+    tensors = ((flow.reads.get(name, _NEVER), name, True) for name in {*structure.units_of, *structure.weights})
+    modules = ((flow.enters.get(name, -1), name, False) for name in {each.module for each in structure.attributes})
+    return sorted([*tensors, *modules])
+
+
+def _describe(edit: Edit, name: str, tensor: bool, write: Callable[[bytes], None]) -> None:
+    """Write down what an edit does to a tensor or a module."""
+    if not tensor:
+        write(repr((name, sorted(edit.attributes.get(name, {}).items()))).encode())
+    elif name in edit.slices or name in edit.zeroed:
+        write(repr((name, edit.zeroed.get(name, 0))).encode())
+        for dim, index in sorted(edit.slices.get(name, {}).items()):
+            write(repr((dim, len(index))).encode())
+            write(index.tobytes())
 
 
 def _same(a: Outcome, b: Outcome) -> bool:

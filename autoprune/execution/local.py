@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from autoprune.evaluators import Context, Evaluator
+from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.protocols import Failure, IntArray, Measurement
 
 Outcome = Measurement | Failure
@@ -86,8 +86,10 @@ class LocalExecutor:
         return 0 if self._queue or self._evaluator is None else self._generation
 
     def submit(self, trials: list[int], candidates: IntArray) -> None:
-        """Queue candidates."""
-        self._queue.extend(zip(trials, candidates, strict=True))
+        """Queue candidates, related ones behind each other where the evaluator has a wish."""
+        evaluator = self._evaluator
+        order = evaluator.order(candidates) if isinstance(evaluator, Orders) else np.arange(len(trials))
+        self._queue.extend((trials[i], candidates[i]) for i in order.tolist())
 
     def gather(self) -> list[Finished]:
         """Evaluate the next candidate in the queue."""
