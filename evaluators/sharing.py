@@ -87,16 +87,16 @@ class Store:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._kept: OrderedDict[Key, Kept] = OrderedDict()
+        self.kept: OrderedDict[Key, Kept] = OrderedDict()
         self._asked: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         self.used = 0
         self.peak = 0
 
     def find(self, key: Key) -> Kept | None:
         """What is kept, now the most recently used."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
+        if key in self.kept:
+            self.kept.move_to_end(key)
+        return self.kept.get(key)
 
     def ask(self, name: str, digest: bytes) -> None:
         """Take note that a candidate could use the output of a module."""
@@ -108,23 +108,23 @@ class Store:
         """Set memory aside, at the cost of what was used least recently and is not `guarded`; None without room."""
         wanted = self._asked.get(key[:2], 0) > 1
         while self.used + nbytes > self._limit:
-            oldest = next((other for other in self._kept if other not in guarded), None)
+            oldest = next((other for other in self.kept if other not in guarded), None)
             if not wanted or oldest is None or nbytes > self._limit:
                 return None
             self.drop(oldest)
-        self._kept[key] = Kept(nbytes)
+        self.kept[key] = Kept(nbytes)
         self.used += nbytes
         self.peak = max(self.peak, self.used)
-        return self._kept[key]
+        return self.kept[key]
 
     def drop(self, key: Key) -> None:
         """Forget one entry, if it is there."""
-        if key in self._kept:
-            self.used -= self._kept.pop(key).room
+        if key in self.kept:
+            self.used -= self.kept.pop(key).room
 
     def clear(self) -> None:
         """Forget all outputs."""
-        self._kept.clear()
+        self.kept.clear()
         self.used = 0
 
 
@@ -193,7 +193,7 @@ class Sharing:
         self._by_name = {cut.name: cut for cut in self.cuts}
         self._holders = [(owner.module, owner.key, owner.holder) for owner in owners(module)]
         self._calibrated: OrderedDict[bytes, State] = OrderedDict()
-        self._on, self._proven, self._resumed = bool(self.cuts), False, False
+        self.on, self.proven, self._resumed = bool(self.cuts), False, False
         self._active = False
         self._now: _Candidate | None = None
         self._pass: _Pass | None = None
@@ -212,7 +212,7 @@ class Sharing:
 
     def score(self, measure: Callable[[], Outcome]) -> Outcome:
         """Run what scores a candidate, with sharing as long as that is known to change nothing."""
-        if not self._on:
+        if not self.on:
             return measure()
         self._active, self._resumed = True, False
         try:
@@ -220,7 +220,7 @@ class Sharing:
         finally:
             self._active, self._now, self._pass = False, None, None
         failed = isinstance(outcome, Failure)
-        if not self._resumed or (self._proven and not failed):
+        if not self._resumed or (self.proven and not failed):
             return outcome
         if failed:
             self.store.clear()  # for want of memory, perhaps
@@ -228,7 +228,7 @@ class Sharing:
         if failed and isinstance(plain, Failure):
             return plain
         if _same(outcome, plain):
-            self._proven = True
+            self.proven = True
         else:
             self._stop(f"a shared evaluation gave {outcome}, and {plain} without" if failed else "scores differ")
         return plain
@@ -394,7 +394,7 @@ class Sharing:
 
     def _stop(self, reason: str) -> None:
         log.warning("candidates share no computation from here on: %s", reason)
-        self._on = self._active = False
+        self.on = self._active = False
         self._now = None
         self.store.clear()
 
