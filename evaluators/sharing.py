@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autoprune.batches import Batch, batch_size
+from autoprune.batches import Batch, batch_size, slice_batch
 from autoprune.evaluators.cuts import Cut, Flow, NothingToShareError, choose_cuts, flow_of
 from autoprune.evaluators.protocol import Context
 from autoprune.protocols import Failure, IntArray, Measurement
@@ -35,6 +35,8 @@ SHARE_BYTES = 2**30
 _REMEMBERED = 4096  # digests whose number of uses is remembered
 _NEVER = np.iinfo(np.int64).max - 1
 _CALIBRATED = 16  # candidates whose calibration is remembered, so that further chunks of data need none
+_FEW = 2  # samples of a rehearsal
+REHEARSAL = "rehearsal"
 WHOLE = ""  # the name of the whole model
 PARTS = ("calibration", "validation")
 Outcome = Measurement | Failure
@@ -158,6 +160,7 @@ class _Pass:
         kept: What is kept there.
         shapes: What modules have returned so far, on the meta device.
         called: Modules called so far.
+        rehearsed: What a rehearsal has kept so far, by the name of the cut.
     """
 
     part: str
@@ -167,13 +170,14 @@ class _Pass:
     kept: Kept | None
     shapes: dict[str, Any]
     called: list[str] = field(default_factory=list)
+    rehearsed: dict[str, Kept] = field(default_factory=dict)
 
 
 class Sharing:
     """Runs candidates cut from one skeleton, resuming where an earlier one has been.
 
-    The first score that comes out of a resumed pass is computed once more without, and so is whatever fails; where they
-    differ, nothing is shared any more, with a warning.
+    Every cut is rehearsed on the dense model. The first score that comes out of a resumed pass is computed once more
+    without, and so is whatever fails. Where anything differs, nothing is shared any more, with a warning.
 
     Args:
         context: With the dense model.
@@ -201,6 +205,8 @@ class Sharing:
             part = module.get_submodule(name)
             # Whole calls, hooks included: those that take statistics must not see placeholders.
             part._call_impl = partial(self._call, name, part._call_impl)  # type: ignore[method-assign]
+        if self.on:
+            self._rehearse()
 
     def order(self, edits: Sequence[Edit]) -> list[int]:
         """The order in which candidates share most with the one before, as positions; takes note of what they share."""
@@ -291,17 +297,7 @@ class Sharing:
             found = now.resumed
         cut, kept = found or (None, None)
         shapes = {} if kept is None else dict(kept.shapes[index])
-        run = self._pass = _Pass(part, index, batch_size(batch), cut, kept, shapes)
-        try:
-            outputs = self._context.forward(module, batch)
-        finally:
-            self._pass = None
-        expected = self._watched if cut is None else {cut.name, *cut.skipped}
-        if Counter(name for name in run.called if name in expected) != Counter(expected):
-            self._stop("modules are not called in the way that was traced")
-            if cut is not None:
-                raise RuntimeError("modules are not called in the way that was traced")
-        return outputs
+        return self._run(_Pass(part, index, batch_size(batch), cut, kept, shapes), batch)
 
     def _lay_out(self, memory_bytes: int) -> tuple[tuple[Cut, ...], list[Mark]]:
         """Find the cuts, and when what candidates change matters first; nothing where nothing can be shared."""
@@ -317,6 +313,35 @@ class Sharing:
             log.info("candidates share no computation: %s", error)
             return (), []
         return choose_cuts(flow, firsts, sum(self._samples.values()), memory_bytes), _marks(context, flow)
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        """Resume the dense model at every cut, on a few samples: a dependence that no trace shows must show here."""
+        batch = slice_batch(self._context.subsets.validation[0], 0, _FEW)
+        whole = _Pass(REHEARSAL, 0, 0, None, None, {})
+        try:
+            expected = _tensors(self._run(whole, batch))
+            for cut in self.cuts:
+                kept = whole.rehearsed[cut.name]
+                found = _tensors(self._run(_Pass(REHEARSAL, 0, 0, cut, kept, dict(kept.shapes[0])), batch))
+                if len(found) != len(expected) or not all(map(torch.equal, found, expected)):
+                    return self._stop(f"outputs differ when the model resumes behind {cut.name}")
+        except Exception as error:  # the model cannot be resumed, whatever the reason
+            self._stop(f"{type(error).__name__}: {error}")
+
+    def _run(self, run: _Pass, batch: Batch) -> Any:
+        """One forward pass of the skeleton."""
+        self._pass = run
+        try:
+            outputs = self._context.forward(self._module, batch)
+        finally:
+            self._pass = None
+        expected = self._watched if run.cut is None else {run.cut.name, *run.cut.skipped}
+        if Counter(name for name in run.called if name in expected) != Counter(expected):
+            self._stop("modules are not called in the way that was traced")
+            if run.cut is not None:
+                raise RuntimeError("modules are not called in the way that was traced")
+        return outputs
 
     def _digests(self, edit: Edit) -> dict[str, bytes]:
         """For each cut a digest of what the candidate reads up to there, and one of all that it is."""
@@ -372,6 +397,10 @@ class Sharing:
 
     def _keep(self, run: _Pass, cut: Cut, outputs: Any) -> None:
         """Keep the output of a cut, if there is room."""
+        if run.part == REHEARSAL:
+            run.rehearsed[cut.name] = Kept(0)
+            self._fill(run, cut, run.rehearsed[cut.name], outputs)
+            return
         now = self._now
         assert now is not None
         key = (cut.name, now.digests[cut.name], run.part)
@@ -388,9 +417,12 @@ class Sharing:
         now.touched.add(key)
         if run.index not in kept.outputs:
             kept.nbytes += nbytes
-            kept.outputs[run.index] = outputs = tree_map(_copy, outputs) if cut.overwritten else outputs
-            kept.versions[run.index] = _versions(outputs)
-            kept.shapes[run.index] = {name: run.shapes[name] for name in cut.skipped}
+            self._fill(run, cut, kept, outputs)
+
+    def _fill(self, run: _Pass, cut: Cut, kept: Kept, outputs: Any) -> None:
+        kept.outputs[run.index] = outputs = tree_map(_copy, outputs) if cut.overwritten else outputs
+        kept.versions[run.index] = _versions(outputs)
+        kept.shapes[run.index] = {name: run.shapes[name] for name in cut.skipped}
 
     def _stop(self, reason: str) -> None:
         log.warning("candidates share no computation from here on: %s", reason)
