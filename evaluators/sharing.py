@@ -25,6 +25,7 @@ from autoprune.batches import Batch, batch_size, slice_batch
 from autoprune.evaluators.cuts import Cut, Flow, NothingToShareError, choose_cuts, flow_of
 from autoprune.evaluators.protocol import Context
 from autoprune.protocols import Failure, IntArray, Measurement
+from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, owners
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ class Sharing:
     Args:
         context: With the dense model.
         module: The skeleton that candidates are cut from; the calls of its modules are intercepted.
-        memory_bytes: Most memory for what is kept.
+        memory_bytes: Most memory for outputs; statistics, a few values a channel, are not counted.
     """
 
     def __init__(self, context: Context, module: nn.Module, memory_bytes: int) -> None:
@@ -206,7 +207,8 @@ class Sharing:
             # Whole calls, hooks included: those that take statistics must not see placeholders.
             part._call_impl = partial(self._call, name, part._call_impl)  # type: ignore[method-assign]
         if self.on:
-            self._rehearse()
+            with seeded(0):
+                self._rehearse()
 
     def order(self, edits: Sequence[Edit]) -> list[int]:
         """The order in which candidates share most with the one before, as positions; takes note of what they share."""
@@ -295,6 +297,7 @@ class Sharing:
                 self._resumed = True
                 return None
             found = now.resumed
+        self._resumed |= found is not None  # before it runs: a placeholder may raise on the way to the cut
         cut, kept = found or (None, None)
         shapes = {} if kept is None else dict(kept.shapes[index])
         return self._run(_Pass(part, index, batch_size(batch), cut, kept, shapes), batch)
@@ -391,7 +394,6 @@ class Sharing:
         if _versions(outputs) != kept.versions[run.index]:
             self._stop(f"the outputs of {cut.name} were written to")
             raise RuntimeError(f"the outputs of {cut.name} were written to")
-        self._resumed = True
         run.shapes[cut.name] = tree_map(_shape, outputs)
         return tree_map(_copy, outputs) if cut.overwritten else outputs
 
