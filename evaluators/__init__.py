@@ -7,7 +7,7 @@ from collections.abc import Callable
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.finetune import FineTune
-from autoprune.evaluators.protocol import Context, Evaluator, Forward
+from autoprune.evaluators.protocol import Context, Evaluator, Forward, Orders
 from autoprune.evaluators.supernet import Supernet
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
@@ -42,6 +42,7 @@ __all__ = [
     "Evaluator",
     "FineTune",
     "Forward",
+    "Orders",
     "Supernet",
     "make_evaluator",
 ]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.batches import Batch
-from autoprune.evaluators.measuring import Adapted, bound_forward
+from autoprune.evaluators.measuring import Adapted
 from autoprune.evaluators.memory import BatchMoments, Passes
 from autoprune.evaluators.protocol import Context
+from autoprune.evaluators.sharing import SHARE_BYTES, checked_bytes
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.structure.slicing import Edit
 
@@ -23,18 +24,29 @@ class AdaptiveBN:
     Statistics are the exact average over the calibration samples, whatever the order of the batches. A model without
     batch norm is scored as it is. The dense candidate keeps the statistics that it was trained with.
 
+    Args:
+        share_bytes: Most memory for what candidates share, on the model's device: those that agree up to some module
+            compute everything up to there once, with the same scores to the last bit. 0 shares nothing.
+
     Reference:
         Li et al., "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network Pruning", ECCV 2020,
         arXiv:2007.02491. The paper lets the usual momentum of 0.1 forget the old statistics; here they are replaced.
     """
 
+    def __init__(self, share_bytes: int = SHARE_BYTES) -> None:
+        self._share_bytes = checked_bytes(share_bytes)
+
     def prepare(self, context: Context) -> None:
         """Make the skeleton that every candidate is cut from."""
 
-        def adapt(module: nn.Module, _: Edit) -> None:
-            recalibrate(module, context.subsets.calibration, bound_forward(context, module))
+        def adapt(module: nn.Module, _: Edit, run: Callable[[Batch], object]) -> None:
+            recalibrate(module, context.subsets.calibration, run)
 
-        self._adapted = Adapted(context, adapt)
+        self._adapted = Adapted(context, adapt, share_bytes=self._share_bytes)
+
+    def order(self, candidates: IntArray) -> IntArray:
+        """The order of evaluation in which candidates share most."""
+        return self._adapted.order(candidates)
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""

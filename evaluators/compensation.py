@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.batches import Batch
 from autoprune.evaluators.adaptive_bn import averaging, statistics
-from autoprune.evaluators.measuring import Adapted, bound_forward
+from autoprune.evaluators.measuring import Adapted
 from autoprune.evaluators.memory import BatchMoments, Passes
 from autoprune.evaluators.moments import Moments, layer_moments
 from autoprune.evaluators.protocol import Context
+from autoprune.evaluators.sharing import SHARE_BYTES, checked_bytes
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit
@@ -39,6 +41,7 @@ class Compensated:
         ridge: How strongly the fit is held to the inherited weights, see `least_squares`.
         memory_bytes: Most memory for the products of inputs, columns squared times 8 for each layer; the largest
             layers keep their weights when it is not enough, which the log says.
+        share_bytes: Most memory for what candidates share, see `AdaptiveBN`.
 
     Reference:
         Bias: An et al., "Fluctuation-based Adaptive Structured Pruning", AAAI 2024, arXiv:2312.11983, who put the mean
@@ -55,13 +58,14 @@ class Compensated:
         least_squares: bool = True,
         ridge: float = 1e-3,
         memory_bytes: int = 2**30,
+        share_bytes: int = SHARE_BYTES,
     ) -> None:
         if not 0 < ridge < np.inf:
             raise ValueError(f"ridge must be positive and finite, a share of the mean square of inputs, got {ridge}")
         if memory_bytes < 0:
             raise ValueError(f"memory_bytes must be at least 0, got {memory_bytes}")
         self._bn, self._bias, self._least_squares = bn, bias, least_squares
-        self._ridge, self._memory_bytes = ridge, memory_bytes
+        self._ridge, self._memory_bytes, self._share_bytes = ridge, memory_bytes, checked_bytes(share_bytes)
 
     def prepare(self, context: Context) -> None:
         """Look at what layers read, and make the skeleton that every candidate is cut from."""
@@ -75,7 +79,11 @@ class Compensated:
         for name, moments in self._moments.items():
             if moments.products is not None and (self._normalised(moments) or self._shifts(name, moments)):
                 moments.products -= torch.outer(moments.mean, moments.mean)
-        self._adapted = Adapted(context, self._adapt)
+        self._adapted = Adapted(context, self._adapt, share_bytes=self._share_bytes)
+
+    def order(self, candidates: IntArray) -> IntArray:
+        """The order of evaluation in which candidates share most."""
+        return self._adapted.order(candidates)
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""
@@ -98,7 +106,7 @@ class Compensated:
         return self._bias and biased and not self._normalised(moments)
 
     @torch.no_grad()
-    def _adapt(self, module: nn.Module, edit: Edit) -> None:
+    def _adapt(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
         context, means = self._context, {}
         for name, moments in self._moments.items():
             layer, dense = module.get_submodule(name), context.model.get_submodule(name)
@@ -114,7 +122,7 @@ class Compensated:
         with averaging(module, passes) if self._bn else nullcontext(), shifting(means, passes):
             if means or (self._bn and statistics(module)):
                 for batch in context.subsets.calibration:
-                    passes.run(bound_forward(context, module), batch)
+                    passes.run(run, batch)
 
 
 def _rows(parameter: Tensor, slices: Mapping[int, IntArray]) -> Tensor:

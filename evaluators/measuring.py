@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from autoprune.batches import Batch
 from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.protocol import Context
+from autoprune.evaluators.sharing import Sharing
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, Slicer, build
+
+Adapt = Callable[[nn.Module, Edit, Callable[[Batch], object]], None]
 
 DENSE_BYTES = 256 * 2**20
 """Most memory for outputs of the dense model that only the distortion needs; it is measured on what fits."""
@@ -61,30 +65,42 @@ class Adapted:
 
     Args:
         context: With the model whose weights candidates inherit; it stays as it is.
-        adapt: ``adapt(module, edit)`` changes what was cut before it is scored or delivered, by swapping parameters and
-            not by writing to them, because what does not shrink is shared. The dense candidate is left as it is.
+        adapt: ``adapt(module, edit, run)`` changes what was cut before it is scored or delivered, by swapping
+            parameters and not by writing to them, because what does not shrink is shared. ``run(batch)`` runs the
+            module on calibration data. What a layer becomes may depend on the edit of what is read up to there and on
+            what the layer sees in these runs, and on nothing behind it. The dense candidate is left as it is.
         reference: What outputs are compared with, in evaluation mode, with buffers of its own; the dense candidate by
             default.
+        share_bytes: Most memory for what candidates share, see `autoprune.evaluators.sharing`; 0 for none.
     """
 
     def __init__(
-        self, context: Context, adapt: Callable[[nn.Module, Edit], None], reference: nn.Module | None = None
+        self, context: Context, adapt: Adapt, reference: nn.Module | None = None, share_bytes: int = 0
     ) -> None:
         self._context = context
         self._adapt = adapt
         self._slicer = Slicer(context.model)
-        self._last: tuple[bytes, nn.Module] | None = None
-        # Cut, because the bare skeleton shares the model's buffers.
-        self._measure = Measuring(context, reference or self._slicer.cut(Edit({}, {})).eval())
+        self._held = b""  # the candidate that the skeleton is now
+        dense = self._slicer.cut(Edit({}, {})).eval()  # cut, because the bare skeleton shares the model's buffers
+        self._sharing = Sharing(context, dense, share_bytes)
+        self._measure = Measuring(replace(context, forward=self._sharing.forward), reference or dense)
+
+    def order(self, candidates: IntArray) -> IntArray:
+        """The order of evaluation in which candidates, shape (n, d), share most; positions, shape (n,)."""
+        try:
+            order = self._sharing.order([self._edit(candidate) for candidate in candidates])
+        except Exception:  # a candidate that cannot be cut fails when it is scored, alone
+            order = list(range(len(candidates)))
+        return np.array(order, dtype=np.int64)
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on validation batches."""
-        make = self._kept if chunk else partial(self._cut, private=False)
-        return [self._measure(partial(make, candidate), "validation", chunk) for candidate in candidates]
+        makes = [partial(self._kept if chunk else self._cut, candidate) for candidate in candidates]
+        return [self._sharing.score(partial(self._measure, make, "validation", chunk)) for make in makes]
 
     def test(self, candidate: IntArray) -> Measurement | Failure:
         """Score a candidate, shape (d,), on the held-out samples."""
-        return self._measure(partial(self._cut, candidate, False), "test")
+        return self._measure(partial(self._cut, candidate), "test")
 
     def score(self, module: nn.Module) -> Measurement | Failure:
         """Score any module on all validation batches, as candidates are."""
@@ -93,23 +109,31 @@ class Adapted:
     def build(self, candidate: IntArray) -> nn.Module:
         """The module that is scored, with state of its own, in the training mode of the model."""
         with seeded(0):
-            return self._cut(candidate, True)
+            return self._cut(candidate, private=True)
 
     def _kept(self, candidate: IntArray) -> nn.Module:
-        """What `_cut` gives; consecutive chunks of one candidate share it, so that it is adapted once."""
-        key = candidate.tobytes()
-        if self._last is None or self._last[0] != key:
-            self._last = None  # whatever happens next, two are never held
-            self._last = key, self._cut(candidate, private=False)
-        return self._last[1]
+        """What `_cut` gives; consecutive chunks of one candidate are adapted once.
 
-    def _cut(self, candidate: IntArray, private: bool) -> nn.Module:
-        context = self._context
-        edit = context.structure.edit(context.space.pruning(candidate.tolist()))
-        module = build(context.model, edit) if private else self._slicer.cut(edit)
+        With sharing, what the calibration gave is remembered there, and the chunk may resume.
+        """
+        held = self._held == candidate.tobytes() and not self._sharing.on
+        return self._slicer.skeleton if held else self._cut(candidate)
+
+    def _cut(self, candidate: IntArray, private: bool = False) -> nn.Module:
+        edit = self._edit(candidate)
+        if not private:
+            self._held = b""
+        module = build(self._context.model, edit) if private else self._slicer.cut(edit)
         if candidate.any():
-            self._adapt(module, edit)
+            self._sharing.begin(edit)
+            self._adapt(module, edit, partial(self._sharing.forward, module))
+            self._sharing.settle()
+        if not private:
+            self._held = candidate.tobytes()
         return module
+
+    def _edit(self, candidate: IntArray) -> Edit:
+        return self._context.structure.edit(self._context.space.pruning(candidate.tolist()))
 
 
 def bound_forward(context: Context, module: nn.Module) -> Callable[[Batch], object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -64,4 +64,16 @@ class Evaluator(Protocol):
 
     def test(self, candidate: IntArray) -> Measurement | Failure:
         """Score a candidate, shape (d,), on the held-out samples, which no other method touches."""
+        ...
+
+
+@runtime_checkable
+class Orders(Protocol):
+    """An evaluator that is faster when related candidates follow each other; none has to be."""
+
+    def order(self, candidates: IntArray) -> IntArray:
+        """The order in which to evaluate candidates, shape (n, d), as positions, shape (n,): neighbours are related.
+
+        Depends on the candidates alone. Several workers do well to take consecutive parts of it.
+        """
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from autoprune.batches import Batch
 from autoprune.data import fingerprint
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.measuring import Adapted, bound_forward
@@ -153,11 +154,11 @@ class Supernet:
             Training(context, model, self._recipe, identity).run()
             self._learned.identity, self._learned.weights = identity, weights_of(model)
 
-        def adapt(module: nn.Module, edit: Edit) -> None:
-            recalibrate(module, context.subsets.calibration, bound_forward(context, module))
+        def adapt(module: nn.Module, _: Edit, run: Callable[[Batch], object]) -> None:
+            recalibrate(module, context.subsets.calibration, run)
 
         with seeded(0):
-            adapt(model, Edit({}, {}))  # the largest candidate is scored as it is
+            adapt(model, Edit({}, {}), bound_forward(context, model))  # the largest candidate is scored as it is
         self._context = replace(context, model=model)
         self._given = Slicer(context.model).cut(Edit({}, {})).eval()
         self._adapted = Adapted(self._context, adapt, self._given if context.judge.needs_dense else None)

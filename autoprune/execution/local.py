@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from autoprune.evaluators import Context, Evaluator
+from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.racing import Race, evaluate
 
@@ -110,8 +110,10 @@ class LocalExecutor:
         return 0 if self._queue or self._evaluator is None else self._generation
 
     def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
-        """Queue candidates."""
-        self._queue.extend(zip(trials, candidates, races, strict=True))
+        """Queue candidates, related ones behind each other where the evaluator has a wish."""
+        evaluator = self._evaluator
+        order = evaluator.order(candidates) if isinstance(evaluator, Orders) else np.arange(len(trials))
+        self._queue.extend((trials[i], candidates[i], races[i]) for i in order.tolist())
 
     def gather(self) -> list[Finished]:
         """Evaluate the next candidate in the queue."""

@@ -96,12 +96,32 @@ class Op:
         return f"{self.name} in {self.module}" if self.module else self.name
 
 
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module: operations `first` up to `last` ran inside it.
+
+    Attributes:
+        name: Qualified name of the module.
+        first: Index of its first operation.
+        last: Index after its last operation.
+        inputs: Its arguments, positional and by keyword; tensors as `Ref`.
+        outputs: What it returned, before hooks of its own; tensors as `Ref`.
+    """
+
+    name: str
+    first: int
+    last: int
+    inputs: Any
+    outputs: Any
+
+
 @dataclass
 class Record:
     """Forward passes: operations, values, and which values are inputs and outputs.
 
     Attributes:
         ops: Operations, in the order in which they ran.
+        calls: Calls of modules, in the order in which they returned.
         values: Tensors that the passes met.
         inputs: Values that are inputs.
         outputs: Values that are outputs.
@@ -111,6 +131,7 @@ class Record:
     """
 
     ops: list[Op] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
@@ -267,16 +288,22 @@ def call_with(
 @contextmanager
 def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     names = {id(module): name for name, module in model.named_modules()}
+    record, starts = recorder.record, list[int]()
 
     def enter(module: nn.Module, _: Any) -> None:
         if id(module) in names:
             recorder.path.append(names[id(module)])
+            starts.append(len(record.ops))
 
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if id(module) in names and recorder.path:
-            recorder.path.pop()
+            inputs, outputs = tree_map(recorder.known, ((args, kwargs), output))
+            record.calls.append(ModuleCall(recorder.path.pop(), starts.pop(), len(record.ops), inputs, outputs))
 
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    handles = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, with_kwargs=True),
+    ]
     try:
         yield
     finally:
@@ -315,6 +342,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's,
     def lookup(self, tensor: Tensor) -> int:
         index = self._ids.get(id(tensor))
         return self.add(tensor, "constant", "", born=-1) if index is None else index
+
+    def known(self, leaf: Any) -> Any:
+        """The `Ref` of a tensor that the pass has met; anything else as it is."""
+        return Ref(self._ids[id(leaf)]) if isinstance(leaf, Tensor) and id(leaf) in self._ids else leaf
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,0 +1,231 @@
+"""Shared computation: multiply-accumulates that candidates still cost when they resume where an earlier one has been.
+
+Run ``python -m benchmarks.sharing`` from the root of the repository; exits with 1 when a target is missed. A ResNet of
+20 basic blocks on random images of 32x32. Streams of candidates, in generations of 8 as a local search asks for them,
+are scored by an evaluator that shares and by one that does not; multiply-accumulates are counted as they are executed,
+everything included: calibration, validation, and the proof that a shared score is the same. Samples are fewer than
+those of a search, and the memory limit is smaller in proportion, so that as many outputs fit as with the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoprune.data import Data
+from autoprune.evaluators import AdaptiveBN, Compensated
+from autoprune.evaluators.sharing import SHARE_BYTES
+from autoprune.execution.local import GENERATION
+from autoprune.optimizers.level_switch import LevelSwitch
+from autoprune.protocols import IntArray, Measurement
+from autoprune.records import evaluations_of
+from autoprune.statistics import statistics_of
+from autoprune.study import Study, prepare
+from benchmarks.common import environment, table, write
+from tests.zoo.resnet import BasicBlock, conv
+
+COMMAND = "python -m benchmarks.sharing"
+BLOCKS = ((7, 16), (7, 32), (6, 64))
+MOST = {"sensitivity scan": 0.55, "level_switch, one budget": 0.85}
+DEFAULT_SAMPLES = 512 + 1024  # calibration and validation samples of a search
+
+Evaluator = AdaptiveBN | Compensated
+
+
+class TwentyBlocks(nn.Module):
+    """A CIFAR ResNet of 20 basic blocks in three stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks, inputs = [], BLOCKS[0][1]
+        for stage, (count, width) in enumerate(BLOCKS):
+            for i in range(count):
+                blocks.append(BasicBlock(inputs, width, 2 if stage and not i else 1))
+                inputs = width
+        self.stem = nn.Sequential(conv(3, BLOCKS[0][1]), nn.BatchNorm2d(BLOCKS[0][1]), nn.ReLU())
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(inputs, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.adaptive_avg_pool2d(self.blocks(self.stem(x)), 1).flatten(1))
+
+
+def make_study(samples: int, evaluator: Evaluator) -> Study:
+    """A search with random weights on random images: which operations run does not depend on the values."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    parts = {"calibration": samples // 3, "validation": samples - samples // 3, "test": 8}
+    data = {}
+    for name, count in parts.items():
+        data[name] = (
+            torch.randn(count, 3, 32, 32, generator=generator),
+            torch.randint(0, 10, (count,), generator=generator),
+        )
+    return prepare(
+        TwentyBlocks().eval(),
+        "flops <= 50%",
+        Data(**data, batch_size=min(128, max(samples // 6, 1))),
+        metric="accuracy",
+        space="channels",
+        evaluator=evaluator,
+        seed=0,
+        start=(),
+        forward=None,
+        example_inputs=None,
+        outputs=None,
+        checks="on",
+        costs=None,
+        cost_batch=1,
+    )
+
+
+def scan(study: Study, seed: int, n: int) -> Iterator[IntArray]:
+    """Single changes of the dense model, dimension and option drawn uniformly."""
+    rng, sizes = np.random.default_rng(seed), study.problem.sizes
+    for _ in range(n // GENERATION):
+        probes = np.zeros((GENERATION, len(sizes)), dtype=np.int64)
+        dims = rng.integers(len(sizes), size=GENERATION)
+        probes[np.arange(GENERATION), dims] = rng.integers(1, sizes[dims])
+        yield probes
+
+
+def level_switch(study: Study, seed: int, n: int, niches: int) -> Iterator[IntArray]:
+    """What the optimizer asks for; the caller sends back what was measured."""
+    optimizer = LevelSwitch(study.problem, seed, niches=niches)
+    for _ in range(n // GENERATION):
+        candidates = optimizer.ask(GENERATION)
+        outcomes = yield candidates
+        stats = [statistics_of(outcome) for outcome in outcomes]
+        optimizer.tell(evaluations_of(study, candidates, stats, [""] * len(outcomes)))
+
+
+STREAMS: dict[str, Callable[[Study, int, int], Iterator[IntArray]]] = {
+    "sensitivity scan": scan,
+    "level_switch, one budget": partial(level_switch, niches=1),
+    "level_switch, 16 budgets": partial(level_switch, niches=16),
+}
+
+
+def generations(study: Study, name: str, seed: int, n: int) -> list[IntArray]:
+    """A stream, scored without sharing where it depends on scores."""
+    stream, found = STREAMS[name](study, seed, n), []
+    try:
+        candidates = next(stream)
+        while True:
+            found.append(candidates)
+            candidates = stream.send(study.evaluator.evaluate(candidates) if "level" in name else None)
+    except StopIteration:
+        return found
+
+
+def run(study: Study, evaluator: Evaluator, stream: list[IntArray], count: bool) -> dict[str, Any]:
+    """Score a stream: multiply-accumulates if they are to be counted, else seconds, and the scores."""
+    evaluator.prepare(study.context)
+    outcomes: list[Measurement] = []
+    counter = FlopCounterMode(display=False)
+    wall, cpu = time.perf_counter(), time.process_time()
+    if count:
+        counter.__enter__()
+    for candidates in stream:
+        order = evaluator.order(candidates)
+        found = evaluator.evaluate(candidates[order])
+        outcomes += [found[i] for i in np.argsort(order)]
+    if count:
+        counter.__exit__(None, None, None)
+    sharing = evaluator._adapted._sharing
+    return {
+        "macs": counter.get_total_flops() // 2,
+        "wall_s": time.perf_counter() - wall,
+        "cpu_s": time.process_time() - cpu,
+        "peak_bytes": sharing.store.peak,
+        "cuts": len(sharing.cuts),
+        "signals": [outcome.signal for outcome in outcomes],
+    }
+
+
+def compare(kind: type[Evaluator], name: str, seed: int, n: int, samples: int, share_bytes: int) -> dict[str, Any]:
+    """One stream with and without: counted first, timed afterwards."""
+    study = make_study(samples, kind(share_bytes=0))
+    stream = generations(study, name, seed, n)
+    rows = {}
+    for count in (True, False):
+        for label, memory in (("naive", 0), ("shared", share_bytes)):
+            rows[label, count] = run(study, kind(share_bytes=memory), stream, count)
+    equal = all(
+        np.array_equal(a, b)
+        for other in (("shared", True), ("shared", False))
+        for a, b in zip(rows["naive", True]["signals"], rows[other]["signals"], strict=True)
+    )
+    naive, shared = rows["naive", False], rows["shared", False]
+    return {
+        "evaluator": kind.__name__,
+        "stream": name,
+        "seed": seed,
+        "macs": rows["shared", True]["macs"] / rows["naive", True]["macs"],
+        "wall": shared["wall_s"] / naive["wall_s"],
+        "cpu": shared["cpu_s"] / naive["cpu_s"],
+        "naive_wall_s": naive["wall_s"],
+        "peak": shared["peak_bytes"] / share_bytes,
+        "cuts": shared["cuts"],
+        "identical": equal,
+    }
+
+
+def report(rows: list[dict[str, Any]], n: int, samples: int, limit: float) -> str:
+    lines = []
+    for kind, name in dict.fromkeys((row["evaluator"], row["stream"]) for row in rows):
+        own = [row for row in rows if (row["evaluator"], row["stream"]) == (kind, name)]
+
+        def each(key: str, own: list[dict[str, Any]] = own) -> str:
+            values = [row[key] for row in own]
+            return f"{np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+
+        target = f"<= {MOST[name]:.0%}" if name in MOST else ""
+        peak = f"{max(row['peak'] for row in own):.0%}"
+        same = "yes" if all(row["identical"] for row in own) else "NO"
+        lines.append([kind, name, each("macs"), target, each("cpu"), each("wall"), peak, same])
+    header = ["evaluator", "stream", "MACs executed", "target", "processor time", "wall time", "memory", "same scores"]
+    return (
+        f"Shares of what an evaluator takes that does not share, mean over seeds (lowest to highest); {n} candidates "
+        f"each, {samples} samples, and as many outputs kept as with {limit:.3g} GiB and {DEFAULT_SAMPLES} samples. "
+        f"Memory is the most that was kept, as a share of the limit.\n\n{table(header, lines)}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--samples", type=int, default=96, help="calibration (a third) and validation samples")
+    parser.add_argument("--candidates", type=int, default=96)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--gib", type=float, default=SHARE_BYTES / 2**30, help="memory limit at 1,536 samples")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    where = environment(" ".join([COMMAND, *sys.argv[1:]]))
+    share_bytes = int(given.gib * 2**30 * given.samples / DEFAULT_SAMPLES)
+    rows = []
+    for kind in (AdaptiveBN, Compensated):
+        for name in STREAMS:
+            for seed in range(given.seeds):
+                rows.append(compare(kind, name, seed, given.candidates, given.samples, share_bytes))
+                print(rows[-1], flush=True)
+    text = report(rows, given.candidates, given.samples, given.gib)
+    means = {name: np.mean([row["macs"] for row in rows if row["stream"] == name]) for name in MOST}
+    met = all(means[name] <= most for name, most in MOST.items()) and all(row["identical"] for row in rows)
+    met = met and all(row["peak"] <= 1 for row in rows)
+    text += f"\n\nAll targets {'met' if met else 'NOT met'}."
+    write("sharing", "Shared computation", {"environment": where, "met": bool(met), "rows": rows}, text)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""Where the forward pass of a model may resume: module calls whose output replaces everything that ran before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from autoprune.batches import Batch
+from autoprune.protocols import FloatArray, IntArray
+from autoprune.structure.slicing import owners
+from autoprune.structure.terms import WEIGHTS
+from autoprune.structure.trace import Forward, ModuleCall, Op, Record, Ref, trace
+
+_LEAST_GAIN = 1e-3  # of all multiply-accumulates, on average over dimensions: less is not worth a place
+_MOST_SHAPES = 8  # forms of batches that are traced; more of them, and nothing is shared
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module whose output stands for all that ran before it.
+
+    Attributes:
+        name: The module; its output is kept.
+        end: Number of operations that have run when it returns.
+        skipped: Modules that return placeholders when its output is at hand; none lies inside another.
+        hidden: Modules that do not run then: these, this one, and all inside them.
+        macs: Multiply-accumulates that do not run then, for the traced batch.
+        sample_bytes: Memory that the output of the dense model takes, for one sample.
+        overwritten: Whether the model writes to the output later on.
+    """
+
+    name: str
+    end: int
+    skipped: tuple[str, ...]
+    hidden: frozenset[str]
+    macs: float
+    sample_bytes: int
+    overwritten: bool
+
+
+@dataclass(frozen=True)
+class Flow:
+    """In which order a forward pass reads tensors and enters modules, and where it may resume.
+
+    Attributes:
+        cuts: By rising `Cut.end`.
+        reads: Operation that first reads each parameter and buffer.
+        enters: Number of operations that have run when each module is first called.
+        macs: Multiply-accumulates of the traced batch.
+    """
+
+    cuts: tuple[Cut, ...]
+    reads: Mapping[str, int]
+    enters: Mapping[str, int]
+    macs: float
+
+
+class NothingToShareError(Exception):
+    """Why no part of a forward pass may be skipped."""
+
+
+def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flow:
+    """Trace every form of batch, and find the cuts.
+
+    A pass must run on the meta device, so that it cannot depend on values, without random numbers, the same way for all
+    batches, and without writing attributes of modules.
+
+    Args:
+        model: The dense model; comes back unchanged.
+        batches: All that the model will be run on.
+        forward: Runs a model on a batch.
+
+    Raises:
+        NothingToShareError: If a pass is not like this; says why.
+    """
+    forms = {_form(batch): batch for batch in batches}
+    if len(forms) > _MOST_SHAPES:
+        raise NothingToShareError(f"batches have {len(forms)} different forms")
+    records = []
+    for batch in forms.values():
+        written: list[str] = []
+        record = trace(model, (batch,), {}, _watching(forward, written))
+        if written:
+            raise NothingToShareError(f"the forward pass writes the attribute {written[0]}")
+        if record.device != "meta":
+            raise NothingToShareError("the forward pass needs real values")
+        random = [op for op in record.ops if torch.Tag.nondeterministic_seeded in op.func.tags]
+        if random:
+            raise NothingToShareError(f"{random[0].where()} draws random numbers")
+        records.append(record)
+    if any(_order(record) != _order(records[0]) for record in records):
+        raise NothingToShareError("batches of different shapes take different ways through the model")
+    hooked = {name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks}
+    holders = {owner.module for owner in owners(model)}
+    return _Finder(records[0], hooked, holders).flow()
+
+
+def choose_cuts(flow: Flow, firsts: IntArray, samples: int, memory_bytes: int) -> tuple[Cut, ...]:
+    """The cuts to keep outputs at: the most saved per byte, for dimensions that change with equal chance.
+
+    Args:
+        flow: With all cuts.
+        firsts: First operation that each dimension changes, shape (d,).
+        samples: Samples whose outputs are kept.
+        memory_bytes: Most memory for the outputs of one dense model at all chosen cuts.
+    """
+    if not flow.cuts:
+        return ()
+    size = np.array([max(cut.sample_bytes, 1) * samples for cut in flow.cuts], dtype=np.float64)
+    saves: FloatArray = np.array([cut.macs * (firsts >= cut.end) for cut in flow.cuts])
+    best, left, chosen = np.zeros(len(firsts)), float(memory_bytes), set[int]()
+    while True:
+        gains = np.maximum(saves - best, 0).mean(axis=1)
+        gains[(size > left) | (gains < _LEAST_GAIN * flow.macs)] = 0
+        pick = int((gains / size).argmax())
+        if gains[pick] <= 0:
+            return tuple(flow.cuts[i] for i in sorted(chosen))
+        chosen.add(pick)
+        left -= size[pick]
+        best = np.maximum(best, saves[pick])
+
+
+def _form(batch: Batch) -> str:
+    """What of a batch Python code can see without reading values."""
+    leaves, tree = tree_flatten(batch)
+    seen = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor | np.ndarray) else type(x) for x in leaves]
+    return f"{tree} {seen}"
+
+
+def _order(record: Record) -> list[Any]:
+    """What must agree between passes: what ran, on which parameters, in which modules."""
+    names = [[record.values[i].name for i in op.inputs()] for op in record.ops]
+    ran = [(op.func, op.module, named) for op, named in zip(record.ops, names, strict=True)]
+    return [ran, [(call.name, call.first, call.last) for call in record.calls]]
+
+
+def _watching(forward: Forward, written: list[str]) -> Forward:
+    """The forward, which notes the attributes of modules that it writes."""
+
+    def run(model: nn.Module, batch: Batch) -> Any:
+        before = _attributes(model)
+        with _noting_writes(written):
+            outputs = forward(model, batch)
+        after = _attributes(model)
+        written.extend(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
+        return outputs
+
+    return run
+
+
+@contextmanager
+def _noting_writes(written: list[str]) -> Iterator[None]:
+    original: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
+
+    def note(module: nn.Module, name: str, value: Any) -> None:
+        if not name.startswith("_flat_weights"):  # which tracing itself refreshes
+            written.append(f"{type(module).__name__}.{name}")
+        original(module, name, value)
+
+    nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign, assignment]
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """What modules hold in Python: objects by identity, the contents of containers by identity too."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules") or name.startswith("_flat_weights"):
+                continue
+            inside = value.items() if isinstance(value, dict) else value if isinstance(value, list | set) else ()
+            found[f"{prefix}.{name}"] = (id(value), tuple(map(_identity, inside)))
+    return found
+
+
+def _identity(item: Any) -> Any:
+    return tuple(map(id, item)) if isinstance(item, tuple) else id(item)
+
+
+class _Finder:
+    """Finds the cuts of one record. Values are told apart by the storage that they live in.
+
+    Args:
+        record: Of one pass.
+        hooked: Modules that run hooks of the user's; they always run.
+        holders: Modules that hold parameters or buffers of their own.
+    """
+
+    def __init__(self, record: Record, hooked: set[str], holders: set[str]) -> None:
+        self._record = record
+        self._base = [value.base for value in record.values]
+        self._reads = [{self._base[i] for i in op.inputs()} for op in record.ops]
+        self._mutates = [self._written_to(op) for op in record.ops]
+        self._makes = [{i for i in op.results() if self._base[i] == i} for op in record.ops]
+        self._macs = [_macs(op, record) for op in record.ops]
+        self._last = {base: i for i, read in enumerate(self._reads) for base in read}
+        self._last |= {self._base[i]: len(record.ops) for i in record.outputs}
+        times = Counter(call.name for call in record.calls)
+        self._repeated = {name for name, count in times.items() if count > 1}
+        # Statistics taken over several calls cannot be told apart, so a call that hides only some of these must run.
+        self._run_always = hooked | (self._repeated & holders)
+        outermost_first = sorted(record.calls, key=lambda call: (call.first, -call.last))
+        self._calls = [call for call in outermost_first if self._replaceable(call)]
+
+    def flow(self) -> Flow:
+        """Everything that `Flow` says."""
+        record, values = self._record, self._record.values
+        reads: dict[str, int] = {}
+        for op in record.ops:
+            for i in op.inputs():
+                if name := values[i].name or values[self._base[i]].name:
+                    reads.setdefault(name, op.index)
+        enters: dict[str, int] = {}
+        for call in record.calls:
+            enters[call.name] = min(call.first, enters.get(call.name, call.first))
+        cuts = map(self._cut, self._calls)
+        return Flow(tuple(sorted(cuts, key=lambda cut: cut.end)), reads, enters, sum(self._macs))
+
+    def _written_to(self, op: Op) -> set[int]:
+        """Storages of arguments that an operation writes into."""
+        targets = [a.name for a in op.func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        leaves = tree_leaves([op.args.get(name) for name in targets])
+        return {self._base[leaf.id] for leaf in leaves if isinstance(leaf, Ref)}
+
+    def _outputs(self, call: ModuleCall) -> set[int]:
+        return {self._base[leaf.id] for leaf in tree_leaves(call.outputs) if isinstance(leaf, Ref)}
+
+    def _inside(self, covered: Container[int]) -> set[str]:
+        """Names of modules whose calls run none but the operations covered."""
+        calls = (call for call in self._record.calls if call.first < call.last)
+        return {call.name for call in calls if call.first in covered and call.last - 1 in covered}
+
+    def _replaceable(self, call: ModuleCall) -> bool:
+        """Whether the outputs are all that the call does, as far as the rest of the pass can tell."""
+        inside = range(call.first, call.last)
+        if not call.name or call.name in self._repeated or self._inside(inside) & self._run_always:
+            return False
+        if not (inside and _plain(call.inputs) and _plain(call.outputs)):
+            return False
+        outputs = self._outputs(call)
+        made = set[int]().union(*(self._makes[i] for i in inside))
+        changed = set[int]().union(*(self._mutates[i] for i in inside)) - made
+        leaves = {base for base in made if self._last.get(base, -1) >= call.last}
+        older = all(self._record.values[base].kind == "result" for base in changed)
+        return bool(outputs) and outputs <= made | changed and leaves | changed <= outputs and older
+
+    def _cut(self, call: ModuleCall) -> Cut:
+        """The cut behind a call: skip all that can be before it, and keep what the rest needs."""
+        kept: set[str] = set()
+        while True:
+            skipped = self._skipped(call, kept)
+            if not (needed := self._needed(call, skipped)):
+                break
+            kept |= needed
+        covered = {i for each in (*skipped, call) for i in range(each.first, each.last)}
+        values, leaves = self._record.values, tree_leaves(call.outputs)
+        outputs = [values[leaf.id] for leaf in leaves if isinstance(leaf, Ref)]
+        later = set[int]().union(*self._mutates[call.last :])
+        return Cut(
+            name=call.name,
+            end=call.last,
+            skipped=tuple(each.name for each in skipped),
+            hidden=frozenset(self._inside(covered)),
+            macs=sum(self._macs[i] for i in covered),
+            sample_bytes=sum(prod(value.shape) * value.dtype.itemsize for value in outputs) // self._record.batch,
+            overwritten=bool(self._outputs(call) & later),
+        )
+
+    def _skipped(self, cut: ModuleCall, kept: set[str]) -> list[ModuleCall]:
+        """The outermost replaceable calls before that of a cut, but for those to be kept."""
+        found: list[ModuleCall] = []
+        for call in self._calls:
+            if call.last <= cut.first and call.name not in kept and not (found and call.last <= found[-1].last):
+                found.append(call)
+        return found
+
+    def _needed(self, cut: ModuleCall, skipped: Sequence[ModuleCall]) -> set[str]:
+        """Skipped modules whose outputs an operation needs that runs all the same, after the cut or on real values."""
+        missing: dict[int, set[str]] = {}  # storages that hold no values, and the skipped modules that this is due to
+        returns = {call.last - 1: call for call in (*skipped, cut)}
+        hidden = {i for call in (*skipped, cut) for i in range(call.first, call.last)}
+        for i, reads in enumerate(self._reads):
+            if i in hidden:
+                if call := returns.get(i):
+                    missing.update((base, {call.name}) for base in self._outputs(call))
+                if call is cut:
+                    missing = {base: due for base, due in missing.items() if cut.name not in due}
+                continue
+            lacking = missing.keys() & reads
+            if lacking and (i >= cut.last or len(lacking) < len(reads)):
+                return set[str]().union(*(missing[base] for base in lacking))
+            due = set[str]().union(*(missing[base] for base in lacking))
+            for base in self._makes[i] | self._mutates[i]:
+                if due:
+                    missing[base] = due
+                else:
+                    missing.pop(base, None)
+        results = {self._base[i] for i in self._record.outputs}
+        return set[str]().union(*(missing[base] for base in missing.keys() & results))
+
+
+def _plain(tree: Any) -> bool:
+    """Whether arguments or outputs are tensors that the pass has met, and values that hold no state."""
+    scalars = (Ref, bool, int, float, str, type(None), torch.dtype, torch.device)
+    return all(isinstance(leaf, scalars) for leaf in tree_leaves(tree))
+
+
+def _macs(op: Op, record: Record) -> float:
+    """Multiply-accumulates of one operation, enough to tell what is worth skipping."""
+    weights = [op.args[name] for name in WEIGHTS.get(op.name, ()) if isinstance(op.args.get(name), Ref)]
+    results = [record.values[i].shape for i in op.results()]
+    if op.name.startswith("_scaled_dot_product"):
+        *_, queries, _ = record.values[op.args["query"].id].shape
+        return float(2 * queries * prod(record.values[op.args["key"].id].shape))
+    if not weights or not results:
+        return 0.0
+    shape = record.values[weights[-1].id].shape
+    contracted = prod(shape[1:]) if "convolution" in op.name else shape[-2] if len(shape) > 1 else 1
+    return float(prod(results[0]) * contracted)
