@@ -25,7 +25,7 @@ DATA = autoprune.Data(calibration=(X[:100], Y[:100]), validation=(X[100:200], Y[
 
 
 def search(budget="flops <= 60%", trials=30, **options):
-    options = {"optimizer": "nsga2", "progress": False, **options}
+    options = {"optimizer": "nsga2", "evaluator": "adaptive_bn", "progress": False, **options}
     return autoprune.search(ZOO["mlp"].build(), budget, DATA, trials=trials, **options)
 
 

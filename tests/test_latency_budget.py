@@ -13,7 +13,7 @@ from tests.machine import Machine
 from tests.test_latency import INPUTS, measured, run, small
 
 DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
-QUICK = {"trials": 24, "progress": False, "prior": "criterion"}
+QUICK = {"trials": 24, "progress": False, "prior": "criterion", "evaluator": "adaptive_bn"}
 
 
 @pytest.fixture

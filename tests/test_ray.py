@@ -45,6 +45,7 @@ class Faulty(AdaptiveBN):
     """Calls ``fault()`` in the workers for candidates whose first option is odd, always or the first time only."""
 
     def __init__(self, fault, marks=None):
+        super().__init__()
         self.fault, self.marks, self.driver = fault, marks, os.getpid()
 
     def evaluate(self, candidates, chunk=None):
@@ -229,8 +230,8 @@ def test_a_driver_holds_no_more_tasks_than_its_workers_have_slots(two_workers):
     executor, held = two_workers(), []
     submit = executor.submit
 
-    def watched(trials, candidates):
-        submit(trials, candidates)
+    def watched(*tasks):
+        submit(*tasks)
         held.append(len(executor._unreleased))
 
     executor.submit = watched
@@ -240,6 +241,7 @@ def test_a_driver_holds_no_more_tasks_than_its_workers_have_slots(two_workers):
 
 class Unpreparable(AdaptiveBN):
     def __init__(self):
+        super().__init__()
         self.driver = os.getpid()
 
     def prepare(self, context):

@@ -368,8 +368,8 @@ def test_a_search_says_what_its_dense_network_is_and_builds_what_it_scored(tmp_p
     assert f"validation accuracy {result.dense.score:.4f}" in note
     autoprune.save(result.build(), tmp_path / "small.safetensors")
     loaded = autoprune.load(tmp_path / "small.safetensors", model)
-    x = torch.cat([batch[0] for batch in result._builder._context.subsets.validation])
-    y = torch.cat([batch[1] for batch in result._builder._context.subsets.validation])
+    x = torch.cat([batch[0] for batch in result._builder.context.subsets.validation])
+    y = torch.cat([batch[1] for batch in result._builder.context.subsets.validation])
     with torch.no_grad():
         assert float((loaded(x).argmax(1) == y).double().mean()) == pytest.approx(result.best().score)
     with pytest.raises(ValueError, match=r"differs in evaluator \(Supernet with weights"):
