@@ -153,7 +153,7 @@ def test_workers_share_a_gpu(ray, local):
 
 def test_a_candidate_that_ends_its_process_fails_after_a_second_try_and_the_search_goes_on(two_workers, caplog):
     with caplog.at_level(logging.WARNING, "autoprune"):
-        result = search(12, executor=two_workers(), evaluator=Faulty(die))
+        result = search(12, executor=two_workers(ahead=0), evaluator=Faulty(die))  # nothing waits behind it
     assert_whole(result, 12)
     failed = [trial for trial in result.trials if trial.status == FAILED]
     assert {trial.id for trial in failed} == {trial.id for trial in result.trials if odd(trial.candidate)}

@@ -350,7 +350,7 @@ class TestStopping:
         assert {trial.id for trial in result.front} == undominated(result)
         assert count_macs(result.build(), (vectors[0][:1],)) == result.best().costs["flops"]
         journal = Journal.open(tmp_path)
-        assert [row.status for row in journal.trials()] == [OK] * 3 + ["pending"] * 5
+        assert sorted(row.status for row in journal.trials()) == [OK] * 3 + ["pending"] * 5
         journal.close()
 
     def test_an_interrupt_while_the_front_is_tested_keeps_the_result(self, mlp, vectors, monkeypatch):
@@ -378,7 +378,7 @@ class TestStopping:
         with pytest.raises(OSError, match="the node is gone"):
             quick(mlp, "flops <= 50%", vectors, trials=20, executor=Broken(), run_dir=tmp_path)
         journal = Journal.open(tmp_path)
-        assert [row.status for row in journal.trials()] == [OK] * 3 + ["pending"] * 5
+        assert sorted(row.status for row in journal.trials()) == [OK] * 3 + ["pending"] * 5
         journal.close()
 
 
