@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from autoprune.errors import InfeasibleBudgetError, RecipeError
-from autoprune.evaluators import EVALUATORS, Evaluator, make_evaluator
+from autoprune.evaluators import EVALUATORS, Evaluator, Orders, make_evaluator
 from autoprune.evaluators.measuring import Measuring
 from autoprune.execution import Outcome, evaluate_one
 from autoprune.protocols import OK, FloatArray, IntArray
@@ -216,6 +216,8 @@ class _Work:
             return
         for key, candidate in zip(keys, candidates, strict=True):
             self._keep(key, partial(evaluate_one, evaluator, candidate))
+        if isinstance(evaluator, Orders):
+            evaluator.release()
 
     def like(self, candidate: IntArray, limited: tuple[str, ...], initialise: Initialise | None) -> None:
         """Plan the trainings of networks like a candidate."""

@@ -48,6 +48,10 @@ class AdaptiveBN:
         """The order of evaluation in which candidates share most."""
         return self._adapted.order(candidates)
 
+    def release(self) -> None:
+        """Forget what candidates share."""
+        self._adapted.release()
+
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""
         return self._adapted.evaluate(candidates, chunk)

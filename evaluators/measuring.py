@@ -93,6 +93,10 @@ class Adapted:
             order = list(range(len(candidates)))
         return np.array(order, dtype=np.int64)
 
+    def release(self) -> None:
+        """Forget what candidates share."""
+        self._sharing.store.clear()
+
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on validation batches."""
         makes = [partial(self._kept if chunk else self._cut, candidate) for candidate in candidates]

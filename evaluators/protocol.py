@@ -77,3 +77,7 @@ class Orders(Protocol):
         Depends on the candidates alone. Several workers do well to take consecutive parts of it.
         """
         ...
+
+    def release(self) -> None:
+        """Let go of what is kept for candidates to come, because none will; it may still be used."""
+        ...

@@ -358,7 +358,11 @@ def test_the_version_is_that_of_the_package():
 
 @pytest.mark.slow
 def test_a_running_search_under_two_budgets_can_be_watched_and_ctrl_c_saves_what_it_found(tmp_path):
-    command = [sys.executable, "-c", "from autoprune.cli import app; app()", *SEARCH, "--budget", "params <= 90%"]
+    # Where tests run in the background, SIGINT is ignored, and Python leaves it so unless it is told otherwise.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from autoprune.cli import app; app()"
+    )
+    command = [sys.executable, "-c", code, *SEARCH, "--budget", "params <= 90%"]
     # An optimizer that takes its time, because others may have been through the whole space by the time of the signal.
     command += ["--run-dir", str(tmp_path / "run"), "--trials", "100000", "--optimizer", "bayes"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

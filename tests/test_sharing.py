@@ -364,3 +364,13 @@ def test_most_of_a_scan_of_single_dimensions_is_shared():
 def test_a_negative_limit_is_refused(kind):
     with pytest.raises(ValueError, match="share_bytes must be at least 0, which shares nothing, got -1"):
         kind(share_bytes=-1)
+
+
+def test_a_finished_search_keeps_no_outputs():
+    images = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    evaluator = AdaptiveBN()
+    autoprune.search(ZOO["vgg_plain"].build(), "flops <= 60%", images, evaluator=evaluator, trials=6, progress=False)
+    store = sharing_of(evaluator).store
+    assert store.peak > 0
+    assert store.used == 0
+    assert not store.kept

@@ -831,3 +831,10 @@ def test_isolated_checks_find_the_same_and_survive_a_model_that_kills_its_proces
     ]
     with pytest.raises(StructureCheckError, match="killed its process"):
         analyse(Deadly(), (torch.randn(2, 4),), checks="isolated")
+
+
+def test_tracing_leaves_no_hooks_behind():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    analyse(model, (torch.randn(2, 4),))
+    assert not torch.nn.modules.module._has_any_global_hook()
+    assert not any(module._forward_hooks_with_kwargs for module in model.modules())

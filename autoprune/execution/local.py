@@ -124,6 +124,8 @@ class LocalExecutor:
         return [Finished(trial, evaluate_one(self._evaluator, candidate, race), self.name)]
 
     def stop(self) -> None:
-        """Nothing to let go of."""
+        """Forget the queue, and let the evaluator free what it keeps for further candidates."""
         self._queue.clear()
+        if isinstance(self._evaluator, Orders):
+            self._evaluator.release()
         self._evaluator = None

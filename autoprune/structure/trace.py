@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -300,10 +300,9 @@ def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             inputs, outputs = tree_map(recorder.known, ((args, kwargs), output))
             record.calls.append(ModuleCall(recorder.path.pop(), starts.pop(), len(record.ops), inputs, outputs))
 
-    handles = [
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, with_kwargs=True),
-    ]
+    # On each module: what PyTorch notes of a hook on all modules that wants keyword arguments outlives its removal.
+    handles = [module.register_forward_hook(leave, with_kwargs=True) for module in model.modules()]
+    handles.append(register_module_forward_pre_hook(enter))
     try:
         yield
     finally:
