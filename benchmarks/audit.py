@@ -111,7 +111,7 @@ def main() -> None:
     for name, report in reports.items():
         report.plot(RESULTS / f"audit-{slug(name)}.png")
     intro = (
-        f"Searches under {BUDGET} with adaptive batch norm; then {K} of the candidates, and {REPEATS} times each the "
+        f"Searches under {BUDGET} with the default evaluator; then {K} of the candidates, and {REPEATS} times each the "
         "best one and networks like it, get the same fine-tune. Kendall's tau between the accuracy before it on "
         "validation data and the accuracy after it on held-out data, with 95 % bootstrap intervals over the candidates "
         "(they say nothing about other networks or data); then how many points the first choice, or the best of the "
