@@ -1,7 +1,7 @@
 """How far cheap scores can be trusted, and what the widths, units and weights of a network found are worth.
 
 Run ``python -m benchmarks.audit`` from the root of the repository, about 5 minutes of one core (``--quick`` tries
-everything out in one). Two networks are searched with adaptive batch norm, and `autoprune.audit` trains a spread of the
+everything out in one). Two networks are searched with the defaults, and `autoprune.audit` trains a spread of the
 candidates: the demo's residual network on clean digits, where nearly everything ends near 99 %, and a ResNet-20 on
 hard ones, where accuracies spread. Every evaluator that there is scores the same candidates.
 """

@@ -61,12 +61,12 @@ def plot_audit(audit: Audit, path: str | Path | None = None) -> Figure:
     """Draw trained scores against cheap ones, and networks like the best; see `Audit.plot`."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
+        from matplotlib.ticker import EngFormatter, MaxNLocator
     except ImportError as error:
         raise ImportError("result.audit.plot() needs matplotlib; install autoprune[plot]") from error
     panels = len(audit.evaluators) + bool(audit.variants)
     figure = Figure(figsize=(3.4 * panels + 1.0, 3.6), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis, name in zip(axes, audit.evaluators, strict=False):
         points = axis.scatter(
             [row.scores[name] for row in audit.rows],
@@ -78,6 +78,10 @@ def plot_audit(audit: Audit, path: str | Path | None = None) -> Figure:
         tau = audit.rankings[name].tau
         axis.set_title(f"{name}: tau {tau.value:.2f} ({tau.low:.2f} to {tau.high:.2f})", fontsize=9)
         axis.set_xlabel(f"{audit.metric} before training")
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        if axis is not axes[0]:
+            axis.sharey(axes[0])  # new weights, in the last panel, may be far below
+        axis.tick_params(labelleft=axis is axes[0])
     unit = UNITS.get(audit.cost)
     figure.colorbar(
         points,
