@@ -114,7 +114,7 @@ def main() -> None:
     best = result.best("flops <= 25%")
     small = result.build(best)
     before = accuracy(small, data["test"])
-    train(small, data["train"], epochs=4, lr=0.003)
+    train(small, data["train"], epochs=4, lr=0.0005)
     share = best.costs["flops"] / result.dense.costs["flops"]
     print(
         f"\nbest within 25% of the FLOPs: trial {best.id} at {share:.1%}; test accuracy {before:.4f} as built, "
