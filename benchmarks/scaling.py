@@ -139,6 +139,18 @@ def real_workers(trials: int, samples: int) -> dict[str, Any]:
     return found
 
 
+def _stored() -> str:
+    """What Ray's object store holds, in its own words."""
+    try:
+        from ray._private.internal_api import memory_summary
+
+        summary = memory_summary(stats_only=True)
+    except ImportError:
+        return "unknown (needs grpcio)"
+    found = re.search(r"Plasma memory usage .*", summary)
+    return found.group() if found else "unknown"
+
+
 class Timed:
     """A Ray executor that notes when results come, and what the object store holds while they do."""
 
@@ -153,10 +165,7 @@ class Timed:
         finished = self.inner.gather()
         self._times += [time.perf_counter()] * len(finished)
         if not self.stored:
-            from ray._private.internal_api import memory_summary
-
-            found = re.search(r"Plasma memory usage .*", memory_summary(stats_only=True))
-            self.stored = found.group() if found else "unknown"
+            self.stored = _stored()
         return finished
 
     @property
