@@ -1,18 +1,23 @@
 """Latencies: predicted against measured, beside two simple predictions, and what budgets on them give.
 
-``python -m benchmarks.latency``: every network at batch 1 and 32 with 1 and 2 threads (a process each), 40 random
-candidates that no fit has seen; then searches under 75, 50 and 35 % of the dense latency. ``--quick`` takes one
-network, batch and thread, 12 candidates and one seed. ``--part table`` or ``--part budgets`` makes one of the two.
+``python -m benchmarks.latency`` makes three tables, each of which can be made alone (``python -m benchmarks.latency
+table``); on a machine that does nothing else. ``--quick`` for a look.
+
+- table: small networks at batch 1 and 32 with 1 and 2 threads, ResNet-50 at batch 1 with 1 thread (a process each), 40
+  random candidates in no fit.
+- budgets: searches under 75, 50 and 35 % of the dense latency, and under FLOPs with as many trials.
+- rounding: widths at the right edges of measured steps against multiples of 8 and all widths, at 50 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +33,7 @@ from autoprune.costs.profile import network_call, profile_structure, time_networ
 from autoprune.costs.timing import CpuClock
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build
-from benchmarks.common import environment, table, write
+from benchmarks.common import RESULTS, environment, table, write
 from benchmarks.trained import trained
 from tests.zoo import mobilenet_v2, resnet
 
@@ -36,6 +41,7 @@ COMMAND = "python -m benchmarks.latency"
 HELD_OUT = 40
 SHARES = (0.75, 0.5, 0.35)
 SLACK = 1.03
+MOST_MEDIAN, MOST_P95, LEAST_SPEARMAN = 0.05, 0.15, 0.97
 TRIALS = 100
 
 
@@ -73,10 +79,19 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 
+def resnet50() -> nn.Module:
+    """ResNet-50 with random weights."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(ResNetConfig(num_labels=1000))
+
+
+LARGE = "ResNet-50, 224x224"
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ResNet-20, 32x32": (partial(resnet, 20, width=16), 32),
     "MobileNetV2, 64x64": (mobilenet_v2, 64),
     "ViT, 32x32": (ViT, 32),
+    LARGE: (resnet50, 224),
 }
 
 
@@ -137,46 +152,106 @@ def errors(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     }
 
 
-def budgets(network: str, seed: int, shares: tuple[float, ...], trials: int) -> list[dict[str, Any]]:
+class Timed:
+    """A trained network, its latency table, and what measures networks pruned from it against it.
+
+    Args:
+        network: Name in `benchmarks.trained`.
+        seed: Of the network's data.
+        batch: Samples of one forward pass.
+    """
+
+    def __init__(self, network: str, seed: int, batch: int):
+        case = trained(network, seed)
+        x, y = case.data["train"]
+        self.name, self.model, self.batch = case.name, case.model, batch
+        self.data = autoprune.Data(
+            calibration=(x[:512], y[:512]), validation=case.data["validation"], test=case.data["test"]
+        )
+        self.latency = autoprune.profile(case.model, x[:2], batch=batch)
+        (self._inputs,), _ = with_batch((x[:2],), {}, batch)
+        self._dense = self._call(build_dense(case.model))
+
+    def search(self, budget: str, trials: int, seed: int, **options: Any) -> autoprune.SearchResult:
+        if not budget.startswith("flops"):
+            options |= {"latency": self.latency, "cost_batch": self.batch}
+        return autoprune.search(self.model, budget, self.data, trials=trials, seed=seed, progress=False, **options)
+
+    def measure(self, result: autoprune.SearchResult, trials: Sequence[autoprune.Trial]) -> list[float]:
+        """Time of each as a share of the dense network's, all in one interleaved run."""
+        calls = [self._call(result.build(trial)) for trial in trials]
+        return [timing.ratio for timing in time_networks(calls, self._dense, CpuClock())]
+
+    def _call(self, model: nn.Module) -> Callable[[], Any]:
+        return network_call(model.eval(), run, (self._inputs,), {})
+
+
+def budgets(network: str, seed: int, batch: int, shares: tuple[float, ...], trials: int) -> list[dict[str, Any]]:
     """Search a trained network under latency budgets, and under FLOPs with as many evaluations, then measured."""
-    case = trained(network, seed)
-    x, y = case.data["train"]
-    data = autoprune.Data(calibration=(x[:512], y[:512]), validation=case.data["validation"], test=case.data["test"])
-    latency = autoprune.profile(case.model, x[:2])
-    dense = network_call(build_dense(case.model), run, (x[:1],), {})
-    settings: dict[str, Any] = {"trials": trials, "seed": seed, "progress": False}
-    by_flops = autoprune.search(case.model, "flops <= 90%", data, **settings)
-    nets = [network_call(by_flops.build(trial), run, (x[:1],), {}) for trial in by_flops.front]
-    ratios = [timing.ratio for timing in time_networks(nets, dense, CpuClock())]
+    timed = Timed(network, seed, batch)
+    by_flops = timed.search("flops <= 90%", trials, seed)
+    ratios = timed.measure(by_flops, by_flops.front)
+    thin = [(t.score, r) for t, r in zip(by_flops.front, ratios, strict=True) if flops_share(by_flops, t) <= 0.35]
     rows = []
     for share in shares:
         fitting = [t.score for t, ratio in zip(by_flops.front, ratios, strict=True) if ratio <= share]
         row: dict[str, Any] = {
-            "network": case.name,
+            "network": timed.name,
+            "batch": batch,
             "seed": seed,
             "share": share,
             "by_flops": max(fitting, default=None),
         }
         try:
-            result = autoprune.search(case.model, f"latency <= {100 * share:g}%", data, latency=latency, **settings)
+            result = timed.search(f"latency <= {100 * share:g}%", trials, seed)
             best = result.best()
         except autoprune.InfeasibleBudgetError as error:
             rows.append(row | {"error": str(error)})
             continue
-        (again,) = time_networks([network_call(result.build(best), run, (x[:1],), {})], dense, CpuClock())
+        (again,) = timed.measure(result, [best])
+        as_good = [t.costs["latency_ms"] / timed.latency.dense_ms for t in result.front if t.score >= max(thin)[0]]
         rows.append(
             row
             | {
                 "score": best.score,
-                "predicted": best.predicted["latency_ms"] / latency.dense_ms,
-                "verified": best.costs["latency_ms"] / latency.dense_ms,
-                "measured_again": again.ratio,
-                "flops": best.costs["flops"] / result.dense.costs["flops"],
-                "within": again.ratio <= SLACK * share,
+                "predicted": best.predicted["latency_ms"] / timed.latency.dense_ms,
+                "verified": best.costs["latency_ms"] / timed.latency.dense_ms,
+                "measured_again": again,
+                "flops": flops_share(result, best),
+                "within": again <= SLACK * share,
+                "thin_by_flops": max(thin),
+                "as_good_takes": min(as_good, default=None),
                 "notes": [note for note in result.notes if note.startswith("latency: ")],
             }
         )
+        print(rows[-1], flush=True)
     return rows
+
+
+def flops_share(result: autoprune.SearchResult, trial: autoprune.Trial) -> float:
+    return float(trial.costs["flops"] / result.dense.costs["flops"])
+
+
+def rounding(network: str, seed: int, batch: int, share: float, trials: int) -> list[dict[str, Any]]:
+    """The same search with widths at the right edges of measured steps, with multiples of 8, and with all widths."""
+    timed = Timed(network, seed, batch)
+    found = []
+    for round_to in ("auto", 8, 1):
+        row: dict[str, Any] = {"network": timed.name, "batch": batch, "seed": seed, "share": share}
+        row["round_to"] = round_to
+        try:
+            space = autoprune.Channels(round_to=round_to)
+            result = timed.search(f"latency <= {100 * share:g}%", trials, seed, space=space)
+        except (autoprune.InfeasibleBudgetError, ValueError) as error:
+            found.append(row | {"error": str(error)})
+            continue
+        best = result.best()
+        (again,) = timed.measure(result, [best])
+        options = math.prod(len(d.options) for d in result.space.dimensions)
+        row |= {"score": best.score, "test": best.test_score, "measured_again": again, "candidates": float(options)}
+        found.append(row)
+        print(row, flush=True)
+    return found
 
 
 def build_dense(model: nn.Module) -> nn.Module:
@@ -195,73 +270,124 @@ def in_a_process(name: str, batch: int, threads: int, held_out: int) -> dict[str
     return found
 
 
-def report(results: dict[str, Any]) -> str:
-    rows = [
+def predictions_text(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]["predictions"])
+    cases = [f"{r['network']}, batch {r['batch']}, {r['threads']} threads" for r in rows]
+    cells = [
         (
-            f"{r['network']}, batch {r['batch']}, {r['threads']} threads",
+            case,
             f"{r['dense_ms']:.3g}",
             f"{r['profile_seconds']:.0f}",
             f"{r['uncertainty']:.1%}",
             *(f"{p['median']:.1%} / {p['p95']:.1%} / {p['spearman']:.3f}" for p in r["predictions"].values()),
         )
-        for r in results["table"]
+        for case, r in zip(cases, rows, strict=True)
     ]
-    names = list(results["table"][0]["predictions"]) if results["table"] else []
     text = "Error of the prediction for random candidates in no fit: median / 95th percentile / rank correlation.\n\n"
-    text += table(["case", "dense ms", "seconds to measure", "candidates known to", *names], rows)
+    text += table(["case", "dense ms", "seconds to measure", "candidates known to", *names], cells)
+    own = [r["predictions"]["autoprune"] for r in rows]
+    missed = [
+        case
+        for case, p in zip(cases, own, strict=True)
+        if p["median"] > MOST_MEDIAN or p["p95"] > MOST_P95 or p["spearman"] < LEAST_SPEARMAN
+    ]
+    text += f"\n\nMissing {MOST_MEDIAN:.0%} / {MOST_P95:.0%} / {LEAST_SPEARMAN}: {'; '.join(missed) or 'none'}.\n\n"
     at_30 = [
-        (f"{r['network']}, batch {r['batch']}, {r['threads']} threads", f"{min(x):.0%} to {max(x):.0%}")
-        for r in results["table"]
+        (case, f"{min(x):.0%} to {max(x):.0%}")
+        for case, r in zip(cases, rows, strict=True)
         if (x := r["ratio_at_30_percent_flops"])
     ]
-    text += "\n\nMeasured time of random candidates with 20 to 40 % of the FLOPs, of the dense network's.\n\n"
-    text += table(["case", "time"], at_30)
-    rows = [
-        (
-            r["network"],
-            f"{r['share']:.0%}",
-            r.get("error")
-            or f"{r['predicted']:.1%} / {r['verified']:.1%} / {r['measured_again']:.1%}"
-            + " MISSED" * (not r["within"]),
-            "" if "error" in r else f"{r['flops']:.1%}",
-            "" if "error" in r else f"{r['score']:.4f}",
-            "none fits" if r["by_flops"] is None else f"{r['by_flops']:.4f}",
+    text += "Measured time of random candidates with 20 to 40 % of the FLOPs, of the dense network's.\n\n"
+    return text + table(["case", "time"], at_30)
+
+
+def budgets_text(rows: list[dict[str, Any]]) -> str:
+    cells = []
+    for r in rows:
+        case = (f"{r['network']}, batch {r['batch']}", f"{r['share']:.0%}")
+        by_flops = "none fits" if r["by_flops"] is None else f"{r['by_flops']:.4f}"
+        if "error" in r:
+            cells.append((*case, r["error"], "", "", by_flops, "", ""))
+            continue
+        (thin_score, thin_time), as_good = r["thin_by_flops"], r["as_good_takes"]
+        times = f"{r['predicted']:.1%} / {r['verified']:.1%} / {r['measured_again']:.1%}"
+        cells.append(
+            (
+                *case,
+                times + " MISSED" * (not r["within"]),
+                f"{r['flops']:.1%}",
+                f"{r['score']:.4f}",
+                by_flops,
+                f"{thin_score:.4f} in {thin_time:.0%}",
+                "none as good" if as_good is None else f"{as_good:.0%}",
+            )
         )
-        for r in results["budgets"]
-    ]
-    text += (
-        "\n\nSearches under latency budgets at batch 1; beside them a search under FLOPs with as many trials, whose "
-    )
-    text += "front was measured afterwards.\n\n"
     header = ["network", "budget", "predicted / verified / measured again", "FLOPs", "accuracy", "by FLOPs"]
-    return text + table(header, rows)
+    header += ["best with 35 % of the FLOPs", "as good by latency in"]
+    found = [r for r in rows if "error" not in r]
+    worse = sum(r["by_flops"] is not None and r["score"] < r["by_flops"] for r in found)
+    return (
+        "Searches under latency budgets; beside them a search under FLOPs with as many trials, whose front was "
+        f"measured afterwards. {sum(not r['within'] for r in found)} of {len(found)} returned networks take more than "
+        f"{SLACK:g} times the budget; {worse} are less accurate than what the other search has within it.\n\n"
+        + table(header, cells)
+    )
+
+
+def rounding_text(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        (
+            f"{r['network']}, batch {r['batch']}",
+            f"{r['share']:.0%}",
+            r["round_to"],
+            *(
+                [r["error"]]
+                if "error" in r
+                else [f"{r['measured_again']:.1%}", f"{r['score']:.4f}", f"{r['test']:.4f}"]
+            ),
+            "" if "error" in r else f"{r['candidates']:.1e}",
+        )
+        for r in rows
+    ]
+    header = ["network", "budget", "round_to", "measured", "accuracy", "held out", "candidates"]
+    return "Searches with other sets of widths.\n\n" + table(header, cells)
+
+
+TEXTS = {"table": predictions_text, "budgets": budgets_text, "rounding": rounding_text}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--part", choices=["table", "budgets", "both"], default="both")
-    parser.add_argument("--one", nargs=4, metavar=("NETWORK", "BATCH", "THREADS", "CANDIDATES"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*TEXTS, []], help="by default all; results of others are kept")
+    parser.add_argument("--quick", action="store_true", help="one case of each, small; writes no file")
+    parser.add_argument("--one", nargs=4, metavar=("NETWORK", "BATCH", "THREADS", "CANDIDATES"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         torch.set_num_threads(int(given.one[2]))
         print(json.dumps(accuracy_of_predictions(given.one[0], int(given.one[1]), int(given.one[3]))))
         return
     torch.set_num_threads(1)
-    arguments = "".join(f" {argument}" for argument in sys.argv[1:])
-    results: dict[str, Any] = {"environment": environment(COMMAND + arguments), "table": [], "budgets": []}
-    cases = [(name, batch, threads) for name in NETWORKS for batch in (1, 32) for threads in (1, 2)]
-    if given.part != "budgets":
-        held_out = 12 if given.quick else HELD_OUT
-        results["table"] = [in_a_process(*case, held_out) for case in (cases[:1] if given.quick else cases)]
-    if given.part != "table":
-        searches = [(network, seed) for network in ("resnet20", "mobilenet_v2") for seed in (0, 1, 2)]
-        for network, seed in searches[:1] if given.quick else searches:
-            results["budgets"] += budgets(network, seed, SHARES, 30 if given.quick else TRIALS)
+    kept = RESULTS / "latency.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() and not given.quick else {}
+    results["environment"] = environment(COMMAND)
+    trials = 30 if given.quick else TRIALS
+    searches = [(network, seed, 32) for network in ("resnet20", "mobilenet_v2") for seed in (0, 1, 2)]
+    searches += [(network, 0, 1) for network in ("resnet20", "mobilenet_v2")]
+    for part in given.parts or TEXTS:
+        if part == "table":
+            cases = [(name, batch, threads) for name in NETWORKS for batch in (1, 32) for threads in (1, 2)]
+            cases = [case for case in cases if case[0] != LARGE or case[1:] == (1, 1)]
+            held_out = 12 if given.quick else HELD_OUT
+            results[part] = [in_a_process(*case, held_out) for case in (cases[:1] if given.quick else cases)]
+        else:
+            run_part = partial(budgets, shares=SHARES) if part == "budgets" else partial(rounding, share=0.5)
+            some = searches[:1] if given.quick else searches
+            results[part] = [row for case in some for row in run_part(*case, trials=trials)]
+    text = "\n\n".join(f"## {part.capitalize()}\n\n{TEXTS[part](results[part])}" for part in TEXTS if part in results)
     if given.quick:
-        print(report(results))
+        print(text)
     else:
-        write("latency", "Latency, predicted and measured", results, report(results))
+        write("latency", "Latency, predicted and measured", results, text)
 
 
 if __name__ == "__main__":

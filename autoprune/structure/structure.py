@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -63,10 +63,10 @@ class Structure:
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     untouched: tuple[str, ...]
-    units_of: Mapping[str, tuple[IntArray | None, ...]]
-    attributes: tuple[Attribute, ...]
-    terms: Terms
-    weights: Mapping[str, tuple[int, ...]]
+    units_of: Mapping[str, tuple[IntArray | None, ...]] = field(repr=False)
+    attributes: tuple[Attribute, ...] = field(repr=False)
+    terms: Terms = field(repr=False)
+    weights: Mapping[str, tuple[int, ...]] = field(repr=False)
     device: str
 
     @cached_property
