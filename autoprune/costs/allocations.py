@@ -71,7 +71,7 @@ def _on_cuda(call: Callable[[], Any], device: torch.device) -> Allocation:
 def _on_cpu(call: Callable[[], Any]) -> Allocation:
     with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         results = call()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # there is one once it has run
+    events = profiler.profiler.kineto_results.events()
     del results
     seen = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
     return _summary([size for *_, size in seen if size])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, final
@@ -11,31 +11,21 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from autoprune.costs.allocations import Allocation, allocation_of
-from autoprune.costs.parts import (
-    Family,
-    Part,
-    _calls,
-    _families,
-    _same_calls,
-    _value,
-    draw_widths,
-    part_values,
-    prefixes,
-)
+from autoprune.costs.parts import Family, Part, Row, families_of, part_values, sized_calls
 from autoprune.costs.scratch import Scratch, Values, fit_scratch
 from autoprune.costs.structural import live_tensors, product_values
-from autoprune.errors import UnsupportedModelError
-from autoprune.protocols import FloatArray, IntArray
-from autoprune.structure.slicing import Slicer
+from autoprune.protocols import FloatArray
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products, tensor_lives
-from autoprune.structure.trace import Forward, Record, trace
+from autoprune.structure.trace import Forward, Value
 
 log = logging.getLogger(__name__)
 
 _ROWS = 4096  # candidates at once: bounds what a prediction holds
+_GRANULE = {"cuda": 512}  # bytes that an allocator hands out multiples of; the CPU's are counted as asked for
 
 
 @final
@@ -44,25 +34,25 @@ class PeakMemory:
     """Bytes that inference takes at its peak, at any widths; made by `measure_memory`.
 
     Parameters and buffers, the inputs, the activations alive at the moment, and what the running operation allocates
-    for itself. What libraries take from the system by themselves, and the interpreter, are not in it.
+    for itself. What libraries take from the system by themselves, and Python, are not in it.
 
     Attributes:
         sizes: Affine sizes, shape (s, 1 + groups): fixed part, then what each unit of each group adds.
         state: Bytes of each parameter and buffer.
         tensors: Distinct sizes of activations, in bytes.
         alive: How many of each are alive at each moment that can be the peak, shape (tensors, moments).
-        parts: Operations that take scratch, with the moment of each.
+        parts: Operations that take scratch, each with the moments at which it runs.
         scratch: What each family of them takes.
         device: ``"cpu"`` or ``"cuda"``, where it was measured.
         batch: Samples of one forward pass.
-        left_out: Operations that could not be run alone, and count without scratch.
+        left_out: Families that could not be run alone, and count without scratch.
     """
 
     sizes: FloatArray
     state: Products
     tensors: Products
     alive: FloatArray
-    parts: tuple[tuple[Part, int], ...]
+    parts: tuple[tuple[Part, tuple[int, ...]], ...]
     scratch: Mapping[str, Scratch]
     device: str
     batch: int
@@ -75,26 +65,26 @@ class PeakMemory:
 
     def _predict(self, widths: FloatArray) -> FloatArray:
         sizes = widths @ self.sizes[:, 1:].T + self.sizes[:, 0]
-        held = product_values(self.tensors, sizes) @ self.alive
+        held = self._rounded(product_values(self.tensors, sizes)) @ self.alive
         values = part_values([part for part, _ in self.parts], widths)
-        for part, moments in self.merged.items():
-            own = np.column_stack([values[size] for size in part[1]]) if part[1] else np.empty((len(widths), 0))
-            held[:, moments] += self.scratch[part[0]].predict(own)[:, None]
-        total: FloatArray = product_values(self.state, sizes).sum(axis=1) + held.max(axis=1)
-        return total
+        for part, moments in self.parts:
+            own = np.array([values[size] for size in part.sizes]).reshape(len(part.sizes), len(widths)).T
+            held[:, moments] += self.scratch[part.family].predict(own)[:, None]
+        total: FloatArray = self._rounded(product_values(self.state, sizes)).sum(axis=1) + held.max(axis=1)
+        return np.rint(total)
 
-    @property
-    def merged(self):
-        found: dict[Any, list[int]] = {}
-        for part, moment in self.parts:
-            found.setdefault((part.family, part.sizes), []).append(moment)
-        return found
+    def _rounded(self, bytes_: FloatArray) -> FloatArray:
+        granule = _GRANULE.get(self.device, 1)
+        rounded: FloatArray = np.ceil(bytes_ / granule) * granule
+        return rounded
 
     def __str__(self) -> str:
         worst = max((found.error for found in self.scratch.values()), default=0.0)
+        operations = sum(len(moments) for _, moments in self.parts)
         return (
-            f"peak of inference at batch {self.batch} on {self.device}, with the scratch of {len(self.parts)} operations "
-            f"measured there; formulas for it are off by {worst:.1%} at most where they were checked"
+            f"peak of inference at batch {self.batch} on {self.device}, with what {operations} operations allocate "
+            f"while they run: formulas fitted to runs here, off by {worst:.1%} of an operation at most in others"
+            + (f"; {len(self.left_out)} kinds of operations could not be run alone" if self.left_out else "")
         )
 
 
@@ -127,36 +117,27 @@ def measure_memory(
         ValueError: If the model is on a device whose memory cannot be measured.
     """
     device = next(model.parameters()).device
-    slicer = Slicer(model)
-
-    def traced(widths: IntArray) -> Record:
-        return trace(slicer.cut(structure.edit(prefixes(structure, widths))).eval(), args, kwargs, run, values=True)
-
-    record = traced(structure.sizes)
-    calls = _calls(record)
-    rows = _affine(traced, structure, seed)
-    dims = _Dims(rows, record, len(structure.groups))
+    record, calls, rows = sized_calls(model, structure, args, kwargs, run, seed)
+    numbers, dims = rows[: len(calls)], rows[len(calls) :]
+    families, _ = families_of(calls, numbers, structure, device)
+    scratch, left_out = _scratch_of(families, device, seed)
+    running: dict[Part, list[int]] = {}
+    for call, own in zip(calls, numbers, strict=True):
+        _, (part,) = families_of([call], [own], structure, device)
+        if part.family in scratch:
+            running.setdefault(part, []).append(call.op.index)
+    table = _Sizes(record.values, dims)
     lives = tensor_lives(record)
     state = [i for i, value in enumerate(record.values) if value.kind in ("parameter", "buffer")]
-    ends = np.cumsum([dims.count, *(len(call.numbers) for call in calls)])
-    own = [rows[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-    families, _ = _families(calls, own, structure, device)
-    scratch, left_out = _scratch(families, device, seed)
-    parts = []
-    for call, numbers in zip(calls, own, strict=True):
-        (part,) = _families([call], [numbers], structure, device)[1]
-        if part.family in scratch:
-            parts.append((part, call.op.index))
-    born, died = (np.array([life[k] for life in lives], dtype=np.int64) for k in (1, 2))
-    tensors, alive, moments = live_tensors(
-        dims.products([i for i, _, _ in lives]), born, died, [moment for _, moment in parts]
-    )
+    born, died = (np.array([life[column] for life in lives], dtype=np.int64) for column in (1, 2))
+    further = [index for own in running.values() for index in own]
+    tensors, alive, moments = live_tensors(table.products([i for i, *_ in lives]), born, died, further)
     return PeakMemory(
-        sizes=dims.table(),
-        state=dims.products(state),
+        state=table.products(state),
+        sizes=table.affine(len(structure.groups)),
         tensors=tensors,
         alive=alive,
-        parts=tuple((part, int(np.searchsorted(moments, moment))) for part, moment in parts),
+        parts=tuple((part, tuple(np.searchsorted(moments, own).tolist())) for part, own in running.items()),
         scratch=scratch,
         device=device.type,
         batch=batch,
@@ -164,77 +145,18 @@ def measure_memory(
     )
 
 
-Row = tuple[Fraction, tuple[tuple[int, Fraction], ...]]
+def peak_bytes(module: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Measure what `PeakMemory` predicts: run a whole network once, and count its state, its inputs and the peak."""
+    device = next(module.parameters()).device
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+    granule = _GRANULE.get(device.type, 1)
+    held = sum(-(-tensor.nbytes // granule) * granule for tensor in tensors)
+    return held + allocation_of(lambda: run(module, *args, **kwargs), device).peak
 
 
-def _affine(traced: Callable[[IntArray], Record], structure: Structure, seed: int) -> list[Row]:
-    """Every size of every value, then every number of every call, as affine functions of the widths."""
-
-    def numbers(widths: IntArray) -> tuple[IntArray, list[Any], Record]:
-        record = traced(widths)
-        calls = _calls(record)
-        flat = [size for value in record.values for size in value.shape]
-        flat += [number for call in calls for number in call.numbers]
-        return np.array(flat, dtype=np.int64), calls
-
-    dense, calls = numbers(structure.sizes)
-    shares: list[dict[int, Fraction]] = [{} for _ in dense]
-    for g, group in enumerate(structure.groups):
-        if group.size == group.multiple:
-            continue
-        widths = structure.sizes.copy()
-        widths[g] -= group.multiple
-        flat, other = numbers(widths)
-        _same_calls(calls, other)
-        for j in np.flatnonzero(dense != flat):
-            shares[j][g] = Fraction(int(dense[j] - flat[j]), group.multiple)
-    sizes = structure.sizes
-    rows: list[Row] = []
-    for size, own in zip(dense, shares, strict=True):
-        fixed = Fraction(int(size)) - sum((each * int(sizes[g]) for g, each in own.items()), Fraction(0))
-        rows.append((fixed, tuple(own.items())))
-    drawn = draw_widths(structure, 1, np.random.default_rng(seed))[0]
-    flat, other = numbers(drawn)
-    _same_calls(calls, other)
-    if any(_value(row, drawn) != size for row, size in zip(rows, flat, strict=True)):
-        raise UnsupportedModelError("x")
-    return rows
-
-
-class _Dims:
-    def __init__(self, rows, record, groups):
-        self.record = record
-        self.groups = groups
-        self.starts = np.cumsum([0, *(len(v.shape) for v in record.values)]).tolist()
-        self.count = self.starts[-1]
-        self.rows = rows
-        self.index = {(Fraction(1), ()): 0}
-
-    def products(self, values: Sequence[int]) -> Products:
-        coefficients, factors = [], []
-        for i in values:
-            coefficient, own = float(self.record.values[i].dtype.itemsize), []
-            for row in self.rows[self.starts[i] : self.starts[i + 1]]:
-                if row[1]:
-                    own.append(self.index.setdefault(row, len(self.index)))
-                else:
-                    coefficient *= int(row[0])
-            coefficients.append(coefficient)
-            factors.append(sorted(own))
-        width = max(map(len, factors), default=0)
-        padded = [[*own, *[0] * (width - len(own))] for own in factors]
-        return Products(np.array(coefficients), np.array(padded, dtype=np.int64).reshape(len(values), width))
-
-    def table(self) -> FloatArray:
-        table = np.zeros((len(self.index), 1 + self.groups))
-        for (fixed, shares), i in self.index.items():
-            table[i, 0] = float(fixed)
-            for g, each in shares:
-                table[i, 1 + g] = float(each)
-        return table
-
-
-def _scratch(families: Sequence[Family], device: torch.device, seed: int) -> tuple[dict[str, Scratch], list[str]]:
+def _scratch_of(families: Sequence[Family], device: torch.device, seed: int) -> tuple[dict[str, Scratch], list[str]]:
+    """What families take besides their results, for those that take anything; and those that cannot be run alone."""
     found, left_out = {}, []
     for family in families:
 
@@ -244,10 +166,38 @@ def _scratch(families: Sequence[Family], device: torch.device, seed: int) -> tup
 
         try:
             scratch = fit_scratch(family, run, seed)
-        except (RuntimeError, IndexError, ValueError) as error:
+        except (RuntimeError, IndexError) as error:  # it may need arguments that random tensors are not
+            log.warning("counted without scratch, because it cannot be run alone (%s): %s", error, family.key)
             left_out.append(family.key)
-            print("LEFT", family.key, repr(error)[:200])
             continue
         if scratch is not None:
             found[family.key] = scratch
     return found, left_out
+
+
+class _Sizes:
+    """Collects affine sizes, and bytes of values as products of them."""
+
+    def __init__(self, values: Sequence[Value], dims: Sequence[Sequence[Row]]) -> None:
+        self.values = values
+        self.dims = dims
+        self.index: dict[Row, int] = {(Fraction(1), ()): 0}
+
+    def products(self, which: Sequence[int]) -> Products:
+        coefficients, factors = [], []
+        for i in which:
+            constant = [float(row[0]) for row in self.dims[i] if not row[1]]
+            coefficients.append(float(np.prod(constant, initial=self.values[i].dtype.itemsize)))
+            factors.append(sorted(self.index.setdefault(row, len(self.index)) for row in self.dims[i] if row[1]))
+        width = max(map(len, factors), default=0)
+        padded = [[*own, *[0] * (width - len(own))] for own in factors]
+        return Products(np.array(coefficients), np.array(padded, dtype=np.int64).reshape(len(which), width))
+
+    def affine(self, groups: int) -> FloatArray:
+        """The sizes collected, shape (s, 1 + groups)."""
+        table = np.zeros((len(self.index), 1 + groups))
+        for i, (fixed, shares) in enumerate(self.index):
+            table[i, 0] = float(fixed)
+            for group, each in shares:
+                table[i, 1 + group] = float(each)
+        return table

@@ -146,7 +146,7 @@ def tensor_lives(record: Record) -> list[tuple[int, int, int]]:
     }
     lives = []
     for i, value in enumerate(record.values):
-        counted = value.kind == "result" and value.born < len(ops) or value.kind == "input" and i in read
+        counted = (value.kind == "result" and value.born < len(ops)) or (value.kind == "input" and i in read)
         if counted and value.base == i and i not in dropped:
             lives.append((i, value.born, last[i]))
     return lives
