@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+MEASURABLE = ("cpu", "cuda")
+"""Types of devices whose allocations can be seen."""
+
 
 @dataclass(frozen=True)
 class Allocation:

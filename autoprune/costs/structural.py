@@ -51,7 +51,10 @@ class StructuralCosts:
         return self._blocks(self._params, widths)
 
     def memory_bytes(self, widths: FloatArray) -> FloatArray:
-        """Bytes of parameters and buffers plus the largest sum of tensors alive at once, shape (n,)."""
+        """Bytes of parameters and buffers plus the largest sum of tensors alive at once, shape (n,).
+
+        Exact for the tensors of a pass. What kernels allocate besides, `PeakMemory` learns by running them.
+        """
 
         def peak(sizes: FloatArray) -> FloatArray:
             held: FloatArray = (product_values(self._activations, sizes) @ self._alive).max(axis=1)
@@ -145,6 +148,7 @@ def make_costs(
     user: Mapping[str, CostFunction] | None = None,
     batch: int = 1,
     latency: Latency | None = None,
+    memory: Callable[[FloatArray], FloatArray] | None = None,
 ) -> dict[str, CostFunction]:
     """Every cost that a budget may limit, as functions of candidates.
 
@@ -154,12 +158,14 @@ def make_costs(
         user: Further costs by name, each ``(n, d) int64 -> (n,)``; they need be neither monotone nor products.
         batch: Samples that `memory_bytes` and `latency_ms` are stated at.
         latency: Predicts `latency_ms`; without it, and without a user's cost of that name, there is none.
+        memory: Predicts `memory_bytes` of widths, with what operations allocate while they run; without it they count
+            for nothing.
 
     Raises:
         ValueError: If a user's cost takes the name of a built-in one, or its result has the wrong shape.
     """
     exact = StructuralCosts(structure, batch)
-    built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": exact.memory_bytes}
+    built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": memory or exact.memory_bytes}
     costs: dict[str, CostFunction] = {name: partial(_of_widths, cost, space) for name, cost in built_in.items()}
     costs["nonzero_params"] = partial(_nonzero_params, exact, space)
     if latency is not None:
