@@ -10,7 +10,6 @@ import numpy as np
 from torch import nn
 
 from autoprune.costs import Latency, make_costs
-from autoprune.costs.peak import peak_bytes
 from autoprune.costs.profile import network_call, setting_of, time_networks
 from autoprune.costs.timing import Timing, clock_for, note_of_noise
 from autoprune.protocols import IntArray
@@ -81,7 +80,7 @@ class _Seen:
         """Measure trials, given as built."""
         context, inputs = study.context, (study.latency_batch,)
         if study.memory is not None:
-            peaks = [float(peak_bytes(module, context.forward, inputs, {})) for module in modules]
+            peaks = [study.memory.measure(module, context.forward, inputs, {}) for module in modules]
             self.peaks.update(zip((trial.id for trial in trials), peaks, strict=True))
         if self.latency is None:
             return

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from autoprune.costs import StructuralCosts
+from autoprune.costs.allocations import allocation_of
 from autoprune.costs.parts import draw_widths, prefixes
-from autoprune.costs.peak import measure_memory, peak_bytes
+from autoprune.costs.peak import measure_memory
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build
 from benchmarks.common import environment, table, write
@@ -88,8 +89,8 @@ def one(name: str, batch: int, device: torch.device) -> dict[str, Any]:
     measured, state = [], []
     for row in widths:
         module = build(model, structure.edit(prefixes(structure, row))).eval()
-        measured.append(peak_bytes(module, run, args, {}))
         state.append(sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())))
+        measured.append(state[-1] + args[0].nbytes + allocation_of(partial(run, module, *args), device).peak)
     crowd = draw_widths(structure, POPULATION, np.random.default_rng(0)).astype(np.float64)
     began = time.perf_counter()
     memory.predict(crowd)
@@ -154,11 +155,8 @@ def main() -> None:
         print("skipped: torch sees no GPU here")
         return
     torch.set_num_threads(given.threads)
-    command = "python -m benchmarks.memory" + "".join(
-        f" --{name} {value}"
-        for name, value in (("device", given.device), ("threads", given.threads))
-        if value not in ("cpu", 1)
-    )
+    other = f"_{given.device}_{given.threads}" if given.device != "cpu" or given.threads != 1 else ""
+    command = "python -m benchmarks.memory" + (f" --device {given.device} --threads {given.threads}" if other else "")
     where = environment(command)
     names = list(NETWORKS)[:2] if given.quick else list(NETWORKS)
     results = []
@@ -166,16 +164,11 @@ def main() -> None:
         for batch in (2,) if given.quick else (1, 32):
             results.append(one(name, batch, torch.device(given.device)))
             print(f"{name}, batch {batch}: {np.round(100 * errors(results[-1]), 2)} %", file=sys.stderr)
+    title = "Peak memory of inference: predicted against measured"
     if given.quick:
         print(report(results))
     else:
-        suffix = "" if command.endswith("memory") else f"_{given.device}_{given.threads}"
-        write(
-            f"memory{suffix}",
-            "Peak memory of inference: predicted against measured",
-            {"environment": where, "networks": results},
-            report(results),
-        )
+        write(f"memory{other}", title, {"environment": where, "networks": results}, report(results))
     if max(np.abs(errors(found)).max() for found in results) > TARGET:
         sys.exit(1)
 

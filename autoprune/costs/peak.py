@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,6 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from autoprune.costs.allocations import Allocation, allocation_of
 from autoprune.costs.parts import Family, Part, Row, families_of, part_values, sized_calls
@@ -44,6 +44,7 @@ class PeakMemory:
         parts: Operations that take scratch, each with the moments at which it runs.
         scratch: What each family of them takes.
         device: ``"cpu"`` or ``"cuda"``, where it was measured.
+        inputs: Bytes of the inputs that the model reads.
         batch: Samples of one forward pass.
         left_out: Families that could not be run alone, and count without scratch.
     """
@@ -55,6 +56,7 @@ class PeakMemory:
     parts: tuple[tuple[Part, tuple[int, ...]], ...]
     scratch: Mapping[str, Scratch]
     device: str
+    inputs: float
     batch: int
     left_out: tuple[str, ...] = ()
 
@@ -62,6 +64,13 @@ class PeakMemory:
         """Bytes at widths (n, groups), shape (n,)."""
         blocks = [self._predict(widths[start : start + _ROWS]) for start in range(0, len(widths), _ROWS)]
         return np.concatenate(blocks) if blocks else np.empty(0)
+
+    def measure(self, module: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """Bytes that one forward pass of a built network takes, counted as they are predicted."""
+        state = np.array([[tensor.nbytes for tensor in (*module.parameters(), *module.buffers())]], dtype=np.float64)
+        device = next(module.parameters()).device
+        top = allocation_of(lambda: run(module, *args, **kwargs), device).peak
+        return float(self._rounded(state).sum()) + self.inputs + top
 
     def _predict(self, widths: FloatArray) -> FloatArray:
         sizes = widths @ self.sizes[:, 1:].T + self.sizes[:, 0]
@@ -132,6 +141,7 @@ def measure_memory(
     born, died = (np.array([life[column] for life in lives], dtype=np.int64) for column in (1, 2))
     further = [index for own in running.values() for index in own]
     tensors, alive, moments = live_tensors(table.products([i for i, *_ in lives]), born, died, further)
+    given = [record.values[i] for i, *_ in lives if record.values[i].kind == "input"]
     return PeakMemory(
         state=table.products(state),
         sizes=table.affine(len(structure.groups)),
@@ -140,19 +150,10 @@ def measure_memory(
         parts=tuple((part, tuple(np.searchsorted(moments, own).tolist())) for part, own in running.items()),
         scratch=scratch,
         device=device.type,
+        inputs=float(sum(math.prod(value.shape) * value.dtype.itemsize for value in given)),
         batch=batch,
         left_out=tuple(left_out),
     )
-
-
-def peak_bytes(module: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Measure what `PeakMemory` predicts: run a whole network once, and count its state, its inputs and the peak."""
-    device = next(module.parameters()).device
-    tensors = [*module.parameters(), *module.buffers()]
-    tensors += [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
-    granule = _GRANULE.get(device.type, 1)
-    held = sum(-(-tensor.nbytes // granule) * granule for tensor in tensors)
-    return held + allocation_of(lambda: run(module, *args, **kwargs), device).peak
 
 
 def _scratch_of(families: Sequence[Family], device: torch.device, seed: int) -> tuple[dict[str, Scratch], list[str]]:
