@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, product
+from functools import partial
+from itertools import combinations, combinations_with_replacement, product
 
 import numpy as np
 
@@ -28,6 +29,7 @@ BLOCKS = (16, 8, 1, 4, 32, 64)
 _CHECKS = 4  # runs that a fit is judged on
 _TOLERANCE = 0.01  # of what the operation takes in all: a fit that is further off is refined
 _MOST_RUNS = 160  # of one family
+_MOST_BLOCKS = 2  # variables that are rounded each in its own way; more share one block, as there are too many ways
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class Cell:
     Attributes:
         low: Least value of each variable, length v.
         end: The value of each variable beyond the last, length v.
-        block: What sizes are rounded up to.
+        blocks: What each variable is rounded up to a multiple of, length v.
         coefficients: Of `_features`, for each moment that can be the peak, shape (moments, features).
     """
 
     low: Values
     end: Values
-    block: int
+    blocks: Values
     coefficients: FloatArray
 
 
@@ -68,7 +70,7 @@ class Scratch:
         for cell in self.cells:
             rows = ((inside >= cell.low) & (inside < cell.end)).all(axis=1)
             if rows.any():
-                out[rows] = (_features(inside[rows], cell.block) @ cell.coefficients.T).max(axis=1)
+                out[rows] = (_features(inside[rows], cell.blocks) @ cell.coefficients.T).max(axis=1)
         bytes_: FloatArray = np.maximum(out, 0.0)
         return bytes_
 
@@ -129,12 +131,27 @@ class _Fitter:
         drawn = [point for point in dict.fromkeys(points) if point not in corners]
         fitted, checks = [*corners, *drawn[:-_CHECKS]], drawn[-_CHECKS:]
         alike = len({self.at(point).pattern for point in (*fitted, *checks)}) == 1
-        errors = [self._error(fitted, checks, block, alike) for block in BLOCKS]
-        if min(errors) > _TOLERANCE and not self._spent() and (middle := self._middle(low, end)):
-            return self._halves(low, end, *middle)
+        v = len(low)
+        choices = list(product(BLOCKS, repeat=v)) if v <= _MOST_BLOCKS else [(block,) * v for block in BLOCKS]
+        errors = [self._error(fitted, checks, blocks, alike) for blocks in choices]
+        split = min(errors) > _TOLERANCE and not self._spent()
+        if split and (where := self._drop(corners) or self._middle(low, end)) is not None:
+            return self._halves(low, end, *where)
         self.error = max(self.error, min(errors))
-        block = BLOCKS[int(np.argmin(errors))]
-        return [Cell(low, end, block, self._fit((*fitted, *checks), block, alike))]
+        blocks = choices[int(np.argmin(errors))]
+        return [Cell(low, end, blocks, self._fit((*fitted, *checks), blocks, alike))]
+
+    def _drop(self, corners: Sequence[Values]) -> tuple[int, int] | None:
+        """A variable, and its least value behind a drop: what takes less for more is another kernel."""
+        for a, b in combinations(corners, 2):  # in ascending order
+            axes = [axis for axis in range(len(a)) if a[axis] != b[axis]]
+            peak = self.at(a).peak
+            if len(axes) == 1 and peak > self.at(b).peak:
+                return axes[0], self._bisect(a, b, axes[0], partial(self._takes, peak))
+        return None
+
+    def _takes(self, peak: int, point: Values) -> bool:
+        return self.at(point).peak >= peak
 
     def _middle(self, low: Values, end: Values) -> tuple[int, int] | None:
         """The variable of the widest range, as a ratio, and its geometric mean; None if it has one value."""
@@ -163,24 +180,28 @@ class _Fitter:
             if self.at(moved).pattern != self.at(a).pattern:
                 break
             a = moved
-        low, high = sorted((a[axis], b[axis]))
-        step = self.family.steps[axis]
-        below = self.at((*a[:axis], low, *a[axis + 1 :])).pattern
+        a, b = sorted((a, (*a[:axis], b[axis], *a[axis + 1 :])))
+        pattern = self.at(a).pattern
+        return axis, self._bisect(a, b, axis, lambda point: self.at(point).pattern == pattern)
+
+    def _bisect(self, a: Values, b: Values, axis: int, holds: Callable[[Values], bool]) -> int:
+        """The least value of a variable between points `a` and `b` for which what holds at `a` no longer does."""
+        low, high, step = a[axis], b[axis], self.family.steps[axis]
         while high - low > step:
             middle = (low + high) // 2 // step * step
-            if self.at((*a[:axis], middle, *a[axis + 1 :])).pattern == below:
+            if holds((*a[:axis], middle, *a[axis + 1 :])):
                 low = middle
             else:
                 high = middle
-        return axis, high
+        return high
 
     def _halves(self, low: Values, end: Values, axis: int, split: int) -> list[Cell]:
         below, above = (*end[:axis], split, *end[axis + 1 :]), (*low[:axis], split, *low[axis + 1 :])
         return [*self.cells(low, below), *self.cells(above, end)]
 
-    def _fit(self, points: Sequence[Values], block: int, alike: bool) -> FloatArray:
+    def _fit(self, points: Sequence[Values], blocks: Values, alike: bool) -> FloatArray:
         """Coefficients for each moment that can be the peak, or of the peak alone where points are not `alike`."""
-        features = self._features(points, block)
+        features = self._features(points, blocks)
         scratch = [self.at(point).scratch for point in points]
         targets = np.array(scratch if alike else [[max(moments)] for moments in scratch], dtype=np.float64)
         scale = np.abs(features).max(axis=0)
@@ -189,23 +210,24 @@ class _Fitter:
         coefficients: FloatArray = (solved / scale[:, None]).T
         return coefficients
 
-    def _error(self, fitted: Sequence[Values], checks: Sequence[Values], block: int, alike: bool) -> float:
+    def _error(self, fitted: Sequence[Values], checks: Sequence[Values], blocks: Values, alike: bool) -> float:
         """How far a fit is off at worst, as a fraction of the peak; where all points are fitted, at those."""
         judged = checks or fitted
-        predicted = (self._features(judged, block) @ self._fit(fitted, block, alike).T).max(axis=1)
+        predicted = (self._features(judged, blocks) @ self._fit(fitted, blocks, alike).T).max(axis=1)
         measured = [max(self.at(point).scratch) for point in judged]
         return float(np.max(np.abs(predicted - measured) / self._peaks(judged)))
 
     def _peaks(self, points: Sequence[Values]) -> FloatArray:
         return np.array([max(self.at(point).peak, 1) for point in points], dtype=np.float64)
 
-    def _features(self, points: Sequence[Values], block: int) -> FloatArray:
-        return _features(np.array(points, dtype=np.float64).reshape(len(points), len(self.family.steps)), block)
+    def _features(self, points: Sequence[Values], blocks: Values) -> FloatArray:
+        return _features(np.array(points, dtype=np.float64).reshape(len(points), len(self.family.steps)), blocks)
 
 
-def _features(values: FloatArray, block: int) -> FloatArray:
-    """Products of up to two sizes, as they are and rounded up to a block; (n, v) to (n, features)."""
-    sizes = np.concatenate([values, np.ceil(values / block) * block], axis=1)
+def _features(values: FloatArray, blocks: Values) -> FloatArray:
+    """Products of up to two sizes, as they are and rounded up to a multiple; (n, v) to (n, features)."""
+    multiples = np.array(blocks, dtype=np.float64)
+    sizes = np.concatenate([values, np.ceil(values / multiples) * multiples], axis=1)
     pairs = combinations_with_replacement(range(sizes.shape[1]), 2)
     squares = [sizes[:, i] * sizes[:, j] for i, j in pairs]
     return np.column_stack([np.ones(len(values)), sizes, *squares])
