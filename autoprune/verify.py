@@ -26,7 +26,8 @@ _DRIFT = 0.1  # a dense network that is slower or faster by more than this is wo
 def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str, ...]]:
     """Measure every trial on the front against the dense network, until the front holds measured trials only.
 
-    What is measured replaces what was predicted, of latencies and of the peak of memory, where the budget limits them.
+    What is measured replaces what was predicted: the peak of memory where the budget limits it, and latencies wherever
+    there is a table of them, so that `SearchResult.best` finds measured networks under a limit that comes later, too.
     The latency model is fitted again with the new evidence, and predicts the rest again; where a trial misses a limit,
     the next one takes its place on the front, and is measured too.
 
@@ -38,13 +39,11 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
         The trials with corrected costs, and notes that say what was measured.
     """
     trials, latency, notes = list(found), study.latency, list[str]()
-    if latency is not None and any(name in study.limits for name in TIMED):
+    if latency is not None:
         setting = setting_of(study.context.model, (study.latency_batch,), {}, latency.setting.batch)
         if differing := latency.setting.elsewhere(setting):
             notes.append(f"latencies are predictions, not verified here: measured with {'; '.join(differing)}")
             latency = None
-    else:
-        latency = None
     if latency is None and study.memory is None:
         return trials, tuple(notes)
     seen = _Seen(latency)

@@ -141,7 +141,7 @@ def test_what_is_offered_under_a_memory_budget_was_measured_to_be_within(budget)
         assert trial.predicted["memory_bytes"] == pytest.approx(measured, rel=0.05)
     assert result.limits["memory_bytes"] == pytest.approx(0.7 * peak_bytes(small(), DATA[0][:2]), rel=0.05)
     assert any(note.startswith("memory_bytes: ") and "networks were measured" in note for note in result.notes)
-    assert "predicted memory_bytes" in str(result)
+    assert "memory_bytes  predicted" in str(result)
 
 
 def test_memory_that_no_budget_limits_is_not_measured():

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 MEASURABLE = ("cpu", "cuda")
 """Types of devices whose allocations can be seen."""
@@ -71,8 +72,6 @@ def _on_cuda(call: Callable[[], Any], device: torch.device) -> Allocation:
 
 
 def _on_cpu(call: Callable[[], Any]) -> Allocation:
-    from torch.profiler import ProfilerActivity, profile
-
     with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         results = call()
     events = profiler.profiler.kineto_results.events()
