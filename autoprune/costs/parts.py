@@ -106,7 +106,7 @@ def find_parts(
     """
     _, calls, rows = sized_calls(model, structure, args, kwargs, forward, seed)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return families_of(calls, rows[: len(calls)], structure, device)
+    return families_of(calls, rows, structure, device)
 
 
 def sized_calls(
@@ -116,11 +116,14 @@ def sized_calls(
     kwargs: Mapping[str, Any],
     forward: Forward,
     seed: int,
+    *,
+    values: bool = False,
 ) -> tuple[Record, list[Call], list[list[Row]]]:
     """The dense pass, the operations of it that compute, and all sizes as functions of the widths.
 
     Returns:
-        The pass; its operations; the numbers of each operation, followed by the dimensions of each value of the pass.
+        The pass; its operations; the numbers of each operation, followed, for `values`, by the dimensions of each value
+        of the pass.
 
     Raises:
         UnsupportedModelError: If the model runs other operations once it is pruned.
@@ -130,8 +133,8 @@ def sized_calls(
     def run(widths: IntArray) -> tuple[Record, list[Call], list[tuple[int, ...]]]:
         cut = slicer.cut(structure.edit(prefixes(structure, widths))).eval()
         record = trace(cut, args, kwargs, forward, values=True)
-        calls = _calls(record)
-        return record, calls, [*(call.numbers for call in calls), *(value.shape for value in record.values)]
+        calls, shapes = _calls(record), [value.shape for value in record.values] if values else []
+        return record, calls, [*(call.numbers for call in calls), *shapes]
 
     record, dense, numbers = run(structure.sizes)
     fixed = [np.array(own, dtype=np.int64) for own in numbers]
@@ -142,7 +145,7 @@ def sized_calls(
         widths = structure.sizes.copy()
         widths[g] -= group.multiple
         _, calls, others = run(widths)
-        _require_same(dense, calls)
+        _require_same(dense, calls, numbers, others)
         for i, other in enumerate(others):
             for j in np.flatnonzero(fixed[i] != other):
                 slopes[i][j, g] = Fraction(int(fixed[i][j] - other[j]), group.multiple)
@@ -150,7 +153,7 @@ def sized_calls(
     rows = [[_row(f, s, sizes) for f, s in zip(fs, ss, strict=True)] for fs, ss in zip(fixed, slopes, strict=True)]
     drawn = draw_widths(structure, 1, np.random.default_rng(seed))[0]
     _, calls, others = run(drawn)
-    _require_same(dense, calls)
+    _require_same(dense, calls, numbers, others)
     for i, other in enumerate(others):
         if any(_value(row, drawn) != size for row, size in zip(rows[i], other, strict=True)):
             where = dense[i].op.where() if i < len(dense) else "a tensor"
@@ -232,8 +235,9 @@ def _spec(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     return _Spec(len(shape), str(dtype).removeprefix("torch."), order, broadcast)
 
 
-def _require_same(dense: list[Call], other: list[Call]) -> None:
-    if [call.template for call in dense] != [call.template for call in other]:
+def _require_same(dense: list[Call], other: list[Call], *numbers: list[tuple[int, ...]]) -> None:
+    counts = [[len(own) for own in some] for some in numbers]
+    if [call.template for call in dense] != [call.template for call in other] or counts[0] != counts[1]:
         raise UnsupportedModelError(
             "costs of parts need a model that runs the same operations however narrow it is, and this one does not; "
             "pass a function of your own in costs="

@@ -126,7 +126,7 @@ def measure_memory(
         ValueError: If the model is on a device whose memory cannot be measured.
     """
     device = next(model.parameters()).device
-    record, calls, rows = sized_calls(model, structure, args, kwargs, run, seed)
+    record, calls, rows = sized_calls(model, structure, args, kwargs, run, seed, values=True)
     numbers, dims = rows[: len(calls)], rows[len(calls) :]
     families, _ = families_of(calls, numbers, structure, device)
     scratch, left_out = _scratch_of(families, device, seed)

@@ -125,10 +125,11 @@ class _Fitter:
         """Formulas for a box, split where the operation takes another way or no formula fits."""
         corners = self.corners(low, end)
         columns = (1 + 2 * len(low)) * (2 + 2 * len(low)) // 2  # of `_features`
-        for points in (corners, [corners[0], *self.draws(low, end, columns + _CHECKS)]):
+        drawn = self.draws(low, end, columns + _CHECKS)
+        for points in (corners, [corners[0], *drawn]):
             if (other := self._unlike(points)) is not None:
                 return self._halves(low, end, *self._boundary(corners[0], other))
-        drawn = [point for point in dict.fromkeys(points) if point not in corners]
+        drawn = [point for point in dict.fromkeys(drawn) if point not in corners]
         fitted, checks = [*corners, *drawn[:-_CHECKS]], drawn[-_CHECKS:]
         alike = len({self.at(point).pattern for point in (*fitted, *checks)}) == 1
         v = len(low)
