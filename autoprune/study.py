@@ -15,6 +15,8 @@ from torch import nn
 from autoprune import batches
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction, Latency, make_costs
+from autoprune.costs.allocations import MEASURABLE
+from autoprune.costs.peak import PeakMemory, measure_memory
 from autoprune.costs.profile import profile_structure, with_batch
 from autoprune.costs.returned import selecting
 from autoprune.criteria import order_units, score_units
@@ -68,7 +70,8 @@ class Study:
         worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
             and until the dense model is measured.
         latency: What predicts latencies; None if they are not limited, or a function of the user's says them.
-        latency_batch: What a latency is of: a batch of the size that costs are stated at.
+        latency_batch: What a latency is of, and a peak of memory: a batch of the size that costs are stated at.
+        memory: What predicts the peak of memory; None if it is not limited, or cannot be measured.
     """
 
     context: Context
@@ -82,6 +85,7 @@ class Study:
     worst_score: float | None = None
     latency: Latency | None = None
     latency_batch: batches.Batch = None
+    memory: PeakMemory | None = None
 
 
 def prepare(
@@ -125,6 +129,7 @@ def prepare(
     source = _latency_of(latency, wanted, costs or {}, model, structure, timed, run, cost_batch, run_dir, at_edges)
     if source is not None and isinstance(settings, Channels) and at_edges:
         settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
+    peak, without = _memory_of(wanted, model, structure, timed, run, cost_batch)
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
@@ -133,7 +138,7 @@ def prepare(
         judge = resolve_metric(metric, subsets, fitting(lambda batch: run(scored, batch)))
         bound = settings.bind(structure, order_units(scores))
         expected = expected_losses(prior, bound, scores, criterion, scored, structure, subsets.calibration, run)
-    named = make_costs(structure, bound, costs, cost_batch, source)
+    named = make_costs(structure, bound, costs, cost_batch, source, None if peak is None else peak.predict)
     wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     limits = limits or _cost_to_minimise(bound, named)
@@ -146,11 +151,14 @@ def prepare(
     notes = [f"search over {bound.describe()}{traced}"]
     if source is not None:
         notes += [f"latency: {source}", *source.notes]
+    if peak is not None:
+        notes.append(f"memory_bytes: {peak}")
+    notes += without
     if wanted.score_limits:
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
     told = getattr(chosen, "notes", ())  # after `prepare`, because only then an evaluator knows what it learned
     ordered = (*_ordered(notes, judge.note, subsets), *told)
-    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered, None, source, timed)
+    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered, None, source, timed, peak)
 
 
 def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:
@@ -183,6 +191,27 @@ def _latency_of(
     found = given if isinstance(given, Latency) else Latency.load(given or kept)  # type: ignore[arg-type]
     found.require_match(structure, size, type(model).__name__)
     return found
+
+
+def _memory_of(
+    wanted: Budget,
+    model: nn.Module,
+    structure: Structure,
+    batch: batches.Batch,
+    run: Forward,
+    size: int,
+) -> tuple[PeakMemory | None, list[str]]:
+    """What predicts the peak of memory if the budget limits it, or a note that says why nothing does."""
+    if all(limit.name != "memory_bytes" for limit in wanted.limits):
+        return None, []
+    device = next(model.parameters()).device.type
+    why = "" if device in MEASURABLE else f"on {device} it cannot be measured"
+    if not why:
+        try:
+            return measure_memory(model, structure, (batch,), {}, run, batch=size), []
+        except UnsupportedModelError as error:
+            why = str(error)
+    return None, [f"memory_bytes is weights and tensors alone, without what operations allocate while they run: {why}"]
 
 
 def _within_upper(

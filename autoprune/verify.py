@@ -1,11 +1,10 @@
-"""Measure the networks that a search offers under a latency budget, and correct what was predicted of the others."""
+"""Measure the networks that a search offers under limits on latency or memory, and correct what was predicted."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -27,8 +26,10 @@ _DRIFT = 0.1  # a dense network that is slower or faster by more than this is wo
 def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str, ...]]:
     """Measure every trial on the front against the dense network, until the front holds measured trials only.
 
-    What is measured replaces what was predicted. The model is fitted again with the new evidence, and predicts the rest
-    again; where a trial misses a limit, the next one takes its place on the front, and is measured too.
+    What is measured replaces what was predicted: the peak of memory where the budget limits it, and latencies wherever
+    there is a table of them, so that `SearchResult.best` finds measured networks under a limit that comes later, too.
+    The latency model is fitted again with the new evidence, and predicts the rest again; where a trial misses a limit,
+    the next one takes its place on the front, and is measured too.
 
     Args:
         study: The search.
@@ -37,83 +38,124 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
     Returns:
         The trials with corrected costs, and notes that say what was measured.
     """
-    trials, latency = list(found), study.latency
-    limited = [name for name in TIMED if name in study.limits]
-    if latency is None or not limited:
-        return trials, ()
-    context = study.context
-    setting = setting_of(context.model, (study.latency_batch,), {}, latency.setting.batch)
-    if differing := latency.setting.elsewhere(setting):
-        return trials, (f"latencies are predictions, not verified here: measured with {'; '.join(differing)}",)
-
-    def call(module: nn.Module) -> Callable[[], Any]:
-        return network_call(module.eval(), context.forward, (study.latency_batch,), {})
-
-    dense = call(build(context.model, Edit({}, {})))
-    clock = clock_for(next(context.model.parameters()).device)
-    timings: dict[int, Timing] = {}
+    trials, latency, notes = list(found), study.latency, list[str]()
+    if latency is not None:
+        setting = setting_of(study.context.model, (study.latency_batch,), {}, latency.setting.batch)
+        if differing := latency.setting.elsewhere(setting):
+            notes.append(f"latencies are predictions, not verified here: measured with {'; '.join(differing)}")
+            latency = None
+    if latency is None and study.memory is None:
+        return trials, tuple(notes)
+    seen = _Seen(latency)
     try:
-        while todo := _unmeasured(study, trials, timings):
-            calls = [call(study.evaluator.build(np.array(trial.candidate, dtype=np.int64))) for trial in todo]
-            measured = time_networks(calls, dense, clock)
-            timings.update(zip((trial.id for trial in todo), measured, strict=True))
-            widths = context.space.widths(_candidates(todo)).astype(np.int64)
-            ratio, uncertainty = np.array([(timing.ratio, timing.uncertainty) for timing in measured]).T
-            latency = latency.refitted(widths, ratio, uncertainty)
-            trials = _corrected(study, trials, latency, timings)
+        while todo := _unmeasured(study, trials, seen):
+            modules = [study.evaluator.build(np.array(trial.candidate, dtype=np.int64)).eval() for trial in todo]
+            seen.measure(study, todo, modules)
+            trials = _corrected(study, trials, seen)
     except KeyboardInterrupt:
-        log.warning("interrupted; some latencies on the front are predictions")
-        return trials, (*_notes(trials, timings, latency), "interrupted: some latencies on the front are predictions")
-    return trials, tuple(_notes(trials, timings, latency))
+        log.warning("interrupted; some costs on the front are predictions")
+        notes.append("interrupted: some latencies and peaks of memory on the front are predictions")
+    return trials, (*_notes_on_latency(trials, seen), *_notes_on_memory(trials), *notes)
 
 
-def _unmeasured(study: Study, trials: Sequence[Trial], timings: Mapping[int, Timing]) -> list[Trial]:
+class _Seen:
+    """What was measured of trials, by their ids.
+
+    Attributes:
+        latency: The model, fitted to all that was measured; None if latencies are not measured.
+        timings: Times against the dense network.
+        peaks: Bytes at the peak of memory.
+    """
+
+    def __init__(self, latency: Latency | None) -> None:
+        self.latency = latency
+        self.timings: dict[int, Timing] = {}
+        self.peaks: dict[int, float] = {}
+
+    def __contains__(self, trial: int) -> bool:
+        return trial in self.timings or trial in self.peaks
+
+    def measure(self, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> None:
+        """Measure trials, given as built."""
+        context, inputs = study.context, (study.latency_batch,)
+        if study.memory is not None:
+            peaks = [study.memory.measure(module, context.forward, inputs, {}) for module in modules]
+            self.peaks.update(zip((trial.id for trial in trials), peaks, strict=True))
+        if self.latency is None:
+            return
+        dense = network_call(build(context.model, Edit({}, {})).eval(), context.forward, inputs, {})
+        calls = [network_call(module, context.forward, inputs, {}) for module in modules]
+        timings = time_networks(calls, dense, clock_for(next(context.model.parameters()).device))
+        self.timings.update(zip((trial.id for trial in trials), timings, strict=True))
+        widths = context.space.widths(_candidates(trials)).astype(np.int64)
+        ratio, uncertainty = np.array([(timing.ratio, timing.uncertainty) for timing in timings]).T
+        self.latency = self.latency.refitted(widths, ratio, uncertainty)
+
+
+def _unmeasured(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Trial]:
     """Trials on the front that are still to be measured, as many as are compared at once."""
     front = find_front(trials, tuple(study.limits), study.context.judge.higher_is_better)
-    return [trial for trial in front if trial.id not in timings][:_AT_ONCE]
+    return [trial for trial in front if trial.id not in seen][:_AT_ONCE]
 
 
 def _candidates(trials: Sequence[Trial]) -> IntArray:
     return np.array([trial.candidate for trial in trials], dtype=np.int64)
 
 
-def _corrected(study: Study, trials: Sequence[Trial], latency: Latency, timings: Mapping[int, Timing]) -> list[Trial]:
-    """Trials with measured latencies where there are some, and with those of the refitted model elsewhere."""
-    batch = latency.setting.batch
-    costs = make_costs(study.context.structure, study.context.space, None, batch, latency)
-    again = costs["latency_ms"](_candidates(trials)).tolist()
+def _corrected(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Trial]:
+    """Trials with measured costs where there are some, and with latencies of the refitted model elsewhere."""
+    latency, again = seen.latency, [0.0] * len(trials)
+    if latency is not None:
+        costs = make_costs(study.context.structure, study.context.space, None, latency.setting.batch, latency)
+        again = costs["latency_ms"](_candidates(trials)).tolist()
     corrected = []
     for trial, ms in zip(trials, again, strict=True):
-        timing = timings.get(trial.id)
-        predicted, intervals = trial.predicted, trial.cost_intervals
-        if timing is not None:
-            ms = timing.ratio * latency.dense_ms
-            predicted = predicted or {name: trial.costs[name] for name in TIMED}
-            ends = (timing.low * latency.dense_ms, timing.high * latency.dense_ms)
-            intervals = {"latency_ms": ends, "ms_per_sample": (ends[0] / batch, ends[1] / batch)}
-        own = {**trial.costs, "latency_ms": ms, "ms_per_sample": ms / batch}
+        measured: dict[str, float] = {}
+        own, intervals = dict(trial.costs), dict(trial.cost_intervals)
+        if (peak := seen.peaks.get(trial.id)) is not None:
+            measured["memory_bytes"] = peak
+        if latency is not None:
+            batch, timing = latency.setting.batch, seen.timings.get(trial.id)
+            own |= {"latency_ms": ms, "ms_per_sample": ms / batch}
+            if timing is not None:
+                unit = latency.dense_ms
+                measured |= {"latency_ms": timing.ratio * unit, "ms_per_sample": timing.ratio * unit / batch}
+                ends = (timing.low * unit, timing.high * unit)
+                intervals |= {"latency_ms": ends, "ms_per_sample": (ends[0] / batch, ends[1] / batch)}
+        own |= measured
+        predicted = trial.predicted or {name: trial.costs[name] for name in measured}
         feasible = within(own, study.limits)
         corrected.append(replace(trial, costs=own, predicted=predicted, cost_intervals=intervals, feasible=feasible))
     return corrected
 
 
-def _notes(trials: Sequence[Trial], timings: Mapping[int, Timing], latency: Latency) -> list[str]:
+def _notes_on_latency(trials: Sequence[Trial], seen: _Seen) -> list[str]:
     """How predictions compare with what was measured, in plain words."""
-    measured = [trial for trial in trials if trial.predicted]
-    if not measured:
+    measured, latency = [trial for trial in trials if "latency_ms" in trial.predicted], seen.latency
+    if not measured or latency is None:
         return []
-    errors = np.array([abs(trial.predicted["latency_ms"] / trial.costs["latency_ms"] - 1) for trial in measured])
-    missed = sum(not trial.feasible for trial in measured)
-    notes = [
-        f"latency: {len(measured)} networks were measured against the dense one; predictions were off by "
-        f"{np.median(errors):.1%} on the median, {errors.max():.1%} at most; "
-        + (f"{missed} missed a limit and gave way to the next" if missed else "none missed a limit")
-    ]
-    now = float(np.median([timing.ms / timing.ratio for timing in timings.values()]))
+    notes = [f"latency: {_comparison(measured, 'latency_ms')}"]
+    now = float(np.median([timing.ms / timing.ratio for timing in seen.timings.values()]))
     if abs(now / latency.dense_ms - 1) > _DRIFT:
         notes.append(
             f"the dense network takes {now:.4g} ms now and took {latency.dense_ms:.4g} ms when the table was measured; "
             "latencies are stated at the speed that the machine had then"
         )
-    noise = note_of_noise(list(timings.values()))
+    noise = note_of_noise(list(seen.timings.values()))
     return [*notes, *([noise] if noise else [])]
+
+
+def _notes_on_memory(trials: Sequence[Trial]) -> list[str]:
+    measured = [trial for trial in trials if "memory_bytes" in trial.predicted]
+    return [f"memory_bytes: {_comparison(measured, 'memory_bytes')}"] if measured else []
+
+
+def _comparison(measured: Sequence[Trial], cost: str) -> str:
+    errors = np.array([abs(trial.predicted[cost] / trial.costs[cost] - 1) for trial in measured])
+    missed = sum(not trial.feasible for trial in measured)
+    dense = " against the dense one" if cost in TIMED else ""
+    return (
+        f"{len(measured)} networks were measured{dense}; predictions were off by {np.median(errors):.1%} on the "
+        f"median, {errors.max():.1%} at most; "
+        + (f"{missed} missed a limit and gave way to the next" if missed else "none missed a limit")
+    )

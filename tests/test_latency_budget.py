@@ -70,7 +70,7 @@ def test_what_is_offered_is_within_the_budget_as_measured(machine, table, optimi
         assert trial.predicted["latency_ms"] == pytest.approx(built, rel=0.1)
         low, high = trial.cost_intervals["latency_ms"]
         assert low <= trial.costs["latency_ms"] <= high
-    assert "predicted latency_ms" in str(result)
+    assert "latency_ms  predicted" in str(result)
 
 
 def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
@@ -185,3 +185,29 @@ def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monk
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
     with pytest.raises(InfeasibleBudgetError, match="were measured to be over, the nearest by"):
         result.best()
+
+
+class TestBest:
+    """Of what was measured."""
+
+    def test_a_later_limit_on_latency_is_met_by_a_network_that_was_measured(self, machine, table):
+        result = autoprune.search(small(), "flops <= 80%", DATA, latency=table, **QUICK)
+        assert all(trial.predicted for trial in result.front)
+        fast = result.best("latency <= 60%")
+        assert fast.costs["latency_ms"] == pytest.approx(true_ms(result.build(fast)), rel=1e-6)
+
+    def test_a_better_trial_that_was_only_predicted_is_passed_over(self, machine, table):
+        from dataclasses import replace
+
+        result = autoprune.search(small(), "latency <= 80%", DATA, latency=table, **QUICK)
+        best = result.best()
+        rumour = replace(best, id=999, score=1.1, predicted={}, cost_intervals={})
+        assert replace(result, trials=(*result.trials, rumour)).best().id == best.id
+        assert replace(result, trials=(*result.trials, rumour)).best("flops <= 99%").predicted
+
+    def test_without_measurements_predictions_count(self, machine, table):
+        from dataclasses import replace
+
+        elsewhere = replace(table, setting=replace(table.setting, machine="a phone"))
+        result = autoprune.search(small(), "latency <= 50%", DATA, latency=elsewhere, **QUICK)
+        assert result.best("latency <= 50%").costs["latency_ms"] <= 0.5 * result.dense.costs["latency_ms"]

@@ -29,6 +29,9 @@ from autoprune.structure.trace import Forward, Op, Record, Ref, trace
 Size = tuple[int, tuple[tuple[int, int], ...]]
 """A size as a function of widths: its fixed part, then numbers of groups with what each unit adds, ascending."""
 
+Row = tuple[Fraction, tuple[tuple[int, Fraction], ...]]
+"""A number as a function of widths: its fixed part, then numbers of groups with what each unit adds."""
+
 _LARGE = 1e4  # what an operation that writes into its argument may halve again and again without reaching denormals
 
 
@@ -101,35 +104,64 @@ def find_parts(
     Raises:
         UnsupportedModelError: If the model runs other operations once it is pruned.
     """
+    _, calls, rows = sized_calls(model, structure, args, kwargs, forward, seed)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return families_of(calls, rows, structure, device)
+
+
+def sized_calls(
+    model: nn.Module,
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Forward,
+    seed: int,
+    *,
+    values: bool = False,
+) -> tuple[Record, list[Call], list[list[Row]]]:
+    """The dense pass, the operations of it that compute, and all sizes as functions of the widths.
+
+    Returns:
+        The pass; its operations; the numbers of each operation, followed, for `values`, by the dimensions of each value
+        of the pass.
+
+    Raises:
+        UnsupportedModelError: If the model runs other operations once it is pruned.
+    """
     slicer = Slicer(model)
 
-    def run(widths: IntArray) -> list[_Call]:
+    def run(widths: IntArray) -> tuple[Record, list[Call], list[tuple[int, ...]]]:
         cut = slicer.cut(structure.edit(prefixes(structure, widths))).eval()
-        return _calls(trace(cut, args, kwargs, forward, values=True))
+        record = trace(cut, args, kwargs, forward, values=True)
+        calls, shapes = _calls(record), [value.shape for value in record.values] if values else []
+        return record, calls, [*(call.numbers for call in calls), *shapes]
 
-    dense = run(structure.sizes)
-    fixed = [np.array(call.numbers, dtype=np.int64) for call in dense]
-    slopes = [np.zeros((len(numbers), len(structure.groups)), dtype=object) for numbers in fixed]
+    record, dense, numbers = run(structure.sizes)
+    fixed = [np.array(own, dtype=np.int64) for own in numbers]
+    slopes = [np.zeros((len(own), len(structure.groups)), dtype=object) for own in numbers]
     for g, group in enumerate(structure.groups):
         if group.size == group.multiple:
             continue
         widths = structure.sizes.copy()
         widths[g] -= group.multiple
-        for i, call in enumerate(_same_calls(dense, run(widths))):
-            for j in np.flatnonzero(fixed[i] != call.numbers):
-                slopes[i][j, g] = Fraction(int(fixed[i][j] - call.numbers[j]), group.multiple)
+        _, calls, others = run(widths)
+        _require_same(dense, calls, numbers, others)
+        for i, other in enumerate(others):
+            for j in np.flatnonzero(fixed[i] != other):
+                slopes[i][j, g] = Fraction(int(fixed[i][j] - other[j]), group.multiple)
     sizes = structure.sizes
     rows = [[_row(f, s, sizes) for f, s in zip(fs, ss, strict=True)] for fs, ss in zip(fixed, slopes, strict=True)]
     drawn = draw_widths(structure, 1, np.random.default_rng(seed))[0]
-    for i, call in enumerate(_same_calls(dense, run(drawn))):
-        wrong = [j for j, row in enumerate(rows[i]) if _value(row, drawn) != call.numbers[j]]
-        if wrong:
+    _, calls, others = run(drawn)
+    _require_same(dense, calls, numbers, others)
+    for i, other in enumerate(others):
+        if any(_value(row, drawn) != size for row, size in zip(rows[i], other, strict=True)):
+            where = dense[i].op.where() if i < len(dense) else "a tensor"
             raise UnsupportedModelError(
-                f"latency of parts needs sizes that are affine in the widths, but a size of {dense[i].op.where()} is "
-                "not; pass costs={'latency_ms': your own function}"
+                f"costs of parts need sizes that are affine in the widths, but a size of {where} is not; "
+                "pass a function of your own in costs="
             )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return _families(dense, rows, structure, device)
+    return record, dense, rows
 
 
 def prefixes(structure: Structure, widths: Sequence[int] | IntArray) -> Pruning:
@@ -155,7 +187,9 @@ def draw_widths(structure: Structure, n: int, rng: np.random.Generator) -> IntAr
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """One operation: its arguments as leaves of a tree, with its numbers apart from everything else."""
+
     op: Op
     template: str
     leaves: tuple[Any, ...]
@@ -163,7 +197,7 @@ class _Call:
     numbers: tuple[int, ...]
 
 
-def _calls(record: Record) -> list[_Call]:
+def _calls(record: Record) -> list[Call]:
     """The operations that compute, each with its numbers apart from everything else."""
     found = []
     for op in record.ops[: record.first]:
@@ -185,7 +219,7 @@ def _calls(record: Record) -> list[_Call]:
             else:
                 kept.append(leaf)
         found.append(
-            _Call(op, f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}", tuple(kept), tree, tuple(numbers))
+            Call(op, f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}", tuple(kept), tree, tuple(numbers))
         )
     return found
 
@@ -201,26 +235,26 @@ def _spec(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     return _Spec(len(shape), str(dtype).removeprefix("torch."), order, broadcast)
 
 
-def _same_calls(dense: list[_Call], other: list[_Call]) -> list[_Call]:
-    if [call.template for call in dense] != [call.template for call in other]:
+def _require_same(dense: list[Call], other: list[Call], *numbers: list[tuple[int, ...]]) -> None:
+    counts = [[len(own) for own in some] for some in numbers]
+    if [call.template for call in dense] != [call.template for call in other] or counts[0] != counts[1]:
         raise UnsupportedModelError(
-            "latency of parts needs a model that runs the same operations however narrow it is, and this one does not; "
-            "pass costs={'latency_ms': your own function}"
+            "costs of parts need a model that runs the same operations however narrow it is, and this one does not; "
+            "pass a function of your own in costs="
         )
-    return other
 
 
-def _row(fixed: int, slopes: Any, sizes: IntArray) -> tuple[Fraction, tuple[tuple[int, Fraction], ...]]:
+def _row(fixed: int, slopes: Any, sizes: IntArray) -> Row:
     """A number as an affine function, from its dense value and what each unit of each group adds."""
     shares = tuple((g, Fraction(slope)) for g, slope in enumerate(slopes) if slope)
     return Fraction(int(fixed)) - sum((slope * int(sizes[g]) for g, slope in shares), Fraction(0)), shares
 
 
-def _value(row: tuple[Fraction, tuple[tuple[int, Fraction], ...]], widths: IntArray) -> Fraction:
+def _value(row: Row, widths: IntArray) -> Fraction:
     return row[0] + sum((slope * int(widths[g]) for g, slope in row[1]), Fraction(0))
 
 
-def _primitive(row: tuple[Fraction, tuple[tuple[int, Fraction], ...]]) -> tuple[Size, Fraction]:
+def _primitive(row: Row) -> tuple[Size, Fraction]:
     """The least whole-numbered size that a row is a multiple of, and that multiple."""
     entries = [row[0], *(slope for _, slope in row[1])]
     whole = math.lcm(*(entry.denominator for entry in entries))
@@ -228,9 +262,10 @@ def _primitive(row: tuple[Fraction, tuple[tuple[int, Fraction], ...]]) -> tuple[
     return (int(row[0] / scale), tuple((g, int(slope / scale)) for g, slope in row[1])), scale
 
 
-def _families(
-    calls: list[_Call], rows: list[list[Any]], structure: Structure, device: torch.device
+def families_of(
+    calls: Sequence[Call], rows: Sequence[Sequence[Row]], structure: Structure, device: torch.device
 ) -> tuple[list[Family], list[Part]]:
+    """Families of operations, and where they occur; `rows` holds the numbers of each call."""
     families: dict[str, Family] = {}
     counts: dict[tuple[str, tuple[Size, ...]], int] = {}
     least = np.array([group.multiple for group in structure.groups], dtype=np.int64)
@@ -267,7 +302,7 @@ def _at(size: Size, widths: IntArray) -> int:
     return size[0] + sum(each * int(widths[g]) for g, each in size[1])
 
 
-def _key(call: _Call, slots: Sequence[int | tuple[int, Fraction]]) -> str:
+def _key(call: Call, slots: Sequence[int | tuple[int, Fraction]]) -> str:
     """A line that says what the operation is, with variables as letters."""
     left = iter(slots)
 
@@ -292,13 +327,13 @@ def _key(call: _Call, slots: Sequence[int | tuple[int, Fraction]]) -> str:
     return f"{call.op.func}({', '.join(said)})"
 
 
-def _names(call: _Call) -> list[str]:
+def _names(call: Call) -> list[str]:
     """The argument that each leaf belongs to."""
     return [name for name, value in call.op.args.items() for _ in tree_flatten(value)[0]]
 
 
 def _maker(
-    call: _Call, slots: tuple[int | tuple[int, Fraction], ...], device: torch.device
+    call: Call, slots: tuple[int | tuple[int, Fraction], ...], device: torch.device
 ) -> Callable[[Sequence[int]], Callable[[], Any]]:
     """What makes the operation at given values of its variables, on tensors of its own."""
     func = call.op.func

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from autoprune.costs.latency import Latency
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.structure.structure import Structure
-from autoprune.structure.terms import Products, Terms
+from autoprune.structure.terms import Products
 
 CostFunction = Callable[[IntArray], FloatArray]
 """Costs of candidates: (n, d) int64 in, (n,) float64 out."""
@@ -39,8 +39,7 @@ class StructuralCosts:
         self._macs = _Sum(terms.macs, len(terms.sizes))
         self._params = _Sum(terms.params, len(terms.sizes))
         self._state = _Sum(terms.state_bytes, len(terms.sizes))
-        activations, alive = _activations(terms)
-        self._activations = activations
+        self._activations, alive, _ = live_tensors(terms.activation_bytes, terms.born, terms.died)
         self._alive = alive * (batch / terms.batch)
 
     def flops(self, widths: FloatArray) -> FloatArray:
@@ -52,10 +51,13 @@ class StructuralCosts:
         return self._blocks(self._params, widths)
 
     def memory_bytes(self, widths: FloatArray) -> FloatArray:
-        """Bytes of parameters and buffers plus the largest sum of tensors alive at once, shape (n,)."""
+        """Bytes of parameters and buffers plus the largest sum of tensors alive at once, shape (n,).
+
+        Exact for the tensors of a pass. What kernels allocate besides, `PeakMemory` learns by running them.
+        """
 
         def peak(sizes: FloatArray) -> FloatArray:
-            held: FloatArray = (_products(self._activations, sizes) @ self._alive).max(axis=1)
+            held: FloatArray = (product_values(self._activations, sizes) @ self._alive).max(axis=1)
             return self._state(sizes) + held
 
         return self._blocks(peak, widths, self._alive.size)
@@ -93,27 +95,40 @@ class _Sum:
         own = np.ascontiguousarray(sizes[:, self._used])
         total: FloatArray = np.einsum("ns,ns->n", own @ self._form, own)
         if len(self._rest.coefficients):
-            total = total + _products(self._rest, sizes).sum(axis=1)
+            total = total + product_values(self._rest, sizes).sum(axis=1)
         return total
 
 
-def _products(products: Products, sizes: FloatArray) -> FloatArray:
+def product_values(products: Products, sizes: FloatArray) -> FloatArray:
+    """Each product at sizes (n, s), shape (n, p)."""
     out = np.broadcast_to(products.coefficients, (len(sizes), len(products.coefficients))).copy()
     for column in products.factors.T:
         out *= sizes[:, column]
     return out
 
 
-def _activations(terms: Terms) -> tuple[Products, FloatArray]:
-    """Distinct activation sizes, and how many of each are alive at each moment that can be the peak."""
-    died = np.maximum(terms.died, terms.born + 1)  # what is never kept still exists while it is made
-    moments = _peaks(terms.born, died)
-    alive = (terms.born[:, None] <= moments) & (moments < died[:, None])
-    keys = np.column_stack([terms.activation_bytes.coefficients, terms.activation_bytes.factors])
+def live_tensors(
+    sizes: Products, born: IntArray, died: IntArray, further: Sequence[int] = ()
+) -> tuple[Products, FloatArray, IntArray]:
+    """Distinct sizes of tensors, and how many of each are alive at each moment that can be the peak.
+
+    Args:
+        sizes: Bytes of each tensor.
+        born: Operation that makes each.
+        died: Number of operations that have run when it is let go.
+        further: Operations during which there may be a peak for another reason.
+
+    Returns:
+        Sizes, shape (s,); numbers of tensors, shape (s, moments); the operation of each moment.
+    """
+    died = np.maximum(died, born + 1)  # what is never kept still exists while it is made
+    moments = np.union1d(_peaks(born, died), np.array(further, dtype=np.int64))
+    alive = (born[:, None] <= moments) & (moments < died[:, None])
+    keys = np.column_stack([sizes.coefficients, sizes.factors])
     distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
-    count = np.zeros((len(distinct), alive.shape[1]))
+    count = np.zeros((len(distinct), len(moments)))
     np.add.at(count, inverse.reshape(-1), alive.astype(np.float64))
-    return Products(distinct[:, 0], distinct[:, 1:].astype(np.int64)), count
+    return Products(distinct[:, 0], distinct[:, 1:].astype(np.int64)), count, moments
 
 
 def _peaks(born: IntArray, died: IntArray) -> IntArray:
@@ -133,6 +148,7 @@ def make_costs(
     user: Mapping[str, CostFunction] | None = None,
     batch: int = 1,
     latency: Latency | None = None,
+    memory: Callable[[FloatArray], FloatArray] | None = None,
 ) -> dict[str, CostFunction]:
     """Every cost that a budget may limit, as functions of candidates.
 
@@ -142,12 +158,14 @@ def make_costs(
         user: Further costs by name, each ``(n, d) int64 -> (n,)``; they need be neither monotone nor products.
         batch: Samples that `memory_bytes` and `latency_ms` are stated at.
         latency: Predicts `latency_ms`; without it, and without a user's cost of that name, there is none.
+        memory: Predicts `memory_bytes` of widths, with what operations allocate while they run; without it they count
+            for nothing.
 
     Raises:
         ValueError: If a user's cost takes the name of a built-in one, or its result has the wrong shape.
     """
     exact = StructuralCosts(structure, batch)
-    built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": exact.memory_bytes}
+    built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": memory or exact.memory_bytes}
     costs: dict[str, CostFunction] = {name: partial(_of_widths, cost, space) for name, cost in built_in.items()}
     costs["nonzero_params"] = partial(_nonzero_params, exact, space)
     if latency is not None:

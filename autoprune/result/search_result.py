@@ -74,7 +74,8 @@ class SearchResult:
         Only trials within the limits of the search count, even where `budget` is wider: what is over them was a probe.
         Equal scores go to the better signal, then to the lower cost. Where the budget limits the score, this is the
         cheapest trial that meets it, by the first cost that the budget limits too, else by the first of the search:
-        whoever says how good is good enough wants no better.
+        whoever says how good is good enough wants no better. Where a cost that this budget or that of the search limits
+        was measured on some networks, only they count: what was predicted of the others may be off.
 
         Raises:
             BudgetError: If the budget cannot be read, or limits an unknown cost or another metric.
@@ -86,13 +87,16 @@ class SearchResult:
         wanted = Budget.parse(self.budget if budget is None else budget)
         wanted = wanted.judged_by(self.metric, self.higher_is_better, self.dense.costs)
         limits = wanted.resolve(self.dense.costs) if budget is not None else {}
+        measured = {name for trial in done for name in trial.predicted} & {*limits, *self.limits}
+        done = [trial for trial in done if measured <= trial.predicted.keys()]
         worst = wanted.worst_score(self.dense.score, self.higher_is_better)
         within = [t for t in done if self._excess(t, limits, worst) <= 0]
         if not within:
             nearest = min(done, key=lambda t: (self._excess(t, limits, worst), *self._rank(t)))
             costs = ", ".join(f"{name} {nearest.costs[name]:.6g}" for name in limits or self.limits)
+            kind = "measured trials" if measured else "trials"
             raise InfeasibleBudgetError(
-                f"budget '{wanted}' is met by none of {len(done)} trials; the nearest is trial {nearest.id} with "
+                f"budget '{wanted}' is met by none of {len(done)} {kind}; the nearest is trial {nearest.id} with "
                 f"{costs}, {self.metric} {nearest.score:.4f}; search again under this budget"
             )
         if worst is None:

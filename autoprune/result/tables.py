@@ -29,9 +29,10 @@ def front_table(result: SearchResult) -> str:
         for row, trial in zip(rows, (*shown, result.dense), strict=True):
             row.append("met" if meets(trial.score, worst, result.higher_is_better) else "missed")
     for name in [name for name in names if any(name in trial.predicted for trial in shown)]:
-        header.append(f"predicted {name}")
+        beside = header.index(name) + 1
+        header.insert(beside, "predicted")
         for row, trial in zip(rows, (*shown, result.dense), strict=True):
-            row.append(engineering(trial.predicted[name]) if name in trial.predicted else "")
+            row.insert(beside, engineering(trial.predicted[name]) if name in trial.predicted else "")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     rule = "  ".join("-" * width for width in widths)

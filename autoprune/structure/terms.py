@@ -107,8 +107,33 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
     record = flow.record
     ops = record.ops[: record.first]
     macs = [term for op in ops for term in _macs(build, op)]
-    params, state, activations = [], [], []
-    born, died = [], []
+    params, state = [], []
+    for i, value in enumerate(record.values):
+        if value.kind in ("parameter", "buffer"):
+            state.append(build.whole(value.dtype.itemsize, i))
+            if value.kind == "parameter":
+                params.append(build.whole(1, i))
+    lives = tensor_lives(record)
+    activations = [build.whole(record.values[i].dtype.itemsize, i) for i, _, _ in lives]
+    return Terms(
+        sizes=build.table(),
+        macs=_products(_merge(macs)),
+        params=_products(_merge(params)),
+        state_bytes=_products(_merge(state)),
+        activation_bytes=_products(activations),
+        born=np.array([born for _, born, _ in lives], dtype=np.int64),
+        died=np.array([died for _, _, died in lives], dtype=np.int64),
+        batch=max(record.batch, 1),
+    )
+
+
+def tensor_lives(record: Record) -> list[tuple[int, int, int]]:
+    """Inputs that the first example reads, and results of it that own storage.
+
+    Returns:
+        Value, operation that makes it (-1 for an input), and number of operations that have run when it is let go.
+    """
+    ops = record.ops[: record.first]
     read = {i for op in ops for i in op.inputs()}
     last: dict[int, int] = {}
     for value in record.values:
@@ -119,28 +144,12 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
         if op.name.endswith(("batch_norm", "no_training")) and not op.args.get("training")
         for value in op.results()[1:]
     }
+    lives = []
     for i, value in enumerate(record.values):
-        bytes_each = value.dtype.itemsize
-        if value.kind in ("parameter", "buffer"):
-            state.append(build.whole(bytes_each, i))
-            if value.kind == "parameter":
-                params.append(build.whole(1, i))
-            continue
-        counted = value.born < len(ops) if value.kind == "result" else value.kind == "input" and i in read
+        counted = (value.kind == "result" and value.born < len(ops)) or (value.kind == "input" and i in read)
         if counted and value.base == i and i not in dropped:
-            activations.append(build.whole(bytes_each, i))
-            born.append(value.born)
-            died.append(last[i])
-    return Terms(
-        sizes=build.table(),
-        macs=_products(_merge(macs)),
-        params=_products(_merge(params)),
-        state_bytes=_products(_merge(state)),
-        activation_bytes=_products(activations),
-        born=np.array(born, dtype=np.int64),
-        died=np.array(died, dtype=np.int64),
-        batch=max(record.batch, 1),
-    )
+            lives.append((i, value.born, last[i]))
+    return lives
 
 
 def _macs(build: _Builder, op: Op) -> list[tuple[float, tuple[int, ...]]]:

@@ -1,0 +1,234 @@
+"""Memory that an operation takes only while it runs, as a function of its sizes, found by running it.
+
+Kernels allocate unseen: a convolution may unfold its input, or copy it and its weight into blocks of channels. What
+they take has no noise. Between the widths at which a kernel gives way to another, it is a sum of products of sizes and
+of sizes rounded up to a block, so a few runs determine it, and a few more check it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, combinations_with_replacement, product
+
+import numpy as np
+
+from autoprune.costs.allocations import Allocation
+from autoprune.costs.parts import Family
+from autoprune.protocols import FloatArray
+
+log = logging.getLogger(__name__)
+
+Values = tuple[int, ...]
+
+BLOCKS = (16, 8, 1, 4, 32, 64)
+"""What sizes may be rounded up to a multiple of: channels of one register, of one tile."""
+
+_CHECKS = 4  # runs that a fit is judged on
+_TOLERANCE = 0.01  # of what the operation takes in all: a fit that is further off is refined
+_MOST_RUNS = 160  # of one family
+_MOST_BLOCKS = 2  # variables that are rounded each in its own way; more share one block, as there are too many ways
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Sizes within which one formula holds.
+
+    Attributes:
+        low: Least value of each variable, length v.
+        end: The value of each variable beyond the last, length v.
+        blocks: What each variable is rounded up to a multiple of, length v.
+        coefficients: Of `_features`, for each moment that can be the peak, shape (moments, features).
+    """
+
+    low: Values
+    end: Values
+    blocks: Values
+    coefficients: FloatArray
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Bytes that a family of operations takes while it runs, besides its arguments and results.
+
+    Attributes:
+        cells: Formulas; they share no sizes and leave none out.
+        error: How far they are off at worst in runs that they are not fitted to, as a fraction of all it allocates.
+    """
+
+    cells: tuple[Cell, ...]
+    error: float
+
+    def predict(self, values: FloatArray) -> FloatArray:
+        """Bytes at values of the variables, shape (n, v) to (n,)."""
+        lowest = np.min([cell.low for cell in self.cells], axis=0)
+        highest = np.max([cell.end for cell in self.cells], axis=0) - 1
+        inside = np.clip(values, lowest, highest)
+        out = np.zeros(len(values))
+        for cell in self.cells:
+            rows = ((inside >= cell.low) & (inside < cell.end)).all(axis=1)
+            if rows.any():
+                out[rows] = (_features(inside[rows], cell.blocks) @ cell.coefficients.T).max(axis=1)
+        bytes_: FloatArray = np.maximum(out, 0.0)
+        return bytes_
+
+
+def fit_scratch(family: Family, run: Callable[[Values], Allocation], seed: int = 0) -> Scratch | None:
+    """Find what a family takes at any sizes; None if it takes nothing besides its results.
+
+    Args:
+        family: Operations alike.
+        run: Runs one at the given values of the variables.
+        seed: Draws the sizes to run it at.
+    """
+    fitter = _Fitter(family, run, np.random.default_rng(seed))
+    low, end = fitter.box()
+    points = [*fitter.corners(low, end), *fitter.draws(low, end, 2)]
+    if all(max(fitter.at(point).scratch, default=0) <= 0 for point in points):
+        return None
+    cells = fitter.cells(low, end)
+    log.info("scratch of %s: %d formulas from %d runs", family.key, len(cells), len(fitter.known))
+    return Scratch(tuple(cells), fitter.error)
+
+
+class _Fitter:
+    def __init__(self, family: Family, run: Callable[[Values], Allocation], rng: np.random.Generator) -> None:
+        self.family = family
+        self.run = run
+        self.rng = rng
+        self.known: dict[Values, Allocation] = {}
+        self.error = 0.0
+
+    def box(self) -> tuple[Values, Values]:
+        """Least value of each variable, and the first beyond the largest."""
+        family = self.family
+        low = tuple(max(least // step, 1) * step for least, step in zip(family.lowest, family.steps, strict=True))
+        return low, tuple(most + step for most, step in zip(family.highest, family.steps, strict=True))
+
+    def at(self, values: Values) -> Allocation:
+        if values not in self.known:
+            self.known[values] = self.run(values)
+        return self.known[values]
+
+    def corners(self, low: Values, end: Values) -> list[Values]:
+        high = [value - step for value, step in zip(end, self.family.steps, strict=True)]
+        return list(dict.fromkeys(product(*zip(low, high, strict=True))))
+
+    def draws(self, low: Values, end: Values, n: int) -> list[Values]:
+        steps = np.array(self.family.steps, dtype=np.int64)
+        drawn = self.rng.integers(np.array(low) // steps, np.array(end) // steps, (n, len(low))) * steps
+        return [tuple(row) for row in drawn.tolist()]
+
+    def cells(self, low: Values, end: Values) -> list[Cell]:
+        """Formulas for a box, split where the operation takes another way or no formula fits."""
+        corners = self.corners(low, end)
+        columns = (1 + 2 * len(low)) * (2 + 2 * len(low)) // 2  # of `_features`
+        drawn = self.draws(low, end, columns + _CHECKS)
+        for points in (corners, [corners[0], *drawn]):
+            if (other := self._unlike(points)) is not None:
+                return self._halves(low, end, *self._boundary(corners[0], other))
+        drawn = [point for point in dict.fromkeys(drawn) if point not in corners]
+        fitted, checks = [*corners, *drawn[:-_CHECKS]], drawn[-_CHECKS:]
+        alike = len({self.at(point).pattern for point in (*fitted, *checks)}) == 1
+        v = len(low)
+        choices = list(product(BLOCKS, repeat=v)) if v <= _MOST_BLOCKS else [(block,) * v for block in BLOCKS]
+        errors = [self._error(fitted, checks, blocks, alike) for blocks in choices]
+        split = min(errors) > _TOLERANCE and not self._spent()
+        if split and (where := self._drop(corners) or self._middle(low, end)) is not None:
+            return self._halves(low, end, *where)
+        self.error = max(self.error, min(errors))
+        blocks = choices[int(np.argmin(errors))]
+        return [Cell(low, end, blocks, self._fit((*fitted, *checks), blocks, alike))]
+
+    def _drop(self, corners: Sequence[Values]) -> tuple[int, int] | None:
+        """A variable, and its least value behind a drop: what takes less for more is another kernel."""
+        for a, b in combinations(corners, 2):  # in ascending order
+            axes = [axis for axis in range(len(a)) if a[axis] != b[axis]]
+            peak = self.at(a).peak
+            if len(axes) == 1 and peak > self.at(b).peak:
+                return axes[0], self._bisect(a, b, axes[0], partial(self._takes, peak))
+        return None
+
+    def _takes(self, peak: int, point: Values) -> bool:
+        return self.at(point).peak >= peak
+
+    def _middle(self, low: Values, end: Values) -> tuple[int, int] | None:
+        """The variable of the widest range, as a ratio, and its geometric mean; None if it has one value."""
+        ratios = [(e - step) / a for a, e, step in zip(low, end, self.family.steps, strict=True)]
+        if max(ratios, default=1) == 1:
+            return None
+        axis = int(np.argmax(ratios))
+        step = self.family.steps[axis]
+        middle = int(np.sqrt(low[axis] * end[axis])) // step * step
+        return axis, max(middle, low[axis] + step)
+
+    def _spent(self) -> bool:
+        return len(self.known) > _MOST_RUNS
+
+    def _unlike(self, points: Sequence[Values]) -> Values | None:
+        """The first point where the operation takes another way than at the first of all."""
+        if self._spent():
+            return None
+        first = self.at(points[0]).pattern
+        return next((point for point in points if self.at(point).pattern != first), None)
+
+    def _boundary(self, a: Values, b: Values) -> tuple[int, int]:
+        """A variable, and its least value behind a change between two points that are unlike."""
+        for axis in range(len(a)):
+            moved = (*a[:axis], b[axis], *a[axis + 1 :])
+            if self.at(moved).pattern != self.at(a).pattern:
+                break
+            a = moved
+        a, b = sorted((a, (*a[:axis], b[axis], *a[axis + 1 :])))
+        pattern = self.at(a).pattern
+        return axis, self._bisect(a, b, axis, lambda point: self.at(point).pattern == pattern)
+
+    def _bisect(self, a: Values, b: Values, axis: int, holds: Callable[[Values], bool]) -> int:
+        """The least value of a variable between points `a` and `b` for which what holds at `a` no longer does."""
+        low, high, step = a[axis], b[axis], self.family.steps[axis]
+        while high - low > step:
+            middle = (low + high) // 2 // step * step
+            if holds((*a[:axis], middle, *a[axis + 1 :])):
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def _halves(self, low: Values, end: Values, axis: int, split: int) -> list[Cell]:
+        below, above = (*end[:axis], split, *end[axis + 1 :]), (*low[:axis], split, *low[axis + 1 :])
+        return [*self.cells(low, below), *self.cells(above, end)]
+
+    def _fit(self, points: Sequence[Values], blocks: Values, alike: bool) -> FloatArray:
+        """Coefficients for each moment that can be the peak, or of the peak alone where points are not `alike`."""
+        features = self._features(points, blocks)
+        scratch = [self.at(point).scratch for point in points]
+        targets = np.array(scratch if alike else [[max(moments)] for moments in scratch], dtype=np.float64)
+        scale = np.abs(features).max(axis=0)
+        weight = 1 / self._peaks(points)[:, None]
+        solved = np.linalg.lstsq(features / scale * weight, targets * weight, rcond=1e-10)[0]
+        coefficients: FloatArray = (solved / scale[:, None]).T
+        return coefficients
+
+    def _error(self, fitted: Sequence[Values], checks: Sequence[Values], blocks: Values, alike: bool) -> float:
+        """How far a fit is off at worst, as a fraction of the peak; where all points are fitted, at those."""
+        judged = checks or fitted
+        predicted = (self._features(judged, blocks) @ self._fit(fitted, blocks, alike).T).max(axis=1)
+        measured = [max(self.at(point).scratch) for point in judged]
+        return float(np.max(np.abs(predicted - measured) / self._peaks(judged)))
+
+    def _peaks(self, points: Sequence[Values]) -> FloatArray:
+        return np.array([max(self.at(point).peak, 1) for point in points], dtype=np.float64)
+
+    def _features(self, points: Sequence[Values], blocks: Values) -> FloatArray:
+        return _features(np.array(points, dtype=np.float64).reshape(len(points), len(self.family.steps)), blocks)
+
+
+def _features(values: FloatArray, blocks: Values) -> FloatArray:
+    """Products of up to two sizes, as they are and rounded up to a multiple; (n, v) to (n, features)."""
+    multiples = np.array(blocks, dtype=np.float64)
+    sizes = np.concatenate([values, np.ceil(values / multiples) * multiples], axis=1)
+    pairs = combinations_with_replacement(range(sizes.shape[1]), 2)
+    squares = [sizes[:, i] * sizes[:, j] for i, j in pairs]
+    return np.column_stack([np.ones(len(values)), sizes, *squares])
