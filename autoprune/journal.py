@@ -38,7 +38,7 @@ from autoprune.statistics import fidelity_of, reason_of, stages_of, statistics_o
 try:
     import fcntl
 except ImportError:  # Windows, where two searches with one run_dir are not told apart
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 FILE_NAME = "journal.sqlite"
 LOCK_NAME = "journal.lock"

@@ -116,8 +116,8 @@ class Evaluations:
     samples: IntArray
     status: tuple[str, ...]
     reasons: tuple[str, ...]
-    distortion: FloatArray = None  # type: ignore[assignment]  # filled in below, as is the next
-    acceptable: NDArray[np.bool_] = None  # type: ignore[assignment]
+    distortion: FloatArray = None  # type: ignore[assignment]  # filled in below
+    acceptable: NDArray[np.bool_] = None  # type: ignore[assignment]  # as above
 
     def __post_init__(self) -> None:
         n = len(self.candidates)

@@ -101,6 +101,15 @@ def digits_model(digits: Digits) -> nn.Module:
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One Ray of two workers for all tests of a module."""
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
 def global_rng_untouched() -> Callable[[], AbstractContextManager[None]]:
     """A context manager that fails if its body moved the global random state of torch, NumPy or Python."""

@@ -294,15 +294,6 @@ class TestWhereItCannotWork:
             Racing(delta=1)
 
 
-@pytest.fixture(scope="module")
-def ray():
-    """One Ray for all tests of the module."""
-    ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray")
 class TestOnRay:

@@ -332,15 +332,6 @@ class TestWhereItCannotWork:
         assert any(note.startswith("rungs stopped") for note in result.notes)
 
 
-@pytest.fixture(scope="module")
-def ray():
-    """One Ray for all tests of the module."""
-    ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray")
 def test_synchronous_workers_on_ray_stop_whom_a_local_search_does(pair):

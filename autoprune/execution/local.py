@@ -39,7 +39,7 @@ def attempt(measure: Callable[[], Outcome]) -> Outcome:
     began = time.perf_counter()
     try:
         outcome = measure()
-    except Exception as error:
+    except Exception as error:  # not KeyboardInterrupt, which ends the search
         log.debug("an evaluation failed", exc_info=error)
         return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - began)
     if isinstance(outcome, Measurement) and not all(np.isfinite(x).all() for x in (outcome.signal, outcome.metric)):
