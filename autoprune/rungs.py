@@ -54,10 +54,9 @@ class Rungs:
         """
         steps = tuple(round(total / self.reduction**i) for i in reversed(range(self.count)))
         if steps[0] < 1 or len(set(steps)) < self.count:
-            least = math.ceil(self.reduction ** (self.count - 1))
             raise ValueError(
-                f"{self.count} rungs must differ in steps, got {steps} of a training of {total}; train for at least "
-                f"{least} steps, or pass Rungs(count={self.count - 1})"
+                f"{self.count} rungs must differ in steps, got {steps}; train for more than {total} steps, or pass "
+                "Rungs with a smaller count"
             )
         return steps
 

@@ -116,9 +116,12 @@ class FineTune:
 
     @property
     def identity(self) -> str:
-        """With that of a start that has learned something."""
-        start = getattr(self._start, "identity", "")
-        return f"FineTune of {start}" if start else "FineTune"
+        """With how it trains, and that of a start that has learned something."""
+        own, start = (
+            f"FineTune(steps={self.steps}, lr={self._lr:g}, seed={self._seed})",
+            getattr(self._start, "identity", ""),
+        )
+        return f"{own} of {start}" if start else own
 
     def _trained(self, candidate: IntArray, steps: int | None = None) -> nn.Module:
         """A copy of the trained candidate, for its caller to keep; chunks of one candidate share a training."""

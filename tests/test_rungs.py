@@ -261,6 +261,20 @@ class TestASearch:
                 assert rival.costs["flops"] <= trial.costs["flops"]
                 assert asks[rival.id] < asks[trial.id]
 
+    def test_a_training_is_stopped_where_one_that_costs_no_more_and_is_behind_itself_was_better_and_nowhere_else(
+        self, pair
+    ):
+        _, result, run_dir, _ = pair
+        asks = np.array([row.ask for row in rows(run_dir)])
+        for i, steps in enumerate(STEPS[:2]):
+            there = [trial for trial in result.trials if len(trial.evaluations) > i]
+            points = np.array([(trial.evaluations[i].signal, trial.costs["flops"]) for trial in there])
+            for trial, (signal, cost) in zip(there, points, strict=True):
+                known = points[[asks[other.id] < asks[trial.id] for other in there]]
+                rivals = known[behind(known, 3)] if len(known) else known
+                stopped = trial.status == RACED and reached(trial)[-1] == steps
+                assert stopped == any((rivals[:, 0] < signal) & (rivals[:, 1] <= cost))
+
     def test_the_notes_tell_the_share_of_steps_that_were_taken(self, pair):
         _, result, _, taken = pair
         (note,) = (note for note in result.notes if note.startswith("rungs stopped"))
