@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from autoprune.evaluators import AdaptiveBN, FineTune
 from autoprune.evaluators.courses import Distillation
 from autoprune.execution import RayExecutor
 from autoprune.journal import Journal
+from autoprune.promotion import Promotion
 from autoprune.protocols import OK, RACED, Failure, Measurement
 from autoprune.result import SearchResult
 from autoprune.rungs import Ladder, Rung, behind, climb
@@ -110,6 +112,31 @@ class TestWhoIsBehind:
         np.testing.assert_array_equal(behind(points, reduction), expected)
 
 
+def test_a_rival_costs_as_much_or_less_in_every_cost_and_the_best_of_these_sets_the_bar():
+    """Each trial is a front of its own at first: the best third, with the one to come, has room for trial 0 alone."""
+    costs = {(0, 0): (4.0, 4.0), (1, 0): (4.0, 4.0), (2, 0): (4.0, 4.0), (3, 0): (4.0, 5.0), (4, 0): (5.0, 5.0)}
+    signals = [0.1, 0.2, 0.3, 0.4, 0.5]
+    found = [
+        SimpleNamespace(id=i, candidate=candidate, evaluations=[SimpleNamespace(fidelity="3 steps", signal=signal)])
+        for i, (candidate, signal) in enumerate(zip(costs, signals, strict=True))
+    ]
+    problem = SimpleNamespace(
+        costs=lambda candidates: np.array([costs.get(tuple(c), (4.0, 5.0)) for c in candidates.tolist()]),
+        probes=lambda candidates: candidates[:, 1] == 1,
+    )
+    promotion = Promotion(SimpleNamespace(evaluator=Marks(), problem=problem), Rungs())
+    ask = partial(promotion.ladders, found=found)
+    assert ask(np.array([[1, 0], [9, 0], [9, 1]])) == [
+        Ladder((Rung(1), Rung(3, 0.2, 1)), 9),
+        Ladder((Rung(1), Rung(3, 0.2, 1)), 9),
+        Ladder((Rung(1), Rung(3)), 9),
+    ]
+    del found[0], found[0]
+    costs[2, 0] = 4.0, 6.0
+    (ladder,) = ask(np.array([[9, 0]]))
+    assert ladder.rungs[1] == Rung(3, 0.4, 3)
+
+
 class Marks:
     """An evaluator whose scores on the way are given, and fail where NaN."""
 
@@ -148,13 +175,18 @@ class TestOneLadder:
 
 
 class Noisy(nn.Module):
-    """A network whose training draws random numbers."""
+    """A network whose training draws random numbers, and depends on its statistics."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10)
         )
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.layers[1].eval()
+        return self
 
     def forward(self, x):
         return self.layers(x)
