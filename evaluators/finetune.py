@@ -117,11 +117,8 @@ class FineTune:
     @property
     def identity(self) -> str:
         """With how it trains, and that of a start that has learned something."""
-        own, start = (
-            f"FineTune(steps={self.steps}, lr={self._lr:g}, seed={self._seed})",
-            getattr(self._start, "identity", ""),
-        )
-        return f"{own} of {start}" if start else own
+        start = getattr(self._start, "identity", "")
+        return f"FineTune(steps={self.steps}, lr={self._lr:g}, seed={self._seed})" + (f" of {start}" if start else "")
 
     def _trained(self, candidate: IntArray, steps: int | None = None) -> nn.Module:
         """A copy of the trained candidate, for its caller to keep; chunks of one candidate share a training."""
@@ -135,12 +132,7 @@ class FineTune:
         """A candidate after so many steps; if it was scored on the way, from there."""
         if not candidate.any():
             return self._start.build(candidate)
-        context, key = self._context, candidate.tobytes()
-        begun, self._begun = self._begun, None  # what fails is not gone on with
-        if begun is not None and begun[0] == key and begun[1].taken <= steps:
-            course = begun[1]
-        else:
-            course = self._begin(candidate)
+        context, course = self._context, self._course(candidate, steps)
         module = course.module
         modes = [(part, part.training) for part in module.modules()]
         course.go_on(steps)
@@ -148,13 +140,18 @@ class FineTune:
             part.training = mode
         module.zero_grad(set_to_none=True)
         if self.continues and steps < self.steps:
-            self._begun = key, course
+            self._begun = candidate.tobytes(), course
             module = copy.deepcopy(module)
         with seeded(0):
             recalibrate(module, context.subsets.calibration, bound_forward(context, module))
         return module
 
-    def _begin(self, candidate: IntArray) -> Course:
+    def _course(self, candidate: IntArray, steps: int) -> Course:
+        """The training that was begun, if it is this candidate's and not further than wanted, else a new one."""
+        begun, self._begun = self._begun, None  # what fails is not gone on with
+        if begun is not None and begun[0] == candidate.tobytes() and begun[1].taken <= steps:
+            return begun[1]
+        begun = None  # so that what is not needed is gone before the next is made
         context, module = self._context, self._start.build(candidate)
         zeroed = context.structure.edit(context.space.pruning(candidate.tolist())).zeroed
         parameters = dict(module.named_parameters())
