@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--steps", type=int, default=45)
     parser.add_argument("--optimizers", nargs="+", default=["random"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
