@@ -1,4 +1,4 @@
-"""What rungs save of the training steps of a search with ``FineTune``, and what they cost: the network of the demo.
+"""What rungs save of the training steps of a search with ``FineTune``, and what they cost, on handwritten digits.
 
 Every search runs twice, with whole trainings for every candidate and with rungs. Candidates drawn at random are the
 same in both, so it is known what those that were stopped would have scored.
@@ -21,6 +21,9 @@ from autoprune.protocols import RACED
 from autoprune.result import SearchResult
 from benchmarks.audit import Case, demo
 from benchmarks.common import environment, table, write
+from benchmarks.trained import train
+from examples import quickstart
+from tests.zoo import ZOO
 
 BUDGET = "flops <= 50%"
 
@@ -50,6 +53,19 @@ class Pair:
     validation: tuple[float, float]
     test: tuple[float, float]
     cpu: float
+
+
+def layers() -> Case:
+    """A network of linear layers for the same digits, which trains in a second."""
+    data = {name: (x.flatten(1), y) for name, (x, y) in quickstart.digits().items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ZOO["mlp"].build()
+        train(model, data["train"], epochs=20, lr=0.01)
+    return model, data, lambda small: train(small, data["train"], epochs=4, lr=0.003)
+
+
+NETWORKS = {"demo": demo, "layers": layers}
 
 
 def search(
@@ -131,15 +147,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--steps", type=int, default=45)
+    parser.add_argument("--network", default="demo", choices=NETWORKS)
     parser.add_argument("--optimizers", nargs="+", default=["random"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     command = (
         f"python -m benchmarks.rungs --seeds {arguments.seeds} --trials {arguments.trials} --steps {arguments.steps} "
-        f"--optimizers {' '.join(arguments.optimizers)}"
+        f"--network {arguments.network} --optimizers {' '.join(arguments.optimizers)}"
     )
     results: dict[str, Any] = {"environment": environment(command)}
-    case, pairs = demo(), []
+    case, pairs = NETWORKS[arguments.network](), []
     for seed in range(arguments.seeds):
         for optimizer in arguments.optimizers:
             pairs.append(pair(case, seed, arguments.trials, optimizer, arguments.steps))
@@ -147,11 +164,11 @@ def main() -> None:
     results["pairs"] = [asdict(p) for p in pairs]
     rungs = ", ".join(map(str, autoprune.Rungs().steps(arguments.steps)))
     text = (
-        f"The demo's network on clean digits, {arguments.trials} trials under {BUDGET}, rungs at {rungs} steps. "
-        "Hypervolume and CPU time are relative to the search without rungs; scores are its accuracy and then that with "
-        f"rungs.\n\n{report(pairs, arguments.trials)}"
+        f"Network {arguments.network!r} on clean digits, {arguments.trials} trials under {BUDGET}, rungs at {rungs} "
+        "steps. Hypervolume and CPU time are relative to the search without rungs; scores are its accuracy and then that "
+        f"with rungs.\n\n{report(pairs, arguments.trials)}"
     )
-    write("rungs", "Rungs", results, text)
+    write("rungs" if arguments.network == "demo" else f"rungs_{arguments.network}", "Rungs", results, text)
 
 
 if __name__ == "__main__":
