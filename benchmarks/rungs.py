@@ -165,8 +165,8 @@ def main() -> None:
     rungs = ", ".join(map(str, autoprune.Rungs().steps(arguments.steps)))
     text = (
         f"Network {arguments.network!r} on clean digits, {arguments.trials} trials under {BUDGET}, rungs at {rungs} "
-        "steps. Hypervolume and CPU time are relative to the search without rungs; scores are its accuracy and then that "
-        f"with rungs.\n\n{report(pairs, arguments.trials)}"
+        "steps. Hypervolume and CPU time are relative to the search without rungs; scores are its accuracy and then "
+        f"that with rungs.\n\n{report(pairs, arguments.trials)}"
     )
     write("rungs" if arguments.network == "demo" else f"rungs_{arguments.network}", "Rungs", results, text)
 
