@@ -23,6 +23,7 @@ from autoprune.result import SearchResult
 from autoprune.result.audit_report import Audit
 from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
+from autoprune.rungs import Rungs
 from autoprune.search import search
 from autoprune.search_spaces import Channels, Sparsity
 from autoprune.structure.adapters import register_adapter
@@ -45,6 +46,7 @@ __all__ = [
     "Pruning",
     "Racing",
     "RecipeError",
+    "Rungs",
     "SearchResult",
     "Sparsity",
     "StructureCheckError",

@@ -257,7 +257,7 @@ def loss_gradients(
         with torch.enable_grad():
             outputs = functional_call(copied, state, (placed,))
             loss = F.mse_loss(outputs, target) if target.is_floating_point() else F.cross_entropy(outputs, target)
-            (loss / total).backward()  # type: ignore[no-untyped-call]
+            (loss / total).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
     return {name.removeprefix("model."): torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.items()}
 
 

@@ -16,6 +16,7 @@ from autoprune.execution import Executor
 from autoprune.protocols import Optimizer
 from autoprune.racing import Racing
 from autoprune.result.trials import Trial
+from autoprune.rungs import Rungs
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def identity_of(
     trials: int | str,
     optimizer: Optimizer,
     executor: Executor,
-    racing: Racing | None,
+    racing: Racing | Rungs | None,
 ) -> dict[str, Any]:
     """What the journal keeps of a run, JSON-ready."""
     context = study.context

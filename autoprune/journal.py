@@ -33,12 +33,12 @@ import numpy as np
 
 from autoprune.errors import RecipeError
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
-from autoprune.statistics import fidelity_of, reason_of, statistics_of, status_of
+from autoprune.statistics import fidelity_of, reason_of, stages_of, statistics_of, status_of
 
 try:
     import fcntl
 except ImportError:  # Windows, where two searches with one run_dir are not told apart
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 FILE_NAME = "journal.sqlite"
 LOCK_NAME = "journal.lock"
@@ -63,7 +63,7 @@ CREATE TABLE evaluations (
     id INTEGER PRIMARY KEY,         -- 0, 1, 2, ... in the order of arrival
     trial INTEGER NOT NULL REFERENCES trials,
     fidelity TEXT NOT NULL,         -- how much data or training: 'full' is all of the validation subset, 'part' its
-                                    -- first samples
+                                    -- first samples, '89 steps' all of it after so much of a training
     worker TEXT NOT NULL,
     started REAL NOT NULL,          -- Unix time
     seconds REAL NOT NULL,
@@ -233,31 +233,29 @@ class Journal:
         worker: str = "local",
         started: float | None = None,
     ) -> None:
-        """Add what an evaluation of `trial` saw, and settle the trial's fate: ok, or raced or failed with the reason.
+        """Add what was measured of `trial`, and settle the trial's fate: ok, or raced or failed with the reason.
 
         Args:
             trial: An id that `record_ask` returned.
-            outcome: Values per sample, or why there are none.
+            outcome: Values per sample, or why there are none; with a row for each rung on the way.
             dense: What an evaluation of the dense model saw on the same samples.
             worker: Where it ran.
             started: Unix time; None if it ended just now.
         """
-        values = {
-            "id": self._next("evaluations", "id"),
-            "trial": trial,
-            "fidelity": fidelity_of(outcome),
-            "worker": worker,
-            "started": time.time() - outcome.seconds if started is None else started,
-            "seconds": outcome.seconds,
-            **_outcome_columns(outcome, dense),
-        }
+        stages, first = stages_of(outcome), self._next("evaluations", "id")
+        began = time.time() - sum(stage.seconds for stage in stages) if started is None else started
+        rows = []
+        for i, stage in enumerate(stages):
+            ran = {"fidelity": fidelity_of(stage), "worker": worker, "started": began, "seconds": stage.seconds}
+            rows.append({"id": first + i, "trial": trial, **ran, **_outcome_columns(stage, dense)})
+            began += stage.seconds
         with self._transaction():
-            self._connection.execute(
-                f"INSERT INTO evaluations ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
-                tuple(values.values()),
+            self._connection.executemany(
+                f"INSERT INTO evaluations ({', '.join(rows[0])}) VALUES ({', '.join('?' * len(rows[0]))})",
+                [tuple(row.values()) for row in rows],
             )
             self._connection.execute(
-                "UPDATE trials SET status = ?, reason = ? WHERE id = ?", (status_of(outcome), values["reason"], trial)
+                "UPDATE trials SET status = ?, reason = ? WHERE id = ?", (status_of(outcome), reason_of(outcome), trial)
             )
 
     def record_tell(self, trials: Sequence[int]) -> None:

@@ -265,7 +265,7 @@ def _judge_loss(loss: Callable[..., Any]) -> Judge:
     if isinstance(loss, nn.Module):
         each = copy.deepcopy(loss)
         if hasattr(each, "reduction"):
-            each.reduction = "none"  # type: ignore[assignment]
+            each.reduction = "none"  # type: ignore[assignment]  # a module's attributes count as tensors
     elif "reduction" in inspect.signature(loss).parameters:
         each = partial(loss, reduction="none")
     return Judge(name, False, f"loss {name!r} was given", scorer=partial(scorers.user_loss, name, each))

@@ -116,8 +116,8 @@ class Evaluations:
     samples: IntArray
     status: tuple[str, ...]
     reasons: tuple[str, ...]
-    distortion: FloatArray = None  # type: ignore[assignment]  # filled in below, as is the next
-    acceptable: NDArray[np.bool_] = None  # type: ignore[assignment]
+    distortion: FloatArray = None  # type: ignore[assignment]  # filled in below
+    acceptable: NDArray[np.bool_] = None  # type: ignore[assignment]  # as above
 
     def __post_init__(self) -> None:
         n = len(self.candidates)
@@ -190,7 +190,10 @@ class Measurement:
         seconds: Wall time of the evaluation.
         distortion: How far the outputs are from those of the dense model, one value a sample, for as many samples as
             dense outputs are kept of, the same for every candidate; empty where it was not measured. See `Evaluations`.
-        raced: Why the evaluation ended before it had seen all samples, the first n of them; empty if it did not.
+        raced: Why the evaluation ended early: after the first n samples, or on the way through a training; empty if it
+            did not.
+        steps: Training steps after which it was made on the way through a training; 0 for one of what is built.
+        rungs: What was measured earlier on that way, in order.
     """
 
     signal: FloatArray
@@ -198,6 +201,8 @@ class Measurement:
     seconds: float
     distortion: FloatArray = field(default_factory=lambda: np.empty(0))
     raced: str = ""
+    steps: int = 0
+    rungs: tuple[Measurement, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from autoprune.evaluators.protocol import Evaluator
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
+from autoprune.rungs import Ladder, climb
 
 FRACTIONS = np.array([0.1, 0.2, 0.4, 0.6, 0.8])
 """Of the largest bet that cannot lose more than it has; how much is best depends on the candidate."""
@@ -126,11 +127,18 @@ def log_evidence(seen: FloatArray, rival: FloatArray, floor: float) -> FloatArra
     return capital
 
 
-def evaluate(evaluator: Evaluator, candidate: IntArray, race: Race | None = None) -> Measurement | Failure:
+Contest = Race | Ladder
+"""What may end the evaluation of a candidate early."""
+
+
+def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = None) -> Measurement | Failure:
     """Score a candidate, shape (d,), on all validation batches, or on one after the other until it has lost its race.
 
-    What survives is what an evaluation of all at once gives, to the last bit.
+    Or at one rung of its training after the other, until it stays behind. What survives is what an evaluation of all at
+    once gives, to the last bit.
     """
+    if isinstance(race, Ladder):
+        return climb(evaluator, candidate, race)
     if race is None:
         (outcome,) = evaluator.evaluate(candidate[None])
         return outcome

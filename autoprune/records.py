@@ -18,7 +18,7 @@ from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
 from autoprune.result.held_out import note_of_held_out
 from autoprune.result.trials import Evaluation, Trial, find_front, meets, note_of_probes, or_nan, within
-from autoprune.statistics import Statistics, fidelity_of, reason_of, statistics_of, status_of
+from autoprune.statistics import Statistics, fidelity_of, reason_of, stages_of, statistics_of, status_of
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def _column(measured: Sequence[Statistics], name: str, missing: float = math.nan
 def trial_of(
     study: Study, number: int, candidate: IntArray, outcome: Outcome, dense: Measurement | None = None
 ) -> Trial:
-    """A record of a candidate and its one evaluation; `dense` is what an evaluation of the dense model saw."""
+    """A record of a candidate and what was measured of it; `dense` is what an evaluation of the dense model saw."""
     interval = (math.nan, math.nan)
     if isinstance(outcome, Measurement) and not outcome.raced:
         interval = summary(outcome.metric, study.context.judge.proportion).interval
@@ -73,7 +73,10 @@ def trial_of(
         signal=or_nan(measured.signal),
         status=status_of(outcome),
         reason=reason_of(outcome),
-        evaluations=(Evaluation(fidelity=fidelity_of(outcome), seconds=outcome.seconds, **measured._asdict()),),
+        evaluations=tuple(
+            Evaluation(fidelity=fidelity_of(one), seconds=one.seconds, **statistics_of(one, dense)._asdict())
+            for one in stages_of(outcome)
+        ),
         feasible=within(costs, study.limits),
     )
 

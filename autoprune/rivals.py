@@ -9,29 +9,39 @@ from typing import final
 import numpy as np
 
 from autoprune.journal import Journal
+from autoprune.promotion import Promotion, note_of_rungs, require_training
 from autoprune.protocols import OK, RACED, IntArray, Measurement
-from autoprune.racing import Race, Racing
+from autoprune.racing import Contest, Race, Racing
 from autoprune.result.trials import Trial
+from autoprune.rungs import Ladder, Rungs
 from autoprune.study import Study
 
 
-def find_racing(spec: bool | Racing) -> Racing | None:
+def find_racing(spec: bool | Racing | Rungs) -> Racing | Rungs | None:
     """The settings meant by ``search(racing=)``; None for no racing.
 
     Raises:
-        ValueError: If it is neither a bool nor a `Racing`.
+        ValueError: If it is neither a bool nor a `Racing` nor `Rungs`.
     """
     if isinstance(spec, bool):
         return Racing() if spec else None
-    if not isinstance(spec, Racing):
-        raise ValueError(f"racing must be True, False or an autoprune.Racing, got {spec!r}")
+    if not isinstance(spec, Racing | Rungs):
+        raise ValueError(f"racing must be True, False, an autoprune.Racing or autoprune.Rungs, got {spec!r}")
     return spec
 
 
-def applicable(racing: Racing | None, study: Study) -> tuple[Racing | None, Study]:
-    """The settings if racing can work in this search, else None and the study with a note that says why."""
+def applicable(racing: Racing | Rungs | None, study: Study) -> tuple[Racing | Rungs | None, Study]:
+    """The settings if racing can work in this search, else None and the study with a note that says why.
+
+    Raises:
+        ValueError: If there are rungs, but no trainings for them.
+    """
     subsets, reason = study.context.subsets, ""
-    if not study.context.judge.per_sample:
+    if isinstance(racing, Rungs):
+        require_training(study, racing)
+        if study.worst_score is not None:
+            reason = "a limit on the score needs full scores: one that is stopped early may yet come to meet it"
+    elif not study.context.judge.per_sample:
         reason = f"metric {study.context.judge.name!r} scores the whole set at once"
     elif study.worst_score is not None:
         reason = "a limit on the score needs full scores: what is worse than another may be the cheapest that meets it"
@@ -60,11 +70,15 @@ class Rivals:
         dense: What an evaluation of the dense model saw.
     """
 
-    def __init__(self, study: Study, racing: Racing | None, journal: Journal, dense: Measurement) -> None:
-        self._study, self._racing, self._journal, self._dense = study, racing, journal, dense
+    def __init__(self, study: Study, racing: Racing | Rungs | None, journal: Journal, dense: Measurement) -> None:
+        self._study, self._journal, self._dense = study, journal, dense
+        self._racing = racing if isinstance(racing, Racing) else None
+        self._promotion = Promotion(study, racing) if isinstance(racing, Rungs) else None
 
-    def races(self, trials: Sequence[int], candidates: IntArray, found: Sequence[Trial]) -> list[Race | None]:
+    def races(self, trials: Sequence[int], candidates: IntArray, found: Sequence[Trial]) -> Sequence[Contest | None]:
         """What each of the candidates (n, d), asked for under these numbers, runs; None where there is no rival."""
+        if self._promotion is not None:
+            return self._ladders(self._promotion, trials, candidates, found)
         done = [trial for trial in found if trial.status == OK and trial.feasible]
         if self._racing is None or not done:
             return [None] * len(trials)
@@ -82,6 +96,16 @@ class Rivals:
             races.append(None if probe or best is None else self._race(trial, int(ids[best]), self._racing))
         return races
 
+    def _ladders(
+        self, promotion: Promotion, trials: Sequence[int], candidates: IntArray, found: Sequence[Trial]
+    ) -> list[Ladder]:
+        first = np.array([self._journal.first_of_ask(trial) for trial in trials])
+        ladders: dict[int, Ladder] = {}
+        for ask in np.unique(first).tolist():  # several only where a resumed search takes up what was pending
+            rows, earlier = np.flatnonzero(first == ask), [trial for trial in found if trial.id < ask]
+            ladders.update(zip(rows.tolist(), promotion.ladders(candidates[rows], earlier), strict=True))
+        return [ladders[row] for row in range(len(trials))]
+
     def _race(self, trial: int, rival: int, racing: Racing) -> Race:
         signal, metric = self._journal.values(rival)
         return Race(
@@ -95,8 +119,10 @@ class Rivals:
         )
 
 
-def note_of_racing(racing: Racing | None, study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
+def note_of_racing(racing: Racing | Rungs | None, study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
     """How many candidates were dropped and how many samples that saved, in plain words; nothing without racing."""
+    if isinstance(racing, Rungs):
+        return note_of_rungs(racing, study, found)
     done = [trial for trial in found if trial.status in (OK, RACED)]
     if racing is None or not done:
         return ()

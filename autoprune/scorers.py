@@ -28,8 +28,9 @@ def main_output(outputs: Any) -> Tensor:
     Raises:
         DataError: If there is no tensor.
     """
-    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
-        return outputs["logits"]  # type: ignore[no-any-return]
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if isinstance(logits, Tensor):
+        return logits
     for tensor in tensors(outputs):
         return tensor
     raise DataError(

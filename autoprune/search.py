@@ -27,6 +27,7 @@ from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
 from autoprune.resume import History, open_journal, recall
 from autoprune.rivals import Rivals, applicable, find_racing, note_of_racing
+from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings
 from autoprune.statistics import reason_of, statistics_of, status_of
 from autoprune.stopping import most, why_converged, why_not_converged
@@ -60,7 +61,7 @@ def search(
     costs: Mapping[str, CostFunction] | None = None,
     cost_batch: int = 1,
     prior: str = "reconstruction",
-    racing: bool | Racing = False,
+    racing: bool | Racing | Rungs = False,
     latency: Latency | str | Path | None = None,
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
@@ -109,7 +110,8 @@ def search(
             of the next layers' outputs, in a few forward passes over 32 samples, or ``"criterion"``, sums of what
             ranks the units, without any.
         racing: Score candidates batch by batch, and drop those that are known to be dominated (see `Racing` and
-            docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as trials.
+            docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as trials. Or `Rungs`,
+            which stop the trainings of ``"finetune"`` early.
         latency: A table from `autoprune.profile`, or its file, for budgets on ``latency_ms`` or ``throughput``; without
             it, latencies are measured here first. Searches stay within the limit by the upper end of what the table
             predicts; the networks on the front are then measured against the dense one, as far as this is the machine

@@ -28,7 +28,7 @@ def seeded(seed: int, *generators: torch.Generator | None) -> Iterator[None]:
     saved = [generator.get_state() for generator in own]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  datasets draw from it
     # Touching the CUDA generators would initialise CUDA, which forked loader workers do not survive.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if cuda_is_used() else []
     try:
         with torch.random.fork_rng(devices):
             for generator in (torch.default_generator, *own):
@@ -43,6 +43,38 @@ def seeded(seed: int, *generators: torch.Generator | None) -> Iterator[None]:
         np.random.set_state(numpy_state)  # noqa: NPY002
         for generator, state in zip(own, saved, strict=True):
             generator.set_state(state)
+
+
+def cuda_is_used() -> bool:
+    """Whether this process has initialised CUDA."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+
+class Randomness:
+    """Random states for work that is done in parts: each part goes on where the one before ended.
+
+    Args:
+        seed: Where the first part begins, as inside `seeded`.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._states: tuple[Any, ...] | None = None
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        """The random states of the work inside, those of the caller again afterwards."""
+        with seeded(self._seed):
+            if self._states is not None:
+                python_state, numpy_state, torch_state, cuda_states = self._states
+                random.setstate(python_state)
+                np.random.set_state(numpy_state)  # noqa: NPY002
+                torch.set_rng_state(torch_state)
+                if cuda_states:
+                    torch.cuda.set_rng_state_all(cuda_states)
+            yield
+            cuda_states = torch.cuda.get_rng_state_all() if cuda_is_used() else []
+            self._states = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda_states  # noqa: NPY002
 
 
 def draw(source: Any, wanted: Mapping[str, int], size: int, seed: int, name: str) -> dict[str, list[Batch]]:

@@ -41,7 +41,7 @@ def statistics_of(outcome: Measurement | Failure, dense: Measurement | None = No
     """Summarise an evaluation; `dense` is what one of the dense model saw on the same samples."""
     if isinstance(outcome, Failure):
         return Statistics()
-    if outcome.raced:
+    if outcome.raced and not outcome.steps:
         return _estimated(outcome, dense)
     return Statistics(
         samples=len(outcome.signal),
@@ -66,8 +66,20 @@ def reason_of(outcome: Measurement | Failure) -> str:
 
 
 def fidelity_of(outcome: Measurement | Failure) -> str:
-    """How much of the data it was to see: all of it, or a part because it was dropped."""
+    """What it is a measurement of: ``"full"``, ``"part"`` of the data because it was dropped, or `after` some steps."""
+    if isinstance(outcome, Measurement) and outcome.steps:
+        return after(outcome.steps)
     return "part" if status_of(outcome) == RACED else "full"
+
+
+def stages_of(outcome: Measurement | Failure) -> tuple[Measurement | Failure, ...]:
+    """All that was measured of a candidate, in order: on the way through its training, and in the end."""
+    return (outcome,) if isinstance(outcome, Failure) else (*outcome.rungs, outcome)
+
+
+def after(steps: int) -> str:
+    """The fidelity of what is scored after so many training steps, and would be trained on."""
+    return f"{steps} steps"
 
 
 def _estimated(outcome: Measurement, dense: Measurement | None) -> Statistics:

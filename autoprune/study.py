@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ def prepare(
     wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     limits = limits or _cost_to_minimise(bound, named)
-    problem = _within_upper(bound, named, limits, start, bool(wanted.score_limits), source)
+    minimise = bool(wanted.score_limits)
+    lay_out = partial(_problem, bound, named, start=start, minimise=minimise)
+    problem = _within_upper(lay_out, limits, None if minimise else source)
     problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
     context = Context(model, structure, bound, subsets, judge, run)
     fresh = copy.deepcopy(chosen)
@@ -183,12 +186,14 @@ def _latency_of(
     if given is None and ("latency_ms" in costs or not (limited or needed)):
         return None
     kept = None if run_dir is None else Path(run_dir) / "latency.json"
-    if given is None and (kept is None or not kept.exists()):
+    if given is None and kept is not None and kept.exists():
+        given = kept
+    if given is None:
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
         log.info("measuring latencies of %s; autoprune.profile measures once for many searches", type(model).__name__)
         return profile_structure(model, structure, (batch,), {}, run, batch=size, path=kept)
-    found = given if isinstance(given, Latency) else Latency.load(given or kept)  # type: ignore[arg-type]
+    found = given if isinstance(given, Latency) else Latency.load(given)
     found.require_match(structure, size, type(model).__name__)
     return found
 
@@ -215,22 +220,17 @@ def _memory_of(
 
 
 def _within_upper(
-    space: SearchSpace,
-    costs: Mapping[str, CostFunction],
-    limits: Mapping[str, float],
-    start: Start | Sequence[Start],
-    minimise: bool,
-    latency: Latency | None,
+    lay_out: Callable[[Mapping[str, float]], Problem], limits: Mapping[str, float], latency: Latency | None
 ) -> Problem:
     """The problem whose candidates stay within the limits by the upper ends of predicted latencies, where they can."""
-    slack = 1.0 if latency is None or minimise else 1 / (1 + np.nan_to_num(latency.correction.margin))
+    slack = 1.0 if latency is None else 1 / (1 + np.nan_to_num(latency.correction.margin))
     tight = {name: limit * slack if name in TIMED else limit for name, limit in limits.items()}
     try:
-        return _problem(space, costs, tight, start, minimise)
+        return lay_out(tight)
     except InfeasibleBudgetError:
         if tight == dict(limits):
             raise
-        return _problem(space, costs, limits, start, minimise)
+        return lay_out(limits)
 
 
 def hold_score(study: Study, dense: Measurement) -> Study:

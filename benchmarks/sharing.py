@@ -76,16 +76,7 @@ def make_study(samples: int, evaluator: Evaluator) -> Study:
         "flops <= 50%",
         Data(**data, batch_size=min(128, max(samples // 6, 1))),
         metric="accuracy",
-        space="channels",
         evaluator=evaluator,
-        seed=0,
-        start=(),
-        forward=None,
-        example_inputs=None,
-        outputs=None,
-        checks="on",
-        costs=None,
-        cost_batch=1,
     )
 
 

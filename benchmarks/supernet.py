@@ -104,13 +104,6 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
         space=space,
         evaluator="adaptive_bn",
         seed=seed,
-        start=(),
-        forward=None,
-        example_inputs=None,
-        outputs=None,
-        checks="on",
-        costs=None,
-        cost_batch=1,
     )
     candidates = [np.zeros(len(study.problem.sizes), dtype=np.int64)]
     candidates += [uniform_seeds(study.problem, (budget / BUDGETS[0],))[-1] for budget in BUDGETS]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.finetune import FineTune
-from autoprune.evaluators.protocol import Context, Evaluator, Forward, Orders
+from autoprune.evaluators.protocol import Context, Evaluator, Forward, Orders, Trains
 from autoprune.evaluators.supernet import Supernet
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
@@ -44,5 +44,6 @@ __all__ = [
     "Forward",
     "Orders",
     "Supernet",
+    "Trains",
     "make_evaluator",
 ]

@@ -166,11 +166,11 @@ def _noting_writes(written: list[str]) -> Iterator[None]:
             written.append(f"{type(module).__name__}.{name}")
         original(module, name, value)
 
-    nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]
+    nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]  # sees writes to any module
     try:
         yield
     finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign, assignment]
+        nn.Module.__setattr__ = original  # type: ignore[method-assign, assignment]  # as above
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:

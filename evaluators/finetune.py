@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.compensation import Compensated
-from autoprune.evaluators.lessons import learns_labels, lesson_loss
+from autoprune.evaluators.courses import Course, Distillation, Given, TrainFn
+from autoprune.evaluators.lessons import learns_labels
 from autoprune.evaluators.measuring import DENSE_BYTES, Measuring, bound_forward
 from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.protocol import Context, Evaluator
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
 
-TrainFn = Callable[[nn.Module, int], None]
-"""``train_fn(model, steps)`` trains a model in place for so many optimizer steps."""
-
-MOST_NORM = 1.0
-"""Gradients are clipped to this norm: the first steps of a network just cut may be steep."""
-
 
 class FineTune:
     """Scores a candidate after a short training that starts from what another evaluator builds.
 
     Each candidate is a copy of its own, trained from the same seed for the same number of steps, so a score depends on
-    nothing but the candidate. Batch-norm statistics are re-estimated afterwards, elements set to zero stay zero, and
-    the dense candidate, the teacher, stays as it is. `build` trains again unless the candidate is the one trained last;
-    on a GPU that repeats as exactly as its kernels do.
+    nothing but the candidate, nor on whether it was scored on the way (`autoprune.Rungs`). Batch-norm statistics are
+    re-estimated afterwards, elements set to zero stay zero, and the dense candidate, the teacher, stays as it is.
+    `build` trains again unless the candidate is the one trained last; on a GPU that repeats as exactly as its kernels.
 
     Without a `train_fn`, AdamW with a learning rate that falls linearly to 0 learns the outputs of the dense model on
     the calibration samples (KL divergence for logits, else squared error, where they fit into 256 MiB), and their
@@ -62,7 +55,8 @@ class FineTune:
             raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
         if not lr > 0:
             raise ValueError(f"lr must be positive, got {lr}")
-        self._steps, self._train_fn, self._lr, self._seed = steps, train_fn, lr, seed
+        self.steps = steps
+        self._train_fn, self._lr, self._seed = train_fn, lr, seed
         self._start: Evaluator = Compensated() if start is None else start
 
     def prepare(self, context: Context) -> None:
@@ -77,7 +71,8 @@ class FineTune:
         self._start.prepare(context)
         dense = self._start.build(np.zeros(len(context.space.sizes), dtype=np.int64)).eval()
         self._measure = Measuring(context, dense)
-        self._last: tuple[bytes, nn.Module] | None = None
+        self._last: tuple[tuple[bytes, int], nn.Module] | None = None
+        self._begun: tuple[bytes, Course] | None = None
         if self._train_fn is None:
             calibration = context.subsets.calibration
             with seeded(0):
@@ -94,6 +89,18 @@ class FineTune:
         """Train candidates and score them on validation batches."""
         return [self._measure(partial(self._trained, candidate), "validation", chunk) for candidate in candidates]
 
+    @property
+    def continues(self) -> bool:
+        """Whether a training can be gone on with: the default recipe can, that of the user begins anew."""
+        return self._train_fn is None
+
+    def on_the_way(self, candidate: IntArray, steps: int) -> Measurement | Failure:
+        """Score a candidate on the validation samples after the first steps of its training.
+
+        With a `train_fn`, after a training of so many steps: what its learning rate would be halfway, only it knows.
+        """
+        return self._measure(partial(self._trained, candidate, steps), "validation")
+
     def test(self, candidate: IntArray) -> Measurement | Failure:
         """Score a trained candidate on the held-out samples."""
         return self._measure(partial(self._trained, candidate), "test")
@@ -109,60 +116,46 @@ class FineTune:
 
     @property
     def identity(self) -> str:
-        """With that of a start that has learned something."""
+        """With how it trains, and that of a start that has learned something."""
         start = getattr(self._start, "identity", "")
-        return f"FineTune of {start}" if start else "FineTune"
+        return f"FineTune(steps={self.steps}, lr={self._lr:g}, seed={self._seed})" + (f" of {start}" if start else "")
 
-    def _trained(self, candidate: IntArray) -> nn.Module:
+    def _trained(self, candidate: IntArray, steps: int | None = None) -> nn.Module:
         """A copy of the trained candidate, for its caller to keep; chunks of one candidate share a training."""
-        key = candidate.tobytes()
+        key = candidate.tobytes(), steps or self.steps
         if self._last is None or self._last[0] != key:
-            self._last = None  # whatever happens next, two trained models are never held
-            self._last = key, self._train(candidate)
+            self._last = None  # whatever happens next, this one is not needed beside it
+            self._last = key, self._train(candidate, key[1])
         return copy.deepcopy(self._last[1])
 
-    def _train(self, candidate: IntArray) -> nn.Module:
-        context, module = self._context, self._start.build(candidate)
+    def _train(self, candidate: IntArray, steps: int) -> nn.Module:
+        """A candidate after so many steps; if it was scored on the way, from there."""
         if not candidate.any():
-            return module
-        zeroed = context.structure.edit(context.space.pruning(candidate.tolist())).zeroed
-        parameters = dict(module.named_parameters())
-        masks = {parameters[name]: parameters[name].detach() != 0 for name in zeroed}
+            return self._start.build(candidate)
+        context, course = self._context, self._course(candidate, steps)
+        module = course.module
         modes = [(part, part.training) for part in module.modules()]
-        with seeded(self._seed), torch.enable_grad():
-            if self._train_fn is None:
-                self._distil(module, masks)
-            else:
-                self._train_fn(module, self._steps)
+        course.go_on(steps)
         for part, mode in modes:
             part.training = mode
         module.zero_grad(set_to_none=True)
-        _mask(masks)
+        if self.continues and steps < self.steps:
+            self._begun = candidate.tobytes(), course
+            module = copy.deepcopy(module)
         with seeded(0):
             recalibrate(module, context.subsets.calibration, bound_forward(context, module))
         return module
 
-    def _distil(self, module: nn.Module, masks: Mapping[nn.Parameter, Tensor]) -> None:
-        """The default recipe; batches in an order drawn anew for each round."""
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, self._lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self._steps)
-        module.train()
-        order: list[int] = []
-        for _ in range(self._steps):
-            order = order or torch.randperm(len(self._lessons)).tolist()
-            optimizer.zero_grad()
-            batch, dense = self._lessons[order.pop()]
-            loss = lesson_loss(self._context.judge, self._context.forward(module, batch), batch, dense)
-            assert loss is not None
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(parameters, MOST_NORM)
-            optimizer.step()
-            schedule.step()
-            _mask(masks)
-
-
-@torch.no_grad()
-def _mask(masks: Mapping[nn.Parameter, Tensor]) -> None:
-    for parameter, mask in masks.items():
-        parameter.mul_(mask)
+    def _course(self, candidate: IntArray, steps: int) -> Course:
+        """The training that was begun, if it is this candidate's and not further than wanted, else a new one."""
+        begun, self._begun = self._begun, None  # what fails is not gone on with
+        if begun is not None and begun[0] == candidate.tobytes() and begun[1].taken <= steps:
+            return begun[1]
+        begun = None  # so that what is not needed is gone before the next is made
+        context, module = self._context, self._start.build(candidate)
+        zeroed = context.structure.edit(context.space.pruning(candidate.tolist())).zeroed
+        parameters = dict(module.named_parameters())
+        masks = {parameters[name]: parameters[name].detach() != 0 for name in zeroed}
+        if self._train_fn is not None:
+            return Given(module, masks, self._train_fn, self._seed)
+        return Distillation(context, module, masks, self._lessons, self.steps, self._lr, self._seed)

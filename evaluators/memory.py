@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autoprune.batches import Batch, batch_size, slice_batch, tensors
+from autoprune.sources import cuda_is_used
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,12 @@ class Halving:
             parts = [part for batch in batches for part in split(batch, self._most)]
             try:
                 return run(parts)
-            except Exception as error:
+            except Exception as error:  # torch has several types for it; what is none of them goes on
                 if not is_out_of_memory(error) or (most := max(map(batch_size, parts))) == 1:
                     raise
                 message = str(error).partition("\n")[0]
             # Here and not above, because the error holds on to what filled the memory.
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            if cuda_is_used():
                 torch.cuda.empty_cache()
             self._most = (most + 1) // 2
             log.warning("out of memory on batches of %d, going on with %d (%s)", most, self._most, message)

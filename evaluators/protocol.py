@@ -68,6 +68,28 @@ class Evaluator(Protocol):
 
 
 @runtime_checkable
+class Trains(Protocol):
+    """An evaluator that trains every candidate, and can score it on the way; none has to."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole training."""
+        ...
+
+    @property
+    def continues(self) -> bool:
+        """Whether a training goes on from where it was scored last; else every score needs one from the start."""
+        ...
+
+    def on_the_way(self, candidate: IntArray, steps: int) -> Measurement | Failure:
+        """Score a candidate, shape (d,), on all validation batches after the first so many steps of its training.
+
+        What `evaluate` gives does not depend on whether this was called before.
+        """
+        ...
+
+
+@runtime_checkable
 class Orders(Protocol):
     """An evaluator that is faster when related candidates follow each other; none has to be."""
 

@@ -92,7 +92,7 @@ class Sandwich:
                 "(outputs, batch)"
             )
         loss = torch.stack(found).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         return outputs, [loss.detach()]
 
     @torch.no_grad()

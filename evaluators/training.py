@@ -156,7 +156,7 @@ class Training:
         if self._recipe.data is not None:
             return training_loader(self._recipe.data, self._recipe.batch_size, "supernet")
         batches = list(self._context.subsets.calibration)
-        return DataLoader(batches, batch_size=None, shuffle=True, collate_fn=_same)  # type: ignore[arg-type]
+        return DataLoader(batches, batch_size=None, shuffle=True, collate_fn=_same)  # type: ignore[arg-type]  # a list will do
 
     def _write(self, position: tuple[int, int]) -> None:
         if self._recipe.checkpoint is None:

@@ -55,10 +55,10 @@ class Channels:
         if isinstance(self.round_to, str) and self.round_to != "auto":
             raise ValueError(f"round_to must be at least 1, or 'auto', got {self.round_to!r}")
         for name, least in (
-            ("round_to", 1 if self.round_to == "auto" else self.round_to),
+            ("round_to", 1 if isinstance(self.round_to, str) else self.round_to),
             ("min_width", self.min_width),
         ):
-            if least < 1:  # type: ignore[operator]
+            if least < 1:
                 raise ValueError(f"{name} must be at least 1, got {least}")
         if not 0 < self.min_fraction <= 1:
             raise ValueError(f"min_fraction must be in (0, 1], got {self.min_fraction}")
@@ -153,6 +153,9 @@ class ChannelSpace:
     dimensions: tuple[Dimension, ...]
     groups: tuple[tuple[str, int], ...]
     order: Mapping[str, tuple[int, ...]]
+    _table: FloatArray = field(init=False, repr=False, compare=False)  # units kept by option, rows one after the other
+    _rows: IntArray = field(init=False, repr=False, compare=False)  # where each begins
+    _columns: IntArray = field(init=False, repr=False, compare=False)  # the group of each dimension
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.groups]
@@ -186,11 +189,11 @@ class ChannelSpace:
 
     def widths(self, candidates: IntArray) -> FloatArray:
         """Units kept in each group of the structure, shape (n, groups)."""
-        kept: FloatArray = self._table[candidates + self._rows]  # type: ignore[attr-defined]
+        kept: FloatArray = self._table[candidates + self._rows]
         if len(self.dimensions) == len(self.groups):
             return kept
         out = np.tile(np.array([size for _, size in self.groups], dtype=np.float64), (len(candidates), 1))
-        out[:, self._columns] = kept  # type: ignore[attr-defined]
+        out[:, self._columns] = kept
         return out
 
     def zeroed(self, candidates: IntArray) -> FloatArray:

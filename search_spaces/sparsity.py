@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
@@ -98,6 +98,8 @@ class SparsitySpace:
     dimensions: tuple[Dimension, ...]
     elements: tuple[int, ...]
     groups: tuple[tuple[str, int], ...]
+    _table: FloatArray = field(init=False, repr=False, compare=False)  # elements set to zero by dimension and option
+    _rows: IntArray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         table = np.zeros((len(self.dimensions), int(self.sizes.max())))
@@ -121,7 +123,7 @@ class SparsitySpace:
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
         """Zero the elements of least magnitude within each weight."""
-        counts = self._table[self._rows, list(candidate)]  # type: ignore[attr-defined]
+        counts = self._table[self._rows, list(candidate)]
         return Pruning(zeroed={d.name: int(n) for d, n in zip(self.dimensions, counts, strict=True) if n})
 
     def widths(self, candidates: IntArray) -> FloatArray:
@@ -130,7 +132,7 @@ class SparsitySpace:
 
     def zeroed(self, candidates: IntArray) -> FloatArray:
         """Elements set to zero, shape (n,)."""
-        zeros: FloatArray = self._table[self._rows, candidates].sum(axis=1)  # type: ignore[attr-defined]
+        zeros: FloatArray = self._table[self._rows, candidates].sum(axis=1)
         return zeros
 
     def to_json(self) -> dict[str, Any]:

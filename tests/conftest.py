@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo import resnet
+from autoprune import Data
+from tests.zoo import ZOO, resnet
 
 torch.set_num_threads(1)  # the same sums in the same order on every machine, and no fight over small tensors
 
@@ -99,6 +100,34 @@ def digits_model(digits: Digits) -> nn.Module:
                 schedule.step()
     model.zero_grad()
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def data(digits: Digits) -> Data:
+    """The digits, as a search takes them."""
+    return Data(calibration=digits.train, validation=digits.validation, test=digits.test)
+
+
+@pytest.fixture(scope="module")
+def vectors() -> tuple[Tensor, Tensor]:
+    """Features (240, 64) with labels that the first ten of them tell."""
+    x = torch.randn(240, 64, generator=torch.Generator().manual_seed(0))
+    return x, x[:, :10].argmax(1)
+
+
+@pytest.fixture
+def mlp() -> nn.Module:
+    """A network of linear layers for `vectors`."""
+    return ZOO["mlp"].build()
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One Ray of two workers for all tests of a module."""
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -20,11 +20,6 @@ EIGHTHS = Channels(step=0.125, min_fraction=0.125)
 X, Y = torch.randn(120, 64, generator=GENERATOR), torch.randint(0, 10, (120,), generator=GENERATOR)
 
 
-@pytest.fixture
-def mlp():
-    return ZOO["mlp"].build()
-
-
 def search(model, budget="flops <= 50%", data=(X, Y), trials=2, **options):
     return autoprune.search(model, budget, data, trials=trials, progress=False, **options)
 

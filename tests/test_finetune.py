@@ -161,6 +161,11 @@ def test_a_model_without_anything_to_train_is_refused():
         prepared(context)
 
 
+def test_a_search_with_another_training_is_another_search():
+    settings = ({}, {"steps": 51}, {"lr": 0.002}, {"seed": 1})
+    assert len({FineTune(**one).identity for one in settings}) == len(settings)
+
+
 def test_it_asks_for_a_recipe_where_there_is_nothing_to_learn(context):
     judge = replace(context.judge, distance=None, proportion=None)
     with pytest.raises(ValueError, match="train_fn"):

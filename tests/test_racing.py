@@ -286,19 +286,12 @@ class TestWhereItCannotWork:
         assert any(note.startswith(f"no racing: {reason}") for note in result.notes)
 
     def test_other_settings_are_refused_by_name(self):
-        with pytest.raises(ValueError, match=r"racing must be True, False or an autoprune.Racing, got 0.05"):
+        with pytest.raises(
+            ValueError, match=r"racing must be True, False, an autoprune.Racing or autoprune.Rungs, got 0.05"
+        ):
             search(None, racing=0.05)
         with pytest.raises(ValueError, match=r"delta must be a probability between 0 and 1, got 1"):
             Racing(delta=1)
-
-
-@pytest.fixture(scope="module")
-def ray():
-    """One Ray for all tests of the module."""
-    ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.ray

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import autoprune
-from autoprune import Channels, Data, Metric, Sparsity
+from autoprune import Channels, Metric, Sparsity
 from autoprune.budget import Budget, ScoreLimit
 from autoprune.errors import BudgetError, InfeasibleBudgetError
 from autoprune.journal import Journal
@@ -27,11 +27,6 @@ from tests.oracle import count_macs
 from tests.zoo import ZOO
 
 
-@pytest.fixture(scope="module")
-def data(digits):
-    return Data(calibration=digits.train, validation=digits.validation, test=digits.test)
-
-
 def search(model, budget, data, trials=40, **options):
     return autoprune.search(model, budget, data, trials=trials, progress=False, **options)
 
@@ -47,11 +42,6 @@ def kept(digits_model, data, tmp_path_factory):
 def vectors():
     x = torch.randn(240, 64, generator=torch.Generator().manual_seed(0))
     return x, ZOO["mlp"].build()(x).argmax(1)
-
-
-@pytest.fixture
-def mlp():
-    return ZOO["mlp"].build()
 
 
 class TestTheCheapestThatKeepsTheScore:

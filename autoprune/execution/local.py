@@ -11,7 +11,7 @@ import numpy as np
 
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.protocols import Failure, IntArray, Measurement
-from autoprune.racing import Race, evaluate
+from autoprune.racing import Contest, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Finished(NamedTuple):
     worker: str
 
 
-def evaluate_one(evaluator: Evaluator, candidate: IntArray, race: Race | None = None) -> Outcome:
+def evaluate_one(evaluator: Evaluator, candidate: IntArray, race: Contest | None = None) -> Outcome:
     """Score one candidate, shape (d,), which may lose its race before it has seen all samples; come what may."""
     return attempt(lambda: evaluate(evaluator, candidate, race))
 
@@ -39,7 +39,7 @@ def attempt(measure: Callable[[], Outcome]) -> Outcome:
     began = time.perf_counter()
     try:
         outcome = measure()
-    except Exception as error:
+    except Exception as error:  # not KeyboardInterrupt, which ends the search
         log.debug("an evaluation failed", exc_info=error)
         return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - began)
     if isinstance(outcome, Measurement) and not all(np.isfinite(x).all() for x in (outcome.signal, outcome.metric)):
@@ -72,7 +72,7 @@ class Executor(Protocol):
         """How many more candidates to submit now; 0 while all workers have enough to do, or before `start`."""
         ...
 
-    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Contest | None]) -> None:
         """Queue candidates, shape (n, d), under their trial numbers, each with the race that it runs, if any."""
         ...
 
@@ -98,7 +98,7 @@ class LocalExecutor:
 
     def __init__(self, generation: int = GENERATION) -> None:
         self._generation = generation
-        self._queue: list[tuple[int, IntArray, Race | None]] = []
+        self._queue: list[tuple[int, IntArray, Contest | None]] = []
         self._evaluator: Evaluator | None = None
 
     def start(self, evaluator: Evaluator, context: Context, fresh: Evaluator) -> None:
@@ -109,7 +109,7 @@ class LocalExecutor:
         """A whole generation once the last one is done, so that runs with one seed agree."""
         return 0 if self._queue or self._evaluator is None else self._generation
 
-    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Contest | None]) -> None:
         """Queue candidates, related ones behind each other where the evaluator has a wish."""
         evaluator = self._evaluator
         order = evaluator.order(candidates) if isinstance(evaluator, Orders) else np.arange(len(trials))

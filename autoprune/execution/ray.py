@@ -16,7 +16,7 @@ from autoprune.evaluators import Context, Evaluator
 from autoprune.execution.local import GENERATION, Finished, Outcome
 from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
 from autoprune.protocols import Failure, IntArray
-from autoprune.racing import Race
+from autoprune.racing import Contest
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class RayExecutor:
             return self._generation if self._workers and not self._unreleased else 0
         return max(len(self._workers) * (1 + self._ahead) - len(self._unreleased), 0)
 
-    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Contest | None]) -> None:
         """Queue candidates."""
         self._waiting.extend(map(Task, trials, candidates, races))
         self._unreleased.extend(trials)

@@ -13,7 +13,7 @@ import torch
 from autoprune.evaluators import Context, Evaluator
 from autoprune.execution.local import Outcome, evaluate_one
 from autoprune.protocols import IntArray
-from autoprune.racing import Race
+from autoprune.racing import Contest
 
 
 class Actor:
@@ -39,7 +39,7 @@ class Actor:
 
         return f"{socket.gethostname()}:{os.getpid()}", ray.get_runtime_context().get_node_id()
 
-    def evaluate(self, candidate: IntArray, race: Race | None) -> Outcome:
+    def evaluate(self, candidate: IntArray, race: Contest | None) -> Outcome:
         """Score one candidate, shape (d,), which may lose its race before it has seen all samples."""
         return evaluate_one(self._evaluator, candidate, race)
 
@@ -62,7 +62,7 @@ class Task:
 
     trial: int
     candidate: IntArray
-    race: Race | None
+    race: Contest | None
     strikes: int = 0
     ref: Any = None
 

@@ -50,10 +50,10 @@ class Problem:
     cost_names: tuple[str, ...]
     limits: FloatArray
     cost_function: Callable[[IntArray], FloatArray]
-    ordered: NDArray[np.bool_] = None  # type: ignore[assignment]  # filled in below, as are the next two
-    budget_range: FloatArray = None  # type: ignore[assignment]
+    ordered: NDArray[np.bool_] = None  # type: ignore[assignment]  # filled in below
+    budget_range: FloatArray = None  # type: ignore[assignment]  # as above
     canonical: Callable[[IntArray], IntArray] = _identity
-    seeds: IntArray = None  # type: ignore[assignment]
+    seeds: IntArray = None  # type: ignore[assignment]  # as above
     trials: int = 200
     prior: tuple[FloatArray, ...] | None = None
 

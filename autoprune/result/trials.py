@@ -18,7 +18,8 @@ class Evaluation:
     """One measurement of one candidate.
 
     Attributes:
-        fidelity: ``"full"``, or ``"part"`` if it was stopped early: then means are estimates for all samples.
+        fidelity: ``"full"``, or ``"part"`` if it was stopped early: then means are estimates for all samples; or
+            ``"89 steps"`` for what was scored on the way through a training, see `autoprune.Rungs`.
         samples: Samples scored.
         seconds: Wall time.
         signal: Mean of what steers the search, lower is better; None if it failed.
@@ -59,7 +60,7 @@ class Trial:
         status: ``"ok"``, ``"raced"``, ``"failed"`` or ``"pending"``.
         reason: Why it failed or was dropped.
         test_score: The metric on held-out samples; None off the front. Reported, never used to choose.
-        evaluations: The measurements behind the score.
+        evaluations: The measurements in order; the last one gave the score.
         feasible: Whether the costs are within the limits of the search. What is not is a probe, measured to learn what
             one dimension costs in score, or was predicted to be within and measured to be over; never on the front.
         predicted: For costs that were measured on the built network, what the search went by; empty where nothing was.

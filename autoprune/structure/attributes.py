@@ -70,7 +70,7 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, w
     """
 
     def __init__(self, replay: Replay) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.replay = replay
         self.steps = [op for op in replay.record.ops if op.name not in REARRANGING]
         shrinks = [any(replay.shrinks(value) for value in (*op.inputs(), *op.results())) for op in self.steps]

@@ -312,7 +312,7 @@ def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.record = Record()
         self.path: list[str] = []
         self._ids: dict[int, int] = {}

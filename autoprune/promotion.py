@@ -1,0 +1,97 @@
+"""Which rungs each candidate has to pass, by what others scored there, and what stopping saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.evaluators import Trains
+from autoprune.protocols import OK, RACED, FloatArray, IntArray
+from autoprune.result.trials import Evaluation, Trial
+from autoprune.rungs import Ladder, Rung, Rungs, behind
+from autoprune.statistics import after
+from autoprune.study import Study
+
+
+def require_training(study: Study, rungs: Rungs) -> Trains:
+    """The evaluator of a search with rungs.
+
+    Raises:
+        ValueError: If it trains no candidates, or not for long enough.
+    """
+    if not isinstance(study.evaluator, Trains):
+        raise ValueError(
+            "racing=Rungs(...) needs an evaluator that trains each candidate, such as FineTune(steps=900), got "
+            f"{type(study.evaluator).__name__}; use that, or racing=True"
+        )
+    rungs.steps(study.evaluator.steps)
+    return study.evaluator
+
+
+class Promotion:
+    """Sets the bars of every rung by the trials that reached it.
+
+    Only trials of earlier asks count, as in a race, so that local, synchronous and resumed searches decide alike; and
+    only those that cost no more. Probes of single dimensions pass everywhere, because what is planned from them needs
+    full scores.
+
+    Args:
+        study: With an evaluator that trains.
+        rungs: The settings.
+    """
+
+    def __init__(self, study: Study, rungs: Rungs) -> None:
+        self._study, self._rungs = study, rungs
+        self._steps = rungs.steps(require_training(study, rungs).steps)
+
+    def ladders(self, candidates: IntArray, found: Sequence[Trial]) -> list[Ladder]:
+        """What each of the candidates (n, d) has to pass, by the trials found before they were asked for."""
+        problem, below = self._study.problem, self._steps[:-1]
+        costs, probes = problem.costs(candidates), problem.probes(candidates)
+        columns = [self._rung(steps, costs, probes, found) for steps in below]
+        return [Ladder(rungs, self._steps[-1]) for rungs in zip(*columns, strict=True)]
+
+    def _rung(self, steps: int, costs: FloatArray, probes: NDArray[np.bool_], found: Sequence[Trial]) -> list[Rung]:
+        reached = [(trial, one) for trial in found for one in trial.evaluations if one.fidelity == after(steps)]
+        if not reached:
+            return [Rung(steps)] * len(costs)
+        signal = np.array([one.signal for _, one in reached], dtype=np.float64)
+        known = self._study.problem.costs(np.array([trial.candidate for trial, _ in reached], dtype=np.int64))
+        holds = behind(np.column_stack([signal, known]), self._rungs.reduction)
+        rungs = []
+        for cost, probe in zip(costs, probes, strict=True):
+            rivals = np.flatnonzero(holds & (known <= cost).all(axis=1) & ~probe)
+            best = min(rivals, key=lambda i: (signal[i], reached[i][0].id), default=None)
+            rungs.append(Rung(steps) if best is None else Rung(steps, float(signal[best]), reached[best][0].id))
+        return rungs
+
+
+def note_of_rungs(rungs: Rungs, study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
+    """How many candidates were stopped on the way and how many steps that saved, in plain words."""
+    done = [trial for trial in found if trial.status in (OK, RACED)]
+    if not done:
+        return ()
+    training = require_training(study, rungs)
+    steps = rungs.steps(training.steps)
+    spent = sum(_spent(trial, steps, training.continues) for trial in done)
+    stopped = [
+        sum(trial.status == RACED and len(trial.evaluations) == i + 1 for trial in done) for i in range(len(steps))
+    ]
+    where = ", ".join(f"{count} after {at}" for count, at in zip(stopped, steps[:-1], strict=False))
+    return (
+        f"rungs stopped {sum(stopped)} of {len(done)} trainings early ({where} of {steps[-1]} steps); "
+        f"{spent / (steps[-1] * len(done)):.0%} of the training steps were taken; what is behind early may still have "
+        "ended ahead: this is a heuristic, without an error probability",
+    )
+
+
+def _spent(trial: Trial, steps: Sequence[int], continues: bool) -> int:
+    """Training steps that a trial took."""
+    taken = [_steps_of(one, steps) for one in trial.evaluations]
+    return max(taken) if continues else sum(taken)
+
+
+def _steps_of(evaluation: Evaluation, steps: Sequence[int]) -> int:
+    return next((at for at in steps if evaluation.fidelity == after(at)), steps[-1])

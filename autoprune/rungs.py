@@ -1,0 +1,131 @@
+"""Rungs: a candidate is scored on its way through a training, and stopped where others did better by then.
+
+Asynchronous successive halving in its stopping form: a candidate trains on at once if it is good enough so far, and
+one that was stopped is never taken up again, so a worker holds one training and decides alone. "Good enough" is a
+matter of fronts, as there is a best candidate for every budget. Unlike a race this is a heuristic: which network is
+ahead after a ninth of the training need not be ahead after all of it, and no error probability is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.evaluators.protocol import Evaluator, Trains
+from autoprune.pareto import non_dominated
+from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """Stop trainings early: ``search(..., evaluator=FineTune(steps=900), racing=Rungs(count=3, reduction=3))``.
+
+    With these, candidates are scored after 100 and 300 steps. There, trials are ranked by fronts: those that none
+    dominates in score and cost, those that only these dominate, and so on. A candidate is stopped if one that costs no
+    more, and is not among the best third itself, scored better after as many steps.
+
+    Attributes:
+        count: Rungs, the whole training among them.
+        reduction: By how much each rung is shorter than the next, and one over the share that is to pass it.
+
+    Reference:
+        Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020, arXiv:1810.05934; by fronts:
+        Schmucker et al., "Multi-objective Asynchronous Successive Halving", 2021, arXiv:2106.12639.
+    """
+
+    count: int = 3
+    reduction: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or self.count < 2:
+            raise ValueError(f"count must be an integer of at least 2, got {self.count!r}")
+        if not self.reduction > 1:
+            raise ValueError(f"reduction must be above 1, got {self.reduction}")
+
+    def steps(self, total: int) -> tuple[int, ...]:
+        """Training steps of each rung, ascending, up to `total`.
+
+        Raises:
+            ValueError: If these are too few for so many rungs.
+        """
+        steps = tuple(round(total / self.reduction**i) for i in reversed(range(self.count)))
+        if steps[0] < 1 or len(set(steps)) < self.count:
+            raise ValueError(
+                f"{self.count} rungs must differ in steps, got {steps}; train for more than {total} steps, or pass "
+                "Rungs with a smaller count"
+            )
+        return steps
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What a candidate is held against on the way.
+
+    Attributes:
+        steps: After so many.
+        bar: It is stopped if its mean signal is above; infinite where nobody is.
+        rival: The trial whose signal that is; -1 where there is none.
+    """
+
+    steps: int
+    bar: float = math.inf
+    rival: int = -1
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The rungs below the whole training, for one candidate, and the steps of that. Travels to workers."""
+
+    rungs: tuple[Rung, ...]
+    total: int
+
+
+def climb(evaluator: Evaluator, candidate: IntArray, ladder: Ladder) -> Measurement | Failure:
+    """Train and score a candidate, shape (d,), until it stays behind at a rung.
+
+    What passes all of them is scored as an evaluation without rungs does, to the last bit.
+    """
+    assert isinstance(evaluator, Trains)
+    passed: list[Measurement] = []
+    for rung in ladder.rungs:
+        outcome = evaluator.on_the_way(candidate, rung.steps)
+        if isinstance(outcome, Failure):
+            return _failed(outcome, passed)
+        outcome = replace(outcome, steps=rung.steps)
+        if outcome.signal.mean() > rung.bar:
+            reason = f"behind trial {rung.rival} after {rung.steps} of {ladder.total} steps"
+            return replace(outcome, raced=reason, rungs=tuple(passed))
+        passed.append(outcome)
+    (outcome,) = evaluator.evaluate(candidate[None])
+    return _failed(outcome, passed) if isinstance(outcome, Failure) else replace(outcome, rungs=tuple(passed))
+
+
+def _failed(failure: Failure, passed: Sequence[Measurement]) -> Failure:
+    return replace(failure, seconds=failure.seconds + sum(before.seconds for before in passed))
+
+
+def behind(objectives: FloatArray, reduction: float) -> NDArray[np.bool_]:
+    """Mark the points that are not among the best, by fronts.
+
+    Fronts are taken off one after the other as long as one over `reduction` of the points, and of one to come, has room
+    for them.
+
+    Args:
+        objectives: Shape (n, m), lower is better.
+        reduction: Above 1.
+
+    Returns:
+        True for the points on the fronts that are left, shape (n,).
+    """
+    left, room = np.ones(len(objectives), dtype=np.bool_), math.ceil((len(objectives) + 1) / reduction)
+    while left.any():
+        front = np.flatnonzero(left)[non_dominated(objectives[left])]
+        room -= len(front)
+        if room <= 0:
+            break
+        left[front] = False
+    return left

@@ -1,0 +1,113 @@
+"""What the checks catch, and what they do where they cannot."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprune.errors import StructureCheckError
+from autoprune.structure import analysis
+from autoprune.structure.analysis import analyse, best_choices
+from autoprune.structure.structure import Structure
+from autoprune.structure.trace import trace
+from autoprune.structure.units import find_units
+from tests.small_networks import (
+    IMAGE,
+    Net,
+    assert_right,
+    branches,
+    conv,
+    grouped,
+    known,
+    picks,
+    reasons,
+    residual,
+    slots_of,
+)
+from tests.zoo import draw, settled
+
+
+def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
+
+
+def gates() -> nn.Module:
+    """A gate from two halves, a shuffle before a grouped convolution, and a tied layer."""
+
+    def forward(s: Net, x: Tensor) -> Tensor:
+        left, right = s.a(x).chunk(2, 1)
+        x = F.channel_shuffle(left * right.sigmoid(), 2)
+        return s.head(s.tied(s.tied(s.grouped(x))).sum((2, 3)))
+
+    layers = {"a": conv(3, 16), "grouped": conv(8, 8, groups=2), "tied": conv(8, 8, 1), "head": nn.Linear(8, 3)}
+    return Net(forward, **layers)
+
+
+def analysed_without_an_edge(
+    model: nn.Module, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Structure]]:
+    """For each coupling the operation that makes it, and the structure found by an analysis that forgets it."""
+    flow, _ = best_choices(trace(model, args, {}, call))
+    for i, edge in enumerate(flow.edges):
+        broken = dataclasses.replace(flow, edges=flow.edges[:i] + flow.edges[i + 1 :])
+        monkeypatch.setattr(analysis, "best_choices", lambda record, flow=broken: (flow, find_units(flow)))
+        yield flow.record.ops[edge.op].where(), analyse(model, args)
+
+
+@pytest.mark.parametrize("make", [branches, gates], ids=lambda make: make.__name__)
+def test_the_checks_catch_every_coupling_that_is_forgotten_and_matters(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+):
+    model, args, whole = known(make)
+    assert_right(model, args, whole)
+    forgotten = list(analysed_without_an_edge(model, args, monkeypatch))
+    for _, structure in forgotten:
+        assert_right(model, args, structure)
+    changed = [where for where, structure in forgotten if slots_of(structure) != slots_of(whole)]
+    assert len(changed) > 5, "a coupling that does not matter cannot be caught"
+
+
+def test_the_checks_catch_forgotten_couplings_in_16_bits_too(monkeypatch: pytest.MonkeyPatch):
+    model, (x,) = settled(residual, (IMAGE,)).bfloat16(), draw((IMAGE,))
+    args = (x.bfloat16(),)
+    whole = analyse(model, args)
+    assert [group.size for group in whole.groups] == [8]
+    for where, structure in analysed_without_an_edge(model, args, monkeypatch):  # frozen, or tied again
+        assert structure.groups == () or slots_of(structure) == slots_of(whole), where
+
+
+def test_groups_not_checked_in_time_are_frozen_and_say_so():
+    model, args = settled(picks(lambda s, x: s.head(s.a(x).cumsum(1))), (IMAGE,)), draw((IMAGE,))
+    structure = analyse(model, args, max_check_seconds=0)
+    assert structure.groups == ()
+    assert "not checked within 0 s" in reasons(structure, "a.weight")
+
+
+class Deadly(nn.Module):
+    """Ends the process when it is narrower than it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.a.weight.shape[0] < 6:
+            os._exit(3)
+        out: Tensor = self.b(self.a(x).relu())
+        return out
+
+
+@pytest.mark.slow
+def test_isolated_checks_find_the_same_and_survive_a_model_that_kills_its_process():
+    model, args = known(grouped)[:2]
+    alone = analyse(model, args, checks="isolated")
+    assert [(group.name, group.size) for group in alone.groups] == [
+        (group.name, group.size) for group in analyse(model, args).groups
+    ]
+    with pytest.raises(StructureCheckError, match="killed its process"):
+        analyse(Deadly(), (torch.randn(2, 4),), checks="isolated")
