@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,35 @@ class _Spec:
     dtype: str
     order: tuple[int, ...]  # dimensions from the slowest to the fastest in memory
     broadcast: tuple[int, ...]  # dimensions of stride 0
+
+
+class Operation(Protocol):
+    """Something that a model executes, in any runtime.
+
+    Attributes:
+        template: Everything about it except its numbers; equal where two operations differ in their sizes only.
+        numbers: All sizes and other whole numbers in its arguments.
+        kind: One of those of `Family`.
+    """
+
+    @property
+    def template(self) -> str: ...  # noqa: D102
+    @property
+    def numbers(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+
+    def where(self) -> str:
+        """Its name and place in the model, for messages."""
+        ...
+
+    def describe(self, numbers: Iterator[str]) -> str:
+        """A line of text that says what it is, with these words for its numbers."""
+        ...
+
+    def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
+        """What runs it alone with these numbers, on data of its own."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -102,11 +131,23 @@ def find_parts(
         UnsupportedModelError: If the model runs other operations once it is pruned.
     """
     slicer = Slicer(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def run(widths: IntArray) -> list[_Call]:
         cut = slicer.cut(structure.edit(prefixes(structure, widths))).eval()
-        return _calls(trace(cut, args, kwargs, forward, values=True))
+        return _calls(trace(cut, args, kwargs, forward, values=True), device)
 
+    return parts_of(run, structure, seed)
+
+
+def parts_of(
+    run: Callable[[IntArray], Sequence[Operation]], structure: Structure, seed: int = 0
+) -> tuple[list[Family], list[Part]]:
+    """Families and parts of what a model executes: `run` takes widths (groups,) to its operations in order.
+
+    Raises:
+        UnsupportedModelError: If other widths give other operations, or sizes that are not affine in them.
+    """
     dense = run(structure.sizes)
     fixed = [np.array(call.numbers, dtype=np.int64) for call in dense]
     slopes = [np.zeros((len(numbers), len(structure.groups)), dtype=object) for numbers in fixed]
@@ -125,11 +166,10 @@ def find_parts(
         wrong = [j for j, row in enumerate(rows[i]) if _value(row, drawn) != call.numbers[j]]
         if wrong:
             raise UnsupportedModelError(
-                f"latency of parts needs sizes that are affine in the widths, but a size of {dense[i].op.where()} is "
+                f"latency of parts needs sizes that are affine in the widths, but a size of {dense[i].where()} is "
                 "not; pass costs={'latency_ms': your own function}"
             )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return _families(dense, rows, structure, device)
+    return _families(dense, rows, structure)
 
 
 def prefixes(structure: Structure, widths: Sequence[int] | IntArray) -> Pruning:
@@ -156,14 +196,58 @@ def draw_widths(structure: Structure, n: int, rng: np.random.Generator) -> IntAr
 
 @dataclass(frozen=True)
 class _Call:
+    """An operation of PyTorch, as `Operation` asks for."""
+
     op: Op
     template: str
     leaves: tuple[Any, ...]
     tree: Any
     numbers: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def kind(self) -> str:
+        name = self.op.name
+        if "convolution" in name:
+            return "grouped convolution" if self.op.args.get("groups", 1) > 1 else "convolution"
+        if name.lstrip("_") in ("mm", "addmm", "bmm", "baddbmm", "grouped_mm") or "attention" in name:
+            return "matmul"
+        return "norm" if "norm" in name else "elementwise"
+
+    def where(self) -> str:
+        return self.op.where()
+
+    def describe(self, numbers: Iterator[str]) -> str:
+        said = []
+        for name, leaf in zip(_names(self), self.leaves, strict=True):
+            if isinstance(leaf, _Spec):
+                shape = "x".join(next(numbers) for _ in range(leaf.dims))
+                order = "" if leaf.order == tuple(range(leaf.dims)) else f" order {''.join(map(str, leaf.order))}"
+                stretched = f" broadcast {leaf.broadcast}" if leaf.broadcast else ""
+                said.append(f"{name}={leaf.dtype}[{shape}]{order}{stretched}")
+            elif leaf is int:
+                said.append(f"{name}={next(numbers)}")
+            elif leaf is not None:
+                said.append(f"{name}={json.dumps(leaf, default=str)}")
+        return f"{self.op.func}({', '.join(said)})"
+
+    def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
+        func = self.op.func
+        names = [a for a in func._schema.arguments if a.name in self.op.args]
+        leaves: list[Any] = []
+        for i, leaf in enumerate(self.leaves):
+            if isinstance(leaf, _Spec):
+                shape = [next(numbers) for _ in range(leaf.dims)]
+                leaves.append(_tensor(leaf, shape, self.device, func._schema.is_mutable, i == 0))
+            else:
+                leaves.append(next(numbers) if leaf is int else leaf)
+        bound = tree_unflatten(leaves, self.tree)
+        positional = tuple(bound[a.name] for a in names if not a.kwarg_only)
+        keywords = {a.name: bound[a.name] for a in names if a.kwarg_only}
+        return lambda: func(*positional, **keywords)
 
 
-def _calls(record: Record) -> list[_Call]:
+def _calls(record: Record, device: torch.device) -> list[_Call]:
     """The operations that compute, each with its numbers apart from everything else."""
     found = []
     for op in record.ops[: record.first]:
@@ -184,9 +268,8 @@ def _calls(record: Record) -> list[_Call]:
                 numbers.append(leaf)
             else:
                 kept.append(leaf)
-        found.append(
-            _Call(op, f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}", tuple(kept), tree, tuple(numbers))
-        )
+        template = f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}"
+        found.append(_Call(op, template, tuple(kept), tree, tuple(numbers), device))
     return found
 
 
@@ -201,7 +284,7 @@ def _spec(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     return _Spec(len(shape), str(dtype).removeprefix("torch."), order, broadcast)
 
 
-def _same_calls(dense: list[_Call], other: list[_Call]) -> list[_Call]:
+def _same_calls(dense: Sequence[Operation], other: Sequence[Operation]) -> Sequence[Operation]:
     if [call.template for call in dense] != [call.template for call in other]:
         raise UnsupportedModelError(
             "latency of parts needs a model that runs the same operations however narrow it is, and this one does not; "
@@ -229,7 +312,7 @@ def _primitive(row: tuple[Fraction, tuple[tuple[int, Fraction], ...]]) -> tuple[
 
 
 def _families(
-    calls: list[_Call], rows: list[list[Any]], structure: Structure, device: torch.device
+    calls: Sequence[Operation], rows: list[list[Any]], structure: Structure
 ) -> tuple[list[Family], list[Part]]:
     families: dict[str, Family] = {}
     counts: dict[tuple[str, tuple[Size, ...]], int] = {}
@@ -249,15 +332,15 @@ def _families(
             at = variables[size]
             steps[at] = math.lcm(steps[at], scale.denominator)
             slots.append((at, scale))
-        key = _key(call, slots)
+        key = call.describe(map(_letter, slots))
         highest = [_at(size, structure.sizes) for size in variables]
         lowest = [_at(size, least) for size in variables]
         if key in families:
             known = families[key]
             highest = list(map(max, known.highest, highest))
             lowest = list(map(min, known.lowest, lowest))
-        make = _maker(call, tuple(slots), device)
-        families[key] = Family(key, _kind(call.op), tuple(highest), tuple(lowest), tuple(steps), make)
+        make = _maker(call, tuple(slots))
+        families[key] = Family(key, call.kind, tuple(highest), tuple(lowest), tuple(steps), make)
         place = (key, tuple(variables))
         counts[place] = counts.get(place, 0) + 1
     return list(families.values()), [Part(key, sizes, count) for (key, sizes), count in counts.items()]
@@ -267,29 +350,12 @@ def _at(size: Size, widths: IntArray) -> int:
     return size[0] + sum(each * int(widths[g]) for g, each in size[1])
 
 
-def _key(call: _Call, slots: Sequence[int | tuple[int, Fraction]]) -> str:
-    """A line that says what the operation is, with variables as letters."""
-    left = iter(slots)
-
-    def number() -> str:
-        slot = next(left)
-        if isinstance(slot, int):
-            return str(slot)
-        at, scale = slot
-        return ("" if scale == 1 else f"{scale}*") + chr(ord("a") + at)
-
-    said = []
-    for name, leaf in zip(_names(call), call.leaves, strict=True):
-        if isinstance(leaf, _Spec):
-            shape = "x".join(number() for _ in range(leaf.dims))
-            order = "" if leaf.order == tuple(range(leaf.dims)) else f" order {''.join(map(str, leaf.order))}"
-            stretched = f" broadcast {leaf.broadcast}" if leaf.broadcast else ""
-            said.append(f"{name}={leaf.dtype}[{shape}]{order}{stretched}")
-        elif leaf is int:
-            said.append(f"{name}={number()}")
-        elif leaf is not None:
-            said.append(f"{name}={json.dumps(leaf, default=str)}")
-    return f"{call.op.func}({', '.join(said)})"
+def _letter(slot: int | tuple[int, Fraction]) -> str:
+    """A number in a key: itself, or the letter of a variable with its multiple."""
+    if isinstance(slot, int):
+        return str(slot)
+    at, scale = slot
+    return ("" if scale == 1 else f"{scale}*") + chr(ord("a") + at)
 
 
 def _names(call: _Call) -> list[str]:
@@ -298,30 +364,12 @@ def _names(call: _Call) -> list[str]:
 
 
 def _maker(
-    call: _Call, slots: tuple[int | tuple[int, Fraction], ...], device: torch.device
+    call: Operation, slots: tuple[int | tuple[int, Fraction], ...]
 ) -> Callable[[Sequence[int]], Callable[[], Any]]:
     """What makes the operation at given values of its variables, on tensors of its own."""
-    func = call.op.func
-    writes = func._schema.is_mutable
-    names = [a for a in func._schema.arguments if a.name in call.op.args]
 
     def make(values: Sequence[int]) -> Callable[[], Any]:
-        left = iter(slots)
-
-        def number() -> int:
-            slot = next(left)
-            return slot if isinstance(slot, int) else int(slot[1] * int(values[slot[0]]))
-
-        leaves: list[Any] = []
-        for i, leaf in enumerate(call.leaves):
-            if isinstance(leaf, _Spec):
-                leaves.append(_tensor(leaf, [number() for _ in range(leaf.dims)], device, writes, i == 0))
-            else:
-                leaves.append(number() if leaf is int else leaf)
-        bound = tree_unflatten(leaves, call.tree)
-        positional = tuple(bound[a.name] for a in names if not a.kwarg_only)
-        keywords = {a.name: bound[a.name] for a in names if a.kwarg_only}
-        return lambda: func(*positional, **keywords)
+        return call.make(slot if isinstance(slot, int) else int(slot[1] * int(values[slot[0]])) for slot in slots)
 
     return make
 
@@ -339,15 +387,6 @@ def _tensor(spec: _Spec, shape: list[int], device: torch.device, writes: bool, f
         tensor = torch.rand(stored, device=device).to(dtype) + 0.1
     back = [spec.order.index(dim) for dim in range(len(shape))]
     return tensor.permute(back).expand(shape)
-
-
-def _kind(op: Op) -> str:
-    name = op.name
-    if "convolution" in name:
-        return "grouped convolution" if op.args.get("groups", 1) > 1 else "convolution"
-    if name.lstrip("_") in ("mm", "addmm", "bmm", "baddbmm", "grouped_mm") or "attention" in name:
-        return "matmul"
-    return "norm" if "norm" in name else "elementwise"
 
 
 def part_values(parts: Sequence[Part], widths: FloatArray) -> dict[Size, FloatArray]:
