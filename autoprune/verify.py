@@ -11,8 +11,10 @@ import numpy as np
 from torch import nn
 
 from autoprune.costs import Latency, make_costs
-from autoprune.costs.profile import network_call, setting_of, time_networks
+from autoprune.costs.profile import setting_of, time_networks
+from autoprune.costs.runtimes import runtime_of
 from autoprune.costs.timing import Timing, clock_for, note_of_noise
+from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
 from autoprune.result.trials import Trial, find_front, within
 from autoprune.structure.slicing import Edit, build
@@ -42,17 +44,22 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
     if latency is None or not limited:
         return trials, ()
     context = study.context
-    setting = setting_of(context.model, (study.latency_batch,), {}, latency.setting.batch)
+    try:
+        runtime = runtime_of(latency.setting.runtime)
+    except (ImportError, ValueError) as error:
+        why = f"measured with runtime {latency.setting.runtime} {latency.setting.runtime_version}; {error}"
+        return trials, (f"latencies are predictions, not verified here: {why}",)
+    setting = setting_of(context.model, (study.latency_batch,), {}, latency.setting.batch, runtime)
     if differing := latency.setting.elsewhere(setting):
         return trials, (f"latencies are predictions, not verified here: measured with {'; '.join(differing)}",)
 
     def call(module: nn.Module) -> Callable[[], Any]:
-        return network_call(module.eval(), context.forward, (study.latency_batch,), {})
+        return runtime.network(module.eval(), context.forward, (study.latency_batch,), {})
 
-    dense = call(build(context.model, Edit({}, {})))
-    clock = clock_for(next(context.model.parameters()).device)
+    clock = clock_for(next(context.model.parameters()).device, runtime.elsewhere)
     timings: dict[int, Timing] = {}
     try:
+        dense = call(build(context.model, Edit({}, {})))
         while todo := _unmeasured(study, trials, timings):
             calls = [call(study.evaluator.build(np.array(trial.candidate, dtype=np.int64))) for trial in todo]
             measured = time_networks(calls, dense, clock)
@@ -64,6 +71,8 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
     except KeyboardInterrupt:
         log.warning("interrupted; some latencies on the front are predictions")
         return trials, (*_notes(trials, timings, latency), "interrupted: some latencies on the front are predictions")
+    except UnsupportedModelError as error:
+        return trials, (*_notes(trials, timings, latency), f"some latencies on the front are predictions: {error}")
     return trials, tuple(_notes(trials, timings, latency))
 
 

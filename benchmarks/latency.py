@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.costs.parts import draw_widths, prefixes
-from autoprune.costs.profile import network_call, profile_structure, time_networks, with_batch
+from autoprune.costs.profile import profile_structure, time_networks, with_batch
+from autoprune.costs.runtimes import network_call
 from autoprune.costs.timing import CpuClock
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build

@@ -395,8 +395,8 @@ def wait_for_trials(run_dir, count, process):
 
 
 def test_profile_writes_a_table_that_search_takes(monkeypatch):
-    monkeypatch.setattr("autoprune.costs.profile.clock_for", lambda device: Machine())
-    monkeypatch.setattr("autoprune.verify.clock_for", lambda device: Machine())
+    monkeypatch.setattr("autoprune.costs.profile.clock_for", lambda *_: Machine())
+    monkeypatch.setattr("autoprune.verify.clock_for", lambda *_: Machine())
     arguments = ("--input-shape", "2,1,4,4", "--output", "table.json", "--batch", "2")
     finished = run("profile", MODEL, *arguments)
     assert finished.exit_code == 0, finished.output

@@ -11,7 +11,8 @@ from torch import nn
 import autoprune
 from autoprune.costs.latency import Latency
 from autoprune.costs.parts import draw_widths, find_parts, part_values, prefixes
-from autoprune.costs.profile import network_call, profile_structure, setting_of
+from autoprune.costs.profile import profile_structure, setting_of
+from autoprune.costs.runtimes import Torch, network_call
 from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
 from autoprune.errors import RecipeError
 from autoprune.structure.analysis import analyse
@@ -210,7 +211,7 @@ class TestLatency:
         assert not path.with_name("table.json.partial").exists()
 
     def test_the_setting_says_what_times_depend_on(self):
-        setting = setting_of(small(), (INPUTS,), {}, 2)
+        setting = setting_of(small(), (INPUTS,), {}, 2, Torch())
         assert setting.inputs == ("float32 2x3x8x8",)
         assert setting.elsewhere(setting) == []
         assert setting.elsewhere(replace(setting, threads=99)) == [f"threads {setting.threads}, here 99"]

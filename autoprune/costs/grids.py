@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from autoprune.costs.parts import Family
-from autoprune.costs.timing import Call, Clock, Timing, compare
+from autoprune.costs.timing import Call, Clock, Repeated, Timing, compare
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,10 @@ class Bench:
         assert not missing or family.make is not None
         for start in range(0, len(missing), _AT_ONCE):
             some = missing[start : start + _AT_ONCE]
-            timings = self.compare([family.make(point) for point in some], tolerance=0.03, block_seconds=5e-4)  # type: ignore[misc]
-            for point, timing in zip(some, timings, strict=True):
-                unit = self.reference_ms
+            calls = [family.make(point) for point in some]  # type: ignore[misc]
+            timings = self.compare(calls, tolerance=0.03, block_seconds=5e-4)
+            for point, call, timing in zip(some, calls, timings, strict=True):
+                unit = self.reference_ms / (call.times if isinstance(call, Repeated) else 1)
                 known[point] = (timing.ratio * unit, timing.low * unit, timing.high * unit)
         if missing:
             self.save()

@@ -39,8 +39,8 @@ class Setting:
         device: ``"cpu"`` or ``"cuda"``.
         machine: Name of the processor or GPU.
         threads: Threads of PyTorch.
-        runtime: What runs the model: ``"torch"``, or a name of the user's.
-        versions: Of Python, PyTorch and autoprune.
+        runtime: What runs the model: as `autoprune.profile` takes it, or a name of the user's.
+        versions: Of Python, PyTorch, autoprune and the runtime.
         date: When it was measured, UTC.
     """
 
@@ -57,9 +57,22 @@ class Setting:
     def elsewhere(self, here: Setting) -> list[str]:
         """What differs `here` in what times depend on, as ``"threads 1, here 2"``."""
         names = ("device", "machine", "threads", "runtime")
-        return [
+        found = [
             f"{n} {getattr(self, n)}, here {getattr(here, n)}" for n in names if getattr(self, n) != getattr(here, n)
         ]
+        if self.runtime == here.runtime and self.runtime_version != here.runtime_version:
+            found.append(f"{self.library} {self.runtime_version or 'of no version'}, here {here.runtime_version}")
+        return found
+
+    @property
+    def library(self) -> str:
+        """The runtime without its provider."""
+        return self.runtime.partition(":")[0]
+
+    @property
+    def runtime_version(self) -> str:
+        """Version of the runtime, empty if it is not known."""
+        return self.versions.get(self.library, "")
 
 
 @dataclass(frozen=True)
@@ -341,7 +354,7 @@ class Latency:
         where, how = self.setting, self.correction
         return (
             f"{where.model}, batch {where.batch}: {self.dense_ms:.4g} ms dense on {where.machine} ({where.device}, "
-            f"{where.threads} threads, {where.runtime} {where.versions.get(where.runtime, '')}); predictions are off "
+            f"{where.threads} threads, {where.runtime} {where.runtime_version}); predictions are off "
             f"by {how.median_error:.1%} on the median and by {how.p95_error:.1%} at the 95th percentile of "
             f"{how.networks[1]} networks not fitted to (rank correlation {how.spearman:.3f})"
         )

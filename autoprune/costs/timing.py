@@ -28,6 +28,18 @@ _BLOCKS_PER_REFERENCE = 6
 _MOST_REPEATS = 10_000
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """A call that does the same several times, where calling takes too much beside what is called."""
+
+    call: Call
+    times: int
+
+    def __call__(self) -> Any:
+        """Run all of them."""
+        return self.call()
+
+
 class Clock(Protocol):
     """Times a call; a protocol so that tests need no real time."""
 
@@ -40,10 +52,14 @@ class CpuClock:
     """Time on the CPU: with one thread the time that it ran, without other programs' turns; else wall time.
 
     Torch's number of threads is read when the clock is made.
+
+    Args:
+        elsewhere: Whether work is done outside of the calling thread even if there is one.
     """
 
-    def __init__(self) -> None:
-        self._now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    def __init__(self, elsewhere: bool = False) -> None:
+        alone = torch.get_num_threads() == 1 and not elsewhere
+        self._now = time.thread_time if alone else time.perf_counter
 
     def seconds(self, call: Call, repeats: int) -> float:
         """Seconds of `repeats` calls."""
@@ -72,15 +88,15 @@ class CudaClock:
             return float(begin.elapsed_time(end)) / 1e3
 
 
-def clock_for(device: torch.device) -> Clock:
-    """The clock of a device.
+def clock_for(device: torch.device, elsewhere: bool = False) -> Clock:
+    """The clock of a device; `elsewhere` as `CpuClock` takes it.
 
     Raises:
         ValueError: If the device is neither a CPU nor a CUDA GPU.
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"latency is measured on 'cpu' or 'cuda', got {str(device)!r}; pass costs= with your own")
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+    return CudaClock(device) if device.type == "cuda" else CpuClock(elsewhere)
 
 
 @dataclass(frozen=True)

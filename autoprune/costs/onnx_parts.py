@@ -1,0 +1,214 @@
+"""Nodes of an ONNX graph as parts of a latency model.
+
+The graph is taken after onnxruntime has folded and fused it (batch norm into convolutions, scales into products), but
+before it chooses memory layouts, because which it chooses depends on widths: blocks of channels for a convolution,
+plain rows for a depthwise one whose channels fill no whole number of blocks. So the graph has the same nodes at all
+widths, and the layout is chosen for each node alone, when it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+
+from autoprune.costs.timing import Repeated
+
+if TYPE_CHECKING:
+    from autoprune.costs.onnx_sessions import OnnxRuntime
+
+Array = np.ndarray[Any, Any]
+
+_VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Constant", "Shape"})
+_PRODUCTS = ("MatMul", "Gemm", "Attention")
+_LONGEST = 64  # whole numbers in a constant that are sizes, and not data
+_MOST_COPIES = 8
+_COPIED_ELEMENTS = 2**20  # data that copies of a node may read and write; they drown what calling a session takes
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An input of a node: data that comes in, a weight, or whole numbers such as the sizes of a reshape."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    values: tuple[int, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.values if self.role == "values" else self.shape
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node of a graph, as `autoprune.costs.parts.Operation` asks for."""
+
+    runtime: OnnxRuntime
+    model: ModelProto
+    node: NodeProto
+    inputs: tuple[_Input, ...]
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        own = [number for given in self.inputs for number in given.numbers]
+        return (*own, *(number for attribute in self.node.attribute for number in _whole(attribute)))
+
+    @property
+    def template(self) -> str:
+        return self.describe(iter(["_"] * len(self.numbers)))
+
+    @property
+    def kind(self) -> str:
+        name = self.node.op_type
+        if "Conv" in name:
+            groups = [attribute.i for attribute in self.node.attribute if attribute.name == "group"]
+            return "grouped convolution" if groups and groups[0] > 1 else "convolution"
+        if any(product in name for product in _PRODUCTS):
+            return "matmul"
+        return "norm" if "Normalization" in name else "elementwise"
+
+    def where(self) -> str:
+        return f"{self.node.op_type} {self.node.name!r}"
+
+    def describe(self, numbers: Iterator[str]) -> str:
+        said = []
+        for given in self.inputs:
+            separator = "," if given.role == "values" else "x"
+            said.append(f"{given.role} {given.dtype}[{separator.join(next(numbers) for _ in given.numbers)}]")
+        for attribute in self.node.attribute:
+            if whole := _whole(attribute):
+                said.append(f"{attribute.name}={','.join(next(numbers) for _ in whole)}")
+            elif attribute.type == AttributeProto.STRING:
+                said.append(f"{attribute.name}={attribute.s.decode()}")
+        return f"{self.node.op_type}({', '.join(said)})"
+
+    def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
+        """Sessions are made at once, so that what they cost falls outside of the timing."""
+        alone, feed = self._alone(numbers)
+        chosen = self.runtime.optimised(alone.SerializeToString(), whole=True)
+        chosen, feed = _without_reordering(chosen, values_of(self.runtime, chosen, feed), feed)
+        moved = sum(array.size for array in feed.values())
+        copies = int(np.clip(_COPIED_ELEMENTS // max(moved, 1), 1, _MOST_COPIES))
+        session = self.runtime.session(_copied(chosen, copies).SerializeToString(), optimise=False)
+        return Repeated(lambda: session.run(None, feed), copies)
+
+    def _alone(self, numbers: Iterator[int]) -> tuple[ModelProto, dict[str, Array]]:
+        """A graph of this node only with other numbers, and noise to feed it."""
+        feed: dict[str, Array] = {}
+        weights: dict[str, Array] = {}
+        rng = np.random.default_rng(0)
+        for given in self.inputs:
+            own = [next(numbers) for _ in given.numbers]
+            if given.role == "values":
+                weights[given.name] = np.array(own, dtype=given.dtype).reshape(given.shape)
+            elif given.role != "absent":
+                noise = rng.random(own, dtype=np.float32) + np.float32(0.1)
+                held = noise.astype(given.dtype) if given.dtype.startswith("float") else np.zeros(own, given.dtype)
+                (feed if given.role == "data" else weights)[given.name] = held
+        node = NodeProto()
+        node.CopyFrom(self.node)
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.INT:
+                attribute.i = next(numbers)
+            elif attribute.type == AttributeProto.INTS:
+                attribute.ints[:] = [next(numbers) for _ in attribute.ints]
+        outputs = [ValueInfoProto(name=name) for name in node.output if name]
+        kept = [numpy_helper.from_array(held, name) for name, held in weights.items()]
+        return _model_like(self.model, [node], _infos(feed), outputs, kept), feed
+
+
+def node_operations(runtime: OnnxRuntime, model: ModelProto, inputs: Mapping[str, Array]) -> list[_Node]:
+    """The nodes of a fused graph that compute, in order of execution."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    feed = {given.name: inputs[given.name] for given in model.graph.input if given.name not in constants}
+    values = {**feed, **values_of(runtime, model, feed)}
+
+    def read(name: str) -> _Input:
+        if name in constants:
+            tensor = constants[name]
+            dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type).name, tuple(tensor.dims)
+            if dtype in ("int32", "int64") and np.prod(shape, dtype=np.int64) <= _LONGEST:
+                return _Input(name, "values", dtype, shape, tuple(numpy_helper.to_array(tensor).ravel().tolist()))
+            return _Input(name, "weight", dtype, shape)
+        if name not in values:
+            return _Input(name, "absent", "", ())
+        return _Input(name, "data", values[name].dtype.name, values[name].shape)
+
+    nodes = [node for node in model.graph.node if node.op_type not in _VIEWS]
+    return [_Node(runtime, model, node, tuple(map(read, node.input))) for node in nodes]
+
+
+def values_of(runtime: OnnxRuntime, model: ModelProto, feed: Mapping[str, Array]) -> dict[str, Array]:
+    """Everything that the nodes of a graph compute, by name."""
+    names = [name for node in model.graph.node for name in node.output if name]
+    shown = ModelProto()
+    shown.CopyFrom(model)
+    del shown.graph.output[:]
+    shown.graph.output.extend(ValueInfoProto(name=name) for name in names)
+    session = runtime.session(shown.SerializeToString(), optimise=False)
+    return dict(zip(names, session.run(names, dict(feed)), strict=True))
+
+
+def _without_reordering(
+    model: ModelProto, values: Mapping[str, Array], feed: Mapping[str, Array]
+) -> tuple[ModelProto, dict[str, Array]]:
+    """A graph without the changes of layout at its ends: inside a network, neighbours agree on a layout."""
+    ends = {out.name for out in model.graph.output}
+    first = [n for n in model.graph.node if n.op_type == "ReorderInput" and n.input[0] in feed]
+    last = [n for n in model.graph.node if n.op_type == "ReorderOutput" and n.output[0] in ends]
+    rest = [node for node in model.graph.node if node not in first and node not in last]
+    if not rest or not (first or last):
+        return model, dict(feed)
+    before = {node.output[0]: node.input[0] for node in last}
+    fresh = {node.output[0]: values[node.output[0]] for node in first}
+    read = {name for node in rest for name in node.input}
+    fed = {name: array for name, array in {**feed, **fresh}.items() if name in read}
+    outputs = [ValueInfoProto(name=before.get(name, name)) for name in sorted(ends)]
+    return _model_like(model, rest, _infos(fed), outputs, list(model.graph.initializer)), fed
+
+
+def _copied(model: ModelProto, copies: int) -> ModelProto:
+    """A graph that runs its nodes so many times; the outputs are those of the last."""
+    made = {name for node in model.graph.node for name in node.output if name}
+    nodes = []
+    for k in range(copies - 1):
+        for node in model.graph.node:
+            again = NodeProto()
+            again.CopyFrom(node)
+            again.name = f"{node.name}_{k}"
+            again.input[:] = [f"{name}_{k}" if name in made else name for name in node.input]
+            again.output[:] = [f"{name}_{k}" if name else name for name in node.output]
+            nodes.append(again)
+    graph = model.graph
+    return _model_like(model, [*nodes, *graph.node], list(graph.input), list(graph.output), list(graph.initializer))
+
+
+def _model_like(
+    model: ModelProto,
+    nodes: list[NodeProto],
+    inputs: list[ValueInfoProto],
+    outputs: list[ValueInfoProto],
+    weights: list[onnx.TensorProto],
+) -> ModelProto:
+    graph: GraphProto = helper.make_graph(nodes, "part", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _infos(feed: Mapping[str, Array]) -> list[ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in feed.items()
+    ]
+
+
+def _whole(attribute: AttributeProto) -> tuple[int, ...]:
+    """The whole numbers of an attribute."""
+    if attribute.type == AttributeProto.INT:
+        return (attribute.i,)
+    return tuple(attribute.ints) if attribute.type == AttributeProto.INTS else ()
