@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.latency``: every network at batch 1 and 32 with 1 and 2 threads (a process each), 40 random
 candidates that no fit has seen; then searches under 75, 50 and 35 % of the dense latency. ``--quick`` takes one
-network, batch and thread, 12 candidates and one seed. ``--part table`` or ``--part budgets`` makes one of the two.
+network, batch and thread, 12 candidates and one seed. ``--part table`` or ``--part budgets`` makes one of the two;
+``--part onnxruntime`` the table at batch 1 with 1 thread for the networks exported to ONNX, in results of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.costs.parts import draw_widths, prefixes
 from autoprune.costs.profile import profile_structure, time_networks, with_batch
-from autoprune.costs.runtimes import network_call
+from autoprune.costs.runtimes import TORCH, network_call, runtime_of
 from autoprune.costs.timing import CpuClock
+from autoprune.protocols import IntArray
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build
 from benchmarks.common import environment, table, write
@@ -85,7 +87,7 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def accuracy_of_predictions(name: str, batch: int, held_out: int) -> dict[str, Any]:
+def accuracy_of_predictions(name: str, batch: int, held_out: int, runtime: str = TORCH) -> dict[str, Any]:
     """Measure a network's table and candidates that it has not seen, in this process with its threads."""
     make, side = NETWORKS[name]
     torch.manual_seed(0)
@@ -93,17 +95,21 @@ def accuracy_of_predictions(name: str, batch: int, held_out: int) -> dict[str, A
     inputs = torch.randn(2, 3, side, side)
     structure = analyse(model, (inputs,))
     began = time.perf_counter()
-    latency = profile_structure(model, structure, (inputs,), {}, run, batch=batch)
+    latency = profile_structure(model, structure, (inputs,), {}, run, batch=batch, runtime=runtime)
     seconds = time.perf_counter() - began
     widths = draw_widths(structure, held_out + 1, np.random.default_rng(1234))
     widths[-1] = structure.sizes
     args, kwargs = with_batch((inputs,), {}, batch)
-    dense = network_call(build(model, structure.edit(prefixes(structure, widths[-1]))).eval(), run, args, kwargs)
+
+    def call(row: IntArray) -> Callable[[], Any]:
+        net = build(model, structure.edit(prefixes(structure, row))).eval()
+        return runtime_of(runtime).network(net, run, args, kwargs)
+
+    dense = call(widths[-1])
     timings = []
     for start in range(0, held_out, 10):
         rows = widths[start : min(start + 10, held_out)]
-        nets = [build(model, structure.edit(prefixes(structure, row))).eval() for row in rows]
-        timings += time_networks([network_call(net, run, args, kwargs) for net in nets], dense, CpuClock())
+        timings += time_networks([call(row) for row in rows], dense, CpuClock())
     measured = latency.dense_ms * np.array([timing.ratio for timing in timings])
     own = widths.astype(np.float64)
     flops = StructuralCosts(structure).flops(own)
@@ -119,10 +125,13 @@ def accuracy_of_predictions(name: str, batch: int, held_out: int) -> dict[str, A
         "network": name,
         "batch": batch,
         "threads": torch.get_num_threads(),
+        "runtime": f"{latency.setting.runtime} {latency.setting.runtime_version}",
         "dense_ms": latency.dense_ms,
         "profile_seconds": seconds,
         "uncertainty": float(np.median([timing.uncertainty for timing in timings])),
         "ratio_at_30_percent_flops": (measured[near] / latency.dense_ms).tolist(),
+        "factors": {"constant_ms": latency.correction.constant_ms, **latency.correction.factors},
+        "candidates": {"measured_ms": measured.tolist(), "predicted_ms": latency.predict(own[:-1]).tolist()},
         "notes": list(latency.notes),
         "held_out_by_the_model": latency.correction.median_error,
         "predictions": {key: errors(values[:-1], measured) for key, values in predictions.items()},
@@ -185,9 +194,10 @@ def build_dense(model: nn.Module) -> nn.Module:
     return build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
 
 
-def in_a_process(name: str, batch: int, threads: int, held_out: int) -> dict[str, Any]:
+def in_a_process(name: str, batch: int, threads: int, held_out: int, runtime: str = TORCH) -> dict[str, Any]:
     """`accuracy_of_predictions` with its own number of threads."""
-    where = [sys.executable, "-m", "benchmarks.latency", "--one", name, str(batch), str(threads), str(held_out)]
+    case = [name, str(batch), str(threads), str(held_out), runtime]
+    where = [sys.executable, "-m", "benchmarks.latency", "--one", *case]
     finished = subprocess.run(where, capture_output=True, text=True)
     if finished.returncode:
         raise RuntimeError(finished.stderr)
@@ -217,6 +227,8 @@ def report(results: dict[str, Any]) -> str:
     ]
     text += "\n\nMeasured time of random candidates with 20 to 40 % of the FLOPs, of the dense network's.\n\n"
     text += table(["case", "time"], at_30)
+    if not results["budgets"]:
+        return text
     rows = [
         (
             r["network"],
@@ -238,31 +250,40 @@ def report(results: dict[str, Any]) -> str:
     return text + table(header, rows)
 
 
+def show(quick: bool, name: str, title: str, results: dict[str, Any]) -> None:
+    if quick:
+        print(report(results))
+    else:
+        write(name, title, results, report(results))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--part", choices=["table", "budgets", "both"], default="both")
-    parser.add_argument("--one", nargs=4, metavar=("NETWORK", "BATCH", "THREADS", "CANDIDATES"))
+    parser.add_argument("--part", choices=["table", "budgets", "both", "onnxruntime"], default="both")
+    parser.add_argument("--one", nargs=5, metavar=("NETWORK", "BATCH", "THREADS", "CANDIDATES", "RUNTIME"))
     given = parser.parse_args()
     if given.one:
         torch.set_num_threads(int(given.one[2]))
-        print(json.dumps(accuracy_of_predictions(given.one[0], int(given.one[1]), int(given.one[3]))))
+        print(json.dumps(accuracy_of_predictions(given.one[0], int(given.one[1]), int(given.one[3]), given.one[4])))
         return
     torch.set_num_threads(1)
     arguments = "".join(f" {argument}" for argument in sys.argv[1:])
     results: dict[str, Any] = {"environment": environment(COMMAND + arguments), "table": [], "budgets": []}
+    held_out = 12 if given.quick else HELD_OUT
+    if given.part == "onnxruntime":
+        names = list(NETWORKS)[:1] if given.quick else list(NETWORKS)
+        results["table"] = [in_a_process(name, 1, 1, held_out, "onnxruntime") for name in names]
+        show(given.quick, "latency_onnxruntime", "Latency under onnxruntime, predicted and measured", results)
+        return
     cases = [(name, batch, threads) for name in NETWORKS for batch in (1, 32) for threads in (1, 2)]
     if given.part != "budgets":
-        held_out = 12 if given.quick else HELD_OUT
         results["table"] = [in_a_process(*case, held_out) for case in (cases[:1] if given.quick else cases)]
     if given.part != "table":
         searches = [(network, seed) for network in ("resnet20", "mobilenet_v2") for seed in (0, 1, 2)]
         for network, seed in searches[:1] if given.quick else searches:
             results["budgets"] += budgets(network, seed, SHARES, 30 if given.quick else TRIALS)
-    if given.quick:
-        print(report(results))
-    else:
-        write("latency", "Latency, predicted and measured", results, report(results))
+    show(given.quick, "latency", "Latency, predicted and measured", results)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 The graph is taken after onnxruntime has folded and fused it (batch norm into convolutions, scales into products), but
 before it chooses memory layouts, because which it chooses depends on widths: blocks of channels for a convolution,
 plain rows for a depthwise one whose channels fill no whole number of blocks. So the graph has the same nodes at all
-widths, and the layout is chosen for each node alone, when it is timed.
+widths, and the layout is chosen for each node alone, when it is timed. A convolution is timed with the change of layout
+that the next convolution asks for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+_CONVOLUTIONS = frozenset({"Conv", "FusedConv"})
+_PASSED = frozenset({"Add", "BatchNormalization", "Clip", "Concat", "HardSigmoid", "Mul", "Relu", "Sigmoid"})
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Constant", "Shape"})
 _PRODUCTS = ("MatMul", "Gemm", "Attention")
 _LONGEST = 64  # whole numbers in a constant that are sizes, and not data
@@ -53,6 +56,7 @@ class _Node:
     model: ModelProto
     node: NodeProto
     inputs: tuple[_Input, ...]
+    reader: str = ""  # the kind of convolution that reads what a convolution writes
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -67,8 +71,7 @@ class _Node:
     def kind(self) -> str:
         name = self.node.op_type
         if "Conv" in name:
-            groups = [attribute.i for attribute in self.node.attribute if attribute.name == "group"]
-            return "grouped convolution" if groups and groups[0] > 1 else "convolution"
+            return _kind_of_convolution(self.node)
         if any(product in name for product in _PRODUCTS):
             return "matmul"
         return "norm" if "Normalization" in name else "elementwise"
@@ -86,12 +89,16 @@ class _Node:
                 said.append(f"{attribute.name}={','.join(next(numbers) for _ in whole)}")
             elif attribute.type == AttributeProto.STRING:
                 said.append(f"{attribute.name}={attribute.s.decode()}")
-        return f"{self.node.op_type}({', '.join(said)})"
+        read = f" read by a {self.reader}" if self.reader else ""
+        return f"{self.node.op_type}({', '.join(said)}){read}"
 
     def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
         """Sessions are made at once, so that what they cost falls outside of the timing."""
         alone, feed = self._alone(numbers)
-        chosen = self.runtime.optimised(alone.SerializeToString(), whole=True)
+        if self.reader:
+            chosen = _without_reader(self.runtime.optimised(self._read(alone).SerializeToString(), whole=True))
+        else:
+            chosen = self.runtime.optimised(alone.SerializeToString(), whole=True)
         chosen, feed = _without_reordering(chosen, values_of(self.runtime, chosen, feed), feed)
         moved = sum(array.size for array in feed.values())
         copies = int(np.clip(_COPIED_ELEMENTS // max(moved, 1), 1, _MOST_COPIES))
@@ -122,6 +129,36 @@ class _Node:
         kept = [numpy_helper.from_array(held, name) for name, held in weights.items()]
         return _model_like(self.model, [node], _infos(feed), outputs, kept), feed
 
+    def _read(self, alone: ModelProto) -> ModelProto:
+        """A graph of this convolution with a small one after it."""
+        (weight,) = (tensor for tensor in alone.graph.initializer if tensor.name == self.node.input[1])
+        channels, places = weight.dims[0], [1] * (len(weight.dims) - 2)
+        grouped = self.reader == "grouped convolution"
+        kernel = np.ones([channels, 1, *places] if grouped else [1, channels, *places], dtype=np.float32)
+        groups = channels if grouped else 1
+        reader = helper.make_node("Conv", [self.node.output[0], "kernel"], ["read"], "reader", group=groups)
+        return _model_like(
+            alone,
+            [*alone.graph.node, reader],
+            list(alone.graph.input),
+            [ValueInfoProto(name="read")],
+            [*alone.graph.initializer, numpy_helper.from_array(kernel, "kernel")],
+        )
+
+
+def _without_reader(model: ModelProto) -> ModelProto:
+    """The optimised graph of `_Node._read` up to what the reader reads."""
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    end = made_by["read"]
+    dropped = [end]
+    if end.op_type == "ReorderOutput":
+        end = made_by[end.input[0]]
+        dropped.append(end)
+    nodes = [node for node in model.graph.node if node not in dropped]
+    used = {name for node in nodes for name in node.input}
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    return _model_like(model, nodes, list(model.graph.input), [ValueInfoProto(name=end.input[0])], weights)
+
 
 def node_operations(runtime: OnnxRuntime, model: ModelProto, inputs: Mapping[str, Array]) -> list[_Node]:
     """The nodes of a fused graph that compute, in order of execution."""
@@ -141,7 +178,26 @@ def node_operations(runtime: OnnxRuntime, model: ModelProto, inputs: Mapping[str
         return _Input(name, "data", values[name].dtype.name, values[name].shape)
 
     nodes = [node for node in model.graph.node if node.op_type not in _VIEWS]
-    return [_Node(runtime, model, node, tuple(map(read, node.input))) for node in nodes]
+    return [_Node(runtime, model, node, tuple(map(read, node.input)), _reader(model, node)) for node in nodes]
+
+
+def _reader(model: ModelProto, node: NodeProto) -> str:
+    """The kind of the first convolution that what a convolution writes comes to, through what leaves layouts alone."""
+    if node.op_type not in _CONVOLUTIONS:
+        return ""
+    reached = set(node.output)
+    for other in model.graph.node:  # in order of execution
+        if reached & set(other.input):
+            if other.op_type in _CONVOLUTIONS:
+                return _kind_of_convolution(other)
+            if other.op_type in _PASSED:
+                reached |= set(other.output)
+    return ""
+
+
+def _kind_of_convolution(node: NodeProto) -> str:
+    groups = [attribute.i for attribute in node.attribute if attribute.name == "group"]
+    return "grouped convolution" if groups and groups[0] > 1 else "convolution"
 
 
 def values_of(runtime: OnnxRuntime, model: ModelProto, feed: Mapping[str, Array]) -> dict[str, Array]:
@@ -158,19 +214,15 @@ def values_of(runtime: OnnxRuntime, model: ModelProto, feed: Mapping[str, Array]
 def _without_reordering(
     model: ModelProto, values: Mapping[str, Array], feed: Mapping[str, Array]
 ) -> tuple[ModelProto, dict[str, Array]]:
-    """A graph without the changes of layout at its ends: inside a network, neighbours agree on a layout."""
-    ends = {out.name for out in model.graph.output}
+    """A graph without the change of layout at its beginning, which is a matter of what comes before it."""
     first = [n for n in model.graph.node if n.op_type == "ReorderInput" and n.input[0] in feed]
-    last = [n for n in model.graph.node if n.op_type == "ReorderOutput" and n.output[0] in ends]
-    rest = [node for node in model.graph.node if node not in first and node not in last]
-    if not rest or not (first or last):
+    rest = [node for node in model.graph.node if node not in first]
+    if not first or not rest:
         return model, dict(feed)
-    before = {node.output[0]: node.input[0] for node in last}
     fresh = {node.output[0]: values[node.output[0]] for node in first}
     read = {name for node in rest for name in node.input}
     fed = {name: array for name, array in {**feed, **fresh}.items() if name in read}
-    outputs = [ValueInfoProto(name=before.get(name, name)) for name in sorted(ends)]
-    return _model_like(model, rest, _infos(fed), outputs, list(model.graph.initializer)), fed
+    return _model_like(model, rest, _infos(fed), list(model.graph.output), list(model.graph.initializer)), fed
 
 
 def _copied(model: ModelProto, copies: int) -> ModelProto:
