@@ -179,16 +179,17 @@ class Latency:
     def by_kind(self, widths: FloatArray) -> dict[str, FloatArray]:
         """Sums of measured parts by kind, uncorrected, in milliseconds, shape (n,) each."""
         values = part_values(self.parts, widths)
-        places: dict[tuple[tuple[int, ...], Any], tuple[IntArray, FloatArray]] = {}
+        places: dict[tuple[tuple[int, ...], int, Any], _Place] = {}
         kinds: dict[str, FloatArray] = {}
         for part in self.parts:
             table = self._by_key.get(part.family)
             if table is None:
                 continue
-            for axis, size in zip(table.axes, part.sizes, strict=True):
-                if (axis, size) not in places:
-                    places[axis, size] = _place(axis, values[size])
-            ms = _interpolate(table, [places[axis, size] for axis, size in zip(table.axes, part.sizes, strict=True)])
+            keys = [(axis, table.aligned, size) for axis, size in zip(table.axes, part.sizes, strict=True)]
+            for axis, aligned, size in keys:
+                if (axis, aligned, size) not in places:
+                    places[axis, aligned, size] = _place(axis, aligned, values[size])
+            ms = _interpolate(table, [places[key] for key in keys])
             kinds[table.kind] = kinds.get(table.kind, np.zeros(len(widths))) + part.count * ms
         return kinds
 
@@ -305,6 +306,7 @@ class Latency:
                     "family": table.key,
                     "kind": table.kind,
                     "axes": [list(axis) for axis in table.axes],
+                    "aligned": table.aligned,
                     "ms": table.ms.tolist(),
                     "low": table.low.tolist(),
                     "high": table.high.tolist(),
@@ -332,7 +334,10 @@ class Latency:
                     t["family"],
                     t["kind"],
                     tuple(tuple(axis) for axis in t["axes"]),
-                    *(np.array(t[name], dtype=np.float64) for name in ("ms", "low", "high")),
+                    np.array(t["ms"], dtype=np.float64),
+                    np.array(t["low"], dtype=np.float64),
+                    np.array(t["high"], dtype=np.float64),
+                    t.get("aligned", 1),
                 )
                 for t in data["tables"]
             ),
@@ -360,16 +365,27 @@ class Latency:
         )
 
 
-def _place(axis: Sequence[int], values: FloatArray) -> tuple[IntArray, FloatArray]:
-    """The interval of an axis that each value lies in, and where in it, in [0, 1]."""
-    points = np.array(axis, dtype=np.float64)
-    if len(points) == 1:
-        return np.zeros(len(values), dtype=np.int64), np.zeros(len(values))
-    left = np.clip(np.searchsorted(points, values, side="right") - 1, 0, len(points) - 2)
-    return left, np.clip((values - points[left]) / (points[left + 1] - points[left]), 0.0, 1.0)
+_Place = tuple[IntArray, IntArray, FloatArray]
+"""Which points of an axis values lie between, and where between them, in [0, 1]."""
 
 
-def _interpolate(table: Table, places: Sequence[tuple[IntArray, FloatArray]]) -> FloatArray | float:
+def _place(axis: Sequence[int], aligned: int, values: FloatArray) -> _Place:
+    """Between points that are multiples of `aligned` for values that are, and between the others for the others."""
+    points = np.array(axis, dtype=np.int64)
+    left, right = np.zeros((2, len(values)), dtype=np.int64)
+    t: FloatArray = np.zeros(len(values))
+    for kind in (True, False):
+        rows = np.flatnonzero((values % aligned == 0) == kind)
+        own = np.flatnonzero((points % aligned == 0) == kind)
+        own = own if len(own) else np.arange(len(points))
+        after = np.clip(np.searchsorted(points[own], values[rows], side="right"), 1, max(len(own) - 1, 1))
+        left[rows], right[rows] = own[after - 1], own[np.minimum(after, len(own) - 1)]
+        gaps = np.maximum(points[right[rows]] - points[left[rows]], 1)
+        t[rows] = np.clip((values[rows] - points[left[rows]]) / gaps, 0.0, 1.0)
+    return left, right, t
+
+
+def _interpolate(table: Table, places: Sequence[_Place]) -> FloatArray | float:
     """Multilinear interpolation, shape (n,); a number for an operation of constant size."""
     if not places:
         return float(table.ms)
@@ -377,9 +393,9 @@ def _interpolate(table: Table, places: Sequence[tuple[IntArray, FloatArray]]) ->
     for corner in product((0, 1), repeat=len(places)):
         weight: FloatArray = np.ones(len(total))
         index = []
-        for up, (left, t), n in zip(corner, places, table.ms.shape, strict=True):
+        for up, (left, right, t) in zip(corner, places, strict=True):
             weight = weight * (t if up else 1 - t)
-            index.append(np.minimum(left + up, n - 1))
+            index.append(right if up else left)
         total += weight * table.ms[tuple(index)]
     return total
 

@@ -28,6 +28,7 @@ _CONVOLUTIONS = frozenset({"Conv", "FusedConv"})
 _PASSED = frozenset({"Add", "BatchNormalization", "Clip", "Concat", "HardSigmoid", "Mul", "Relu", "Sigmoid"})
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Constant", "Shape"})
 _PRODUCTS = ("MatMul", "Gemm", "Attention")
+_ALIGNED = 4  # channels that blocked layouts take come in fours, whatever the block
 _LONGEST = 64  # whole numbers in a constant that are sizes, and not data
 _MOST_COPIES = 8
 _COPIED_ELEMENTS = 2**20  # data that copies of a node may read and write; they drown what calling a session takes
@@ -75,6 +76,10 @@ class _Node:
         if any(product in name for product in _PRODUCTS):
             return "matmul"
         return "norm" if "Normalization" in name else "elementwise"
+
+    @property
+    def aligned(self) -> int:
+        return _ALIGNED if self.node.op_type in _CONVOLUTIONS else 1
 
     def where(self) -> str:
         return f"{self.node.op_type} {self.node.name!r}"

@@ -49,6 +49,7 @@ class Operation(Protocol):
         template: Everything about it except its numbers; equal where two operations differ in their sizes only.
         numbers: All sizes and other whole numbers in its arguments.
         kind: One of those of `Family`.
+        aligned: As `Family` has it.
     """
 
     @property
@@ -57,6 +58,8 @@ class Operation(Protocol):
     def numbers(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
     def kind(self) -> str: ...  # noqa: D102
+    @property
+    def aligned(self) -> int: ...  # noqa: D102
 
     def where(self) -> str:
         """Its name and place in the model, for messages."""
@@ -81,6 +84,7 @@ class Family:
         highest: The largest value of each variable size that occurs, length v.
         lowest: The smallest that can occur, length v.
         steps: What values of each variable are multiples of, length v.
+        aligned: Multiples of this may run on other code than the values between them, and are a grid of their own.
         make: Values, length v, to a call that runs the operation on tensors of its own; None once loaded from a file.
     """
 
@@ -89,6 +93,7 @@ class Family:
     highest: tuple[int, ...]
     lowest: tuple[int, ...]
     steps: tuple[int, ...]
+    aligned: int = 1
     make: Callable[[Sequence[int]], Callable[[], Any]] | None = field(default=None, repr=False, compare=False)
 
 
@@ -204,6 +209,7 @@ class _Call:
     tree: Any
     numbers: tuple[int, ...]
     device: torch.device
+    aligned: int = 1
 
     @property
     def kind(self) -> str:
@@ -340,7 +346,7 @@ def _families(
             highest = list(map(max, known.highest, highest))
             lowest = list(map(min, known.lowest, lowest))
         make = _maker(call, tuple(slots))
-        families[key] = Family(key, call.kind, tuple(highest), tuple(lowest), tuple(steps), make)
+        families[key] = Family(key, call.kind, tuple(highest), tuple(lowest), tuple(steps), call.aligned, make)
         place = (key, tuple(variables))
         counts[place] = counts.get(place, 0) + 1
     return list(families.values()), [Part(key, sizes, count) for (key, sizes), count in counts.items()]
