@@ -54,7 +54,7 @@ class _Node:
     """A node of a graph, as `autoprune.costs.parts.Operation` asks for."""
 
     runtime: OnnxRuntime
-    model: ModelProto
+    shell: ModelProto  # the graph without anything in it: its versions are left
     node: NodeProto
     inputs: tuple[_Input, ...]
     reader: str = ""  # the kind of convolution that reads what a convolution writes
@@ -104,7 +104,7 @@ class _Node:
             chosen = _without_reader(self.runtime.optimised(self._read(alone).SerializeToString(), whole=True))
         else:
             chosen = self.runtime.optimised(alone.SerializeToString(), whole=True)
-        chosen, feed = _without_reordering(chosen, values_of(self.runtime, chosen, feed), feed)
+        chosen, feed = _without_reordering(self.runtime, chosen, feed)
         moved = sum(array.size for array in feed.values())
         copies = int(np.clip(_COPIED_ELEMENTS // max(moved, 1), 1, _MOST_COPIES))
         session = self.runtime.session(_copied(chosen, copies).SerializeToString(), optimise=False)
@@ -132,7 +132,7 @@ class _Node:
                 attribute.ints[:] = [next(numbers) for _ in attribute.ints]
         outputs = [ValueInfoProto(name=name) for name in node.output if name]
         kept = [numpy_helper.from_array(held, name) for name, held in weights.items()]
-        return _model_like(self.model, [node], _infos(feed), outputs, kept), feed
+        return _model_like(self.shell, [node], _infos(feed), outputs, kept), feed
 
     def _read(self, alone: ModelProto) -> ModelProto:
         """A graph of this convolution with a small one after it."""
@@ -183,7 +183,8 @@ def node_operations(runtime: OnnxRuntime, model: ModelProto, inputs: Mapping[str
         return _Input(name, "data", values[name].dtype.name, values[name].shape)
 
     nodes = [node for node in model.graph.node if node.op_type not in _VIEWS]
-    return [_Node(runtime, model, node, tuple(map(read, node.input)), _reader(model, node)) for node in nodes]
+    shell = _model_like(model, [], [], [], [])
+    return [_Node(runtime, shell, node, tuple(map(read, node.input)), _reader(model, node)) for node in nodes]
 
 
 def _reader(model: ModelProto, node: NodeProto) -> str:
@@ -217,13 +218,14 @@ def values_of(runtime: OnnxRuntime, model: ModelProto, feed: Mapping[str, Array]
 
 
 def _without_reordering(
-    model: ModelProto, values: Mapping[str, Array], feed: Mapping[str, Array]
+    runtime: OnnxRuntime, model: ModelProto, feed: Mapping[str, Array]
 ) -> tuple[ModelProto, dict[str, Array]]:
     """A graph without the change of layout at its beginning, which is a matter of what comes before it."""
     first = [n for n in model.graph.node if n.op_type == "ReorderInput" and n.input[0] in feed]
     rest = [node for node in model.graph.node if node not in first]
     if not first or not rest:
         return model, dict(feed)
+    values = values_of(runtime, model, feed)
     fresh = {node.output[0]: values[node.output[0]] for node in first}
     read = {name for node in rest for name in node.input}
     fed = {name: array for name, array in {**feed, **fresh}.items() if name in read}

@@ -149,13 +149,19 @@ def export(
         UnsupportedModelError: If it cannot be exported.
     """
     whole = _Whole(model, run, args, kwargs).eval()
+    devices = {str(tensor.device) for tensor in [*whole.tensors, *whole.parameters()]}
+    if devices != {"cpu"}:
+        raise UnsupportedModelError(
+            f"runtime='onnxruntime' exports models from the CPU, and this one is on {', '.join(sorted(devices))}; move it "
+            "with model.cpu(), and name a provider that runs elsewhere, such as 'onnxruntime:CUDAExecutionProvider'"
+        )
     names = [f"input_{i}" for i in range(len(whole.tensors))]
     file: Any = io.BytesIO()  # which the exporter takes, and its annotations do not know
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|copyreg).*")
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX export")
         warnings.filterwarnings("ignore", category=TracerWarning)  # sizes are meant to be constants
-        expected = [leaf.numpy() for leaf in whole(*whole.tensors)]
+        expected = [leaf.detach().numpy() for leaf in whole(*whole.tensors)]
         try:
             torch.onnx.export(
                 whole, tuple(whole.tensors), file, input_names=names, opset_version=_OPSET, dynamo=False, verbose=False
