@@ -106,6 +106,10 @@ class TestNetwork:
         with pytest.raises(UnsupportedModelError, match="Odd cannot be exported to ONNX"):
             runtime_of("onnxruntime").network(Odd(), run, (torch.eye(3)[None],), {})
 
+    def test_a_model_elsewhere_than_on_the_cpu_is_refused(self):
+        with pytest.raises(UnsupportedModelError, match=r"this one is on meta; move it with model.cpu\(\)"):
+            runtime_of("onnxruntime").network(small().to("meta"), run, (INPUTS.to("meta"),), {})
+
     def test_the_model_comes_back_as_it_was(self):
         model = small()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

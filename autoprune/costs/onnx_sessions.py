@@ -152,8 +152,8 @@ def export(
     devices = {str(tensor.device) for tensor in [*whole.tensors, *whole.parameters()]}
     if devices != {"cpu"}:
         raise UnsupportedModelError(
-            f"runtime='onnxruntime' exports models from the CPU, and this one is on {', '.join(sorted(devices))}; move it "
-            "with model.cpu(), and name a provider that runs elsewhere, such as 'onnxruntime:CUDAExecutionProvider'"
+            f"runtime='onnxruntime' exports models from the CPU, and this one is on {', '.join(sorted(devices))}; move "
+            "it with model.cpu(), and name a provider that runs elsewhere, such as 'onnxruntime:CUDAExecutionProvider'"
         )
     names = [f"input_{i}" for i in range(len(whole.tensors))]
     file: Any = io.BytesIO()  # which the exporter takes, and its annotations do not know
