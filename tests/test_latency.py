@@ -105,6 +105,25 @@ class TestTiming:
         assert timing.outliers > 0
         assert "outliers" in note_of_noise([timing])
 
+    def test_what_other_calls_left_in_the_caches_is_not_measured(self):
+        class Step:
+            last = None
+
+            def __init__(self, seconds):
+                self.own = seconds
+
+            def __call__(self):
+                Step.last = self
+
+        class Cold:
+            def seconds(self, call, repeats):
+                cold = Step.last is not call
+                call()
+                return repeats * call.own + (1e-3 if cold else 0.0)
+
+        fast, slow = compare([Step(1e-4), Step(3e-4)], Step(2e-4), Cold())
+        assert (fast.ratio, slow.ratio) == (pytest.approx(0.5), pytest.approx(1.5))
+
     def test_the_clock_of_the_cpu_counts_repeats(self):
         calls = []
         assert CpuClock().seconds(lambda: calls.append(1), 7) > 0

@@ -160,12 +160,12 @@ def compare(
     waiting = list(range(len(calls)))
     done = 0
     while waiting:
-        before = clock.seconds(reference, steps) / steps
+        before = _block(reference, steps, clock)
         order = rng.permutation(waiting).tolist()
         for start in range(0, len(order), _BLOCKS_PER_REFERENCE):
             some = order[start : start + _BLOCKS_PER_REFERENCE]
-            taken = [clock.seconds(calls[i], repeats[i]) / repeats[i] for i in some]
-            after = clock.seconds(reference, steps) / steps
+            taken = [_block(calls[i], repeats[i], clock) for i in some]
+            after = _block(reference, steps, clock)
             for i, seconds in zip(some, taken, strict=True):
                 ratios[i].append(2 * seconds / (before + after))
             references.append(after)
@@ -182,6 +182,16 @@ def compare(
 def _timing_of(timing: Timing | None) -> Timing:
     assert timing is not None
     return timing
+
+
+def _block(call: Call, repeats: int, clock: Clock) -> float:
+    """Seconds of one call in a row of repeats, after one that brings back what the calls before took from the caches.
+
+    Else a block would hold one cold call, whose share depends on how many there are: small networks seemed slower.
+    """
+    if repeats > 1:
+        call()
+    return clock.seconds(call, repeats) / repeats
 
 
 def _warm_up(call: Call, clock: Clock, block_seconds: float) -> int:
