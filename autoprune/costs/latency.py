@@ -104,9 +104,8 @@ class Correction:
         spearman: Rank correlation of predicted and measured over networks held out.
         margin: By how much predictions must be raised so that nine of ten networks held out take no longer.
         networks: Number of networks fitted to, and held out.
-        growth: By how much the factors of a network grow with its size: of the square of the sum of its parts, divided
-            by the sum for the dense network. The more of a network does not fit into the cache, the slower it is. Fitted
-            for runtimes other than PyTorch, where calling operations takes too long for it to show.
+        growth: What the square of the sum of all parts, over the dense network's sum, is multiplied by: a network that
+            outgrows the cache is slower than its parts alone. Fitted for onnxruntime; eager PyTorch was judged without.
     """
 
     constant_ms: float
@@ -159,7 +158,7 @@ class Latency:
     def _grown(self, kinds: Mapping[str, FloatArray]) -> FloatArray:
         """Squares of sums of parts, in units of the dense network's sum."""
         dense = self.by_kind(np.array([[size for _, size in self.groups]], dtype=np.float64))
-        squares: FloatArray = sum(kinds.values()) ** 2 / float(sum(dense.values())[0])
+        squares: FloatArray = np.sum(list(kinds.values()), axis=0) ** 2 / np.sum(list(dense.values()))
         return squares
 
     def upper(self, widths: FloatArray) -> FloatArray:
@@ -223,7 +222,8 @@ class Latency:
         seen = self.evidence
         kinds = self.by_kind(seen.widths.astype(np.float64))
         measured = seen.ratio * self.dense_ms
-        grown = np.zeros(len(measured)) if self.setting.library == "torch" else self._grown(kinds)
+        fits_growth = self.setting.library == "onnxruntime"
+        grown = self._grown(kinds) if fits_growth else np.zeros(len(measured))
         columns = np.stack([np.ones(len(measured)), *kinds.values(), grown], axis=1) / measured[:, None]
         weights = 1 / np.maximum(seen.uncertainty, 0.01)
         weights = weights / np.median(weights)
@@ -235,9 +235,8 @@ class Latency:
         factors = solve(~seen.held_out)
         held = seen.held_out
         if not held.any():
-            return Correction(
-                factors[0], dict(zip(kinds, factors[1:-1], strict=True)), *4 * (math.nan,), (len(held), 0)
-            )
+            own = {kind: float(factor) for kind, factor in zip(kinds, factors[1:-1], strict=True)}
+            return Correction(float(factors[0]), own, *4 * (math.nan,), (len(held), 0), float(factors[-1]))
         predicted = columns @ factors
         errors = predicted[held] - 1
         return Correction(
