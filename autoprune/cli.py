@@ -236,7 +236,10 @@ def profile(
     output: Annotated[Path, typer.Option(metavar="FILE.json", help="The table to write; interrupted, it goes on.")],
     batch: Annotated[int, typer.Option(help="Samples of one forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; as many as it chooses if not given.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; as many as PyTorch chooses if not given.")] = None,
+    runtime: Annotated[
+        str, typer.Option(help="torch, onnxruntime (exported to ONNX; on the CPU) or onnxruntime:PROVIDER.")
+    ] = "torch",
     input_shape: InputShape = None,
     example: Example = None,
     debug: Debug = False,
@@ -255,7 +258,7 @@ def profile(
         if threads is not None:
             torch.set_num_threads(threads)
         dense = load_model(model).to(device)
-        found = measure(dense, _example_inputs(dense, input_shape, example), batch=batch, path=output)
+        found = measure(dense, _example_inputs(dense, input_shape, example), batch=batch, path=output, runtime=runtime)
         for line in (found, *found.notes):
             typer.echo(line)
         typer.echo(

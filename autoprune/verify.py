@@ -10,8 +10,10 @@ import numpy as np
 from torch import nn
 
 from autoprune.costs import Latency, make_costs
-from autoprune.costs.profile import network_call, setting_of, time_networks
+from autoprune.costs.profile import setting_of, time_networks
+from autoprune.costs.runtimes import runtime_of
 from autoprune.costs.timing import Timing, clock_for, note_of_noise
+from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
 from autoprune.result.trials import Trial, find_front, within
 from autoprune.structure.slicing import Edit, build
@@ -39,11 +41,9 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
         The trials with corrected costs, and notes that say what was measured.
     """
     trials, latency, notes = list(found), study.latency, list[str]()
-    if latency is not None:
-        setting = setting_of(study.context.model, (study.latency_batch,), {}, latency.setting.batch)
-        if differing := latency.setting.elsewhere(setting):
-            notes.append(f"latencies are predictions, not verified here: measured with {'; '.join(differing)}")
-            latency = None
+    if latency is not None and (why := _why_not_here(study, latency)):
+        notes.append(f"latencies are predictions, not verified here: measured with {why}")
+        latency = None
     if latency is None and study.memory is None:
         return trials, tuple(notes)
     seen = _Seen(latency)
@@ -55,7 +55,20 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
     except KeyboardInterrupt:
         log.warning("interrupted; some costs on the front are predictions")
         notes.append("interrupted: some latencies and peaks of memory on the front are predictions")
+    except UnsupportedModelError as error:
+        notes.append(f"some latencies on the front are predictions: {error}")
     return trials, (*_notes_on_latency(trials, seen), *_notes_on_memory(trials), *notes)
+
+
+def _why_not_here(study: Study, latency: Latency) -> str:
+    """What differs here from where the table was measured; empty if nothing does."""
+    setting = latency.setting
+    try:
+        runtime = runtime_of(setting.runtime)
+    except (ImportError, ValueError) as error:
+        return f"runtime {setting.runtime} {setting.runtime_version}; {error}"
+    here = setting_of(study.context.model, (study.latency_batch,), {}, setting.batch, runtime)
+    return "; ".join(setting.elsewhere(here))
 
 
 class _Seen:
@@ -83,9 +96,11 @@ class _Seen:
             self.peaks.update(zip((trial.id for trial in trials), peaks, strict=True))
         if self.latency is None:
             return
-        dense = network_call(build(context.model, Edit({}, {})).eval(), context.forward, inputs, {})
-        calls = [network_call(module, context.forward, inputs, {}) for module in modules]
-        timings = time_networks(calls, dense, clock_for(next(context.model.parameters()).device))
+        runtime = runtime_of(self.latency.setting.runtime)
+        dense = runtime.network(build(context.model, Edit({}, {})).eval(), context.forward, inputs, {})
+        calls = [runtime.network(module, context.forward, inputs, {}) for module in modules]
+        clock = clock_for(next(context.model.parameters()).device, runtime.elsewhere)
+        timings = time_networks(calls, dense, clock)
         self.timings.update(zip((trial.id for trial in trials), timings, strict=True))
         widths = context.space.widths(_candidates(trials)).astype(np.int64)
         ratio, uncertainty = np.array([(timing.ratio, timing.uncertainty) for timing in timings]).T

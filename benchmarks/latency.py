@@ -29,8 +29,10 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.costs.parts import draw_widths, prefixes
-from autoprune.costs.profile import network_call, profile_structure, time_networks, with_batch
+from autoprune.costs.profile import profile_structure, time_networks, with_batch
+from autoprune.costs.runtimes import TORCH, network_call, runtime_of
 from autoprune.costs.timing import CpuClock
+from autoprune.protocols import IntArray
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build
 from benchmarks.common import RESULTS, environment, table, write
@@ -99,7 +101,7 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def accuracy_of_predictions(name: str, batch: int, held_out: int) -> dict[str, Any]:
+def accuracy_of_predictions(name: str, batch: int, held_out: int, runtime: str = TORCH) -> dict[str, Any]:
     """Measure a network's table and candidates that it has not seen, in this process with its threads."""
     make, side = NETWORKS[name]
     torch.manual_seed(0)
@@ -107,17 +109,19 @@ def accuracy_of_predictions(name: str, batch: int, held_out: int) -> dict[str, A
     inputs = torch.randn(2, 3, side, side)
     structure = analyse(model, (inputs,))
     began = time.perf_counter()
-    latency = profile_structure(model, structure, (inputs,), {}, run, batch=batch)
+    latency = profile_structure(model, structure, (inputs,), {}, run, batch=batch, runtime=runtime)
     seconds = time.perf_counter() - began
     widths = draw_widths(structure, held_out + 1, np.random.default_rng(1234))
     widths[-1] = structure.sizes
     args, kwargs = with_batch((inputs,), {}, batch)
-    dense = network_call(build(model, structure.edit(prefixes(structure, widths[-1]))).eval(), run, args, kwargs)
-    timings = []
-    for start in range(0, held_out, 10):
-        rows = widths[start : min(start + 10, held_out)]
-        nets = [build(model, structure.edit(prefixes(structure, row))).eval() for row in rows]
-        timings += time_networks([network_call(net, run, args, kwargs) for net in nets], dense, CpuClock())
+
+    def call(row: IntArray) -> Callable[[], Any]:
+        net = build(model, structure.edit(prefixes(structure, row))).eval()
+        return runtime_of(runtime).network(net, run, args, kwargs)
+
+    dense = call(widths[-1])
+    # All in one interleaved run: what else runs on the machine slows down large networks more than small ones.
+    timings = time_networks([call(row) for row in widths[:-1]], dense, CpuClock())
     measured = latency.dense_ms * np.array([timing.ratio for timing in timings])
     own = widths.astype(np.float64)
     flops = StructuralCosts(structure).flops(own)
@@ -133,10 +137,17 @@ def accuracy_of_predictions(name: str, batch: int, held_out: int) -> dict[str, A
         "network": name,
         "batch": batch,
         "threads": torch.get_num_threads(),
+        "runtime": f"{latency.setting.runtime} {latency.setting.runtime_version}",
         "dense_ms": latency.dense_ms,
         "profile_seconds": seconds,
         "uncertainty": float(np.median([timing.uncertainty for timing in timings])),
         "ratio_at_30_percent_flops": (measured[near] / latency.dense_ms).tolist(),
+        "factors": {
+            "constant_ms": latency.correction.constant_ms,
+            **latency.correction.factors,
+            "growth": latency.correction.growth,
+        },
+        "candidates": {"measured_ms": measured.tolist(), "predicted_ms": latency.predict(own[:-1]).tolist()},
         "notes": list(latency.notes),
         "held_out_by_the_model": latency.correction.median_error,
         "predictions": {key: errors(values[:-1], measured) for key, values in predictions.items()},
@@ -259,9 +270,10 @@ def build_dense(model: nn.Module) -> nn.Module:
     return build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
 
 
-def in_a_process(name: str, batch: int, threads: int, held_out: int) -> dict[str, Any]:
+def in_a_process(name: str, batch: int, threads: int, held_out: int, runtime: str = TORCH) -> dict[str, Any]:
     """`accuracy_of_predictions` with its own number of threads."""
-    where = [sys.executable, "-m", "benchmarks.latency", "--one", name, str(batch), str(threads), str(held_out)]
+    case = [name, str(batch), str(threads), str(held_out), runtime]
+    where = [sys.executable, "-m", "benchmarks.latency", "--one", *case]
     finished = subprocess.run(where, capture_output=True, text=True)
     if finished.returncode:
         raise RuntimeError(finished.stderr)
@@ -360,11 +372,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*TEXTS, []], help="by default all; results of others are kept")
     parser.add_argument("--quick", action="store_true", help="one case of each, small; writes no file")
-    parser.add_argument("--one", nargs=4, metavar=("NETWORK", "BATCH", "THREADS", "CANDIDATES"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--one", nargs=5, metavar=("NETWORK", "BATCH", "THREADS", "CANDIDATES", "RUNTIME"), help=argparse.SUPPRESS
+    )
     given = parser.parse_args()
     if given.one:
         torch.set_num_threads(int(given.one[2]))
-        print(json.dumps(accuracy_of_predictions(given.one[0], int(given.one[1]), int(given.one[3]))))
+        print(json.dumps(accuracy_of_predictions(given.one[0], int(given.one[1]), int(given.one[3]), given.one[4])))
         return
     torch.set_num_threads(1)
     kept = RESULTS / "latency.json"

@@ -394,9 +394,15 @@ def wait_for_trials(run_dir, count, process):
     raise AssertionError("the search finished no trials within three minutes")
 
 
+def test_profile_refuses_an_unknown_runtime_in_one_line():
+    refused = run("profile", MODEL, "--input-shape", "2,1,4,4", "--output", "table.json", "--runtime", "tensorrt")
+    assert refused.exit_code == 2
+    assert "runtime must be 'torch', 'onnxruntime' or 'onnxruntime:PROVIDER', got 'tensorrt'" in refused.output
+
+
 def test_profile_writes_a_table_that_search_takes(monkeypatch):
-    monkeypatch.setattr("autoprune.costs.profile.clock_for", lambda device: Machine())
-    monkeypatch.setattr("autoprune.verify.clock_for", lambda device: Machine())
+    monkeypatch.setattr("autoprune.costs.profile.clock_for", lambda *_: Machine())
+    monkeypatch.setattr("autoprune.verify.clock_for", lambda *_: Machine())
     arguments = ("--input-shape", "2,1,4,4", "--output", "table.json", "--batch", "2")
     finished = run("profile", MODEL, *arguments)
     assert finished.exit_code == 0, finished.output

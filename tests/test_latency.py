@@ -11,7 +11,8 @@ from torch import nn
 import autoprune
 from autoprune.costs.latency import Latency
 from autoprune.costs.parts import draw_widths, find_parts, part_values, prefixes
-from autoprune.costs.profile import network_call, profile_structure, setting_of
+from autoprune.costs.profile import profile_structure, setting_of
+from autoprune.costs.runtimes import Torch, network_call
 from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
 from autoprune.errors import RecipeError
 from autoprune.structure.analysis import analyse
@@ -103,6 +104,25 @@ class TestTiming:
         assert timing.ratio == pytest.approx(1.0, rel=0.03)
         assert timing.outliers > 0
         assert "outliers" in note_of_noise([timing])
+
+    def test_what_other_calls_left_in_the_caches_is_not_measured(self):
+        class Step:
+            last = None
+
+            def __init__(self, seconds):
+                self.own = seconds
+
+            def __call__(self):
+                Step.last = self
+
+        class Cold:
+            def seconds(self, call, repeats):
+                cold = Step.last is not call
+                call()
+                return repeats * call.own + (1e-3 if cold else 0.0)
+
+        fast, slow = compare([Step(1e-4), Step(3e-4)], Step(2e-4), Cold())
+        assert (fast.ratio, slow.ratio) == (pytest.approx(0.5), pytest.approx(1.5))
 
     def test_the_clock_of_the_cpu_counts_repeats(self):
         calls = []
@@ -210,7 +230,7 @@ class TestLatency:
         assert not path.with_name("table.json.partial").exists()
 
     def test_the_setting_says_what_times_depend_on(self):
-        setting = setting_of(small(), (INPUTS,), {}, 2)
+        setting = setting_of(small(), (INPUTS,), {}, 2, Torch())
         assert setting.inputs == ("float32 2x3x8x8",)
         assert setting.elsewhere(setting) == []
         assert setting.elsewhere(replace(setting, threads=99)) == [f"threads {setting.threads}, here 99"]

@@ -10,7 +10,7 @@ import torch
 import autoprune
 from autoprune.budget import Budget
 from autoprune.costs.latency import Latency
-from autoprune.costs.profile import network_call
+from autoprune.costs.runtimes import network_call
 from autoprune.errors import BudgetError, InfeasibleBudgetError
 from tests.machine import Machine
 from tests.test_latency import INPUTS, measured, run, small
@@ -24,7 +24,7 @@ def machine(monkeypatch) -> Machine:
     """Stands in for every clock."""
     found = Machine(cold=1.3, per_pass=2e-5)
     for module in ("autoprune.costs.profile", "autoprune.verify"):
-        monkeypatch.setattr(f"{module}.clock_for", lambda device: found)
+        monkeypatch.setattr(f"{module}.clock_for", lambda *_: found)
     return found
 
 
@@ -181,7 +181,7 @@ def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monk
     from autoprune import verify
 
     slow = Machine(cold=1.3, per_pass=1.0)
-    monkeypatch.setattr(verify, "clock_for", lambda device: slow)
+    monkeypatch.setattr(verify, "clock_for", lambda *_: slow)
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
     with pytest.raises(InfeasibleBudgetError, match="were measured to be over, the nearest by"):
         result.best()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from autoprune.costs.parts import Family
-from autoprune.costs.timing import Call, Clock, Timing, compare
+from autoprune.costs.timing import Call, Clock, Repeated, Timing, compare
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class Table:
         key: Of the family.
         kind: Of the family.
         axes: Values of each variable, ascending.
+        aligned: Between multiples of this, the grid has other points than at them, see `autoprune.costs.parts.Family`.
         ms: Milliseconds at each point, shape of the grid.
         low: Lower ends of the 95 % intervals.
         high: Upper ends.
@@ -46,6 +47,7 @@ class Table:
     ms: np.ndarray[Any, np.dtype[np.float64]]
     low: np.ndarray[Any, np.dtype[np.float64]]
     high: np.ndarray[Any, np.dtype[np.float64]]
+    aligned: int = 1
 
 
 @dataclass
@@ -75,9 +77,10 @@ class Bench:
         assert not missing or family.make is not None
         for start in range(0, len(missing), _AT_ONCE):
             some = missing[start : start + _AT_ONCE]
-            timings = self.compare([family.make(point) for point in some], tolerance=0.03, block_seconds=5e-4)  # type: ignore[misc]
-            for point, timing in zip(some, timings, strict=True):
-                unit = self.reference_ms
+            calls = [family.make(point) for point in some]  # type: ignore[misc]
+            timings = self.compare(calls, tolerance=0.03, block_seconds=5e-4)
+            for point, call, timing in zip(some, calls, timings, strict=True):
+                unit = self.reference_ms / (call.times if isinstance(call, Repeated) else 1)
                 known[point] = (timing.ratio * unit, timing.low * unit, timing.high * unit)
         if missing:
             self.save()
@@ -123,33 +126,44 @@ def measure_tables(families: Sequence[Family], counts: Sequence[int], bench: Ben
         bench.measure(family, list(product(*axes)))
         grid = np.array([bench.known[family.key][point] for point in product(*axes)])
         ms, low, high = grid.T.reshape(3, *map(len, axes))
-        tables.append(Table(family.key, family.kind, axes, ms, low, high))
+        tables.append(Table(family.key, family.kind, axes, ms, low, high, family.aligned))
         log.info("latency of parts: %d of %d families measured", i + 1, len(runnable))
     return tables
 
 
 def _axis(family: Family, a: int, bench: Bench, refine: bool, most: int) -> Values:
-    """At most so many values of one variable: evenly spread, then halving intervals whose middle is off the line."""
+    """At most so many values of one variable, those that are aligned first."""
     step = family.steps[a]
     lowest, highest = max(family.lowest[a] // step, 1) * step, family.highest[a]
-    even = np.linspace(max(highest / 16, lowest), highest, _FIRST)
-    points = sorted({lowest, highest, *(max(round(x / step) * step, lowest) for x in even)})
+    values = sorted({*range(lowest, highest, step), highest})
+    aligned = [value for value in values if value % family.aligned == 0]
+    others = [value for value in values if value % family.aligned]
+    points: Values = ()
+    for i, own in enumerate(filter(None, (aligned, others))):
+        points += _points(family, a, own, bench, refine, most - (len(points) if i else _FIRST * bool(others)))
+    return tuple(sorted(points))
 
-    def at(value: int) -> Values:
-        return (*family.highest[:a], value, *family.highest[a + 1 :])
 
-    def ms(value: int) -> float:
-        return bench.known[family.key][at(value)][0]
+def _points(family: Family, a: int, values: Sequence[int], bench: Bench, refine: bool, most: int) -> Values:
+    """At most so many of some values: evenly spread, then halving intervals whose middle is off the line."""
+    even = np.linspace(max(values[-1] / 16, values[0]), values[-1], _FIRST)
+    nearest = {int(np.abs(np.subtract(values, x)).argmin()) for x in even}
+    points = sorted({0, len(values) - 1, *nearest})  # indices of values
 
-    bench.measure(family, [at(value) for value in points])
+    def at(i: int) -> Values:
+        return (*family.highest[:a], values[i], *family.highest[a + 1 :])
+
+    def ms(i: int) -> float:
+        return bench.known[family.key][at(i)][0]
+
+    bench.measure(family, [at(i) for i in points])
     open_gaps = list(pairwise(points)) if refine else []
     while open_gaps and len(points) < most:
-        middles = {(p, q): (p + q) // 2 // step * step for p, q in open_gaps}
-        middles = {gap: m for gap, m in middles.items() if gap[0] < m < gap[1]}
+        middles = {(p, q): (p + q) // 2 for p, q in open_gaps if q - p > 1}
         bench.measure(family, [at(m) for m in middles.values()])
         off = []
         for (p, q), m in middles.items():
-            line = ms(p) + (ms(q) - ms(p)) * (m - p) / (q - p)
+            line = ms(p) + (ms(q) - ms(p)) * (values[m] - values[p]) / (values[q] - values[p])
             value, low, high = bench.known[family.key][at(m)]
             deviation = abs(value - line) / line
             if deviation > _TOLERANCE + (high - low) / 2 / value:
@@ -160,4 +174,4 @@ def _axis(family: Family, a: int, bench: Bench, refine: bool, most: int) -> Valu
             points.append(m)
             open_gaps += [(p, m), (m, q)]
         points.sort()
-    return tuple(points)
+    return tuple(values[i] for i in points)

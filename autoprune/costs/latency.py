@@ -39,8 +39,8 @@ class Setting:
         device: ``"cpu"`` or ``"cuda"``.
         machine: Name of the processor or GPU.
         threads: Threads of PyTorch.
-        runtime: What runs the model: ``"torch"``, or a name of the user's.
-        versions: Of Python, PyTorch and autoprune.
+        runtime: What runs the model: as `autoprune.profile` takes it, or a name of the user's.
+        versions: Of Python, PyTorch, autoprune and the runtime.
         date: When it was measured, UTC.
     """
 
@@ -57,9 +57,22 @@ class Setting:
     def elsewhere(self, here: Setting) -> list[str]:
         """What differs `here` in what times depend on, as ``"threads 1, here 2"``."""
         names = ("device", "machine", "threads", "runtime")
-        return [
+        found = [
             f"{n} {getattr(self, n)}, here {getattr(here, n)}" for n in names if getattr(self, n) != getattr(here, n)
         ]
+        if self.runtime == here.runtime and self.runtime_version != here.runtime_version:
+            found.append(f"{self.library} {self.runtime_version or 'of no version'}, here {here.runtime_version}")
+        return found
+
+    @property
+    def library(self) -> str:
+        """The runtime without its provider."""
+        return self.runtime.partition(":")[0]
+
+    @property
+    def runtime_version(self) -> str:
+        """Version of the runtime, empty if it is not known."""
+        return self.versions.get(self.library, "")
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,8 @@ class Correction:
         spearman: Rank correlation of predicted and measured over networks held out.
         margin: By how much predictions must be raised so that nine of ten networks held out take no longer.
         networks: Number of networks fitted to, and held out.
+        growth: What the square of the sum of all parts, over the dense network's sum, is multiplied by: a network that
+            outgrows the cache is slower than its parts alone. Fitted for onnxruntime; eager PyTorch was judged without.
     """
 
     constant_ms: float
@@ -100,6 +115,7 @@ class Correction:
     spearman: float
     margin: float
     networks: tuple[int, int]
+    growth: float = 0.0
 
 
 @final
@@ -137,7 +153,13 @@ class Latency:
         total = np.full(len(widths), self.correction.constant_ms)
         for kind, ms in kinds.items():
             total += self.correction.factors[kind] * ms
-        return total
+        return total + self.correction.growth * self._grown(kinds)
+
+    def _grown(self, kinds: Mapping[str, FloatArray]) -> FloatArray:
+        """Squares of sums of parts, in units of the dense network's sum."""
+        dense = self.by_kind(np.array([[size for _, size in self.groups]], dtype=np.float64))
+        squares: FloatArray = np.sum(list(kinds.values()), axis=0) ** 2 / np.sum(list(dense.values()))
+        return squares
 
     def upper(self, widths: FloatArray) -> FloatArray:
         """Milliseconds that nine of ten networks do not exceed, shape (n,), at widths (n, groups)."""
@@ -166,16 +188,17 @@ class Latency:
     def by_kind(self, widths: FloatArray) -> dict[str, FloatArray]:
         """Sums of measured parts by kind, uncorrected, in milliseconds, shape (n,) each."""
         values = part_values(self.parts, widths)
-        places: dict[tuple[tuple[int, ...], Any], tuple[IntArray, FloatArray]] = {}
+        places: dict[tuple[tuple[int, ...], int, Any], _Place] = {}
         kinds: dict[str, FloatArray] = {}
         for part in self.parts:
             table = self._by_key.get(part.family)
             if table is None:
                 continue
-            for axis, size in zip(table.axes, part.sizes, strict=True):
-                if (axis, size) not in places:
-                    places[axis, size] = _place(axis, values[size])
-            ms = _interpolate(table, [places[axis, size] for axis, size in zip(table.axes, part.sizes, strict=True)])
+            keys = [(axis, table.aligned, size) for axis, size in zip(table.axes, part.sizes, strict=True)]
+            for axis, aligned, size in keys:
+                if (axis, aligned, size) not in places:
+                    places[axis, aligned, size] = _place(axis, aligned, values[size])
+            ms = _interpolate(table, [places[key] for key in keys])
             kinds[table.kind] = kinds.get(table.kind, np.zeros(len(widths))) + part.count * ms
         return kinds
 
@@ -199,7 +222,9 @@ class Latency:
         seen = self.evidence
         kinds = self.by_kind(seen.widths.astype(np.float64))
         measured = seen.ratio * self.dense_ms
-        columns = np.stack([np.ones(len(measured)), *kinds.values()], axis=1) / measured[:, None]
+        fits_growth = self.setting.library == "onnxruntime"
+        grown = self._grown(kinds) if fits_growth else np.zeros(len(measured))
+        columns = np.stack([np.ones(len(measured)), *kinds.values(), grown], axis=1) / measured[:, None]
         weights = 1 / np.maximum(seen.uncertainty, 0.01)
         weights = weights / np.median(weights)
         weights[(seen.widths == [size for _, size in self.groups]).all(axis=1)] *= _OWN_WEIGHT
@@ -210,17 +235,19 @@ class Latency:
         factors = solve(~seen.held_out)
         held = seen.held_out
         if not held.any():
-            return Correction(factors[0], dict(zip(kinds, factors[1:], strict=True)), *4 * (math.nan,), (len(held), 0))
+            own = {kind: float(factor) for kind, factor in zip(kinds, factors[1:-1], strict=True)}
+            return Correction(float(factors[0]), own, *4 * (math.nan,), (len(held), 0), float(factors[-1]))
         predicted = columns @ factors
         errors = predicted[held] - 1
         return Correction(
             constant_ms=float(factors[0]),
-            factors={kind: float(factor) for kind, factor in zip(kinds, factors[1:], strict=True)},
+            factors={kind: float(factor) for kind, factor in zip(kinds, factors[1:-1], strict=True)},
             median_error=float(np.median(np.abs(errors))),
             p95_error=float(np.quantile(np.abs(errors), 0.95)),
             spearman=_spearman(predicted[held] * measured[held], measured[held]),
             margin=max(float(np.quantile(1 / predicted[held] - 1, _SURE)), 0.0),
             networks=(int((~held).sum()), int(held.sum())),
+            growth=float(factors[-1]),
         )
 
     def require_match(self, structure: Structure, batch: int, model: str) -> None:
@@ -292,6 +319,7 @@ class Latency:
                     "family": table.key,
                     "kind": table.kind,
                     "axes": [list(axis) for axis in table.axes],
+                    "aligned": table.aligned,
                     "ms": table.ms.tolist(),
                     "low": table.low.tolist(),
                     "high": table.high.tolist(),
@@ -319,7 +347,10 @@ class Latency:
                     t["family"],
                     t["kind"],
                     tuple(tuple(axis) for axis in t["axes"]),
-                    *(np.array(t[name], dtype=np.float64) for name in ("ms", "low", "high")),
+                    np.array(t["ms"], dtype=np.float64),
+                    np.array(t["low"], dtype=np.float64),
+                    np.array(t["high"], dtype=np.float64),
+                    t.get("aligned", 1),
                 )
                 for t in data["tables"]
             ),
@@ -341,22 +372,33 @@ class Latency:
         where, how = self.setting, self.correction
         return (
             f"{where.model}, batch {where.batch}: {self.dense_ms:.4g} ms dense on {where.machine} ({where.device}, "
-            f"{where.threads} threads, {where.runtime} {where.versions.get(where.runtime, '')}); predictions are off "
+            f"{where.threads} threads, {where.runtime} {where.runtime_version}); predictions are off "
             f"by {how.median_error:.1%} on the median and by {how.p95_error:.1%} at the 95th percentile of "
             f"{how.networks[1]} networks not fitted to (rank correlation {how.spearman:.3f})"
         )
 
 
-def _place(axis: Sequence[int], values: FloatArray) -> tuple[IntArray, FloatArray]:
-    """The interval of an axis that each value lies in, and where in it, in [0, 1]."""
-    points = np.array(axis, dtype=np.float64)
-    if len(points) == 1:
-        return np.zeros(len(values), dtype=np.int64), np.zeros(len(values))
-    left = np.clip(np.searchsorted(points, values, side="right") - 1, 0, len(points) - 2)
-    return left, np.clip((values - points[left]) / (points[left + 1] - points[left]), 0.0, 1.0)
+_Place = tuple[IntArray, IntArray, FloatArray]
+"""Which points of an axis values lie between, and where between them, in [0, 1]."""
 
 
-def _interpolate(table: Table, places: Sequence[tuple[IntArray, FloatArray]]) -> FloatArray | float:
+def _place(axis: Sequence[int], aligned: int, values: FloatArray) -> _Place:
+    """Between points that are multiples of `aligned` for values that are, and between the others for the others."""
+    points = np.array(axis, dtype=np.int64)
+    left, right = np.zeros((2, len(values)), dtype=np.int64)
+    t: FloatArray = np.zeros(len(values))
+    for kind in (True, False):
+        rows = np.flatnonzero((values % aligned == 0) == kind)
+        own = np.flatnonzero((points % aligned == 0) == kind)
+        own = own if len(own) else np.arange(len(points))
+        after = np.clip(np.searchsorted(points[own], values[rows], side="right"), 1, max(len(own) - 1, 1))
+        left[rows], right[rows] = own[after - 1], own[np.minimum(after, len(own) - 1)]
+        gaps = np.maximum(points[right[rows]] - points[left[rows]], 1)
+        t[rows] = np.clip((values[rows] - points[left[rows]]) / gaps, 0.0, 1.0)
+    return left, right, t
+
+
+def _interpolate(table: Table, places: Sequence[_Place]) -> FloatArray | float:
     """Multilinear interpolation, shape (n,); a number for an operation of constant size."""
     if not places:
         return float(table.ms)
@@ -364,22 +406,22 @@ def _interpolate(table: Table, places: Sequence[tuple[IntArray, FloatArray]]) ->
     for corner in product((0, 1), repeat=len(places)):
         weight: FloatArray = np.ones(len(total))
         index = []
-        for up, (left, t), n in zip(corner, places, table.ms.shape, strict=True):
+        for up, (left, right, t) in zip(corner, places, strict=True):
             weight = weight * (t if up else 1 - t)
-            index.append(np.minimum(left + up, n - 1))
+            index.append(right if up else left)
         total += weight * table.ms[tuple(index)]
     return total
 
 
 def _factors(columns: FloatArray, weights: FloatArray) -> FloatArray:
-    """Factors of at least 0 for columns (m, 1 + kinds) whose sums should be 1: a constant, then one for each kind."""
+    """Factors of at least 0 for columns (m, 1 + kinds + 1) whose sums should be 1: a constant, kinds, and growth."""
     from scipy.optimize import nnls
 
-    common = np.stack([columns[:, 0], columns[:, 1:].sum(axis=1)], axis=1) * weights[:, None]
-    constant, factor = nnls(common, weights)[0]
+    common = np.stack([columns[:, 0], columns[:, 1:-1].sum(axis=1), columns[:, -1]], axis=1) * weights[:, None]
+    constant, factor, growth = nnls(common, weights)[0]
     # Rows that ask for the common factor, the louder the less there is to learn about a kind.
     hold = np.diag(_TOWARDS_ONE_FACTOR * math.sqrt(len(columns)) * columns.mean(axis=0))
-    wanted = hold @ np.array([constant, *[factor] * (columns.shape[1] - 1)])
+    wanted = hold @ np.array([constant, *[factor] * (columns.shape[1] - 2), growth])
     solved: FloatArray = nnls(np.concatenate([columns * weights[:, None], hold]), np.concatenate([weights, wanted]))[0]
     return solved
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,41 @@ class _Spec:
     broadcast: tuple[int, ...]  # dimensions of stride 0
 
 
+class Operation(Protocol):
+    """Something that a model executes, in any runtime.
+
+    Attributes:
+        template: Everything about it except its numbers; equal where two operations differ in their sizes only.
+        numbers: All sizes and other whole numbers in its arguments.
+        kind: One of those of `Family`.
+        aligned: As `Family` has it.
+    """
+
+    @property
+    def template(self) -> str: ...  # noqa: D102
+    @property
+    def numbers(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+    @property
+    def aligned(self) -> int: ...  # noqa: D102
+
+    def where(self) -> str:
+        """Its name and place in the model, for messages."""
+        ...
+
+    def describe(self, numbers: Iterator[str]) -> str:
+        """A line of text that says what it is, with these words for its numbers."""
+        ...
+
+    def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
+        """What runs it alone with these numbers, on data of its own."""
+        ...
+
+
+AnyOperation = TypeVar("AnyOperation", bound=Operation)
+
+
 @dataclass(frozen=True)
 class Family:
     """Operations that take equal time at equal sizes.
@@ -55,6 +90,7 @@ class Family:
         highest: The largest value of each variable size that occurs, length v.
         lowest: The smallest that can occur, length v.
         steps: What values of each variable are multiples of, length v.
+        aligned: Multiples of this may run on other code than the values between them, and are a grid of their own.
         make: Values, length v, to a call that runs the operation on tensors of its own; None once loaded from a file.
     """
 
@@ -63,6 +99,7 @@ class Family:
     highest: tuple[int, ...]
     lowest: tuple[int, ...]
     steps: tuple[int, ...]
+    aligned: int = 1
     make: Callable[[Sequence[int]], Callable[[], Any]] | None = field(default=None, repr=False, compare=False)
 
 
@@ -105,8 +142,7 @@ def find_parts(
         UnsupportedModelError: If the model runs other operations once it is pruned.
     """
     _, calls, rows = sized_calls(model, structure, args, kwargs, forward, seed)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return families_of(calls, rows, structure, device)
+    return families_of(calls, rows, structure)
 
 
 def sized_calls(
@@ -118,7 +154,7 @@ def sized_calls(
     seed: int,
     *,
     values: bool = False,
-) -> tuple[Record, list[Call], list[list[Row]]]:
+) -> tuple[Record, Sequence[Call], list[list[Row]]]:
     """The dense pass, the operations of it that compute, and all sizes as functions of the widths.
 
     Returns:
@@ -129,39 +165,73 @@ def sized_calls(
         UnsupportedModelError: If the model runs other operations once it is pruned.
     """
     slicer = Slicer(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    records: list[Record] = []
 
-    def run(widths: IntArray) -> tuple[Record, list[Call], list[tuple[int, ...]]]:
+    def run(widths: IntArray) -> tuple[list[Call], list[tuple[int, ...]]]:
         cut = slicer.cut(structure.edit(prefixes(structure, widths))).eval()
         record = trace(cut, args, kwargs, forward, values=True)
-        calls, shapes = _calls(record), [value.shape for value in record.values] if values else []
-        return record, calls, [*(call.numbers for call in calls), *shapes]
+        records.extend([] if records else [record])
+        return _calls(record, device), [value.shape for value in record.values] if values else []
 
-    record, dense, numbers = run(structure.sizes)
+    dense, rows = sizes_of(run, structure, seed)
+    return records[0], dense, rows
+
+
+def parts_of(
+    run: Callable[[IntArray], Sequence[Operation]], structure: Structure, seed: int = 0
+) -> tuple[list[Family], list[Part]]:
+    """Families and parts of what a model executes: `run` takes widths (groups,) to its operations in order.
+
+    Raises:
+        UnsupportedModelError: If other widths give other operations, or sizes that are not affine in them.
+    """
+    dense, rows = sizes_of(lambda widths: (run(widths), []), structure, seed)
+    return families_of(dense, rows, structure)
+
+
+def sizes_of(
+    run: Callable[[IntArray], tuple[Sequence[AnyOperation], Sequence[tuple[int, ...]]]], structure: Structure, seed: int
+) -> tuple[Sequence[AnyOperation], list[list[Row]]]:
+    """All sizes as functions of the widths: `run` takes these (groups,) to operations in order, and to other shapes.
+
+    Returns:
+        The dense operations; the numbers of each, followed by the dimensions of each of the other shapes.
+    """
+
+    def numbers_of(operations: Sequence[AnyOperation], shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        return [*(operation.numbers for operation in operations), *shapes]
+
+    dense, shapes = run(structure.sizes)
+    numbers = numbers_of(dense, shapes)
     fixed = [np.array(own, dtype=np.int64) for own in numbers]
     slopes = [np.zeros((len(own), len(structure.groups)), dtype=object) for own in numbers]
+
+    def others(widths: IntArray) -> list[tuple[int, ...]]:
+        operations, other_shapes = run(widths)
+        found = numbers_of(operations, other_shapes)
+        _require_same(dense, operations, numbers, found)
+        return found
+
     for g, group in enumerate(structure.groups):
         if group.size == group.multiple:
             continue
         widths = structure.sizes.copy()
         widths[g] -= group.multiple
-        _, calls, others = run(widths)
-        _require_same(dense, calls, numbers, others)
-        for i, other in enumerate(others):
+        for i, other in enumerate(others(widths)):
             for j in np.flatnonzero(fixed[i] != other):
                 slopes[i][j, g] = Fraction(int(fixed[i][j] - other[j]), group.multiple)
     sizes = structure.sizes
     rows = [[_row(f, s, sizes) for f, s in zip(fs, ss, strict=True)] for fs, ss in zip(fixed, slopes, strict=True)]
     drawn = draw_widths(structure, 1, np.random.default_rng(seed))[0]
-    _, calls, others = run(drawn)
-    _require_same(dense, calls, numbers, others)
-    for i, other in enumerate(others):
+    for i, other in enumerate(others(drawn)):
         if any(_value(row, drawn) != size for row, size in zip(rows[i], other, strict=True)):
-            where = dense[i].op.where() if i < len(dense) else "a tensor"
+            where = dense[i].where() if i < len(dense) else "a tensor"
             raise UnsupportedModelError(
                 f"costs of parts need sizes that are affine in the widths, but a size of {where} is not; "
                 "pass a function of your own in costs="
             )
-    return record, dense, rows
+    return dense, rows
 
 
 def prefixes(structure: Structure, widths: Sequence[int] | IntArray) -> Pruning:
@@ -188,16 +258,63 @@ def draw_widths(structure: Structure, n: int, rng: np.random.Generator) -> IntAr
 
 @dataclass(frozen=True)
 class Call:
-    """One operation: its arguments as leaves of a tree, with its numbers apart from everything else."""
+    """An operation of PyTorch, as `Operation` asks for."""
 
     op: Op
     template: str
     leaves: tuple[Any, ...]
     tree: Any
     numbers: tuple[int, ...]
+    device: torch.device
+    aligned: int = 1
+
+    @property
+    def kind(self) -> str:
+        """One of those of `Family`."""
+        name = self.op.name
+        if "convolution" in name:
+            return "grouped convolution" if self.op.args.get("groups", 1) > 1 else "convolution"
+        if name.lstrip("_") in ("mm", "addmm", "bmm", "baddbmm", "grouped_mm") or "attention" in name:
+            return "matmul"
+        return "norm" if "norm" in name else "elementwise"
+
+    def where(self) -> str:
+        """Its name and place in the model."""
+        return self.op.where()
+
+    def describe(self, numbers: Iterator[str]) -> str:
+        """Its signature, with these words for its numbers."""
+        said = []
+        for name, leaf in zip(_names(self), self.leaves, strict=True):
+            if isinstance(leaf, _Spec):
+                shape = "x".join(next(numbers) for _ in range(leaf.dims))
+                order = "" if leaf.order == tuple(range(leaf.dims)) else f" order {''.join(map(str, leaf.order))}"
+                stretched = f" broadcast {leaf.broadcast}" if leaf.broadcast else ""
+                said.append(f"{name}={leaf.dtype}[{shape}]{order}{stretched}")
+            elif leaf is int:
+                said.append(f"{name}={next(numbers)}")
+            elif leaf is not None:
+                said.append(f"{name}={json.dumps(leaf, default=str)}")
+        return f"{self.op.func}({', '.join(said)})"
+
+    def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
+        """What runs it alone, on tensors of its own."""
+        func = self.op.func
+        names = [a for a in func._schema.arguments if a.name in self.op.args]
+        leaves: list[Any] = []
+        for i, leaf in enumerate(self.leaves):
+            if isinstance(leaf, _Spec):
+                shape = [next(numbers) for _ in range(leaf.dims)]
+                leaves.append(_tensor(leaf, shape, self.device, func._schema.is_mutable, i == 0))
+            else:
+                leaves.append(next(numbers) if leaf is int else leaf)
+        bound = tree_unflatten(leaves, self.tree)
+        positional = tuple(bound[a.name] for a in names if not a.kwarg_only)
+        keywords = {a.name: bound[a.name] for a in names if a.kwarg_only}
+        return lambda: func(*positional, **keywords)
 
 
-def _calls(record: Record) -> list[Call]:
+def _calls(record: Record, device: torch.device) -> list[Call]:
     """The operations that compute, each with its numbers apart from everything else."""
     found = []
     for op in record.ops[: record.first]:
@@ -218,9 +335,8 @@ def _calls(record: Record) -> list[Call]:
                 numbers.append(leaf)
             else:
                 kept.append(leaf)
-        found.append(
-            Call(op, f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}", tuple(kept), tree, tuple(numbers))
-        )
+        template = f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}"
+        found.append(Call(op, template, tuple(kept), tree, tuple(numbers), device))
     return found
 
 
@@ -235,7 +351,7 @@ def _spec(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     return _Spec(len(shape), str(dtype).removeprefix("torch."), order, broadcast)
 
 
-def _require_same(dense: list[Call], other: list[Call], *numbers: list[tuple[int, ...]]) -> None:
+def _require_same(dense: Sequence[Operation], other: Sequence[Operation], *numbers: Sequence[tuple[int, ...]]) -> None:
     counts = [[len(own) for own in some] for some in numbers]
     if [call.template for call in dense] != [call.template for call in other] or counts[0] != counts[1]:
         raise UnsupportedModelError(
@@ -263,7 +379,7 @@ def _primitive(row: Row) -> tuple[Size, Fraction]:
 
 
 def families_of(
-    calls: Sequence[Call], rows: Sequence[Sequence[Row]], structure: Structure, device: torch.device
+    calls: Sequence[Operation], rows: Sequence[Sequence[Row]], structure: Structure
 ) -> tuple[list[Family], list[Part]]:
     """Families of operations, and where they occur; `rows` holds the numbers of each call."""
     families: dict[str, Family] = {}
@@ -284,15 +400,15 @@ def families_of(
             at = variables[size]
             steps[at] = math.lcm(steps[at], scale.denominator)
             slots.append((at, scale))
-        key = _key(call, slots)
+        key = call.describe(map(_letter, slots))
         highest = [_at(size, structure.sizes) for size in variables]
         lowest = [_at(size, least) for size in variables]
         if key in families:
             known = families[key]
             highest = list(map(max, known.highest, highest))
             lowest = list(map(min, known.lowest, lowest))
-        make = _maker(call, tuple(slots), device)
-        families[key] = Family(key, _kind(call.op), tuple(highest), tuple(lowest), tuple(steps), make)
+        make = _maker(call, tuple(slots))
+        families[key] = Family(key, call.kind, tuple(highest), tuple(lowest), tuple(steps), call.aligned, make)
         place = (key, tuple(variables))
         counts[place] = counts.get(place, 0) + 1
     return list(families.values()), [Part(key, sizes, count) for (key, sizes), count in counts.items()]
@@ -302,29 +418,12 @@ def _at(size: Size, widths: IntArray) -> int:
     return size[0] + sum(each * int(widths[g]) for g, each in size[1])
 
 
-def _key(call: Call, slots: Sequence[int | tuple[int, Fraction]]) -> str:
-    """A line that says what the operation is, with variables as letters."""
-    left = iter(slots)
-
-    def number() -> str:
-        slot = next(left)
-        if isinstance(slot, int):
-            return str(slot)
-        at, scale = slot
-        return ("" if scale == 1 else f"{scale}*") + chr(ord("a") + at)
-
-    said = []
-    for name, leaf in zip(_names(call), call.leaves, strict=True):
-        if isinstance(leaf, _Spec):
-            shape = "x".join(number() for _ in range(leaf.dims))
-            order = "" if leaf.order == tuple(range(leaf.dims)) else f" order {''.join(map(str, leaf.order))}"
-            stretched = f" broadcast {leaf.broadcast}" if leaf.broadcast else ""
-            said.append(f"{name}={leaf.dtype}[{shape}]{order}{stretched}")
-        elif leaf is int:
-            said.append(f"{name}={number()}")
-        elif leaf is not None:
-            said.append(f"{name}={json.dumps(leaf, default=str)}")
-    return f"{call.op.func}({', '.join(said)})"
+def _letter(slot: int | tuple[int, Fraction]) -> str:
+    """A number in a key: itself, or the letter of a variable with its multiple."""
+    if isinstance(slot, int):
+        return str(slot)
+    at, scale = slot
+    return ("" if scale == 1 else f"{scale}*") + chr(ord("a") + at)
 
 
 def _names(call: Call) -> list[str]:
@@ -333,30 +432,12 @@ def _names(call: Call) -> list[str]:
 
 
 def _maker(
-    call: Call, slots: tuple[int | tuple[int, Fraction], ...], device: torch.device
+    call: Operation, slots: tuple[int | tuple[int, Fraction], ...]
 ) -> Callable[[Sequence[int]], Callable[[], Any]]:
     """What makes the operation at given values of its variables, on tensors of its own."""
-    func = call.op.func
-    writes = func._schema.is_mutable
-    names = [a for a in func._schema.arguments if a.name in call.op.args]
 
     def make(values: Sequence[int]) -> Callable[[], Any]:
-        left = iter(slots)
-
-        def number() -> int:
-            slot = next(left)
-            return slot if isinstance(slot, int) else int(slot[1] * int(values[slot[0]]))
-
-        leaves: list[Any] = []
-        for i, leaf in enumerate(call.leaves):
-            if isinstance(leaf, _Spec):
-                leaves.append(_tensor(leaf, [number() for _ in range(leaf.dims)], device, writes, i == 0))
-            else:
-                leaves.append(number() if leaf is int else leaf)
-        bound = tree_unflatten(leaves, call.tree)
-        positional = tuple(bound[a.name] for a in names if not a.kwarg_only)
-        keywords = {a.name: bound[a.name] for a in names if a.kwarg_only}
-        return lambda: func(*positional, **keywords)
+        return call.make(slot if isinstance(slot, int) else int(slot[1] * int(values[slot[0]])) for slot in slots)
 
     return make
 
@@ -374,15 +455,6 @@ def _tensor(spec: _Spec, shape: list[int], device: torch.device, writes: bool, f
         tensor = torch.rand(stored, device=device).to(dtype) + 0.1
     back = [spec.order.index(dim) for dim in range(len(shape))]
     return tensor.permute(back).expand(shape)
-
-
-def _kind(op: Op) -> str:
-    name = op.name
-    if "convolution" in name:
-        return "grouped convolution" if op.args.get("groups", 1) > 1 else "convolution"
-    if name.lstrip("_") in ("mm", "addmm", "bmm", "baddbmm", "grouped_mm") or "attention" in name:
-        return "matmul"
-    return "norm" if "norm" in name else "elementwise"
 
 
 def part_values(parts: Sequence[Part], widths: FloatArray) -> dict[Size, FloatArray]:

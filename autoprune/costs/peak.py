@@ -128,11 +128,11 @@ def measure_memory(
     device = next(model.parameters()).device
     record, calls, rows = sized_calls(model, structure, args, kwargs, run, seed, values=True)
     numbers, dims = rows[: len(calls)], rows[len(calls) :]
-    families, _ = families_of(calls, numbers, structure, device)
+    families, _ = families_of(calls, numbers, structure)
     scratch, left_out = _scratch_of(families, device, seed)
     running: dict[Part, list[int]] = {}
     for call, own in zip(calls, numbers, strict=True):
-        _, (part,) = families_of([call], [own], structure, device)
+        _, (part,) = families_of([call], [own], structure)
         if part.family in scratch:
             running.setdefault(part, []).append(call.op.index)
     table = _Sizes(record.values, dims)

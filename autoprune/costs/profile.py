@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.costs.grids import Bench, Points, measure_tables
 from autoprune.costs.latency import Evidence, Latency, Setting
-from autoprune.costs.parts import draw_widths, find_parts, prefixes
+from autoprune.costs.parts import draw_widths, prefixes
 from autoprune.costs.returned import selecting
+from autoprune.costs.runtimes import TORCH, Runtime, runtime_of
 from autoprune.costs.timing import Clock, Timing, clock_for, compare, note_of_noise
 from autoprune.protocols import IntArray
 from autoprune.structure.analysis import analyse, require_supported
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 NETWORKS = 36
 """Whole networks that the correction is fitted to and judged on; a third of them are held out."""
 
-_YARDSTICK = 192  # rows of the square matrices whose product the operations are compared with
 _AT_ONCE = 12  # networks that exist at once
 
 
@@ -46,6 +46,7 @@ def profile(
     networks: int = NETWORKS,
     seed: int = 0,
     path: str | Path | None = None,
+    runtime: str = TORCH,
 ) -> Latency:
     """Measure how long a model and its pruned versions take here, as a table that `autoprune.search` takes.
 
@@ -62,9 +63,14 @@ def profile(
         networks: Whole networks to measure.
         seed: Draws their widths.
         path: Where to save the table. What is measured is kept beside it meanwhile, and an interrupted run goes on.
+        runtime: What runs the model: ``"torch"``; or ``"onnxruntime"``, on the CPU, for networks exported to ONNX, with
+            ``"onnxruntime:CUDAExecutionProvider"`` for another provider. A search that takes the table measures the
+            networks that it offers under the same.
 
     Raises:
-        ValueError: If there are no inputs, `batch` or `networks` is too small, or the device has no clock.
+        ImportError: If the libraries of the runtime are not installed.
+        ValueError: If there are no inputs, `batch` or `networks` is too small, the device has no clock, or the runtime
+            is unknown.
         UnsupportedModelError: If the model cannot be pruned, or runs other operations once it is.
 
     Example:
@@ -75,7 +81,9 @@ def profile(
     (args, kwargs), *_ = examples_of(model, example_inputs)
     run = selecting(forward, outputs)
     structure = analyse(model, *with_batch(args, kwargs, 2), forward=run)
-    return profile_structure(model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path)
+    return profile_structure(
+        model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path, runtime=runtime
+    )
 
 
 def with_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -106,32 +114,33 @@ def profile_structure(
     seed: int = 0,
     path: str | Path | None = None,
     clock: Clock | None = None,
+    runtime: str = TORCH,
 ) -> Latency:
     """`profile` for a model that is traced already; `clock` stands in for that of the device."""
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     if networks < 6:
         raise ValueError(f"networks must be at least 6, to fit to some and judge on others, got {networks}")
+    runs = runtime_of(runtime)
     device = next(model.parameters()).device
-    clock = clock or clock_for(device)
+    clock = clock or clock_for(device, runs.elsewhere)
     args, kwargs = tree_map(
         lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, with_batch(args, kwargs, batch)
     )
-    setting = setting_of(model, args, kwargs, batch)
-    matrix = torch.rand(_YARDSTICK, _YARDSTICK, device=device)
-    bench = Bench(clock, lambda: torch.mm(matrix, matrix))
+    setting = setting_of(model, args, kwargs, batch, runs)
+    bench = Bench(clock, runs.yardstick(device))
     progress = _Progress(path, setting, bench)
-    families, parts = find_parts(model, structure, args, kwargs, run, seed)
+    families, parts = runs.parts(model, structure, args, kwargs, run, seed)
     counts = [sum(part.count for part in parts if part.family == family.key) for family in families]
     tables = measure_tables(families, counts, bench)
     dense = build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
-    call = network_call(dense, run, args, kwargs)
+    call = runs.network(dense, run, args, kwargs)
     if not progress.dense_ms:
         (timing,) = bench.compare([call], tolerance=0.01, block_seconds=2e-3)
         progress.dense_ms = timing.ratio * bench.reference_ms
     widths = draw_widths(structure, networks, np.random.default_rng(seed))
     widths[0] = structure.sizes
-    _measure_networks(model, structure, widths, lambda m: network_call(m, run, args, kwargs), call, clock, progress)
+    _measure_networks(model, structure, widths, lambda m: runs.network(m, run, args, kwargs), call, clock, progress)
     ratio, uncertainty = np.array(progress.networks, dtype=np.float64).T
     left_out = sorted({family.key for family in families} - {table.key for table in tables})
     notes = [note_of_noise([*bench.timings, *progress.timings])]
@@ -149,16 +158,6 @@ def profile_structure(
         latency.save(path)
         progress.remove()
     return latency
-
-
-def network_call(model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any]:
-    """One forward pass as a user would run it."""
-
-    def call() -> Any:
-        with torch.inference_mode():
-            return run(model, *args, **kwargs)
-
-    return call
 
 
 def time_networks(calls: Sequence[Callable[[], Any]], dense: Callable[[], Any], clock: Clock) -> list[Timing]:
@@ -223,12 +222,13 @@ class _Progress:
 
     def _identity(self) -> list[Any]:
         own = self._setting
-        return [own.model, list(own.inputs), own.batch, own.device, own.machine, own.threads, dict(own.versions)]
+        where = [own.device, own.machine, own.threads, own.runtime, dict(own.versions)]
+        return [own.model, list(own.inputs), own.batch, *where]
 
     def _read(self, file: Path) -> None:
         data = json.loads(file.read_text())
         if data["setting"] != self._identity():
-            log.warning("%s is of another model, machine or setting, and is replaced", file)
+            log.warning("%s is of another model, machine, runtime or setting, and is replaced", file)
             return
         points: dict[str, Points] = {
             key: {tuple(at): (ms, low, high) for at, ms, low, high in rows} for key, rows in data["known"].items()
@@ -240,7 +240,9 @@ class _Progress:
         log.info("going on with %s: %d families measured already", file, len(points))
 
 
-def setting_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> Setting:
+def setting_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, runtime: Runtime
+) -> Setting:
     """What latencies measured here and now hold for."""
     from autoprune import __version__
 
@@ -253,8 +255,13 @@ def setting_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         device=device.type,
         machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         threads=torch.get_num_threads(),
-        runtime="torch",
-        versions={"python": platform.python_version(), "torch": torch.__version__, "autoprune": __version__},
+        runtime=runtime.name,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "autoprune": __version__,
+            **runtime.versions,
+        },
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -28,6 +28,18 @@ _BLOCKS_PER_REFERENCE = 6
 _MOST_REPEATS = 10_000
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """A call that does the same several times, where calling takes too much beside what is called."""
+
+    call: Call
+    times: int
+
+    def __call__(self) -> Any:
+        """Run all of them."""
+        return self.call()
+
+
 class Clock(Protocol):
     """Times a call; a protocol so that tests need no real time."""
 
@@ -40,10 +52,14 @@ class CpuClock:
     """Time on the CPU: with one thread the time that it ran, without other programs' turns; else wall time.
 
     Torch's number of threads is read when the clock is made.
+
+    Args:
+        elsewhere: Whether work is done outside of the calling thread even if there is one.
     """
 
-    def __init__(self) -> None:
-        self._now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    def __init__(self, elsewhere: bool = False) -> None:
+        alone = torch.get_num_threads() == 1 and not elsewhere
+        self._now = time.thread_time if alone else time.perf_counter
 
     def seconds(self, call: Call, repeats: int) -> float:
         """Seconds of `repeats` calls."""
@@ -72,15 +88,15 @@ class CudaClock:
             return float(begin.elapsed_time(end)) / 1e3
 
 
-def clock_for(device: torch.device) -> Clock:
-    """The clock of a device.
+def clock_for(device: torch.device, elsewhere: bool = False) -> Clock:
+    """The clock of a device; `elsewhere` as `CpuClock` takes it.
 
     Raises:
         ValueError: If the device is neither a CPU nor a CUDA GPU.
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"latency is measured on 'cpu' or 'cuda', got {str(device)!r}; pass costs= with your own")
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+    return CudaClock(device) if device.type == "cuda" else CpuClock(elsewhere)
 
 
 @dataclass(frozen=True)
@@ -144,12 +160,12 @@ def compare(
     waiting = list(range(len(calls)))
     done = 0
     while waiting:
-        before = clock.seconds(reference, steps) / steps
+        before = _block(reference, steps, clock)
         order = rng.permutation(waiting).tolist()
         for start in range(0, len(order), _BLOCKS_PER_REFERENCE):
             some = order[start : start + _BLOCKS_PER_REFERENCE]
-            taken = [clock.seconds(calls[i], repeats[i]) / repeats[i] for i in some]
-            after = clock.seconds(reference, steps) / steps
+            taken = [_block(calls[i], repeats[i], clock) for i in some]
+            after = _block(reference, steps, clock)
             for i, seconds in zip(some, taken, strict=True):
                 ratios[i].append(2 * seconds / (before + after))
             references.append(after)
@@ -166,6 +182,16 @@ def compare(
 def _timing_of(timing: Timing | None) -> Timing:
     assert timing is not None
     return timing
+
+
+def _block(call: Call, repeats: int, clock: Clock) -> float:
+    """Seconds of one call in a row of repeats, after one that brings back what the calls before took from the caches.
+
+    Else a block would hold one cold call, whose share depends on how many there are: small networks seemed slower.
+    """
+    if repeats > 1:
+        call()
+    return clock.seconds(call, repeats) / repeats
 
 
 def _warm_up(call: Call, clock: Clock, block_seconds: float) -> int:

@@ -1,0 +1,114 @@
+"""What runs a model when its latency is measured: PyTorch itself, or onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, final
+
+import torch
+from torch import nn
+
+from autoprune.costs.parts import Family, Part, find_parts
+from autoprune.costs.timing import Call
+from autoprune.structure.structure import Structure
+from autoprune.structure.trace import Forward
+
+TORCH = "torch"
+ONNXRUNTIME = "onnxruntime"
+
+YARDSTICK = 192
+"""Rows of the square matrices whose product operations are compared with."""
+
+
+class Runtime(Protocol):
+    """Runs whole networks, and their operations alone.
+
+    Attributes:
+        name: As `runtime_of` takes it; part of a table's identity.
+        versions: Of the libraries that run the model, by name; part of it too.
+        elsewhere: Whether it computes outside of the thread that calls it, even with one thread.
+    """
+
+    name: str
+    versions: dict[str, str]
+    elsewhere: bool
+
+    def network(self, model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """One forward pass as a user would run it."""
+        ...
+
+    def parts(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        run: Forward,
+        seed: int,
+    ) -> tuple[list[Family], list[Part]]:
+        """What it executes for a model, as `autoprune.costs.parts.find_parts` says it of PyTorch."""
+        ...
+
+    def yardstick(self, device: torch.device) -> Call:
+        """Work of constant cost that operations are compared with."""
+        ...
+
+
+def runtime_of(name: str) -> Runtime:
+    """The runtime of a name: ``"torch"``, ``"onnxruntime"`` or ``"onnxruntime:SomeExecutionProvider"``.
+
+    Raises:
+        ValueError: If it is another name, or a provider that is not installed.
+        ImportError: If its libraries are not installed.
+    """
+    library, _, provider = name.partition(":")
+    if library == ONNXRUNTIME and (provider or ":" not in name):
+        from autoprune.costs.onnx_sessions import OnnxRuntime
+
+        return OnnxRuntime(provider)
+    if name != TORCH:
+        raise ValueError(
+            f"runtime must be {TORCH!r}, {ONNXRUNTIME!r} or '{ONNXRUNTIME}:PROVIDER', got {name!r}; for others pass "
+            "costs={'latency_ms': your own function}"
+        )
+    return Torch()
+
+
+@final
+class Torch:
+    """PyTorch in eager mode."""
+
+    name = TORCH
+    versions: dict[str, str] = {TORCH: torch.__version__}
+    elsewhere = False
+
+    def network(self, model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """One forward pass."""
+        return network_call(model, run, args, kwargs)
+
+    def parts(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        run: Forward,
+        seed: int,
+    ) -> tuple[list[Family], list[Part]]:
+        """ATen operations."""
+        return find_parts(model, structure, args, kwargs, run, seed)
+
+    def yardstick(self, device: torch.device) -> Call:
+        """A product of matrices."""
+        matrix = torch.rand(YARDSTICK, YARDSTICK, device=device)
+        return lambda: torch.mm(matrix, matrix)
+
+
+def network_call(model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any]:
+    """One forward pass of a module in eager mode."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return run(model, *args, **kwargs)
+
+    return call
