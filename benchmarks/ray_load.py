@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from autoprune.execution import RayExecutor
 from autoprune.execution.ray_worker import Worker
 from autoprune.protocols import IntArray, Measurement
+from autoprune.racing import Race
 
 WORKERS_A_PROCESS = 64
 
@@ -68,7 +69,7 @@ class ManyWorkers:
     def _launch(self, worker: Worker) -> None:
         actor, number = self._actors[worker.number // WORKERS_A_PROCESS], worker.number
         worker.tasks, worker.place, worker.node = [], "", ""
-        send: Callable[[IntArray], Any] = lambda candidate: actor.evaluate.remote(number, candidate)  # noqa: E731
+        send: Callable[[IntArray, Race | None], Any] = lambda candidate, race: actor.evaluate.remote(number, candidate)  # noqa: E731
         worker.handle = SimpleNamespace(evaluate=SimpleNamespace(remote=send))
         worker.starting = actor.where.remote()
 
@@ -76,8 +77,8 @@ class ManyWorkers:
         self._ray.get([actor.where.remote() for actor in self._actors])
         self.inner.start(*args)
 
-    def submit(self, trials: list[int], candidates: IntArray) -> None:
-        self.inner.submit(trials, candidates)
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
+        self.inner.submit(trials, candidates, races)
         self.submitted.append(time.time())
 
     def stop(self) -> None:

@@ -83,7 +83,7 @@ def cost_of_messages(ray: Any, workers: int, tasks: int) -> float:
     began = time.process_time()
     while done < tasks:
         if room := min(executor.room(), tasks - sent):
-            executor.submit(list(range(sent, sent + room)), rng.integers(0, 16, size=(room, DIMENSIONS)))
+            executor.submit(list(range(sent, sent + room)), rng.integers(0, 16, size=(room, DIMENSIONS)), [None] * room)
             sent += room
         done += len(executor.gather())
     took = time.process_time() - began
