@@ -65,8 +65,10 @@ class Rivals:
 
     def races(self, trials: Sequence[int], candidates: IntArray, found: Sequence[Trial]) -> list[Race | None]:
         """What each of the candidates (n, d), asked for under these numbers, runs; None where there is no rival."""
+        if self._racing is None:
+            return [None] * len(trials)
         done = [trial for trial in found if trial.status == OK and trial.feasible]
-        if self._racing is None or not done:
+        if not done:
             return [None] * len(trials)
         problem, ids = self._study.problem, np.array([trial.id for trial in done])
         known = problem.costs(np.array([trial.candidate for trial in done], dtype=np.int64))
