@@ -285,7 +285,7 @@ class TestRelatedCandidates:
         for _ in range(4):
             self.answer(executor, 0)
         quick, slow = (worker.handle.sent for worker in executor._workers)
-        assert len(quick) == 6 and len(slow) == 2
+        assert (len(quick), len(slow)) == (6, 2)
         assert sorted(quick + slow) == list(range(8))
 
 

@@ -191,4 +191,5 @@ def _count_dominating(objectives: FloatArray, rows: FloatArray) -> IntArray:
     no_worse = np.ones((len(rows), len(objectives)), dtype=np.bool_)
     for column, values in zip(objectives.T, rows.T, strict=True):
         no_worse &= column <= values[:, None]
-    return no_worse.sum(axis=1)
+    count: IntArray = no_worse.sum(axis=1)
+    return count
