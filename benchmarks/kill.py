@@ -148,7 +148,8 @@ def main() -> int:
                 rows.append((executor, *counts, "yes" if sound else "NO", "yes" if same else "no"))
                 print(rows[-1], flush=True)
     header = ("executor", "finished at the first kill", "at the second", "none lost or doubled", "as left alone")
-    text = f"{TRIALS} trials a search.\n\n{table(header, rows)}\n\nTargets {'met' if met else 'NOT met'}."
+    note = "An asynchronous search depends on who is faster, so it need not end as the one left alone does."
+    text = f"{TRIALS} trials a search. {note}\n\n{table(header, rows)}\n\nTargets {'met' if met else 'NOT met'}."
     if options.kills == KILLS and options.executor is None:
         write("kill", "Killed drivers", {"environment": where, "met": met, "rows": rows}, text)
     else:
