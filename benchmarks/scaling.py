@@ -9,8 +9,9 @@ real and timed by their processor time, evaluations only take simulated time.
   that waits for a whole generation of 64.
 - ray: the same with real sleeps in 64 workers of Ray, which share one asynchronous process.
 - throughput: 64 workers that need no time, so that the driver is all there is.
-- limit: 1,000 and 10,000 workers; what Ray's messages cost is measured on as many sleeping workers of Ray and added to
-  each task. The time starts once the driver has given every worker its first candidates.
+- messages: what Ray's messages cost the driver for each task, measured on 1,000 sleeping workers of Ray.
+- limit: 1,000 and 10,000 workers; what messages cost is added to each task. The time starts once the driver has given
+  every worker its first candidates.
 - real: ResNet-20 at 32x32 on one and on two workers of Ray with one thread each, and on one with two threads. For a
   machine that does nothing else.
 - store: what is in Ray's object stores on two nodes, both on this machine, as results come in (needs grpcio).
@@ -25,12 +26,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 import autoprune
+from autoprune.data import Subsets, materialise
 from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import RayExecutor
 from benchmarks.common import RESULTS, environment, table, write
@@ -80,7 +83,8 @@ def throughput(trials: dict[str, int]) -> dict[str, float]:
 def cost_of_messages(ray: Any, workers: int, tasks: int) -> float:
     """Seconds of processor time of the driver for each task sent to Ray and its result, with so many workers."""
     executor, rng = ManyWorkers(ray, workers, median=1.0, sigma=0.1), np.random.default_rng(0)
-    executor.start(None, _Nothing(), None)
+    subsets = materialise((torch.zeros(12, 8), torch.zeros(12, dtype=torch.int64)), seed=0)
+    executor.start(None, _Nothing(torch.nn.Linear(1, 1), subsets), None)
     sent = done = 0
     began = time.process_time()
     while done < tasks:
@@ -189,10 +193,12 @@ class Watched:
         return getattr(self.inner, name)
 
 
+@dataclass(frozen=True)
 class _Nothing:
-    """A context without a model, for workers that do not evaluate."""
+    """A context for workers that do not evaluate."""
 
-    model = torch.nn.Linear(1, 1)
+    model: torch.nn.Module
+    subsets: Subsets
 
 
 def on_own_ray(measure: Callable[[Any], Any]) -> Any:
@@ -206,8 +212,9 @@ def on_own_ray(measure: Callable[[Any], Any]) -> Any:
         ray.shutdown()
 
 
-def limit(some: Callable[[int], int]) -> dict[str, Any]:
-    message = on_own_ray(lambda ray: cost_of_messages(ray, some(1_000), some(4_000)))
+def limit(some: Callable[[int], int], known: dict[str, Any]) -> list[dict[str, Any]]:
+    if "messages" not in known:
+        raise SystemExit("limit adds what messages cost: run the part messages before it")
     cases = [
         (optimizer, workers, seconds, sigma, some(6 * workers))
         for optimizer, workers, seconds, sigma in (
@@ -220,17 +227,18 @@ def limit(some: Callable[[int], int]) -> dict[str, Any]:
             ("level_switch", 10_000, 60.0, 1.0),
         )
     ]
-    return {"message_seconds": message, "cases": driver_limit(cases, message)}
+    return driver_limit(cases, known["messages"]["found"])
 
 
 THROUGHPUT = {"random": 10_000, "level_switch": 10_000, "nsga2": 10_000, "bayes": 400, "auto": 2_000}
-PARTS: dict[str, Callable[[Callable[[int], int]], Any]] = {
-    "utilisation": lambda some: simulated_utilisation(some(4_000)),
-    "ray": lambda some: on_own_ray(lambda ray: utilisation_on_ray(ray, some(1_000))),
-    "throughput": lambda some: throughput({name: some(count) for name, count in THROUGHPUT.items()}),
+PARTS: dict[str, Callable[[Callable[[int], int], dict[str, Any]], Any]] = {
+    "utilisation": lambda some, known: simulated_utilisation(some(4_000)),
+    "ray": lambda some, known: on_own_ray(lambda ray: utilisation_on_ray(ray, some(1_000))),
+    "throughput": lambda some, known: throughput({name: some(count) for name, count in THROUGHPUT.items()}),
+    "messages": lambda some, known: on_own_ray(lambda ray: cost_of_messages(ray, some(1_000), some(4_000))),
     "limit": limit,
-    "real": lambda some: real_workers(60, 512),
-    "store": lambda some: stores(some(1_000), 512),
+    "real": lambda some, known: real_workers(60, 512),
+    "store": lambda some, known: stores(some(1_000), 512),
 }
 
 
@@ -244,8 +252,11 @@ def main() -> int:
     results: dict[str, Any] = {}
     for part in options.parts or PARTS:
         where = environment(COMMAND)
-        found = PARTS[part](lambda trials: max(trials // 100, 8 * WORKERS) if options.small else trials)
-        results = {} if options.small else earlier(where)
+        if not options.small:
+            results = earlier(where)
+        found = PARTS[part](lambda trials: max(trials // 100, 8 * WORKERS) if options.small else trials, results)
+        if not options.small:
+            results = earlier(where)  # another part may have ended meanwhile
         results |= {"environment": where, part: {"load_1min": where["load_1min"], "found": found}}
         text, met = report(results)
         if options.small:
@@ -278,10 +289,11 @@ def report(results: dict[str, Any]) -> tuple[str, bool]:
         targets["300 trials a second"] = min(found["random"], found["level_switch"]) > 300
         rows = [(name, f"{value:.0f}") for name, value in found.items()]
         parts.append(table(("optimizer", "trials a second of the driver, journal on"), rows))
+    if found := known.get("messages"):
+        parts.append(f"Messages of Ray: {1000 * found:.2f} ms of the driver for each task.")
     if found := known.get("limit"):
-        first = [row["efficiency"] for row in found["cases"] if (row["workers"], row["seconds"]) == (1_000, 1.0)]
+        first = [row["efficiency"] for row in found if (row["workers"], row["seconds"]) == (1_000, 1.0)]
         targets["efficiency above 90 % with 1,000 workers and 1 s"] = min(first) > 0.9
-        parts.append(f"Messages of Ray: {1000 * found['message_seconds']:.2f} ms of the driver for each task.")
         header = ("optimizer", "workers", "mean seconds", "sigma", "efficiency", "driver, ms a trial")
         rows = [
             (
@@ -292,7 +304,7 @@ def report(results: dict[str, Any]) -> tuple[str, bool]:
                 f"{row['efficiency']:.1%}",
                 f"{row['ms_a_trial']:.2f}",
             )
-            for row in found["cases"]
+            for row in found
         ]
         parts.append(table(header, rows))
     if found := known.get("real"):
