@@ -87,7 +87,7 @@ def main() -> int:
             f"{row['journal_mb']:.1f}",
             f"{row['memory_mb']:.0f}",
             f"{row['resume_seconds']:.1f}",
-            f"{row['search_seconds']:.0f}",
+            f"{row['driver_seconds']:.0f}",
         )
         for name, row in found.items()
     ]

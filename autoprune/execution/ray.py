@@ -190,8 +190,8 @@ class RayExecutor:
         refs = [ref for worker in self._workers for ref in worker.refs()]
         if not refs:
             raise RuntimeError("no worker is left to evaluate candidates; the log says why each of them was given up")
-        self._ray.wait(refs, timeout=_POLL_SECONDS)
-        ready = set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        there, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)  # asking for many takes milliseconds
+        ready = set(there or self._ray.wait(refs, timeout=_POLL_SECONDS)[0])
         for worker in list(self._workers):
             if worker.starting is not None:
                 self._welcome(worker, ready)
