@@ -81,7 +81,7 @@ def throughput(trials: dict[str, int]) -> dict[str, float]:
 
 
 def cost_of_messages(ray: Any, workers: int, tasks: int) -> dict[str, float]:
-    """Seconds of processor time for each task sent to Ray and its result: of the search's thread, and of all threads."""
+    """Processor time, in seconds, for each task sent to Ray and its result: of the search's thread, and of all."""
     executor, rng = ManyWorkers(ray, workers, median=1.0, sigma=0.1), np.random.default_rng(0)
     subsets = materialise((torch.zeros(12, 8), torch.zeros(12, dtype=torch.int64)), seed=0)
     executor.start(None, _Nothing(torch.nn.Linear(1, 1), subsets), None)
