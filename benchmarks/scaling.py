@@ -9,7 +9,8 @@ real and timed by their processor time, evaluations only take simulated time.
   that waits for a whole generation of 64.
 - ray: the same with real sleeps in 64 workers of Ray, which share one asynchronous process.
 - throughput: 64 workers that need no time, so that the driver is all there is.
-- messages: what Ray's messages cost the driver for each task, measured on 1,000 sleeping workers of Ray.
+- messages: what Ray's messages cost the driver for each task, on 1,000 workers of Ray that sleep for 0.05 s only, so
+  that the driver is busy, as it is at its limit.
 - limit: 1,000 and 10,000 workers; what messages cost the thread that searches is added to each task. The time starts
   once the driver has given every worker its first candidates.
 - real: ResNet-20 at 32x32 on one and on two workers of Ray with one thread each, and on one with two threads. For a
@@ -82,7 +83,7 @@ def throughput(trials: dict[str, int]) -> dict[str, float]:
 
 def cost_of_messages(ray: Any, workers: int, tasks: int) -> dict[str, float]:
     """Processor time, in seconds, for each task sent to Ray and its result: of the search's thread, and of all."""
-    executor, rng = ManyWorkers(ray, workers, median=1.0, sigma=0.1), np.random.default_rng(0)
+    executor, rng = ManyWorkers(ray, workers, median=0.05, sigma=0.1), np.random.default_rng(0)
     subsets = materialise((torch.zeros(12, 8), torch.zeros(12, dtype=torch.int64)), seed=0)
     executor.start(None, _Nothing(torch.nn.Linear(1, 1), subsets), None)
     sent = done = 0
