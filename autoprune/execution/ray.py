@@ -142,9 +142,12 @@ class RayExecutor:
         return max(len(self._workers) * (1 + self._ahead) - len(self._unreleased), 0)
 
     def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
-        """Queue candidates, with their places in the order in which they share most, if the evaluator has one."""
+        """Queue candidates; a generation with their places in the order in which they share most, if there is one.
+
+        Of other candidates hardly any wait, so that there is no choice that would be worth the driver's time.
+        """
         tasks = list(map(Task, trials, candidates, races))
-        if isinstance(self._evaluator, Orders) and len(tasks) > 1:
+        if self._synchronous and isinstance(self._evaluator, Orders):
             for i, position in enumerate(self._evaluator.order(candidates).tolist()):
                 tasks[position].place = i / len(tasks)
         self._waiting.extend(tasks)
