@@ -221,7 +221,7 @@ def limit(some: Callable[[int], int], known: dict[str, Any]) -> list[dict[str, A
     if "messages" not in known:
         raise SystemExit("limit adds what messages cost: run the part messages before it")
     cases = [
-        (optimizer, workers, seconds, sigma, some(6 * workers))
+        (optimizer, workers, seconds, sigma, some(min(6 * workers, 30_000)))
         for optimizer, workers, seconds, sigma in (
             ("random", 1_000, 1.0, 0.1),
             ("level_switch", 1_000, 1.0, 0.1),
