@@ -279,6 +279,12 @@ def earlier(where: dict[str, Any]) -> dict[str, Any]:
     return {part: known[part] for part in PARTS if part in known} if same else {}
 
 
+def sustained(row: dict[str, Any]) -> float:
+    """Efficiency when what waits at the workers in the beginning is used up: no more than the driver can serve."""
+    served: float = row["seconds"] / (row["workers"] * row["ms_a_trial"] / 1000)
+    return min(row["efficiency"], served)
+
+
 def report(results: dict[str, Any]) -> tuple[str, bool]:
     """Markdown, and whether every target of what was measured is met."""
     parts, targets = [], {}
@@ -300,9 +306,9 @@ def report(results: dict[str, Any]) -> tuple[str, bool]:
             f"threads of Ray {1000 * found['process']:.2f} ms, which have another core."
         )
     if found := known.get("limit"):
-        first = [row["efficiency"] for row in found if (row["workers"], row["seconds"]) == (1_000, 1.0)]
+        first = [sustained(row) for row in found if (row["workers"], row["seconds"]) == (1_000, 1.0)]
         targets["efficiency above 90 % with 1,000 workers and 1 s"] = min(first) > 0.9
-        header = ("optimizer", "workers", "mean seconds", "sigma", "efficiency", "driver, ms a trial")
+        header = ("optimizer", "workers", "mean seconds", "sigma", "efficiency", "sustained", "driver, ms a trial")
         rows = [
             (
                 row["optimizer"],
@@ -310,6 +316,7 @@ def report(results: dict[str, Any]) -> tuple[str, bool]:
                 f"{row['seconds']:g}",
                 f"{row['sigma']:g}",
                 f"{row['efficiency']:.1%}",
+                f"{sustained(row):.1%}",
                 f"{row['ms_a_trial']:.2f}",
             )
             for row in found
