@@ -79,8 +79,10 @@ class Rivals:
         """What each of the candidates (n, d), asked for under these numbers, runs; None where there is no rival."""
         if self._promotion is not None:
             return self._ladders(self._promotion, trials, candidates, found)
+        if self._racing is None:
+            return [None] * len(trials)
         done = [trial for trial in found if trial.status == OK and trial.feasible]
-        if self._racing is None or not done:
+        if not done:
             return [None] * len(trials)
         problem, ids = self._study.problem, np.array([trial.id for trial in done])
         known = problem.costs(np.array([trial.candidate for trial in done], dtype=np.int64))

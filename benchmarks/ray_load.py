@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
-from autoprune.execution import RayExecutor
+from autoprune.execution import Finished, RayExecutor
 from autoprune.execution.ray_worker import Worker
 from autoprune.protocols import IntArray, Measurement
+from autoprune.racing import Race
+from benchmarks.sleepers import Sleepers
 
 WORKERS_A_PROCESS = 64
-
-
-class Sleepers:
-    """One process that stands for many workers, each of which does one thing after the other."""
-
-    def __init__(self, seed: int, median: float, sigma: float) -> None:
-        self._rng, self._median, self._sigma = np.random.default_rng(seed), median, sigma
-        self._turns: dict[int, asyncio.Lock] = {}
-        self._spans: list[tuple[float, float]] = []
-
-    async def where(self) -> tuple[str, str]:
-        return "asleep", ""
-
-    async def evaluate(self, worker: int, candidate: IntArray) -> Measurement:
-        async with self._turns.setdefault(worker, asyncio.Lock()):
-            began = time.time()
-            await asyncio.sleep(self._median * self._rng.lognormal(0.0, self._sigma))
-            self._spans.append((began, time.time()))
-        loss = np.array([float((candidate**2).sum())])
-        return Measurement(loss, loss, 0.0)
-
-    async def spans(self) -> list[tuple[float, float]]:
-        """Begin and end of every evaluation, Unix time."""
-        return self._spans
 
 
 class ManyWorkers:
@@ -68,7 +43,7 @@ class ManyWorkers:
     def _launch(self, worker: Worker) -> None:
         actor, number = self._actors[worker.number // WORKERS_A_PROCESS], worker.number
         worker.tasks, worker.place, worker.node = [], "", ""
-        send: Callable[[IntArray], Any] = lambda candidate: actor.evaluate.remote(number, candidate)  # noqa: E731
+        send: Callable[[IntArray, Race | None], Any] = lambda candidate, race: actor.evaluate.remote(number, candidate)  # noqa: E731
         worker.handle = SimpleNamespace(evaluate=SimpleNamespace(remote=send))
         worker.starting = actor.where.remote()
 
@@ -76,9 +51,13 @@ class ManyWorkers:
         self._ray.get([actor.where.remote() for actor in self._actors])
         self.inner.start(*args)
 
-    def submit(self, trials: list[int], candidates: IntArray) -> None:
-        self.inner.submit(trials, candidates)
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
+        self.inner.submit(trials, candidates, races)
         self.submitted.append(time.time())
+
+    def gather(self) -> list[Finished]:
+        finished = self.inner.gather()
+        return [each._replace(outcome=Measurement(each.outcome, each.outcome, 0.0)) for each in finished]  # type: ignore[arg-type]
 
     def stop(self) -> None:
         for spans in self._ray.get([actor.spans.remote() for actor in self._actors]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import autoprune
 from autoprune.evaluators import Context, Evaluator
 from autoprune.execution import Finished
 from autoprune.protocols import FloatArray, IntArray, Measurement
+from autoprune.racing import Race
 
 WIDTH = 16
 
@@ -106,7 +107,7 @@ class SimulatedWorkers:
             return 0 if self._running else self._generation
         return self._slots - len(self._running)
 
-    def submit(self, trials: list[int], candidates: IntArray) -> None:
+    def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Race | None]) -> None:
         self._advance(len(trials))
         for trial, candidate in zip(trials, candidates, strict=True):
             worker = int(self._tasks.argmin())

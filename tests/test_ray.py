@@ -13,8 +13,10 @@ import torch
 import autoprune
 from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import RayExecutor
+from autoprune.execution.ray_worker import Worker
 from autoprune.journal import Journal
 from autoprune.protocols import FAILED, OK
+from tests.object_stores import object_stores
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.ray
@@ -240,6 +242,53 @@ def test_a_driver_holds_no_more_tasks_than_its_workers_have_slots(two_workers):
     assert max(held) == 4
 
 
+class InOrder(AdaptiveBN):
+    """Wants candidates by their first option."""
+
+    def order(self, candidates):
+        return np.argsort(candidates[:, 0])
+
+
+class Handle:
+    """Stands in for an actor, and notes the first options of what it is sent."""
+
+    def __init__(self):
+        self.sent, self.evaluate = [], self
+
+    def remote(self, candidate, race):
+        self.sent.append(int(candidate[0]))
+
+
+class TestRelatedCandidates:
+    """Eight candidates in no order, for two workers with room for two each."""
+
+    @pytest.fixture
+    def executor(self):
+        executor = RayExecutor(workers=2, synchronous=True)
+        executor._evaluator = InOrder()
+        executor._workers = [Worker(i, Handle()) for i in range(2)]
+        executor.submit(list(range(8)), np.array([3, 6, 0, 5, 7, 2, 4, 1])[:, None], [None] * 8)
+        return executor
+
+    @staticmethod
+    def answer(executor, worker):
+        del executor._workers[worker].tasks[0]
+        executor._dispatch()
+
+    def test_each_worker_gets_those_that_share_most(self, executor):
+        for _ in range(2):
+            for worker in range(2):
+                self.answer(executor, worker)
+        assert [worker.handle.sent for worker in executor._workers] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+    def test_nobody_waits_for_a_slow_worker(self, executor):
+        for _ in range(4):
+            self.answer(executor, 0)
+        quick, slow = (worker.handle.sent for worker in executor._workers)
+        assert (len(quick), len(slow)) == (6, 2)
+        assert sorted(quick + slow) == list(range(8))
+
+
 class Unpreparable(AdaptiveBN):
     def __init__(self):
         super().__init__()
@@ -286,6 +335,34 @@ class TestOtherRays:
 
     def test_a_ray_of_its_own_is_shut_down(self, ray):
         assert_whole(search(4, executor=RayExecutor(workers=1)), 4)
+
+    def test_model_and_data_are_stored_once_a_node_however_many_tasks(self, ray):
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        cluster.add_node(num_cpus=2)
+        executor = RayExecutor(address=cluster.address)
+        start, gather, seen, x = executor.start, executor.gather, [], torch.randn(3_000, 64)
+
+        def start_all(*args):
+            start(*args)
+            while any(worker.starting is not None for worker in executor._workers):
+                executor._step()
+
+        def watched():
+            finished = gather()
+            seen.append(object_stores(ray))
+            return finished
+
+        executor.start, executor.gather = start_all, watched
+        try:
+            assert_whole(search(60, (x, x[:, :10].argmax(1)), executor=executor), 60)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+        ((objects, size),) = {store for stores in seen for store in stores}
+        assert objects == 1
+        assert size > 64 * 4 * 2_560, "the samples are in it"
 
     def test_nodes_that_leave_and_join_change_only_the_speed(self, ray, tmp_path):
         from ray.cluster_utils import Cluster

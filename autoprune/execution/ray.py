@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Any, final
 
-from autoprune.evaluators import Context, Evaluator
+from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.execution.local import GENERATION, Finished, Outcome
 from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
 from autoprune.protocols import Failure, IntArray
@@ -24,6 +25,7 @@ _POLL_SECONDS = 1.0  # how soon a hanging worker is noticed
 _LOOK_SECONDS = 5.0  # between looks at what nodes there are
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _STRIKES = 2  # workers that a candidate may take down before it counts as failed
+_CONSIDERED = 64  # candidates waiting that a worker's next one is chosen from
 
 
 @final
@@ -97,6 +99,7 @@ class RayExecutor:
     def _forget(self) -> None:
         self._ray: Any = None
         self._connected = False
+        self._evaluator: Evaluator | None = None
         self._shipped: Any = None
         self._started = 0
         self._looked = 0.0
@@ -128,6 +131,7 @@ class RayExecutor:
                 f"gpus_per_worker={self._gpus:g}, but there is room for {room} on the nodes of Ray "
                 f"({self._resources()}); ask for fewer or smaller ones"
             )
+        self._evaluator = evaluator
         self._shipped = ray.put((fresh, context_on(replace(context, subsets=context.subsets.to_send()), "cpu")))
         self._add_workers(self._wanted or room)
 
@@ -138,8 +142,15 @@ class RayExecutor:
         return max(len(self._workers) * (1 + self._ahead) - len(self._unreleased), 0)
 
     def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Contest | None]) -> None:
-        """Queue candidates."""
-        self._waiting.extend(map(Task, trials, candidates, races))
+        """Queue candidates; a generation with their places in the order in which they share most, if there is one.
+
+        Of other candidates hardly any wait, so that there is no choice that would be worth the driver's time.
+        """
+        tasks = list(map(Task, trials, candidates, races))
+        if self._synchronous and isinstance(self._evaluator, Orders):
+            for i, position in enumerate(self._evaluator.order(candidates).tolist()):
+                tasks[position].place = i / len(tasks)
+        self._waiting.extend(tasks)
         self._unreleased.extend(trials)
         self._dispatch()
 
@@ -182,8 +193,8 @@ class RayExecutor:
         refs = [ref for worker in self._workers for ref in worker.refs()]
         if not refs:
             raise RuntimeError("no worker is left to evaluate candidates; the log says why each of them was given up")
-        self._ray.wait(refs, timeout=_POLL_SECONDS)
-        ready = set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        there, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)  # asking for many takes milliseconds
+        ready = set(there or self._ray.wait(refs, timeout=_POLL_SECONDS)[0])
         for worker in list(self._workers):
             if worker.starting is not None:
                 self._welcome(worker, ready)
@@ -250,7 +261,10 @@ class RayExecutor:
         return "node has died" not in str(error) and (not worker.node or worker.node in alive)
 
     def _dispatch(self) -> None:
-        """Send what waits to the workers with the least to do; what has a strike alone, to be sure who dies of it."""
+        """Send what waits to the workers with the least to do, to each what shares most with what it was sent last.
+
+        What has a strike goes first and alone, to be sure who dies of it.
+        """
         if not self._waiting:
             return
         free = [
@@ -260,19 +274,28 @@ class RayExecutor:
         ]
         heapify(free)
         while self._waiting and free:
-            task, (held, i, worker) = self._waiting[0], free[0]
+            held, i, worker = free[0]
+            task = self._next(worker)
             if held and task.strikes:
                 return
             heappop(free)
             if not held:
                 worker.since = time.monotonic()
             task.ref = worker.handle.evaluate.remote(task.candidate, task.race)
-            worker.tasks.append(self._waiting.popleft())
+            self._waiting.remove(task)
+            worker.tasks.append(task)
+            worker.at = task.place
             if held < self._ahead and not task.strikes:
                 heappush(free, (held + 1, i, worker))
 
+    def _next(self, worker: Worker) -> Task:
+        """The next in order after what the worker was sent last; each begins with a part of its own."""
+        at = worker.number % len(self._workers) / len(self._workers) if worker.at is None else worker.at
+        near = islice(self._waiting, _CONSIDERED)
+        return min(near, key=lambda task: (not task.strikes, (task.place - at) % 1))
+
     def _launch(self, worker: Worker) -> None:
-        worker.tasks, worker.place, worker.node = [], "", ""
+        worker.tasks, worker.place, worker.node, worker.at = [], "", "", None
         actor = self._ray.remote(Actor).options(
             num_cpus=self._cpus,
             num_gpus=self._gpus,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autoprune.evaluators import Context, Evaluator
+from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.execution.local import Outcome, evaluate_one
 from autoprune.protocols import IntArray
 from autoprune.racing import Contest
@@ -41,6 +41,8 @@ class Actor:
 
     def evaluate(self, candidate: IntArray, race: Contest | None) -> Outcome:
         """Score one candidate, shape (d,), which may lose its race before it has seen all samples."""
+        if isinstance(self._evaluator, Orders):
+            self._evaluator.order(candidate[None])  # it takes note of what comes again and is worth keeping
         return evaluate_one(self._evaluator, candidate, race)
 
 
@@ -57,12 +59,14 @@ class Task:
 
     Attributes:
         race: What it has to stand up to, if anything.
+        place: Where it comes among those submitted with it if neighbours shall share most, in [0, 1).
         strikes: How many workers died or hung while they evaluated it.
     """
 
     trial: int
     candidate: IntArray
     race: Contest | None
+    place: float = 0.0
     strikes: int = 0
     ref: Any = None
 
@@ -78,6 +82,7 @@ class Worker:
         since: When that one began, by the monotonic clock.
         place: Host and process; empty until known.
         node: Id of its node; empty until known.
+        at: The place of what it was sent last; None before that.
         lost_starts: How often in a row it died before it was ready.
     """
 
@@ -88,6 +93,7 @@ class Worker:
     since: float = 0.0
     place: str = ""
     node: str = ""
+    at: float | None = None
     lost_starts: int = 0
 
     @property

@@ -17,6 +17,7 @@ THRESHOLD = 0.4
 _FEWEST = 16
 _MOST = 300  # more would take longer to learn from than they save
 _FOLDS = 4
+_PAIRS = 2**20  # compared at once: what fits the cache
 _CLIP = 10.0  # interquartile ranges: one collapsed network must not bend the model for all others
 
 
@@ -179,5 +180,16 @@ def _least_dominated(objectives: FloatArray, n: int) -> IntArray:
     """Positions of the `n` rows that the fewest others dominate, in their order."""
     if len(objectives) <= n:
         return np.arange(len(objectives))
-    dominating = np.array([(objectives <= row).all(axis=1).sum() for row in objectives])
+    dominating = np.concatenate(
+        [_count_dominating(objectives, part) for part in np.array_split(objectives, 1 + len(objectives) ** 2 // _PAIRS)]
+    )
     return np.sort(np.argsort(dominating, kind="stable")[:n])
+
+
+def _count_dominating(objectives: FloatArray, rows: FloatArray) -> IntArray:
+    """How many of the objectives (n, m) are no worse than each row (k, m) in all, shape (k,)."""
+    no_worse = np.ones((len(rows), len(objectives)), dtype=np.bool_)
+    for column, values in zip(objectives.T, rows.T, strict=True):
+        no_worse &= column <= values[:, None]
+    count: IntArray = no_worse.sum(axis=1)
+    return count

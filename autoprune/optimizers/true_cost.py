@@ -12,7 +12,7 @@ from autoprune.optimizers.multiple_choice import Objective
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import FloatArray, IntArray
 
-_ENTRIES_AT_ONCE = 2**22  # bounds the memory of one cost call to tens of megabytes
+_ENTRIES_AT_ONCE = 2**18  # of one cost call: bounds its memory to a few megabytes, which also stay in the cache
 _FEWEST_GAIN = 1e-12  # relative to the largest loss: less is rounding
 _EXCHANGES = 64  # pairs of each candidate that are priced under the true cost, the most promising first
 _PARTNERS = 128  # raises and lowerings of each candidate that pairs are made of
