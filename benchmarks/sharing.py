@@ -30,7 +30,7 @@ from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.evaluators.sharing import SHARE_BYTES
 from autoprune.execution.local import GENERATION
 from autoprune.optimizers.level_switch import LevelSwitch
-from autoprune.protocols import IntArray, Measurement
+from autoprune.protocols import OK, IntArray, Measurement
 from autoprune.records import evaluations_of
 from autoprune.statistics import statistics_of
 from autoprune.study import Study, prepare
@@ -111,7 +111,7 @@ def level_switch(study: Study, seed: int, n: int, niches: int) -> Iterator[IntAr
         candidates = optimizer.ask(GENERATION)
         outcomes = yield candidates
         stats = [statistics_of(outcome) for outcome in outcomes]
-        optimizer.tell(evaluations_of(study, candidates, stats, [""] * len(outcomes)))
+        optimizer.tell(evaluations_of(study, candidates, stats, [OK] * len(outcomes), [""] * len(outcomes)))
 
 
 STREAMS: dict[str, Callable[[Study, int, int], Iterator[IntArray]]] = {
