@@ -15,7 +15,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ STORED = RESULTS / "sharing.json"
 DEFAULT_SAMPLES = 512 + 1024  # calibration and validation samples of a search
 
 Evaluator = AdaptiveBN | Compensated
+Stream = Generator[IntArray, list[Measurement], None]
 EVALUATORS: dict[str, type[Evaluator]] = {"AdaptiveBN": AdaptiveBN, "Compensated": Compensated}
 
 
@@ -94,7 +96,7 @@ def make_study(samples: int, evaluator: Evaluator) -> Study:
     )
 
 
-def scan(study: Study, seed: int, n: int) -> Iterator[IntArray]:
+def scan(study: Study, seed: int, n: int) -> Stream:
     """Single changes of the dense model, dimension and option drawn uniformly."""
     rng, sizes = np.random.default_rng(seed), study.problem.sizes
     for _ in range(n // GENERATION):
@@ -104,7 +106,7 @@ def scan(study: Study, seed: int, n: int) -> Iterator[IntArray]:
         yield probes
 
 
-def level_switch(study: Study, seed: int, n: int, niches: int) -> Iterator[IntArray]:
+def level_switch(study: Study, seed: int, n: int, niches: int) -> Stream:
     """What the optimizer asks for; the caller sends back what was measured."""
     optimizer = LevelSwitch(study.problem, seed, niches=niches)
     for _ in range(n // GENERATION):
@@ -114,41 +116,36 @@ def level_switch(study: Study, seed: int, n: int, niches: int) -> Iterator[IntAr
         optimizer.tell(evaluations_of(study, candidates, stats, [OK] * len(outcomes), [""] * len(outcomes)))
 
 
-STREAMS: dict[str, Callable[[Study, int, int], Iterator[IntArray]]] = {
+STREAMS: dict[str, Callable[[Study, int, int], Stream]] = {
     "sensitivity scan": scan,
     "level_switch, one budget": partial(level_switch, niches=1),
     "level_switch, 16 budgets": partial(level_switch, niches=16),
 }
 
 
-def generations(study: Study, name: str, seed: int, n: int) -> list[IntArray]:
-    """A stream, scored without sharing where it depends on scores."""
-    stream, found = STREAMS[name](study, seed, n), []
-    try:
-        candidates = next(stream)
-        while True:
-            found.append(candidates)
-            candidates = stream.send(study.evaluator.evaluate(candidates) if "level" in name else None)
-    except StopIteration:
-        return found
+def replay(stream: list[IntArray]) -> Generator[IntArray, list[Measurement], None]:
+    """The same candidates again, whatever they score."""
+    yield from stream
 
 
-def run(study: Study, evaluator: Evaluator, stream: list[IntArray], count: bool) -> dict[str, Any]:
-    """Score a stream: multiply-accumulates if they are to be counted, else seconds, and the scores."""
+def run(study: Study, evaluator: Evaluator, stream: Stream, count: bool) -> dict[str, Any]:
+    """Score a stream: its candidates and scores, multiply-accumulates if they are to be counted, and seconds."""
     evaluator.prepare(study.context)
     outcomes: list[Measurement] = []
+    seen: list[IntArray] = []
     counter = FlopCounterMode(display=False)
     wall, cpu = time.perf_counter(), time.process_time()
-    if count:
-        counter.__enter__()
-    for candidates in stream:
-        order = evaluator.order(candidates)
-        found = evaluator.evaluate(candidates[order])
-        outcomes += [found[i] for i in np.argsort(order)]
-    if count:
-        counter.__exit__(None, None, None)
+    with counter if count else nullcontext(), suppress(StopIteration):
+        candidates = next(stream)
+        while True:
+            order = evaluator.order(candidates)
+            found = evaluator.evaluate(candidates[order])
+            outcomes += [found[i] for i in np.argsort(order)]
+            seen.append(candidates)
+            candidates = stream.send(outcomes[-len(candidates) :])
     sharing = evaluator._adapted._sharing
     return {
+        "stream": seen,
         "macs": counter.get_total_flops() // 2,
         "wall_s": time.perf_counter() - wall,
         "cpu_s": time.process_time() - cpu,
@@ -163,11 +160,12 @@ def compare(
 ) -> dict[str, Any]:
     """One stream with and without: counted first, timed afterwards if that is wanted."""
     study = make_study(samples, kind(share_bytes=0))
-    stream = generations(study, name, seed, n)
-    rows = {}
-    for count in (True, False) if timed else (True,):
+    rows = {("naive", True): run(study, kind(share_bytes=0), STREAMS[name](study, seed, n), True)}
+    stream = rows["naive", True]["stream"]
+    rows["shared", True] = run(study, kind(share_bytes=share_bytes), replay(stream), True)
+    if timed:
         for label, memory in (("naive", 0), ("shared", share_bytes)):
-            rows[label, count] = run(study, kind(share_bytes=memory), stream, count)
+            rows[label, False] = run(study, kind(share_bytes=memory), replay(stream), False)
     equal = all(
         np.array_equal(a, b)
         for row in rows.values()
@@ -213,7 +211,7 @@ def report(rows: list[dict[str, Any]], n: int, samples: int, limit: float) -> st
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, default=12, help="calibration (a third) and validation samples")
-    parser.add_argument("--candidates", type=int, default=200)
+    parser.add_argument("--candidates", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--timed", type=int, default=1, help="seeds that run once more, to be timed")
     parser.add_argument("--gib", type=float, default=SHARE_BYTES / 2**30, help="memory limit at 1,536 samples")
