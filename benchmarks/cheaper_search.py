@@ -54,10 +54,16 @@ class Counting:
 def search(case: Trained, seed: int, trials: int, optimizer: str, evaluator: Evaluator, racing: bool) -> SearchResult:
     """A search at half of the FLOPs."""
     data = autoprune.Data(calibration=case.data["train"], validation=case.data["validation"], test=case.data["test"])
-    options: dict[str, Any] = {"trials": trials, "seed": seed, "progress": False}
-    budget = f"flops <= {BUDGET:.0%}"
     return autoprune.search(
-        case.model, budget, data, evaluator=evaluator, optimizer=optimizer, racing=racing, **options
+        case.model,
+        f"flops <= {BUDGET:.0%}",
+        data,
+        evaluator=evaluator,
+        optimizer=optimizer,
+        racing=racing,
+        trials=trials,
+        seed=seed,
+        progress=False,
     )
 
 
