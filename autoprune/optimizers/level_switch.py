@@ -13,7 +13,7 @@ from autoprune.optimizers.random import draw, fill_up, move_to_costs
 from autoprune.protocols import Evaluations, FloatArray, IntArray
 
 _START = 12  # candidates known before evolution starts, random ones where there are fewer seeds
-_EXCHANGE = 0.2  # of the parents come from any niche; what is shifted as a whole shares little with what was scored
+_EXCHANGE = 0.7  # of the parents come from any niche: what is good for one budget mostly is for its neighbours
 _MOST_SWITCHES = 3
 _STEP = 0.25  # mean step, as a share of a dimension's options: a few hundred trials have no time for small steps
 
