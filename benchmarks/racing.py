@@ -2,12 +2,13 @@
 
 A seed draws the samples of the search, their order, and what the optimizer does. Every search runs twice, with all
 samples for every candidate and with racing; afterwards each candidate that was dropped is scored on all samples, to see
-whether it was dropped rightly.
+whether it was dropped rightly. Pairs are kept, and those that are there for the same settings are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,9 +21,10 @@ import autoprune
 from autoprune.optimizers import Problem
 from autoprune.protocols import RACED, Evaluations, IntArray
 from autoprune.result import SearchResult
-from benchmarks.common import environment, table, write
+from benchmarks.common import RESULTS, environment, table, write
 from benchmarks.trained import Trained, trained
 
+STORED = RESULTS / "racing.json"
 BUDGETS = (50, 45, 40, 35, 30)
 """Per cent of the FLOPs; the search has the first, and the best candidates within each are compared."""
 OPTIMIZERS = ("random", "nsga2", "level_switch", "auto")
@@ -81,10 +83,10 @@ def search(case: Trained, seed: int, trials: int, **options: Any) -> tuple[Searc
     return result, time.process_time() - began
 
 
-def pair(case: Trained, optimizer: str, seed: int, trials: int) -> Pair:
+def pair(case: Trained, optimizer: str, seed: int, trials: int, evaluator: str) -> Pair:
     """Search without and with racing, and check what was dropped."""
     (full, full_cpu), (raced, raced_cpu) = (
-        search(case, seed, trials, optimizer=optimizer, racing=racing) for racing in (False, True)
+        search(case, seed, trials, optimizer=optimizer, evaluator=evaluator, racing=racing) for racing in (False, True)
     )
     lost = [trial for trial in raced.trials if trial.status == RACED]
     samples = np.array([trial.evaluations[-1].samples for trial in raced.trials])
@@ -96,7 +98,7 @@ def pair(case: Trained, optimizer: str, seed: int, trials: int) -> Pair:
         validation=tuple(chosen(raced, budget) - chosen(full, budget) for budget in BUDGETS),
         test=float(raced.best().test_score or 0) - float(full.best().test_score or 0),
         dropped=len(lost),
-        wrong=wrongly_dropped(case, seed, raced) if lost else 0,
+        wrong=wrongly_dropped(case, seed, raced, evaluator) if lost else 0,
         validation_share=float(samples.mean() / samples.max()),
         share=float((samples.mean() + calibration) / (samples.max() + calibration)),
         cpu=raced_cpu / full_cpu,
@@ -111,7 +113,7 @@ def chosen(result: SearchResult, budget: int) -> float:
         return float("nan")
 
 
-def wrongly_dropped(case: Trained, seed: int, raced: SearchResult) -> int:
+def wrongly_dropped(case: Trained, seed: int, raced: SearchResult, evaluator: str) -> int:
     """Score what was dropped on all samples, and compare with the trials that it lost against."""
     lost = [trial for trial in raced.trials if trial.status == RACED]
     candidates = np.array([trial.candidate for trial in lost], dtype=np.int64)
@@ -119,7 +121,7 @@ def wrongly_dropped(case: Trained, seed: int, raced: SearchResult) -> int:
     def listed(problem: Problem, seed: int) -> Listed:
         return Listed(candidates)
 
-    full, _ = search(case, seed, len(lost), optimizer=listed)
+    full, _ = search(case, seed, len(lost), optimizer=listed, evaluator=evaluator)
     signal = {trial.id: trial.signal for trial in raced.trials}
     rivals = [signal[int(trial.reason.split()[3])] for trial in lost]
     return sum(trial.signal <= rival for trial, rival in zip(full.trials, rivals, strict=True))
@@ -159,27 +161,40 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=120)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--network", default="resnet20")
+    parser.add_argument("--evaluator", default="adaptive_bn", choices=("adaptive_bn", "compensated"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     command = (
         f"python -m benchmarks.racing --seeds {arguments.seeds} --trials {arguments.trials} "
-        f"--network {arguments.network} --optimizers {' '.join(arguments.optimizers)}"
+        f"--network {arguments.network} --evaluator {arguments.evaluator} --optimizers {' '.join(arguments.optimizers)}"
     )
-    results: dict[str, Any] = {"environment": environment(command)}
+    settings = {"trials": arguments.trials, "network": arguments.network, "evaluator": arguments.evaluator}
+    results: dict[str, Any] = {"environment": environment(command), "settings": settings}
     case = trained(arguments.network, 0)
-    pairs = [
-        pair(case, optimizer, seed, arguments.trials)
-        for seed in range(arguments.seeds)
-        for optimizer in arguments.optimizers
-    ]
-    results["pairs"] = [asdict(p) for p in pairs]
+    pairs = stored(settings)
+    for seed in range(arguments.seeds):
+        for optimizer in arguments.optimizers:
+            if not any((p.optimizer, p.seed) == (optimizer, seed) for p in pairs):
+                pairs.append(pair(case, optimizer, seed, arguments.trials, arguments.evaluator))
+                results["pairs"] = [asdict(p) for p in pairs]
+                write("racing", "Racing", results, text_of(case, pairs, arguments.trials, arguments.evaluator))
+
+
+def stored(settings: dict[str, Any]) -> list[Pair]:
+    """The pairs of earlier runs with the same settings."""
+    found = json.loads(STORED.read_text()) if STORED.exists() else {}
+    rows = found["pairs"] if found.get("settings") == settings else []
+    return [Pair(**row | {"validation": tuple(row["validation"])}) for row in rows]
+
+
+def text_of(case: Trained, pairs: Iterable[Pair], trials: int, evaluator: str) -> str:
+    """What the report says."""
     budgets = ", ".join(map(str, BUDGETS))
-    text = (
-        f"{case.name}, {arguments.trials} trials at {BUDGETS[0]} % of the FLOPs, delta 0.05. Differences are raced "
+    return (
+        f"{case.name}, {evaluator}, {trials} trials at {BUDGETS[0]} % of the FLOPs, delta 0.05. Differences are raced "
         f"less full, in points of accuracy, of the best candidates within {budgets} % of the FLOPs.\n\n"
         f"{report(pairs)}"
     )
-    write("racing", "Racing", results, text)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ that a mistake raises instead of scoring wrongly.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,13 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from autoprune.batches import Batch, batch_size, slice_batch
-from autoprune.evaluators.cuts import Cut, Flow, NothingToShareError, choose_cuts, flow_of
+from autoprune.evaluators.cuts import Cut, NothingToShareError, choose_cuts, flow_of
+from autoprune.evaluators.digests import WHOLE, Mark, digests_of, first_operations, marks_of
 from autoprune.evaluators.memory import is_out_of_memory
 from autoprune.evaluators.protocol import Context
-from autoprune.protocols import Failure, IntArray, Measurement
+from autoprune.evaluators.store import Kept, Key, State, Store, copied, nbytes, placeholder, tensors, versions
+from autoprune.protocols import Failure, Measurement
 from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, owners
 
@@ -34,17 +35,11 @@ log = logging.getLogger(__name__)
 SHARE_BYTES = 2**30
 """Most memory for shared outputs, by default."""
 
-_REMEMBERED = 4096  # digests whose number of uses is remembered
-_NEVER = np.iinfo(np.int64).max - 1
 _CALIBRATED = 16  # candidates whose calibration is remembered, so that further chunks of data need none
 _FEW = 2  # samples of a rehearsal
 REHEARSAL = "rehearsal"
-WHOLE = ""  # the name of the whole model
 PARTS = ("calibration", "validation")
 Outcome = Measurement | Failure
-Key = tuple[str, bytes, str]
-Mark = tuple[int, str, bool]
-State = dict[tuple[str, str], Tensor]
 
 
 def checked_bytes(share_bytes: int) -> int:
@@ -56,80 +51,6 @@ def checked_bytes(share_bytes: int) -> int:
     if share_bytes < 0:
         raise ValueError(f"share_bytes must be at least 0, which shares nothing, got {share_bytes}")
     return share_bytes
-
-
-@dataclass
-class Kept:
-    """What is kept of one cut and one digest, for the batches of one part of the data.
-
-    Attributes:
-        room: Memory set aside for the outputs, in bytes.
-        nbytes: Memory that they take.
-        outputs: Of the module, by index of the batch.
-        versions: How often each tensor of these had been written to, by index of the batch.
-        shapes: What the skipped modules return, on the meta device, by index of the batch.
-        state: Tensors that calibration gave to the modules that are hidden; None until it is through.
-    """
-
-    room: int
-    nbytes: int = 0
-    outputs: dict[int, Any] = field(default_factory=dict)
-    versions: dict[int, list[int]] = field(default_factory=dict)
-    shapes: dict[int, dict[str, Any]] = field(default_factory=dict)
-    state: State | None = None
-
-
-class Store:
-    """Outputs within a limit on memory; the least recently used go first.
-
-    As long as there is room, everything is taken. Then only what was asked for before, or by several candidates that
-    were announced together: most outputs belong to one candidate and are never asked for again.
-
-    Args:
-        limit: In bytes.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self.kept: OrderedDict[Key, Kept] = OrderedDict()
-        self._asked: OrderedDict[tuple[str, bytes], int] = OrderedDict()
-        self.used = 0
-        self.peak = 0
-
-    def find(self, key: Key) -> Kept | None:
-        """What is kept, now the most recently used."""
-        if key in self.kept:
-            self.kept.move_to_end(key)
-        return self.kept.get(key)
-
-    def ask(self, name: str, digest: bytes) -> None:
-        """Take note that a candidate could use the output of a module."""
-        self._asked[name, digest] = self._asked.pop((name, digest), 0) + 1
-        if len(self._asked) > _REMEMBERED:
-            self._asked.popitem(last=False)
-
-    def admit(self, key: Key, nbytes: int, guarded: Set[Key]) -> Kept | None:
-        """Set memory aside, at the cost of what was used least recently and is not `guarded`; None without room."""
-        wanted = self._asked.get(key[:2], 0) > 1
-        while self.used + nbytes > self._limit:
-            oldest = next((other for other in self.kept if other not in guarded), None)
-            if not wanted or oldest is None or nbytes > self._limit:
-                return None
-            self.drop(oldest)
-        self.kept[key] = Kept(nbytes)
-        self.used += nbytes
-        self.peak = max(self.peak, self.used)
-        return self.kept[key]
-
-    def drop(self, key: Key) -> None:
-        """Forget one entry, if it is there."""
-        if key in self.kept:
-            self.used -= self.kept.pop(key).room
-
-    def clear(self) -> None:
-        """Forget all outputs."""
-        self.kept.clear()
-        self.used = 0
 
 
 @dataclass
@@ -213,7 +134,7 @@ class Sharing:
 
     def order(self, edits: Sequence[Edit]) -> list[int]:
         """The order in which candidates share most with the one before, as positions; takes note of what they share."""
-        digests = [self._digests(edit) for edit in edits]
+        digests = [digests_of(edit, self._marks, self.cuts) for edit in edits]
         for each in digests:
             for cut in self.cuts:
                 self.store.ask(cut.name, each[cut.name])
@@ -245,7 +166,7 @@ class Sharing:
     def begin(self, edit: Edit) -> None:
         """Say which candidate the skeleton is now."""
         if self._active:
-            digests = self._digests(edit)
+            digests = digests_of(edit, self._marks, self.cuts)
             self._now = _Candidate(digests, self._calibrated.get(digests[WHOLE]))
 
     def settle(self) -> None:
@@ -326,11 +247,11 @@ class Sharing:
             if context.structure.device != "meta":
                 raise NothingToShareError("the forward pass needs real values")
             flow = flow_of(context.model, [*subsets.calibration, *subsets.validation], context.forward)
-            firsts = _firsts(context, flow)
+            firsts = first_operations(context, flow)
         except Exception as error:  # a fault of the model shows again when a candidate is scored
             log.info("candidates share no computation: %s", error)
             return (), []
-        return choose_cuts(flow, firsts, sum(self._samples.values()), memory_bytes), _marks(context, flow)
+        return choose_cuts(flow, firsts, sum(self._samples.values()), memory_bytes), marks_of(context, flow)
 
     @torch.no_grad()
     def _rehearse(self) -> None:
@@ -338,10 +259,10 @@ class Sharing:
         batch = slice_batch(self._context.subsets.validation[0], 0, _FEW)
         whole = _Pass(REHEARSAL, 0, 0, None, None, {})
         try:
-            expected = _tensors(self._run(whole, batch))
+            expected = tensors(self._run(whole, batch))
             for cut in self.cuts:
                 kept = whole.rehearsed[cut.name]
-                found = _tensors(self._run(_Pass(REHEARSAL, 0, 0, cut, kept, dict(kept.shapes[0])), batch))
+                found = tensors(self._run(_Pass(REHEARSAL, 0, 0, cut, kept, dict(kept.shapes[0])), batch))
                 if len(found) != len(expected) or not all(map(torch.equal, found, expected)):
                     return self._stop(f"outputs differ when the model resumes behind {cut.name}")
         except Exception as error:  # the model cannot be resumed, whatever the reason
@@ -360,18 +281,6 @@ class Sharing:
             if run.cut is not None:
                 raise RuntimeError("modules are not called in the way that was traced")
         return outputs
-
-    def _digests(self, edit: Edit) -> dict[str, bytes]:
-        """For each cut a digest of what the candidate reads up to there, and one of all that it is."""
-        digests, digest, ends = {}, hashlib.blake2b(digest_size=16), [(cut.name, cut.end) for cut in self.cuts]
-        marks = iter(self._marks)
-        mark = next(marks, None)
-        for cut, end in (*ends, (WHOLE, _NEVER + 1)):
-            while mark is not None and mark[0] < end:
-                _describe(edit, mark[1], mark[2], digest.update)
-                mark = next(marks, None)
-            digests[cut] = digest.digest()
-        return digests
 
     def _find(self, now: _Candidate, part: str, index: int | None) -> tuple[Cut, Kept] | None:
         """The last cut whose output is at hand: for one batch, or for a whole calibration."""
@@ -399,18 +308,18 @@ class Sharing:
                 return run.shapes[name]
         outputs = call(*args, **kwargs)
         if name in self._skippable:
-            run.shapes[name] = tree_map(_shape, outputs)
+            run.shapes[name] = tree_map(placeholder, outputs)
         if name in self._by_name:
             self._keep(run, self._by_name[name], outputs)
         return outputs
 
     def _serve(self, run: _Pass, cut: Cut, kept: Kept) -> Any:
         outputs = kept.outputs[run.index]
-        if _versions(outputs) != kept.versions[run.index]:
+        if versions(outputs) != kept.versions[run.index]:
             self._stop(f"the outputs of {cut.name} were written to")
             raise RuntimeError(f"the outputs of {cut.name} were written to")
-        run.shapes[cut.name] = tree_map(_shape, outputs)
-        return tree_map(_copy, outputs) if cut.overwritten else outputs
+        run.shapes[cut.name] = tree_map(placeholder, outputs)
+        return tree_map(copied, outputs) if cut.overwritten else outputs
 
     def _keep(self, run: _Pass, cut: Cut, outputs: Any) -> None:
         """Keep the output of a cut, if there is room."""
@@ -423,22 +332,22 @@ class Sharing:
         key = (cut.name, now.digests[cut.name], run.part)
         if key in now.refused or any(name not in run.shapes for name in cut.skipped):
             return
-        nbytes, kept = _nbytes(outputs), self.store.find(key)
+        size, kept = nbytes(outputs), self.store.find(key)
         if kept is None:
-            room = -(-nbytes * self._samples[run.part] // run.samples)
+            room = -(-size * self._samples[run.part] // run.samples)
             kept = self.store.admit(key, room, now.touched)
-        if kept is None or kept.nbytes + nbytes > kept.room or any(t.requires_grad for t in _tensors(outputs)):
+        if kept is None or kept.nbytes + size > kept.room or any(t.requires_grad for t in tensors(outputs)):
             self.store.drop(key)
             now.refused.add(key)
             return
         now.touched.add(key)
         if run.index not in kept.outputs:
-            kept.nbytes += nbytes
+            kept.nbytes += size
             self._fill(run, cut, kept, outputs)
 
     def _fill(self, run: _Pass, cut: Cut, kept: Kept, outputs: Any) -> None:
-        kept.outputs[run.index] = outputs = tree_map(_copy, outputs) if cut.overwritten else outputs
-        kept.versions[run.index] = _versions(outputs)
+        kept.outputs[run.index] = outputs = tree_map(copied, outputs) if cut.overwritten else outputs
+        kept.versions[run.index] = versions(outputs)
         kept.shapes[run.index] = {name: run.shapes[name] for name in cut.skipped}
 
     def _stop(self, reason: str) -> None:
@@ -450,66 +359,8 @@ class Sharing:
         self.store.clear()
 
 
-def _firsts(context: Context, flow: Flow) -> IntArray:
-    """The first operation that each dimension changes, shape (d,)."""
-    sizes = context.space.sizes
-    candidates = np.vstack([np.zeros_like(sizes), np.diag(sizes - 1)])
-    dense, *changed = (context.structure.edit(context.space.pruning(c)) for c in candidates.tolist())
-    firsts = []
-    for edit in changed:
-        places = [flow.reads.get(name, _NEVER) for name in {*edit.slices, *edit.zeroed}]
-        for name, values in edit.attributes.items():
-            if values != dense.attributes.get(name):
-                places.append(flow.enters.get(name, 0))
-        firsts.append(min(places, default=_NEVER))
-    return np.array(firsts, dtype=np.int64)
-
-
-def _marks(context: Context, flow: Flow) -> list[Mark]:
-    """When what candidates may change matters first: operation, name, and whether it is a tensor or a module."""
-    structure = context.structure
-    tensors = ((flow.reads.get(name, _NEVER), name, True) for name in {*structure.units_of, *structure.weights})
-    modules = ((flow.enters.get(name, -1), name, False) for name in {each.module for each in structure.attributes})
-    return sorted([*tensors, *modules])
-
-
-def _describe(edit: Edit, name: str, tensor: bool, write: Callable[[bytes], None]) -> None:
-    """Write down what an edit does to a tensor or a module."""
-    if not tensor:
-        write(repr((name, sorted(edit.attributes.get(name, {}).items()))).encode())
-    elif name in edit.slices or name in edit.zeroed:
-        write(repr((name, edit.zeroed.get(name, 0))).encode())
-        for dim, index in sorted(edit.slices.get(name, {}).items()):
-            write(repr((dim, len(index))).encode())
-            write(index.tobytes())
-
-
 def _same(a: Outcome, b: Outcome) -> bool:
     if isinstance(a, Failure) or isinstance(b, Failure):
         return False
     pairs = ((a.signal, b.signal), (a.metric, b.metric), (a.distortion, b.distortion))
     return all(np.array_equal(x, y) for x, y in pairs)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _nbytes(tree: Any) -> int:
-    """Memory that is kept alive, once for each storage."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(tree)}.values())
-
-
-def _versions(tree: Any) -> list[int]:
-    return [tensor._version for tensor in _tensors(tree)]
-
-
-def _shape(leaf: Any) -> Any:
-    """A tensor without values in the place of one."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf

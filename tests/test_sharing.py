@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import autoprune
 from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.evaluators.cuts import Cut, Flow, NothingToShareError, choose_cuts, flow_of
-from autoprune.evaluators.sharing import Store
+from autoprune.evaluators.store import Store
 from autoprune.execution import LocalExecutor
 from autoprune.protocols import Measurement
 from tests.test_adaptive_bn import study_of

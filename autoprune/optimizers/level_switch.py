@@ -108,11 +108,13 @@ def evolve(
 
 
 def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: np.random.Generator) -> IntArray:
-    """Raise one to three dimensions of every parent, and lower others until it is affordable again.
+    """Raise one to three dimensions of every parent, and lower as few others as make it affordable again.
 
     Few switches are more likely than many: their number is the lesser of two uniform draws, as in EvoPress. A dimension
-    without an order takes another option at random, which may raise or lower the cost. What the last step down freed
-    in excess then goes to dimensions in random order, as far as it reaches.
+    without an order takes another option at random, which may raise or lower the cost. The first of the others, in
+    random order, pays alone if it can. What the last step down freed in excess goes back to those that paid, then to
+    dimensions in random order, as far as it reaches. So children stay near their parents, and resume late where
+    candidates share computation, although no place in the network is preferred.
 
     Args:
         problem: The space and its costs.
@@ -126,8 +128,9 @@ def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: 
     """
     children, order = parents.copy(), np.argsort(rng.random(parents.shape), axis=1)
     raised = _raise_some(problem, children, order, rng)
-    _pay(problem, children, raised, order[:, ::-1], limits, rng)
-    return fill_up(problem, problem.repair(children, limits), limits, rng)
+    _pay(problem, children, raised, order[:, ::-1], limits)
+    within = problem.repair(children, limits)
+    return fill_up(problem, within, limits, rng, first=within > parents)
 
 
 def _raise_some(problem: Problem, children: IntArray, order: IntArray, rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -145,22 +148,13 @@ def _raise_some(problem: Problem, children: IntArray, order: IntArray, rng: np.r
     return raised
 
 
-def _pay(
-    problem: Problem,
-    children: IntArray,
-    raised: NDArray[np.bool_],
-    order: IntArray,
-    limits: FloatArray,
-    rng: np.random.Generator,
-) -> None:
-    """Lower dimensions that were not raised, in order (n, d), in place, until the limits are met or all have paid."""
+def _pay(problem: Problem, children: IntArray, raised: NDArray[np.bool_], order: IntArray, limits: FloatArray) -> None:
+    """Lower dimensions that were not raised, in order (n, d), in place, each as far as it takes to meet the limits."""
     rows, last = np.arange(len(children)), problem.sizes - 1
     over = ~problem.feasible(children, limits)
     for dim in order.T:
-        room = np.where(problem.ordered[dim] & ~raised[rows, dim], last[dim] - children[rows, dim], 0)
-        steps = np.minimum(_steps(last[dim], rng), room)
-        for step in range(1, int(steps[over].max(initial=0)) + 1):
-            move = np.flatnonzero(over & (steps >= step))
+        able = problem.ordered[dim] & ~raised[rows, dim]
+        while (move := np.flatnonzero(over & able & (children[rows, dim] < last[dim]))).size:
             children[move, dim[move]] += 1
             over[move] = ~problem.feasible(children[move], limits[move])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoprune.optimizers.archive import Archive
 from autoprune.optimizers.problem import Problem
@@ -84,7 +85,13 @@ def move_to_costs(problem: Problem, levels: FloatArray, costs: FloatArray) -> In
     return problem.repair(shifted(over), limits)
 
 
-def fill_up(problem: Problem, candidates: IntArray, limits: FloatArray, rng: np.random.Generator) -> IntArray:
+def fill_up(
+    problem: Problem,
+    candidates: IntArray,
+    limits: FloatArray,
+    rng: np.random.Generator,
+    first: NDArray[np.bool_] | None = None,
+) -> IntArray:
     """Raise dimensions towards dense while the limits allow, because what the budget has left is lost otherwise.
 
     Every candidate takes its dimensions in a random order of its own, and each as far as it goes one option at a time.
@@ -95,12 +102,14 @@ def fill_up(problem: Problem, candidates: IntArray, limits: FloatArray, rng: np.
         candidates: Feasible within `limits`, shape (n, d).
         limits: The most that each candidate may cost, shape (n, c).
         rng: Draws the orders.
+        first: Dimensions that come before all others, shape (n, d).
 
     Returns:
         Canonical candidates within their limits, shape (n, d).
     """
     filled, rows = candidates.copy(), np.arange(len(candidates))
-    for dim in np.argsort(rng.random(filled.shape), axis=1).T:
+    order = rng.random(filled.shape) - (0 if first is None else first)
+    for dim in np.argsort(order, axis=1).T:
         active = np.flatnonzero(problem.ordered[dim] & (filled[rows, dim] > 0))
         while active.size:
             raised = filled[active]
