@@ -16,6 +16,7 @@ from autoprune.costs.timing import Timing, clock_for, note_of_noise
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
 from autoprune.result.trials import Trial, find_front, within
+from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, build
 from autoprune.study import TIMED, Study
 
@@ -25,6 +26,7 @@ _AT_ONCE = 12  # networks that exist, and are compared, at once
 _DRIFT = 0.1  # a dense network that is slower or faster by more than this is worth a word
 
 
+@seeded(0)  # a model may draw noise
 def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str, ...]]:
     """Measure every trial on the front against the dense network, until the front holds measured trials only.
 

@@ -1,5 +1,7 @@
 """Peak memory, learned by running operations, against whole networks that are run."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,35 @@ def test_an_allocation_counts_what_is_released_before_the_call_returns():
 def test_a_device_without_counters_is_refused():
     with pytest.raises(ValueError, match="cpu and cuda, got a model on meta"):
         allocation_of(lambda: None, torch.device("meta"))
+
+
+def test_measuring_writes_nothing_to_the_terminal_and_leaves_the_profiler_of_the_user_as_it_was(capfd):
+    def lines_of(call):
+        call()
+        return [len(text.splitlines()) for text in capfd.readouterr()]
+
+    def profile():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+            torch.ones(9).sin()
+
+    before, environment = lines_of(profile), dict(os.environ)
+    assert lines_of(lambda: allocation_of(lambda: torch.ones(9), CPU)) == [0, 0]
+    assert lines_of(profile) == before
+    assert dict(os.environ) == environment
+
+
+def test_while_the_user_profiles_nothing_is_measured_and_nothing_taken_from_them():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with pytest.raises(ValueError, match="while a profiler runs"):
+            allocation_of(lambda: torch.ones(9), CPU)
+        torch.ones(9).sin()
+    assert any(event.name == "aten::sin" for event in profiler.events())
+
+
+def test_measuring_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    autoprune.search(small(), "memory <= 70%", DATA, trials=4, progress=False, prior="criterion")
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def family(highest, steps=None) -> Family:

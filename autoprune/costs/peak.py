@@ -18,6 +18,7 @@ from autoprune.costs.parts import Family, Part, Row, families_of, part_values, s
 from autoprune.costs.scratch import Scratch, Values, fit_scratch
 from autoprune.costs.structural import live_tensors, product_values
 from autoprune.protocols import FloatArray
+from autoprune.sources import seeded
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products, tensor_lives
 from autoprune.structure.trace import Forward, Value
@@ -97,6 +98,7 @@ class PeakMemory:
         )
 
 
+@seeded(0)  # operations run on noise, and a model may draw some itself
 def measure_memory(
     model: nn.Module,
     structure: Structure,

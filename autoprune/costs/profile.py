@@ -22,6 +22,7 @@ from autoprune.costs.returned import selecting
 from autoprune.costs.runtimes import TORCH, Runtime, runtime_of
 from autoprune.costs.timing import Clock, Timing, clock_for, compare, note_of_noise
 from autoprune.protocols import IntArray
+from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
 from autoprune.structure.slicing import build
@@ -102,6 +103,7 @@ def with_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int) -> tupl
     return resized_args, resized_kwargs
 
 
+@seeded(0)  # operations run on noise, and a model may draw some itself
 def profile_structure(
     model: nn.Module,
     structure: Structure,
