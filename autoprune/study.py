@@ -71,7 +71,7 @@ class Study:
         worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
             and until the dense model is measured.
         latency: What predicts latencies; None if they are not limited, or a function of the user's says them.
-        latency_batch: What a latency is of, and a peak of memory: a batch of the size that costs are stated at.
+        priced_batch: What a latency is of, and a peak of memory: a batch of the size that costs are stated at.
         memory: What predicts the peak of memory; None if it is not limited, or cannot be measured.
     """
 
@@ -85,7 +85,7 @@ class Study:
     notes: tuple[str, ...]
     worst_score: float | None = None
     latency: Latency | None = None
-    latency_batch: batches.Batch = None
+    priced_batch: batches.Batch = None
     memory: PeakMemory | None = None
 
 

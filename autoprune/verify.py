@@ -56,10 +56,12 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
             trials = _corrected(study, trials, seen)
     except KeyboardInterrupt:
         log.warning("interrupted; some costs on the front are predictions")
-        notes.append("interrupted: some latencies and peaks of memory on the front are predictions")
-    except UnsupportedModelError as error:
-        notes.append(f"some latencies on the front are predictions: {error}")
-    return trials, (*_notes_on_latency(trials, seen), *_notes_on_memory(trials), *notes)
+        names = ["latencies"] * (latency is not None) + ["peaks of memory"] * (study.memory is not None)
+        notes.append(f"interrupted: some {' and '.join(names)} on the front are predictions")
+    if seen.untimed:
+        notes.append(f"some latencies on the front are predictions: {seen.untimed}")
+    said = (*_notes_on_latency(study, trials, seen), *_notes_on_memory(study, trials))
+    return trials, (*said, *notes)
 
 
 def _why_not_here(study: Study, latency: Latency) -> str:
@@ -69,7 +71,7 @@ def _why_not_here(study: Study, latency: Latency) -> str:
         runtime = runtime_of(setting.runtime)
     except (ImportError, ValueError) as error:
         return f"runtime {setting.runtime} {setting.runtime_version}; {error}"
-    here = setting_of(study.context.model, (study.latency_batch,), {}, setting.batch, runtime)
+    here = setting_of(study.context.model, (study.priced_batch,), {}, setting.batch, runtime)
     return "; ".join(setting.elsewhere(here))
 
 
@@ -80,25 +82,34 @@ class _Seen:
         latency: The model, fitted to all that was measured; None if latencies are not measured.
         timings: Times against the dense network.
         peaks: Bytes at the peak of memory.
+        untimed: Why no further trials are timed; empty as long as all can be.
     """
 
     def __init__(self, latency: Latency | None) -> None:
         self.latency = latency
         self.timings: dict[int, Timing] = {}
         self.peaks: dict[int, float] = {}
+        self.untimed = ""
 
     def __contains__(self, trial: int) -> bool:
         return trial in self.timings or trial in self.peaks
 
     def measure(self, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> None:
         """Measure trials, given as built."""
-        context, inputs = study.context, (study.latency_batch,)
         if study.memory is not None:
-            peaks = [study.memory.measure(module, context.forward, inputs, {}) for module in modules]
+            forward, inputs = study.context.forward, (study.priced_batch,)
+            peaks = [study.memory.measure(module, forward, inputs, {}) for module in modules]
             self.peaks.update(zip((trial.id for trial in trials), peaks, strict=True))
-        if self.latency is None:
-            return
-        runtime = runtime_of(self.latency.setting.runtime)
+        if self.latency is not None and not self.untimed:
+            try:
+                self.latency = self._timed(self.latency, study, trials, modules)
+            except UnsupportedModelError as error:  # other costs are still to be measured
+                self.untimed = str(error)
+
+    def _timed(self, latency: Latency, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> Latency:
+        """Time trials, and fit the model to them, too."""
+        context, inputs = study.context, (study.priced_batch,)
+        runtime = runtime_of(latency.setting.runtime)
         dense = runtime.network(build(context.model, Edit({}, {})).eval(), context.forward, inputs, {})
         calls = [runtime.network(module, context.forward, inputs, {}) for module in modules]
         clock = clock_for(next(context.model.parameters()).device, runtime.elsewhere)
@@ -106,11 +117,13 @@ class _Seen:
         self.timings.update(zip((trial.id for trial in trials), timings, strict=True))
         widths = context.space.widths(_candidates(trials)).astype(np.int64)
         ratio, uncertainty = np.array([(timing.ratio, timing.uncertainty) for timing in timings]).T
-        self.latency = self.latency.refitted(widths, ratio, uncertainty)
+        return latency.refitted(widths, ratio, uncertainty)
 
 
 def _unmeasured(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Trial]:
     """Trials on the front that are still to be measured, as many as are compared at once."""
+    if seen.untimed and study.memory is None:
+        return []
     front = find_front(trials, tuple(study.limits), study.context.judge.higher_is_better)
     return [trial for trial in front if trial.id not in seen][:_AT_ONCE]
 
@@ -146,12 +159,12 @@ def _corrected(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Trial
     return corrected
 
 
-def _notes_on_latency(trials: Sequence[Trial], seen: _Seen) -> list[str]:
+def _notes_on_latency(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[str]:
     """How predictions compare with what was measured, in plain words."""
     measured, latency = [trial for trial in trials if "latency_ms" in trial.predicted], seen.latency
     if not measured or latency is None:
         return []
-    notes = [f"latency: {_comparison(measured, 'latency_ms')}"]
+    notes = [f"latency: {_comparison(study, measured, TIMED)}"]
     now = float(np.median([timing.ms / timing.ratio for timing in seen.timings.values()]))
     if abs(now / latency.dense_ms - 1) > _DRIFT:
         notes.append(
@@ -162,14 +175,16 @@ def _notes_on_latency(trials: Sequence[Trial], seen: _Seen) -> list[str]:
     return [*notes, *([noise] if noise else [])]
 
 
-def _notes_on_memory(trials: Sequence[Trial]) -> list[str]:
+def _notes_on_memory(study: Study, trials: Sequence[Trial]) -> list[str]:
     measured = [trial for trial in trials if "memory_bytes" in trial.predicted]
-    return [f"memory_bytes: {_comparison(measured, 'memory_bytes')}"] if measured else []
+    return [f"memory_bytes: {_comparison(study, measured, ('memory_bytes',))}"] if measured else []
 
 
-def _comparison(measured: Sequence[Trial], cost: str) -> str:
+def _comparison(study: Study, measured: Sequence[Trial], names: Sequence[str]) -> str:
+    """How far predictions of the first of some costs were off, and how many trials missed a limit on any of them."""
+    cost, limits = names[0], {name: limit for name, limit in study.limits.items() if name in names}
     errors = np.array([abs(trial.predicted[cost] / trial.costs[cost] - 1) for trial in measured])
-    missed = sum(not trial.feasible for trial in measured)
+    missed = sum(not within(trial.costs, limits) for trial in measured)
     dense = " against the dense one" if cost in TIMED else ""
     return (
         f"{len(measured)} networks were measured{dense}; predictions were off by {np.median(errors):.1%} on the "

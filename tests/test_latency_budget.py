@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import autoprune
 from autoprune.budget import Budget
 from autoprune.costs.latency import Latency
 from autoprune.costs.runtimes import network_call
-from autoprune.errors import BudgetError, InfeasibleBudgetError
+from autoprune.errors import BudgetError, InfeasibleBudgetError, UnsupportedModelError
 from tests.machine import Machine
 from tests.test_latency import INPUTS, measured, run, small
 
@@ -73,12 +74,14 @@ def test_what_is_offered_is_within_the_budget_as_measured(machine, table, optimi
     assert "latency_ms  predicted" in str(result)
 
 
-def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
-    from dataclasses import replace
-
+def optimistic(table: Latency) -> Latency:
+    """A table that promises too much."""
     factors = {kind: 0.7 * factor for kind, factor in table.correction.factors.items()}
-    optimistic = replace(table, correction=replace(table.correction, factors=factors, margin=0.0))
-    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic, **QUICK)
+    return replace(table, correction=replace(table.correction, factors=factors, margin=0.0))
+
+
+def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
+    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), **QUICK)
     missed = [trial for trial in result.trials if trial.predicted and not trial.feasible]
     assert missed
     assert all(trial.costs["latency_ms"] <= result.limits["latency_ms"] for trial in result.front)
@@ -108,8 +111,6 @@ def test_a_table_of_another_process_gives_the_same_search(machine, table, tmp_pa
 
 
 def test_a_table_of_another_machine_predicts_and_says_that_nothing_was_verified(machine, table):
-    from dataclasses import replace
-
     elsewhere = replace(table, setting=replace(table.setting, machine="a phone"))
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=elsewhere, **QUICK)
     assert any("not verified here" in note and "a phone" in note for note in result.notes)
@@ -177,6 +178,39 @@ def test_an_interrupted_verification_returns_what_was_measured(machine, table, m
     assert any("interrupted: some latencies" in note for note in result.notes)
 
 
+def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeypatch):
+    from autoprune import verify
+
+    def refused(*_):
+        raise UnsupportedModelError("no export of this one")
+
+    monkeypatch.setattr(verify, "time_networks", refused)
+    budget = ["latency <= 60%", "memory <= 90%"]
+    result = autoprune.search(small(), budget, DATA, latency=table, **QUICK)
+    assert result.front
+    assert all(trial.predicted.keys() == {"memory_bytes"} for trial in result.front)
+    said = [note for note in result.notes if "predictions" in note]
+    assert any("some latencies on the front are predictions: no export of this one" in note for note in said)
+    assert any(note.startswith("memory_bytes: ") and "were measured" in note for note in said)
+
+
+def test_a_network_over_one_limit_is_not_said_to_miss_another(machine, table):
+    result = autoprune.search(small(), ["latency <= 60%", "memory <= 95%"], DATA, latency=optimistic(table), **QUICK)
+    (timed,) = (note for note in result.notes if note.startswith("latency: ") and "were measured" in note)
+    (weighed,) = (note for note in result.notes if note.startswith("memory_bytes: ") and "were measured" in note)
+    assert "missed a limit and gave way" in timed
+    assert "none missed a limit" in weighed
+
+
+def test_what_a_corrected_table_puts_over_the_limit_is_no_probe(machine, table):
+    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), optimizer="random", **QUICK)
+    over = [trial for trial in result.trials if not trial.feasible and not trial.predicted]
+    single = sum(np.count_nonzero(trial.candidate) <= 1 for trial in over)
+    assert single < len(over)
+    (told,) = (note for note in result.notes if "are probes" in note)
+    assert told.startswith(f"{single} of {len(result.trials)} trials")
+
+
 def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monkeypatch):
     from autoprune import verify
 
@@ -197,8 +231,6 @@ class TestBest:
         assert fast.costs["latency_ms"] == pytest.approx(true_ms(result.build(fast)), rel=1e-6)
 
     def test_a_better_trial_that_was_only_predicted_is_passed_over(self, machine, table):
-        from dataclasses import replace
-
         result = autoprune.search(small(), "latency <= 80%", DATA, latency=table, **QUICK)
         best = result.best()
         rumour = replace(best, id=999, score=1.1, predicted={}, cost_intervals={})
@@ -206,8 +238,6 @@ class TestBest:
         assert replace(result, trials=(*result.trials, rumour)).best("flops <= 99%").predicted
 
     def test_without_measurements_predictions_count(self, machine, table):
-        from dataclasses import replace
-
         elsewhere = replace(table, setting=replace(table.setting, machine="a phone"))
         result = autoprune.search(small(), "latency <= 50%", DATA, latency=elsewhere, **QUICK)
         assert result.best("latency <= 50%").costs["latency_ms"] <= 0.5 * result.dense.costs["latency_ms"]

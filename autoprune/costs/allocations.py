@@ -76,10 +76,10 @@ def _on_cpu(call: Callable[[], Any]) -> Allocation:
 
     The older one also takes an eighth of the time. It may be gone some day, so nothing else here depends on it.
     """
-    from torch._C._profiler import _ExperimentalConfig
-    from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
+    from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy, _profiler_enabled
+    from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
-    if torch.autograd._profiler_enabled():
+    if _profiler_enabled():
         raise ValueError(
             "memory cannot be measured while a profiler runs on this thread; profile something else, or limit another "
             "cost than memory"
@@ -99,7 +99,7 @@ def _on_cpu(call: Callable[[], Any]) -> Allocation:
     finally:
         threads = _disable_profiler_legacy()
     del results
-    events = [event for events in threads for event in events if event.kind() == "memory_alloc"]
+    events = [event for events in threads for event in events if str(event.kind()) == "memory_alloc"]
     return _summary([event.cpu_memory_usage() for event in events])
 
 
