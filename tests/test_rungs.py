@@ -18,6 +18,7 @@ from autoprune import Rungs
 from autoprune.evaluators import AdaptiveBN, FineTune
 from autoprune.evaluators.courses import Distillation
 from autoprune.execution import RayExecutor
+from autoprune.execution.local import evaluate_one
 from autoprune.journal import Journal
 from autoprune.promotion import Promotion
 from autoprune.protocols import OK, RACED, Failure, Measurement
@@ -172,6 +173,10 @@ class TestOneLadder:
     @pytest.mark.parametrize("signals", [(np.nan,), (0.1, np.nan), (0.1, 0.1, np.nan)])
     def test_a_failure_on_the_way_is_a_failure_of_the_candidate(self, signals):
         assert self.climb(Marks(*signals)) == Failure("no memory", float(len(signals)))
+
+    def test_a_score_on_the_way_that_is_no_number_is_a_failure_too(self):
+        outcome = evaluate_one(Marks(np.inf, 0.1, 0.1), np.array([1, 2]), Ladder((Rung(1), Rung(3)), 9))
+        assert outcome == Failure("the score of a sample is NaN or infinite", outcome.seconds)
 
 
 class Noisy(nn.Module):

@@ -12,6 +12,7 @@ import numpy as np
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.racing import Contest, evaluate
+from autoprune.statistics import stages_of
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def attempt(measure: Callable[[], Outcome]) -> Outcome:
     except Exception as error:  # not KeyboardInterrupt, which ends the search
         log.debug("an evaluation failed", exc_info=error)
         return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - began)
-    if isinstance(outcome, Measurement) and not all(np.isfinite(x).all() for x in (outcome.signal, outcome.metric)):
+    seen = [values for one in stages_of(outcome) if isinstance(one, Measurement) for values in (one.signal, one.metric)]
+    if not all(np.isfinite(values).all() for values in seen):
         return Failure("the score of a sample is NaN or infinite", outcome.seconds)
     return outcome
 
