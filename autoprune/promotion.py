@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from autoprune.evaluators import Trains
 from autoprune.protocols import OK, RACED, FloatArray, IntArray
-from autoprune.result.trials import Evaluation, Trial
+from autoprune.result.trials import Trial
 from autoprune.rungs import Ladder, Rung, Rungs, behind
-from autoprune.statistics import after
+from autoprune.statistics import after, steps_before
 from autoprune.study import Study
 
 
@@ -75,11 +75,10 @@ def note_of_rungs(rungs: Rungs, study: Study, found: Sequence[Trial]) -> tuple[s
         return ()
     training = require_training(study, rungs)
     steps = rungs.steps(training.steps)
-    spent = sum(_spent(trial, steps, training.continues) for trial in done)
-    stopped = [
-        sum(trial.status == RACED and len(trial.evaluations) == i + 1 for trial in done) for i in range(len(steps))
-    ]
-    where = ", ".join(f"{count} after {at}" for count, at in zip(stopped, steps[:-1], strict=False))
+    spent = sum(_spent(trial, steps[-1], training.continues) for trial in done)
+    ends = [trial.evaluations[-1].fidelity for trial in done]
+    stopped = [ends.count(after(at)) for at in steps[:-1]]
+    where = ", ".join(f"{count} after {at}" for count, at in zip(stopped, steps[:-1], strict=True))
     return (
         f"rungs stopped {sum(stopped)} of {len(done)} trainings early ({where} of {steps[-1]} steps); "
         f"{spent / (steps[-1] * len(done)):.0%} of the training steps were taken; what is behind early may still have "
@@ -87,11 +86,7 @@ def note_of_rungs(rungs: Rungs, study: Study, found: Sequence[Trial]) -> tuple[s
     )
 
 
-def _spent(trial: Trial, steps: Sequence[int], continues: bool) -> int:
-    """Training steps that a trial took."""
-    taken = [_steps_of(one, steps) for one in trial.evaluations]
+def _spent(trial: Trial, total: int, continues: bool) -> int:
+    """Training steps that a trial took, of so many for all of it."""
+    taken = [steps_before(one.fidelity) or total for one in trial.evaluations]
     return max(taken) if continues else sum(taken)
-
-
-def _steps_of(evaluation: Evaluation, steps: Sequence[int]) -> int:
-    return next((at for at in steps if evaluation.fidelity == after(at)), steps[-1])

@@ -82,6 +82,12 @@ def after(steps: int) -> str:
     return f"{steps} steps"
 
 
+def steps_before(fidelity: str) -> int:
+    """The opposite of `after`; 0 for what is scored once it is built."""
+    number, _, unit = fidelity.partition(" ")
+    return int(number) if unit == "steps" else 0
+
+
 def _estimated(outcome: Measurement, dense: Measurement | None) -> Statistics:
     if dense is None:
         raise ValueError("statistics of an evaluation that was stopped early need the dense model's")

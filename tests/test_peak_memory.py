@@ -162,6 +162,17 @@ def test_operations_that_take_nothing_besides_their_results_have_no_formula():
     assert fit_scratch(family((64,)), lambda values: Allocation("+", (4 * values[0],), 4 * values[0])) is None
 
 
+def test_an_operation_that_cannot_be_run_alone_counts_without_scratch_and_is_said_to(monkeypatch):
+    def refuse(call, numbers):
+        raise TypeError("not these numbers")
+
+    monkeypatch.setattr("autoprune.costs.parts.Call.make", refuse)
+    model, inputs = small(), torch.randn(1, 3, 8, 8)
+    memory = measure_memory(model, analyse(model, (inputs,)), (inputs,), {}, run, batch=1)
+    assert memory.left_out
+    assert "could not be run alone" in str(memory)
+
+
 @pytest.mark.parametrize("budget", ["memory <= 70%", ["memory_bytes <= 70%", "flops <= 60%"]])
 def test_what_is_offered_under_a_memory_budget_was_measured_to_be_within(budget):
     result = autoprune.search(small(), budget, DATA, trials=16, cost_batch=2, progress=False, prior="criterion")

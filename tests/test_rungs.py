@@ -20,7 +20,7 @@ from autoprune.evaluators.courses import Distillation
 from autoprune.execution import RayExecutor
 from autoprune.execution.local import evaluate_one
 from autoprune.journal import Journal
-from autoprune.promotion import Promotion
+from autoprune.promotion import Promotion, note_of_rungs
 from autoprune.protocols import OK, RACED, Failure, Measurement
 from autoprune.result import SearchResult
 from autoprune.rungs import Ladder, Rung, behind, climb
@@ -319,6 +319,15 @@ class TestASearch:
         at = [sum(t.status == RACED and reached(t)[-1] == steps for t in result.trials) for steps in STEPS[:2]]
         assert f"rungs stopped {sum(at)} of 30 trainings early ({at[0]} after 1, {at[1]} after 3 of 9 steps)" in note
         assert 0.1 < taken / (30 * STEPS[-1]) < 0.9
+
+    def test_the_notes_count_what_was_stopped_at_rungs_of_an_earlier_run_as_it_was(self):
+        def trial(*fidelities):
+            status = OK if fidelities[-1] == "full" else RACED
+            return SimpleNamespace(status=status, evaluations=[SimpleNamespace(fidelity=f) for f in fidelities])
+
+        found = [trial("2 steps"), trial("1 steps", "3 steps"), trial("1 steps", "3 steps", "full")]
+        (note,) = note_of_rungs(Rungs(), SimpleNamespace(evaluator=Marks()), found)
+        assert note.startswith("rungs stopped 1 of 3 trainings early (0 after 1, 1 after 3 of 9 steps); 52% of")
 
     def test_the_journal_holds_every_rung_and_the_result_survives_saving(self, pair, tmp_path):
         _, result, run_dir, _ = pair

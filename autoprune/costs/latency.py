@@ -15,6 +15,7 @@ import numpy as np
 
 from autoprune.costs.grids import Table
 from autoprune.costs.parts import Part, part_values
+from autoprune.costs.runtimes import ONNXRUNTIME
 from autoprune.errors import RecipeError
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.structure import Structure
@@ -222,7 +223,7 @@ class Latency:
         seen = self.evidence
         kinds = self.by_kind(seen.widths.astype(np.float64))
         measured = seen.ratio * self.dense_ms
-        fits_growth = self.setting.library == "onnxruntime"
+        fits_growth = self.setting.library == ONNXRUNTIME
         grown = self._grown(kinds) if fits_growth else np.zeros(len(measured))
         columns = np.stack([np.ones(len(measured)), *kinds.values(), grown], axis=1) / measured[:, None]
         weights = 1 / np.maximum(seen.uncertainty, 0.01)

@@ -125,9 +125,10 @@ def measure_memory(
 
     Raises:
         UnsupportedModelError: If the model runs other operations once it is pruned.
-        ValueError: If the model is on a device whose memory cannot be measured.
+        ValueError: If the model is on a device whose memory cannot be measured, or a profiler runs.
     """
     device = next(model.parameters()).device
+    allocation_of(lambda: None, device)  # what cannot be measured at all must not pass for operations that cannot
     record, calls, rows = sized_calls(model, structure, args, kwargs, run, seed, values=True)
     numbers, dims = rows[: len(calls)], rows[len(calls) :]
     families, _ = families_of(calls, numbers, structure)
@@ -169,7 +170,7 @@ def _scratch_of(families: Sequence[Family], device: torch.device, seed: int) -> 
 
         try:
             scratch = fit_scratch(family, run, seed)
-        except (RuntimeError, IndexError) as error:  # it may need arguments that random tensors are not
+        except Exception as error:  # an operation may need arguments that random tensors are not
             log.warning("counted without scratch, because it cannot be run alone (%s): %s", error, family.key)
             left_out.append(family.key)
             continue
