@@ -1,10 +1,12 @@
 """Latencies: predicted against measured, beside two simple predictions, and what budgets on them give.
 
-``python -m benchmarks.latency`` makes three tables, each of which can be made alone (``python -m benchmarks.latency
+``python -m benchmarks.latency`` makes five tables, each of which can be made alone (``python -m benchmarks.latency
 table``); on a machine that does nothing else. ``--quick`` for a look.
 
-- table: small networks at batch 1 and 32 with 1 and 2 threads, ResNet-50 at batch 1 with 1 thread (a process each), 40
-  random candidates in no fit.
+- table: small networks at batch 1 and 32, ResNet-50 at batch 1, on one thread (a process each), 40 random candidates
+  in no fit.
+- threads: the small ones on two threads.
+- onnxruntime: the small ones exported to ONNX, under onnxruntime on one thread.
 - budgets: searches under 75, 50 and 35 % of the dense latency, and under FLOPs with as many trials.
 - rounding: widths at the right edges of measured steps against multiples of 8 and all widths, at 50 %.
 """
@@ -41,6 +43,7 @@ from tests.zoo import mobilenet_v2, resnet
 
 COMMAND = "python -m benchmarks.latency"
 HELD_OUT = 40
+CANDIDATES = 4321  # seed of the candidates that predictions are judged on; 1234 was used to develop them
 SHARES = (0.75, 0.5, 0.35)
 SLACK = 1.03
 MOST_MEDIAN, MOST_P95, LEAST_SPEARMAN = 0.05, 0.15, 0.97
@@ -111,7 +114,7 @@ def accuracy_of_predictions(name: str, batch: int, held_out: int, runtime: str =
     began = time.perf_counter()
     latency = profile_structure(model, structure, (inputs,), {}, run, batch=batch, runtime=runtime)
     seconds = time.perf_counter() - began
-    widths = draw_widths(structure, held_out + 1, np.random.default_rng(1234))
+    widths = draw_widths(structure, held_out + 1, np.random.default_rng(CANDIDATES))
     widths[-1] = structure.sizes
     args, kwargs = with_batch((inputs,), {}, batch)
 
@@ -270,8 +273,8 @@ def build_dense(model: nn.Module) -> nn.Module:
     return build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
 
 
-def in_a_process(name: str, batch: int, threads: int, held_out: int, runtime: str = TORCH) -> dict[str, Any]:
-    """`accuracy_of_predictions` with its own number of threads."""
+def in_a_process(name: str, batch: int, threads: int, held_out: int, runtime: str = TORCH) -> list[dict[str, Any]]:
+    """The row of `accuracy_of_predictions`, made with its own number of threads."""
     case = [name, str(batch), str(threads), str(held_out), runtime]
     where = [sys.executable, "-m", "benchmarks.latency", "--one", *case]
     finished = subprocess.run(where, capture_output=True, text=True)
@@ -279,7 +282,7 @@ def in_a_process(name: str, batch: int, threads: int, held_out: int, runtime: st
         raise RuntimeError(finished.stderr)
     found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     print(name, batch, threads, found["predictions"]["autoprune"], flush=True)
-    return found
+    return [found]
 
 
 def predictions_text(rows: list[dict[str, Any]]) -> str:
@@ -365,12 +368,39 @@ def rounding_text(rows: list[dict[str, Any]]) -> str:
     return "Searches with other sets of widths.\n\n" + table(header, cells)
 
 
-TEXTS = {"table": predictions_text, "budgets": budgets_text, "rounding": rounding_text}
+PARTS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
+    "table": ("PyTorch, one thread", predictions_text),
+    "threads": ("PyTorch, two threads", predictions_text),
+    "onnxruntime": ("Exported to ONNX, under onnxruntime", predictions_text),
+    "budgets": ("Budgets", budgets_text),
+    "rounding": ("Sets of widths", rounding_text),
+}
+SMALL = [name for name in NETWORKS if name != LARGE]
+TRAINED = [(name, seed, 32) for name in ("resnet20", "mobilenet_v2") for seed in (0, 1, 2)]
+TRAINED += [("resnet20", 0, 1), ("mobilenet_v2", 0, 1)]
+"""At batch 1, small networks take as long to start as to compute."""
+
+
+def jobs(part: str, quick: bool) -> list[Callable[[], list[dict[str, Any]]]]:
+    """What a part consists of, each to be run for the rows of the report that it gives."""
+    held_out, trials = (12, 30) if quick else (HELD_OUT, TRIALS)
+    cases = {
+        "table": [(name, batch, 1, held_out) for name in SMALL for batch in (1, 32)] + [(LARGE, 1, 1, held_out)],
+        "threads": [(name, batch, 2, held_out) for name in SMALL for batch in (1, 32)],
+        "onnxruntime": [(name, batch, 1, held_out, "onnxruntime") for name in SMALL for batch in (1, 32)],
+    }
+    if part in cases:
+        found = [partial(in_a_process, *case) for case in cases[part]]
+    elif part == "budgets":
+        found = [partial(budgets, *case, SHARES, trials) for case in TRAINED]
+    else:
+        found = [partial(rounding, *case, 0.5, trials) for case in TRAINED]
+    return found[:1] if quick else found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*TEXTS, []], help="by default all; results of others are kept")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="by default all; results of others are kept")
     parser.add_argument("--quick", action="store_true", help="one case of each, small; writes no file")
     parser.add_argument(
         "--one", nargs=5, metavar=("NETWORK", "BATCH", "THREADS", "CANDIDATES", "RUNTIME"), help=argparse.SUPPRESS
@@ -384,24 +414,17 @@ def main() -> None:
     kept = RESULTS / "latency.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() and not given.quick else {}
     results["environment"] = environment(COMMAND)
-    trials = 30 if given.quick else TRIALS
-    searches = [(network, seed, 32) for network in ("resnet20", "mobilenet_v2") for seed in (0, 1, 2)]
-    searches += [(network, 0, 1) for network in ("resnet20", "mobilenet_v2")]
-    for part in given.parts or TEXTS:
-        if part == "table":
-            cases = [(name, batch, threads) for name in NETWORKS for batch in (1, 32) for threads in (1, 2)]
-            cases = [case for case in cases if case[0] != LARGE or case[1:] == (1, 1)]
-            held_out = 12 if given.quick else HELD_OUT
-            results[part] = [in_a_process(*case, held_out) for case in (cases[:1] if given.quick else cases)]
-        else:
-            run_part = partial(budgets, shares=SHARES) if part == "budgets" else partial(rounding, share=0.5)
-            some = searches[:1] if given.quick else searches
-            results[part] = [row for case in some for row in run_part(*case, trials=trials)]
-    text = "\n\n".join(f"## {part.capitalize()}\n\n{TEXTS[part](results[part])}" for part in TEXTS if part in results)
+    for part in given.parts or PARTS:
+        results[part] = []
+        for job in jobs(part, given.quick):
+            results[part] += job()
+            texts = [
+                f"## {title}\n\n{text(results[name])}" for name, (title, text) in PARTS.items() if results.get(name)
+            ]
+            if not given.quick:
+                write("latency", "Latency, predicted and measured", results, "\n\n".join(texts))
     if given.quick:
-        print(text)
-    else:
-        write("latency", "Latency, predicted and measured", results, text)
+        print("\n\n".join(texts))
 
 
 if __name__ == "__main__":
