@@ -240,7 +240,7 @@ def test_a_journal_that_is_only_beginning_is_waited_for(tmp_path):
     def lay_out():
         connection = sqlite3.connect(path)
         connection.executescript(
-            f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {SCHEMA}"
+            f"BEGIN; PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {SCHEMA} COMMIT"
         )
         connection.close()
 
