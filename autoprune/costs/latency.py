@@ -162,10 +162,6 @@ class Latency:
         squares: FloatArray = np.sum(list(kinds.values()), axis=0) ** 2 / np.sum(list(dense.values()))
         return squares
 
-    def upper(self, widths: FloatArray) -> FloatArray:
-        """Milliseconds that nine of ten networks do not exceed, shape (n,), at widths (n, groups)."""
-        return self.predict(widths) * (1 + self.correction.margin)
-
     def right_edges(self, multiples: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """For each group its widths, ascending, beyond which the next wider ones take noticeably more time.
 
