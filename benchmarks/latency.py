@@ -145,11 +145,7 @@ def accuracy_of_predictions(name: str, batch: int, held_out: int, runtime: str =
         "profile_seconds": seconds,
         "uncertainty": float(np.median([timing.uncertainty for timing in timings])),
         "ratio_at_30_percent_flops": (measured[near] / latency.dense_ms).tolist(),
-        "factors": {
-            "constant_ms": latency.correction.constant_ms,
-            **latency.correction.factors,
-            "growth": latency.correction.growth,
-        },
+        "factors": {"constant_ms": latency.correction.constant_ms, **latency.correction.factors},
         "candidates": {"measured_ms": measured.tolist(), "predicted_ms": latency.predict(own[:-1]).tolist()},
         "notes": list(latency.notes),
         "held_out_by_the_model": latency.correction.median_error,

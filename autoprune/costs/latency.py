@@ -15,7 +15,6 @@ import numpy as np
 
 from autoprune.costs.grids import Table
 from autoprune.costs.parts import Part, part_values
-from autoprune.costs.runtimes import ONNXRUNTIME
 from autoprune.errors import RecipeError
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.structure import Structure
@@ -105,8 +104,6 @@ class Correction:
         spearman: Rank correlation of predicted and measured over networks held out.
         margin: By how much predictions must be raised so that nine of ten networks held out take no longer.
         networks: Number of networks fitted to, and held out.
-        growth: What the square of the sum of all parts, over the dense network's sum, is multiplied by: a network that
-            outgrows the cache is slower than its parts alone. Fitted for onnxruntime; eager PyTorch was judged without.
     """
 
     constant_ms: float
@@ -116,7 +113,6 @@ class Correction:
     spearman: float
     margin: float
     networks: tuple[int, int]
-    growth: float = 0.0
 
 
 @final
@@ -154,13 +150,7 @@ class Latency:
         total = np.full(len(widths), self.correction.constant_ms)
         for kind, ms in kinds.items():
             total += self.correction.factors[kind] * ms
-        return total + self.correction.growth * self._grown(kinds)
-
-    def _grown(self, kinds: Mapping[str, FloatArray]) -> FloatArray:
-        """Squares of sums of parts, in units of the dense network's sum."""
-        dense = self.by_kind(np.array([[size for _, size in self.groups]], dtype=np.float64))
-        squares: FloatArray = np.sum(list(kinds.values()), axis=0) ** 2 / np.sum(list(dense.values()))
-        return squares
+        return total
 
     def right_edges(self, multiples: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """For each group its widths, ascending, beyond which the next wider ones take noticeably more time.
@@ -219,9 +209,7 @@ class Latency:
         seen = self.evidence
         kinds = self.by_kind(seen.widths.astype(np.float64))
         measured = seen.ratio * self.dense_ms
-        fits_growth = self.setting.library == ONNXRUNTIME
-        grown = self._grown(kinds) if fits_growth else np.zeros(len(measured))
-        columns = np.stack([np.ones(len(measured)), *kinds.values(), grown], axis=1) / measured[:, None]
+        columns = np.stack([np.ones(len(measured)), *kinds.values()], axis=1) / measured[:, None]
         weights = 1 / np.maximum(seen.uncertainty, 0.01)
         weights = weights / np.median(weights)
         weights[(seen.widths == [size for _, size in self.groups]).all(axis=1)] *= _OWN_WEIGHT
@@ -232,19 +220,17 @@ class Latency:
         factors = solve(~seen.held_out)
         held = seen.held_out
         if not held.any():
-            own = {kind: float(factor) for kind, factor in zip(kinds, factors[1:-1], strict=True)}
-            return Correction(float(factors[0]), own, *4 * (math.nan,), (len(held), 0), float(factors[-1]))
+            return Correction(factors[0], dict(zip(kinds, factors[1:], strict=True)), *4 * (math.nan,), (len(held), 0))
         predicted = columns @ factors
         errors = predicted[held] - 1
         return Correction(
             constant_ms=float(factors[0]),
-            factors={kind: float(factor) for kind, factor in zip(kinds, factors[1:-1], strict=True)},
+            factors={kind: float(factor) for kind, factor in zip(kinds, factors[1:], strict=True)},
             median_error=float(np.median(np.abs(errors))),
             p95_error=float(np.quantile(np.abs(errors), 0.95)),
             spearman=_spearman(predicted[held] * measured[held], measured[held]),
             margin=max(float(np.quantile(1 / predicted[held] - 1, _SURE)), 0.0),
             networks=(int((~held).sum()), int(held.sum())),
-            growth=float(factors[-1]),
         )
 
     def require_match(self, structure: Structure, batch: int, model: str) -> None:
@@ -411,14 +397,14 @@ def _interpolate(table: Table, places: Sequence[_Place]) -> FloatArray | float:
 
 
 def _factors(columns: FloatArray, weights: FloatArray) -> FloatArray:
-    """Factors of at least 0 for columns (m, 1 + kinds + 1) whose sums should be 1: a constant, kinds, and growth."""
+    """Factors of at least 0 for columns (m, 1 + kinds) whose sums should be 1: a constant, then one for each kind."""
     from scipy.optimize import nnls
 
-    common = np.stack([columns[:, 0], columns[:, 1:-1].sum(axis=1), columns[:, -1]], axis=1) * weights[:, None]
-    constant, factor, growth = nnls(common, weights)[0]
+    common = np.stack([columns[:, 0], columns[:, 1:].sum(axis=1)], axis=1) * weights[:, None]
+    constant, factor = nnls(common, weights)[0]
     # Rows that ask for the common factor, the louder the less there is to learn about a kind.
     hold = np.diag(_TOWARDS_ONE_FACTOR * math.sqrt(len(columns)) * columns.mean(axis=0))
-    wanted = hold @ np.array([constant, *[factor] * (columns.shape[1] - 2), growth])
+    wanted = hold @ np.array([constant, *[factor] * (columns.shape[1] - 1)])
     solved: FloatArray = nnls(np.concatenate([columns * weights[:, None], hold]), np.concatenate([weights, wanted]))[0]
     return solved
 
