@@ -104,7 +104,7 @@ class _Seen:
             try:
                 self.latency = self._timed(self.latency, study, trials, modules)
             except UnsupportedModelError as error:  # other costs are still to be measured
-                self.untimed = str(error)
+                self.untimed = str(error).partition("\n")[0]  # exporters print whole graphs behind it
 
     def _timed(self, latency: Latency, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> Latency:
         """Time trials, and fit the model to them, too."""

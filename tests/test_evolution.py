@@ -192,22 +192,6 @@ def test_a_signal_that_says_nothing_at_equal_cost_switches_the_surrogate_off(sig
     assert not surrogate.trusted
 
 
-def test_screened_candidates_are_better_than_the_average_at_their_cost_and_spread_over_the_costs():
-    known = additive_problem([16] * 20, seed=3)
-    surrogate, _, _ = fitted(known, 80)
-    pool = drawn(known, 800, seed=5)
-    chosen = surrogate.screen(pool, 8)
-    assert len(np.unique(chosen, axis=0)) == 8
-    costs = known.problem.costs(pool)[:, 0]
-    for candidate in chosen:
-        near = np.abs(costs - known.problem.costs(candidate[None])[0, 0]) < 0.05 * known.problem.limits[0]
-        assert known.loss(candidate[None])[0] < np.quantile(known.loss(pool[near]), 0.25)
-    used = np.sort(known.problem.costs(chosen)[:, 0] / known.problem.limits[0])
-    assert used[0] < 0.6
-    assert used[-1] > 0.9
-    assert len(surrogate.screen(pool[:3], 8)) == 3
-
-
 def test_a_fit_does_not_depend_on_the_order_of_rows_and_too_few_rows_teach_nothing():
     known = KINDS["blocks"]
     surrogate, candidates, objectives = fitted(known, 40)

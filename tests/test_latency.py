@@ -174,8 +174,10 @@ class TestLatency:
     def test_held_out_errors_and_the_margin_are_part_of_the_model(self, latency):
         assert latency.correction.networks == (10, 5)
         assert 0 <= latency.correction.median_error <= latency.correction.p95_error < 0.1
-        widths = latency.evidence.widths.astype(np.float64)
-        assert (latency.upper(widths) >= latency.predict(widths)).all()
+        evidence = latency.evidence
+        upper = latency.predict(evidence.widths.astype(np.float64)) * (1 + latency.correction.margin)
+        measured = evidence.ratio * latency.dense_ms
+        assert (upper >= measured)[evidence.held_out].mean() >= 0.8
 
     def test_more_evidence_moves_predictions_towards_it(self, latency):
         widths = latency.evidence.widths[1:5]
@@ -229,10 +231,9 @@ class TestLatency:
         assert Latency.load(path).dense_ms > 0
         assert not path.with_name("table.json.partial").exists()
 
-    def test_profiling_leaves_the_random_state_alone(self):
-        before = torch.get_rng_state()
-        measured(networks=6)
-        assert torch.equal(before, torch.get_rng_state())
+    def test_profiling_leaves_the_random_state_alone(self, global_rng_untouched):
+        with global_rng_untouched():
+            measured(networks=6)
 
     def test_the_setting_says_what_times_depend_on(self):
         setting = setting_of(small(), (INPUTS,), {}, 2, Torch())

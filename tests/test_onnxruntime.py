@@ -106,6 +106,14 @@ class TestNetwork:
         with pytest.raises(UnsupportedModelError, match="Odd cannot be exported to ONNX"):
             runtime_of("onnxruntime").network(Odd(), run, (torch.eye(3)[None],), {})
 
+    def test_a_network_that_onnxruntime_cannot_run_is_refused_by_name(self, monkeypatch):
+        def refuse(*_):
+            raise RuntimeError("no kernel for this node")
+
+        monkeypatch.setattr(OnnxRuntime, "session", refuse)
+        with pytest.raises(UnsupportedModelError, match=r"Sequential exported to ONNX cannot be run.*no kernel"):
+            OnnxRuntime().network(small(), run, (INPUTS,), {})
+
     def test_a_model_elsewhere_than_on_the_cpu_is_refused(self):
         with pytest.raises(UnsupportedModelError, match=r"this one is on meta; move it with model.cpu\(\)"):
             runtime_of("onnxruntime").network(small().to("meta"), run, (INPUTS.to("meta"),), {})

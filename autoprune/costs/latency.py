@@ -152,10 +152,6 @@ class Latency:
             total += self.correction.factors[kind] * ms
         return total
 
-    def upper(self, widths: FloatArray) -> FloatArray:
-        """Milliseconds that nine of ten networks do not exceed, shape (n,), at widths (n, groups)."""
-        return self.predict(widths) * (1 + self.correction.margin)
-
     def right_edges(self, multiples: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """For each group its widths, ascending, beyond which the next wider ones take noticeably more time.
 

@@ -60,12 +60,18 @@ class OnnxRuntime:
         """Export a module, compare what the session returns with what the module does, and time the session.
 
         Raises:
-            UnsupportedModelError: If the module cannot be exported, or gives other outputs then.
+            UnsupportedModelError: If the module cannot be exported or run, or gives other outputs then.
         """
         exported, inputs, expected = export(model, run, args, kwargs)
-        session = self.session(exported)
-        feed = {node.name: inputs[node.name] for node in session.get_inputs()}
-        for i, (ours, theirs) in enumerate(zip(expected, session.run(None, feed), strict=True)):
+        try:
+            session = self.session(exported)
+            feed = {node.name: inputs[node.name] for node in session.get_inputs()}
+            found = session.run(None, feed)
+        except Exception as error:  # onnxruntime has a type of its own for each way to fail
+            raise UnsupportedModelError(
+                f"{type(model).__name__} exported to ONNX cannot be run by onnxruntime: {error}"
+            ) from error
+        for i, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
             apart = float(np.abs(ours.astype(np.float64) - theirs).max(initial=0.0))
             if not apart <= _CLOSE * max(float(np.abs(ours).max(initial=0.0)), 1e-3):
                 raise UnsupportedModelError(

@@ -107,7 +107,6 @@ def measure_memory(
     run: Forward,
     *,
     batch: int,
-    seed: int = 0,
 ) -> PeakMemory:
     """Learn what a model and its pruned versions take at the peak of a forward pass here.
 
@@ -121,7 +120,6 @@ def measure_memory(
         kwargs: Keyword inputs.
         run: Runs the model on them.
         batch: Samples of one forward pass.
-        seed: Draws the sizes.
 
     Raises:
         UnsupportedModelError: If the model runs other operations once it is pruned.
@@ -129,10 +127,10 @@ def measure_memory(
     """
     device = next(model.parameters()).device
     allocation_of(lambda: None, device)  # what cannot be measured at all must not pass for operations that cannot
-    record, calls, rows = sized_calls(model, structure, args, kwargs, run, seed, values=True)
+    record, calls, rows = sized_calls(model, structure, args, kwargs, run, seed=0, values=True)
     numbers, dims = rows[: len(calls)], rows[len(calls) :]
     families, _ = families_of(calls, numbers, structure)
-    scratch, left_out = _scratch_of(families, device, seed)
+    scratch, left_out = _scratch_of(families, device)
     running: dict[Part, list[int]] = {}
     for call, own in zip(calls, numbers, strict=True):
         _, (part,) = families_of([call], [own], structure)
@@ -159,7 +157,7 @@ def measure_memory(
     )
 
 
-def _scratch_of(families: Sequence[Family], device: torch.device, seed: int) -> tuple[dict[str, Scratch], list[str]]:
+def _scratch_of(families: Sequence[Family], device: torch.device) -> tuple[dict[str, Scratch], list[str]]:
     """What families take besides their results, for those that take anything; and those that cannot be run alone."""
     found, left_out = {}, []
     for family in families:
@@ -169,7 +167,7 @@ def _scratch_of(families: Sequence[Family], device: torch.device, seed: int) -> 
             return allocation_of(family.make(values), device)
 
         try:
-            scratch = fit_scratch(family, run, seed)
+            scratch = fit_scratch(family, run)
         except Exception as error:  # an operation may need arguments that random tensors are not
             log.warning("counted without scratch, because it cannot be run alone (%s): %s", error, family.key)
             left_out.append(family.key)

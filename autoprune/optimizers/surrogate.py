@@ -89,29 +89,6 @@ class Surrogate:
         predicted: FloatArray = self._fitted.predict(self._features(candidates))
         return predicted
 
-    def screen(self, proposals: IntArray, n: int) -> IntArray:
-        """Choose the most promising of many proposals, spread over their costs.
-
-        The proposals are sorted by cost and cut into `n` runs of equal length. Each run gives the one whose prediction
-        lies furthest below a quadratic trend of all predictions in the costs, so that neither the dearest nor the
-        cheapest of a run is preferred for its cost alone.
-
-        Args:
-            proposals: Shape (p, d); duplicates are dropped.
-            n: How many to choose.
-
-        Returns:
-            The chosen, the most promising first, shape (min(n, different proposals), d).
-        """
-        proposals = np.unique(proposals, axis=0)
-        costs = self._problem.costs(proposals) / self._problem.limits
-        excess = _without_trend(self.predict(proposals), costs)
-        by_cost = np.argsort(costs.mean(axis=1), kind="stable")
-        runs = np.array_split(by_cost, max(min(n, len(proposals)), 1))
-        best = np.array([run[np.argmin(excess[run])] for run in runs if len(run)], dtype=np.int64)[:n]
-        chosen: IntArray = proposals[best[np.argsort(excess[best], kind="stable")]]
-        return chosen
-
     def _features(self, candidates: IntArray) -> FloatArray:
         """Relative levels, one column for each option of a dimension without an order, and relative costs."""
         candidates = np.asarray(self._problem.canonical(candidates))
