@@ -1,6 +1,9 @@
 """The latency model, against a simulated machine whose speed is known."""
 
+import ctypes
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -244,3 +247,26 @@ class TestLatency:
 
 def test_the_machine_of_these_tests_has_steps():
     assert [stepped(n) for n in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 24]
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33; others keep memory otherwise"
+)
+def test_timed_calls_do_not_pay_for_memory_that_the_system_hands_out_anew():
+    code = """
+import ctypes, sys, torch
+from autoprune.costs.timing import CpuClock, compare
+torch.set_num_threads(1)
+if sys.argv[1] == "timed":
+    compare([lambda: None], lambda: None, CpuClock(), rounds=3, most_rounds=3)
+count = ctypes.CDLL(None).mallinfo2
+count.restype = ctypes.c_size_t * 10
+before = count()[3]  # blocks that come from the system and go back to it
+kept = torch.empty(16 * 2**20, dtype=torch.uint8)
+print(count()[3] - before)
+"""
+    blocks = [
+        int(subprocess.run([sys.executable, "-c", code, state], capture_output=True, check=True).stdout)
+        for state in ("fresh", "timed")
+    ]
+    assert blocks == [1, 0]
