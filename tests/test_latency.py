@@ -259,11 +259,13 @@ from autoprune.costs.timing import CpuClock, compare
 torch.set_num_threads(1)
 if sys.argv[1] == "timed":
     compare([lambda: None], lambda: None, CpuClock(), rounds=3, most_rounds=3)
+class Counts(ctypes.Structure):
+    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
 count = ctypes.CDLL(None).mallinfo2
-count.restype = ctypes.c_size_t * 10
-before = count()[3]  # blocks that come from the system and go back to it
+count.restype = Counts
+before = getattr(count(), "3")  # blocks that come from the system and go back to it
 kept = torch.empty(16 * 2**20, dtype=torch.uint8)
-print(count()[3] - before)
+print(getattr(count(), "3") - before)
 """
     blocks = [
         int(subprocess.run([sys.executable, "-c", code, state], capture_output=True, check=True).stdout)

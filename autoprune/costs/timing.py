@@ -200,10 +200,10 @@ def _block(call: Call, repeats: int, clock: Clock) -> float:
 def _keep_freed_memory() -> None:
     """Let the C library keep what tensors free, as it does in any process that has freed one large tensor.
 
-    Before that, glibc may give the memory of large activations back after each of them, or after each pass, and ask for
-    it again page by page: a ResNet-20 at batch 32 took 38 ms in place of 24 ms, and narrower networks were slowed down
-    by other factors, depending on what ran before. Freeing a block that it got from the system raises both thresholds of
-    glibc to that size; 32 MiB is the most that counts (see ``M_MMAP_THRESHOLD`` in mallopt(3)).
+    Before that, glibc may give the memory of large activations back after each of them, or after each pass, and ask
+    for it again page by page: a ResNet-20 at batch 32 took 38 ms in place of 24 ms, and narrower networks were
+    slowed down by other factors, depending on what ran before. Freeing a block that it got from the system raises
+    both thresholds of glibc to that size; 32 MiB is the most that counts (see ``M_MMAP_THRESHOLD`` in mallopt(3)).
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
