@@ -188,12 +188,12 @@ def _timing_of(timing: Timing | None) -> Timing:
 
 
 def _block(call: Call, repeats: int, clock: Clock) -> float:
-    """Seconds of one call in a row of repeats, after one that brings back what the calls before took from the caches.
+    """Seconds of one call in a row of repeats, after one that is not timed.
 
-    Else a block would hold one cold call, whose share depends on how many there are: small networks seemed slower.
+    The calls before have emptied the caches: the processor's, and that of oneDNN, which keeps 1,024 kernels, less than
+    a few dozen networks run. A network that had to make its own anew took up to twice its time.
     """
-    if repeats > 1:
-        call()
+    call()
     return clock.seconds(call, repeats) / repeats
 
 
