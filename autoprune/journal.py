@@ -165,7 +165,7 @@ class Journal:
                 _lay_out(connection, entries)
             connection.close()
             unfinished.rename(path)
-        except BaseException:
+        except BaseException:  # raised again: nothing is left open
             lock.close()
             raise
         return cls(_connect(path), lock)
@@ -186,7 +186,7 @@ class Journal:
             lock = _lock(path)
         try:
             return cls(_connect(path), lock)
-        except BaseException:
+        except BaseException:  # raised again: nothing is left open
             lock.close()
             raise
 
@@ -206,7 +206,7 @@ class Journal:
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         try:
             _check(connection, path)
-        except BaseException:
+        except BaseException:  # raised again: nothing is left open
             connection.close()
             raise
         return cls(connection)
@@ -367,7 +367,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         with _explaining(path):
             for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
                 connection.execute(f"PRAGMA {pragma}")
-    except BaseException:
+    except BaseException:  # raised again: nothing is left open
         connection.close()
         raise
     return connection

@@ -53,7 +53,7 @@ def open_journal(run_dir: str | Path | None, identity: Mapping[str, Any], resume
     try:
         require_same(journal.meta(), identity)
         journal.record_meta("trials", identity["trials"])
-    except BaseException:
+    except BaseException:  # raised again: nothing is left open, not even after Ctrl-C
         journal.close()
         raise
     return journal

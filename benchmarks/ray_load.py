@@ -31,7 +31,7 @@ class ManyWorkers:
 
     def __init__(self, ray: Any, workers: int, median: float, sigma: float, **options: Any) -> None:
         self.inner = RayExecutor(workers=workers, **options)
-        self.inner._launch = self._launch  # type: ignore[method-assign]
+        self.inner._launch = self._launch  # type: ignore[method-assign]  # others sleep in its place
         slots = 2 * WORKERS_A_PROCESS + 8  # two tasks of each worker, and questions
         make = ray.remote(Sleepers).options(num_cpus=0, max_concurrency=slots).remote
         self._ray = ray
@@ -57,6 +57,7 @@ class ManyWorkers:
 
     def gather(self) -> list[Finished]:
         finished = self.inner.gather()
+        # Sleepers send plain arrays, which the driver wraps: what mypy is told here is that these are no outcomes yet.
         return [each._replace(outcome=Measurement(each.outcome, each.outcome, 0.0)) for each in finished]  # type: ignore[arg-type]
 
     def stop(self) -> None:

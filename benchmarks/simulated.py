@@ -138,7 +138,7 @@ class SimulatedWorkers:
         return finished
 
     def stop(self) -> None:
-        self._evaluator = None  # type: ignore[assignment]
+        self._evaluator = None  # type: ignore[assignment]  # until `start`
 
     def _advance(self, tasks: int = 0) -> None:
         """Let the clock catch up with what the driver did since it was here."""

@@ -127,7 +127,7 @@ class Sharing:
         for name in self._watched:
             part = module.get_submodule(name)
             # Whole calls, hooks included: those that take statistics must not see placeholders.
-            part._call_impl = partial(self._call, name, part._call_impl)  # type: ignore[method-assign]
+            part._call_impl = partial(self._call, name, part._call_impl)  # type: ignore[method-assign]  # as said
         if self.on:
             with seeded(0):
                 self._rehearse()
@@ -210,7 +210,7 @@ class Sharing:
         """
         try:
             return self._forward(module, batch)
-        except Exception as error:
+        except Exception as error:  # torch has several types for too little memory; all else is raised again
             if self._now is None or not is_out_of_memory(error):
                 raise
             self._stop("memory ran out")

@@ -77,7 +77,7 @@ class Bench:
         assert not missing or family.make is not None
         for start in range(0, len(missing), _AT_ONCE):
             some = missing[start : start + _AT_ONCE]
-            calls = [family.make(point) for point in some]  # type: ignore[misc]
+            calls = [family.make(point) for point in some]  # type: ignore[misc]  # asserted above
             timings = self.compare(calls, tolerance=0.03, block_seconds=5e-4)
             for point, call, timing in zip(some, calls, timings, strict=True):
                 unit = self.reference_ms / (call.times if isinstance(call, Repeated) else 1)

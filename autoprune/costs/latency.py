@@ -202,7 +202,7 @@ class Latency:
             np.concatenate([old.uncertainty, uncertainty]),
             np.concatenate([old.held_out, np.zeros(len(widths), dtype=np.bool_)]),
         )
-        return replace(self, evidence=evidence, correction=None)  # type: ignore[arg-type]
+        return replace(self, evidence=evidence, correction=None)  # type: ignore[arg-type]  # fitted anew
 
     def _fit(self) -> Correction:
         """Least squares of relative errors with factors of at least 0, held near the best common factor."""

@@ -172,7 +172,7 @@ def export(
             torch.onnx.export(
                 whole, tuple(whole.tensors), file, input_names=names, opset_version=_OPSET, dynamo=False, verbose=False
             )
-        except Exception as error:
+        except Exception as error:  # the exporter raises whatever an operation or a user's forward gives it cause for
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be exported to ONNX for runtime='onnxruntime': {error}"
             ) from error

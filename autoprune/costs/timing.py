@@ -78,7 +78,7 @@ class CudaClock:
     def seconds(self, call: Call, repeats: int) -> float:
         """Seconds of `repeats` calls, launches included where they are slower than the kernels."""
         with torch.cuda.device(self._device):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch
             torch.cuda.synchronize()
             begin.record()
             for _ in range(repeats):
