@@ -13,10 +13,11 @@ from torch import nn
 
 import autoprune
 from autoprune.costs.latency import Latency
-from autoprune.costs.parts import draw_widths, find_parts, part_values, prefixes
+from autoprune.costs.parts import draw_widths, part_values, prefixes
 from autoprune.costs.profile import profile_structure, setting_of
 from autoprune.costs.runtimes import Torch, network_call
 from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
+from autoprune.costs.torch_parts import find_parts
 from autoprune.errors import RecipeError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build

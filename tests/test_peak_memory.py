@@ -165,7 +165,7 @@ def test_an_operation_that_cannot_be_run_alone_counts_without_scratch_and_is_sai
     def refuse(call, numbers):
         raise TypeError("not these numbers")
 
-    monkeypatch.setattr("autoprune.costs.parts.Call.make", refuse)
+    monkeypatch.setattr("autoprune.costs.torch_parts.Call.make", refuse)
     model, inputs = small(), torch.randn(1, 3, 8, 8)
     memory = measure_memory(model, analyse(model, (inputs,)), (inputs,), {}, run, batch=1)
     assert memory.left_out

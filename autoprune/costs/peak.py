@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from autoprune.costs.allocations import Allocation, allocation_of
-from autoprune.costs.parts import Family, Part, Row, families_of, part_values, sized_calls
+from autoprune.costs.parts import Family, Part, Row, families_of, part_values
 from autoprune.costs.scratch import Scratch, Values, fit_scratch
 from autoprune.costs.structural import live_tensors, product_values
+from autoprune.costs.torch_parts import sized_calls
 from autoprune.protocols import FloatArray
 from autoprune.sources import seeded
 from autoprune.structure.structure import Structure

@@ -8,8 +8,9 @@ from typing import Any, Protocol, final
 import torch
 from torch import nn
 
-from autoprune.costs.parts import Family, Part, find_parts
+from autoprune.costs.parts import Family, Part
 from autoprune.costs.timing import Call
+from autoprune.costs.torch_parts import find_parts
 from autoprune.structure.structure import Structure
 from autoprune.structure.trace import Forward
 
@@ -46,7 +47,7 @@ class Runtime(Protocol):
         run: Forward,
         seed: int,
     ) -> tuple[list[Family], list[Part]]:
-        """What it executes for a model, as `autoprune.costs.parts.find_parts` says it of PyTorch."""
+        """What it executes for a model, as `autoprune.costs.torch_parts.find_parts` says it of PyTorch."""
         ...
 
     def yardstick(self, device: torch.device) -> Call:

@@ -1,0 +1,205 @@
+"""The operations of PyTorch that a model executes, as parts that can be run alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from autoprune.costs.parts import Family, Part, Row, families_of, prefixes, sizes_of
+from autoprune.protocols import IntArray
+from autoprune.structure.slicing import Slicer
+from autoprune.structure.structure import Structure
+from autoprune.structure.trace import Forward, Op, Record, Ref, trace
+
+_LARGE = 1e4  # what an operation that writes into its argument may halve again and again without reaching denormals
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """A tensor among the arguments, without its sizes: they are among the numbers."""
+
+    dims: int
+    dtype: str
+    order: tuple[int, ...]  # dimensions from the slowest to the fastest in memory
+    broadcast: tuple[int, ...]  # dimensions of stride 0
+
+
+def find_parts(
+    model: nn.Module,
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Forward,
+    seed: int = 0,
+) -> tuple[list[Family], list[Part]]:
+    """Take a model apart into families of operations and where they occur.
+
+    Views are left out: they move no data.
+
+    Args:
+        model: The dense model; comes back unchanged.
+        structure: What can be removed from it.
+        args: Positional inputs, of the batch size that matters.
+        kwargs: Keyword inputs.
+        forward: Runs the model on them.
+        seed: Draws the widths that are checked.
+
+    Raises:
+        UnsupportedModelError: If the model runs other operations once it is pruned.
+    """
+    _, calls, rows = sized_calls(model, structure, args, kwargs, forward, seed)
+    return families_of(calls, rows, structure)
+
+
+def sized_calls(
+    model: nn.Module,
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    forward: Forward,
+    seed: int,
+    *,
+    values: bool = False,
+) -> tuple[Record, Sequence[Call], list[list[Row]]]:
+    """The dense pass, the operations of it that compute, and all sizes as functions of the widths.
+
+    Returns:
+        The pass; its operations; the numbers of each operation, followed, for `values`, by the dimensions of each value
+        of the pass.
+
+    Raises:
+        UnsupportedModelError: If the model runs other operations once it is pruned.
+    """
+    slicer = Slicer(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    records: list[Record] = []
+
+    def run(widths: IntArray) -> tuple[list[Call], list[tuple[int, ...]]]:
+        cut = slicer.cut(structure.edit(prefixes(structure, widths))).eval()
+        record = trace(cut, args, kwargs, forward, values=True)
+        records.extend([] if records else [record])
+        return _calls(record, device), [value.shape for value in record.values] if values else []
+
+    dense, rows = sizes_of(run, structure, seed)
+    return records[0], dense, rows
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation of PyTorch, as `Operation` asks for."""
+
+    op: Op
+    template: str
+    leaves: tuple[Any, ...]
+    tree: Any
+    numbers: tuple[int, ...]
+    device: torch.device
+    aligned: int = 1
+
+    @property
+    def kind(self) -> str:
+        """One of those of `Family`."""
+        name = self.op.name
+        if "convolution" in name:
+            return "grouped convolution" if self.op.args.get("groups", 1) > 1 else "convolution"
+        if name.lstrip("_") in ("mm", "addmm", "bmm", "baddbmm", "grouped_mm") or "attention" in name:
+            return "matmul"
+        return "norm" if "norm" in name else "elementwise"
+
+    def where(self) -> str:
+        """Its name and place in the model."""
+        return self.op.where()
+
+    def describe(self, numbers: Iterator[str]) -> str:
+        """Its signature, with these words for its numbers."""
+        said = []
+        for name, leaf in zip(_names(self), self.leaves, strict=True):
+            if isinstance(leaf, _Spec):
+                shape = "x".join(next(numbers) for _ in range(leaf.dims))
+                order = "" if leaf.order == tuple(range(leaf.dims)) else f" order {''.join(map(str, leaf.order))}"
+                stretched = f" broadcast {leaf.broadcast}" if leaf.broadcast else ""
+                said.append(f"{name}={leaf.dtype}[{shape}]{order}{stretched}")
+            elif leaf is int:
+                said.append(f"{name}={next(numbers)}")
+            elif leaf is not None:
+                said.append(f"{name}={json.dumps(leaf, default=str)}")
+        return f"{self.op.func}({', '.join(said)})"
+
+    def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
+        """What runs it alone, on tensors of its own."""
+        func = self.op.func
+        names = [a for a in func._schema.arguments if a.name in self.op.args]
+        leaves: list[Any] = []
+        for i, leaf in enumerate(self.leaves):
+            if isinstance(leaf, _Spec):
+                shape = [next(numbers) for _ in range(leaf.dims)]
+                leaves.append(_tensor(leaf, shape, self.device, func._schema.is_mutable, i == 0))
+            else:
+                leaves.append(next(numbers) if leaf is int else leaf)
+        bound = tree_unflatten(leaves, self.tree)
+        positional = tuple(bound[a.name] for a in names if not a.kwarg_only)
+        keywords = {a.name: bound[a.name] for a in names if a.kwarg_only}
+        return lambda: func(*positional, **keywords)
+
+
+def _calls(record: Record, device: torch.device) -> list[Call]:
+    """The operations that compute, each with its numbers apart from everything else."""
+    found = []
+    for op in record.ops[: record.first]:
+        results, read = op.results(), set(op.inputs())
+        views = all(record.values[i].base != i and i not in read for i in results)
+        if not results or views or not read:
+            continue
+        leaves, tree = tree_flatten(dict(op.args))
+        numbers: list[int] = []
+        kept: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, Ref):
+                value = record.values[leaf.id]
+                kept.append(_spec(value.shape, value.strides, value.dtype))
+                numbers += value.shape
+            elif isinstance(leaf, int) and not isinstance(leaf, bool):
+                kept.append(int)
+                numbers.append(leaf)
+            else:
+                kept.append(leaf)
+        template = f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}"
+        found.append(Call(op, template, tuple(kept), tree, tuple(numbers), device))
+    return found
+
+
+def _stable(leaf: Any) -> Any:
+    return (leaf.dims, leaf.dtype) if isinstance(leaf, _Spec) else str(leaf)
+
+
+def _spec(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> _Spec:
+    steps = strides or tuple(torch.empty(shape, device="meta").stride())
+    order = tuple(sorted(range(len(shape)), key=lambda dim: -steps[dim]))
+    broadcast = tuple(dim for dim, step in enumerate(steps) if step == 0 and shape[dim] > 1)
+    return _Spec(len(shape), str(dtype).removeprefix("torch."), order, broadcast)
+
+
+def _names(call: Call) -> list[str]:
+    """The argument that each leaf belongs to."""
+    return [name for name, value in call.op.args.items() for _ in tree_flatten(value)[0]]
+
+
+def _tensor(spec: _Spec, shape: list[int], device: torch.device, writes: bool, first: bool) -> torch.Tensor:
+    """A tensor laid out in memory as the model's own: ones where an operation writes, else positive noise."""
+    dtype = getattr(torch, spec.dtype)
+    own = [1 if dim in spec.broadcast else size for dim, size in enumerate(shape)]
+    stored = [own[dim] for dim in spec.order]
+    if not dtype.is_floating_point:
+        tensor = torch.zeros(stored, dtype=dtype, device=device)
+    elif writes:
+        tensor = torch.full(stored, _LARGE if first else 1.0, dtype=dtype, device=device)
+    else:
+        tensor = torch.rand(stored, device=device).to(dtype) + 0.1
+    back = [spec.order.index(dim) for dim in range(len(shape))]
+    return tensor.permute(back).expand(shape)
