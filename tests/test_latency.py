@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -132,6 +133,17 @@ class TestTiming:
         calls = []
         assert CpuClock().seconds(lambda: calls.append(1), 7) > 0
         assert len(calls) == 7
+
+    def test_calls_that_took_long_enough_get_no_more_rounds_however_noisy(self):
+        reference = lambda: torch.zeros(9)  # noqa: E731
+
+        def compared(most_seconds):
+            calls = [reference, lambda: torch.zeros(9000)]
+            machine = Machine(noise=0.5)
+            return compare(calls, reference, machine, most_rounds=18, block_seconds=1e-6, most_seconds=most_seconds)
+
+        assert [timing.rounds for timing in compared(math.inf)] == [18, 18]
+        assert [timing.rounds for timing in compared(1e-4)] == [18, 9]  # 2 and 20 microseconds a call
 
 
 class TestParts:

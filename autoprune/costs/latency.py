@@ -24,7 +24,6 @@ VERSION = 1
 UNITS = {"ms": "milliseconds of one forward pass of the whole batch", "ratio": "of the dense network's time"}
 
 _TOWARDS_ONE_FACTOR = 0.3  # how far the factors of kinds are held together: some kinds hardly vary
-_OWN_WEIGHT = 5.0  # of the dense network in the fit, as it is the one that all are compared with
 _SURE = 0.9  # share of networks that the upper limit is to hold for
 
 
@@ -94,7 +93,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Correction:
-    """What turns times of parts into the time of the whole: fitted on whole networks, judged on others.
+    """What turns times of parts into the time of the whole: fitted on whole networks, judged by leaving some out.
 
     Attributes:
         constant_ms: What every network takes: Python, launches, and what has no part.
@@ -205,31 +204,35 @@ class Latency:
         return replace(self, evidence=evidence, correction=None)  # type: ignore[arg-type]  # fitted anew
 
     def _fit(self) -> Correction:
-        """Least squares of relative errors with factors of at least 0, held near the best common factor."""
+        """Least squares of relative errors with factors of at least 0, held near the best common factor.
+
+        What networks held out say is that of a fit without them; the factors themselves are of all networks.
+        """
         seen = self.evidence
         kinds = self.by_kind(seen.widths.astype(np.float64))
         measured = seen.ratio * self.dense_ms
         columns = np.stack([np.ones(len(measured)), *kinds.values()], axis=1) / measured[:, None]
         weights = 1 / np.maximum(seen.uncertainty, 0.01)
         weights = weights / np.median(weights)
-        weights[(seen.widths == [size for _, size in self.groups]).all(axis=1)] *= _OWN_WEIGHT
 
         def solve(rows: np.ndarray[Any, np.dtype[np.bool_]]) -> FloatArray:
             return _factors(columns[rows], weights[rows])
 
-        factors = solve(~seen.held_out)
         held = seen.held_out
+        fitted = solve(np.ones_like(held))
+        constant, *rest = fitted.tolist()
+        factors = dict(zip(kinds, rest, strict=True))
         if not held.any():
-            return Correction(factors[0], dict(zip(kinds, factors[1:], strict=True)), *4 * (math.nan,), (len(held), 0))
-        predicted = columns @ factors
+            return Correction(constant, factors, *4 * (math.nan,), (len(held), 0))
+        predicted = columns @ solve(~held)
         errors = predicted[held] - 1
         return Correction(
-            constant_ms=float(factors[0]),
-            factors={kind: float(factor) for kind, factor in zip(kinds, factors[1:], strict=True)},
+            constant_ms=constant,
+            factors=factors,
             median_error=float(np.median(np.abs(errors))),
             p95_error=float(np.quantile(np.abs(errors), 0.95)),
             spearman=_spearman(predicted[held] * measured[held], measured[held]),
-            margin=max(float(np.quantile(1 / predicted[held] - 1, _SURE)), 0.0),
+            margin=max(float(np.quantile(1 / np.minimum(predicted, columns @ fitted)[held] - 1, _SURE)), 0.0),
             networks=(int((~held).sum()), int(held.sum())),
         )
 

@@ -163,8 +163,12 @@ def profile_structure(
 
 
 def time_networks(calls: Sequence[Callable[[], Any]], dense: Callable[[], Any], clock: Clock) -> list[Timing]:
-    """Time whole networks against the dense one in one interleaved run."""
-    return compare(calls, dense, clock, rounds=9, most_rounds=30, tolerance=0.01, block_seconds=2e-3)
+    """Time whole networks against the dense one in one interleaved run.
+
+    Blocks are long enough for several passes of a small network: between single passes, threads fall asleep and others'
+    data fills the caches, which costs small networks more than large ones.
+    """
+    return compare(calls, dense, clock, rounds=9, most_rounds=60, tolerance=0.01, block_seconds=1e-2, most_seconds=2.0)
 
 
 def _measure_networks(
