@@ -23,7 +23,8 @@ FORMAT = "autoprune-latency"
 VERSION = 1
 UNITS = {"ms": "milliseconds of one forward pass of the whole batch", "ratio": "of the dense network's time"}
 
-_TOWARDS_ONE_FACTOR = 0.3  # how far the factors of kinds are held together: some kinds hardly vary
+_TOWARDS_ONE_FACTOR = 0.2  # expected error of a network over how far factors of kinds are expected to be apart
+_ALIGNED = 8  # kernels compute channels in blocks of as many, or of a multiple; what is left over costs more in a whole
 _SURE = 0.9  # share of networks that the upper limit is to hold for
 
 
@@ -172,8 +173,12 @@ class Latency:
         return found
 
     def by_kind(self, widths: FloatArray) -> dict[str, FloatArray]:
-        """Sums of measured parts by kind, uncorrected, in milliseconds, shape (n,) each."""
+        """Sums of measured parts by kind, uncorrected, in milliseconds, shape (n,) each.
+
+        Those that have a size that is no multiple of 8 are a kind of their own.
+        """
         values = part_values(self.parts, widths)
+        whole = {size: value % _ALIGNED == 0 for size, value in values.items()}
         places: dict[tuple[tuple[int, ...], int, Any], _Place] = {}
         kinds: dict[str, FloatArray] = {}
         for part in self.parts:
@@ -184,8 +189,10 @@ class Latency:
             for axis, aligned, size in keys:
                 if (axis, aligned, size) not in places:
                     places[axis, aligned, size] = _place(axis, aligned, values[size])
-            ms = _interpolate(table, [places[key] for key in keys])
-            kinds[table.kind] = kinds.get(table.kind, np.zeros(len(widths))) + part.count * ms
+            ms = part.count * _interpolate(table, [places[key] for key in keys])
+            aligned = np.logical_and.reduce([whole[size] for size in part.sizes], axis=0) | np.zeros(len(widths), bool)
+            for kind, rows in ((table.kind, aligned), (f"unaligned {table.kind}", ~aligned)):
+                kinds[kind] = kinds.get(kind, np.zeros(len(widths))) + np.where(rows, ms, 0.0)
         return kinds
 
     @cached_property
@@ -405,8 +412,8 @@ def _factors(columns: FloatArray, weights: FloatArray) -> FloatArray:
 
     common = np.stack([columns[:, 0], columns[:, 1:].sum(axis=1)], axis=1) * weights[:, None]
     constant, factor = nnls(common, weights)[0]
-    # Rows that ask for the common factor, the louder the less there is to learn about a kind.
-    hold = np.diag(_TOWARDS_ONE_FACTOR * math.sqrt(len(columns)) * columns.mean(axis=0))
+    # Rows that ask for the common factor: heard where a kind is small in all networks, so that noise would decide.
+    hold = np.diag([0.0, *[_TOWARDS_ONE_FACTOR] * (columns.shape[1] - 1)])
     wanted = hold @ np.array([constant, *[factor] * (columns.shape[1] - 1)])
     solved: FloatArray = nnls(np.concatenate([columns * weights[:, None], hold]), np.concatenate([weights, wanted]))[0]
     return solved
