@@ -203,6 +203,8 @@ class Budget:
             if limit.name not in dense_costs:
                 nearest = difflib.get_close_matches(limit.name, dense_costs, n=1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else "; pass your own cost function under this name"
+                if limit.name in ("latency_ms", "ms_per_sample"):
+                    hint = "; search under a limit on latency, or pass it a table with latency="
                 raise BudgetError(f"budget must limit one of {sorted(dense_costs)}, got {limit.name!r}{hint}")
             absolute[limit.name] = limit.value * (dense_costs[limit.name] if limit.relative else 1.0)
         return absolute
@@ -254,5 +256,6 @@ def _unit(name: str, unit: str) -> float:
     if factor is None and unit and name.lower().endswith(f"_{unit.lower()}"):
         factor = 1.0
     if factor is None:
-        raise BudgetError(f"the unit of {name} must be % or one of {[u for u in known if u]}, got {unit!r}")
+        units = [u for u in (*known, name.rpartition("_")[2] if "_" in name else "") if u]
+        raise BudgetError(f"the unit of {name} must be % or one of {units}, got {unit!r}")
     return factor

@@ -19,6 +19,7 @@ import typer
 from autoprune.errors import AutopruneError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from autoprune.execution import Executor
@@ -236,7 +237,9 @@ def profile(
     output: Annotated[Path, typer.Option(metavar="FILE.json", help="The table to write; interrupted, it goes on.")],
     batch: Annotated[int, typer.Option(help="Samples of one forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads; as many as PyTorch chooses if not given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads; as many as PyTorch chooses if not given.")
+    ] = None,
     runtime: Annotated[
         str, typer.Option(help="torch, onnxruntime (exported to ONNX; on the CPU) or onnxruntime:PROVIDER.")
     ] = "torch",
@@ -251,19 +254,30 @@ def profile(
         from autoprune.costs.profile import profile as measure
         from autoprune.loading import load_model
 
-        if not output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"output must lie in a folder that exists, got {output}")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device must be one of this machine, got {device!r}, and PyTorch sees no GPU here")
+        on, gpus = _device(device), torch.cuda.device_count()
+        if on.type == "cuda" and (on.index or 0) >= gpus:
+            raise ValueError(f"device must be one of this machine, got {device!r}, and PyTorch sees {gpus} GPUs here")
         if threads is not None:
             torch.set_num_threads(threads)
-        dense = load_model(model).to(device)
+        dense = load_model(model).to(on)
         found = measure(dense, _example_inputs(dense, input_shape, example), batch=batch, path=output, runtime=runtime)
         for line in (found, *found.notes):
             typer.echo(line)
         typer.echo(
             f'saved as {output}; next: autoprune search {model} --budget "latency <= 60%" --latency {output} ...'
         )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    return found
 
 
 @contextmanager

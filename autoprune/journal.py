@@ -397,11 +397,26 @@ def _reserve(path: Path) -> IO[bytes]:
                 raise FileExistsError
             return _lock(path)
     except FileExistsError as error:
-        rule = f"already holds a {FILE_NAME}" if run_dir.is_dir() else "is a file"
-        raise FileExistsError(
-            f"run_dir must be a folder of its own, but {run_dir} {rule}; pass another run_dir, or resume=True to go on "
-            "with the search in it"
-        ) from error
+        raise _taken(run_dir) from error
+
+
+def require_free(run_dir: str | Path, resume: bool) -> None:
+    """Refuse a file, and a folder that holds a journal unless it is to be resumed, before anything is measured.
+
+    Raises:
+        FileExistsError: If `run_dir` is one.
+    """
+    folder = Path(run_dir)
+    if folder.is_file() or (not resume and (folder / FILE_NAME).exists()):
+        raise _taken(folder)
+
+
+def _taken(run_dir: Path) -> FileExistsError:
+    rule = f"already holds a {FILE_NAME}" if run_dir.is_dir() else "is a file"
+    return FileExistsError(
+        f"run_dir must be a folder of its own, but {run_dir} {rule}; pass another run_dir, or resume=True to go on "
+        "with the search in it"
+    )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from autoprune.costs import CostFunction, Latency
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, make_executor
 from autoprune.identity import identity_of
-from autoprune.journal import Journal
+from autoprune.journal import Journal, require_free
 from autoprune.metrics import Metric
 from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
@@ -143,6 +143,8 @@ def search(
         raise ValueError(f"max_seconds must be positive or None, got {max_seconds}")
     if resume and run_dir is None:
         raise ValueError("resume=True needs the run_dir of an earlier search, got run_dir=None")
+    if run_dir is not None:
+        require_free(run_dir, resume)
     runner = make_executor(executor)
     settings = find_racing(racing)
     make_optimizer = find_optimizer(optimizer)  # an unknown name must fail before the model is traced

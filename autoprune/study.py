@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from autoprune import batches
-from autoprune.budget import Budget
+from autoprune.budget import ALIASES, THROUGHPUT, Budget
 from autoprune.costs import CostFunction, Latency, make_costs
 from autoprune.costs.allocations import MEASURABLE
 from autoprune.costs.peak import PeakMemory, measure_memory
@@ -114,6 +114,9 @@ def prepare(
     wanted, settings, chosen = Budget.parse(budget), make_space(space), make_evaluator(evaluator)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
+    if not isinstance(cost_batch, int) or cost_batch < 1:
+        raise ValueError(f"cost_batch must be an integer of at least 1, got {cost_batch!r}")
+    _require_functions(costs or {})
     if prior not in PRIORS:
         raise ValueError(f"prior must be one of {list(PRIORS)}, got {prior!r}")
     model = unwrap(model)
@@ -127,7 +130,9 @@ def prepare(
     )
     (timed,), _ = with_batch((subsets.calibration[0],), {}, cost_batch)
     at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
-    source = _latency_of(latency, wanted, costs or {}, model, structure, timed, run, cost_batch, run_dir, at_edges)
+    needed = at_edges or any(limit.name in TIMED for limit in wanted.limits)
+    plain = forward is None
+    source = _latency_of(latency, needed, costs, model, structure, timed, run, cost_batch, run_dir, plain)
     if source is not None and isinstance(settings, Channels) and at_edges:
         settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
     peak, without = _memory_of(wanted, model, structure, timed, run, cost_batch)
@@ -171,19 +176,21 @@ def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, 
 
 def _latency_of(
     given: Latency | str | Path | None,
-    wanted: Budget,
-    costs: Mapping[str, CostFunction],
+    needed: bool,
+    costs: Mapping[str, CostFunction] | None,
     model: nn.Module,
     structure: Structure,
     batch: batches.Batch,
     run: Forward,
     size: int,
     run_dir: str | None,
-    needed: bool,
+    plain: bool,
 ) -> Latency | None:
-    """The table given, that of the run being resumed, or one measured now if the budget or the space needs it."""
-    limited = any(limit.name in TIMED for limit in wanted.limits)
-    if given is None and ("latency_ms" in costs or not (limited or needed)):
+    """The table given, that of the run being resumed, or one measured now if it is `needed`.
+
+    Unless the model is called with batches as they are (`plain`), the table may be of inputs of other sizes.
+    """
+    if given is None and ("latency_ms" in (costs or {}) or not needed):
         return None
     kept = None if run_dir is None else Path(run_dir) / "latency.json"
     if given is None and kept is not None and kept.exists():
@@ -193,9 +200,29 @@ def _latency_of(
             kept.parent.mkdir(parents=True, exist_ok=True)
         log.info("measuring latencies of %s; autoprune.profile measures once for many searches", type(model).__name__)
         return profile_structure(model, structure, (batch,), {}, run, batch=size, path=kept)
+    if not isinstance(given, Latency | str | Path):
+        raise ValueError(f"latency must be a table of autoprune.profile or the file of one, got {given!r:.60}")
     found = given if isinstance(given, Latency) else Latency.load(given)
-    found.require_match(structure, size, type(model).__name__)
+    try:
+        found.require_match(structure, size, type(model).__name__, batch if plain else None)
+    except ValueError as error:
+        if given != kept:
+            raise
+        raise ValueError(f"run_dir holds {kept} of an earlier search: {error}, or pass another run_dir") from error
     return found
+
+
+def _require_functions(costs: Mapping[str, CostFunction]) -> None:
+    if not isinstance(costs, Mapping):
+        raise ValueError(f"costs must be functions by name, such as {{'energy_mj': function}}, got {costs!r:.60}")
+    for name, function in costs.items():
+        if not callable(function):
+            raise ValueError(f"costs[{name!r}] must be a function of candidates (n, d) giving (n,), got {function!r}")
+        if name in (*ALIASES, THROUGHPUT, "ms_per_sample"):
+            raise ValueError(
+                f"costs must not hold {name!r}, which budgets take for another cost; call a latency 'latency_ms', in "
+                "milliseconds of cost_batch samples, which limits on throughput follow, and choose another name else"
+            )
 
 
 def _memory_of(

@@ -110,6 +110,8 @@ def measure_tables(families: Sequence[Family], counts: Sequence[int], bench: Ben
     for family, count in zip(families, counts, strict=True):
         try:
             bench.measure(family, [family.highest])
+        except OSError:  # of the file that keeps what is measured
+            raise
         except Exception as error:  # an operation may need arguments that random tensors are not
             log.warning("left out of the latency model, because it cannot be run alone (%s): %s", error, family.key)
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any, final
 
 import numpy as np
 
+from autoprune.batches import Batch, inputs, tensors
 from autoprune.costs.grids import Table
 from autoprune.costs.parts import Part, part_values
 from autoprune.errors import RecipeError
@@ -243,8 +245,14 @@ class Latency:
             networks=(int((~held).sum()), int(held.sum())),
         )
 
-    def require_match(self, structure: Structure, batch: int, model: str) -> None:
-        """Refuse another model or batch size.
+    def require_match(self, structure: Structure, batch: int, model: str, example: Batch = None) -> None:
+        """Refuse another model, batch size or size of inputs.
+
+        Args:
+            structure: Of the model that latencies are wanted of.
+            batch: Samples that they are wanted at.
+            model: Its class.
+            example: So many samples as the model gets them; None if a function of the user's turns them into inputs.
 
         Raises:
             ValueError: If they are others; names what differs.
@@ -260,6 +268,11 @@ class Latency:
             names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
             shown = ", ".join(f"{n} ({own.get(n, 'none')} units, here {other.get(n, 'none')})" for n in names[:3])
             differing.append(f"its groups differ in {shown or 'their order'}" + ("..." if len(names) > 3 else ""))
+        if not differing and example is not None:
+            own = Counter(given.partition(" ")[2] for given in self.setting.inputs)
+            needed, all_here = map(_shapes, (inputs(example), example))
+            if own - all_here and needed - own:  # either may count what the other leaves out, such as targets
+                differing.append(f"its inputs are {', '.join(own)}, and these are {', '.join(needed)}")
         if differing:
             raise ValueError(
                 f"latency must be a table of this model at this batch size, but {'; '.join(differing)}; "
@@ -268,9 +281,7 @@ class Latency:
 
     def save(self, path: str | Path) -> Path:
         """Write a portable JSON table; an existing file is replaced."""
-        path = Path(path)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        return path
+        return replace_file(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Latency:
@@ -278,7 +289,7 @@ class Latency:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            RecipeError: If it is damaged, foreign, or of a newer version.
+            RecipeError: If it is damaged, foreign, or of another version.
         """
         file = Path(path)
         if not file.is_file():
@@ -286,10 +297,26 @@ class Latency:
         try:
             data = json.loads(file.read_text())
             if data["format"] != FORMAT or data["version"] != VERSION:
-                raise ValueError(f"format {data['format']!r} version {data['version']!r}")
-            return cls.from_json(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(f"{file} is not a latency table of autoprune, or is damaged: {error!r}") from error
+                raise ValueError(f"format {data['format']!r} version {data['version']!r}, and not {VERSION}")
+            found = cls.from_json(data)
+            found._require_sound()
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise RecipeError(
+                f"{file} is not a latency table of this autoprune, or is damaged: {error!r}; measure again with "
+                "autoprune profile"
+            ) from error
+        return found
+
+    def _require_sound(self) -> None:
+        """Refuse tables and evidence of other shapes than belong together, and figures that are no times."""
+        seen = self.evidence
+        widths = np.array([[size for _, size in self.groups], *seen.widths.tolist()], dtype=np.float64)
+        whole = all(
+            grid.shape == tuple(map(len, t.axes)) for t in self.tables for grid in (t.ms, t.low, t.high)
+        ) and all(of.shape == (len(seen.widths),) for of in (seen.ratio, seen.uncertainty, seen.held_out))
+        ms = np.array([*self.predict(widths), self.dense_ms, *seen.ratio]) if whole else np.zeros(1)
+        if not (np.isfinite(ms).all() and (ms > 0).all()):
+            raise ValueError("its numbers do not fit together")
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, with everything that a prediction needs."""
@@ -333,7 +360,7 @@ class Latency:
         seen, correction = data["networks"], _none_to_nan(data["correction"])
         return cls(
             setting=Setting(**{**data["setting"], "inputs": tuple(data["setting"]["inputs"])}),
-            dense_ms=data["dense_ms"],
+            dense_ms=float(data["dense_ms"]),
             groups=tuple((str(name), int(size)) for name, size in data["groups"]),
             tables=tuple(
                 Table(
@@ -369,6 +396,21 @@ class Latency:
             f"by {how.median_error:.1%} on the median and by {how.p95_error:.1%} at the 95th percentile of "
             f"{how.networks[1]} networks not fitted to (rank correlation {how.spearman:.3f})"
         )
+
+
+def replace_file(file: Path, text: str) -> Path:
+    """Write a file; a kill leaves the old one or the new one."""
+    fresh = file.with_name(f"{file.name}.new")
+    fresh.write_text(text)
+    try:
+        return fresh.replace(file)
+    except OSError:  # a folder is in the way
+        fresh.unlink()
+        raise
+
+
+def _shapes(batch: Batch) -> Counter[str]:
+    return Counter("x".join(map(str, given.shape)) for given in tensors(batch))
 
 
 _Place = tuple[IntArray, IntArray, FloatArray]

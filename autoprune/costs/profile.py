@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from autoprune.batches import map_tensors, tensors
 from autoprune.costs.grids import Bench, Points, measure_tables
-from autoprune.costs.latency import Evidence, Latency, Setting
-from autoprune.costs.parts import draw_widths, prefixes
+from autoprune.costs.latency import Evidence, Latency, Setting, replace_file
+from autoprune.costs.parts import Part, draw_widths, prefixes
 from autoprune.costs.returned import selecting
 from autoprune.costs.runtimes import TORCH, Runtime, runtime_of
 from autoprune.costs.timing import Clock, Timing, clock_for, compare, note_of_noise
+from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
 from autoprune.sources import seeded
-from autoprune.structure.analysis import analyse, require_supported
+from autoprune.structure.analysis import analyse, require_prunable, require_supported
 from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
 from autoprune.structure.slicing import build
 from autoprune.structure.structure import Structure
@@ -58,11 +63,11 @@ def profile(
     Args:
         model: Any module that runs on the inputs.
         example_inputs: A tensor, a tuple or a dict of inputs; None for the example that the model carries. Repeated or
-            cut to `batch` samples.
+            cut to `batch` samples. Of a list of these the first is timed; the others cover further branches.
         batch: Samples of one forward pass.
         forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough.
         outputs: Which outputs matter, as in `autoprune.search`.
-        networks: Whole networks to measure.
+        networks: Whole networks to measure, at least 6.
         seed: Draws their widths.
         path: Where to save the table. What is measured is kept beside it meanwhile, and an interrupted run goes on.
         runtime: What runs the model: ``"torch"``; or ``"onnxruntime"``, on the CPU, for networks exported to ONNX, with
@@ -71,37 +76,76 @@ def profile(
 
     Raises:
         ImportError: If the libraries of the runtime are not installed.
+        OSError: If no table can be written to `path`.
         ValueError: If there are no inputs, `batch` or `networks` is too small, the device has no clock, or the runtime
             is unknown.
-        UnsupportedModelError: If the model cannot be pruned, or runs other operations once it is.
+        NothingToPruneError: If nothing can be removed from the model; says why.
+        UnsupportedModelError: If it is scripted, quantised or on several devices, or runs other operations once it is
+            pruned.
 
     Example:
         >>> autoprune.profile(model, torch.randn(1, 3, 32, 32), path="table.json")  # doctest: +SKIP
     """
+    for name, value, least, why in (
+        ("batch", batch, 1, ""),
+        ("networks", networks, 6, ", to fit to some and judge on others"),
+        ("seed", seed, 0, ""),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}{why}, got {value!r}")
+    runtime_of(runtime)  # what cannot be measured or written must show before minutes of measuring
+    if path is not None:
+        _require_writable(Path(path))
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
     model = unwrap(model)
     require_supported(model)
-    (args, kwargs), *_ = examples_of(model, example_inputs)
+    (args, kwargs), *others = examples_of(model, example_inputs)
     run = selecting(forward, outputs)
-    structure = analyse(model, *with_batch(args, kwargs, 2), forward=run)
+    further = [with_batch(*inputs, 2) for inputs in others]
+    structure = analyse(model, *with_batch(args, kwargs, 2), forward=run, further=further)
+    require_prunable(structure)
     return profile_structure(
         model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path, runtime=runtime
     )
 
 
+def _require_writable(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be a file to write the table to, got the folder {path}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"path must lie in a folder that exists, got {path}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"path must lie in a folder that can be written, got {path}")
+
+
 def with_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs with `n` samples: those of the given ones, over and over; what does not hold samples stays."""
-    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not leaves:
-        raise ValueError("example_inputs must hold a tensor with a dimension for samples, got none")
-    size = len(leaves[0])
+    """Inputs with `n` samples: those of the given ones, over and over; what does not hold samples stays.
 
-    def resized(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != size:
-            return leaf
-        return leaf[torch.arange(n, device=leaf.device) % size]
+    Raises:
+        ValueError: If they hold no samples.
+    """
+    size = next((len(given) for given in _tensors((args, dict(kwargs))) if given.ndim), 0)
+    if not size:
+        raise ValueError("example_inputs must hold a tensor with a dimension for samples and at least one, got none")
 
-    resized_args, resized_kwargs = tree_map(resized, (args, dict(kwargs)))
+    def resized(given: Tensor) -> Tensor:
+        if not given.ndim or len(given) != size:
+            return given
+        return given[torch.arange(n, device=given.device) % size]
+
+    resized_args, resized_kwargs = _map_tensors(resized, (args, dict(kwargs)))
     return resized_args, resized_kwargs
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    """The tensors of inputs, also in mappings that are no dicts, such as what Hugging Face tokenizers return."""
+    return [tensor for leaf in tree_leaves(inputs) for tensor in tensors(leaf)]
+
+
+def _map_tensors(fn: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    return tree_map(lambda leaf: map_tensors(fn, leaf), inputs)
 
 
 @seeded(0)  # operations run on noise, and a model may draw some itself
@@ -120,20 +164,15 @@ def profile_structure(
     runtime: str = TORCH,
 ) -> Latency:
     """`profile` for a model that is traced already; `clock` stands in for that of the device."""
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    if networks < 6:
-        raise ValueError(f"networks must be at least 6, to fit to some and judge on others, got {networks}")
     runs = runtime_of(runtime)
     device = next(model.parameters()).device
     clock = clock or clock_for(device, runs.elsewhere)
-    args, kwargs = tree_map(
-        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, with_batch(args, kwargs, batch)
-    )
+    args, kwargs = _map_tensors(lambda given: given.to(device), with_batch(args, kwargs, batch))
     setting = setting_of(model, args, kwargs, batch, runs)
     bench = Bench(clock, runs.yardstick(device))
-    progress = _Progress(path, setting, bench)
     families, parts = runs.parts(model, structure, args, kwargs, run, seed)
+    widths = _networks(structure, networks, seed)
+    progress = _Progress(path, setting, parts, widths, bench)
     counts = [sum(part.count for part in parts if part.family == family.key) for family in families]
     tables = measure_tables(families, counts, bench)
     dense = build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
@@ -141,9 +180,6 @@ def profile_structure(
     if not progress.dense_ms:
         (timing,) = bench.compare([call], tolerance=0.01, block_seconds=2e-3)
         progress.dense_ms = timing.ratio * bench.reference_ms
-    widths = draw_widths(structure, networks, np.random.default_rng(seed))
-    widths[::_ALIGNED_EVERY] = _aligned(structure, widths[::_ALIGNED_EVERY])
-    widths[0] = structure.sizes
     _measure_networks(model, structure, widths, lambda m: runs.network(m, run, args, kwargs), call, clock, progress)
     ratio, uncertainty = np.array(progress.networks, dtype=np.float64).T
     left_out = sorted({family.key for family in families} - {table.key for table in tables})
@@ -162,6 +198,14 @@ def profile_structure(
         latency.save(path)
         progress.remove()
     return latency
+
+
+def _networks(structure: Structure, n: int, seed: int) -> IntArray:
+    """Widths (n, groups) of the networks to measure: the dense one first."""
+    widths = draw_widths(structure, n, np.random.default_rng(seed))
+    widths[::_ALIGNED_EVERY] = _aligned(structure, widths[::_ALIGNED_EVERY])
+    widths[0] = structure.sizes
+    return widths
 
 
 def _aligned(structure: Structure, widths: IntArray) -> IntArray:
@@ -201,11 +245,23 @@ def _measure_networks(
 
 
 class _Progress:
-    """What is measured so far, kept in a file beside the table."""
+    """What is measured so far, kept in a file beside the table, and read from it if the run goes on.
 
-    def __init__(self, path: str | Path | None, setting: Setting, bench: Bench) -> None:
+    Args:
+        path: Of the table; None keeps nothing.
+        setting: What times hold for.
+        parts: What the model executes.
+        widths: Of the networks to measure, shape (n, groups).
+        bench: Measures the parts.
+    """
+
+    def __init__(
+        self, path: str | Path | None, setting: Setting, parts: Sequence[Part], widths: IntArray, bench: Bench
+    ) -> None:
         self._file = None if path is None else Path(f"{path}.partial")
         self._setting = setting
+        self._model = sha256(repr(parts).encode()).hexdigest()  # other models may have the same class and inputs
+        self._widths = widths.tolist()
         self._bench = bench
         self.dense_ms = 0.0
         self.networks: list[tuple[float, float]] = []
@@ -223,12 +279,12 @@ class _Progress:
             "setting": self._identity(),
             "reference_ms": self._bench.reference_ms,
             "dense_ms": self.dense_ms,
+            "widths": self._widths,
             "networks": self.networks,
+            "timings": [astuple(timing) for timing in (*self.timings, *self._bench.timings)],
             "known": known,
         }
-        fresh = self._file.with_suffix(".new")
-        fresh.write_text(json.dumps(data))
-        fresh.replace(self._file)
+        replace_file(self._file, json.dumps(data))
 
     def remove(self) -> None:
         """Drop the file, because the table is complete."""
@@ -238,20 +294,26 @@ class _Progress:
     def _identity(self) -> list[Any]:
         own = self._setting
         where = [own.device, own.machine, own.threads, own.runtime, dict(own.versions)]
-        return [own.model, list(own.inputs), own.batch, *where]
+        return [own.model, self._model, list(own.inputs), own.batch, *where]
 
     def _read(self, file: Path) -> None:
-        data = json.loads(file.read_text())
-        if data["setting"] != self._identity():
-            log.warning("%s is of another model, machine, runtime or setting, and is replaced", file)
+        try:
+            data = json.loads(file.read_text())
+            if data["setting"] != self._identity():
+                log.warning("%s is of another model, machine, runtime or setting, and is replaced", file)
+                return
+            points: dict[str, Points] = {
+                key: {tuple(at): (ms, low, high) for at, ms, low, high in rows} for key, rows in data["known"].items()
+            }
+            networks = [(ratio, uncertainty) for ratio, uncertainty in data["networks"]]
+            timings = [Timing(*row) for row in data["timings"]]
+            reference_ms, dense_ms, widths = data["reference_ms"], data["dense_ms"], data["widths"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            log.warning("%s cannot be read, and is replaced: %r", file, error)
             return
-        points: dict[str, Points] = {
-            key: {tuple(at): (ms, low, high) for at, ms, low, high in rows} for key, rows in data["known"].items()
-        }
         self._bench.known.update(points)
-        self._bench.reference_ms = data["reference_ms"]
-        self.dense_ms = data["dense_ms"]
-        self.networks = [tuple(row) for row in data["networks"]]
+        self._bench.reference_ms, self.dense_ms, self.timings = reference_ms, dense_ms, timings
+        self.networks = networks if widths == self._widths else []  # others were drawn with another seed or number
         log.info("going on with %s: %d families measured already", file, len(points))
 
 
@@ -262,7 +324,7 @@ def setting_of(
     from autoprune import __version__
 
     device = next(model.parameters()).device
-    inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    inputs = _tensors((args, dict(kwargs)))
     return Setting(
         model=type(model).__name__,
         inputs=tuple(f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, x.shape))}" for x in inputs),

@@ -62,8 +62,8 @@ def runtime_of(name: str) -> Runtime:
         ValueError: If it is another name, or a provider that is not installed.
         ImportError: If its libraries are not installed.
     """
-    library, _, provider = name.partition(":")
-    if library == ONNXRUNTIME and (provider or ":" not in name):
+    library, colon, provider = str(name).partition(":")
+    if library == ONNXRUNTIME and bool(colon) == bool(provider):
         from autoprune.costs.onnx_sessions import OnnxRuntime
 
         return OnnxRuntime(provider)

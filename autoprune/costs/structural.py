@@ -202,7 +202,11 @@ def _nonzero_params(exact: StructuralCosts, space: SearchSpace, candidates: IntA
 
 
 def _checked(name: str, function: CostFunction, candidates: IntArray) -> FloatArray:
-    values = np.asarray(function(candidates), dtype=np.float64)
+    returned = function(candidates.copy())  # which it may write to
+    try:
+        values = np.asarray(returned, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"costs[{name!r}] must return numbers, got {returned!r:.60}") from error
     finite = np.isfinite(values).all()
     if values.shape != (len(candidates),) or not finite:
         raise ValueError(

@@ -69,7 +69,7 @@ def _spread(problem: Problem, levels: FloatArray) -> IntArray:
 
 def _explain(names: tuple[str, ...], limits: FloatArray, least: FloatArray, nearest: FloatArray) -> str:
     each = [
-        f"{name} must be at least {low:.6g}, the cheapest reachable, got {limit:.6g}"
+        f"{name} must be at least {_said(name, low)}, the cheapest reachable, got {_said(name, limit)}"
         for name, low, limit in zip(names, least, limits, strict=True)
         if low > limit
     ]
@@ -79,6 +79,11 @@ def _explain(names: tuple[str, ...], limits: FloatArray, least: FloatArray, near
         )
         each = [f"each limit can be met alone but not all together; the nearest candidate costs {costs}"]
     return f"no candidate is within the budget: {'; '.join(each)}. Raise the limit or widen the space"
+
+
+def _said(name: str, value: float) -> str:
+    """A cost; of the time of a sample also the throughput, because that is what users limit."""
+    return f"{value:.6g}" + (f" ({1e3 / value:.6g}/s)" if name == "ms_per_sample" and value > 0 else "")
 
 
 def _descend(problem: Problem, starts: IntArray, weights: FloatArray) -> IntArray:
