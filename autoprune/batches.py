@@ -8,7 +8,8 @@ other entries are keyword inputs. Entries may nest tensors in mappings, lists, t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -86,6 +87,32 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch with its tensors on `device`."""
     return map_tensors(lambda tensor: tensor.to(device), batch)
+
+
+@dataclass(frozen=True)
+class Shell:
+    """The containers of a batch, apart from the tensors in them, which code that knows fewer containers can then see.
+
+    What traces and exports models looks into dicts, lists and tuples, and would take the tensors in other mappings,
+    such as those of Hugging Face tokenizers, for constants.
+    """
+
+    batch: Batch
+
+    def filled(self, given: Sequence[Tensor]) -> Batch:
+        """The batch with other tensors, as many as it holds."""
+        left = iter(given)
+        return map_tensors(lambda _: next(left), self.batch)
+
+
+def opened(batch: Batch) -> tuple[Any, ...]:
+    """Positional inputs for a forward that `closing` made: a shell and the tensors in it."""
+    return (Shell(batch), *tensors(batch))
+
+
+def closing(forward: Callable[[nn.Module, Batch], Any]) -> Callable[..., Any]:
+    """A forward that takes what `opened` gives in place of the batch."""
+    return lambda model, shell, *given: forward(model, shell.filled(given))
 
 
 def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -71,7 +71,7 @@ class Study:
         worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
             and until the dense model is measured.
         latency: What predicts latencies; None if they are not limited, or a function of the user's says them.
-        priced_batch: What a latency is of, and a peak of memory: a batch of the size that costs are stated at.
+        priced: What a latency is of, and a peak of memory: a batch of the size that costs are stated at, opened.
         memory: What predicts the peak of memory; None if it is not limited, or cannot be measured.
     """
 
@@ -85,7 +85,7 @@ class Study:
     notes: tuple[str, ...]
     worst_score: float | None = None
     latency: Latency | None = None
-    priced_batch: batches.Batch = None
+    priced: tuple[Any, ...] = ()
     memory: PeakMemory | None = None
 
 
@@ -124,18 +124,17 @@ def prepare(
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
     run = selecting(forward or batches.default_forward, outputs)
     example = batches.slice_batch(subsets.calibration[0], 0, 2)
-    further: list[Inputs] = [((batch,), {}) for batch in _branches(model, example_inputs)]
-    structure = analyse(
-        model, (example,), forward=lambda m, batch: run(m, batch), further=further, checks=checks, seed=seed
-    )
-    (timed,), _ = with_batch((subsets.calibration[0],), {}, cost_batch)
+    further: list[Inputs] = [(batches.opened(batch), {}) for batch in _branches(model, example_inputs)]
+    whole = batches.closing(run)
+    structure = analyse(model, batches.opened(example), forward=whole, further=further, checks=checks, seed=seed)
+    priced, _ = with_batch(batches.opened(subsets.calibration[0]), {}, cost_batch)
     at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
     needed = at_edges or any(limit.name in TIMED for limit in wanted.limits)
     plain = forward is None
-    source = _latency_of(latency, needed, costs, model, structure, timed, run, cost_batch, run_dir, plain)
+    source = _latency_of(latency, needed, costs, model, structure, priced, whole, cost_batch, run_dir, plain)
     if source is not None and isinstance(settings, Channels) and at_edges:
         settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
-    peak, without = _memory_of(wanted, model, structure, timed, run, cost_batch)
+    peak, without = _memory_of(wanted, model, structure, priced, whole, cost_batch)
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
@@ -166,7 +165,7 @@ def prepare(
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
     told = getattr(chosen, "notes", ())  # after `prepare`, because only then an evaluator knows what it learned
     ordered = (*_ordered(notes, judge.note, subsets), *told)
-    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered, None, source, timed, peak)
+    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered, None, source, priced, peak)
 
 
 def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:
@@ -180,7 +179,7 @@ def _latency_of(
     costs: Mapping[str, CostFunction] | None,
     model: nn.Module,
     structure: Structure,
-    batch: batches.Batch,
+    args: tuple[Any, ...],
     run: Forward,
     size: int,
     run_dir: str | None,
@@ -199,12 +198,13 @@ def _latency_of(
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
         log.info("measuring latencies of %s; autoprune.profile measures once for many searches", type(model).__name__)
-        return profile_structure(model, structure, (batch,), {}, run, batch=size, path=kept)
+        return profile_structure(model, structure, args, {}, run, batch=size, path=kept)
     if not isinstance(given, Latency | str | Path):
         raise ValueError(f"latency must be a table of autoprune.profile or the file of one, got {given!r:.60}")
     found = given if isinstance(given, Latency) else Latency.load(given)
+    example = args[0].filled(args[1:]) if plain else None
     try:
-        found.require_match(structure, size, type(model).__name__, batch if plain else None)
+        found.require_match(structure, size, type(model).__name__, example)
     except ValueError as error:
         if given != kept:
             raise
@@ -229,7 +229,7 @@ def _memory_of(
     wanted: Budget,
     model: nn.Module,
     structure: Structure,
-    batch: batches.Batch,
+    args: tuple[Any, ...],
     run: Forward,
     size: int,
 ) -> tuple[PeakMemory | None, list[str]]:
@@ -240,7 +240,7 @@ def _memory_of(
     why = "" if device in MEASURABLE else f"on {device} it cannot be measured"
     if not why:
         try:
-            return measure_memory(model, structure, (batch,), {}, run, batch=size), []
+            return measure_memory(model, structure, args, {}, run, batch=size), []
         except UnsupportedModelError as error:
             why = str(error)
     return None, [f"memory_bytes is weights and tensors alone, without what operations allocate while they run: {why}"]

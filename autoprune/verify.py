@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
+from autoprune.batches import closing
 from autoprune.costs import Latency, make_costs
 from autoprune.costs.profile import setting_of, time_networks
 from autoprune.costs.runtimes import runtime_of
@@ -71,7 +72,7 @@ def _why_not_here(study: Study, latency: Latency) -> str:
         runtime = runtime_of(setting.runtime)
     except (ImportError, ValueError) as error:
         return f"runtime {setting.runtime} {setting.runtime_version}; {error}"
-    here = setting_of(study.context.model, (study.priced_batch,), {}, setting.batch, runtime)
+    here = setting_of(study.context.model, study.priced, {}, setting.batch, runtime)
     return "; ".join(setting.elsewhere(here))
 
 
@@ -97,8 +98,8 @@ class _Seen:
     def measure(self, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> None:
         """Measure trials, given as built."""
         if study.memory is not None:
-            forward, inputs = study.context.forward, (study.priced_batch,)
-            peaks = [study.memory.measure(module, forward, inputs, {}) for module in modules]
+            forward = closing(study.context.forward)
+            peaks = [study.memory.measure(module, forward, study.priced, {}) for module in modules]
             self.peaks.update(zip((trial.id for trial in trials), peaks, strict=True))
         if self.latency is not None and not self.untimed:
             try:
@@ -108,10 +109,10 @@ class _Seen:
 
     def _timed(self, latency: Latency, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> Latency:
         """Time trials, and fit the model to them, too."""
-        context, inputs = study.context, (study.priced_batch,)
+        context, forward = study.context, closing(study.context.forward)
         runtime = runtime_of(latency.setting.runtime)
-        dense = runtime.network(build(context.model, Edit({}, {})).eval(), context.forward, inputs, {})
-        calls = [runtime.network(module, context.forward, inputs, {}) for module in modules]
+        dense = runtime.network(build(context.model, Edit({}, {})).eval(), forward, study.priced, {})
+        calls = [runtime.network(module, forward, study.priced, {}) for module in modules]
         clock = clock_for(next(context.model.parameters()).device, runtime.elsewhere)
         timings = time_networks(calls, dense, clock)
         self.timings.update(zip((trial.id for trial in trials), timings, strict=True))

@@ -211,18 +211,80 @@ class TestSpaces:
             search(mlp, space=Channels(ignore=["*"]))
 
 
+class TestLatency:
+    @pytest.mark.parametrize("value", [0, -1, 2.5, "8"])
+    @pytest.mark.parametrize("budget", ["flops <= 50%", "latency <= 50%"])
+    def test_cost_batch_must_be_a_positive_integer(self, mlp, budget, value):
+        with refused(ValueError, f"cost_batch must be an integer of at least 1, got {value!r}"):
+            search(mlp, budget, cost_batch=value)
+
+    def test_a_table_of_another_kind_is_named(self, mlp):
+        with refused(ValueError, "latency must be a table of autoprune.profile or the file of one, got 3"):
+            search(mlp, "latency <= 50%", latency=3)
+
+    def test_a_unit_that_is_not_known_names_that_of_the_cost(self, mlp):
+        with refused(autoprune.BudgetError, "the unit of latency_ms must be % or one of", "'ms'", "got 's'"):
+            search(mlp, "latency <= 1s")
+
+    def test_an_impossible_throughput_names_what_can_be_reached(self, mlp):
+        costs = {"latency_ms": lambda candidates: 30.0 - candidates.sum(axis=1)}
+        with refused(autoprune.InfeasibleBudgetError, "ms_per_sample must be at least 9 (111.111/s)", "got 1 (1000/s)"):
+            search(mlp, "throughput >= 1000/s", costs=costs, space=EIGHTHS)
+
+    def test_a_limit_on_latency_after_a_search_without_says_how_to_search(self, mlp):
+        with refused(autoprune.BudgetError, "got 'latency_ms'", "pass it a table with latency="):
+            search(mlp).best("latency <= 50%")
+
+    @pytest.mark.parametrize(
+        ("argument", "value", "named"),
+        [
+            ("batch", 0, "batch must be an integer of at least 1, got 0"),
+            ("batch", "8", "batch must be an integer of at least 1, got '8'"),
+            ("networks", 3, "networks must be an integer of at least 6, to fit to some and judge on others, got 3"),
+            ("seed", -1, "seed must be an integer of at least 0, got -1"),
+            ("runtime", "tensorrt", "runtime must be 'torch', 'onnxruntime' or 'onnxruntime:PROVIDER', got 'tensorrt'"),
+            ("runtime", 5, "runtime must be 'torch', 'onnxruntime' or 'onnxruntime:PROVIDER', got 5"),
+            ("example_inputs", X[:0], "example_inputs must hold a tensor with a dimension for samples"),
+            ("example_inputs", (), "example_inputs must hold a tensor with a dimension for samples"),
+        ],
+    )
+    def test_what_profile_cannot_use_is_named(self, mlp, argument, value, named):
+        with refused(ValueError, named):
+            autoprune.profile(mlp, **{"example_inputs": X[:2], argument: value})
+
+    def test_a_table_goes_to_a_file_in_a_folder_that_exists(self, mlp, tmp_path):
+        with refused(IsADirectoryError, "path must be a file to write the table to, got the folder"):
+            autoprune.profile(mlp, X[:2], path=tmp_path)
+        with refused(FileNotFoundError, "path must lie in a folder that exists, got"):
+            autoprune.profile(mlp, X[:2], path=tmp_path / "none" / "table.json")
+        assert list(tmp_path.parent.glob(f"{tmp_path.name}*")) == [tmp_path]
+
+    @pytest.mark.parametrize("model", [nn.Linear(64, 10), nn.ReLU()], ids=["linear", "no parameters"])
+    def test_profile_refuses_a_model_with_nothing_to_prune(self, model, tmp_path):
+        with refused(autoprune.NothingToPruneError, "nothing to prune"):
+            autoprune.profile(model, X[:2], path=tmp_path / "table.json")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_profile_refuses_what_is_no_module(self):
+        with refused(autoprune.UnsupportedModelError, "model must be an nn.Module, got str"):
+            autoprune.profile("model.pt", X[:2])
+
+
 class TestRuns:
-    def test_a_run_dir_that_is_a_file_is_refused(self, mlp, tmp_path):
+    @pytest.mark.parametrize("options", [{}, {"budget": "latency <= 50%", "resume": True}])
+    def test_a_run_dir_that_is_a_file_is_refused(self, mlp, tmp_path, options):
         (tmp_path / "file").write_text("mine")
         with refused(FileExistsError, "run_dir must be a folder", "is a file", "pass another run_dir"):
-            search(mlp, run_dir=tmp_path / "file")
+            search(mlp, run_dir=tmp_path / "file", **options)
         assert (tmp_path / "file").read_text() == "mine"
 
-    def test_a_run_dir_used_before_is_refused_and_left_alone(self, mlp, tmp_path):
+    @pytest.mark.parametrize("budget", ["flops <= 50%", "latency <= 50%"])
+    def test_a_run_dir_used_before_is_refused_and_left_alone(self, mlp, tmp_path, budget):
         search(mlp, run_dir=tmp_path)
         before = (tmp_path / "journal.sqlite").read_bytes()
         with refused(FileExistsError, "run_dir must be a folder of its own", "already holds", "pass another run_dir"):
-            search(mlp, run_dir=tmp_path)
+            search(mlp, budget, run_dir=tmp_path)
+        assert not (tmp_path / "latency.json").exists()
         assert (tmp_path / "journal.sqlite").read_bytes() == before
 
     @pytest.mark.parametrize("trials", [0, -1, 2.5, "10"])
@@ -268,6 +330,29 @@ class TestFunctionsOfTheUser:
     def test_a_cost_with_the_name_of_a_built_in_one_is_refused(self, mlp):
         with refused(ValueError, "costs must not redefine", "got 'flops'", "choose another name"):
             search(mlp, costs={"flops": lambda candidates: candidates.sum(axis=1)})
+
+    @pytest.mark.parametrize("name", ["latency", "memory", "throughput", "ms_per_sample"])
+    def test_a_cost_with_a_name_that_budgets_take_for_another_is_refused(self, mlp, name):
+        with refused(ValueError, f"costs must not hold '{name}'", "call a latency 'latency_ms'"):
+            search(mlp, costs={name: lambda candidates: candidates.sum(axis=1)})
+
+    @pytest.mark.parametrize(("costs", "named"), [([len], "costs must be functions"), ({"j": 5}, "costs['j'] must be")])
+    def test_costs_that_are_no_functions_are_named(self, mlp, costs, named):
+        with refused(ValueError, named, "got "):
+            search(mlp, costs=costs)
+
+    def test_a_cost_that_returns_no_numbers_is_named(self, mlp):
+        with refused(ValueError, "costs['energy_mj'] must return numbers, got ['much']"):
+            search(mlp, costs={"energy_mj": lambda candidates: ["much"] * len(candidates)})
+
+    def test_a_cost_that_writes_to_its_candidates_changes_nothing(self, mlp):
+        def careless(candidates):
+            total = 100.0 - candidates.sum(axis=1)
+            candidates[:] = 0
+            return total
+
+        result = search(mlp, "energy_mj <= 90%", costs={"energy_mj": careless}, trials=6)
+        assert all(trial.costs["energy_mj"] == 100 - sum(trial.candidate) <= 90 for trial in result.front)
 
     @pytest.mark.parametrize("returned", [1.0, torch.tensor(1.0), torch.ones(5), torch.ones(20, 10)])
     def test_a_metric_of_the_wrong_shape_is_named(self, mlp, returned):

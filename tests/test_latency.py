@@ -47,13 +47,26 @@ def small() -> nn.Module:
         ).eval()
 
 
-def measured(clock=None, batch=3, path=None, networks=15) -> Latency:
-    model = small()
+def measured(clock=None, batch=3, path=None, networks=15, seed=0, model=None) -> Latency:
+    model = model or small()
     structure = analyse(model, (INPUTS,))
     clock = clock or Machine(drift=1e-5, cold=1.3, per_pass=2e-5)
     return profile_structure(
-        model, structure, (INPUTS,), {}, run, batch=batch, clock=clock, path=path, networks=networks
+        model, structure, (INPUTS,), {}, run, batch=batch, clock=clock, path=path, networks=networks, seed=seed
     )
+
+
+class Pulled(Machine):
+    """A machine whose plug is pulled after so many calls."""
+
+    def __init__(self, after: int, **options):
+        super().__init__(**options)
+        self.after = after
+
+    def seconds(self, call, repeats):
+        if self.calls > self.after:
+            raise KeyboardInterrupt
+        return super().seconds(call, repeats)
 
 
 @pytest.fixture(scope="module")
@@ -230,22 +243,91 @@ class TestLatency:
         with pytest.raises(ValueError, match=r"its groups differ in 3 \(48 units, here 40\)"):
             other.require_match(structure, 3, "Sequential")
 
-    def test_interrupted_profiling_goes_on_where_it_stopped(self, tmp_path):
-        class Pulled(Machine):
-            def seconds(self, call, repeats):
-                if self.calls > 1500:
-                    raise KeyboardInterrupt
-                return super().seconds(call, repeats)
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            (("version",), 2),
+            (("dense_ms",), None),
+            (("dense_ms",), -1.0),
+            (("tables", 0, "ms"), [1.0]),
+            (("networks", "ratio"), [1.0]),
+            (("networks", "ratio", 0), None),
+            (("correction", "factors"), {}),
+            (("parts", 0, "sizes"), [[0, [[7, 1]]]]),
+            (("setting", "colour"), "red"),
+        ],
+    )
+    def test_a_damaged_table_is_refused_when_it_is_read(self, latency, tmp_path, path, value):
+        data = json.loads(json.dumps(latency.to_json()))
+        inner = data
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        (tmp_path / "table.json").write_text(json.dumps(data))
+        with pytest.raises(RecipeError, match=r"table\.json is not a latency table.*measure again"):
+            Latency.load(tmp_path / "table.json")
 
+    def test_a_table_that_cannot_be_saved_leaves_nothing_behind(self, latency, tmp_path):
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(IsADirectoryError):
+            latency.save(tmp_path / "folder")
+        assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+    def test_a_table_of_inputs_of_another_size_is_refused_whatever_targets_there_are(self, latency):
+        structure = analyse(small(), (INPUTS,))
+        x, y = INPUTS[[0, 1, 0]], torch.zeros(3)
+        for batch in (x, (x, y), {"x": x, "labels": y}):
+            latency.require_match(structure, 3, "Sequential", batch)
+        with_targets = replace(latency, setting=replace(latency.setting, inputs=("float32 3x3x8x8", "int64 3x7")))
+        with_targets.require_match(structure, 3, "Sequential", x)
+        with pytest.raises(ValueError, match="its inputs are 3x3x8x8, and these are 3x3x16x16"):
+            latency.require_match(structure, 3, "Sequential", (torch.zeros(3, 3, 16, 16), y))
+
+    def test_interrupted_profiling_goes_on_where_it_stopped(self, tmp_path):
         path = tmp_path / "table.json"
         with pytest.raises(KeyboardInterrupt):
-            measured(Pulled(), path=path, networks=6)
+            measured(Pulled(1500), path=path, networks=6)
         rest, whole = Machine(), Machine()
         measured(rest, path=path, networks=6)
         measured(whole, networks=6)
         assert rest.calls < 0.7 * whole.calls
         assert Latency.load(path).dense_ms > 0
         assert not path.with_name("table.json.partial").exists()
+
+    def test_networks_of_an_interrupted_run_with_another_seed_are_measured_anew(self, tmp_path):
+        path = tmp_path / "table.json"
+        whole = Machine()
+        measured(whole, networks=24, path=tmp_path / "whole.json")
+        with pytest.raises(KeyboardInterrupt):
+            measured(Pulled(whole.calls - 40), path=path, networks=24, seed=1)
+        assert json.loads((tmp_path / "table.json.partial").read_text())["networks"]
+        rest = measured(Machine(), path=path, networks=24)
+        np.testing.assert_allclose(rest.evidence.ratio, measured(Machine(), networks=24).evidence.ratio, rtol=0.01)
+
+    def test_what_is_left_of_another_model_of_the_same_class_is_replaced(self, tmp_path):
+        path = tmp_path / "table.json"
+        other = small()
+        other[2] = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU())
+        with pytest.raises(KeyboardInterrupt):
+            measured(Pulled(1500), path=path, networks=6, model=other)
+        measured(path=path, networks=6)
+        assert Latency.load(path).dense_ms == pytest.approx(measured(networks=6).dense_ms, rel=0.01)
+
+    @pytest.mark.parametrize("left", ["", "[]", "{", '{"setting": 1}'])
+    def test_what_is_left_and_cannot_be_read_is_replaced(self, tmp_path, left):
+        (tmp_path / "table.json.partial").write_text(left)
+        measured(path=tmp_path / "table.json", networks=6)
+        assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+
+    def test_noise_is_said_also_of_what_was_measured_before_an_interruption(self, tmp_path):
+        path = tmp_path / "table.json"
+        with pytest.raises(KeyboardInterrupt):
+            measured(Pulled(2500, noise=1.0), path=path, networks=6)
+        assert "the machine is noisy" in " ".join(measured(Machine(), path=path, networks=6).notes)
+
+    def test_a_file_that_cannot_be_written_is_no_operation_that_cannot_be_run(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"table\.json"):
+            measured(path=tmp_path / "none" / "table.json", networks=6)
 
     def test_profiling_leaves_the_random_state_alone(self, global_rng_untouched):
         with global_rng_untouched():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import UserDict
 from dataclasses import replace
 
 import numpy as np
@@ -115,6 +116,39 @@ def test_a_table_of_another_machine_predicts_and_says_that_nothing_was_verified(
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=elsewhere, **QUICK)
     assert any("not verified here" in note and "a phone" in note for note in result.notes)
     assert all(not trial.predicted for trial in result.trials)
+
+
+def test_a_table_that_an_earlier_search_left_is_named_where_it_does_not_fit(table, tmp_path):
+    table.save(tmp_path / "latency.json")
+    with pytest.raises(ValueError, match=r"run_dir holds .*latency\.json of an earlier search.*cost_batch is 8"):
+        autoprune.search(small(), "latency <= 50%", DATA, run_dir=str(tmp_path), cost_batch=8, **QUICK)
+
+
+def test_a_table_of_inputs_of_another_size_is_refused_unless_the_user_makes_them(machine, table):
+    large = torch.nn.functional.interpolate(DATA[0], scale_factor=2)
+    with pytest.raises(ValueError, match="its inputs are 1x3x8x8, and these are 1x3x16x16"):
+        autoprune.search(small(), "latency <= 50%", (large, DATA[1]), latency=table, **QUICK)
+    forward = lambda model, batch: model(batch[0][:, :, ::2, ::2])  # noqa: E731
+    assert autoprune.search(small(), "latency <= 50%", (large, DATA[1]), latency=table, forward=forward, **QUICK).front
+
+
+def test_mappings_that_are_no_dicts_cost_what_dicts_cost(machine):
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = small()
+
+        def forward(self, pixels):
+            return self.layers(pixels)
+
+    def searched(kind):
+        data = [kind({"pixels": x}) for x in DATA[0].split(16)]
+        budget = ["latency <= 60%", "memory <= 90%", "flops <= 80%"]
+        return autoprune.search(Named(), budget, data, cost_batch=3, **{**QUICK, "trials": 6})
+
+    first, second = searched(dict), searched(UserDict)
+    assert first.dense.costs == second.dense.costs
+    assert [trial.costs for trial in first.front] == [trial.costs for trial in second.front] != []
 
 
 def test_a_function_of_the_user_is_a_latency_too():

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autoprune.batches import map_tensors, tensors
 from autoprune.costs.grids import Bench, Points, measure_tables
 from autoprune.costs.latency import Evidence, Latency, Setting, replace_file
 from autoprune.costs.parts import Part, draw_widths, prefixes
@@ -126,26 +125,17 @@ def with_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int) -> tupl
     Raises:
         ValueError: If they hold no samples.
     """
-    size = next((len(given) for given in _tensors((args, dict(kwargs))) if given.ndim), 0)
-    if not size:
+    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not leaves or not (size := len(leaves[0])):
         raise ValueError("example_inputs must hold a tensor with a dimension for samples and at least one, got none")
 
-    def resized(given: Tensor) -> Tensor:
-        if not given.ndim or len(given) != size:
-            return given
-        return given[torch.arange(n, device=given.device) % size]
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != size:
+            return leaf
+        return leaf[torch.arange(n, device=leaf.device) % size]
 
-    resized_args, resized_kwargs = _map_tensors(resized, (args, dict(kwargs)))
+    resized_args, resized_kwargs = tree_map(resized, (args, dict(kwargs)))
     return resized_args, resized_kwargs
-
-
-def _tensors(inputs: Any) -> list[Tensor]:
-    """The tensors of inputs, also in mappings that are no dicts, such as what Hugging Face tokenizers return."""
-    return [tensor for leaf in tree_leaves(inputs) for tensor in tensors(leaf)]
-
-
-def _map_tensors(fn: Callable[[Tensor], Tensor], inputs: Any) -> Any:
-    return tree_map(lambda leaf: map_tensors(fn, leaf), inputs)
 
 
 @seeded(0)  # operations run on noise, and a model may draw some itself
@@ -167,7 +157,9 @@ def profile_structure(
     runs = runtime_of(runtime)
     device = next(model.parameters()).device
     clock = clock or clock_for(device, runs.elsewhere)
-    args, kwargs = _map_tensors(lambda given: given.to(device), with_batch(args, kwargs, batch))
+    args, kwargs = tree_map(
+        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, with_batch(args, kwargs, batch)
+    )
     setting = setting_of(model, args, kwargs, batch, runs)
     bench = Bench(clock, runs.yardstick(device))
     families, parts = runs.parts(model, structure, args, kwargs, run, seed)
@@ -324,7 +316,7 @@ def setting_of(
     from autoprune import __version__
 
     device = next(model.parameters()).device
-    inputs = _tensors((args, dict(kwargs)))
+    inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     return Setting(
         model=type(model).__name__,
         inputs=tuple(f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, x.shape))}" for x in inputs),
