@@ -21,7 +21,7 @@ from autoprune.study import Study
 
 log = logging.getLogger(__name__)
 
-MUST_AGREE = ("model", "weights", "space", "data", "budget", "limits", "metric", "seed", "evaluator")
+MUST_AGREE = ("model", "weights", "space", "data", "budget", "limits", "costs", "metric", "seed", "evaluator")
 """What scores and proposals are a function of."""
 
 SHOULD_AGREE = ("versions", "threads", "device", "optimizer", "racing")
@@ -44,6 +44,8 @@ def identity_of(
     return {
         "budget": str(study.budget),
         "limits": dict(study.limits),
+        # As predicted, so that those of another function or table show; a peak of memory may differ with the threads.
+        "costs": {name: dense.costs[name] for name in study.limits if name != "memory_bytes"},
         "seed": seed,
         "trials": trials,
         "metric": context.judge.name,
@@ -85,7 +87,7 @@ def _differences(names: tuple[str, ...], recorded: Mapping[str, Any], now: Mappi
     """Names that differ, with what was and is where that is short."""
     found = []
     for name in names:
-        before, after = recorded.get(name), now[name]
+        before, after = recorded.get(name, now[name]), now[name]  # what an older version did not note may agree
         if before != after:
             short = max(len(str(before)), len(str(after))) <= _SHOWN and name != "weights"
             found.append(f"{name} ({before} before, {after} now)" if short else name)

@@ -13,7 +13,7 @@ import autoprune
 from autoprune.budget import Budget
 from autoprune.costs.latency import Latency
 from autoprune.costs.runtimes import network_call
-from autoprune.errors import BudgetError, InfeasibleBudgetError, UnsupportedModelError
+from autoprune.errors import BudgetError, InfeasibleBudgetError, NothingToPruneError, UnsupportedModelError
 from tests.machine import Machine
 from tests.test_latency import INPUTS, measured, run, small
 
@@ -159,6 +159,26 @@ def test_a_function_of_the_user_is_a_latency_too():
         small(), ["latency_ms <= 6", "throughput >= 200/s"], DATA, costs={"latency_ms": on_my_phone}, **QUICK
     )
     assert all(trial.costs["ms_per_sample"] == trial.costs["latency_ms"] <= 5 for trial in result.front)
+
+
+def test_a_search_is_not_resumed_with_another_function_for_its_cost(tmp_path):
+    def searched(dense, **options):
+        costs = {"latency_ms": lambda candidates: dense - candidates.sum(axis=1)}
+        return autoprune.search(
+            small(), "latency_ms <= 8", DATA, costs=costs, run_dir=str(tmp_path), **QUICK, **options
+        )
+
+    searched(10.0)
+    with pytest.raises(
+        ValueError, match=r"differs in costs \(\{'latency_ms': 10.0\} before, \{'latency_ms': 12.0\} now"
+    ):
+        searched(12.0, resume=True)
+    assert searched(10.0, resume=True).front
+
+
+def test_a_model_without_a_choice_of_widths_is_refused_before_anything_is_timed():
+    with pytest.raises(NothingToPruneError, match="nothing to prune"):
+        autoprune.search(torch.nn.Linear(6, 3), "latency <= 60%", DATA[0][:, 0, 0, :6], **QUICK)
 
 
 def test_an_impossible_latency_names_the_lowest_reachable(machine, table):

@@ -114,6 +114,13 @@ class TestNetwork:
         with pytest.raises(UnsupportedModelError, match=r"Sequential exported to ONNX cannot be run.*no kernel"):
             OnnxRuntime().network(small(), run, (INPUTS,), {})
 
+    def test_bfloat16_is_refused_with_the_way_out(self):
+        with pytest.raises(UnsupportedModelError, match=r"takes no bfloat16.*pass model.float\(\)"):
+            runtime_of("onnxruntime").network(small().bfloat16(), run, (INPUTS.bfloat16(),), {})
+
+    def test_inputs_that_require_gradients_are_taken(self):
+        runtime_of("onnxruntime").network(small(), run, (INPUTS.clone().requires_grad_(),), {})()
+
     def test_a_model_elsewhere_than_on_the_cpu_is_refused(self):
         with pytest.raises(UnsupportedModelError, match=r"this one is on meta; move it with model.cpu\(\)"):
             runtime_of("onnxruntime").network(small().to("meta"), run, (INPUTS.to("meta"),), {})

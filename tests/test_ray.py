@@ -333,8 +333,9 @@ class TestOtherRays:
         yield
         assert not ray.is_initialized()
 
-    def test_a_ray_of_its_own_is_shut_down(self, ray):
-        assert_whole(search(4, executor=RayExecutor(workers=1)), 4)
+    def test_a_ray_of_its_own_is_shut_down_and_leaves_the_random_state_alone(self, ray, global_rng_untouched):
+        with global_rng_untouched():
+            assert_whole(search(4, executor=RayExecutor(workers=1)), 4)
 
     def test_model_and_data_are_stored_once_a_node_however_many_tasks(self, ray):
         from ray.cluster_utils import Cluster

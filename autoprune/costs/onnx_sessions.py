@@ -161,12 +161,17 @@ def export(
             f"runtime='onnxruntime' exports models from the CPU, and this one is on {', '.join(sorted(devices))}; move "
             "it with model.cpu(), and name a provider that runs elsewhere, such as 'onnxruntime:CUDAExecutionProvider'"
         )
+    if any(tensor.dtype == torch.bfloat16 for tensor in [*whole.tensors, *whole.parameters()]):
+        raise UnsupportedModelError(
+            "runtime='onnxruntime' takes no bfloat16, which NumPy does not have; pass model.float() and inputs like it"
+        )
     names = [f"input_{i}" for i in range(len(whole.tensors))]
     file: Any = io.BytesIO()  # which the exporter takes, and its annotations do not know
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|copyreg).*")
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX export")
         warnings.filterwarnings("ignore", category=TracerWarning)  # sizes are meant to be constants
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.onnx")  # outputs are compared below
         expected = [leaf.detach().numpy() for leaf in whole(*whole.tensors)]
         try:
             torch.onnx.export(
@@ -187,7 +192,7 @@ class _Whole(nn.Module):
         super().__init__()
         self.model, self._run = model, run
         self._leaves, self._tree = tree_flatten((args, dict(kwargs)))
-        self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self.tensors = [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         left = iter(tensors)

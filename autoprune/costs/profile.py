@@ -103,7 +103,6 @@ def profile(
     run = selecting(forward, outputs)
     further = [with_batch(*inputs, 2) for inputs in others]
     structure = analyse(model, *with_batch(args, kwargs, 2), forward=run, further=further)
-    require_prunable(structure)
     return profile_structure(
         model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path, runtime=runtime
     )
@@ -154,6 +153,7 @@ def profile_structure(
     runtime: str = TORCH,
 ) -> Latency:
     """`profile` for a model that is traced already; `clock` stands in for that of the device."""
+    require_prunable(structure)
     runs = runtime_of(runtime)
     device = next(model.parameters()).device
     clock = clock or clock_for(device, runs.elsewhere)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import re
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from itertools import islice
@@ -26,6 +28,16 @@ _LOOK_SECONDS = 5.0  # between looks at what nodes there are
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _STRIKES = 2  # workers that a candidate may take down before it counts as failed
 _CONSIDERED = 64  # candidates waiting that a worker's next one is chosen from
+
+
+@contextmanager
+def _random_as_before() -> Iterator[None]:
+    """Restore Python's random state, which Ray draws from; unseeded inside, because its draws name processes."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 @final
@@ -120,7 +132,8 @@ class RayExecutor:
         if self._connected:
             address = self._address or os.environ.get("RAY_ADDRESS") or "local"
             local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+            with _random_as_before():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
             local_room = self._capacity() if local else None
         else:
             local_room = None
@@ -171,7 +184,8 @@ class RayExecutor:
         for worker in self._workers:
             self._ray.kill(worker.handle)
         if self._connected:
-            self._ray.shutdown()
+            with _random_as_before():
+                self._ray.shutdown()
         self._forget()
 
     def _release(self) -> list[Finished]:
