@@ -104,7 +104,7 @@ class _Seen:
         if self.latency is not None and not self.untimed:
             try:
                 self.latency = self._timed(self.latency, study, trials, modules)
-            except UnsupportedModelError as error:  # other costs are still to be measured
+            except (UnsupportedModelError, RuntimeError) as error:  # out of memory, say: the search must not be lost
                 self.untimed = str(error).partition("\n")[0]  # exporters print whole graphs behind it
 
     def _timed(self, latency: Latency, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> Latency:

@@ -232,11 +232,12 @@ def test_an_interrupted_verification_returns_what_was_measured(machine, table, m
     assert any("interrupted: some latencies" in note for note in result.notes)
 
 
-def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeypatch):
+@pytest.mark.parametrize("error", [UnsupportedModelError, RuntimeError])
+def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeypatch, error):
     from autoprune import verify
 
     def refused(*_):
-        raise UnsupportedModelError("no export of this one\nand its whole graph")
+        raise error("no export of this one\nand its whole graph")
 
     monkeypatch.setattr(verify, "time_networks", refused)
     budget = ["latency <= 60%", "memory <= 90%"]
