@@ -16,7 +16,8 @@ from autoprune.costs import CostFunction, Latency
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, make_executor
 from autoprune.identity import identity_of
-from autoprune.journal import Journal, require_free
+from autoprune.journal import Journal
+from autoprune.journal_file import require_free
 from autoprune.metrics import Metric
 from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress

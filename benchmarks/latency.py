@@ -151,7 +151,7 @@ def accuracy_of_predictions(name: str, batch: int, held_out: int, runtime: str =
         "factors": {"constant_ms": latency.correction.constant_ms, **latency.correction.factors},
         "candidates": {"measured_ms": measured.tolist(), "predicted_ms": latency.predict(own[:-1]).tolist()},
         "notes": list(latency.notes),
-        "held_out_by_the_model": latency.correction.median_error,
+        "said_by_the_model": latency.correction.median_error,
         "predictions": {key: errors(values[:-1], measured) for key, values in predictions.items()},
     }
 
@@ -179,7 +179,7 @@ class Timed:
         x, y = case.data["train"]
         self.name, self.model, self.latency, self.batch = case.name, case.model, latency, latency.setting.batch
         self.data = autoprune.Data(
-            calibration=(x[:512], y[:512]), validation=case.data["validation"], test=case.data["test"]
+            calibration=(x[:256], y[:256]), validation=case.data["validation"], test=case.data["test"]
         )
         (self._inputs,), _ = with_batch((x[:2],), {}, self.batch)
         self._dense = self._call(build_dense(case.model, x[:2]))

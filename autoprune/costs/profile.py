@@ -36,7 +36,7 @@ from autoprune.structure.trace import Forward
 log = logging.getLogger(__name__)
 
 NETWORKS = 36
-"""Whole networks that the correction is fitted to and judged on; a third of them are held out."""
+"""Whole networks that the correction is fitted to, and judged on by leaving some out."""
 
 _AT_ONCE = 12  # networks that exist at once
 _ALIGNED_EVERY = 4  # of the networks drawn, one has widths that are multiples of 8, as random ones never do throughout
@@ -183,7 +183,7 @@ def profile_structure(
         groups=tuple((group.name, group.size) for group in structure.groups),
         tables=tuple(tables),
         parts=tuple(parts),
-        evidence=Evidence(widths, ratio, uncertainty, np.arange(networks) % 3 == 2),
+        evidence=Evidence(widths, ratio, uncertainty),
         notes=tuple(note for note in notes if note),
     )
     if path is not None:
