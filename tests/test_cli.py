@@ -400,6 +400,26 @@ def test_profile_refuses_an_unknown_runtime_in_one_line():
     assert "runtime must be 'torch', 'onnxruntime' or 'onnxruntime:PROVIDER', got 'tensorrt'" in refused.output
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--device", "gpu", "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ("--device", "mps", "device must be cpu, cuda or cuda:N, got 'mps'"),
+        ("--device", "cuda:99", "device must be one of this machine, got 'cuda:99', and PyTorch sees"),
+        ("--batch", "0", "batch must be an integer of at least 1, got 0"),
+        ("--threads", "0", "Invalid value for '--threads'"),
+        ("--output", ".", "must be a file to write the table to, got the folder ."),
+        ("--output", "none/table.json", "must lie in a folder that exists, got none"),
+    ],
+)
+def test_profile_names_what_it_cannot_use_and_leaves_nothing(option, value, said):
+    before = sorted(Path().iterdir())
+    refused = run("profile", MODEL, "--input-shape", "2,1,4,4", "--output", "table.json", option, value)
+    assert refused.exit_code == 2
+    assert said in refused.output
+    assert [path for path in sorted(Path().iterdir()) if path.name != "__pycache__"] == before
+
+
 def test_profile_writes_a_table_that_search_takes(monkeypatch):
     monkeypatch.setattr("autoprune.costs.profile.clock_for", lambda *_: Machine())
     monkeypatch.setattr("autoprune.verify.clock_for", lambda *_: Machine())
