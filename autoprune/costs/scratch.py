@@ -2,7 +2,7 @@
 
 Kernels allocate unseen: a convolution may unfold its input, or copy it and its weight into blocks of channels. What
 they take has no noise. Between the widths at which a kernel gives way to another, it is a sum of products of sizes and
-of sizes rounded up to a block, so a few runs determine it, and a few more check it.
+of sizes rounded up, to a block or to steps of no rule, so a few runs determine it, and a few more check it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from autoprune.protocols import FloatArray
 log = logging.getLogger(__name__)
 
 Values = tuple[int, ...]
+Rounding = int | Values
+"""Up to the next multiple of a number, or up to the next of these, ascending."""
 
 BLOCKS = (16, 8, 1, 4, 32, 64)
 """What sizes may be rounded up to a multiple of: channels of one register, of one tile."""
@@ -29,6 +31,7 @@ BLOCKS = (16, 8, 1, 4, 32, 64)
 _CHECKS = 4  # runs that a fit is judged on
 _TOLERANCE = 0.01  # of what the operation takes in all: a fit that is further off is refined
 _MOST_RUNS = 160  # of one family
+_MOST_STEPS = 16  # of what is rounded up to steps of no rule: beyond, finding them takes too many runs
 _MOST_BLOCKS = 2  # variables that are rounded each in its own way; more share one block, as there are too many ways
 
 
@@ -39,13 +42,13 @@ class Cell:
     Attributes:
         low: Least value of each variable, length v.
         end: The value of each variable beyond the last, length v.
-        blocks: What each variable is rounded up to a multiple of, length v.
+        blocks: What each variable is rounded up to, length v.
         coefficients: Of `_features`, for each moment that can be the peak, shape (moments, features).
     """
 
     low: Values
     end: Values
-    blocks: Values
+    blocks: tuple[Rounding, ...]
     coefficients: FloatArray
 
 
@@ -99,6 +102,7 @@ class _Fitter:
         self.rng = rng
         self.known: dict[Values, Allocation] = {}
         self.error = 0.0
+        self._stairs: list[Values] | None = None
 
     def box(self) -> tuple[Values, Values]:
         """Least value of each variable, and the first beyond the largest."""
@@ -131,15 +135,57 @@ class _Fitter:
         drawn = [point for point in dict.fromkeys(drawn) if point not in corners]
         fitted, checks = [*corners, *drawn[:-_CHECKS]], drawn[-_CHECKS:]
         alike = len({self.at(point).pattern for point in (*fitted, *checks)}) == 1
-        v = len(low)
-        choices = list(product(BLOCKS, repeat=v)) if v <= _MOST_BLOCKS else [(block,) * v for block in BLOCKS]
+        choices = self._choices()
         errors = [self._error(fitted, checks, blocks, alike) for blocks in choices]
+        if min(errors) > _TOLERANCE and any(self.stairs()):
+            choices = self._choices(stairs=True)
+            errors = [self._error(fitted, checks, blocks, alike) for blocks in choices]
         split = min(errors) > _TOLERANCE and not self._spent()
         if split and (where := self._drop(corners) or self._middle(low, end)) is not None:
             return self._halves(low, end, *where)
         self.error = max(self.error, min(errors))
         blocks = choices[int(np.argmin(errors))]
         return [Cell(low, end, blocks, self._fit((*fitted, *checks), blocks, alike))]
+
+    def _choices(self, *, stairs: bool = False) -> list[tuple[Rounding, ...]]:
+        """Ways to round each variable; with steps for those that have them, if told."""
+        v = len(self.family.steps)
+        known = self.stairs() if stairs else [()] * v
+        if v <= _MOST_BLOCKS:
+            return list(product(*((*([own] if own else []), *BLOCKS) for own in known)))
+        return [tuple(own or block for own in known) for block in BLOCKS]
+
+    def stairs(self) -> list[Values]:
+        """The last values of the steps that each variable is rounded up to; empty where it moves in no steps."""
+        if self._stairs is None:
+            low, end = self.box()
+            self._stairs = [self._steps(low, end, axis) for axis in range(len(low))]
+        return self._stairs
+
+    def _steps(self, low: Values, end: Values, axis: int) -> Values:
+        """Along one variable, while the others are at their most; values that agree at both ends agree in between."""
+        top = tuple(value - step for value, step in zip(end, self.family.steps, strict=True))
+        step, ends = self.family.steps[axis], [top[axis]]
+
+        def taken(value: int) -> tuple[str, Values]:
+            found = self.at((*top[:axis], value, *top[axis + 1 :]))
+            return found.pattern, found.scratch
+
+        if low[axis] == top[axis] or taken(top[axis]) != taken(top[axis] - step):
+            return ()
+        open_ = [(low[axis], top[axis])]
+        while open_:
+            a, b = open_.pop()
+            if taken(a) == taken(b):
+                continue
+            if b - a > step:
+                middle = (a + b) // 2 // step * step
+                open_ += [(a, middle), (middle, b)]
+            elif len(ends) == _MOST_STEPS or self._spent():
+                return ()
+            else:
+                ends.append(a)
+        return tuple(sorted(ends)) if len(ends) > 1 else ()
 
     def _drop(self, corners: Sequence[Values]) -> tuple[int, int] | None:
         """A variable, and its least value behind a drop: what takes less for more is another kernel."""
@@ -199,7 +245,7 @@ class _Fitter:
         below, above = (*end[:axis], split, *end[axis + 1 :]), (*low[:axis], split, *low[axis + 1 :])
         return [*self.cells(low, below), *self.cells(above, end)]
 
-    def _fit(self, points: Sequence[Values], blocks: Values, alike: bool) -> FloatArray:
+    def _fit(self, points: Sequence[Values], blocks: tuple[Rounding, ...], alike: bool) -> FloatArray:
         """Coefficients for each moment that can be the peak, or of the peak alone where points are not `alike`."""
         features = self._features(points, blocks)
         scratch = [self.at(point).scratch for point in points]
@@ -210,7 +256,7 @@ class _Fitter:
         coefficients: FloatArray = (solved / scale[:, None]).T
         return coefficients
 
-    def _error(self, fitted: Sequence[Values], checks: Sequence[Values], blocks: Values, alike: bool) -> float:
+    def _error(self, fitted: Sequence[Values], checks: Sequence[Values], blocks: tuple[Rounding, ...], alike: bool) -> float:
         """How far a fit is off at worst, as a fraction of the peak; where all points are fitted, at those."""
         judged = checks or fitted
         predicted = (self._features(judged, blocks) @ self._fit(fitted, blocks, alike).T).max(axis=1)
@@ -220,14 +266,20 @@ class _Fitter:
     def _peaks(self, points: Sequence[Values]) -> FloatArray:
         return np.array([max(self.at(point).peak, 1) for point in points], dtype=np.float64)
 
-    def _features(self, points: Sequence[Values], blocks: Values) -> FloatArray:
+    def _features(self, points: Sequence[Values], blocks: tuple[Rounding, ...]) -> FloatArray:
         return _features(np.array(points, dtype=np.float64).reshape(len(points), len(self.family.steps)), blocks)
 
 
-def _features(values: FloatArray, blocks: Values) -> FloatArray:
-    """Products of up to two sizes, as they are and rounded up to a multiple; (n, v) to (n, features)."""
-    multiples = np.array(blocks, dtype=np.float64)
-    sizes = np.concatenate([values, np.ceil(values / multiples) * multiples], axis=1)
+def _features(values: FloatArray, blocks: Sequence[Rounding]) -> FloatArray:
+    """Products of up to two sizes, as they are and rounded up; (n, v) to (n, features)."""
+    rounded = [_rounded(values[:, axis], block) for axis, block in enumerate(blocks)]
+    sizes = np.column_stack([values, *rounded])
     pairs = combinations_with_replacement(range(sizes.shape[1]), 2)
     squares = [sizes[:, i] * sizes[:, j] for i, j in pairs]
     return np.column_stack([np.ones(len(values)), sizes, *squares])
+
+
+def _rounded(values: FloatArray, block: Rounding) -> FloatArray:
+    ends = np.array(block, dtype=np.float64)
+    up: FloatArray = ends[np.searchsorted(ends, values)] if ends.ndim else np.ceil(values / ends) * ends
+    return up

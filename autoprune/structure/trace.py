@@ -210,7 +210,9 @@ def _trace(model: nn.Module, examples: Sequence[Inputs], forward: Forward, *, me
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in move:
-            private = leaf.detach() if isinstance(leaf, nn.Parameter) else leaf.detach().clone()
+            # A product with a tensor that requires a gradient is folded into one of matrices, even in inference.
+            parameter = isinstance(leaf, nn.Parameter)
+            private = leaf.detach().requires_grad_(leaf.requires_grad) if parameter else leaf.detach().clone()
             move[id(leaf)] = leaf.detach().to("meta") if meta else private
         return move[id(leaf)]
 
