@@ -151,9 +151,10 @@ class _Fitter:
         """Ways to round each variable; with steps for those that have them, if told."""
         v = len(self.family.steps)
         known = self.stairs() if stairs else [()] * v
-        if v <= _MOST_BLOCKS:
-            return list(product(*((*([own] if own else []), *BLOCKS) for own in known)))
-        return [tuple(own or block for own in known) for block in BLOCKS]
+        if v > _MOST_BLOCKS:
+            return [tuple(own or block for own in known) for block in BLOCKS]
+        ways: list[list[Rounding]] = [[own, *BLOCKS] if own else [*BLOCKS] for own in known]
+        return list(product(*ways))
 
     def stairs(self) -> list[Values]:
         """The last values of the steps that each variable is rounded up to; empty where it moves in no steps."""

@@ -168,7 +168,8 @@ def _laid_out_as(dense: Tensor, sliced: Tensor) -> Tensor:
 
     Kernels convert a weight of another format anew in each pass, which takes time and memory.
     """
-    order = sorted(range(dense.ndim), key=lambda dim: -dense.stride(dim))
+    strides = dense.stride()
+    order = sorted(range(dense.ndim), key=lambda dim: -strides[dim])
     if order == list(range(dense.ndim)):
         return sliced
     stored = sliced.new_empty([sliced.shape[dim] for dim in order])  # not contiguous(), which keeps strides of size 1
