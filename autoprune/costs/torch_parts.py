@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from autoprune.costs.parts import Family, Part, Row, families_of, prefixes, sizes_of
+from autoprune.costs.parts import Family, Part, Row, edit_to, families_of, sizes_of
 from autoprune.protocols import IntArray
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
@@ -81,7 +81,7 @@ def sized_calls(
     records: list[Record] = []
 
     def run(widths: IntArray) -> tuple[list[Call], list[tuple[int, ...]]]:
-        cut = slicer.cut(structure.edit(prefixes(structure, widths))).eval()
+        cut = slicer.cut(edit_to(structure, widths)).eval()
         record = trace(cut, args, kwargs, forward, values=True)
         records.extend([] if records else [record])
         return _calls(record, device), [value.shape for value in record.values] if values else []
