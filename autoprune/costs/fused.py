@@ -76,7 +76,7 @@ def find_fused(
     """
     slicer = Slicer(model)
     seen = _calls_of(slicer.cut(structure.edit(prefixes(structure, structure.sizes))).eval(), args, kwargs, run)
-    traced = {key: call for key, call in zip(_numbered(record.calls), record.calls, strict=True)}
+    traced = dict(zip(_numbered(record.calls), record.calls, strict=True))
     found: list[tuple[_Seen, ModuleCall]] = []
     for key, own in zip(_numbered(seen), seen, strict=True):  # what is inside returns first
         call = traced.get(key)

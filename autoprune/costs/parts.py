@@ -3,8 +3,9 @@
 The model is run dense, and once more for each group with a few of its units gone. Every integer of an operation, in a
 shape or in an argument such as ``groups``, is an affine function of the widths, so these runs determine it; a run at
 random widths then checks it. No run is at a single unit, such as one head: PyTorch then leaves out copies that it makes
-at all other widths. A group of two is run with a third that repeats the second. This needs no rule for any operation, and holds for any batch size. Operations that differ
-in nothing but the names of their groups make a *family*: whatever it costs, it is measured once.
+at all other widths. A group of two is run with a third that repeats the second. This needs no rule for any operation,
+and holds for any batch size. Operations that differ in nothing but the names of their groups make a *family*: whatever
+it costs, it is measured once.
 """
 
 from __future__ import annotations

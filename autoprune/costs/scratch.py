@@ -143,7 +143,7 @@ class _Fitter:
         return [tuple(row) for row in drawn.tolist()]
 
     def cells(self) -> list[Cell]:
-        """Formulas for all sizes: the worst box is split first, where the operation takes another way or in the middle."""
+        """Formulas for all sizes; the worst box is split first."""
         open_, ended = [self._judged(*self.box())], []
         while open_:
             worst = max(open_, key=lambda box: box.error)
@@ -296,8 +296,10 @@ class _Fitter:
         coefficients: FloatArray = (solved / scale[:, None]).T
         return coefficients
 
-    def _error(self, fitted: Sequence[Values], checks: Sequence[Values], blocks: tuple[Rounding, ...], alike: bool) -> float:
-        """How far a fit is off at worst, as a fraction of the peak: at points that it has seen, and at those held back."""
+    def _error(
+        self, fitted: Sequence[Values], checks: Sequence[Values], blocks: tuple[Rounding, ...], alike: bool
+    ) -> float:
+        """How far a fit is off at worst, as a fraction of the peak, where it was fitted and where not."""
         judged = (*fitted, *checks)
         predicted = (self._features(judged, blocks) @ self._fit(fitted, blocks, alike).T).max(axis=1)
         measured = [max(self.at(point).scratch) for point in judged]
