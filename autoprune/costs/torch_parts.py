@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
 from autoprune.structure.trace import Forward, Op, Record, Ref, trace
 
+_NOISE = 2**16  # numbers drawn, and repeated for larger tensors: drawing takes longer than many operations
 _LARGE = 1e4  # what an operation that writes into its argument may halve again and again without reaching denormals
 
 
@@ -201,6 +203,8 @@ def _tensor(spec: _Spec, shape: list[int], device: torch.device, writes: bool, f
     elif writes:
         tensor = torch.full(stored, _LARGE if first else 1.0, dtype=dtype, device=device)
     else:
-        tensor = torch.rand(stored, device=device).to(dtype) + 0.1
+        count = math.prod(stored)
+        noise = torch.rand(min(count, _NOISE), device=device).to(dtype) + 0.1
+        tensor = noise.repeat(-(-count // _NOISE))[:count].view(stored)
     back = [spec.order.index(dim) for dim in range(len(shape))]
     return tensor.permute(back).expand(shape)
