@@ -161,7 +161,9 @@ def test_what_needs_no_computing_has_the_sizes_and_strides_of_what_is_computed(n
     computed = trace(model, (inputs,), {}, run, values=True)
     assert computed.foreseen
     left = trace(model, (inputs,), {}, run, values=True, foreseen=computed.foreseen)
-    assert [(v.shape, v.strides, v.died) for v in left.values] == [(v.shape, v.strides, v.died) for v in computed.values]
+    assert [(v.shape, v.strides, v.died) for v in left.values] == [
+        (v.shape, v.strides, v.died) for v in computed.values
+    ]
     assert [op.func for op in left.ops] == [op.func for op in computed.ops]
 
 

@@ -303,6 +303,16 @@ def call_with(
         handle.remove()
 
 
+def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Callable[[], Any]:
+    """What runs a private copy of a model as `trace` does on real values, with nothing that watches."""
+    copied = skeleton(model).eval()
+    copies = [
+        tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given) for given in (args, kwargs)
+    ]
+    buffers = {f"model.{name}": buffer.clone() for name, buffer in copied.named_buffers(remove_duplicate=False)}
+    return lambda: call_with(Call(copied, forward), buffers, copies[0], copies[1])
+
+
 @contextmanager
 def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     names = {id(module): name for name, module in model.named_modules()}
