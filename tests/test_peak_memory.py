@@ -1,5 +1,6 @@
 """Peak memory, learned by running operations, against whole networks that are run."""
 
+import gc
 import os
 
 import numpy as np
@@ -73,6 +74,22 @@ def test_an_allocation_counts_what_is_released_before_the_call_returns():
     assert max(found.scratch) == 7996
     nothing = allocation_of(lambda: None, CPU)
     assert (nothing.peak, nothing.kept) == (0, 0)
+
+
+def test_what_is_garbage_from_before_is_not_released_within_a_call():
+    class Cycle:
+        def __init__(self):
+            self.me, self.held = self, torch.ones(100_000)
+
+    threshold = gc.get_threshold()
+    Cycle()
+    gc.set_threshold(1)  # collects at the first chance
+    try:
+        found = allocation_of(lambda: [[[]] for _ in range(99)] and torch.ones(1000), CPU)
+    finally:
+        gc.set_threshold(*threshold)
+    assert (found.peak, found.kept, found.pattern) == (4000, 4000, "+")
+    assert gc.isenabled()
 
 
 def test_a_device_without_counters_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -112,11 +113,15 @@ def _profiled(call: Callable[[], Any], *, memory: bool) -> list[Any]:
         with_modules=False,
         experimental_config=_ExperimentalConfig(),
     )
+    collects = gc.isenabled()
+    gc.disable()  # what it frees in between, of calls before, would count as released by this one
     _enable_profiler_legacy(config)
     try:
         results = call()
     finally:
         threads = _disable_profiler_legacy()
+        if collects:
+            gc.enable()
     del results
     return [event for events in threads for event in events]
 
