@@ -81,11 +81,14 @@ def test_what_is_garbage_from_before_is_not_released_within_a_call():
         def __init__(self):
             self.me, self.held = self, torch.ones(100_000)
 
+    def call():
+        gc.set_threshold(1)  # collects at the first chance
+        return [[[]] for _ in range(99)] and torch.ones(1000)
+
     threshold = gc.get_threshold()
     Cycle()
-    gc.set_threshold(1)  # collects at the first chance
     try:
-        found = allocation_of(lambda: [[[]] for _ in range(99)] and torch.ones(1000), CPU)
+        found = allocation_of(call, CPU)
     finally:
         gc.set_threshold(*threshold)
     assert (found.peak, found.kept, found.pattern) == (4000, 4000, "+")
