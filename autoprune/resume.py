@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from autoprune.identity import require_same
-from autoprune.journal import FILE_NAME, Journal, TrialRow
+from autoprune.journal import Journal, TrialRow
+from autoprune.journal_file import FILE_NAME
 from autoprune.metrics import summary
 from autoprune.protocols import OK, IntArray, Optimizer, Pends
 from autoprune.records import evaluations_of

@@ -223,7 +223,7 @@ def _within_upper(
     lay_out: Callable[[Mapping[str, float]], Problem], limits: Mapping[str, float], latency: Latency | None
 ) -> Problem:
     """The problem whose candidates stay within the limits by the upper ends of predicted latencies, where they can."""
-    slack = 1.0 if latency is None else 1 / (1 + np.nan_to_num(latency.correction.margin))
+    slack = 1.0 if latency is None else 1 / (1 + latency.correction.margin)
     tight = {name: limit * slack if name in TIMED else limit for name, limit in limits.items()}
     try:
         return lay_out(tight)

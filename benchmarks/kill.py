@@ -25,7 +25,8 @@ import torch
 
 import autoprune
 from autoprune.execution import Executor, RayExecutor
-from autoprune.journal import FILE_NAME, Journal, TrialRow
+from autoprune.journal import Journal, TrialRow
+from autoprune.journal_file import FILE_NAME
 from benchmarks.common import environment, table, write
 from tests.zoo import ZOO
 

@@ -38,6 +38,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 """A deep residual network, a compact one of depthwise convolutions, and a plain one; for 16x16 images in colour."""
 
+_V2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 2, 2))
+WIDE_SIZE = 32
+WIDE: dict[str, Callable[[], nn.Module]] = {
+    "resnet20_wide": partial(resnet, 20, width=16),
+    "mobilenet_v2_wide": partial(mobilenet_v2, _V2, stem=16, head=192),
+}
+"""Wide enough that channels, more than calls, take the time; for 32x32 images in colour."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -45,7 +53,7 @@ class Trained:
 
     Attributes:
         model: In evaluation mode.
-        data: Images (n, 3, 16, 16) and labels (n,) of ``"train"``, ``"validation"`` and ``"test"``.
+        data: Images (n, 3, size, size) and labels (n,) of ``"train"``, ``"validation"`` and ``"test"``.
         name: Network, variant of the data and seed.
     """
 
@@ -54,11 +62,11 @@ class Trained:
     name: str
 
 
-def digits(seed: int, hard: bool) -> dict[str, Part]:
-    """Digits of 16x16 pixels in three channels, in three parts whose originals never mix."""
+def digits(seed: int, hard: bool, size: int = SIZE) -> dict[str, Part]:
+    """Digits of size x size pixels in three channels, in three parts whose originals never mix."""
     images, labels = load_digits(return_X_y=True)
     y = torch.tensor(labels)
-    x = F.interpolate(torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, SIZE, mode="bilinear")
+    x = F.interpolate(torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, size, mode="bilinear")
     fit, rest = train_test_split(np.arange(len(y)), train_size=ORIGINALS["train"], random_state=seed, stratify=labels)
     check, test = train_test_split(rest, train_size=ORIGINALS["validation"], random_state=seed, stratify=labels[rest])
     generator = torch.Generator().manual_seed(seed)
@@ -113,10 +121,10 @@ def score(model: nn.Module, data: Part) -> tuple[float, float]:
 
 def trained(network: str, seed: int, hard: bool = True, epochs: float = 12, lr: float = 0.01) -> Trained:
     """A network trained on its data, from ``runs/trained`` if this very code has trained it before."""
-    data = digits(seed, hard)
+    data = digits(seed, hard, WIDE_SIZE if network in WIDE else SIZE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = NETWORKS[network]()
+        model = {**NETWORKS, **WIDE}[network]()
         code = inspect.getsource(inspect.getmodule(digits)) + repr(model) + f"{network} {seed} {hard} {epochs} {lr}"
         path = (
             FOLDER / f"{network}-{'hard' if hard else 'clean'}-{seed}-{hashlib.sha1(code.encode()).hexdigest()[:8]}.pt"

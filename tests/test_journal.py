@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from autoprune.errors import RecipeError
-from autoprune.journal import APPLICATION_ID, FILE_NAME, SCHEMA, SCHEMA_VERSION, Journal
+from autoprune.journal import Journal
+from autoprune.journal_file import APPLICATION_ID, FILE_NAME, SCHEMA, SCHEMA_VERSION
 from autoprune.protocols import Failure, Measurement
 
 META = {"space": "channels", "limits": {"flops": 12.5}, "seed": 3, "versions": ["torch 2.13"]}

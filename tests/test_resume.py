@@ -16,7 +16,8 @@ import autoprune
 from autoprune import journal as journal_module
 from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import LocalExecutor
-from autoprune.journal import FILE_NAME, Journal
+from autoprune.journal import Journal
+from autoprune.journal_file import FILE_NAME
 from autoprune.optimizers.auto import Auto
 from autoprune.protocols import FAILED, OK, Failure
 from tests.zoo import ZOO
@@ -288,7 +289,7 @@ def test_other_threads_versions_and_optimizers_are_warned_of(tmp_path, caplog):
 
 
 def test_a_search_that_fills_the_disk_says_so_and_goes_on_once_there_is_room(tmp_path, monkeypatch):
-    connect = journal_module._connect
+    connect = journal_module.connect
 
     def connect_to_a_small_disk(path):
         connection = connect(path)
@@ -297,7 +298,7 @@ def test_a_search_that_fills_the_disk_says_so_and_goes_on_once_there_is_room(tmp
         return connection
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal_module, "_connect", connect_to_a_small_disk)
+        patch.setattr(journal_module, "connect", connect_to_a_small_disk)
         with pytest.raises(OSError, match=r"run_dir must have room .*resume=True goes on"):
             search(tmp_path)
     assert 0 < finished(tmp_path) < TRIALS

@@ -96,6 +96,7 @@ class Bench:
                 most_rounds=18,
                 tolerance=tolerance,
                 block_seconds=block_seconds,
+                most_seconds=0.3,
                 seed=len(self.timings),
             )
         self.reference_ms = self.reference_ms or timings[0].ms / timings[0].ratio

@@ -23,9 +23,10 @@ FORMAT = "autoprune-latency"
 VERSION = 1
 UNITS = {"ms": "milliseconds of one forward pass of the whole batch", "ratio": "of the dense network's time"}
 
-_TOWARDS_ONE_FACTOR = 0.3  # how far the factors of kinds are held together: some kinds hardly vary
-_OWN_WEIGHT = 5.0  # of the dense network in the fit, as it is the one that all are compared with
-_SURE = 0.9  # share of networks that the upper limit is to hold for
+_TOWARDS_ONE_FACTOR = 0.2  # expected error of a network over how far factors of kinds are expected to be apart
+_ALIGNED = 8  # kernels compute channels in blocks of as many, or of a multiple; what is left over costs more in a whole
+_SURE = 0.8  # share of networks that the upper limit is to hold for; what is offered is measured
+_FOLDS = 3
 
 
 @dataclass(frozen=True)
@@ -83,27 +84,27 @@ class Evidence:
         widths: Units kept in each group, shape (m, groups).
         ratio: Their time over the dense network's, shape (m,).
         uncertainty: How far the 95 % interval of each reaches, as a fraction of it, shape (m,).
-        held_out: Which were kept from the fit, shape (m,), bool.
     """
 
     widths: IntArray
     ratio: FloatArray
     uncertainty: FloatArray
-    held_out: np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What turns times of parts into the time of the whole: fitted on whole networks, judged on others.
+    """What turns times of parts into the time of the whole: fitted to whole networks.
+
+    How good it is, is said by fits to two thirds of the networks that predict the last third, each third in turn.
 
     Attributes:
         constant_ms: What every network takes: Python, launches, and what has no part.
         factors: What the parts of each kind are multiplied by; running alone, they find all they read in the cache.
-        median_error: Median of the distance of predicted / measured from 1 over networks held out.
+        median_error: Median of the distance of predicted / measured from 1.
         p95_error: 95th percentile of it.
-        spearman: Rank correlation of predicted and measured over networks held out.
-        margin: By how much predictions must be raised so that nine of ten networks held out take no longer.
-        networks: Number of networks fitted to, and held out.
+        spearman: Rank correlation of predicted and measured.
+        margin: By how much predictions must be raised so that four of five networks take no longer, as a fraction.
+        networks: Number of networks.
     """
 
     constant_ms: float
@@ -112,7 +113,7 @@ class Correction:
     p95_error: float
     spearman: float
     margin: float
-    networks: tuple[int, int]
+    networks: int
 
 
 @final
@@ -173,8 +174,12 @@ class Latency:
         return found
 
     def by_kind(self, widths: FloatArray) -> dict[str, FloatArray]:
-        """Sums of measured parts by kind, uncorrected, in milliseconds, shape (n,) each."""
+        """Sums of measured parts by kind, uncorrected, in milliseconds, shape (n,) each.
+
+        Those that have a size that is no multiple of 8 are a kind of their own.
+        """
         values = part_values(self.parts, widths)
+        whole = {size: value % _ALIGNED == 0 for size, value in values.items()}
         places: dict[tuple[tuple[int, ...], int, Any], _Place] = {}
         kinds: dict[str, FloatArray] = {}
         for part in self.parts:
@@ -185,8 +190,10 @@ class Latency:
             for axis, aligned, size in keys:
                 if (axis, aligned, size) not in places:
                     places[axis, aligned, size] = _place(axis, aligned, values[size])
-            ms = _interpolate(table, [places[key] for key in keys])
-            kinds[table.kind] = kinds.get(table.kind, np.zeros(len(widths))) + part.count * ms
+            ms = part.count * _interpolate(table, [places[key] for key in keys])
+            aligned = np.logical_and.reduce([whole[size] for size in part.sizes], axis=0) | np.zeros(len(widths), bool)
+            for kind, rows in ((table.kind, aligned), (f"unaligned {table.kind}", ~aligned)):
+                kinds[kind] = kinds.get(kind, np.zeros(len(widths))) + np.where(rows, ms, 0.0)
         return kinds
 
     @cached_property
@@ -200,7 +207,6 @@ class Latency:
             np.concatenate([old.widths, widths]),
             np.concatenate([old.ratio, ratio]),
             np.concatenate([old.uncertainty, uncertainty]),
-            np.concatenate([old.held_out, np.zeros(len(widths), dtype=np.bool_)]),
         )
         return replace(self, evidence=evidence, correction=None)  # type: ignore[arg-type]  # fitted anew
 
@@ -212,25 +218,20 @@ class Latency:
         columns = np.stack([np.ones(len(measured)), *kinds.values()], axis=1) / measured[:, None]
         weights = 1 / np.maximum(seen.uncertainty, 0.01)
         weights = weights / np.median(weights)
-        weights[(seen.widths == [size for _, size in self.groups]).all(axis=1)] *= _OWN_WEIGHT
-
-        def solve(rows: np.ndarray[Any, np.dtype[np.bool_]]) -> FloatArray:
-            return _factors(columns[rows], weights[rows])
-
-        factors = solve(~seen.held_out)
-        held = seen.held_out
-        if not held.any():
-            return Correction(factors[0], dict(zip(kinds, factors[1:], strict=True)), *4 * (math.nan,), (len(held), 0))
-        predicted = columns @ factors
-        errors = predicted[held] - 1
+        constant, *factors = _factors(columns, weights).tolist()
+        predicted = np.empty(len(measured))  # over measured, by fits to others
+        for fold in range(_FOLDS):
+            rows = np.arange(len(measured)) % _FOLDS == fold
+            predicted[rows] = columns[rows] @ _factors(columns[~rows], weights[~rows])
+        errors = np.abs(predicted - 1)
         return Correction(
-            constant_ms=float(factors[0]),
-            factors={kind: float(factor) for kind, factor in zip(kinds, factors[1:], strict=True)},
-            median_error=float(np.median(np.abs(errors))),
-            p95_error=float(np.quantile(np.abs(errors), 0.95)),
-            spearman=_spearman(predicted[held] * measured[held], measured[held]),
-            margin=max(float(np.quantile(1 / predicted[held] - 1, _SURE)), 0.0),
-            networks=(int((~held).sum()), int(held.sum())),
+            constant_ms=constant,
+            factors=dict(zip(kinds, factors, strict=True)),
+            median_error=float(np.median(errors)),
+            p95_error=float(np.quantile(errors, 0.95)),
+            spearman=_spearman(predicted * measured, measured),
+            margin=max(float(np.quantile(1 / predicted - 1, _SURE)), 0.0),
+            networks=len(measured),
         )
 
     def require_match(self, structure: Structure, batch: int, model: str) -> None:
@@ -313,7 +314,6 @@ class Latency:
                 "widths": seen.widths.tolist(),
                 "ratio": seen.ratio.tolist(),
                 "uncertainty": seen.uncertainty.tolist(),
-                "held_out": seen.held_out.tolist(),
             },
         }
 
@@ -345,9 +345,8 @@ class Latency:
                 np.array(seen["widths"], dtype=np.int64),
                 np.array(seen["ratio"], dtype=np.float64),
                 np.array(seen["uncertainty"], dtype=np.float64),
-                np.array(seen["held_out"], dtype=np.bool_),
             ),
-            correction=Correction(**{**correction, "networks": tuple(correction["networks"])}),
+            correction=Correction(**correction),
             notes=tuple(data["notes"]),
         )
 
@@ -357,7 +356,7 @@ class Latency:
             f"{where.model}, batch {where.batch}: {self.dense_ms:.4g} ms dense on {where.machine} ({where.device}, "
             f"{where.threads} threads, {where.runtime} {where.runtime_version}); predictions are off "
             f"by {how.median_error:.1%} on the median and by {how.p95_error:.1%} at the 95th percentile of "
-            f"{how.networks[1]} networks not fitted to (rank correlation {how.spearman:.3f})"
+            f"{how.networks} networks, each by a fit without it (rank correlation {how.spearman:.3f})"
         )
 
 
@@ -402,8 +401,8 @@ def _factors(columns: FloatArray, weights: FloatArray) -> FloatArray:
 
     common = np.stack([columns[:, 0], columns[:, 1:].sum(axis=1)], axis=1) * weights[:, None]
     constant, factor = nnls(common, weights)[0]
-    # Rows that ask for the common factor, the louder the less there is to learn about a kind.
-    hold = np.diag(_TOWARDS_ONE_FACTOR * math.sqrt(len(columns)) * columns.mean(axis=0))
+    # Rows that ask for the common factor: heard where a kind is small in all networks, so that noise would decide.
+    hold = np.diag([0.0, *[_TOWARDS_ONE_FACTOR] * (columns.shape[1] - 1)])
     wanted = hold @ np.array([constant, *[factor] * (columns.shape[1] - 1)])
     solved: FloatArray = nnls(np.concatenate([columns * weights[:, None], hold]), np.concatenate([weights, wanted]))[0]
     return solved

@@ -134,6 +134,7 @@ def compare(
     most_rounds: int = 27,
     tolerance: float = 0.02,
     block_seconds: float = 1e-3,
+    most_seconds: float = np.inf,
     seed: int = 0,
 ) -> list[Timing]:
     """Time calls against a reference in one interleaved run.
@@ -148,6 +149,7 @@ def compare(
         most_rounds: Blocks of a call whose interval stays wider than `tolerance` on either side.
         tolerance: Fraction of the median.
         block_seconds: What a block takes at least; a call that is shorter is repeated.
+        most_seconds: A call whose blocks took longer than this in all gets no more than `rounds` of them.
         seed: Orders the calls within rounds, so that periodic disturbances hit all alike, and draws the resamples.
 
     Returns:
@@ -158,6 +160,7 @@ def compare(
     repeats = [_warm_up(call, clock, block_seconds) for call in calls]
     steps = _warm_up(reference, clock, block_seconds)
     ratios: list[list[float]] = [[] for _ in calls]
+    spent = [0.0] * len(calls)
     references: list[float] = []
     found: list[Timing | None] = [None] * len(calls)
     waiting = list(range(len(calls)))
@@ -171,6 +174,7 @@ def compare(
             after = _block(reference, steps, clock)
             for i, seconds in zip(some, taken, strict=True):
                 ratios[i].append(2 * seconds / (before + after))
+                spent[i] += seconds * repeats[i]
             references.append(after)
             before = after
         done += 1
@@ -178,7 +182,11 @@ def compare(
             speed = float(np.median(references))
             for i in waiting:
                 found[i] = _timing(np.array(ratios[i]), speed, rng)
-            waiting = [i for i in waiting if done < most_rounds and _timing_of(found[i]).uncertainty > tolerance]
+            waiting = [
+                i
+                for i in waiting
+                if done < most_rounds and spent[i] < most_seconds and _timing_of(found[i]).uncertainty > tolerance
+            ]
     return [_timing_of(timing) for timing in found]
 
 
