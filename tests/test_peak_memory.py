@@ -86,7 +86,7 @@ def test_what_is_garbage_from_before_is_not_released_within_a_call():
         return [[[]] for _ in range(99)] and torch.ones(1000)
 
     threshold = gc.get_threshold()
-    Cycle()
+    allocation_of(Cycle, CPU)
     try:
         found = allocation_of(call, CPU)
     finally:
