@@ -102,6 +102,7 @@ def test_their_memory_is_predicted(name):
     model, inputs = made(name, 8)
     structure = analyse(model, (inputs,))
     memory = measure_memory(model, structure, (inputs,), {}, run, batch=8)
+    assert len(memory.fused) == (2 if name == "encoder" else 0)
     widths = draw_widths(structure, 5, np.random.default_rng(0))
     widths[0] = structure.sizes
     widths = np.maximum(widths, np.minimum(structure.sizes, 2))  # a single channel or head may run in another layout

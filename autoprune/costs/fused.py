@@ -83,7 +83,7 @@ def find_fused(
         inside = call is not None and any(call.first <= other.first < call.last for _, other in found)
         if call is None or not call.name or inside:
             continue
-        if own.ran != tuple(str(op.func) for op in record.ops[call.first : call.last]):
+        if _kinds(own.ran) != _kinds([str(op.func) for op in record.ops[call.first : call.last]]):
             found.append((own, call))
     return [fused for own, call in found if (fused := _Alone(slicer, structure, own).fused(call)) is not None]
 
@@ -108,6 +108,11 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, wi
     ) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def _kinds(names: Sequence[str]) -> list[str]:
+    """Names of operations, without what tells apart an addition in place: watched passes have none."""
+    return [name.replace("aten.add_.", "aten.add.") for name in names]
 
 
 def _numbered(calls: Sequence[ModuleCall] | Sequence[_Seen]) -> list[tuple[str, int]]:
