@@ -1,16 +1,19 @@
 """Peak memory of inference: predicted against measured, for six networks at batch 1 and 32, dense and pruned.
 
 ``python -m benchmarks.memory``: measured is parameters, buffers, inputs, and the most that PyTorch's profiler sees
-allocated during a forward pass (on CUDA, ``torch.cuda.max_memory_allocated``). ``--device cuda`` says so and ends
-where there is no GPU. ``--quick`` takes two of them at batch 2. Exits 1 if an error is over 5 %.
+allocated during a forward pass (on CUDA, ``torch.cuda.max_memory_allocated``). Five networks of further kinds
+follow. Each runs in a process of its own. ``--device cuda`` says so and ends where there is no GPU. ``--quick`` takes
+two of the six at batch 2. Exits 1 if an error of the six is over 5 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -58,6 +61,49 @@ def tokens(batch: int) -> Tensor:
     return torch.randint(0, 1000, (batch, 64), generator=torch.Generator().manual_seed(0))
 
 
+def mistral() -> nn.Module:
+    """Mistral, small and with random weights: two heads of keys and values."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return MistralForCausalLM(config)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between linear ones."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 40)
+        self.read = kind(40, 48, 2, batch_first=True)
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.read(self.embed(x).relu())[0][:, -1])
+
+
+def encoder() -> nn.Module:
+    """PyTorch's own transformer layers, which run as one operation each where nothing of their attention is pruned."""
+    layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+    return nn.Sequential(nn.Linear(12, 64), nn.TransformerEncoder(layer, 4), nn.Linear(64, 5))
+
+
+def in_channels_last() -> nn.Module:
+    return resnet(20, width=16).to(memory_format=torch.channels_last)
+
+
+def series(batch: int) -> Tensor:
+    return torch.randn(batch, 32, 12, generator=torch.Generator().manual_seed(0))
+
+
 Inputs = Callable[[int], Tensor]
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "ResNet-20, 32x32": (partial(resnet, 20, width=16), partial(image, 32)),
@@ -67,6 +113,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "ViT (width 96, 4 blocks), 32x32": (ViT, partial(image, 32)),
     "BERT (width 128, 4 layers), 64 tokens": (bert, tokens),
 }
+FURTHER: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
+    "ResNet-20, channels-last": (
+        in_channels_last,
+        lambda batch: image(32, batch).contiguous(memory_format=torch.channels_last),
+    ),
+    "nn.TransformerEncoder (width 64, 4 layers), 32 steps": (encoder, series),
+    "LSTM (2 layers of 48), 32 steps": (partial(Recurrent, nn.LSTM), series),
+    "GRU (2 layers of 48), 32 steps": (partial(Recurrent, nn.GRU), series),
+    "Mistral (width 128, 2 layers, 2 groups of heads), 64 tokens": (mistral, tokens),
+}
 
 
 def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -74,9 +130,10 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return made["logits"] if isinstance(made, dict) else made
 
 
-def one(name: str, batch: int, device: torch.device) -> dict[str, Any]:
+def one(name: str, batch: int, device: torch.device, threads: int) -> dict[str, Any]:
     """Figures of one network at one batch size."""
-    make, inputs = NETWORKS[name]
+    make, inputs = (NETWORKS | FURTHER)[name]
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = make().eval().to(device)
     args = tree_map(lambda leaf: leaf.to(device), (inputs(batch),))
@@ -135,10 +192,15 @@ def report(results: list[dict[str, Any]]) -> str:
     ]
     header = ("network", "batch", "dense: predicted, MB", "measured, MB", "error", f"worst of {PRUNED} pruned")
     header += ("worst, weights not counted", "worst without scratch", "learning, s", "candidates a second")
-    highest = max(np.abs(errors(found)).max() for found in results)
+    six = [found for found in results if found["network"] in NETWORKS]
+    highest = max(np.abs(errors(found)).max() for found in six)
+    other = np.abs(np.concatenate([np.zeros(0), *(errors(found) for found in results if found not in six)]))
+    beyond = f"{(other > TARGET).sum()} of the {len(other)} of further kinds are off by more than that"
+    further = f"{beyond}, the worst by {max(other, default=0.0):.1%}. " if len(other) else ""
     return (
-        f"{table(header, rows)}\n\nThe worst error is {highest:.2%} of {sum(len(f['measured']) for f in results)} "
-        f"networks; the target is {TARGET:.0%}: {'met' if highest <= TARGET else 'MISSED'}. "
+        f"{table(header, rows)}\n\nThe worst error is {highest:.2%} of {sum(len(found['measured']) for found in six)} "
+        f"networks of the first six kinds; the target is {TARGET:.0%}: {'met' if highest <= TARGET else 'MISSED'}. "
+        f"{further}"
         "*Worst, weights not counted*: the same errors as a fraction of inputs, activations and scratch alone. *Worst "
         "without scratch*: what the sizes and lives of tensors say by themselves, as `memory_bytes` is where no budget "
         "limits it."
@@ -154,22 +216,22 @@ def main() -> None:
     if given.device == "cuda" and not torch.cuda.is_available():
         print("skipped: torch sees no GPU here")
         return
-    torch.set_num_threads(given.threads)
     other = f"_{given.device}_{given.threads}" if given.device != "cpu" or given.threads != 1 else ""
     command = "python -m benchmarks.memory" + (f" --device {given.device} --threads {given.threads}" if other else "")
     where = environment(command)
-    names = list(NETWORKS)[::4] if given.quick else list(NETWORKS)
+    names = list(NETWORKS)[::4] if given.quick else [*NETWORKS, *FURTHER]
     results = []
     for name in names:
         for batch in (2,) if given.quick else (1, 32):
-            results.append(one(name, batch, torch.device(given.device)))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                results.append(alone.submit(one, name, batch, torch.device(given.device), given.threads).result())
             print(f"{name}, batch {batch}: {np.round(100 * errors(results[-1]), 2)} %", file=sys.stderr)
     title = "Peak memory of inference: predicted against measured"
     if given.quick:
         print(report(results))
     else:
         write(f"memory{other}", title, {"environment": where, "networks": results}, report(results))
-    if max(np.abs(errors(found)).max() for found in results) > TARGET:
+    if max(np.abs(errors(found)).max() for found in results if found["network"] in NETWORKS) > TARGET:
         sys.exit(1)
 
 

@@ -1,5 +1,6 @@
 """Peak memory, learned by running operations, against whole networks that are run."""
 
+import gc
 import os
 
 import numpy as np
@@ -75,6 +76,25 @@ def test_an_allocation_counts_what_is_released_before_the_call_returns():
     assert (nothing.peak, nothing.kept) == (0, 0)
 
 
+def test_what_is_garbage_from_before_is_not_released_within_a_call():
+    class Cycle:
+        def __init__(self):
+            self.me, self.held = self, torch.ones(100_000)
+
+    def call():
+        gc.set_threshold(1)  # collects at the first chance
+        return [[[]] for _ in range(99)] and torch.ones(1000)
+
+    threshold = gc.get_threshold()
+    allocation_of(Cycle, CPU)
+    try:
+        found = allocation_of(call, CPU)
+    finally:
+        gc.set_threshold(*threshold)
+    assert (found.peak, found.kept, found.pattern) == (4000, 4000, "+")
+    assert gc.isenabled()
+
+
 def test_a_device_without_counters_is_refused():
     with pytest.raises(ValueError, match="cpu and cuda, got a model on meta"):
         allocation_of(lambda: None, torch.device("meta"))
@@ -134,6 +154,26 @@ def test_formulas_are_exact_on_both_sides_of_a_change_of_kernels():
     expected = [max(kernel.take(int(a), int(b)).scratch) for a, b in points]
     np.testing.assert_allclose(found.predict(points), expected, rtol=1e-6, atol=0.1)
     assert found.error < 1e-6
+
+
+def test_steps_of_no_rule_are_found():
+    def take(a, b):
+        up = next(end for end in (16, 32, 64) if b <= end)
+        return Allocation("++-", (36 * a * up + 640 * a + 8 * b,), 8 * b)
+
+    found = fit_scratch(family((64, 64)), lambda values: take(*values))
+    points = np.array([(a, b) for a in range(1, 65, 5) for b in range(1, 65)], dtype=float)
+    expected = [max(take(int(a), int(b)).scratch) for a, b in points]
+    np.testing.assert_allclose(found.predict(points), expected, rtol=1e-6)
+
+
+def test_a_kernel_for_a_single_size_is_found_among_few():
+    def take(a):
+        return Allocation("+++--+-", (42_000 if a == 16 else 32_768 - 1500 * a, 32_768), 0)
+
+    found = fit_scratch(family((16,)), lambda values: take(*values))
+    expected = [max(take(a).scratch) for a in range(1, 17)]
+    np.testing.assert_allclose(found.predict(np.arange(1.0, 17.0)[:, None]), expected, rtol=0.01)
 
 
 def test_sizes_that_move_in_steps_are_run_at_their_multiples_only():

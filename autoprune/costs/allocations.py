@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -76,31 +77,53 @@ def _on_cpu(call: Callable[[], Any]) -> Allocation:
 
     The older one also takes an eighth of the time. It may be gone some day, so nothing else here depends on it.
     """
-    from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy, _profiler_enabled
-    from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+    from torch._C._autograd import _profiler_enabled
 
     if _profiler_enabled():
         raise ValueError(
             "memory cannot be measured while a profiler runs on this thread; profile something else, or limit another "
             "cost than memory"
         )
+    events = _profiled(call, memory=True)
+    return _summary([event.cpu_memory_usage() for event in events if str(event.kind()) == "memory_alloc"])
+
+
+def operations_of(call: Callable[[], Any]) -> list[str]:
+    """Names of the operations that a call runs, those inside others too, as ``"aten::add_"``; empty under a profiler.
+
+    Unlike what a dispatch mode sees: PyTorch takes care, where one watches, to write into no result of its own.
+    """
+    from torch._C._autograd import _profiler_enabled
+
+    if _profiler_enabled():
+        return []
+    return [str(event.name()) for event in _profiled(call, memory=False) if str(event.kind()) == "push"]
+
+
+def _profiled(call: Callable[[], Any], *, memory: bool) -> list[Any]:
+    from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
+    from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+
     config = ProfilerConfig(
         ProfilerState.CPU,
         report_input_shapes=False,
-        profile_memory=True,
+        profile_memory=memory,
         with_stack=False,
         with_flops=False,
         with_modules=False,
         experimental_config=_ExperimentalConfig(),
     )
+    collects = gc.isenabled()
+    gc.disable()  # what it frees in between, of calls before, would count as released by this one
     _enable_profiler_legacy(config)
     try:
         results = call()
     finally:
         threads = _disable_profiler_legacy()
+        if collects:
+            gc.enable()
     del results
-    events = [event for events in threads for event in events if str(event.kind()) == "memory_alloc"]
-    return _summary([event.cpu_memory_usage() for event in events])
+    return [event for events in threads for event in events]
 
 
 def _summary(changes: Sequence[int]) -> Allocation:

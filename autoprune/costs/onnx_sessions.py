@@ -16,7 +16,7 @@ from torch.jit._trace import TracerWarning
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from autoprune.costs.onnx_parts import node_operations
-from autoprune.costs.parts import Family, Part, parts_of, prefixes
+from autoprune.costs.parts import Family, Part, edit_to, parts_of
 from autoprune.costs.runtimes import ONNXRUNTIME, YARDSTICK
 from autoprune.costs.timing import Call
 from autoprune.errors import UnsupportedModelError
@@ -97,7 +97,7 @@ class OnnxRuntime:
         slicer = Slicer(model)
 
         def nodes(widths: IntArray) -> list[Any]:
-            cut = slicer.cut(structure.edit(prefixes(structure, widths))).eval()
+            cut = slicer.cut(edit_to(structure, widths)).eval()
             exported, inputs, _ = export(cut, run, args, kwargs)
             return node_operations(self, self.optimised(exported, whole=False), inputs)
 

@@ -2,8 +2,10 @@
 
 The model is run dense, and once more for each group with a few of its units gone. Every integer of an operation, in a
 shape or in an argument such as ``groups``, is an affine function of the widths, so these runs determine it; a run at
-random widths then checks it. This needs no rule for any operation, and holds for any batch size. Operations that differ
-in nothing but the names of their groups make a *family*: whatever it costs, it is measured once.
+random widths then checks it. No run is at a single unit, such as one head: PyTorch then leaves out copies that it makes
+at all other widths. A group of two is run with a third that repeats the second. This needs no rule for any operation,
+and holds for any batch size. Operations that differ in nothing but the names of their groups make a *family*: whatever
+it costs, it is measured once.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import FloatArray, IntArray, Pruning
+from autoprune.structure.slicing import Edit
 from autoprune.structure.structure import Structure
 
 Size = tuple[int, tuple[tuple[int, int], ...]]
@@ -138,14 +141,15 @@ def sizes_of(
     for g, group in enumerate(structure.groups):
         if group.size == group.multiple:
             continue
+        change = group.multiple if group.size - group.multiple == 1 else -group.multiple
         widths = structure.sizes.copy()
-        widths[g] -= group.multiple
+        widths[g] += change
         for i, other in enumerate(others(widths)):
             for j in np.flatnonzero(fixed[i] != other):
-                slopes[i][j, g] = Fraction(int(fixed[i][j] - other[j]), group.multiple)
+                slopes[i][j, g] = Fraction(int(other[j] - fixed[i][j]), change)
     sizes = structure.sizes
     rows = [[_row(f, s, sizes) for f, s in zip(fs, ss, strict=True)] for fs, ss in zip(fixed, slopes, strict=True)]
-    drawn = draw_widths(structure, 1, np.random.default_rng(seed))[0]
+    drawn = np.maximum(draw_widths(structure, 1, np.random.default_rng(seed))[0], np.minimum(structure.sizes, 2))
     for i, other in enumerate(others(drawn)):
         if any(_value(row, drawn) != size for row, size in zip(rows[i], other, strict=True)):
             where = dense[i].where() if i < len(dense) else "a tensor"
@@ -165,6 +169,30 @@ def prefixes(structure: Structure, widths: Sequence[int] | IntArray) -> Pruning:
             if int(width) < group.size
         }
     )
+
+
+def edit_to(structure: Structure, widths: IntArray) -> Edit:
+    """What brings a model to widths (groups,), which may be up to twice the dense ones: last units then come again.
+
+    For shapes, not for values: units that come again stand behind all others, wherever the model has them.
+    """
+    edit = structure.edit(prefixes(structure, np.minimum(widths, structure.sizes)))
+    more = np.maximum(widths - structure.sizes, 0)
+    if not more.any():
+        return edit
+    ends = np.cumsum(structure.sizes)
+    again = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, more, strict=True)])
+    slices = {name: dict(own) for name, own in edit.slices.items()}
+    for name, dims in structure.units_of.items():
+        for dim, units in enumerate(dims):
+            if units is not None and len(repeated := np.flatnonzero(np.isin(units, again))):
+                own = slices.setdefault(name, {})
+                own[dim] = np.concatenate([own.get(dim, np.arange(len(units))), repeated])
+    wide = {group.name: int(width) for group, width in zip(structure.groups, widths, strict=True)}
+    attributes: dict[str, dict[str, int]] = {}
+    for attribute in structure.attributes:
+        attributes.setdefault(attribute.module, {})[attribute.path] = attribute.value(wide)
+    return Edit(slices, attributes)
 
 
 def draw_widths(structure: Structure, n: int, rng: np.random.Generator) -> IntArray:

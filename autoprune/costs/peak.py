@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from autoprune.costs.allocations import Allocation, allocation_of
+from autoprune.costs.fused import Fused, find_fused
 from autoprune.costs.parts import Family, Part, Row, families_of, part_values
 from autoprune.costs.scratch import Scratch, Values, fit_scratch
 from autoprune.costs.structural import live_tensors, product_values
 from autoprune.costs.torch_parts import sized_calls
-from autoprune.protocols import FloatArray
+from autoprune.protocols import FloatArray, IntArray
 from autoprune.sources import seeded
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products, tensor_lives
@@ -45,6 +46,8 @@ class PeakMemory:
         alive: How many of each are alive at each moment that can be the peak, shape (tensors, moments).
         parts: Operations that take scratch, each with the moments at which it runs.
         scratch: What each family of them takes.
+        fused: Calls that run otherwise where nothing of them is pruned, each with the moments that this replaces. The
+            last columns of `alive` are for these, in this order.
         device: ``"cpu"`` or ``"cuda"``, where it was measured.
         inputs: Bytes of the inputs that the model reads.
         batch: Samples of one forward pass.
@@ -61,6 +64,7 @@ class PeakMemory:
     inputs: float
     batch: int
     left_out: tuple[str, ...] = ()
+    fused: tuple[tuple[Fused, tuple[int, ...]], ...] = ()
 
     def predict(self, widths: FloatArray) -> FloatArray:
         """Bytes at widths (n, groups), shape (n,)."""
@@ -77,10 +81,18 @@ class PeakMemory:
     def _predict(self, widths: FloatArray) -> FloatArray:
         sizes = widths @ self.sizes[:, 1:].T + self.sizes[:, 0]
         held = self._rounded(product_values(self.tensors, sizes)) @ self.alive
-        values = part_values([part for part, _ in self.parts], widths)
+        values = part_values([part for part, _ in self.parts] + [fused.part for fused, _ in self.fused], widths)
+
+        def variables(part: Part) -> FloatArray:
+            return np.array([values[size] for size in part.sizes]).reshape(len(part.sizes), len(widths)).T
+
         for part, moments in self.parts:
-            own = np.array([values[size] for size in part.sizes]).reshape(len(part.sizes), len(widths)).T
-            held[:, moments] += self.scratch[part.family].predict(own)[:, None]
+            held[:, moments] += self.scratch[part.family].predict(variables(part))[:, None]
+        for column, (fused, moments) in enumerate(self.fused, held.shape[1] - len(self.fused)):
+            apart = ~fused.runs(widths)
+            held[:, moments] *= apart[:, None]
+            held[apart, column] = 0
+            held[~apart, column] += fused.taken.predict(variables(fused.part)[~apart])
         total: FloatArray = self._rounded(product_values(self.state, sizes)).sum(axis=1) + held.max(axis=1)
         return np.rint(total)
 
@@ -90,7 +102,8 @@ class PeakMemory:
         return rounded
 
     def __str__(self) -> str:
-        worst = max((found.error for found in self.scratch.values()), default=0.0)
+        fitted = [*self.scratch.values(), *(fused.taken for fused, _ in self.fused)]
+        worst = max((found.error for found in fitted), default=0.0)
         operations = sum(len(moments) for _, moments in self.parts)
         return (
             f"peak of inference at batch {self.batch} on {self.device}, with what {operations} operations allocate "
@@ -142,7 +155,9 @@ def measure_memory(
     state = [i for i, value in enumerate(record.values) if value.kind in ("parameter", "buffer")]
     born, died = (np.array([life[column] for life in lives], dtype=np.int64) for column in (1, 2))
     further = [index for own in running.values() for index in own]
-    tensors, alive, moments = live_tensors(table.products([i for i, *_ in lives]), born, died, further)
+    calls_apart = find_fused(model, structure, args, kwargs, run, record)
+    starts = [fused.first for fused in calls_apart]
+    tensors, alive, moments = live_tensors(table.products([i for i, *_ in lives]), born, died, further, starts)
     given = [record.values[i] for i, *_ in lives if record.values[i].kind == "input"]
     return PeakMemory(
         state=table.products(state),
@@ -155,7 +170,14 @@ def measure_memory(
         inputs=float(sum(math.prod(value.shape) * value.dtype.itemsize for value in given)),
         batch=batch,
         left_out=tuple(left_out),
+        fused=tuple((fused, tuple(_between(moments, fused))) for fused in calls_apart),
     )
+
+
+def _between(moments: IntArray, fused: Fused) -> list[int]:
+    """Numbers of the moments at which the operations run that a call takes the place of."""
+    inside: list[int] = np.flatnonzero((moments >= fused.first) & (moments < fused.last)).tolist()
+    return inside
 
 
 def _scratch_of(families: Sequence[Family], device: torch.device) -> tuple[dict[str, Scratch], list[str]]:

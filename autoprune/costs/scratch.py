@@ -2,12 +2,13 @@
 
 Kernels allocate unseen: a convolution may unfold its input, or copy it and its weight into blocks of channels. What
 they take has no noise. Between the widths at which a kernel gives way to another, it is a sum of products of sizes and
-of sizes rounded up to a block, so a few runs determine it, and a few more check it.
+of sizes rounded up, to a block or to steps of no rule, so a few runs determine it, and a few more check it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +23,17 @@ from autoprune.protocols import FloatArray
 log = logging.getLogger(__name__)
 
 Values = tuple[int, ...]
+Rounding = int | Values
+"""Up to the next multiple of a number, or up to the next of these, ascending."""
 
 BLOCKS = (16, 8, 1, 4, 32, 64)
 """What sizes may be rounded up to a multiple of: channels of one register, of one tile."""
 
 _CHECKS = 4  # runs that a fit is judged on
 _TOLERANCE = 0.01  # of what the operation takes in all: a fit that is further off is refined
+_SMALL = 32  # sizes of a box that are all looked at
 _MOST_RUNS = 160  # of one family
+_MOST_STEPS = 16  # of what is rounded up to steps of no rule: beyond, finding them takes too many runs
 _MOST_BLOCKS = 2  # variables that are rounded each in its own way; more share one block, as there are too many ways
 
 
@@ -39,13 +44,13 @@ class Cell:
     Attributes:
         low: Least value of each variable, length v.
         end: The value of each variable beyond the last, length v.
-        blocks: What each variable is rounded up to a multiple of, length v.
+        blocks: What each variable is rounded up to, length v.
         coefficients: Of `_features`, for each moment that can be the peak, shape (moments, features).
     """
 
     low: Values
     end: Values
-    blocks: Values
+    blocks: tuple[Rounding, ...]
     coefficients: FloatArray
 
 
@@ -87,9 +92,25 @@ def fit_scratch(family: Family, run: Callable[[Values], Allocation]) -> Scratch 
     points = [*fitter.corners(low, end), *fitter.draws(low, end, 2)]
     if all(max(fitter.at(point).scratch, default=0) <= 0 for point in points):
         return None
-    cells = fitter.cells(low, end)
+    cells = fitter.cells()
     log.info("scratch of %s: %d formulas from %d runs", family.key, len(cells), len(fitter.known))
     return Scratch(tuple(cells), fitter.error)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Sizes from `low` to before `end`: how far a formula is off there, or where to split and no formula."""
+
+    low: Values
+    end: Values
+    error: float
+    split: tuple[int, int] | None
+    cell: Cell | None
+
+
+def _halves(box: _Box, axis: int, split: int) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
+    low, end = box.low, box.end
+    return (low, (*end[:axis], split, *end[axis + 1 :])), ((*low[:axis], split, *low[axis + 1 :]), end)
 
 
 class _Fitter:
@@ -99,6 +120,7 @@ class _Fitter:
         self.rng = rng
         self.known: dict[Values, Allocation] = {}
         self.error = 0.0
+        self._stairs: list[Values] | None = None
 
     def box(self) -> tuple[Values, Values]:
         """Least value of each variable, and the first beyond the largest."""
@@ -120,26 +142,94 @@ class _Fitter:
         drawn = self.rng.integers(np.array(low) // steps, np.array(end) // steps, (n, len(low))) * steps
         return [tuple(row) for row in drawn.tolist()]
 
-    def cells(self, low: Values, end: Values) -> list[Cell]:
-        """Formulas for a box, split where the operation takes another way or no formula fits."""
+    def cells(self) -> list[Cell]:
+        """Formulas for all sizes; the worst box is split first."""
+        open_, ended = [self._judged(*self.box())], []
+        while open_:
+            worst = max(open_, key=lambda box: box.error)
+            open_.remove(worst)
+            where = None if worst.error <= _TOLERANCE or self._spent() else self._split(worst)
+            if where is None:
+                ended.append(worst if worst.cell is not None else self._fitted(worst.low, worst.end))
+            else:
+                open_ += [self._judged(low, end) for low, end in _halves(worst, *where)]
+        self.error = max(box.error for box in ended)
+        return [box.cell for box in ended if box.cell is not None]
+
+    def _judged(self, low: Values, end: Values) -> _Box:
         corners = self.corners(low, end)
-        columns = (1 + 2 * len(low)) * (2 + 2 * len(low)) // 2  # of `_features`
-        drawn = self.draws(low, end, columns + _CHECKS)
-        for points in (corners, [corners[0], *drawn]):
-            if (other := self._unlike(points)) is not None:
-                return self._halves(low, end, *self._boundary(corners[0], other))
-        drawn = [point for point in dict.fromkeys(drawn) if point not in corners]
+        points = [*corners, *self._points(low, end)]
+        if (other := self._unlike(points)) is not None:
+            return _Box(low, end, np.inf, self._boundary(corners[0], other), None)
+        return self._fitted(low, end)
+
+    def _fitted(self, low: Values, end: Values) -> _Box:
+        """The formula that is off least in a box."""
+        corners = self.corners(low, end)
+        drawn = [point for point in self._points(low, end) if point not in corners]
         fitted, checks = [*corners, *drawn[:-_CHECKS]], drawn[-_CHECKS:]
         alike = len({self.at(point).pattern for point in (*fitted, *checks)}) == 1
-        v = len(low)
-        choices = list(product(BLOCKS, repeat=v)) if v <= _MOST_BLOCKS else [(block,) * v for block in BLOCKS]
+        choices = self._choices()
         errors = [self._error(fitted, checks, blocks, alike) for blocks in choices]
-        split = min(errors) > _TOLERANCE and not self._spent()
-        if split and (where := self._drop(corners) or self._middle(low, end)) is not None:
-            return self._halves(low, end, *where)
-        self.error = max(self.error, min(errors))
+        if min(errors) > _TOLERANCE and any(self.stairs()):
+            choices = self._choices(stairs=True)
+            errors = [self._error(fitted, checks, blocks, alike) for blocks in choices]
         blocks = choices[int(np.argmin(errors))]
-        return [Cell(low, end, blocks, self._fit((*fitted, *checks), blocks, alike))]
+        return _Box(low, end, min(errors), None, Cell(low, end, blocks, self._fit(fitted, blocks, alike)))
+
+    def _points(self, low: Values, end: Values) -> list[Values]:
+        """Where a box is looked at: all of it if it is small, else what is known there and enough besides."""
+        ranges = [range(a, e, step) for a, e, step in zip(low, end, self.family.steps, strict=True)]
+        if math.prod(map(len, ranges)) <= _SMALL:
+            return list(product(*ranges))
+        inside = [point for point in self.known if all(v in own for v, own in zip(point, ranges, strict=True))]
+        columns = (1 + 2 * len(low)) * (2 + 2 * len(low)) // 2  # of `_features`
+        more = max(columns - len(inside), 0) + _CHECKS
+        return list(dict.fromkeys([*inside, *self.draws(low, end, more)]))
+
+    def _split(self, box: _Box) -> tuple[int, int] | None:
+        return box.split or self._drop(self.corners(box.low, box.end)) or self._middle(box.low, box.end)
+
+    def _choices(self, *, stairs: bool = False) -> list[tuple[Rounding, ...]]:
+        """Ways to round each variable; with steps for those that have them, if told."""
+        v = len(self.family.steps)
+        known = self.stairs() if stairs else [()] * v
+        if v > _MOST_BLOCKS:
+            return [tuple(own or block for own in known) for block in BLOCKS]
+        ways: list[list[Rounding]] = [[own, *BLOCKS] if own else [*BLOCKS] for own in known]
+        return list(product(*ways))
+
+    def stairs(self) -> list[Values]:
+        """The last values of the steps that each variable is rounded up to; empty where it moves in no steps."""
+        if self._stairs is None:
+            low, end = self.box()
+            self._stairs = [self._steps(low, end, axis) for axis in range(len(low))]
+        return self._stairs
+
+    def _steps(self, low: Values, end: Values, axis: int) -> Values:
+        """Along one variable, while the others are at their most; values that agree at both ends agree in between."""
+        top = tuple(value - step for value, step in zip(end, self.family.steps, strict=True))
+        step, ends = self.family.steps[axis], [top[axis]]
+
+        def taken(value: int) -> tuple[str, Values]:
+            found = self.at((*top[:axis], value, *top[axis + 1 :]))
+            return found.pattern, found.scratch
+
+        if low[axis] == top[axis] or taken(top[axis]) != taken(top[axis] - step):
+            return ()
+        open_ = [(low[axis], top[axis])]
+        while open_:
+            a, b = open_.pop()
+            if taken(a) == taken(b):
+                continue
+            if b - a > step:
+                middle = (a + b) // 2 // step * step
+                open_ += [(a, middle), (middle, b)]
+            elif len(ends) == _MOST_STEPS or self._spent():
+                return ()
+            else:
+                ends.append(a)
+        return tuple(sorted(ends)) if len(ends) > 1 else ()
 
     def _drop(self, corners: Sequence[Values]) -> tuple[int, int] | None:
         """A variable, and its least value behind a drop: what takes less for more is another kernel."""
@@ -195,11 +285,7 @@ class _Fitter:
                 high = middle
         return high
 
-    def _halves(self, low: Values, end: Values, axis: int, split: int) -> list[Cell]:
-        below, above = (*end[:axis], split, *end[axis + 1 :]), (*low[:axis], split, *low[axis + 1 :])
-        return [*self.cells(low, below), *self.cells(above, end)]
-
-    def _fit(self, points: Sequence[Values], blocks: Values, alike: bool) -> FloatArray:
+    def _fit(self, points: Sequence[Values], blocks: tuple[Rounding, ...], alike: bool) -> FloatArray:
         """Coefficients for each moment that can be the peak, or of the peak alone where points are not `alike`."""
         features = self._features(points, blocks)
         scratch = [self.at(point).scratch for point in points]
@@ -210,9 +296,11 @@ class _Fitter:
         coefficients: FloatArray = (solved / scale[:, None]).T
         return coefficients
 
-    def _error(self, fitted: Sequence[Values], checks: Sequence[Values], blocks: Values, alike: bool) -> float:
-        """How far a fit is off at worst, as a fraction of the peak; where all points are fitted, at those."""
-        judged = checks or fitted
+    def _error(
+        self, fitted: Sequence[Values], checks: Sequence[Values], blocks: tuple[Rounding, ...], alike: bool
+    ) -> float:
+        """How far a fit is off at worst, as a fraction of the peak, where it was fitted and where not."""
+        judged = (*fitted, *checks)
         predicted = (self._features(judged, blocks) @ self._fit(fitted, blocks, alike).T).max(axis=1)
         measured = [max(self.at(point).scratch) for point in judged]
         return float(np.max(np.abs(predicted - measured) / self._peaks(judged)))
@@ -220,14 +308,20 @@ class _Fitter:
     def _peaks(self, points: Sequence[Values]) -> FloatArray:
         return np.array([max(self.at(point).peak, 1) for point in points], dtype=np.float64)
 
-    def _features(self, points: Sequence[Values], blocks: Values) -> FloatArray:
+    def _features(self, points: Sequence[Values], blocks: tuple[Rounding, ...]) -> FloatArray:
         return _features(np.array(points, dtype=np.float64).reshape(len(points), len(self.family.steps)), blocks)
 
 
-def _features(values: FloatArray, blocks: Values) -> FloatArray:
-    """Products of up to two sizes, as they are and rounded up to a multiple; (n, v) to (n, features)."""
-    multiples = np.array(blocks, dtype=np.float64)
-    sizes = np.concatenate([values, np.ceil(values / multiples) * multiples], axis=1)
+def _features(values: FloatArray, blocks: Sequence[Rounding]) -> FloatArray:
+    """Products of up to two sizes, as they are and rounded up; (n, v) to (n, features)."""
+    rounded = [_rounded(values[:, axis], block) for axis, block in enumerate(blocks)]
+    sizes = np.column_stack([values, *rounded])
     pairs = combinations_with_replacement(range(sizes.shape[1]), 2)
     squares = [sizes[:, i] * sizes[:, j] for i, j in pairs]
     return np.column_stack([np.ones(len(values)), sizes, *squares])
+
+
+def _rounded(values: FloatArray, block: Rounding) -> FloatArray:
+    ends = np.array(block, dtype=np.float64)
+    up: FloatArray = ends[np.searchsorted(ends, values)] if ends.ndim else np.ceil(values / ends) * ends
+    return up

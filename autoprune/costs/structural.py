@@ -108,7 +108,7 @@ def product_values(products: Products, sizes: FloatArray) -> FloatArray:
 
 
 def live_tensors(
-    sizes: Products, born: IntArray, died: IntArray, further: Sequence[int] = ()
+    sizes: Products, born: IntArray, died: IntArray, further: Sequence[int] = (), before: Sequence[int] = ()
 ) -> tuple[Products, FloatArray, IntArray]:
     """Distinct sizes of tensors, and how many of each are alive at each moment that can be the peak.
 
@@ -117,16 +117,19 @@ def live_tensors(
         born: Operation that makes each.
         died: Number of operations that have run when it is let go.
         further: Operations during which there may be a peak for another reason.
+        before: Operations right before which to count, too: a column for each at the end.
 
     Returns:
-        Sizes, shape (s,); numbers of tensors, shape (s, moments); the operation of each moment.
+        Sizes, shape (s,); numbers of tensors, shape (s, moments); the operation of each moment, those of `before` not.
     """
     died = np.maximum(died, born + 1)  # what is never kept still exists while it is made
     moments = np.union1d(_peaks(born, died), np.array(further, dtype=np.int64))
-    alive = (born[:, None] <= moments) & (moments < died[:, None])
+    starts = np.array(before, dtype=np.int64)
+    alive = np.hstack([born[:, None] <= moments, born[:, None] < starts])
+    alive &= np.append(moments, starts) < died[:, None]
     keys = np.column_stack([sizes.coefficients, sizes.factors])
     distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
-    count = np.zeros((len(distinct), len(moments)))
+    count = np.zeros((len(distinct), alive.shape[1]))
     np.add.at(count, inverse.reshape(-1), alive.astype(np.float64))
     return Products(distinct[:, 0], distinct[:, 1:].astype(np.int64)), count, moments
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from autoprune.costs.parts import Family, Part, Row, families_of, prefixes, sizes_of
+from autoprune.costs.allocations import operations_of
+from autoprune.costs.parts import Family, Part, Row, edit_to, families_of, sizes_of
 from autoprune.protocols import IntArray
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import Forward, Op, Record, Ref, trace
+from autoprune.structure.trace import Forward, Op, Record, Ref, call_of, trace
 
+_NOISE = 2**16  # numbers drawn, and repeated for larger tensors: drawing takes longer than many operations
 _LARGE = 1e4  # what an operation that writes into its argument may halve again and again without reaching denormals
 
 
@@ -79,15 +82,43 @@ def sized_calls(
     slicer = Slicer(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     records: list[Record] = []
+    in_place: list[bool] = []
 
     def run(widths: IntArray) -> tuple[list[Call], list[tuple[int, ...]]]:
-        cut = slicer.cut(structure.edit(prefixes(structure, widths))).eval()
-        record = trace(cut, args, kwargs, forward, values=True)
-        records.extend([] if records else [record])
+        cut = slicer.cut(edit_to(structure, widths)).eval()
+        one_off = len(records) and (widths != structure.sizes).sum() == 1  # the run at random widths is to check all
+        record = trace(cut, args, kwargs, forward, values=True, foreseen=records[0].foreseen if one_off else None)
+        if not records:
+            records.append(record)
+            in_place.extend(_additions_in_place(cut, args, kwargs, forward, record))
+        _write_in_place(record, in_place)
         return _calls(record, device), [value.shape for value in record.values] if values else []
 
     dense, rows = sizes_of(run, structure, seed)
     return records[0], dense, rows
+
+
+def _additions_in_place(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward, record: Record
+) -> list[bool]:
+    """Whether each addition of a pass writes into its argument where nobody watches, as that of a bias may."""
+    seen = [op.name for op in record.ops if op.name in ("add", "add_")]
+    run = call_of(model, args, kwargs, forward)
+    names = [name.removeprefix("aten::") for name in operations_of(run)]
+    ran = [name for name in names if name in ("add", "add_")]
+    return [name == "add_" for name in ran] if len(ran) == len(seen) else []
+
+
+def _write_in_place(record: Record, in_place: Sequence[bool]) -> None:
+    """Turn additions of a pass into those that inference runs."""
+    additions = [op for op in record.ops if op.name in ("add", "add_")]
+    if len(additions) != len(in_place):
+        return
+    for op, writes in zip(additions, in_place, strict=True):
+        if writes and op.func is torch.ops.aten.add.Tensor:
+            target, (result,) = op.args["self"], op.results()
+            record.values[result].base = record.values[target.id].base
+            record.ops[op.index] = replace(op, func=torch.ops.aten.add_.Tensor, outputs=target)
 
 
 @dataclass(frozen=True)
@@ -200,6 +231,8 @@ def _tensor(spec: _Spec, shape: list[int], device: torch.device, writes: bool, f
     elif writes:
         tensor = torch.full(stored, _LARGE if first else 1.0, dtype=dtype, device=device)
     else:
-        tensor = torch.rand(stored, device=device).to(dtype) + 0.1
+        count = math.prod(stored)
+        noise = torch.rand(min(count, _NOISE), device=device).to(dtype) + 0.1
+        tensor = noise.repeat(-(-count // _NOISE))[:count].view(stored)
     back = [spec.order.index(dim) for dim in range(len(shape))]
     return tensor.permute(back).expand(shape)

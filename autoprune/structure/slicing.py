@@ -159,9 +159,21 @@ def _sliced(tensor: Tensor, kept: Mapping[int, IntArray], private: bool) -> Tens
     data = tensor.detach()
     for dim, index in kept.items():
         data = data.index_select(dim, torch.from_numpy(index).to(data.device))
-    if not kept:
-        data = data.clone()
+    data = _laid_out_as(tensor, data) if kept else data.clone()
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if parameter else data
+
+
+def _laid_out_as(dense: Tensor, sliced: Tensor) -> Tensor:
+    """The same dimensions from slow to fast in memory: PyTorch's selection forgets what is channels-last.
+
+    Kernels convert a weight of another format anew in each pass, which takes time and memory.
+    """
+    strides = dense.stride()
+    order = sorted(range(dense.ndim), key=lambda dim: -strides[dim])
+    if order == list(range(dense.ndim)):
+        return sliced
+    stored = sliced.new_empty([sliced.shape[dim] for dim in order])  # not contiguous(), which keeps strides of size 1
+    return stored.permute([order.index(dim) for dim in range(dense.ndim)]).copy_(sliced)
 
 
 def magnitude_ranks(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.adapters import adapter_of, refresh_flat_weights
@@ -32,6 +32,9 @@ Forward = Callable[..., Any]
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword inputs of one call."""
+
+Foreseen = Mapping[torch._ops.OpOverload, tuple[bool, ...]]
+"""Operations whose results are known without computing them, and which of these are empty on this device alone."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ class Record:
         batch: Samples of the first example.
         first: Number of operations that the first example ran; costs are its own.
         device: ``"meta"``, or that of the real values.
+        foreseen: Operations that need not be computed to know what they return; none where the pass reads values, or
+            ran on the meta device.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -138,6 +143,7 @@ class Record:
     batch: int = 1
     first: int = 0
     device: str = "meta"
+    foreseen: Foreseen = field(default_factory=dict)
 
     def named(self) -> dict[str, int]:
         """Name of each parameter and buffer that the pass touched, to its value."""
@@ -176,6 +182,7 @@ def trace(
     further: Sequence[Inputs] = (),
     *,
     values: bool = False,
+    foreseen: Foreseen | None = None,
 ) -> Record:
     """Run `forward` once on each example, on the meta device if possible, and record what it did.
 
@@ -186,10 +193,11 @@ def trace(
         forward: Runs a model on these inputs and returns the outputs that matter.
         further: More examples, which take other branches.
         values: Run on the real values: the operations are then those of the device.
+        foreseen: With `values`, operations that are not computed, to save their time; of an earlier pass.
     """
     examples = [(args, kwargs), *further]
     if values:
-        return _trace(model, examples, forward, meta=False)
+        return _trace(model, examples, forward, meta=False, foreseen=foreseen)
     try:
         record = _trace(model, examples, forward, meta=True)
         # Made behind our back, as the index tensor of x[:, [0, 2]] is: its values are needed and are lost.
@@ -202,7 +210,14 @@ def trace(
     return _trace(model, examples, forward, meta=False)
 
 
-def _trace(model: nn.Module, examples: Sequence[Inputs], forward: Forward, *, meta: bool) -> Record:
+def _trace(
+    model: nn.Module,
+    examples: Sequence[Inputs],
+    forward: Forward,
+    *,
+    meta: bool,
+    foreseen: Foreseen | None = None,
+) -> Record:
     copied = skeleton(model).eval()
     move: dict[int, Tensor] = {}
 
@@ -210,14 +225,16 @@ def _trace(model: nn.Module, examples: Sequence[Inputs], forward: Forward, *, me
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in move:
-            private = leaf.detach() if isinstance(leaf, nn.Parameter) else leaf.detach().clone()
+            # A product with a tensor that requires a gradient is folded into one of matrices, even in inference.
+            parameter = isinstance(leaf, nn.Parameter)
+            private = leaf.detach().requires_grad_(leaf.requires_grad) if parameter else leaf.detach().clone()
             move[id(leaf)] = leaf.detach().to("meta") if meta else private
         return move[id(leaf)]
 
     originals = dict(_named_tensors(copied))
     tensors = {name: moved(tensor) for name, tensor in originals.items()}
     moved_examples = [tree_map(moved, (args, dict(kwargs))) for args, kwargs in examples]
-    recorder = _Recorder()
+    recorder = _Recorder(foreseen or {})
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if id(tensor) not in seen:
@@ -235,6 +252,7 @@ def _trace(model: nn.Module, examples: Sequence[Inputs], forward: Forward, *, me
         for moved_args, moved_kwargs in moved_examples:
             outputs.append(call_with(Call(copied, forward), state, moved_args, moved_kwargs, recorder))
             record.first = record.first or len(record.ops)
+    record.foreseen = recorder.foreseeable()
     out = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     if not out:
         raise UnsupportedModelError(
@@ -285,6 +303,16 @@ def call_with(
         handle.remove()
 
 
+def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Callable[[], Any]:
+    """What runs a private copy of a model as `trace` does on real values, with nothing that watches."""
+    copied = skeleton(model).eval()
+    copies = [
+        tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given) for given in (args, kwargs)
+    ]
+    buffers = {f"model.{name}": buffer.clone() for name, buffer in copied.named_buffers(remove_duplicate=False)}
+    return lambda: call_with(Call(copied, forward), buffers, copies[0], copies[1])
+
+
 @contextmanager
 def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     names = {id(module): name for name, module in model.named_modules()}
@@ -311,9 +339,11 @@ def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
-    def __init__(self) -> None:
+    def __init__(self, foreseen: Foreseen) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.record = Record()
+        self.foreseen = foreseen
+        self._learned: dict[torch._ops.OpOverload, tuple[bool, ...] | None] = {}
         self.path: list[str] = []
         self._ids: dict[int, int] = {}
         self._alive: dict[int, Any] = {}
@@ -357,7 +387,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's,
         storages = {
             t.untyped_storage()._cdata: self.lookup(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
         }
-        out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         born = len(self.record.ops)
 
         def result(leaf: Any) -> Any:
@@ -373,8 +403,70 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's,
         self.record.ops.append(Op(born, func, refs, outputs, self.path[-1] if self.path else ""))
         return out
 
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in self.foreseen:
+            device = next(t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            leaves, tree = tree_flatten(_on_meta(func, args, kwargs))
+            pairs = zip(leaves, self.foreseen[func], strict=True)
+            return tree_unflatten([_unwritten(leaf, empty, device) for leaf, empty in pairs], tree)
+        out = func(*args, **kwargs)
+        known = func not in self._learned or self._learned[func] is not None
+        if known and self._learned.setdefault(func, found := _foreseen(func, args, kwargs, out)) != found:
+            self._learned[func] = None
+        return out
+
+    def foreseeable(self) -> Foreseen:
+        """Operations that returned what the meta device says, each time; none if values decided anything."""
+        reads = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        if any(reads.intersection(func.tags) for func in self._learned):
+            return {}
+        return {func: empty for func, empty in self._learned.items() if empty is not None}
+
     def _ref(self, leaf: Any) -> Any:
         return Ref(self.lookup(leaf)) if isinstance(leaf, Tensor) else leaf
+
+
+def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation returns for tensors of these sizes and strides, without values."""
+    return func(*tree_map(_bare, args), **tree_map(_bare, kwargs))
+
+
+def _bare(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+
+
+def _unwritten(leaf: Any, empty: bool, device: torch.device) -> Any:
+    """A result on a device; whole numbers are zero, because they may be indices."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if empty:
+        return torch.empty(0, dtype=leaf.dtype, device=device)
+    made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
+    return made if leaf.is_floating_point() else made.zero_()
+
+
+def _foreseen(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[bool, ...] | None:
+    """Which results of an operation are empty; None unless the meta device knows all others, and each is new."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    made = tree_leaves(out)
+    if func._schema.is_mutable or not given or not all(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in made):
+        return None
+    if {leaf.untyped_storage()._cdata for leaf in given} & {leaf.untyped_storage()._cdata for leaf in made}:
+        return None
+    try:
+        said = tree_leaves(_on_meta(func, args, kwargs))
+    except Exception as error:  # there is no such kernel, or it needs values
+        log.debug("%s runs on real values only: %s", func, error)
+        return None
+    empty = tuple(tuple(leaf.shape) == (0,) for leaf in made)
+    differ = any(
+        (own.shape, own.stride(), own.dtype) != (leaf.shape, leaf.stride(), leaf.dtype)
+        for own, leaf, none in zip(said, made, empty, strict=True)
+        if not none
+    )
+    return None if differ else empty
 
 
 def _bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
