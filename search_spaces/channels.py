@@ -53,13 +53,13 @@ class Channels:
         if not units and not (isinstance(self.step, float) and 0 < self.step < 1):
             raise ValueError(f"step must be a fraction in (0, 1) or a whole number of units >= 1, got {self.step!r}")
         if isinstance(self.round_to, str) and self.round_to != "auto":
-            raise ValueError(f"round_to must be at least 1, or 'auto', got {self.round_to!r}")
+            raise ValueError(f"round_to must be an integer of at least 1, or 'auto', got {self.round_to!r}")
         for name, least in (
             ("round_to", 1 if isinstance(self.round_to, str) else self.round_to),
             ("min_width", self.min_width),
         ):
-            if least < 1:
-                raise ValueError(f"{name} must be at least 1, got {least}")
+            if not isinstance(least, int | np.integer) or least < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {least!r}")
         if not 0 < self.min_fraction <= 1:
             raise ValueError(f"min_fraction must be in (0, 1], got {self.min_fraction}")
         if self.options is not None:

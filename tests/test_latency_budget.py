@@ -211,7 +211,7 @@ def test_round_to_auto_takes_widths_at_the_right_edges_of_steps(machine, table):
 
 
 def test_round_to_auto_needs_latencies_and_says_so():
-    with pytest.raises(ValueError, match="round_to must be at least 1, or 'auto', got 'eight'"):
+    with pytest.raises(ValueError, match="round_to must be an integer of at least 1, or 'auto', got 'eight'"):
         autoprune.Channels(round_to="eight")
     costs = {"latency_ms": lambda candidates: 10.0 - candidates.sum(axis=1)}
     with pytest.raises(ValueError, match="round_to='auto' needs measured latencies"):
