@@ -14,6 +14,7 @@ from autoprune.budget import Budget
 from autoprune.costs.latency import Latency
 from autoprune.costs.runtimes import network_call
 from autoprune.errors import BudgetError, InfeasibleBudgetError, NothingToPruneError, UnsupportedModelError
+from autoprune.result.from_journal import result_from_journal
 from tests.machine import Machine
 from tests.test_latency import INPUTS, measured, run, small
 
@@ -99,6 +100,13 @@ def test_latencies_are_measured_first_where_no_table_is_given(machine, tmp_path)
         small(), "throughput >= 150%", DATA, run_dir=str(tmp_path), resume=True, **{**QUICK, "trials": 28}
     )
     assert len(again.trials) == 28
+
+
+def test_a_result_from_the_journal_says_that_its_latencies_are_those_predicted(machine, table, tmp_path):
+    autoprune.search(small(), "latency <= 50%", DATA, latency=optimistic(table), run_dir=str(tmp_path), **QUICK)
+    read = result_from_journal(tmp_path)
+    assert not any(trial.predicted for trial in read.trials)
+    assert "costs are those that trials were proposed with" in read.notes[-1]
 
 
 def test_a_table_of_another_process_gives_the_same_search(machine, table, tmp_path):

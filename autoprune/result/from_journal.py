@@ -14,11 +14,18 @@ from autoprune.result.trials import Evaluation, Trial, find_front, note_of_probe
 from autoprune.search_spaces import space_from_json
 
 
+_UNMEASURED = (
+    "costs are those that trials were proposed with; what the search measured of its front in the end is in its saved "
+    "result alone"
+)
+
+
 def result_from_journal(run_dir: str | Path) -> SearchResult:
     """Read what a search has found so far; its writer goes on undisturbed.
 
-    Trials that were proposed but not scored yet have the status ``"pending"``. The journal holds no intervals and no
-    scores on held-out data, and models cannot be built from it. The first note says how far the search is.
+    Trials that were proposed but not scored yet have the status ``"pending"``. The journal holds no intervals, no scores
+    on held-out data and no costs measured in the end, and models cannot be built from it. The first note says how far
+    the search is.
 
     Args:
         run_dir: The ``run_dir`` of a search.
@@ -46,6 +53,7 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
             f"from the journal: {done}{total} trials finished, {len(trials) - done} pending",
             *meta["notes"],
             *note_of_probes(trials),
+            *([_UNMEASURED] if {"latency_ms", "ms_per_sample", "memory_bytes"} & meta["limits"].keys() else []),
         ),
         stopped="unfinished" if meta["trials"] == "auto" or done < meta["trials"] else "trials",
         seconds=_seconds(rows),
