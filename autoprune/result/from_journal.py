@@ -13,7 +13,6 @@ from autoprune.result import SearchResult
 from autoprune.result.trials import Evaluation, Trial, find_front, note_of_probes, within
 from autoprune.search_spaces import space_from_json
 
-
 _UNMEASURED = (
     "costs are those that trials were proposed with; what the search measured of its front in the end is in its saved "
     "result alone"
@@ -23,9 +22,9 @@ _UNMEASURED = (
 def result_from_journal(run_dir: str | Path) -> SearchResult:
     """Read what a search has found so far; its writer goes on undisturbed.
 
-    Trials that were proposed but not scored yet have the status ``"pending"``. The journal holds no intervals, no scores
-    on held-out data and no costs measured in the end, and models cannot be built from it. The first note says how far
-    the search is.
+    Trials that were proposed but not scored yet have the status ``"pending"``. The journal holds no intervals, no
+    scores on held-out data and no costs measured in the end, and models cannot be built from it. The first note says
+    how far the search is.
 
     Args:
         run_dir: The ``run_dir`` of a search.
