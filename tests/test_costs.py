@@ -89,6 +89,16 @@ def test_the_batch_of_the_trace_is_divided_out(cost: str):
     assert values[0] == values[1] == values[2]
 
 
+def test_a_number_before_the_samples_is_not_taken_for_them():
+    class Scaled(nn.Sequential):
+        def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+            return scale * super().forward(x)
+
+    model = Scaled(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    structure = analyse(model, (torch.tensor(2.0), torch.randn(3, 4)))
+    assert StructuralCosts(structure).flops(structure.sizes[None].astype(float))[0] == 4 * 8 + 8 * 2
+
+
 def test_memory_is_weights_buffers_and_the_two_largest_neighbours_at_the_stated_batch():
     model, _, structure = analysed(sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), (10,))
     state = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

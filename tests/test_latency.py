@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 import autoprune
-from autoprune.costs.latency import Evidence, Latency
+from autoprune.costs.correction import Evidence
+from autoprune.costs.latency import Latency
 from autoprune.costs.parts import draw_widths, part_values, prefixes
-from autoprune.costs.profile import profile_structure, setting_of
+from autoprune.costs.profile import profile_structure
 from autoprune.costs.runtimes import Torch, network_call
+from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
 from autoprune.costs.torch_parts import find_parts
 from autoprune.errors import RecipeError

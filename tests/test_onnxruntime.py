@@ -14,8 +14,8 @@ from autoprune.costs import onnx_parts
 from autoprune.costs.latency import Latency
 from autoprune.costs.onnx_sessions import OnnxRuntime, export
 from autoprune.costs.parts import draw_widths, part_values, prefixes
-from autoprune.costs.profile import setting_of
 from autoprune.costs.runtimes import runtime_of
+from autoprune.costs.setting import setting_of
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build

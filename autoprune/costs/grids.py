@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
-from typing import Any
 
 import numpy as np
 import torch
 
 from autoprune.costs.parts import Family
+from autoprune.costs.tables import Table
 from autoprune.costs.timing import Call, Clock, Repeated, Timing, compare
 
 log = logging.getLogger(__name__)
@@ -25,29 +25,6 @@ _MOST_POINTS = {1: 65, 2: 17, 3: 7}  # of an axis, by the number of variables; w
 _TOLERANCE = 0.04  # a point further from the line between its neighbours, as a fraction of it, is a step
 _SHARE = 0.003  # families that take a smaller part of the dense network keep the first points
 _AT_ONCE = 24  # calls whose tensors exist at once
-
-
-@dataclass(frozen=True)
-class Table:
-    """Time of a family of operations on a grid.
-
-    Attributes:
-        key: Of the family.
-        kind: Of the family.
-        axes: Values of each variable, ascending.
-        aligned: Between multiples of this, the grid has other points than at them, see `autoprune.costs.parts.Family`.
-        ms: Milliseconds at each point, shape of the grid.
-        low: Lower ends of the 95 % intervals.
-        high: Upper ends.
-    """
-
-    key: str
-    kind: str
-    axes: tuple[Values, ...]
-    ms: np.ndarray[Any, np.dtype[np.float64]]
-    low: np.ndarray[Any, np.dtype[np.float64]]
-    high: np.ndarray[Any, np.dtype[np.float64]]
-    aligned: int = 1
 
 
 @dataclass

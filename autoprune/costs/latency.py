@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
 from autoprune.batches import Batch, inputs, tensors
-from autoprune.costs.grids import Table
+from autoprune.costs.correction import Correction, Evidence, fit
+from autoprune.costs.files import replace_file
 from autoprune.costs.parts import Part, part_values
+from autoprune.costs.setting import Setting
+from autoprune.costs.tables import Place, Table, interpolate, place
 from autoprune.errors import RecipeError
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.structure import Structure
@@ -25,97 +27,7 @@ FORMAT = "autoprune-latency"
 VERSION = 1
 UNITS = {"ms": "milliseconds of one forward pass of the whole batch", "ratio": "of the dense network's time"}
 
-_TOWARDS_ONE_FACTOR = 0.2  # expected error of a network over how far factors of kinds are expected to be apart
 _ALIGNED = 8  # kernels compute channels in blocks of as many, or of a multiple; what is left over costs more in a whole
-_SURE = 0.8  # share of networks that the upper limit is to hold for; what is offered is measured
-_FOLDS = 3
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What latencies hold for.
-
-    Attributes:
-        model: Class of the model.
-        inputs: Type and shape of each input tensor, such as ``"float32 1x3x32x32"``.
-        batch: Samples of one forward pass.
-        device: ``"cpu"`` or ``"cuda"``.
-        machine: Name of the processor or GPU.
-        threads: Threads of PyTorch.
-        runtime: What runs the model: as `autoprune.profile` takes it, or a name of the user's.
-        versions: Of Python, PyTorch, autoprune and the runtime.
-        date: When it was measured, UTC.
-    """
-
-    model: str
-    inputs: tuple[str, ...]
-    batch: int
-    device: str
-    machine: str
-    threads: int
-    runtime: str
-    versions: Mapping[str, str]
-    date: str
-
-    def elsewhere(self, here: Setting) -> list[str]:
-        """What differs `here` in what times depend on, as ``"threads 1, here 2"``."""
-        names = ("device", "machine", "threads", "runtime")
-        found = [
-            f"{n} {getattr(self, n)}, here {getattr(here, n)}" for n in names if getattr(self, n) != getattr(here, n)
-        ]
-        if self.runtime == here.runtime and self.runtime_version != here.runtime_version:
-            found.append(f"{self.library} {self.runtime_version or 'of no version'}, here {here.runtime_version}")
-        return found
-
-    @property
-    def library(self) -> str:
-        """The runtime without its provider."""
-        return self.runtime.partition(":")[0]
-
-    @property
-    def runtime_version(self) -> str:
-        """Version of the runtime, empty if it is not known."""
-        return self.versions.get(self.library, "")
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Whole networks that were measured, each against the dense one in the same run.
-
-    Attributes:
-        widths: Units kept in each group, shape (m, groups).
-        ratio: Their time over the dense network's, shape (m,).
-        uncertainty: How far the 95 % interval of each reaches, as a fraction of it, shape (m,).
-    """
-
-    widths: IntArray
-    ratio: FloatArray
-    uncertainty: FloatArray
-
-
-@dataclass(frozen=True)
-class Correction:
-    """What turns times of parts into the time of the whole: fitted to whole networks.
-
-    How good it is, is said by fits to two thirds of the networks that predict the last third, each third in turn.
-
-    Attributes:
-        constant_ms: What every network takes: Python, launches, and what has no part.
-        factors: What the parts of each kind are multiplied by; running alone, they find all they read in the cache.
-        median_error: Median of the distance of predicted / measured from 1.
-        p95_error: 95th percentile of it.
-        spearman: Rank correlation of predicted and measured.
-        margin: By how much predictions must be raised so that four of five networks take no longer, as a fraction.
-        networks: Number of networks.
-    """
-
-    constant_ms: float
-    factors: Mapping[str, float]
-    median_error: float
-    p95_error: float
-    spearman: float
-    margin: float
-    networks: int
 
 
 @final
@@ -145,7 +57,9 @@ class Latency:
 
     def __post_init__(self) -> None:
         if self.correction is None:
-            object.__setattr__(self, "correction", self._fit())
+            seen = self.evidence
+            kinds = self.by_kind(seen.widths.astype(np.float64))
+            object.__setattr__(self, "correction", fit(kinds, seen.ratio * self.dense_ms, seen.uncertainty))
 
     def predict(self, widths: FloatArray) -> FloatArray:
         """Milliseconds of the whole network for the batch, shape (n,), at widths (n, groups)."""
@@ -182,7 +96,7 @@ class Latency:
         """
         values = part_values(self.parts, widths)
         whole = {size: value % _ALIGNED == 0 for size, value in values.items()}
-        places: dict[tuple[tuple[int, ...], int, Any], _Place] = {}
+        places: dict[tuple[tuple[int, ...], int, Any], Place] = {}
         kinds: dict[str, FloatArray] = {}
         for part in self.parts:
             table = self._by_key.get(part.family)
@@ -191,8 +105,8 @@ class Latency:
             keys = [(axis, table.aligned, size) for axis, size in zip(table.axes, part.sizes, strict=True)]
             for axis, aligned, size in keys:
                 if (axis, aligned, size) not in places:
-                    places[axis, aligned, size] = _place(axis, aligned, values[size])
-            ms = part.count * _interpolate(table, [places[key] for key in keys])
+                    places[axis, aligned, size] = place(axis, aligned, values[size])
+            ms = part.count * interpolate(table, [places[key] for key in keys])
             aligned = np.logical_and.reduce([whole[size] for size in part.sizes], axis=0) | np.zeros(len(widths), bool)
             for kind, rows in ((table.kind, aligned), (f"unaligned {table.kind}", ~aligned)):
                 kinds[kind] = kinds.get(kind, np.zeros(len(widths))) + np.where(rows, ms, 0.0)
@@ -211,30 +125,6 @@ class Latency:
             np.concatenate([old.uncertainty, uncertainty]),
         )
         return replace(self, evidence=evidence, correction=None)  # type: ignore[arg-type]  # fitted anew
-
-    def _fit(self) -> Correction:
-        """Least squares of relative errors with factors of at least 0, held near the best common factor."""
-        seen = self.evidence
-        kinds = self.by_kind(seen.widths.astype(np.float64))
-        measured = seen.ratio * self.dense_ms
-        columns = np.stack([np.ones(len(measured)), *kinds.values()], axis=1) / measured[:, None]
-        weights = 1 / np.maximum(seen.uncertainty, 0.01)
-        weights = weights / np.median(weights)
-        constant, *factors = _factors(columns, weights).tolist()
-        predicted = np.empty(len(measured))  # over measured, by fits to others
-        for fold in range(_FOLDS):
-            rows = np.arange(len(measured)) % _FOLDS == fold
-            predicted[rows] = columns[rows] @ _factors(columns[~rows], weights[~rows])
-        errors = np.abs(predicted - 1)
-        return Correction(
-            constant_ms=constant,
-            factors=dict(zip(kinds, factors, strict=True)),
-            median_error=float(np.median(errors)),
-            p95_error=float(np.quantile(errors, 0.95)),
-            spearman=_spearman(predicted * measured, measured),
-            margin=max(float(np.quantile(1 / predicted - 1, _SURE)), 0.0),
-            networks=len(measured),
-        )
 
     def require_match(self, structure: Structure, batch: int, model: str, example: Batch = None) -> None:
         """Refuse another model, batch size or size of inputs.
@@ -387,73 +277,8 @@ class Latency:
         )
 
 
-def replace_file(file: Path, text: str) -> Path:
-    """Write a file; a kill leaves the old one or the new one."""
-    fresh = file.with_name(f"{file.name}.new")
-    try:
-        fresh.write_text(text)
-        return fresh.replace(file)
-    except OSError:  # the disk is full, or a folder is in the way
-        fresh.unlink(missing_ok=True)
-        raise
-
-
 def _shapes(batch: Batch) -> Counter[str]:
     return Counter("x".join(map(str, given.shape)) for given in tensors(batch))
-
-
-_Place = tuple[IntArray, IntArray, FloatArray]
-"""Which points of an axis values lie between, and where between them, in [0, 1]."""
-
-
-def _place(axis: Sequence[int], aligned: int, values: FloatArray) -> _Place:
-    """Between points that are multiples of `aligned` for values that are, and between the others for the others."""
-    points = np.array(axis, dtype=np.int64)
-    left, right = np.zeros((2, len(values)), dtype=np.int64)
-    t: FloatArray = np.zeros(len(values))
-    for kind in (True, False):
-        rows = np.flatnonzero((values % aligned == 0) == kind)
-        own = np.flatnonzero((points % aligned == 0) == kind)
-        own = own if len(own) else np.arange(len(points))
-        after = np.clip(np.searchsorted(points[own], values[rows], side="right"), 1, max(len(own) - 1, 1))
-        left[rows], right[rows] = own[after - 1], own[np.minimum(after, len(own) - 1)]
-        gaps = np.maximum(points[right[rows]] - points[left[rows]], 1)
-        t[rows] = np.clip((values[rows] - points[left[rows]]) / gaps, 0.0, 1.0)
-    return left, right, t
-
-
-def _interpolate(table: Table, places: Sequence[_Place]) -> FloatArray | float:
-    """Multilinear interpolation, shape (n,); a number for an operation of constant size."""
-    if not places:
-        return float(table.ms)
-    total: FloatArray = np.zeros(len(places[0][0]))
-    for corner in product((0, 1), repeat=len(places)):
-        weight: FloatArray = np.ones(len(total))
-        index = []
-        for up, (left, right, t) in zip(corner, places, strict=True):
-            weight = weight * (t if up else 1 - t)
-            index.append(right if up else left)
-        total += weight * table.ms[tuple(index)]
-    return total
-
-
-def _factors(columns: FloatArray, weights: FloatArray) -> FloatArray:
-    """Factors of at least 0 for columns (m, 1 + kinds) whose sums should be 1: a constant, then one for each kind."""
-    from scipy.optimize import nnls
-
-    common = np.stack([columns[:, 0], columns[:, 1:].sum(axis=1)], axis=1) * weights[:, None]
-    constant, factor = nnls(common, weights)[0]
-    # Rows that ask for the common factor: heard where a kind is small in all networks, so that noise would decide.
-    hold = np.diag([0.0, *[_TOWARDS_ONE_FACTOR] * (columns.shape[1] - 1)])
-    wanted = hold @ np.array([constant, *[factor] * (columns.shape[1] - 1)])
-    solved: FloatArray = nnls(np.concatenate([columns * weights[:, None], hold]), np.concatenate([weights, wanted]))[0]
-    return solved
-
-
-def _spearman(a: FloatArray, b: FloatArray) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic) if len(a) > 2 else math.nan
 
 
 def _nan_to_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
-from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autoprune.costs.grids import Bench, Points, measure_tables
-from autoprune.costs.latency import Evidence, Latency, Setting, replace_file
-from autoprune.costs.parts import Part, draw_widths, prefixes
+from autoprune.costs.correction import Evidence
+from autoprune.costs.grids import Bench, measure_tables
+from autoprune.costs.latency import Latency
+from autoprune.costs.parts import draw_widths, prefixes
+from autoprune.costs.progress_file import Progress
 from autoprune.costs.returned import selecting
-from autoprune.costs.runtimes import TORCH, Runtime, runtime_of
+from autoprune.costs.runtimes import TORCH, runtime_of
+from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import Clock, Timing, clock_for, compare, note_of_noise
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
@@ -164,7 +162,7 @@ def profile_structure(
     bench = Bench(clock, runs.yardstick(device))
     families, parts = runs.parts(model, structure, args, kwargs, run, seed)
     widths = _networks(structure, networks, seed)
-    progress = _Progress(path, setting, parts, widths, bench)
+    progress = Progress(path, setting, parts, widths, bench)
     counts = [sum(part.count for part in parts if part.family == family.key) for family in families]
     tables = measure_tables(families, counts, bench)
     dense = build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
@@ -223,7 +221,7 @@ def _measure_networks(
     make: Callable[[nn.Module], Callable[[], Any]],
     dense: Callable[[], Any],
     clock: Clock,
-    progress: _Progress,
+    progress: Progress,
 ) -> None:
     """Time networks (m, groups) that `progress` does not hold yet."""
     for start in range(len(progress.networks), len(widths), _AT_ONCE):
@@ -234,109 +232,3 @@ def _measure_networks(
         progress.networks += [(timing.ratio, timing.uncertainty) for timing in timings]
         progress.save()
         log.info("latency of whole networks: %d of %d measured", start + len(some), len(widths))
-
-
-class _Progress:
-    """What is measured so far, kept in a file beside the table, and read from it if the run goes on.
-
-    Args:
-        path: Of the table; None keeps nothing.
-        setting: What times hold for.
-        parts: What the model executes.
-        widths: Of the networks to measure, shape (n, groups).
-        bench: Measures the parts.
-    """
-
-    def __init__(
-        self, path: str | Path | None, setting: Setting, parts: Sequence[Part], widths: IntArray, bench: Bench
-    ) -> None:
-        self._file = None if path is None else Path(f"{path}.partial")
-        self._setting = setting
-        self._model = sha256(repr(parts).encode()).hexdigest()  # other models may have the same class and inputs
-        self._widths = widths.tolist()
-        self._bench = bench
-        self.dense_ms = 0.0
-        self.networks: list[tuple[float, float]] = []
-        self.timings: list[Timing] = []
-        bench.save = self.save
-        if self._file is not None and self._file.exists():
-            self._read(self._file)
-
-    def save(self) -> None:
-        """Write everything; a kill leaves the old file or the new one."""
-        if self._file is None:
-            return
-        known = {key: [[list(at), *ms] for at, ms in points.items()] for key, points in self._bench.known.items()}
-        data = {
-            "setting": self._identity(),
-            "reference_ms": self._bench.reference_ms,
-            "dense_ms": self.dense_ms,
-            "widths": self._widths,
-            "networks": self.networks,
-            "timings": [astuple(timing) for timing in (*self.timings, *self._bench.timings)],
-            "known": known,
-        }
-        replace_file(self._file, json.dumps(data))
-
-    def remove(self) -> None:
-        """Drop the file, because the table is complete."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
-
-    def _identity(self) -> list[Any]:
-        own = self._setting
-        where = [own.device, own.machine, own.threads, own.runtime, dict(own.versions)]
-        return [own.model, self._model, list(own.inputs), own.batch, *where]
-
-    def _read(self, file: Path) -> None:
-        try:
-            data = json.loads(file.read_text())
-            if data["setting"] != self._identity():
-                log.warning("%s is of another model, machine, runtime or setting, and is replaced", file)
-                return
-            points: dict[str, Points] = {
-                key: {tuple(at): (ms, low, high) for at, ms, low, high in rows} for key, rows in data["known"].items()
-            }
-            networks = [(ratio, uncertainty) for ratio, uncertainty in data["networks"]]
-            timings = [Timing(*row) for row in data["timings"]]
-            reference_ms, dense_ms, widths = data["reference_ms"], data["dense_ms"], data["widths"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            log.warning("%s cannot be read, and is replaced: %r", file, error)
-            return
-        self._bench.known.update(points)
-        self._bench.reference_ms, self.dense_ms, self.timings = reference_ms, dense_ms, timings
-        self.networks = networks if widths == self._widths else []  # others were drawn with another seed or number
-        log.info("going on with %s: %d families measured already", file, len(points))
-
-
-def setting_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, runtime: Runtime
-) -> Setting:
-    """What latencies measured here and now hold for."""
-    from autoprune import __version__
-
-    device = next(model.parameters()).device
-    inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-    return Setting(
-        model=type(model).__name__,
-        inputs=tuple(f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, x.shape))}" for x in inputs),
-        batch=batch,
-        device=device.type,
-        machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        threads=torch.get_num_threads(),
-        runtime=runtime.name,
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "autoprune": __version__,
-            **runtime.versions,
-        },
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -244,7 +244,7 @@ def _trace(
     leaves = [leaf for leaf in tree_leaves(moved_examples) if isinstance(leaf, Tensor)]
     record = recorder.record
     record.inputs = [recorder.add(leaf, "input", "", born=-1) for leaf in leaves]
-    record.batch = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
+    record.batch = next((leaf.shape[0] for leaf in leaves if leaf.ndim), 1)
     record.device = "meta" if meta else str(leaves[0].device if leaves else "cpu")
     state = {f"model.{name}": tensor for name, tensor in tensors.items()}
     outputs = []

@@ -1,0 +1,96 @@
+"""What measured latencies hold for."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from autoprune.costs.runtimes import Runtime
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What latencies hold for.
+
+    Attributes:
+        model: Class of the model.
+        inputs: Type and shape of each input tensor, such as ``"float32 1x3x32x32"``.
+        batch: Samples of one forward pass.
+        device: ``"cpu"`` or ``"cuda"``.
+        machine: Name of the processor or GPU.
+        threads: Threads of PyTorch.
+        runtime: What runs the model: as `autoprune.profile` takes it, or a name of the user's.
+        versions: Of Python, PyTorch, autoprune and the runtime.
+        date: When it was measured, UTC.
+    """
+
+    model: str
+    inputs: tuple[str, ...]
+    batch: int
+    device: str
+    machine: str
+    threads: int
+    runtime: str
+    versions: Mapping[str, str]
+    date: str
+
+    def elsewhere(self, here: Setting) -> list[str]:
+        """What differs `here` in what times depend on, as ``"threads 1, here 2"``."""
+        names = ("device", "machine", "threads", "runtime")
+        found = [
+            f"{n} {getattr(self, n)}, here {getattr(here, n)}" for n in names if getattr(self, n) != getattr(here, n)
+        ]
+        if self.runtime == here.runtime and self.runtime_version != here.runtime_version:
+            found.append(f"{self.library} {self.runtime_version or 'of no version'}, here {here.runtime_version}")
+        return found
+
+    @property
+    def library(self) -> str:
+        """The runtime without its provider."""
+        return self.runtime.partition(":")[0]
+
+    @property
+    def runtime_version(self) -> str:
+        """Version of the runtime, empty if it is not known."""
+        return self.versions.get(self.library, "")
+
+
+def setting_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, runtime: Runtime
+) -> Setting:
+    """What latencies measured here and now hold for."""
+    from autoprune import __version__
+
+    device = next(model.parameters()).device
+    inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    return Setting(
+        model=type(model).__name__,
+        inputs=tuple(f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, x.shape))}" for x in inputs),
+        batch=batch,
+        device=device.type,
+        machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        threads=torch.get_num_threads(),
+        runtime=runtime.name,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "autoprune": __version__,
+            **runtime.versions,
+        },
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,70 @@
+"""Times of families of operations on grids of sizes, and between their points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from autoprune.protocols import FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class Table:
+    """Time of a family of operations on a grid.
+
+    Attributes:
+        key: Of the family.
+        kind: Of the family.
+        axes: Values of each variable, ascending.
+        aligned: Between multiples of this, the grid has other points than at them, see `autoprune.costs.parts.Family`.
+        ms: Milliseconds at each point, shape of the grid.
+        low: Lower ends of the 95 % intervals.
+        high: Upper ends.
+    """
+
+    key: str
+    kind: str
+    axes: tuple[tuple[int, ...], ...]
+    ms: np.ndarray[Any, np.dtype[np.float64]]
+    low: np.ndarray[Any, np.dtype[np.float64]]
+    high: np.ndarray[Any, np.dtype[np.float64]]
+    aligned: int = 1
+
+
+Place = tuple[IntArray, IntArray, FloatArray]
+"""Which points of an axis values lie between, and where between them, in [0, 1]."""
+
+
+def place(axis: Sequence[int], aligned: int, values: FloatArray) -> Place:
+    """Between points that are multiples of `aligned` for values that are, and between the others for the others."""
+    points = np.array(axis, dtype=np.int64)
+    left, right = np.zeros((2, len(values)), dtype=np.int64)
+    t: FloatArray = np.zeros(len(values))
+    for kind in (True, False):
+        rows = np.flatnonzero((values % aligned == 0) == kind)
+        own = np.flatnonzero((points % aligned == 0) == kind)
+        own = own if len(own) else np.arange(len(points))
+        after = np.clip(np.searchsorted(points[own], values[rows], side="right"), 1, max(len(own) - 1, 1))
+        left[rows], right[rows] = own[after - 1], own[np.minimum(after, len(own) - 1)]
+        gaps = np.maximum(points[right[rows]] - points[left[rows]], 1)
+        t[rows] = np.clip((values[rows] - points[left[rows]]) / gaps, 0.0, 1.0)
+    return left, right, t
+
+
+def interpolate(table: Table, places: Sequence[Place]) -> FloatArray | float:
+    """Multilinear interpolation, shape (n,); a number for an operation of constant size."""
+    if not places:
+        return float(table.ms)
+    total: FloatArray = np.zeros(len(places[0][0]))
+    for corner in product((0, 1), repeat=len(places)):
+        weight: FloatArray = np.ones(len(total))
+        index = []
+        for up, (left, right, t) in zip(corner, places, strict=True):
+            weight = weight * (t if up else 1 - t)
+            index.append(right if up else left)
+        total += weight * table.ms[tuple(index)]
+    return total
