@@ -156,8 +156,8 @@ def _corrected(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Trial
                 intervals |= {"latency_ms": ends, "ms_per_sample": (ends[0] / batch, ends[1] / batch)}
         own |= measured
         predicted = trial.predicted or {name: trial.costs[name] for name in measured}
-        feasible = within(own, study.limits)
-        corrected.append(replace(trial, costs=own, predicted=predicted, cost_intervals=intervals, feasible=feasible))
+        now = replace(trial, costs=own, predicted=predicted, cost_intervals=intervals)
+        corrected.append(replace(now, feasible=within(now.upper_costs, study.limits)))
     return corrected
 
 
@@ -186,7 +186,7 @@ def _comparison(study: Study, measured: Sequence[Trial], names: Sequence[str]) -
     """How far predictions of the first of some costs were off, and how many trials missed a limit on any of them."""
     cost, limits = names[0], {name: limit for name, limit in study.limits.items() if name in names}
     errors = np.array([abs(trial.predicted[cost] / trial.costs[cost] - 1) for trial in measured])
-    missed = sum(not within(trial.costs, limits) for trial in measured)
+    missed = sum(not within(trial.upper_costs, limits) for trial in measured)
     dense = " against the dense one" if cost in TIMED else ""
     return (
         f"{len(measured)} networks were measured{dense}; predictions were off by {np.median(errors):.1%} on the "

@@ -91,6 +91,25 @@ def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
     assert result.front
 
 
+def test_a_network_that_may_be_over_the_limit_by_its_interval_gives_way(machine, table, monkeypatch):
+    from autoprune import verify
+
+    timed = verify.time_networks
+
+    def unsure(*given):
+        return [replace(timing, high=1.3 * timing.ratio) for timing in timed(*given)]
+
+    monkeypatch.setattr(verify, "time_networks", unsure)
+    result = autoprune.search(small(), "latency <= 60%", DATA, latency=table, **QUICK)
+    limit = result.limits["latency_ms"]
+    gave_way = [
+        trial for trial in result.trials if trial.predicted and limit / 1.3 < trial.costs["latency_ms"] <= limit
+    ]
+    assert gave_way
+    assert not any(trial.feasible for trial in gave_way)
+    assert all(trial.cost_intervals["latency_ms"][1] <= limit for trial in result.front)
+
+
 def test_latencies_are_measured_first_where_no_table_is_given(machine, tmp_path):
     result = autoprune.search(small(), "throughput >= 150%", DATA, run_dir=str(tmp_path), **QUICK)
     limit = result.dense.costs["ms_per_sample"] / 1.5
@@ -299,6 +318,18 @@ class TestBest:
         rumour = replace(best, id=999, score=1.1, predicted={}, cost_intervals={})
         assert replace(result, trials=(*result.trials, rumour)).best().id == best.id
         assert replace(result, trials=(*result.trials, rumour)).best("flops <= 99%").predicted
+
+    def test_a_time_is_within_a_limit_only_with_its_whole_interval(self, machine, table):
+        result = autoprune.search(small(), "latency <= 80%", DATA, latency=table, **QUICK)
+        best = result.best()
+        ms = best.costs["latency_ms"]
+        unsure = replace(best, cost_intervals={"latency_ms": (0.9 * ms, 1.1 * ms)})
+        others = [trial for trial in result.trials if trial.id != best.id]
+        assert replace(result, trials=(*others, unsure)).best(f"latency_ms <= {1.11 * ms}").id == best.id
+        known = replace(unsure, cost_intervals={"latency_ms": (ms, ms)})
+        assert replace(result, trials=(*others, known)).best(f"latency_ms <= {1.05 * ms}").id == best.id
+        with pytest.raises(InfeasibleBudgetError, match="the nearest is trial"):
+            replace(result, trials=(unsure,)).best(f"latency_ms <= {1.05 * ms}")
 
     def test_without_measurements_predictions_count(self, machine, table):
         elsewhere = replace(table, setting=replace(table.setting, machine="a phone"))

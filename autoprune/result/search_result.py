@@ -75,7 +75,8 @@ class SearchResult:
         Equal scores go to the better signal, then to the lower cost. Where the budget limits the score, this is the
         cheapest trial that meets it, by the first cost that the budget limits too, else by the first of the search:
         whoever says how good is good enough wants no better. Where a cost that this budget or that of the search limits
-        was measured on some networks, only they count: what was predicted of the others may be off.
+        was measured on some networks, only they count: what was predicted of the others may be off. A time that was
+        measured is within a limit if the upper end of its interval is.
 
         Raises:
             BudgetError: If the budget cannot be read, or limits an unknown cost or another metric.
@@ -115,7 +116,7 @@ class SearchResult:
 
     def _excess(self, trial: Trial, limits: Mapping[str, float], worst: float | None) -> float:
         """By how much a trial misses limits on costs, as a fraction, or on the score; 0 or less if it does not."""
-        misses = [trial.costs[name] / limit - 1 for name, limit in limits.items()]
+        misses = [trial.upper_costs[name] / limit - 1 for name, limit in limits.items()]
         if worst is not None:
             misses.append(worst - trial.score if self.higher_is_better else trial.score - worst)
         return max(misses, default=0.0)

@@ -61,8 +61,9 @@ class Trial:
         reason: Why it failed or was dropped.
         test_score: The metric on held-out samples; None off the front. Reported, never used to choose.
         evaluations: The measurements in order; the last one gave the score.
-        feasible: Whether the costs are within the limits of the search. What is not is a probe, measured to learn what
-            one dimension costs in score, or was predicted to be within and measured to be over; never on the front.
+        feasible: Whether the costs, as `upper_costs` has them, are within the limits of the search. What is not is a
+            probe, measured to learn what one dimension costs in score, or was predicted to be within and measured to be
+            over; never on the front.
         predicted: For costs that were measured on the built network, what the search went by; empty where nothing was.
         cost_intervals: 95 % intervals of the costs that were measured.
     """
@@ -81,6 +82,15 @@ class Trial:
     feasible: bool = True
     predicted: Mapping[str, float] = field(default_factory=dict)
     cost_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def upper_costs(self) -> Mapping[str, float]:
+        """Every cost by name, with the upper end of the interval where it was measured: what limits are held against.
+
+        Of many networks that were measured, a limit lets through those that were lucky; medians just below it were over
+        it when measured again.
+        """
+        return {**self.costs, **{name: high for name, (_, high) in self.cost_intervals.items()}}
 
     @property
     def distortion(self) -> float:
