@@ -143,7 +143,7 @@ class TestTiming:
                     call()
                 return repeats * call.own + (0.0 if warm else 1e-3)
 
-        fast, slow = compare([Step(1e-4), Step(3e-4)], Step(2e-4), Cold())
+        fast, slow = compare([Step(1e-4), Step(3e-4)], Step(2e-4), Cold(), block_seconds=1e-2)
         assert (fast.ratio, slow.ratio) == (pytest.approx(0.5), pytest.approx(1.5))
 
     def test_the_clock_of_the_cpu_counts_repeats(self):
