@@ -20,8 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from autoprune.batches import Batch, targets, to_device
 from autoprune.errors import DataError
 from autoprune.protocols import IntArray
+from autoprune.structure.skeleton import skeleton
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import skeleton
 from autoprune.structure.units import Group
 
 log = logging.getLogger(__name__)

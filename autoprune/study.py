@@ -36,9 +36,9 @@ from autoprune.sources import seeded
 from autoprune.stopping import planned
 from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.examples import examples_of, unwrap
+from autoprune.structure.record import Inputs
 from autoprune.structure.slicing import Edit, Slicer, build
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import Inputs
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from autoprune.batches import Batch
 from autoprune.protocols import FloatArray, IntArray
+from autoprune.structure.record import Forward, ModuleCall, Op, Record, Ref
 from autoprune.structure.slicing import owners
 from autoprune.structure.terms import WEIGHTS
-from autoprune.structure.trace import Forward, ModuleCall, Op, Record, Ref, trace
+from autoprune.structure.trace import trace
 
 _LEAST_GAIN = 1e-3  # of all multiply-accumulates, on average over dimensions: less is not worth a place
 _MOST_SHAPES = 8  # forms of batches that are traced; more of them, and nothing is shared

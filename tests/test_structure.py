@@ -13,9 +13,9 @@ from autoprune.costs import StructuralCosts
 from autoprune.protocols import Pruning
 from autoprune.structure import analysis
 from autoprune.structure.propagate import INNER, OUTER, Propagation, propagate
+from autoprune.structure.record import Record
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import Record
 from autoprune.structure.units import Units, find_units
 from tests.candidates import gap, outputs_of, random_pruning, widths_of
 from tests.small_networks import Net, assert_right, branches, conv, flattened, grouped, known, residual, slots_of

@@ -17,8 +17,8 @@ from autoprune.costs.returned import frozen_by_output, selecting
 from autoprune.costs.structural import StructuralCosts
 from autoprune.structure.analysis import analyse
 from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
+from autoprune.structure.record import Forward
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import Forward
 from autoprune.structure.units import Frozen, Group
 
 Outputs: TypeAlias = str | int | Sequence[str | int] | Callable[[Any], Any]

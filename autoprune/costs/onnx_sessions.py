@@ -21,9 +21,9 @@ from autoprune.costs.runtimes import ONNXRUNTIME, YARDSTICK
 from autoprune.costs.timing import Call
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
+from autoprune.structure.record import Forward
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import Forward
 
 try:
     import onnx

@@ -21,9 +21,9 @@ from autoprune.costs.structural import live_tensors, product_values
 from autoprune.costs.torch_parts import sized_calls
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.sources import seeded
+from autoprune.structure.record import Forward, Value
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products, tensor_lives
-from autoprune.structure.trace import Forward, Value
 
 log = logging.getLogger(__name__)
 

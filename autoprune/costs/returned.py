@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.sources import seeded
 from autoprune.structure.propagate import propagate
-from autoprune.structure.trace import Forward, trace
+from autoprune.structure.record import Forward
+from autoprune.structure.trace import trace
 from autoprune.structure.units import find_units
 
 MOST_OUTPUTS = 16

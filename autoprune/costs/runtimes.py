@@ -11,8 +11,8 @@ from torch import nn
 from autoprune.costs.parts import Family, Part
 from autoprune.costs.timing import Call
 from autoprune.costs.torch_parts import find_parts
+from autoprune.structure.record import Forward
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import Forward
 
 TORCH = "torch"
 ONNXRUNTIME = "onnxruntime"

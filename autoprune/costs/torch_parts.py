@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from autoprune.costs.allocations import operations_of
 from autoprune.costs.parts import Family, Part, Row, edit_to, families_of, sizes_of
 from autoprune.protocols import IntArray
+from autoprune.structure.record import Forward, Op, Record, Ref
+from autoprune.structure.skeleton import call_of
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import Forward, Op, Record, Ref, call_of, trace
+from autoprune.structure.trace import trace
 
 _NOISE = 2**16  # numbers drawn, and repeated for larger tensors: drawing takes longer than many operations
 _LARGE = 1e4  # what an operation that writes into its argument may halve again and again without reaching denormals

@@ -14,8 +14,9 @@ from autoprune.errors import NothingToPruneError, StructureCheckError, Unsupport
 from autoprune.sources import seeded
 from autoprune.structure.checks import Checker, Example
 from autoprune.structure.propagate import Propagation, propagate
+from autoprune.structure.record import Forward, Inputs, Record
 from autoprune.structure.structure import Structure, assemble
-from autoprune.structure.trace import Forward, Inputs, Record, trace
+from autoprune.structure.trace import trace
 from autoprune.structure.units import Units, find_units
 
 SITES_TRIED = 32

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from autoprune.structure.adapters import adapter_of
 from autoprune.structure.propagate import Propagation
+from autoprune.structure.record import Op
 from autoprune.structure.replay import Replay
 from autoprune.structure.structure import Attribute
-from autoprune.structure.trace import Op
 from autoprune.structure.units import AffineSize, Group, Units
 
 MOST_SUSPECTS = 40

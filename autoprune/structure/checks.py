@@ -26,10 +26,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from autoprune.protocols import IntArray, Pruning
 from autoprune.structure.attributes import Found, find_attributes, groups_near
 from autoprune.structure.propagate import Edge, Propagation
+from autoprune.structure.record import Forward, Inputs
 from autoprune.structure.replay import Replay
+from autoprune.structure.skeleton import Call, call_with, skeleton
 from autoprune.structure.slicing import Slicer, owners
 from autoprune.structure.structure import Attribute, Structure, assemble
-from autoprune.structure.trace import Call, Forward, Inputs, call_with, skeleton
 from autoprune.structure.units import Group, Slot, Units, find_units, first_labels
 
 ALLOWANCE = 2**28

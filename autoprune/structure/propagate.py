@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from autoprune.protocols import IntArray
-from autoprune.structure.trace import Op, Record
+from autoprune.structure.record import Op, Record
 
 Labels = IntArray | None
 """Labels of one tensor dimension, shape (size,); None where every index is fixed."""

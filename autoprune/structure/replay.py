@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.protocols import IntArray
 from autoprune.structure.propagate import INNER, Propagation
-from autoprune.structure.trace import Op, Ref
+from autoprune.structure.record import Op, Ref
 from autoprune.structure.units import BoolArray, Units
 
 STATISTICS = frozenset(

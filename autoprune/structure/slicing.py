@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autoprune.protocols import IntArray
 from autoprune.structure.adapters import adapter_of
-from autoprune.structure.trace import skeleton
+from autoprune.structure.skeleton import skeleton
 
 Slices = Mapping[str, Mapping[int, IntArray]]
 """Indices that stay, ascending, of each tensor (by qualified name) along each dimension that shrinks."""

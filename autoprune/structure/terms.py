@@ -9,7 +9,7 @@ import numpy as np
 
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.propagate import Propagation
-from autoprune.structure.trace import Op, Record
+from autoprune.structure.record import Op, Record
 from autoprune.structure.units import AffineSize, Units
 
 

@@ -7,171 +7,24 @@ its real values. The user's model is never run: a copy that shares its tensors i
 
 from __future__ import annotations
 
-import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.errors import UnsupportedModelError
-from autoprune.structure.adapters import adapter_of, refresh_flat_weights
+from autoprune.structure.foreseen import foresee, stand_in
+from autoprune.structure.record import Foreseen, Forward, Inputs, ModuleCall, Op, Record, Ref, Value
+from autoprune.structure.skeleton import Call, call_with, skeleton
 
 log = logging.getLogger(__name__)
-
-Forward = Callable[..., Any]
-"""``forward(model, *args, **kwargs)``: runs the model on example inputs and returns the outputs that matter."""
-
-Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Positional and keyword inputs of one call."""
-
-Foreseen = Mapping[torch._ops.OpOverload, tuple[bool, ...]]
-"""Operations whose results are known without computing them, and which of these are empty on this device alone."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Stands for a tensor in recorded arguments: an index into ``Record.values``."""
-
-    id: int
-
-
-@dataclass
-class Value:
-    """A tensor that the pass met.
-
-    Attributes:
-        shape: Its concrete shape.
-        dtype: Its dtype.
-        kind: ``"parameter"``, ``"buffer"``, ``"input"``, ``"constant"`` (made before the pass) or ``"result"``.
-        name: Qualified name of a parameter or buffer, else empty.
-        base: Index of the value that owns the storage; itself unless a view.
-        born: Index of the operation that made it, -1 for what existed before.
-        died: Number of operations that had run when Python let go of it.
-        tensor: The tensor of a constant, which a replay needs.
-        strides: Its strides, in elements.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    kind: str
-    name: str
-    base: int
-    born: int
-    died: int
-    tensor: Tensor | None = None
-    strides: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Op:
-    """One recorded operation; ``args`` holds every argument by schema name, tensors as `Ref`."""
-
-    index: int
-    func: torch._ops.OpOverload
-    args: Mapping[str, Any]
-    outputs: Any
-    module: str
-
-    @property
-    def name(self) -> str:
-        """Name without overload, for example ``"convolution"``."""
-        return str(self.func.overloadpacket.__name__)
-
-    def inputs(self) -> list[int]:
-        """Values read, in argument order."""
-        return [leaf.id for leaf in tree_leaves(list(self.args.values())) if isinstance(leaf, Ref)]
-
-    def results(self) -> list[int]:
-        """Values returned, in order."""
-        return [leaf.id for leaf in tree_leaves(self.outputs) if isinstance(leaf, Ref)]
-
-    def where(self) -> str:
-        """The operation and its module, for messages."""
-        return f"{self.name} in {self.module}" if self.module else self.name
-
-
-@dataclass(frozen=True)
-class ModuleCall:
-    """One call of a module: operations `first` up to `last` ran inside it.
-
-    Attributes:
-        name: Qualified name of the module.
-        first: Index of its first operation.
-        last: Index after its last operation.
-        inputs: Its arguments, positional and by keyword; tensors as `Ref`.
-        outputs: What it returned, before hooks of its own; tensors as `Ref`.
-    """
-
-    name: str
-    first: int
-    last: int
-    inputs: Any
-    outputs: Any
-
-
-@dataclass
-class Record:
-    """Forward passes: operations, values, and which values are inputs and outputs.
-
-    Attributes:
-        ops: Operations, in the order in which they ran.
-        calls: Calls of modules, in the order in which they returned.
-        values: Tensors that the passes met.
-        inputs: Values that are inputs.
-        outputs: Values that are outputs.
-        batch: Samples of the first example.
-        first: Number of operations that the first example ran; costs are its own.
-        device: ``"meta"``, or that of the real values.
-        foreseen: Operations that need not be computed to know what they return; none where the pass reads values, or
-            ran on the meta device.
-    """
-
-    ops: list[Op] = field(default_factory=list)
-    calls: list[ModuleCall] = field(default_factory=list)
-    values: list[Value] = field(default_factory=list)
-    inputs: list[int] = field(default_factory=list)
-    outputs: list[int] = field(default_factory=list)
-    batch: int = 1
-    first: int = 0
-    device: str = "meta"
-    foreseen: Foreseen = field(default_factory=dict)
-
-    def named(self) -> dict[str, int]:
-        """Name of each parameter and buffer that the pass touched, to its value."""
-        return {value.name: i for i, value in enumerate(self.values) if value.name}
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """Copy modules but share parameters and buffers, so that a copy costs no memory and hides every side effect.
-
-    Raises:
-        UnsupportedModelError: If Python cannot copy the model.
-    """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for value in (value for module in model.modules() for value in vars(module).values()):
-        if isinstance(value, Tensor) and not value.is_leaf:  # kept from an earlier pass; Python cannot copy its graph
-            shared[id(value)] = value.detach().clone()
-    try:
-        copied = copy.deepcopy(model, dict(shared))
-    except Exception as error:  # anything may be raised by a user's __deepcopy__ or by an attribute that has none
-        raise UnsupportedModelError(
-            f"model must be copyable with copy.deepcopy, but {type(model).__name__} raised {error!r}; "
-            "move the attribute that cannot be copied out of the model"
-        ) from error
-    for module in copied.modules():
-        adapter = adapter_of(module)
-        if adapter is not None and adapter.prepare is not None:
-            adapter.prepare(module)
-    return copied
 
 
 def trace(
@@ -271,48 +124,6 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-class Call(nn.Module):
-    """Makes ``forward(model, ...)`` a module, so that ``functional_call`` can swap the tensors of `model`."""
-
-    def __init__(self, model: nn.Module, run: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self.run = run
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model as the user would."""
-        return self.run(self.model, *args, **kwargs)
-
-
-def call_with(
-    call: Call,
-    state: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    mode: AbstractContextManager[Any] | None = None,
-) -> Any:
-    """Run a model with other tensors in the place of its own, under a dispatch mode, without fused shortcuts."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    handle = register_module_forward_pre_hook(lambda module, _: refresh_flat_weights(module))
-    torch.backends.mha.set_fastpath_enabled(False)  # the operations inside a fused encoder layer cannot be seen
-    try:
-        with torch.no_grad(), mode or nullcontext():
-            return functional_call(call, dict(state), args, dict(kwargs))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        handle.remove()
-
-
-def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Callable[[], Any]:
-    """What runs a private copy of a model as `trace` does on real values, with nothing that watches."""
-    copied = skeleton(model).eval()
-    copies = [
-        tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given) for given in (args, kwargs)
-    ]
-    buffers = {f"model.{name}": buffer.clone() for name, buffer in copied.named_buffers(remove_duplicate=False)}
-    return lambda: call_with(Call(copied, forward), buffers, copies[0], copies[1])
-
-
 @contextmanager
 def _module_paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     names = {id(module): name for name, module in model.named_modules()}
@@ -405,13 +216,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's,
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in self.foreseen:
-            device = next(t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-            leaves, tree = tree_flatten(_on_meta(func, args, kwargs))
-            pairs = zip(leaves, self.foreseen[func], strict=True)
-            return tree_unflatten([_unwritten(leaf, empty, device) for leaf, empty in pairs], tree)
+            return stand_in(func, args, kwargs, self.foreseen[func])
         out = func(*args, **kwargs)
         known = func not in self._learned or self._learned[func] is not None
-        if known and self._learned.setdefault(func, found := _foreseen(func, args, kwargs, out)) != found:
+        if known and self._learned.setdefault(func, found := foresee(func, args, kwargs, out)) != found:
             self._learned[func] = None
         return out
 
@@ -424,49 +232,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's,
 
     def _ref(self, leaf: Any) -> Any:
         return Ref(self.lookup(leaf)) if isinstance(leaf, Tensor) else leaf
-
-
-def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operation returns for tensors of these sizes and strides, without values."""
-    return func(*tree_map(_bare, args), **tree_map(_bare, kwargs))
-
-
-def _bare(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-
-
-def _unwritten(leaf: Any, empty: bool, device: torch.device) -> Any:
-    """A result on a device; whole numbers are zero, because they may be indices."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    if empty:
-        return torch.empty(0, dtype=leaf.dtype, device=device)
-    made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
-    return made if leaf.is_floating_point() else made.zero_()
-
-
-def _foreseen(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[bool, ...] | None:
-    """Which results of an operation are empty; None unless the meta device knows all others, and each is new."""
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    made = tree_leaves(out)
-    if func._schema.is_mutable or not given or not all(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in made):
-        return None
-    if {leaf.untyped_storage()._cdata for leaf in given} & {leaf.untyped_storage()._cdata for leaf in made}:
-        return None
-    try:
-        said = tree_leaves(_on_meta(func, args, kwargs))
-    except Exception as error:  # there is no such kernel, or it needs values
-        log.debug("%s runs on real values only: %s", func, error)
-        return None
-    empty = tuple(tuple(leaf.shape) == (0,) for leaf in made)
-    differ = any(
-        (own.shape, own.stride(), own.dtype) != (leaf.shape, leaf.stride(), leaf.dtype)
-        for own, leaf, none in zip(said, made, empty, strict=True)
-        if not none
-    )
-    return None if differ else empty
 
 
 def _bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from autoprune.structure.propagate import Dims, Propagation
-from autoprune.structure.trace import Op
+from autoprune.structure.record import Op
 
 Rule = Callable[[Propagation, Op], list[Dims]]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from autoprune.structure.propagate import Dims, Labels, Propagation
+from autoprune.structure.record import Op, Ref
 from autoprune.structure.rules import rule
-from autoprune.structure.trace import Op, Ref
 
 
 @rule(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from autoprune.structure.propagate import INNER, OUTER, Dims, Labels, Propagation
+from autoprune.structure.record import Op, Ref
 from autoprune.structure.rules import rule
 from autoprune.structure.rules.arithmetic import add_bias, contract
-from autoprune.structure.trace import Op, Ref
 
 
 @rule("convolution", "_convolution", "convolution_overrideable")

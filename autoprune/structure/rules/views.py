@@ -9,8 +9,8 @@ import numpy as np
 
 from autoprune.protocols import IntArray
 from autoprune.structure.propagate import FIXED, OUTER, Dims, Labels, Propagation
+from autoprune.structure.record import Op
 from autoprune.structure.rules import rule
-from autoprune.structure.trace import Op
 
 
 def _source(flow: Propagation, op: Op) -> tuple[Dims, tuple[int, ...]]:

@@ -1,0 +1,133 @@
+"""What a traced forward pass did: its operations, its tensors and the calls of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Forward = Callable[..., Any]
+"""``forward(model, *args, **kwargs)``: runs the model on example inputs and returns the outputs that matter."""
+
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and keyword inputs of one call."""
+
+Foreseen = Mapping[torch._ops.OpOverload, tuple[bool, ...]]
+"""Operations whose results are known without computing them, and which of these are empty on this device alone."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in recorded arguments: an index into ``Record.values``."""
+
+    id: int
+
+
+@dataclass
+class Value:
+    """A tensor that the pass met.
+
+    Attributes:
+        shape: Its concrete shape.
+        dtype: Its dtype.
+        kind: ``"parameter"``, ``"buffer"``, ``"input"``, ``"constant"`` (made before the pass) or ``"result"``.
+        name: Qualified name of a parameter or buffer, else empty.
+        base: Index of the value that owns the storage; itself unless a view.
+        born: Index of the operation that made it, -1 for what existed before.
+        died: Number of operations that had run when Python let go of it.
+        tensor: The tensor of a constant, which a replay needs.
+        strides: Its strides, in elements.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+    name: str
+    base: int
+    born: int
+    died: int
+    tensor: Tensor | None = None
+    strides: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Op:
+    """One recorded operation; ``args`` holds every argument by schema name, tensors as `Ref`."""
+
+    index: int
+    func: torch._ops.OpOverload
+    args: Mapping[str, Any]
+    outputs: Any
+    module: str
+
+    @property
+    def name(self) -> str:
+        """Name without overload, for example ``"convolution"``."""
+        return str(self.func.overloadpacket.__name__)
+
+    def inputs(self) -> list[int]:
+        """Values read, in argument order."""
+        return [leaf.id for leaf in tree_leaves(list(self.args.values())) if isinstance(leaf, Ref)]
+
+    def results(self) -> list[int]:
+        """Values returned, in order."""
+        return [leaf.id for leaf in tree_leaves(self.outputs) if isinstance(leaf, Ref)]
+
+    def where(self) -> str:
+        """The operation and its module, for messages."""
+        return f"{self.name} in {self.module}" if self.module else self.name
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module: operations `first` up to `last` ran inside it.
+
+    Attributes:
+        name: Qualified name of the module.
+        first: Index of its first operation.
+        last: Index after its last operation.
+        inputs: Its arguments, positional and by keyword; tensors as `Ref`.
+        outputs: What it returned, before hooks of its own; tensors as `Ref`.
+    """
+
+    name: str
+    first: int
+    last: int
+    inputs: Any
+    outputs: Any
+
+
+@dataclass
+class Record:
+    """Forward passes: operations, values, and which values are inputs and outputs.
+
+    Attributes:
+        ops: Operations, in the order in which they ran.
+        calls: Calls of modules, in the order in which they returned.
+        values: Tensors that the passes met.
+        inputs: Values that are inputs.
+        outputs: Values that are outputs.
+        batch: Samples of the first example.
+        first: Number of operations that the first example ran; costs are its own.
+        device: ``"meta"``, or that of the real values.
+        foreseen: Operations that need not be computed to know what they return; none where the pass reads values, or
+            ran on the meta device.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    batch: int = 1
+    first: int = 0
+    device: str = "meta"
+    foreseen: Foreseen = field(default_factory=dict)
+
+    def named(self) -> dict[str, int]:
+        """Name of each parameter and buffer that the pass touched, to its value."""
+        return {value.name: i for i, value in enumerate(self.values) if value.name}

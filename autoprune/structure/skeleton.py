@@ -1,0 +1,84 @@
+"""Run a model without touching it: a copy of its modules that shares its tensors, or is given others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_map
+
+from autoprune.errors import UnsupportedModelError
+from autoprune.structure.adapters import adapter_of, refresh_flat_weights
+from autoprune.structure.record import Forward
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Copy modules but share parameters and buffers, so that a copy costs no memory and hides every side effect.
+
+    Raises:
+        UnsupportedModelError: If Python cannot copy the model.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for value in (value for module in model.modules() for value in vars(module).values()):
+        if isinstance(value, Tensor) and not value.is_leaf:  # kept from an earlier pass; Python cannot copy its graph
+            shared[id(value)] = value.detach().clone()
+    try:
+        copied = copy.deepcopy(model, dict(shared))
+    except Exception as error:  # anything may be raised by a user's __deepcopy__ or by an attribute that has none
+        raise UnsupportedModelError(
+            f"model must be copyable with copy.deepcopy, but {type(model).__name__} raised {error!r}; "
+            "move the attribute that cannot be copied out of the model"
+        ) from error
+    for module in copied.modules():
+        adapter = adapter_of(module)
+        if adapter is not None and adapter.prepare is not None:
+            adapter.prepare(module)
+    return copied
+
+
+class Call(nn.Module):
+    """Makes ``forward(model, ...)`` a module, so that ``functional_call`` can swap the tensors of `model`."""
+
+    def __init__(self, model: nn.Module, run: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model as the user would."""
+        return self.run(self.model, *args, **kwargs)
+
+
+def call_with(
+    call: Call,
+    state: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mode: AbstractContextManager[Any] | None = None,
+) -> Any:
+    """Run a model with other tensors in the place of its own, under a dispatch mode, without fused shortcuts."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    handle = register_module_forward_pre_hook(lambda module, _: refresh_flat_weights(module))
+    torch.backends.mha.set_fastpath_enabled(False)  # the operations inside a fused encoder layer cannot be seen
+    try:
+        with torch.no_grad(), mode or nullcontext():
+            return functional_call(call, dict(state), args, dict(kwargs))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        handle.remove()
+
+
+def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Callable[[], Any]:
+    """What runs a private copy of a model as `trace` does on real values, with nothing that watches."""
+    copied = skeleton(model).eval()
+    copies = [
+        tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given) for given in (args, kwargs)
+    ]
+    buffers = {f"model.{name}": buffer.clone() for name, buffer in copied.named_buffers(remove_duplicate=False)}
+    return lambda: call_with(Call(copied, forward), buffers, copies[0], copies[1])
