@@ -129,7 +129,7 @@ def test_measuring_leaves_the_random_state_alone(global_rng_untouched):
 
 
 def family(highest, steps=None) -> Family:
-    return Family("a family", "convolution", highest, (1,) * len(highest), steps or (1,) * len(highest))
+    return Family("a family", "convolution", (highest,), (1,) * len(highest), steps or (1,) * len(highest))
 
 
 class Kernel:

@@ -24,9 +24,9 @@ from autoprune.costs.allocations import Allocation, allocation_of
 from autoprune.costs.parts import Family, Part, prefixes
 from autoprune.costs.scratch import Scratch, Values, fit_scratch
 from autoprune.protocols import FloatArray, IntArray
+from autoprune.structure.record import Forward, ModuleCall, Record
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import Forward, ModuleCall, Record
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class _Alone:
         least = [structure.groups[g].multiple for g in free]
         highest = tuple(int(structure.sizes[g]) for g in free)
         key = f"{self.seen.name} as one, call of operation {call.first}"
-        family = Family(key, "elementwise", highest, tuple(least), tuple(least))
+        family = Family(key, "elementwise", (highest,), tuple(least), tuple(least))
         try:
             taken = fit_scratch(family, partial(self._taken, free))
         except Exception as error:  # whatever a module needs of the one around it

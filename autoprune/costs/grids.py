@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from autoprune.costs.parts import Family
 from autoprune.costs.tables import Table
 from autoprune.costs.timing import Call, Clock, Repeated, Timing, compare
+from autoprune.protocols import FloatArray
 
 log = logging.getLogger(__name__)
 
@@ -81,34 +84,70 @@ class Bench:
         return timings
 
 
-def measure_tables(families: Sequence[Family], counts: Sequence[int], bench: Bench) -> list[Table]:
-    """Time every family on its grid; `counts` says how often each occurs in the dense network."""
+def measure_tables(families: Sequence[Family], bench: Bench) -> list[Table]:
+    """Time every family on its grid."""
     runnable = []
-    for family, count in zip(families, counts, strict=True):
+    for family in families:
         try:
-            bench.measure(family, [family.highest])
+            bench.measure(family, family.dense)
         except OSError:  # of the file that keeps what is measured
             raise
         except Exception as error:  # an operation may need arguments that random tensors are not
             log.warning("left out of the latency model, because it cannot be run alone (%s): %s", error, family.key)
             continue
-        runnable.append((family, count))
-    dense = {family.key: count * bench.known[family.key][family.highest][0] for family, count in runnable}
+        runnable.append(family)
+    dense = {family.key: sum(bench.known[family.key][values][0] for values in family.dense) for family in runnable}
     total = sum(dense.values())
     tables = []
-    for i, (family, _) in enumerate(runnable):
+    for i, family in enumerate(runnable):
         refine = dense[family.key] > _SHARE * total
         axes: tuple[Values, ...] = ()
-        v, most = len(family.highest), _MOST_POINTS.get(len(family.highest), 4)
+        v = len(family.lowest)
+        most = _MOST_POINTS.get(v, 4)
         for a in range(v):
             taken = int(np.prod([len(axis) for axis in axes], dtype=np.int64))
             axes += (_axis(family, a, bench, refine, most ** (a + 1) // taken),)
-        bench.measure(family, list(product(*axes)))
-        grid = np.array([bench.known[family.key][point] for point in product(*axes)])
-        ms, low, high = grid.T.reshape(3, *map(len, axes))
+        needed = _reached(family, axes)
+        bench.measure(family, [point for point, need in zip(product(*axes), needed.flat, strict=True) if need])
+        known = bench.known[family.key]
+        grid = np.array([known.get(point, (np.nan,) * 3) for point in product(*axes)])
+        ms, low, high = (_filled(values) for values in grid.T.reshape(3, *map(len, axes)))
         tables.append(Table(family.key, family.kind, axes, ms, low, high, family.aligned))
         log.info("latency of parts: %d of %d families measured", i + 1, len(runnable))
     return tables
+
+
+def _reached(family: Family, axes: Sequence[Values]) -> NDArray[np.bool_]:
+    """Which points of a grid lie around sizes that some operation can have: none is larger than the dense one.
+
+    One family may hold convolutions of 16 to 96, 96 to 24 and 24 to 144 channels, but none of 144 to 144.
+    """
+    needed: NDArray[np.bool_] = np.zeros([len(axis) for axis in axes], dtype=np.bool_)
+    for dense in set(family.dense):
+        own = [_up_to(axis, most, family.aligned) for axis, most in zip(axes, dense, strict=True)]
+        needed[np.ix_(*own)] = True
+    return needed
+
+
+def _up_to(axis: Values, most: int, aligned: int) -> NDArray[np.bool_]:
+    """The points of an axis below a value, and the next one of each kind that has one."""
+    found = np.zeros(len(axis), dtype=np.bool_)
+    for kind in (True, False):
+        own = [i for i, value in enumerate(axis) if (value % aligned == 0) == kind]
+        found[own[: 1 + sum(axis[i] < most for i in own)]] = True
+    return found
+
+
+def _filled(grid: FloatArray) -> FloatArray:
+    """A grid whose gaps go on as their neighbours do, so that it is whole; nothing that occurs lies at them."""
+    for point in np.argwhere(np.isnan(grid)):  # in an order in which what lies before a point is known
+        a, b = np.flatnonzero(point)[:2]
+        one, other, both = point.copy(), point.copy(), point.copy()
+        one[a] -= 1
+        other[b] -= 1
+        both[[a, b]] -= 1
+        grid[tuple(point)] = grid[tuple(one)] * grid[tuple(other)] / grid[tuple(both)]
+    return grid
 
 
 def _axis(family: Family, a: int, bench: Bench, refine: bool, most: int) -> Values:
@@ -124,14 +163,24 @@ def _axis(family: Family, a: int, bench: Bench, refine: bool, most: int) -> Valu
     return tuple(sorted(points))
 
 
+def _widest(family: Family, a: int) -> Values:
+    """The dense operation with the largest value of one variable; of several, the one with the largest others."""
+    return max(family.dense, key=lambda values: (values[a], math.prod(values)))
+
+
 def _points(family: Family, a: int, values: Sequence[int], bench: Bench, refine: bool, most: int) -> Values:
-    """At most so many of some values: evenly spread, then halving intervals whose middle is off the line."""
+    """At most so many of some values: evenly spread, then halving intervals whose middle is off the line.
+
+    The other variables are those of the dense operation that has most of this one; they become points of their axes.
+    """
     even = np.linspace(max(values[-1] / 16, values[0]), values[-1], _FIRST)
     nearest = {int(np.abs(np.subtract(values, x)).argmin()) for x in even}
-    points = sorted({0, len(values) - 1, *nearest})  # indices of values
+    crossing = {_widest(family, other)[a] for other in range(len(family.lowest))}
+    points = sorted({0, len(values) - 1, *nearest, *(i for i, value in enumerate(values) if value in crossing)})
+    widest = _widest(family, a)
 
     def at(i: int) -> Values:
-        return (*family.highest[:a], values[i], *family.highest[a + 1 :])
+        return (*widest[:a], values[i], *widest[a + 1 :])
 
     def ms(i: int) -> float:
         return bench.known[family.key][at(i)][0]

@@ -72,8 +72,8 @@ class Family:
     Attributes:
         key: Everything that they agree in, readable.
         kind: ``"convolution"``, ``"grouped convolution"``, ``"matmul"``, ``"norm"`` or ``"elementwise"``.
-        highest: The largest value of each variable size that occurs, length v.
-        lowest: The smallest that can occur, length v.
+        dense: The variable sizes, length v, of each of them in the dense network.
+        lowest: The smallest value of each that can occur, length v.
         steps: What values of each variable are multiples of, length v.
         aligned: Multiples of this may run on other code than the values between them, and are a grid of their own.
         make: Values, length v, to a call that runs the operation on tensors of its own; None once loaded from a file.
@@ -81,11 +81,16 @@ class Family:
 
     key: str
     kind: str
-    highest: tuple[int, ...]
+    dense: tuple[tuple[int, ...], ...]
     lowest: tuple[int, ...]
     steps: tuple[int, ...]
     aligned: int = 1
     make: Callable[[Sequence[int]], Callable[[], Any]] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def highest(self) -> tuple[int, ...]:
+        """The largest value of each variable that occurs, in one operation or another, length v."""
+        return tuple(map(max, zip(*self.dense, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -256,14 +261,14 @@ def families_of(
             steps[at] = math.lcm(steps[at], scale.denominator)
             slots.append((at, scale))
         key = call.describe(map(_letter, slots))
-        highest = [_at(size, structure.sizes) for size in variables]
+        dense: tuple[tuple[int, ...], ...] = (tuple(_at(size, structure.sizes) for size in variables),)
         lowest = [_at(size, least) for size in variables]
         if key in families:
             known = families[key]
-            highest = list(map(max, known.highest, highest))
+            dense = known.dense + dense
             lowest = list(map(min, known.lowest, lowest))
         make = _maker(call, tuple(slots))
-        families[key] = Family(key, call.kind, tuple(highest), tuple(lowest), tuple(steps), call.aligned, make)
+        families[key] = Family(key, call.kind, dense, tuple(lowest), tuple(steps), call.aligned, make)
         place = (key, tuple(variables))
         counts[place] = counts.get(place, 0) + 1
     return list(families.values()), [Part(key, sizes, count) for (key, sizes), count in counts.items()]

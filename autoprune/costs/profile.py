@@ -27,9 +27,9 @@ from autoprune.protocols import IntArray
 from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
 from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
+from autoprune.structure.record import Forward
 from autoprune.structure.slicing import build
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import Forward
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +163,7 @@ def profile_structure(
     families, parts = runs.parts(model, structure, args, kwargs, run, seed)
     widths = _networks(structure, networks, seed)
     progress = Progress(path, setting, parts, widths, bench)
-    counts = [sum(part.count for part in parts if part.family == family.key) for family in families]
-    tables = measure_tables(families, counts, bench)
+    tables = measure_tables(families, bench)
     dense = build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
     call = runs.network(dense, run, args, kwargs)
     if not progress.dense_ms:

@@ -21,7 +21,7 @@ class Table:
         kind: Of the family.
         axes: Values of each variable, ascending.
         aligned: Between multiples of this, the grid has other points than at them, see `autoprune.costs.parts.Family`.
-        ms: Milliseconds at each point, shape of the grid.
+        ms: Milliseconds at each point, shape of the grid; extrapolated where no layer of the network comes near.
         low: Lower ends of the 95 % intervals.
         high: Upper ends.
     """
