@@ -26,6 +26,7 @@ _OUTLIER = 6.0  # scaled median absolute deviations from the median
 _RESAMPLES = 200
 _BLOCKS_PER_REFERENCE = 6
 _MOST_REPEATS = 10_000
+_LEAST_ROUNDS = 5
 _WARM = 3  # calls before a block, if it has as many
 
 
@@ -146,11 +147,11 @@ def compare(
         calls: What to time.
         reference: What every call is compared with.
         clock: Takes the time.
-        rounds: Blocks of each call.
+        rounds: Blocks of each call; 5 are enough where they took longer than `most_seconds` in all.
         most_rounds: Blocks of a call whose interval stays wider than `tolerance` on either side.
         tolerance: Fraction of the median.
         block_seconds: What a block takes at least; a call that is shorter is repeated.
-        most_seconds: A call whose blocks took longer than this in all gets no more than `rounds` of them.
+        most_seconds: A call whose blocks took longer than this in all gets no more of them.
         seed: Orders the calls within rounds, so that periodic disturbances hit all alike, and draws the resamples.
 
     Returns:
@@ -179,15 +180,14 @@ def compare(
             references.append(after)
             before = after
         done += 1
-        if done >= rounds and (done % 3 == 0 or done >= most_rounds):
-            speed = float(np.median(references))
-            for i in waiting:
+        speed = float(np.median(references))
+        last, due = done >= most_rounds, done >= rounds and done % 3 == 0
+        for i in list(waiting):
+            enough = done >= min(rounds, _LEAST_ROUNDS) and spent[i] >= most_seconds
+            if last or due or enough:
                 found[i] = _timing(np.array(ratios[i]), speed, rng)
-            waiting = [
-                i
-                for i in waiting
-                if done < most_rounds and spent[i] < most_seconds and _timing_of(found[i]).uncertainty > tolerance
-            ]
+            if last or enough or (due and _timing_of(found[i]).uncertainty <= tolerance):
+                waiting.remove(i)
     return [_timing_of(timing) for timing in found]
 
 
