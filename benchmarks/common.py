@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,3 +54,10 @@ def write(name: str, title: str, results: Mapping[str, Any], text: str) -> None:
     report = f"# {title}\n\n{machine}\n\n{text}\n"
     (RESULTS / f"{name}.md").write_text(report)
     print(report)
+
+
+def interval(differences: Sequence[float] | np.ndarray) -> str:
+    """Mean and 95 % t-interval of differences between shares, in points."""
+    mean, error = 100 * np.mean(differences), 100 * stats.sem(differences)
+    low, high = stats.t.interval(0.95, len(differences) - 1, mean, error) if error else (mean, mean)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +23,7 @@ from autoprune.evaluators import Compensated
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Measurement
 from autoprune.study import prepare
-from benchmarks.common import environment, table, write
+from benchmarks.common import environment, interval, table, write
 from benchmarks.trained import FOLDER, Part, digits, train, trained
 
 COMMAND = "python -m benchmarks.compensation"
@@ -126,13 +125,6 @@ def accuracies(model: nn.Module, data: dict[str, Part], space: Channels, kind: s
         assert all(isinstance(outcome, Measurement) for outcome in found), found
         rows.append([float(outcome.metric.mean()) for outcome in found if isinstance(outcome, Measurement)])
     return rows
-
-
-def interval(differences: np.ndarray) -> str:
-    """Mean and 95 % t-interval over seeds, in points."""
-    mean, error = 100 * differences.mean(), 100 * stats.sem(differences)
-    low, high = stats.t.interval(0.95, len(differences) - 1, mean, error) if error else (mean, mean)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def section(name: str, kind: str, found: np.ndarray) -> str:
