@@ -4,8 +4,10 @@ import ctypes
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,7 @@ import autoprune
 from autoprune.costs.correction import Evidence
 from autoprune.costs.latency import Latency
 from autoprune.costs.parts import draw_widths, part_values, prefixes
-from autoprune.costs.profile import profile_structure
+from autoprune.costs.profile import note_on_memory, profile_structure
 from autoprune.costs.runtimes import Torch, network_call
 from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
@@ -355,26 +357,77 @@ def test_the_machine_of_these_tests_has_steps():
     assert [stepped(n) for n in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 24]
 
 
+COUNT_BLOCKS = """
+import ctypes, torch
+from autoprune.costs.timing import CpuClock, compare
+
+class Counts(ctypes.Structure):
+    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
+
+count = ctypes.CDLL(None).mallinfo2
+count.restype = Counts
+found = []
+
+def blocks(mib):
+    before = getattr(count(), "3")  # blocks that come from the system and go back to it
+    kept = torch.empty(mib * 2**20, dtype=torch.uint8)
+    found.append(getattr(count(), "3") - before)
+
+torch.set_num_threads(1)
+blocks(16)
+compare([lambda: blocks(70)], lambda: None, CpuClock(), rounds=1, most_rounds=1)
+blocks(70)
+blocks(16)
+print(found[0], max(found[1:-2]), *found[-2:])
+"""
+
+
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33; others keep memory otherwise"
 )
-def test_timed_calls_do_not_pay_for_memory_that_the_system_hands_out_anew():
-    code = """
-import ctypes, sys, torch
-from autoprune.costs.timing import CpuClock, compare
-torch.set_num_threads(1)
-if sys.argv[1] == "timed":
-    compare([lambda: None], lambda: None, CpuClock(), rounds=3, most_rounds=3)
-class Counts(ctypes.Structure):
-    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
-count = ctypes.CDLL(None).mallinfo2
-count.restype = Counts
-before = getattr(count(), "3")  # blocks that come from the system and go back to it
-kept = torch.empty(16 * 2**20, dtype=torch.uint8)
-print(getattr(count(), "3") - before)
-"""
-    blocks = [
-        int(subprocess.run([sys.executable, "-c", code, state], capture_output=True, check=True).stdout)
-        for state in ("fresh", "timed")
-    ]
-    assert blocks == [1, 0]
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, [1, 0, 1, 0]),  # fresh; while timed; afterwards as in a process that has freed a large block
+        ({"MALLOC_MMAP_THRESHOLD_": "1000000"}, [1, 1, 1, 1]),
+    ],
+    ids=["as it comes", "as the user has it"],
+)
+def test_timed_calls_do_not_pay_for_memory_that_the_system_hands_out_anew(environment, expected):
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
+    command = [sys.executable, "-c", COUNT_BLOCKS]
+    done = subprocess.run(command, capture_output=True, check=True, env=own | environment)
+    assert [int(word) for word in done.stdout.split()] == expected
+
+
+class TestNoteOnMemory:
+    class Clock:
+        """Says how much a call takes by whether memory is kept."""
+
+        def __init__(self, handed_back):
+            self.handed_back = handed_back
+
+        def seconds(self, call, repeats):
+            return repeats * (2e-3 if KEEPING[0] else 2e-3 * self.handed_back)
+
+    @pytest.fixture(autouse=True)
+    def keeping(self, monkeypatch):
+        @contextmanager
+        def kept():
+            KEEPING[0] = True
+            yield
+            KEEPING[0] = False
+
+        monkeypatch.setattr("autoprune.costs.profile.keeping_freed_memory", kept)
+
+    def test_a_network_that_is_slower_elsewhere_is_said_to_be(self):
+        note = note_on_memory(lambda: None, self.Clock(handed_back=3.0))
+        assert "2 ms" in note
+        assert "6 ms" in note
+        assert "MALLOC_TRIM_THRESHOLD_" in note
+
+    def test_one_that_is_hardly_slower_is_not(self):
+        assert note_on_memory(lambda: None, self.Clock(handed_back=1.1)) == ""
+
+
+KEEPING = [False]

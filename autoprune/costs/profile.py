@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from autoprune.costs.allocator import keeping_freed_memory
 from autoprune.costs.correction import Evidence
 from autoprune.costs.grids import Bench, measure_tables
 from autoprune.costs.latency import Latency
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 NETWORKS = 36
 """Whole networks that the correction is fitted to, and judged on by leaving some out."""
 
+_PASSES = 5  # of the dense network, to see what the allocator costs
+_SLOWED = 1.2  # by it, what is worth a word
 _AT_ONCE = 12  # networks that exist at once
 _ALIGNED_EVERY = 4  # of the networks drawn, one has widths that are multiples of 8, as random ones never do throughout
 
@@ -172,7 +175,7 @@ def profile_structure(
     _measure_networks(model, structure, widths, lambda m: runs.network(m, run, args, kwargs), call, clock, progress)
     ratio, uncertainty = np.array(progress.networks, dtype=np.float64).T
     left_out = sorted({family.key for family in families} - {table.key for table in tables})
-    notes = [note_of_noise([*bench.timings, *progress.timings])]
+    notes = [note_of_noise([*bench.timings, *progress.timings]), note_on_memory(call, clock)]
     notes += [f"{len(left_out)} kinds of operations could not be run alone: {left_out[0]}..."] if left_out else []
     latency = Latency(
         setting=setting,
@@ -187,6 +190,25 @@ def profile_structure(
         latency.save(path)
         progress.remove()
     return latency
+
+
+def note_on_memory(dense: Callable[[], Any], clock: Clock) -> str:
+    """How much slower a network is in a process that hands memory back to the system; empty if it hardly is."""
+
+    def ms() -> float:
+        clock.seconds(dense, 2)
+        return 1e3 * float(np.median([clock.seconds(dense, 1) for _ in range(_PASSES)]))
+
+    with keeping_freed_memory():
+        kept = ms()
+    usual = ms()
+    if usual < _SLOWED * kept:
+        return ""
+    return (
+        f"the dense network takes {kept:.4g} ms where the C library keeps freed memory, as while it is measured, and "
+        f"{usual:.4g} ms where it does not: run it with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 in the "
+        "environment, or with an allocator such as jemalloc"
+    )
 
 
 def _networks(structure: Structure, n: int, seed: int) -> IntArray:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from autoprune.costs.allocator import keeping_freed_memory
 from autoprune.protocols import FloatArray
 
 Call = Callable[[], Any]
@@ -127,6 +128,7 @@ class Timing:
         return max(self.high - self.ratio, self.ratio - self.low) / self.ratio
 
 
+@keeping_freed_memory()
 def compare(
     calls: Sequence[Call],
     reference: Call,
@@ -141,7 +143,8 @@ def compare(
 ) -> list[Timing]:
     """Time calls against a reference in one interleaved run.
 
-    From then on, the C library keeps up to 64 MiB of freed memory, so that times do not depend on what ran before.
+    Meanwhile the C library keeps what is freed, so that times do not depend on what ran before; see
+    `autoprune.costs.allocator`.
 
     Args:
         calls: What to time.
@@ -158,7 +161,6 @@ def compare(
         One timing for each call, in their order.
     """
     rng = np.random.default_rng(seed)
-    _keep_freed_memory()
     repeats = [_warm_up(call, clock, block_seconds) for call in calls]
     steps = _warm_up(reference, clock, block_seconds)
     ratios: list[list[float]] = [[] for _ in calls]
@@ -207,17 +209,6 @@ def _block(call: Call, repeats: int, clock: Clock) -> float:
     for _ in range(min(_WARM, repeats)):
         call()
     return clock.seconds(call, repeats) / repeats
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what tensors free, as it does in any process that has freed one large tensor.
-
-    Before that, glibc may give the memory of large activations back after each of them, or after each pass, and ask
-    for it again page by page: a ResNet-20 at batch 32 took 38 ms in place of 24 ms, and narrower networks were
-    slowed down by other factors, depending on what ran before. Freeing a block that it got from the system raises
-    both thresholds of glibc to that size; 32 MiB is the most that counts (see ``M_MMAP_THRESHOLD`` in mallopt(3)).
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _warm_up(call: Call, clock: Clock, block_seconds: float) -> int:
