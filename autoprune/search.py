@@ -13,21 +13,22 @@ from torch import nn
 
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction, Latency
+from autoprune.course import Course
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, make_executor
 from autoprune.identity import identity_of
 from autoprune.journal import Journal
 from autoprune.journal_file import require_free
 from autoprune.metrics import Metric
-from autoprune.optimizers import Problem, find_optimizer
+from autoprune.optimizers import Problem, find_optimizer, is_made
 from autoprune.progress import Progress
 from autoprune.protocols import FAILED, Explains, Failure, IntArray, Measurement, Optimizer
 from autoprune.racing import Racing
 from autoprune.records import evaluations_of, result_of, trial_of
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
-from autoprune.resume import History, open_journal, recall
-from autoprune.rivals import Rivals, applicable, find_racing, note_of_racing
+from autoprune.resume import open_journal
+from autoprune.rivals import applicable, find_racing, note_of_racing
 from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings
 from autoprune.statistics import reason_of, statistics_of, status_of
@@ -64,6 +65,7 @@ def search(
     prior: str = "reconstruction",
     racing: bool | Racing | Rungs = False,
     latency: Latency | str | Path | None = None,
+    refit_latency: bool = True,
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
 
@@ -117,6 +119,10 @@ def search(
             it, latencies are measured here first. Searches stay within the limit by the upper end of what the table
             predicts; the networks on the front are then measured against the dense one, as far as this is the machine
             of the table. For a device out of reach, pass ``costs={"latency_ms": function}`` instead.
+        refit_latency: Under a limit on latency or throughput, measure the front after half and after three quarters of
+            the trials too, and search on by what that shows, so that the limit is used to the full. What is proposed
+            then depends on what was measured, which differs in its last digits from run to run; ``False`` for a search
+            that the table and `seed` decide. Needs the machine of the table, and no `Optimizer` made already.
 
     Returns:
         The front and everything measured; ``result.build()`` gives a plain pruned module. Ctrl-C returns what was
@@ -178,47 +184,35 @@ def search(
     deadline = None if max_seconds is None else began + max_seconds
     identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
     with open_journal(run_dir, identity, resume) as journal:
-        history = recall(journal, study, proposer)
-        rivals = Rivals(study, settings, journal, measured)
+        refit = refit_latency and not is_made(optimizer)
+        course = Course(study, proposer, lambda p: make_optimizer(p, seed), settings, journal, measured, refit)
         bar = Progress(total, study.context.judge.name, progress)
         try:
             found, stopped, why = _run(
-                study,
-                proposer,
-                runner,
-                rivals,
-                journal,
-                bar,
-                total,
-                deadline,
-                measured,
-                history,
-                adaptive=trials == "auto",
+                course, runner, journal, bar, total, deadline, measured, adaptive=trials == "auto"
             )
         finally:
             runner.stop()
-    found, verified = verify(study, found)
-    explained = (*([why] if why else []), *(proposer.notes if isinstance(proposer, Explains) else ()))
-    explained = (*verified, *note_of_racing(settings, study, found), *explained)
+    study = course.study
+    found, verified = verify(study, found, course.measured)
+    explained = (*verified, *note_of_racing(settings, study, found), *([why] if why else []), *course.notes)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
     return result_of(study, found, dense, stopped, time.monotonic() - began, seed, explained)
 
 
 def _run(
-    study: Study,
-    optimizer: Optimizer,
+    course: Course,
     executor: Executor,
-    rivals: Rivals,
     journal: Journal,
     bar: Progress,
     total: int,
     deadline: float | None,
     dense: Measurement,
-    history: History,
     adaptive: bool,
 ) -> tuple[list[Trial], str, str]:
     """The loop: ask, evaluate, record, tell. Returns the trials, the word for why it stopped, and how it knew."""
+    study, history = course.study, course.history
     pending: dict[int, IntArray] = dict(history.pending)
     found: list[Trial] = list(history.found)
     asked = len(history)
@@ -230,20 +224,22 @@ def _run(
         try:
             if pending:
                 ids, candidates = list(pending), np.stack(list(pending.values()))
-                executor.submit(ids, candidates, rivals.races(ids, candidates, found))
+                executor.submit(ids, candidates, course.rivals.races(ids, candidates, found))
             while pending or not stopped:
                 if deadline is not None and time.monotonic() > deadline:
                     stopped = "time"
                     break
-                room = min(executor.room(), total - asked)
+                if course.due(asked, total) and not pending:
+                    found, study = course.refit(found), course.study
+                room = min(executor.room(), course.room(asked, total))
                 if adaptive and room > 0 and not stopped:
                     why = _why_converged(study, found)
                     stopped = "converged" if why else ""
                 if room > 0 and not stopped:
-                    candidates = optimizer.ask(room)
+                    candidates = course.optimizer.ask(room)
                     ids = journal.record_ask(candidates, {name: cost(candidates) for name, cost in study.costs.items()})
                     pending.update(zip(ids, candidates, strict=True))
-                    executor.submit(ids, candidates, rivals.races(ids, candidates, found))
+                    executor.submit(ids, candidates, course.rivals.races(ids, candidates, found))
                     asked += len(candidates)
                     stopped = "exhausted" if len(candidates) == 0 else ""
                 if asked >= total:
@@ -253,10 +249,10 @@ def _run(
                     candidate, fate, reason = pending.pop(trial), status_of(outcome), reason_of(outcome)
                     found.append(trial_of(study, trial, candidate, outcome, dense))
                     statistics = [statistics_of(outcome, dense)]
-                    optimizer.tell(evaluations_of(study, candidate[None], statistics, [fate], [reason]))
+                    course.optimizer.tell(evaluations_of(study, candidate[None], statistics, [fate], [reason]))
                     journal.record_tell([trial])
                     if bar.due(len(found)):
-                        _show(bar, study, found, optimizer)
+                        _show(bar, study, found, course.optimizer)
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
             stopped = "interrupted"

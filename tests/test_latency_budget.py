@@ -14,6 +14,7 @@ from autoprune.budget import Budget
 from autoprune.costs.latency import Latency
 from autoprune.costs.runtimes import network_call
 from autoprune.errors import BudgetError, InfeasibleBudgetError, NothingToPruneError, UnsupportedModelError
+from autoprune.execution import LocalExecutor
 from autoprune.result.from_journal import result_from_journal
 from tests.machine import Machine
 from tests.test_latency import INPUTS, measured, run, small
@@ -26,7 +27,7 @@ QUICK = {"trials": 24, "progress": False, "prior": "criterion", "evaluator": "ad
 def machine(monkeypatch) -> Machine:
     """Stands in for every clock."""
     found = Machine(cold=1.3, per_pass=2e-5)
-    for module in ("autoprune.costs.profile", "autoprune.verify"):
+    for module in ("autoprune.costs.profile", "autoprune.measured"):
         monkeypatch.setattr(f"{module}.clock_for", lambda *_: found)
     return found
 
@@ -92,14 +93,14 @@ def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
 
 
 def test_a_network_that_may_be_over_the_limit_by_its_interval_gives_way(machine, table, monkeypatch):
-    from autoprune import verify
+    from autoprune import measured as measuring
 
-    timed = verify.time_networks
+    timed = measuring.time_networks
 
     def unsure(*given):
         return [replace(timing, high=1.3 * timing.ratio) for timing in timed(*given)]
 
-    monkeypatch.setattr(verify, "time_networks", unsure)
+    monkeypatch.setattr(measuring, "time_networks", unsure)
     result = autoprune.search(small(), "latency <= 60%", DATA, latency=table, **QUICK)
     limit = result.limits["latency_ms"]
     gave_way = [
@@ -248,12 +249,12 @@ def test_round_to_auto_needs_latencies_and_says_so():
 
 
 def test_an_interrupted_verification_returns_what_was_measured(machine, table, monkeypatch):
-    from autoprune import verify
+    from autoprune import measured as measuring
 
     def pulled(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "time_networks", pulled)
+    monkeypatch.setattr(measuring, "time_networks", pulled)
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
     assert result.front
     assert any("interrupted: some latencies" in note for note in result.notes)
@@ -261,12 +262,12 @@ def test_an_interrupted_verification_returns_what_was_measured(machine, table, m
 
 @pytest.mark.parametrize("error", [UnsupportedModelError, RuntimeError])
 def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeypatch, error):
-    from autoprune import verify
+    from autoprune import measured as measuring
 
     def refused(*_):
         raise error("no export of this one\nand its whole graph")
 
-    monkeypatch.setattr(verify, "time_networks", refused)
+    monkeypatch.setattr(measuring, "time_networks", refused)
     budget = ["latency <= 60%", "memory <= 90%"]
     result = autoprune.search(small(), budget, DATA, latency=table, **QUICK)
     assert result.front
@@ -285,7 +286,8 @@ def test_a_network_over_one_limit_is_not_said_to_miss_another(machine, table):
 
 
 def test_what_a_corrected_table_puts_over_the_limit_is_no_probe(machine, table):
-    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), optimizer="random", **QUICK)
+    options = {**QUICK, "optimizer": "random", "refit_latency": False}
+    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), **options)
     over = [trial for trial in result.trials if not trial.feasible and not trial.predicted]
     single = sum(np.count_nonzero(trial.candidate) <= 1 for trial in over)
     assert single < len(over)
@@ -294,13 +296,98 @@ def test_what_a_corrected_table_puts_over_the_limit_is_no_probe(machine, table):
 
 
 def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monkeypatch):
-    from autoprune import verify
+    from autoprune import measured as measuring
 
     slow = Machine(cold=1.3, per_pass=1.0)
-    monkeypatch.setattr(verify, "clock_for", lambda *_: slow)
+    monkeypatch.setattr(measuring, "clock_for", lambda *_: slow)
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
     with pytest.raises(InfeasibleBudgetError, match="were measured to be over, the nearest by"):
         result.best()
+
+
+class TestMeasuringOnTheWay:
+    """After half and three quarters of the trials the front is measured, and the search goes by what that shows."""
+
+    BUDGET = "latency <= 60%"
+
+    @pytest.mark.parametrize("optimizer", ["auto", "level_switch", "random"])
+    def test_a_wrong_table_is_right_for_the_rest_of_the_search(self, machine, table, optimizer):
+        options = {**QUICK, "latency": optimistic(table), "optimizer": optimizer}
+        late = {}
+        for refit in (True, False):
+            result = autoprune.search(small(), self.BUDGET, DATA, refit_latency=refit, **options)
+            times = [
+                true_ms(result.build(trial)) for trial in result.trials[13:] if np.count_nonzero(trial.candidate) > 1
+            ]
+            late[refit] = np.mean(np.array(times) > 1.01 * result.limits["latency_ms"])
+            told = [note for note in result.notes if "was measured after 12 and 18 trials too" in note]
+            assert len(told) == refit
+        assert late[True] < 0.1 < late[False]
+
+    def test_a_search_that_is_resumed_goes_on_by_what_was_measured(self, machine, table, tmp_path, monkeypatch):
+        options = {**QUICK, "latency": optimistic(table), "run_dir": str(tmp_path / "stopped")}
+        whole = autoprune.search(small(), self.BUDGET, DATA, **{**options, "run_dir": str(tmp_path / "whole")})
+        gather, calls = LocalExecutor.gather, []
+
+        def stop_at(self):
+            calls.append(1)
+            if len(calls) == 16:
+                raise KeyboardInterrupt
+            return gather(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalExecutor, "gather", stop_at)
+            part = autoprune.search(small(), self.BUDGET, DATA, **options)
+        assert part.stopped == "interrupted"
+        assert any("was measured after 12 trials too" in note for note in part.notes)
+        counts = self.counting(monkeypatch)
+        resumed = autoprune.search(small(), self.BUDGET, DATA, resume=True, **options)
+        assert [trial.candidate for trial in resumed.trials] == [trial.candidate for trial in whole.trials]
+        assert [trial.costs for trial in resumed.front] == [trial.costs for trial in whole.front]
+        assert sum(counts) < len([trial for trial in resumed.trials if trial.predicted])
+
+    def test_a_network_is_timed_once(self, machine, table, monkeypatch):
+        counts = self.counting(monkeypatch)
+        result = autoprune.search(small(), self.BUDGET, DATA, latency=table, **QUICK)
+        assert len(counts) > 1
+        assert sum(counts) == len([trial for trial in result.trials if trial.predicted])
+
+    def test_where_the_refitted_model_lets_nothing_pass_the_search_goes_on_as_before(self, machine, table, monkeypatch):
+        def refuse(*_):
+            raise InfeasibleBudgetError("nothing is that fast")
+
+        monkeypatch.setattr("autoprune.course.with_latency", refuse)
+        result = autoprune.search(small(), self.BUDGET, DATA, latency=table, **QUICK)
+        assert len(result.trials) == QUICK["trials"]
+        assert all(trial.predicted for trial in result.front)
+
+    @pytest.mark.parametrize("made", [True, False])
+    def test_an_optimizer_made_already_keeps_its_problem(self, machine, table, made):
+        class Listed:
+            def ask(self, n):
+                self.asked = getattr(self, "asked", 0) + 1
+                return np.full((1, 2), self.asked)
+
+            def tell(self, evaluations):
+                pass
+
+        optimizer = Listed() if made else lambda problem, seed: Listed()
+        options = {**QUICK, "trials": 4, "optimizer": optimizer}
+        result = autoprune.search(small(), "latency <= 100%", DATA, latency=table, **options)
+        assert any("trials too" in note for note in result.notes) is not made
+
+    def counting(self, monkeypatch):
+        """Grows by the number of networks at every run of timings."""
+        from autoprune import measured as measuring
+
+        timed, counts = measuring.time_networks, []
+
+        def count(calls, *given):
+            counts.append(len(calls))
+            return timed(calls, *given)
+
+        monkeypatch.setattr(measuring, "time_networks", count)
+        return counts
 
 
 class TestBest:
