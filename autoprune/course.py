@@ -65,11 +65,12 @@ class Course:
         self._ends: list[int] = []
         self._begun, self._notes, self._refits = 0, list[str](), list[int]()
         if refit and self.measured.timing and any(name in TIMED for name in study.limits):
-            self._ends = [int(share * study.problem.trials) for share in _SHARES]
+            self._ends = sorted({int(share * study.problem.trials) for share in _SHARES} - {0})
         if kept := journal.meta().get(_KEY):
             rows = {row.id: row.candidate for row in journal.trials()}
             self.measured.restore(study, kept["timings"], rows)
-            self._ends, self._refits = self._ends[len(kept["after"]) :], kept["after"]
+            self._refits = kept["after"]
+            self._ends = [end for end in self._ends if end > self._refits[-1]]
             self._learn()
         self.rivals = Rivals(self.study, racing, journal, dense)
         known = recall(journal, self.study, self.optimizer)
@@ -79,9 +80,9 @@ class Course:
     def notes(self) -> tuple[str, ...]:
         """What the optimizers have to say, and when latencies were measured."""
         said = [*self._notes, *self._said()]
-        if self._refits:
+        if self._refits and self.measured.timings:
             after = " and ".join(map(str, self._refits))
-            said.insert(0, f"latency: the front was measured after {after} trials too, and the rest went by that")
+            said.insert(0, f"latency: the front was measured after {after} trials too")
         return tuple(said)
 
     def room(self, asked: int, total: int) -> int:
@@ -100,23 +101,23 @@ class Course:
         self._ends.pop(0)
         self._refits.append(len(found))
         self._journal.record_meta(_KEY, {"after": self._refits, "timings": self.measured.to_json()})
-        if self.measured.latency is not before:
-            said, self._begun = self._said(), len(found)
-            self._notes += said
-            self._learn()
+        said = self._said()
+        if self.measured.latency is not before and self._learn():
+            self._notes, self._begun = [*self._notes, *said], len(found)
             self.rivals = Rivals(self.study, self._racing, self._journal, self._dense)
             recall(self._journal, self.study, self.optimizer)
         return trials
 
-    def _learn(self) -> None:
-        """Go by the latency model as it is now."""
+    def _learn(self) -> bool:
+        """Go by the latency model as it is now, if it lets any candidate pass; whether it does."""
         if self.measured.latency is None:
-            return
+            return False
         try:
             self.study = with_latency(self.study, self.measured.latency)
-        except InfeasibleBudgetError:  # as if nothing had been measured: the front at the end is, in any case
-            return
+        except InfeasibleBudgetError:
+            return False
         self.optimizer = self._make(self.study.problem)
+        return True
 
     def _said(self) -> list[str]:
         """What the present optimizer has to say."""

@@ -64,6 +64,8 @@ class Measured:
 
     def corrected(self, study: Study, found: Sequence[Trial]) -> list[Trial]:
         """Trials with measured costs where there are some, and with latencies of the refitted model elsewhere."""
+        if not self.timings and not self.peaks:
+            return list(found)
         latency, again = self.latency, [0.0] * len(found)
         if latency is not None and self.timings:
             costs = make_costs(study.context.structure, study.context.space, None, latency.setting.batch, latency)

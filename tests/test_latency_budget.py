@@ -346,6 +346,12 @@ class TestMeasuringOnTheWay:
         assert [trial.costs for trial in resumed.front] == [trial.costs for trial in whole.front]
         assert sum(counts) < len([trial for trial in resumed.trials if trial.predicted])
 
+    def test_a_finished_search_that_is_to_go_on_is_measured_again(self, machine, table, tmp_path):
+        options = {**QUICK, "latency": table, "run_dir": str(tmp_path)}
+        autoprune.search(small(), self.BUDGET, DATA, **options)
+        more = autoprune.search(small(), self.BUDGET, DATA, resume=True, **{**options, "trials": 40})
+        assert any("was measured after 12 and 18 and 24 and 30 trials too" in note for note in more.notes)
+
     def test_a_network_is_timed_once(self, machine, table, monkeypatch):
         counts = self.counting(monkeypatch)
         result = autoprune.search(small(), self.BUDGET, DATA, latency=table, **QUICK)
@@ -356,8 +362,11 @@ class TestMeasuringOnTheWay:
         def refuse(*_):
             raise InfeasibleBudgetError("nothing is that fast")
 
+        options = {**QUICK, "latency": table, "executor": LocalExecutor(generation=6)}  # 12 and 18 are multiples
+        alone = autoprune.search(small(), self.BUDGET, DATA, refit_latency=False, **options)
         monkeypatch.setattr("autoprune.course.with_latency", refuse)
-        result = autoprune.search(small(), self.BUDGET, DATA, latency=table, **QUICK)
+        result = autoprune.search(small(), self.BUDGET, DATA, **options)
+        assert [trial.candidate for trial in result.trials] == [trial.candidate for trial in alone.trials]
         assert len(result.trials) == QUICK["trials"]
         assert all(trial.predicted for trial in result.front)
 
