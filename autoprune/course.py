@@ -1,4 +1,4 @@
-"""What a search goes by: its study, its optimizer and its rivals, made anew when latencies were measured on the way."""
+"""What a search goes by: its study, optimizer and rivals, made anew whenever latencies are measured on the way."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ _KEY = "measured"  # in the journal
 
 @final
 class Course:
-    """Goes straight until latencies are measured, then by a latency model that knows them.
+    """The study, the optimizer and the rivals of a search, which change when its front is measured on the way.
 
-    A model that is fitted to random networks is off by a few percent on those that a search finds, and then either they
-    miss the limit or leave a part of it unused. So under a limit on latency, after half and after three quarters of the
-    trials, the front is measured as at the end, the model is fitted to it too, and a new optimizer is told everything
-    under the new costs. What was measured is in the journal: a search that is resumed goes on by it.
+    A latency model that is fitted to random networks may be off by some percent, in one direction, on those that a
+    search finds; then they miss the limit, or leave a part of it unused. So under a limit on latency, after half and
+    after three quarters of the trials, the front is measured as at the end, the model is fitted to it too, and a new
+    optimizer is told the whole history under the new costs. What was measured goes into the journal, and a search that
+    is resumed begins with it.
 
     Args:
         study: The search.
@@ -75,6 +76,9 @@ class Course:
         self.rivals = Rivals(self.study, racing, journal, dense)
         known = recall(journal, self.study, self.optimizer)
         self.history = History(tuple(self.measured.corrected(self.study, known.found)), known.pending)
+        if known:
+            counts = len(known.found), len(known.pending)
+            log.info("resumed: %d trials from the journal, and %d that were never scored again", *counts)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ def search(
         trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained
             next to nothing (see `autoprune.stopping.why_converged`), at 1,000 at the latest; a note says how it knew.
         max_seconds: When to stop proposing, counted from the call.
-        seed: The same seed, data and threads give the same front.
+        seed: The same seed, data and threads give the same front, but for what `refit_latency` says.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
         forward: ``forward(model, batch)``, where calling the model with the inputs of a batch is not enough.
         example_inputs: A tensor, a tuple or a dict of inputs; needed only without data. A list of these covers branches

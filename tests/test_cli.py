@@ -429,7 +429,10 @@ def test_profile_writes_a_table_that_search_takes(monkeypatch):
     assert "Sequential, batch 2" in finished.output
     assert json.loads(Path("table.json").read_text())["setting"]["batch"] == 2
     budget = ("--budget", "latency <= 70%", "--latency", "table.json", "--trials", "8", "--run-dir", "timed")
-    assert run("search", MODEL, "--data", DATA, *budget, "--cost-batch", "2").exit_code == 0
+    for name, more in (("on", ()), ("off", ("--no-refit-latency",))):
+        searched = run("search", MODEL, "--data", DATA, *budget[:-1], name, "--cost-batch", "2", *more)
+        assert searched.exit_code == 0, searched.output
+        assert ("after 4 and 6 trials too" in searched.output) == (name == "on")
     refused = run("search", MODEL, "--data", DATA, *budget[:-1], "other")
     assert refused.exit_code == 2
     assert "batch size is 2" in refused.output
