@@ -77,9 +77,10 @@ def text_of(rows: list[dict[str, Any]]) -> str:
         "missed",
     ]
     return (
-        f"Searches of {TRIALS} trials under {SHARE:.0%} of the dense latency at batch {BATCH}, on one thread. Measuring "
-        f"on the way is ahead {' and '.join(ahead)}: mean and 95 % t-interval over networks and seeds. Missed: networks "
-        "that were measured to be over the limit, of all that were measured.\n\n" + table(header, cells)
+        f"Searches of {TRIALS} trials under {SHARE:.0%} of the dense latency at batch {BATCH}, on one thread. "
+        f"Measuring on the way is ahead {' and '.join(ahead)}: mean and 95 % t-interval over networks and seeds. "
+        "Missed: networks that were measured to be over the limit, of all that were measured.\n\n"
+        + table(header, cells)
     )
 
 
