@@ -99,7 +99,6 @@ class Course:
 
     def refit(self, found: Sequence[Trial]) -> list[Trial]:
         """Measure the front of these trials and go by what is known then; the trials with corrected costs."""
-        log.info("measuring the front after %d trials", len(found))
         before = self.measured.latency
         trials = self.measured.complete(self.study, found)
         self._ends.pop(0)

@@ -230,6 +230,7 @@ def _run(
                     stopped = "time"
                     break
                 if course.due(asked, total) and not pending:
+                    _show(bar, study, found, "measuring latencies")
                     found, study = course.refit(found), course.study
                 room = min(executor.room(), course.room(asked, total))
                 if adaptive and room > 0 and not stopped:
@@ -252,7 +253,8 @@ def _run(
                     course.optimizer.tell(evaluations_of(study, candidate[None], statistics, [fate], [reason]))
                     journal.record_tell([trial])
                     if bar.due(len(found)):
-                        _show(bar, study, found, course.optimizer)
+                        optimizer = course.optimizer
+                        _show(bar, study, found, optimizer.phase if isinstance(optimizer, Explains) else "")
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
             stopped = "interrupted"
@@ -263,8 +265,7 @@ def _why_converged(study: Study, found: Sequence[Trial]) -> str:
     return why_converged(found, study.problem, study.worst_score, study.context.judge.higher_is_better)
 
 
-def _show(bar: Progress, study: Study, found: list[Trial], optimizer: Optimizer) -> None:
-    phase = optimizer.phase if isinstance(optimizer, Explains) else ""
+def _show(bar: Progress, study: Study, found: list[Trial], phase: str) -> None:
     front = find_front(found, tuple(study.limits), study.context.judge.higher_is_better)
     bar.update(
         len(found), sum(trial.status == FAILED for trial in found), front[-1] if front else None, len(front), phase
