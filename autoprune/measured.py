@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, replace
 from typing import Any, final
 
@@ -36,7 +37,7 @@ class Measured:
         latency: What predicts latencies by now; None if there is nothing to predict them.
         elsewhere: What differs here from where the latency table was measured, so that no trial is timed; or empty.
         untimed: Why trials could not be timed, or no further ones; empty as long as all can be.
-        timings: Times against the dense network.
+        timings: Times against the dense network, the latest of each.
         peaks: Bytes at the peak of memory.
     """
 
@@ -53,12 +54,18 @@ class Measured:
         return self.latency is not None and not self.elsewhere and not self.untimed
 
     @seeded(0)  # a model may draw noise
-    def complete(self, study: Study, found: Sequence[Trial]) -> list[Trial]:
-        """Measure trials on the front, and put them right, until the front holds measured trials only."""
+    def complete(self, study: Study, found: Sequence[Trial], anew: bool = False) -> list[Trial]:
+        """Measure trials on the front, and put them right, until the front holds measured trials only.
+
+        Those that were measured before are not measured again, unless all are to be measured `anew`: of those just
+        within a limit, some are there by luck, and the more often one looks, the more of them.
+        """
         trials = list(found)
-        while todo := self._unmeasured(study, trials):
+        done = set[int]() if anew else {*self.timings, *self.peaks}
+        while todo := self._left(study, trials, done):
             modules = [study.evaluator.build(np.array(trial.candidate, dtype=np.int64)).eval() for trial in todo]
             self._measure(study, todo, modules)
+            done.update(trial.id for trial in todo)
             trials = self.corrected(study, trials)
         return trials
 
@@ -99,13 +106,12 @@ class Measured:
         self.timings = {int(trial): Timing(**timing) for trial, timing in timings.items()}
         self._fit(study, np.array([candidates[trial] for trial in self.timings], dtype=np.int64), self.timings)
 
-    def _unmeasured(self, study: Study, trials: Sequence[Trial]) -> list[Trial]:
+    def _left(self, study: Study, trials: Sequence[Trial], done: AbstractSet[int]) -> list[Trial]:
         """Trials on the front that are still to be measured, as many as are compared at once."""
         if not self.timing and study.memory is None:
             return []
-        seen = self.timings.keys() | self.peaks.keys()
         front = find_front(trials, tuple(study.limits), study.context.judge.higher_is_better)
-        return [trial for trial in front if trial.id not in seen][:_AT_ONCE]
+        return [trial for trial in front if trial.id not in done][:_AT_ONCE]
 
     def _measure(self, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> None:
         """Measure trials, given as built."""

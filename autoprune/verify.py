@@ -23,7 +23,7 @@ def verify(study: Study, found: Sequence[Trial], measured: Measured) -> tuple[li
     What is measured replaces what was predicted: the peak of memory where the budget limits it, and latencies wherever
     there is a table of them, so that `SearchResult.best` finds measured networks under a limit that comes later, too.
     The latency model is fitted again with the new evidence, and predicts the rest again; where a trial misses a limit,
-    the next one takes its place on the front, and is measured too.
+    the next one takes its place on the front, and is measured too. What was measured on the way is measured once more.
 
     Args:
         study: The search.
@@ -37,7 +37,7 @@ def verify(study: Study, found: Sequence[Trial], measured: Measured) -> tuple[li
     if measured.elsewhere:
         notes.append(f"latencies are predictions, not verified here: measured with {measured.elsewhere}")
     try:
-        trials = measured.complete(study, trials)
+        trials = measured.complete(study, trials, anew=True)
     except KeyboardInterrupt:
         log.warning("interrupted; some costs on the front are predictions")
         trials = measured.corrected(study, trials)

@@ -326,7 +326,9 @@ class TestMeasuringOnTheWay:
 
     def test_a_search_that_is_resumed_goes_on_by_what_was_measured(self, machine, table, tmp_path, monkeypatch):
         options = {**QUICK, "latency": optimistic(table), "run_dir": str(tmp_path / "stopped")}
-        whole = autoprune.search(small(), self.BUDGET, DATA, **{**options, "run_dir": str(tmp_path / "whole")})
+        with monkeypatch.context() as patch:
+            all_counts = self.counting(patch)
+            whole = autoprune.search(small(), self.BUDGET, DATA, **{**options, "run_dir": str(tmp_path / "whole")})
         gather, calls = LocalExecutor.gather, []
 
         def stop_at(self):
@@ -344,7 +346,8 @@ class TestMeasuringOnTheWay:
         resumed = autoprune.search(small(), self.BUDGET, DATA, resume=True, **options)
         assert [trial.candidate for trial in resumed.trials] == [trial.candidate for trial in whole.trials]
         assert [trial.costs for trial in resumed.front] == [trial.costs for trial in whole.front]
-        assert sum(counts) < len([trial for trial in resumed.trials if trial.predicted])
+        assert counts == all_counts[-len(counts) :]
+        assert len(counts) < len(all_counts)
 
     def test_a_finished_search_that_is_to_go_on_is_measured_again(self, machine, table, tmp_path):
         options = {**QUICK, "latency": table, "run_dir": str(tmp_path)}
@@ -352,11 +355,14 @@ class TestMeasuringOnTheWay:
         more = autoprune.search(small(), self.BUDGET, DATA, resume=True, **{**options, "trials": 40})
         assert any("was measured after 12 and 18 and 24 and 30 trials too" in note for note in more.notes)
 
-    def test_a_network_is_timed_once(self, machine, table, monkeypatch):
+    def test_networks_are_timed_once_on_the_way_and_those_on_the_front_once_more(self, machine, table, monkeypatch):
         counts = self.counting(monkeypatch)
-        result = autoprune.search(small(), self.BUDGET, DATA, latency=table, **QUICK)
-        assert len(counts) > 1
-        assert sum(counts) == len([trial for trial in result.trials if trial.predicted])
+        options = {**QUICK, "latency": table, "optimizer": "random"}
+        result = autoprune.search(small(), self.BUDGET, DATA, **options)
+        on_the_way = [trial for trial in result.trials if trial.predicted]
+        assert len(counts) == 3
+        assert counts[2] == len(result.front)
+        assert len(on_the_way) < sum(counts) <= len(on_the_way) + len(result.front)
 
     def test_where_the_refitted_model_lets_nothing_pass_the_search_goes_on_as_before(self, machine, table, monkeypatch):
         def refuse(*_):
