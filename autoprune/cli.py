@@ -114,9 +114,6 @@ def search(
     latency: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Latencies measured by autoprune profile.")
     ] = None,
-    refit_latency: Annotated[
-        bool, typer.Option(help="Under a limit on latency, measure the front on the way too, and search on by that.")
-    ] = True,
     cost_batch: Annotated[int, typer.Option(help="Samples that latency and memory are of.")] = 1,
     input_shape: InputShape = None,
     example: Example = None,
@@ -155,7 +152,6 @@ def search(
             run_dir=str(run_dir),
             resume=resume,
             latency=latency,
-            refit_latency=refit_latency,
             cost_batch=cost_batch,
         )
         saved.unlink(missing_ok=True)  # of the search before it was resumed

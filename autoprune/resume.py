@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from autoprune.result.from_journal import trial_from
 from autoprune.result.trials import Trial
 from autoprune.statistics import Statistics
 from autoprune.study import Study
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def recall(journal: Journal, study: Study, optimizer: Optimizer) -> History:
         journal.record_tell([row.id for row in done if row.id not in told])
     if waiting and isinstance(optimizer, Pends):
         optimizer.pend(np.stack(list(waiting.values())))
+    log.info("resumed: %d trials from the journal, and %d that were never scored again", len(done), len(waiting))
     return History(tuple(_trial(journal, study, row) for row in done), waiting)
 
 

@@ -13,22 +13,21 @@ from torch import nn
 
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction, Latency
-from autoprune.course import Course
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, make_executor
 from autoprune.identity import identity_of
 from autoprune.journal import Journal
 from autoprune.journal_file import require_free
 from autoprune.metrics import Metric
-from autoprune.optimizers import Problem, find_optimizer, is_made
+from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
 from autoprune.protocols import FAILED, Explains, Failure, IntArray, Measurement, Optimizer
 from autoprune.racing import Racing
 from autoprune.records import evaluations_of, result_of, trial_of
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
-from autoprune.resume import open_journal
-from autoprune.rivals import applicable, find_racing, note_of_racing
+from autoprune.resume import History, open_journal, recall
+from autoprune.rivals import Rivals, applicable, find_racing, note_of_racing
 from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings
 from autoprune.statistics import reason_of, statistics_of, status_of
@@ -65,7 +64,6 @@ def search(
     prior: str = "reconstruction",
     racing: bool | Racing | Rungs = False,
     latency: Latency | str | Path | None = None,
-    refit_latency: bool = True,
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
 
@@ -92,7 +90,7 @@ def search(
         trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained
             next to nothing (see `autoprune.stopping.why_converged`), at 1,000 at the latest; a note says how it knew.
         max_seconds: When to stop proposing, counted from the call.
-        seed: The same seed, data and threads give the same front, but for what `refit_latency` says.
+        seed: The same seed, data and threads give the same front.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
         forward: ``forward(model, batch)``, where calling the model with the inputs of a batch is not enough.
         example_inputs: A tensor, a tuple or a dict of inputs; needed only without data. A list of these covers branches
@@ -119,10 +117,6 @@ def search(
             it, latencies are measured here first. Searches stay within the limit by the upper end of what the table
             predicts; the networks on the front are then measured against the dense one, as far as this is the machine
             of the table. For a device out of reach, pass ``costs={"latency_ms": function}`` instead.
-        refit_latency: Under a limit on latency or throughput, measure the front after half and after three quarters of
-            the trials too, and search on by what that shows, so that the limit is used to the full. What is proposed
-            then depends on what was measured, which differs in its last digits from run to run; ``False`` for a search
-            that the table and `seed` decide. Needs the machine of the table, and no `Optimizer` made already.
 
     Returns:
         The front and everything measured; ``result.build()`` gives a plain pruned module. Ctrl-C returns what was
@@ -184,35 +178,47 @@ def search(
     deadline = None if max_seconds is None else began + max_seconds
     identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
     with open_journal(run_dir, identity, resume) as journal:
-        refit = refit_latency and not is_made(optimizer)
-        course = Course(study, proposer, lambda p: make_optimizer(p, seed), settings, journal, measured, refit)
+        history = recall(journal, study, proposer)
+        rivals = Rivals(study, settings, journal, measured)
         bar = Progress(total, study.context.judge.name, progress)
         try:
             found, stopped, why = _run(
-                course, runner, journal, bar, total, deadline, measured, adaptive=trials == "auto"
+                study,
+                proposer,
+                runner,
+                rivals,
+                journal,
+                bar,
+                total,
+                deadline,
+                measured,
+                history,
+                adaptive=trials == "auto",
             )
         finally:
             runner.stop()
-    study = course.study
-    found, verified = verify(study, found, course.measured)
-    explained = (*verified, *note_of_racing(settings, study, found), *([why] if why else []), *course.notes)
+    found, verified = verify(study, found)
+    explained = (*([why] if why else []), *(proposer.notes if isinstance(proposer, Explains) else ()))
+    explained = (*verified, *note_of_racing(settings, study, found), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
     return result_of(study, found, dense, stopped, time.monotonic() - began, seed, explained)
 
 
 def _run(
-    course: Course,
+    study: Study,
+    optimizer: Optimizer,
     executor: Executor,
+    rivals: Rivals,
     journal: Journal,
     bar: Progress,
     total: int,
     deadline: float | None,
     dense: Measurement,
+    history: History,
     adaptive: bool,
 ) -> tuple[list[Trial], str, str]:
     """The loop: ask, evaluate, record, tell. Returns the trials, the word for why it stopped, and how it knew."""
-    study, history = course.study, course.history
     pending: dict[int, IntArray] = dict(history.pending)
     found: list[Trial] = list(history.found)
     asked = len(history)
@@ -224,23 +230,20 @@ def _run(
         try:
             if pending:
                 ids, candidates = list(pending), np.stack(list(pending.values()))
-                executor.submit(ids, candidates, course.rivals.races(ids, candidates, found))
+                executor.submit(ids, candidates, rivals.races(ids, candidates, found))
             while pending or not stopped:
                 if deadline is not None and time.monotonic() > deadline:
                     stopped = "time"
                     break
-                if course.due(asked, total) and not pending:
-                    _show(bar, study, found, "measuring latencies")
-                    found, study = course.refit(found), course.study
-                room = min(executor.room(), course.room(asked, total))
+                room = min(executor.room(), total - asked)
                 if adaptive and room > 0 and not stopped:
                     why = _why_converged(study, found)
                     stopped = "converged" if why else ""
                 if room > 0 and not stopped:
-                    candidates = course.optimizer.ask(room)
+                    candidates = optimizer.ask(room)
                     ids = journal.record_ask(candidates, {name: cost(candidates) for name, cost in study.costs.items()})
                     pending.update(zip(ids, candidates, strict=True))
-                    executor.submit(ids, candidates, course.rivals.races(ids, candidates, found))
+                    executor.submit(ids, candidates, rivals.races(ids, candidates, found))
                     asked += len(candidates)
                     stopped = "exhausted" if len(candidates) == 0 else ""
                 if asked >= total:
@@ -250,11 +253,10 @@ def _run(
                     candidate, fate, reason = pending.pop(trial), status_of(outcome), reason_of(outcome)
                     found.append(trial_of(study, trial, candidate, outcome, dense))
                     statistics = [statistics_of(outcome, dense)]
-                    course.optimizer.tell(evaluations_of(study, candidate[None], statistics, [fate], [reason]))
+                    optimizer.tell(evaluations_of(study, candidate[None], statistics, [fate], [reason]))
                     journal.record_tell([trial])
                     if bar.due(len(found)):
-                        optimizer = course.optimizer
-                        _show(bar, study, found, optimizer.phase if isinstance(optimizer, Explains) else "")
+                        _show(bar, study, found, optimizer)
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
             stopped = "interrupted"
@@ -265,7 +267,8 @@ def _why_converged(study: Study, found: Sequence[Trial]) -> str:
     return why_converged(found, study.problem, study.worst_score, study.context.judge.higher_is_better)
 
 
-def _show(bar: Progress, study: Study, found: list[Trial], phase: str) -> None:
+def _show(bar: Progress, study: Study, found: list[Trial], optimizer: Optimizer) -> None:
+    phase = optimizer.phase if isinstance(optimizer, Explains) else ""
     front = find_front(found, tuple(study.limits), study.context.judge.higher_is_better)
     bar.update(
         len(found), sum(trial.status == FAILED for trial in found), front[-1] if front else None, len(front), phase

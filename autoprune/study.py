@@ -260,28 +260,6 @@ def _within_upper(
         return lay_out(limits)
 
 
-def with_latency(study: Study, latency: Latency) -> Study:
-    """The study with latencies as another model predicts them, for candidates that stay within the same limits by it.
-
-    Raises:
-        InfeasibleBudgetError: If by that model no candidate does.
-    """
-    context, old, minimise = study.context, study.problem, bool(study.budget.score_limits)
-    again = make_costs(context.structure, context.space, None, latency.setting.batch, latency)
-    costs = {**study.costs, **{name: again[name] for name in TIMED}}
-
-    def lay_out(limits: Mapping[str, float]) -> Problem:
-        return replace(
-            old,
-            limits=np.array(list(limits.values())),
-            cost_function=_limited(costs, tuple(limits)),
-            budget_range=old.budget_range if minimise else None,  # type: ignore[arg-type]  # None is filled in
-        )
-
-    problem = _within_upper(lay_out, study.limits, None if minimise else latency)
-    return replace(study, latency=latency, costs=costs, problem=problem)
-
-
 def hold_score(study: Study, dense: Measurement) -> Study:
     """The study with its limit on the score as a number, once the dense model is measured.
 
@@ -342,11 +320,15 @@ def _problem(
 ) -> Problem:
     """Lay out the problem; to minimise the cost, the whole of what can be reached is of interest."""
     names = tuple(limits)
+
+    def limited(candidates: IntArray) -> FloatArray:
+        return np.column_stack([costs[name](candidates) for name in names])
+
     problem = Problem(
         sizes=space.sizes,
         cost_names=names,
         limits=np.array([limits[name] for name in names]),
-        cost_function=_limited(costs, names),
+        cost_function=limited,
         ordered=np.array([dimension.ordered for dimension in space.dimensions]),
         canonical=space.canonical,
     )
@@ -358,11 +340,6 @@ def _problem(
     given = [candidate for item in items for candidate in candidates_of(item, space)]
     seeds = [np.array(given, dtype=np.int64).reshape(-1, len(space.sizes)), uniform_seeds(problem, fractions)]
     return replace(problem, seeds=np.concatenate(seeds))
-
-
-def _limited(costs: Mapping[str, CostFunction], names: Sequence[str]) -> Callable[[IntArray], FloatArray]:
-    """Costs of candidates (n, d) by these names, shape (n, c)."""
-    return lambda candidates: np.column_stack([costs[name](candidates) for name in names])
 
 
 def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:

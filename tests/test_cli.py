@@ -422,17 +422,14 @@ def test_profile_names_what_it_cannot_use_and_leaves_nothing(option, value, said
 
 def test_profile_writes_a_table_that_search_takes(monkeypatch):
     monkeypatch.setattr("autoprune.costs.profile.clock_for", lambda *_: Machine())
-    monkeypatch.setattr("autoprune.measured.clock_for", lambda *_: Machine())
+    monkeypatch.setattr("autoprune.verify.clock_for", lambda *_: Machine())
     arguments = ("--input-shape", "2,1,4,4", "--output", "table.json", "--batch", "2")
     finished = run("profile", MODEL, *arguments)
     assert finished.exit_code == 0, finished.output
     assert "Sequential, batch 2" in finished.output
     assert json.loads(Path("table.json").read_text())["setting"]["batch"] == 2
     budget = ("--budget", "latency <= 70%", "--latency", "table.json", "--trials", "8", "--run-dir", "timed")
-    for name, more in (("on", ()), ("off", ("--no-refit-latency",))):
-        searched = run("search", MODEL, "--data", DATA, *budget[:-1], name, "--cost-batch", "2", *more)
-        assert searched.exit_code == 0, searched.output
-        assert ("after 4 and 6 trials too" in searched.output) == (name == "on")
+    assert run("search", MODEL, "--data", DATA, *budget, "--cost-batch", "2").exit_code == 0
     refused = run("search", MODEL, "--data", DATA, *budget[:-1], "other")
     assert refused.exit_code == 2
     assert "batch size is 2" in refused.output

@@ -230,28 +230,6 @@ class TestLatency:
         assert np.abs(errors).mean() < 0.12
         assert after.correction.networks == latency.correction.networks + 36
 
-    @pytest.mark.parametrize("n", [3, 8])
-    def test_enough_networks_of_a_search_decide_where_the_middle_is(self, latency, n):
-        rng = np.random.default_rng(3)
-        widths = np.array([[rng.integers(2, size + 1) for _, size in latency.groups] for _ in range(2 * n)])
-        before = latency.predict(widths.astype(np.float64))
-        slower = 1.15 * before * rng.uniform(0.99, 1.01, 2 * n)  # in a search, for whatever reason
-        after = latency.refitted(widths[:n], slower[:n] / latency.dense_ms, np.full(n, 0.005))
-        off = after.predict(widths[n:].astype(np.float64)) / slower[n:] - 1
-        if n == 3:
-            assert np.median(off) < -0.03
-        else:
-            assert abs(np.median(off)) < 0.02
-            assert np.mean((1 + off) * (1 + after.correction.margin) >= 1) >= 0.75
-
-    def test_a_saved_table_knows_which_networks_a_search_found(self, latency, tmp_path):
-        widths = latency.evidence.widths[1:9]
-        slower = 1.15 * latency.predict(widths.astype(np.float64)) / latency.dense_ms
-        after = latency.refitted(widths, slower, np.full(8, 0.005))
-        loaded = Latency.load(after.save(tmp_path / "table.json"))
-        again = dataclasses.replace(loaded, correction=None)
-        np.testing.assert_allclose(again.predict(widths.astype(np.float64)), after.predict(widths.astype(np.float64)))
-
     def test_a_saved_table_predicts_the_same(self, latency, tmp_path):
         loaded = Latency.load(latency.save(tmp_path / "table.json"))
         widths = latency.evidence.widths.astype(np.float64)

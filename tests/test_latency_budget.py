@@ -14,7 +14,6 @@ from autoprune.budget import Budget
 from autoprune.costs.latency import Latency
 from autoprune.costs.runtimes import network_call
 from autoprune.errors import BudgetError, InfeasibleBudgetError, NothingToPruneError, UnsupportedModelError
-from autoprune.execution import LocalExecutor
 from autoprune.result.from_journal import result_from_journal
 from tests.machine import Machine
 from tests.test_latency import INPUTS, measured, run, small
@@ -27,7 +26,7 @@ QUICK = {"trials": 24, "progress": False, "prior": "criterion", "evaluator": "ad
 def machine(monkeypatch) -> Machine:
     """Stands in for every clock."""
     found = Machine(cold=1.3, per_pass=2e-5)
-    for module in ("autoprune.costs.profile", "autoprune.measured"):
+    for module in ("autoprune.costs.profile", "autoprune.verify"):
         monkeypatch.setattr(f"{module}.clock_for", lambda *_: found)
     return found
 
@@ -93,14 +92,14 @@ def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
 
 
 def test_a_network_that_may_be_over_the_limit_by_its_interval_gives_way(machine, table, monkeypatch):
-    from autoprune import measured as measuring
+    from autoprune import verify
 
-    timed = measuring.time_networks
+    timed = verify.time_networks
 
     def unsure(*given):
         return [replace(timing, high=1.3 * timing.ratio) for timing in timed(*given)]
 
-    monkeypatch.setattr(measuring, "time_networks", unsure)
+    monkeypatch.setattr(verify, "time_networks", unsure)
     result = autoprune.search(small(), "latency <= 60%", DATA, latency=table, **QUICK)
     limit = result.limits["latency_ms"]
     gave_way = [
@@ -249,12 +248,12 @@ def test_round_to_auto_needs_latencies_and_says_so():
 
 
 def test_an_interrupted_verification_returns_what_was_measured(machine, table, monkeypatch):
-    from autoprune import measured as measuring
+    from autoprune import verify
 
     def pulled(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measuring, "time_networks", pulled)
+    monkeypatch.setattr(verify, "time_networks", pulled)
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
     assert result.front
     assert any("interrupted: some latencies" in note for note in result.notes)
@@ -262,12 +261,12 @@ def test_an_interrupted_verification_returns_what_was_measured(machine, table, m
 
 @pytest.mark.parametrize("error", [UnsupportedModelError, RuntimeError])
 def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeypatch, error):
-    from autoprune import measured as measuring
+    from autoprune import verify
 
     def refused(*_):
         raise error("no export of this one\nand its whole graph")
 
-    monkeypatch.setattr(measuring, "time_networks", refused)
+    monkeypatch.setattr(verify, "time_networks", refused)
     budget = ["latency <= 60%", "memory <= 90%"]
     result = autoprune.search(small(), budget, DATA, latency=table, **QUICK)
     assert result.front
@@ -286,8 +285,7 @@ def test_a_network_over_one_limit_is_not_said_to_miss_another(machine, table):
 
 
 def test_what_a_corrected_table_puts_over_the_limit_is_no_probe(machine, table):
-    options = {**QUICK, "optimizer": "random", "refit_latency": False}
-    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), **options)
+    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), optimizer="random", **QUICK)
     over = [trial for trial in result.trials if not trial.feasible and not trial.predicted]
     single = sum(np.count_nonzero(trial.candidate) <= 1 for trial in over)
     assert single < len(over)
@@ -296,113 +294,13 @@ def test_what_a_corrected_table_puts_over_the_limit_is_no_probe(machine, table):
 
 
 def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monkeypatch):
-    from autoprune import measured as measuring
+    from autoprune import verify
 
     slow = Machine(cold=1.3, per_pass=1.0)
-    monkeypatch.setattr(measuring, "clock_for", lambda *_: slow)
+    monkeypatch.setattr(verify, "clock_for", lambda *_: slow)
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
     with pytest.raises(InfeasibleBudgetError, match="were measured to be over, the nearest by"):
         result.best()
-
-
-class TestMeasuringOnTheWay:
-    """After half and three quarters of the trials the front is measured, and the search goes by what that shows."""
-
-    BUDGET = "latency <= 60%"
-
-    @pytest.mark.parametrize("optimizer", ["auto", "level_switch", "random"])
-    def test_a_wrong_table_is_right_for_the_rest_of_the_search(self, machine, table, optimizer):
-        options = {**QUICK, "latency": optimistic(table), "optimizer": optimizer}
-        late = {}
-        for refit in (True, False):
-            result = autoprune.search(small(), self.BUDGET, DATA, refit_latency=refit, **options)
-            times = [
-                true_ms(result.build(trial)) for trial in result.trials[13:] if np.count_nonzero(trial.candidate) > 1
-            ]
-            late[refit] = np.mean(np.array(times) > 1.01 * result.limits["latency_ms"])
-            told = [note for note in result.notes if "was measured after 12 and 18 trials too" in note]
-            assert len(told) == refit
-        assert late[True] < 0.1 < late[False]
-
-    def test_a_search_that_is_resumed_goes_on_by_what_was_measured(self, machine, table, tmp_path, monkeypatch):
-        options = {**QUICK, "latency": optimistic(table), "run_dir": str(tmp_path / "stopped")}
-        with monkeypatch.context() as patch:
-            all_counts = self.counting(patch)
-            whole = autoprune.search(small(), self.BUDGET, DATA, **{**options, "run_dir": str(tmp_path / "whole")})
-        gather, calls = LocalExecutor.gather, []
-
-        def stop_at(self):
-            calls.append(1)
-            if len(calls) == 16:
-                raise KeyboardInterrupt
-            return gather(self)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(LocalExecutor, "gather", stop_at)
-            part = autoprune.search(small(), self.BUDGET, DATA, **options)
-        assert part.stopped == "interrupted"
-        assert any("was measured after 12 trials too" in note for note in part.notes)
-        counts = self.counting(monkeypatch)
-        resumed = autoprune.search(small(), self.BUDGET, DATA, resume=True, **options)
-        assert [trial.candidate for trial in resumed.trials] == [trial.candidate for trial in whole.trials]
-        assert [trial.costs for trial in resumed.front] == [trial.costs for trial in whole.front]
-        assert counts == all_counts[-len(counts) :]
-        assert len(counts) < len(all_counts)
-
-    def test_a_finished_search_that_is_to_go_on_is_measured_again(self, machine, table, tmp_path):
-        options = {**QUICK, "latency": table, "run_dir": str(tmp_path)}
-        autoprune.search(small(), self.BUDGET, DATA, **options)
-        more = autoprune.search(small(), self.BUDGET, DATA, resume=True, **{**options, "trials": 40})
-        assert any("was measured after 12 and 18 and 24 and 30 trials too" in note for note in more.notes)
-
-    def test_networks_are_timed_once_on_the_way_and_those_on_the_front_once_more(self, machine, table, monkeypatch):
-        counts = self.counting(monkeypatch)
-        options = {**QUICK, "latency": table, "optimizer": "random"}
-        result = autoprune.search(small(), self.BUDGET, DATA, **options)
-        on_the_way = [trial for trial in result.trials if trial.predicted]
-        assert len(counts) == 3
-        assert counts[2] == len(result.front)
-        assert len(on_the_way) < sum(counts) <= len(on_the_way) + len(result.front)
-
-    def test_where_the_refitted_model_lets_nothing_pass_the_search_goes_on_as_before(self, machine, table, monkeypatch):
-        def refuse(*_):
-            raise InfeasibleBudgetError("nothing is that fast")
-
-        options = {**QUICK, "latency": table, "executor": LocalExecutor(generation=6)}  # 12 and 18 are multiples
-        alone = autoprune.search(small(), self.BUDGET, DATA, refit_latency=False, **options)
-        monkeypatch.setattr("autoprune.course.with_latency", refuse)
-        result = autoprune.search(small(), self.BUDGET, DATA, **options)
-        assert [trial.candidate for trial in result.trials] == [trial.candidate for trial in alone.trials]
-        assert len(result.trials) == QUICK["trials"]
-        assert all(trial.predicted for trial in result.front)
-
-    @pytest.mark.parametrize("made", [True, False])
-    def test_an_optimizer_made_already_keeps_its_problem(self, machine, table, made):
-        class Listed:
-            def ask(self, n):
-                self.asked = getattr(self, "asked", 0) + 1
-                return np.full((1, 2), self.asked)
-
-            def tell(self, evaluations):
-                pass
-
-        optimizer = Listed() if made else lambda problem, seed: Listed()
-        options = {**QUICK, "trials": 4, "optimizer": optimizer}
-        result = autoprune.search(small(), "latency <= 100%", DATA, latency=table, **options)
-        assert any("trials too" in note for note in result.notes) is not made
-
-    def counting(self, monkeypatch):
-        """Grows by the number of networks at every run of timings."""
-        from autoprune import measured as measuring
-
-        timed, counts = measuring.time_networks, []
-
-        def count(calls, *given):
-            counts.append(len(calls))
-            return timed(calls, *given)
-
-        monkeypatch.setattr(measuring, "time_networks", count)
-        return counts
 
 
 class TestBest:

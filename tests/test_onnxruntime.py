@@ -44,7 +44,7 @@ class Counting:
 
         monkeypatch.setattr(OnnxRuntime, "network", counted_network)
         monkeypatch.setattr(onnx_parts._Node, "make", counted_node)
-        for module in ("autoprune.costs.profile", "autoprune.measured"):
+        for module in ("autoprune.costs.profile", "autoprune.verify"):
             monkeypatch.setattr(f"{module}.clock_for", lambda *_: self)
 
     def _count(self, call, weights):

@@ -16,9 +16,7 @@ from autoprune.execution import RayExecutor
 from autoprune.execution.ray_worker import Worker
 from autoprune.journal import Journal
 from autoprune.protocols import FAILED, OK
-from tests.machine import Machine
 from tests.object_stores import object_stores
-from tests.test_latency import measured, small
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.ray
@@ -124,41 +122,6 @@ def test_synchronous_workers_give_the_trials_and_the_front_of_a_local_search(two
         (t.candidate, *scores(local)[t.candidate]) for t in local.trials
     ]
     assert [trial.id for trial in result.front] == [trial.id for trial in local.front]
-
-
-@pytest.mark.parametrize("synchronous", [True, False])
-def test_latencies_are_measured_on_the_way_while_workers_have_nothing_to_do(two_workers, monkeypatch, synchronous):
-    from autoprune import measured as measuring
-
-    machine, timed, flying = Machine(cold=1.3, per_pass=2e-5), measuring.time_networks, []
-    table = measured(machine, batch=1)
-    executor = two_workers(synchronous=synchronous)
-    submit, gather, in_flight = executor.submit, executor.gather, set()
-
-    def submitting(ids, candidates, races):
-        in_flight.update(ids)
-        submit(ids, candidates, races)
-
-    def gathering():
-        done = gather()
-        in_flight.difference_update(one.trial for one in done)
-        return done
-
-    def timing(*given):
-        flying.append(len(in_flight))
-        return timed(*given)
-
-    monkeypatch.setattr(executor, "submit", submitting)
-    monkeypatch.setattr(executor, "gather", gathering)
-    monkeypatch.setattr(measuring, "time_networks", timing)
-    monkeypatch.setattr(measuring, "clock_for", lambda *_: machine)
-    data = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
-    options = {"optimizer": "level_switch", "progress": False, "trials": 24, "latency": table, "prior": "criterion"}
-    result = autoprune.search(small(), "latency <= 60%", data, executor=executor, **options)
-    assert_whole(result)
-    assert len(flying) > 1
-    assert not any(flying)
-    assert any("was measured after 12 and 18 trials too" in note for note in result.notes)
 
 
 def test_asynchronous_workers_score_as_here_and_the_journal_says_who_did(two_workers, local, tmp_path):

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoprune.protocols import FloatArray, IntArray
 
 _TOWARDS_ONE_FACTOR = 0.2  # expected error of a network over how far factors of kinds are expected to be apart
 _SURE = 0.8  # share of networks that the upper limit is to hold for; what is offered is measured
 _FOLDS = 3
-_ENOUGH = 6  # networks of a search, to tell how far all of them are off
 
 
 @dataclass(frozen=True)
@@ -25,13 +23,11 @@ class Evidence:
         widths: Units kept in each group, shape (m, groups).
         ratio: Their time over the dense network's, shape (m,).
         uncertainty: How far the 95 % interval of each reaches, as a fraction of it, shape (m,).
-        found: How many of them, the last ones, a search came up with; the others are random.
     """
 
     widths: IntArray
     ratio: FloatArray
     uncertainty: FloatArray
-    found: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,7 @@ class Correction:
         median_error: Median of the distance of predicted / measured from 1.
         p95_error: 95th percentile of it.
         spearman: Rank correlation of predicted and measured.
-        margin: By how much predictions must be raised so that four of five networks take no longer, as a fraction; of
-            those that a search came up with, if there are enough.
+        margin: By how much predictions must be raised so that four of five networks take no longer, as a fraction.
         networks: Number of networks.
     """
 
@@ -60,47 +55,32 @@ class Correction:
     networks: int
 
 
-def fit(kinds: Mapping[str, FloatArray], measured: FloatArray, uncertainty: FloatArray, found: int = 0) -> Correction:
+def fit(kinds: Mapping[str, FloatArray], measured: FloatArray, uncertainty: FloatArray) -> Correction:
     """Least squares of relative errors with factors of at least 0, held near the best common factor.
-
-    Networks that a search comes up with may all be off in one direction: it prefers what is predicted to be fast, and
-    the machine may not be as it was when the random ones were measured. So factors are scaled to be right for the
-    median of those.
 
     Args:
         kinds: Milliseconds of the parts of each kind, by its name, shape (m,) each.
         measured: Milliseconds of the whole networks, shape (m,).
         uncertainty: As `Evidence` has it, shape (m,).
-        found: As `Evidence` has it.
     """
     columns = np.stack([np.ones(len(measured)), *kinds.values()], axis=1) / measured[:, None]
     weights = 1 / np.maximum(uncertainty, 0.01)
     weights = weights / np.median(weights)
-    searched = np.arange(len(measured)) >= len(measured) - found
-    constant, *factors = _centred(columns, weights, searched).tolist()
+    constant, *factors = _factors(columns, weights).tolist()
     predicted = np.empty(len(measured))  # over measured, by fits to others
     for fold in range(_FOLDS):
         rows = np.arange(len(measured)) % _FOLDS == fold
-        predicted[rows] = columns[rows] @ _centred(columns[~rows], weights[~rows], searched[~rows])
+        predicted[rows] = columns[rows] @ _factors(columns[~rows], weights[~rows])
     errors = np.abs(predicted - 1)
-    judged = predicted[searched] if found >= _ENOUGH else predicted
     return Correction(
         constant_ms=constant,
         factors=dict(zip(kinds, factors, strict=True)),
         median_error=float(np.median(errors)),
         p95_error=float(np.quantile(errors, 0.95)),
         spearman=_spearman(predicted * measured, measured),
-        margin=max(float(np.quantile(1 / judged - 1, _SURE)), 0.0),
+        margin=max(float(np.quantile(1 / predicted - 1, _SURE)), 0.0),
         networks=len(measured),
     )
-
-
-def _centred(columns: FloatArray, weights: FloatArray, searched: NDArray[np.bool_]) -> FloatArray:
-    """Factors as below, scaled so that those that a search came up with are right on the median."""
-    factors = _factors(columns, weights)
-    if np.count_nonzero(searched) >= _ENOUGH * (_FOLDS - 1) / _FOLDS:
-        factors = factors / np.median(columns[searched] @ factors)
-    return factors
 
 
 def _factors(columns: FloatArray, weights: FloatArray) -> FloatArray:

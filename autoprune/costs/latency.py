@@ -59,7 +59,7 @@ class Latency:
         if self.correction is None:
             seen = self.evidence
             kinds = self.by_kind(seen.widths.astype(np.float64))
-            object.__setattr__(self, "correction", fit(kinds, seen.ratio * self.dense_ms, seen.uncertainty, seen.found))
+            object.__setattr__(self, "correction", fit(kinds, seen.ratio * self.dense_ms, seen.uncertainty))
 
     def predict(self, widths: FloatArray) -> FloatArray:
         """Milliseconds of the whole network for the batch, shape (n,), at widths (n, groups)."""
@@ -117,13 +117,12 @@ class Latency:
         return {table.key: table for table in self.tables}
 
     def refitted(self, widths: IntArray, ratio: FloatArray, uncertainty: FloatArray) -> Latency:
-        """The same model, fitted to networks that a search came up with too, of widths (m, groups)."""
+        """The same model with more whole networks, widths (m, groups), added to what it is fitted to."""
         old = self.evidence
         evidence = Evidence(
             np.concatenate([old.widths, widths]),
             np.concatenate([old.ratio, ratio]),
             np.concatenate([old.uncertainty, uncertainty]),
-            old.found + len(widths),
         )
         return replace(self, evidence=evidence, correction=None)  # type: ignore[arg-type]  # fitted anew
 
@@ -232,7 +231,6 @@ class Latency:
                 "widths": seen.widths.tolist(),
                 "ratio": seen.ratio.tolist(),
                 "uncertainty": seen.uncertainty.tolist(),
-                "found": seen.found,
             },
         }
 
@@ -264,7 +262,6 @@ class Latency:
                 np.array(seen["widths"], dtype=np.int64),
                 np.array(seen["ratio"], dtype=np.float64),
                 np.array(seen["uncertainty"], dtype=np.float64),
-                int(seen.get("found", 0)),
             ),
             correction=Correction(**{**correction, "networks": int(correction["networks"])}),
             notes=tuple(data["notes"]),

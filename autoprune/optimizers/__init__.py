@@ -24,7 +24,6 @@ __all__ = [
     "Problem",
     "RandomSearch",
     "find_optimizer",
-    "is_made",
     "uniform_seeds",
 ]
 
@@ -52,14 +51,9 @@ def find_optimizer(spec: str | MakeOptimizer | Optimizer) -> MakeOptimizer:
         if spec not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {spec!r}")
         return OPTIMIZERS[spec]
-    if is_made(spec):
+    if not isinstance(spec, type) and hasattr(spec, "ask") and hasattr(spec, "tell"):
         made = cast(Optimizer, spec)
         return lambda problem, seed: made
     if callable(spec):
         return spec
     raise TypeError(f"optimizer must be a name, a function of (problem, seed) or have ask and tell, got {spec!r}")
-
-
-def is_made(spec: str | MakeOptimizer | Optimizer) -> bool:
-    """Whether `spec` is an optimizer made already, and not what makes one."""
-    return not isinstance(spec, type) and hasattr(spec, "ask") and hasattr(spec, "tell")
