@@ -4,7 +4,7 @@ from autoprune.audit import audit
 from autoprune.budget import Budget
 from autoprune.costs.inspection import Inspection, inspect
 from autoprune.costs.latency import Latency
-from autoprune.costs.profile import profile
+from autoprune.costs.profiling.profile import profile
 from autoprune.data import Data
 from autoprune.errors import (
     AutopruneError,

@@ -251,7 +251,7 @@ def profile(
     with _errors_on_one_line(debug):
         import torch
 
-        from autoprune.costs.profile import profile as measure
+        from autoprune.costs.profiling.profile import profile as measure
         from autoprune.loading import load_model
 
         on, gpus = _device(device), torch.cuda.device_count()

@@ -16,9 +16,9 @@ from torch import nn
 from autoprune import batches
 from autoprune.budget import ALIASES, THROUGHPUT, Budget
 from autoprune.costs import CostFunction, Latency, make_costs
-from autoprune.costs.allocations import MEASURABLE
-from autoprune.costs.peak import PeakMemory, measure_memory
-from autoprune.costs.profile import profile_structure, with_batch
+from autoprune.costs.memory.peak import PeakMemory, measure_memory
+from autoprune.costs.operations.allocations import MEASURABLE
+from autoprune.costs.profiling.profile import profile_structure, with_batch
 from autoprune.costs.returned import selecting
 from autoprune.criteria import order_units, score_units
 from autoprune.data import Subsets, materialise, synthetic

@@ -11,8 +11,8 @@ from torch import nn
 
 from autoprune.batches import closing
 from autoprune.costs import Latency, make_costs
-from autoprune.costs.profile import time_networks
-from autoprune.costs.runtimes import runtime_of
+from autoprune.costs.operations.runtimes import runtime_of
+from autoprune.costs.profiling.profile import time_networks
 from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import Timing, clock_for, note_of_noise
 from autoprune.errors import UnsupportedModelError

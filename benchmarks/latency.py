@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 import autoprune
 from autoprune.costs import StructuralCosts
-from autoprune.costs.parts import draw_widths, prefixes
-from autoprune.costs.profile import profile_structure, time_networks, with_batch
-from autoprune.costs.runtimes import TORCH, network_call, runtime_of
+from autoprune.costs.operations.parts import draw_widths, prefixes
+from autoprune.costs.operations.runtimes import TORCH, network_call, runtime_of
+from autoprune.costs.profiling.profile import profile_structure, time_networks, with_batch
 from autoprune.costs.timing import CpuClock
 from autoprune.protocols import IntArray
 from autoprune.structure.analysis import analyse

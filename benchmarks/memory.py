@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from autoprune.costs import StructuralCosts
-from autoprune.costs.allocations import allocation_of
-from autoprune.costs.parts import draw_widths, prefixes
-from autoprune.costs.peak import measure_memory
+from autoprune.costs.memory.peak import measure_memory
+from autoprune.costs.operations.allocations import allocation_of
+from autoprune.costs.operations.parts import draw_widths, prefixes
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build
 from benchmarks.common import environment, table, write

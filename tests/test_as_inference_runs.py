@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from autoprune.costs.parts import draw_widths, edit_to, prefixes
-from autoprune.costs.peak import measure_memory
-from autoprune.costs.torch_parts import find_parts, sized_calls
+from autoprune.costs.memory.peak import measure_memory
+from autoprune.costs.operations.parts import draw_widths, edit_to, prefixes
+from autoprune.costs.operations.torch_parts import find_parts, sized_calls
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build
 from autoprune.structure.trace import trace

@@ -421,7 +421,7 @@ def test_profile_names_what_it_cannot_use_and_leaves_nothing(option, value, said
 
 
 def test_profile_writes_a_table_that_search_takes(monkeypatch):
-    monkeypatch.setattr("autoprune.costs.profile.clock_for", lambda *_: Machine())
+    monkeypatch.setattr("autoprune.costs.profiling.profile.clock_for", lambda *_: Machine())
     monkeypatch.setattr("autoprune.verify.clock_for", lambda *_: Machine())
     arguments = ("--input-shape", "2,1,4,4", "--output", "table.json", "--batch", "2")
     finished = run("profile", MODEL, *arguments)

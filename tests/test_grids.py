@@ -5,8 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from autoprune.costs.grids import Bench, measure_tables
-from autoprune.costs.parts import Family
+from autoprune.costs.operations.parts import Family
+from autoprune.costs.profiling.grids import Bench, measure_tables
 from autoprune.costs.tables import interpolate, place
 from autoprune.costs.timing import Timing
 

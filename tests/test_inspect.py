@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.costs.inspection import Inspection, inspect
-from autoprune.costs.inspection_text import human
+from autoprune.costs.inspection.text import human
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import Pruning
 from autoprune.structure.examples import example_inputs_of, examples_of, unwrap

@@ -18,12 +18,12 @@ from torch import nn
 import autoprune
 from autoprune.costs.correction import Evidence
 from autoprune.costs.latency import Latency
-from autoprune.costs.parts import draw_widths, part_values, prefixes
-from autoprune.costs.profile import note_on_memory, profile_structure
-from autoprune.costs.runtimes import Torch, network_call
+from autoprune.costs.operations.parts import draw_widths, part_values, prefixes
+from autoprune.costs.operations.runtimes import Torch, network_call
+from autoprune.costs.operations.torch_parts import find_parts
+from autoprune.costs.profiling.profile import note_on_memory, profile_structure
 from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
-from autoprune.costs.torch_parts import find_parts
 from autoprune.errors import RecipeError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build
@@ -420,7 +420,7 @@ class TestNoteOnMemory:
             yield
             KEEPING[0] = False
 
-        monkeypatch.setattr("autoprune.costs.profile.keeping_freed_memory", kept)
+        monkeypatch.setattr("autoprune.costs.profiling.profile.keeping_freed_memory", kept)
 
     def test_a_network_that_is_slower_elsewhere_is_said_to_be(self):
         note = note_on_memory(lambda: None, self.Clock(handed_back=3.0))

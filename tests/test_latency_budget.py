@@ -12,7 +12,7 @@ import torch
 import autoprune
 from autoprune.budget import Budget
 from autoprune.costs.latency import Latency
-from autoprune.costs.runtimes import network_call
+from autoprune.costs.operations.runtimes import network_call
 from autoprune.errors import BudgetError, InfeasibleBudgetError, NothingToPruneError, UnsupportedModelError
 from autoprune.result.from_journal import result_from_journal
 from tests.machine import Machine
@@ -26,7 +26,7 @@ QUICK = {"trials": 24, "progress": False, "prior": "criterion", "evaluator": "ad
 def machine(monkeypatch) -> Machine:
     """Stands in for every clock."""
     found = Machine(cold=1.3, per_pass=2e-5)
-    for module in ("autoprune.costs.profile", "autoprune.verify"):
+    for module in ("autoprune.costs.profiling.profile", "autoprune.verify"):
         monkeypatch.setattr(f"{module}.clock_for", lambda *_: found)
     return found
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import autoprune
-from autoprune.costs import onnx_parts
 from autoprune.costs.latency import Latency
-from autoprune.costs.onnx_sessions import OnnxRuntime, export
-from autoprune.costs.parts import draw_widths, part_values, prefixes
-from autoprune.costs.runtimes import runtime_of
+from autoprune.costs.operations import onnx_parts
+from autoprune.costs.operations.onnx_sessions import OnnxRuntime, export
+from autoprune.costs.operations.parts import draw_widths, part_values, prefixes
+from autoprune.costs.operations.runtimes import runtime_of
 from autoprune.costs.setting import setting_of
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.analysis import analyse
@@ -44,7 +44,7 @@ class Counting:
 
         monkeypatch.setattr(OnnxRuntime, "network", counted_network)
         monkeypatch.setattr(onnx_parts._Node, "make", counted_node)
-        for module in ("autoprune.costs.profile", "autoprune.verify"):
+        for module in ("autoprune.costs.profiling.profile", "autoprune.verify"):
             monkeypatch.setattr(f"{module}.clock_for", lambda *_: self)
 
     def _count(self, call, weights):
@@ -241,7 +241,12 @@ def test_a_provider_that_is_not_installed_is_refused_with_those_that_are():
 
 
 def test_without_the_libraries_the_error_names_the_extra(monkeypatch):
-    for name in ("onnx", "onnxruntime", "autoprune.costs.onnx_sessions", "autoprune.costs.onnx_parts"):
+    for name in (
+        "onnx",
+        "onnxruntime",
+        "autoprune.costs.operations.onnx_sessions",
+        "autoprune.costs.operations.onnx_parts",
+    ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"install autoprune\[onnx\]"):

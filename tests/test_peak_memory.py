@@ -10,10 +10,10 @@ from torch import nn
 
 import autoprune
 from autoprune.costs import StructuralCosts
-from autoprune.costs.allocations import Allocation, allocation_of
-from autoprune.costs.parts import Family, draw_widths, prefixes
-from autoprune.costs.peak import measure_memory
-from autoprune.costs.scratch import fit_scratch
+from autoprune.costs.memory.peak import measure_memory
+from autoprune.costs.memory.scratch import fit_scratch
+from autoprune.costs.operations.allocations import Allocation, allocation_of
+from autoprune.costs.operations.parts import Family, draw_widths, prefixes
 from autoprune.structure.analysis import analyse
 from autoprune.structure.slicing import build
 from tests.test_latency import run, small
@@ -205,7 +205,7 @@ def test_an_operation_that_cannot_be_run_alone_counts_without_scratch_and_is_sai
     def refuse(call, numbers):
         raise TypeError("not these numbers")
 
-    monkeypatch.setattr("autoprune.costs.torch_parts.Call.make", refuse)
+    monkeypatch.setattr("autoprune.costs.operations.torch_parts.Call.make", refuse)
     model, inputs = small(), torch.randn(1, 3, 8, 8)
     memory = measure_memory(model, analyse(model, (inputs,)), (inputs,), {}, run, batch=1)
     assert memory.left_out

@@ -16,7 +16,7 @@ import numpy as np
 from autoprune.batches import Batch, inputs, tensors
 from autoprune.costs.correction import Correction, Evidence, fit
 from autoprune.costs.files import replace_file
-from autoprune.costs.parts import Part, part_values
+from autoprune.costs.operations.parts import Part, part_values
 from autoprune.costs.setting import Setting
 from autoprune.costs.tables import Place, Table, interpolate, place
 from autoprune.errors import RecipeError

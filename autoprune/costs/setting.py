@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprune.costs.runtimes import Runtime
+from autoprune.costs.operations.runtimes import Runtime
 
 
 @dataclass(frozen=True)

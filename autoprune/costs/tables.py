@@ -20,7 +20,8 @@ class Table:
         key: Of the family.
         kind: Of the family.
         axes: Values of each variable, ascending.
-        aligned: Between multiples of this, the grid has other points than at them, see `autoprune.costs.parts.Family`.
+        aligned: Between multiples of this, the grid has other points than at them, see
+            `autoprune.costs.operations.parts.Family`.
         ms: Milliseconds at each point, shape of the grid; extrapolated where no layer of the network comes near.
         low: Lower ends of the 95 % intervals.
         high: Upper ends.

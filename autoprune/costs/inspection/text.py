@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autoprune.costs.inspection import Inspection
+    from autoprune.costs.inspection.inspection import Inspection
 
 WIDTH = 100
 GROUPS_SHOWN = 40

@@ -8,9 +8,9 @@ from typing import Any, Protocol, final
 import torch
 from torch import nn
 
-from autoprune.costs.parts import Family, Part
+from autoprune.costs.operations.parts import Family, Part
+from autoprune.costs.operations.torch_parts import find_parts
 from autoprune.costs.timing import Call
-from autoprune.costs.torch_parts import find_parts
 from autoprune.structure.record import Forward
 from autoprune.structure.structure import Structure
 
@@ -47,7 +47,7 @@ class Runtime(Protocol):
         run: Forward,
         seed: int,
     ) -> tuple[list[Family], list[Part]]:
-        """What it executes for a model, as `autoprune.costs.torch_parts.find_parts` says it of PyTorch."""
+        """What it executes for a model, as `autoprune.costs.operations.torch_parts.find_parts` says it of PyTorch."""
         ...
 
     def yardstick(self, device: torch.device) -> Call:
@@ -64,7 +64,7 @@ def runtime_of(name: str) -> Runtime:
     """
     library, colon, provider = str(name).partition(":")
     if library == ONNXRUNTIME and bool(colon) == bool(provider):
-        from autoprune.costs.onnx_sessions import OnnxRuntime
+        from autoprune.costs.operations.onnx_sessions import OnnxRuntime
 
         return OnnxRuntime(provider)
     if name != TORCH:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoprune.costs.parts import Family
+from autoprune.costs.operations.parts import Family
 from autoprune.costs.tables import Table
 from autoprune.costs.timing import Call, Clock, Repeated, Timing, compare
 from autoprune.protocols import FloatArray

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from autoprune.costs.allocations import operations_of
-from autoprune.costs.parts import Family, Part, Row, edit_to, families_of, sizes_of
+from autoprune.costs.operations.allocations import operations_of
+from autoprune.costs.operations.parts import Family, Part, Row, edit_to, families_of, sizes_of
 from autoprune.protocols import IntArray
 from autoprune.structure.record import Forward, Op, Record, Ref
 from autoprune.structure.skeleton import call_of

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
-from autoprune.costs.inspection_html import as_html
-from autoprune.costs.inspection_text import as_text
+from autoprune.costs.inspection.html import as_html
+from autoprune.costs.inspection.text import as_text
 from autoprune.costs.returned import frozen_by_output, selecting
 from autoprune.costs.structural import StructuralCosts
 from autoprune.structure.analysis import analyse

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.costs.allocations import Allocation, allocation_of
-from autoprune.costs.fused import Fused, find_fused
-from autoprune.costs.parts import Family, Part, Row, families_of, part_values
-from autoprune.costs.scratch import Scratch, Values, fit_scratch
+from autoprune.costs.memory.fused import Fused, find_fused
+from autoprune.costs.memory.scratch import Scratch, Values, fit_scratch
+from autoprune.costs.operations.allocations import Allocation, allocation_of
+from autoprune.costs.operations.parts import Family, Part, Row, families_of, part_values
+from autoprune.costs.operations.torch_parts import sized_calls
 from autoprune.costs.structural import live_tensors, product_values
-from autoprune.costs.torch_parts import sized_calls
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.sources import seeded
 from autoprune.structure.record import Forward, Value

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoprune.costs.allocations import Allocation, allocation_of
-from autoprune.costs.parts import Family, Part, prefixes
-from autoprune.costs.scratch import Scratch, Values, fit_scratch
+from autoprune.costs.memory.scratch import Scratch, Values, fit_scratch
+from autoprune.costs.operations.allocations import Allocation, allocation_of
+from autoprune.costs.operations.parts import Family, Part, prefixes
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.record import Forward, ModuleCall, Record
 from autoprune.structure.slicing import Slicer

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from autoprune.costs.onnx_parts import node_operations
-from autoprune.costs.parts import Family, Part, edit_to, parts_of
-from autoprune.costs.runtimes import ONNXRUNTIME, YARDSTICK
+from autoprune.costs.operations.onnx_parts import node_operations
+from autoprune.costs.operations.parts import Family, Part, edit_to, parts_of
+from autoprune.costs.operations.runtimes import ONNXRUNTIME, YARDSTICK
 from autoprune.costs.timing import Call
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray

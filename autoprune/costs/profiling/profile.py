@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.costs.allocator import keeping_freed_memory
 from autoprune.costs.correction import Evidence
-from autoprune.costs.grids import Bench, measure_tables
 from autoprune.costs.latency import Latency
-from autoprune.costs.parts import draw_widths, prefixes
-from autoprune.costs.progress_file import Progress
+from autoprune.costs.operations.parts import draw_widths, prefixes
+from autoprune.costs.operations.runtimes import TORCH, runtime_of
+from autoprune.costs.profiling.grids import Bench, measure_tables
+from autoprune.costs.profiling.progress_file import Progress
 from autoprune.costs.returned import selecting
-from autoprune.costs.runtimes import TORCH, runtime_of
 from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import Clock, Timing, clock_for, compare, note_of_noise
 from autoprune.errors import UnsupportedModelError

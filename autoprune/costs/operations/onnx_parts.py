@@ -20,7 +20,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, ValueInfoPro
 from autoprune.costs.timing import Repeated
 
 if TYPE_CHECKING:
-    from autoprune.costs.onnx_sessions import OnnxRuntime
+    from autoprune.costs.operations.onnx_sessions import OnnxRuntime
 
 Array = np.ndarray[Any, Any]
 
@@ -51,7 +51,7 @@ class _Input:
 
 @dataclass(frozen=True)
 class _Node:
-    """A node of a graph, as `autoprune.costs.parts.Operation` asks for."""
+    """A node of a graph, as `autoprune.costs.operations.parts.Operation` asks for."""
 
     runtime: OnnxRuntime
     shell: ModelProto  # the graph without anything in it: its versions are left

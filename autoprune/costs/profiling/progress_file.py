@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.costs.files import replace_file
-from autoprune.costs.grids import Bench, Points
-from autoprune.costs.parts import Part
+from autoprune.costs.operations.parts import Part
+from autoprune.costs.profiling.grids import Bench, Points
 from autoprune.costs.setting import Setting
 from autoprune.costs.timing import Timing
 from autoprune.protocols import IntArray

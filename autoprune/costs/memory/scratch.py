@@ -16,8 +16,8 @@ from itertools import combinations, combinations_with_replacement, product
 
 import numpy as np
 
-from autoprune.costs.allocations import Allocation
-from autoprune.costs.parts import Family
+from autoprune.costs.operations.allocations import Allocation
+from autoprune.costs.operations.parts import Family
 from autoprune.protocols import FloatArray
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Measuring a model on this machine, for a latency table."""
