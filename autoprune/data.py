@@ -43,7 +43,8 @@ class Data:
         calibration_samples: Samples used for calibration.
         validation_samples: Samples used for validation.
         test_samples: Samples used for the test.
-        batch_size: Largest batch for arrays and datasets; a loader keeps its own.
+        batch_size: Largest batch for arrays and datasets; a loader keeps its own. On a CPU, smaller ones are faster
+            where activations are large (docs/memory.md).
     """
 
     calibration: Any = None
