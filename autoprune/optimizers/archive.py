@@ -109,6 +109,7 @@ class Archive:
         keys, n = sorted(keys), len(keys)
         rows = [self._told[key] for key in keys]
         # mypy cannot see that these three of the fields are bytes.
+        # mypy cannot tell which entries of a row an index in a loop means; these are bytes.
         columns = [np.frombuffer(b"".join(row[i] for row in rows), dtype=np.float64) for i in (3, 4, 5)]  # type: ignore[misc]
         return Evaluations(
             candidates=self._unpack(keys),
