@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, FileFormatError
 
 if TYPE_CHECKING:
     import torch
@@ -154,8 +154,7 @@ def search(
             latency=latency,
             cost_batch=cost_batch,
         )
-        saved.unlink(missing_ok=True)  # of the search before it was resumed
-        result.save(run_dir)
+        result.save(run_dir, replace=resume)  # of the search before it was resumed
         typer.echo(result)
         typer.echo(f"\nsaved in {run_dir}: result.json, and the weights of each model on the front")
         if result.front:
@@ -332,8 +331,14 @@ def _read(run_dir: Path) -> SearchResult:
     from autoprune.result import SearchResult
     from autoprune.result.from_journal import result_from_journal
 
-    if (run_dir / "result.json").exists():
+    if not (run_dir / "result.json").exists():
+        return result_from_journal(run_dir)
+    try:
         return SearchResult.load(run_dir)
+    except FileFormatError as error:
+        if not (run_dir / "journal.sqlite").exists():
+            raise
+        typer.echo(f"warning: {error}", err=True)
     return result_from_journal(run_dir)
 
 
@@ -383,16 +388,18 @@ def _front_json(result: SearchResult) -> dict[str, Any]:
 def _plot(result: SearchResult, path: Path) -> None:
     try:
         result.plot(path)
-    except (OSError, ValueError) as error:  # matplotlib says which formats there are
+    except (OSError, ValueError) as error:
         raise ValueError(f"plot cannot be written to {path}: {error}") from error
     typer.echo(f"picture in {path}", err=True)
 
 
 def _choose(result: SearchResult, run_dir: Path, budget: list[str] | None, number: int | None) -> Trial:
     """The trial to build, among those that were saved with weights."""
-    from autoprune.result.builders import weights_file
+    from autoprune.result.builders import SavedWeights
 
-    saved = tuple(trial for trial in result.trials if weights_file(run_dir, trial).is_file())
+    builder = result._builder
+    there = builder.there() if isinstance(builder, SavedWeights) else set()
+    saved = tuple(trial for trial in result.trials if trial.id in there)
     if not saved:
         raise ValueError(f"{run_dir} was saved without weights; search again, or save the result with weights='front'")
     if number is None:

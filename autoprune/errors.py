@@ -31,5 +31,15 @@ class DataError(AutopruneError, ValueError):
     """Data that cannot be used: empty, without the labels that a metric needs, or of an unknown form."""
 
 
-class RecipeError(AutopruneError, ValueError):
-    """A saved file that is corrupted, of a foreign format, or made for another model."""
+class FileFormatError(AutopruneError, ValueError):
+    """A file that is corrupted, of a foreign format or another version, or was made for another model.
+
+    The message is cut in its middle to 500 characters: what was wrong in a file may be as long as the file.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= 500 else f"{message[:330]} ... {message[-160:]}")
+
+
+RecipeError = FileFormatError
+"""The former name, from when only recipes were checked."""

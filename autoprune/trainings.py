@@ -15,13 +15,19 @@ from typing import IO, Any
 from autoprune.data import fingerprint
 from autoprune.evaluators import Context
 from autoprune.execution import Outcome
+from autoprune.files import DAMAGE, MIB, explaining, make_folder, parse_json, require_file, shortened, sound
 from autoprune.protocols import Failure
+from autoprune.schema import require_form
 from autoprune.statistics import statistics_of
 
 log = logging.getLogger(__name__)
 
 FILE = "audit.jsonl"
+MOST_BYTES = 256 * MIB
+"""What no log is larger than."""
 Key = tuple[str | int, ...]
+_IDENTITY = {"weights": str, "data": str, "space": str, "metric": str, "evaluator": str, "seed": int}
+_LINE = {"key": [(str, int)], "record": {"score": float, "signal": float, "seconds": float, "reason": str}}
 
 
 @dataclass(frozen=True)
@@ -55,19 +61,21 @@ class Trainings:
 
         Raises:
             ValueError: If the file is of another audit; names what differs.
+            FileFormatError: If it is no log of an audit.
+            OSError: If it cannot be written.
         """
         if run_dir is None:
             yield cls({})
             return
-        path = Path(run_dir) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = _read(path)
-        if lines:
-            _require_same(lines[0], identity, path)
-        with path.open("a") as file:
-            if not lines:
+        path = make_folder(run_dir, "run_dir") / FILE
+        recorded, known = _read(path) if path.exists() else ({}, {})
+        if recorded:
+            _require_same(recorded, identity, path)
+        with explaining(path, "run_dir"):
+            opened = path.open("a", encoding="utf-8")
+        with opened as file:
+            if not recorded:
                 _append(file, identity)
-            known = {tuple(line["key"]): Record(**line["record"]) for line in lines[1:]}
             if known:
                 log.info("%d trainings and scores were read from %s", len(known), path)
             yield cls(known, file)
@@ -101,23 +109,29 @@ def audit_identity(context: Context, evaluator: str, steps: int | None, seed: in
     }
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; the last one may have been cut short."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if not line:
-            continue
+def _read(path: Path) -> tuple[dict[str, Any], dict[Key, Record]]:
+    """The audit that a log is of, and what it holds; lines that are damaged, as the last may be, are left out."""
+    file = require_file(path, "run_dir must hold a log of autoprune.audit", MOST_BYTES)
+    lines = [line for line in file.read_bytes().splitlines() if line]
+    with sound(f"{shortened(path)} is no log of an audit, or is damaged", "remove it, or pass another run_dir"):
+        identity: dict[str, Any] = parse_json(lines[0]) if lines else {}
+        require_form(identity, _IDENTITY if lines else {})
+    known: dict[Key, Record] = {}
+    for line in lines[1:]:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            log.warning("a line of %s was cut short; what it held is done again", path)
-    return lines
+            found = parse_json(line)
+            require_form(found, _LINE)
+            known[tuple(found["key"])] = Record(**found["record"])
+        except DAMAGE:
+            log.warning("a line of %s was cut short or is damaged; what it held is done again", path)
+    return identity, known
 
 
 def _append(file: IO[str], line: Mapping[str, Any]) -> None:
-    file.write("\n" + json.dumps(line))  # begun anew, because a crash may have cut the last line short
-    file.flush()
-    os.fsync(file.fileno())
+    with explaining(Path(file.name), "run_dir"):
+        file.write("\n" + json.dumps(line))  # begun anew, because a crash may have cut the last line short
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _require_same(recorded: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -3,59 +3,58 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from autoprune.errors import RecipeError
+from autoprune.errors import FileFormatError
+from autoprune.files import MIB, make_folder, parse_json, shortened, sound
+from autoprune.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
 
 FORMAT = "autoprune-training"
 VERSION = 1
+MOST_BYTES = 2**20 * MIB
+"""What no checkpoint is larger than, where the model is not known."""
 
 
 def write_checkpoint(path: Path, state: Any) -> None:
     """Write a state: nested dictionaries, lists and tuples of tensors, numbers, strings and None.
 
-    The file is replaced at once, so that a process killed while it writes leaves the one before.
+    The file is replaced as a whole, so that a process killed while it writes leaves the one before.
 
     Raises:
         ValueError: If the state holds anything else.
+        OSError: If the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encoded(state, tensors, ()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.part")
-    save_file(tensors, beside, metadata={"format": FORMAT, "version": str(VERSION), "state": text})
-    os.replace(beside, path)
+    make_folder(path.parent, "checkpoint")
+    header = {"format": FORMAT, "version": str(VERSION), HASH: content_hash(tensors, text), "state": text}
+    write_tensors(path, tensors, header, "checkpoint")
 
 
-def read_checkpoint(path: Path) -> Any:
+def read_checkpoint(path: Path, most_bytes: int = MOST_BYTES) -> Any:
     """Read what `write_checkpoint` wrote; tuples come back as lists, tensors on the CPU.
 
-    Raises:
-        RecipeError: If the file is corrupted, foreign or of another version.
-    """
-    from safetensors import SafetensorError, safe_open
+    Args:
+        path: The file.
+        most_bytes: What no sound file is larger than.
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-    except (SafetensorError, OSError) as error:
-        raise RecipeError(f"checkpoint {path} cannot be read: {error}; remove it to train anew") from error
+    Raises:
+        FileFormatError: If the file is corrupted, foreign or of another version.
+    """
+    told, way_out = f"checkpoint {shortened(path)}", "remove it to train again, or name another file"
+    with sound(f"{told} cannot be read", way_out):
+        metadata, tensors = read_tensors(path, "checkpoint must be a file that a training wrote", most_bytes)
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
-        raise RecipeError(
-            f"checkpoint {path} must have the format {FORMAT} {VERSION}, got {metadata.get('format')} "
-            f"{metadata.get('version')}; name another file"
+        raise FileFormatError(
+            f"{told} must have the format {FORMAT} {VERSION}, got {metadata.get('format')!r:.60} "
+            f"{metadata.get('version')!r:.60}; name another file"
         )
-    try:
-        return _decoded(json.loads(metadata["state"]), tensors)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"checkpoint {path} is damaged: {error!r}; remove it to train anew") from error
+    with sound(f"{told} is damaged", way_out):
+        require_whole(metadata, metadata["state"], tensors)
+        return _decoded(parse_json(metadata["state"]), tensors)
 
 
 def _encoded(tree: Any, tensors: dict[str, Tensor], path: tuple[Any, ...]) -> Any:
@@ -84,4 +83,6 @@ def _decoded(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[value]
     if kind == "dict":
         return {key: _decoded(each, tensors) for key, each in value}
+    if kind != "list":
+        raise ValueError(f"{kind!r:.60} is nothing that a state holds")
     return [_decoded(each, tensors) for each in value]

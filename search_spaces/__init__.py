@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from autoprune.criteria import Criterion
-from autoprune.errors import RecipeError
+from autoprune.errors import FileFormatError
 from autoprune.protocols import SearchSpace
 from autoprune.search_spaces.channels import Channels, ChannelSpace
 from autoprune.search_spaces.sparsity import Sparsity, SparsitySpace
@@ -49,12 +49,14 @@ def space_from_json(data: Mapping[str, Any]) -> SearchSpace:
     """Restore a space of any kind.
 
     Raises:
-        RecipeError: If the kind is unknown here.
+        FileFormatError: If the kind is unknown here.
+        ValueError: If it is damaged; names the first place that is.
     """
-    kind = _KINDS.get(data.get("type", ""))
+    named = data.get("type")
+    kind = _KINDS.get(named) if isinstance(named, str) else None
     if kind is None:
-        raise RecipeError(
-            f"space type must be one of {sorted(_KINDS)}, got {data.get('type')!r}; was it saved by a newer version?"
+        raise FileFormatError(
+            f"space type must be one of {sorted(_KINDS)}, got {named!r:.60}; was it saved by a newer version?"
         )
     return kind.from_json(data)
 

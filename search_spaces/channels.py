@@ -13,6 +13,7 @@ import numpy as np
 from autoprune.criteria import Criterion
 from autoprune.errors import NothingToPruneError
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
+from autoprune.schema import require_form
 from autoprune.structure.analysis import require_prunable
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
@@ -140,6 +141,9 @@ def _names(group: Group) -> set[str]:
     return {group.name, *(slot.tensor.rpartition(".")[0] for slot in group.slots)}
 
 
+_FORM = {"groups": [[(str, int)]], "dimensions": [{"name": str, "options": [int], "order": [int]}]}
+
+
 @dataclass(frozen=True)
 class ChannelSpace:
     """Widths of the groups of one model.
@@ -212,7 +216,20 @@ class ChannelSpace:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ChannelSpace:
-        """Restore what `to_json` wrote."""
+        """Restore what `to_json` wrote.
+
+        Raises:
+            ValueError: If it is something else; names the first place that differs.
+        """
+        require_form(data, _FORM, "space")
+        sizes = dict(data["groups"])
+        for d in data["dimensions"]:
+            size = sizes.get(d["name"])
+            widths = d["options"]
+            if size is None or not widths or widths != sorted({*widths, size}, reverse=True) or widths[-1] < 1:
+                raise ValueError(f"space.dimensions[{d['name']!r}] must have widths that fall from that of its group")
+            if sorted(d["order"]) != list(range(size)):
+                raise ValueError(f"space.dimensions[{d['name']!r}] must have every unit of its group in its order")
         return cls(
             dimensions=tuple(Dimension(d["name"], tuple(d["options"])) for d in data["dimensions"]),
             groups=tuple((str(name), int(size)) for name, size in data["groups"]),

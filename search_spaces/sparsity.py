@@ -13,6 +13,7 @@ import numpy as np
 
 from autoprune.errors import NothingToPruneError
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
+from autoprune.schema import require_form
 from autoprune.structure.structure import Structure
 
 LEVELS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -85,6 +86,9 @@ def zeros_at(level: float, elements: int) -> int:
     return math.floor(Fraction(str(level)) * elements)
 
 
+_FORM = {"groups": [[(str, int)]], "dimensions": [{"name": str, "options": [float], "elements": int}]}
+
+
 @dataclass(frozen=True)
 class SparsitySpace:
     """Sparsity of the weights of one model.
@@ -148,7 +152,16 @@ class SparsitySpace:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SparsitySpace:
-        """Restore what `to_json` wrote."""
+        """Restore what `to_json` wrote.
+
+        Raises:
+            ValueError: If it is something else; names the first place that differs.
+        """
+        require_form(data, _FORM, "space")
+        for d in data["dimensions"]:
+            levels = d["options"]
+            if not levels or levels[0] != 0 or levels != sorted(set(levels)) or levels[-1] >= 1 or d["elements"] < 1:
+                raise ValueError(f"space.dimensions[{d['name']!r}] must have elements, and levels that rise from 0")
         return cls(
             dimensions=tuple(Dimension(d["name"], tuple(d["options"])) for d in data["dimensions"]),
             elements=tuple(d["elements"] for d in data["dimensions"]),

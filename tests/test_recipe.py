@@ -2,10 +2,13 @@
 
 import copy
 import json
+import os
 import pickle
+import stat
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -15,6 +18,7 @@ import autoprune
 from autoprune.result.recipe import ATTRIBUTE, attach
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import analyse
+from autoprune.tensor_file import HASH, content_hash, write_tensors
 from tests.zoo import ZOO
 
 
@@ -215,3 +219,77 @@ class TestRefusals:
         save_file(load_file(file), file, metadata={"format": "autoprune-model", "version": "1", "recipe": recipe})
         with pytest.raises(autoprune.RecipeError, match=r"small.safetensors (holds a damaged recipe|was not made for)"):
             autoprune.load(file, ZOO["mlp"].build())
+
+    def test_a_flipped_bit_in_the_weights_is_named(self, file):
+        content = bytearray(file.read_bytes())
+        content[-10] ^= 4
+        file.write_bytes(content)
+        with pytest.raises(autoprune.RecipeError, match="damaged weights: its content is not that of its hash; save"):
+            autoprune.load(file, ZOO["mlp"].build())
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"attributes": {"0": {"forward": 3}}}, "it sets 0.forward, which is no whole number in this Linear"),
+            ({"attributes": {"0": {"training": 1}}}, "it sets 0.training, which is no whole number"),
+            ({"attributes": {"0": {"weight.data": 1}}}, "it sets 0.weight.data, which is no whole number"),
+            ({"attributes": {"0": {"out_features": "24"}}}, "must be a whole number, got '24'"),
+            ({"attributes": {"0": {"out_features": True}}}, "must be a whole number, got True"),
+            ({"attributes": {"99": {"out_features": 1}}}, "was not made for this Sequential"),
+            ({"slices": {"0.weight": {"0": [0, 0]}}}, "must be different numbers from 0 to 47"),
+            ({"slices": {"0.weight": {"0": [-1]}}}, "must be different numbers from 0 to 47"),
+            ({"slices": {"0.weight": {"7": [1]}}}, "holds a damaged recipe"),
+            ({"slices": {"0.weight": {"0": [2**70]}}}, "must be different numbers"),
+            ({"dense_shapes": {"0.weight": "48"}}, "must be a list"),
+        ],
+    )
+    def test_a_recipe_that_would_set_anything_but_sizes_is_refused(self, file, change, message):
+        recipe = getattr(half("mlp"), ATTRIBUTE)
+        text = json.dumps({**recipe, **{part: {**recipe[part], **new} for part, new in change.items()}})
+        state = load_file(file)
+        header = {"format": "autoprune-model", "version": "1", HASH: content_hash(state, text), "recipe": text}
+        write_tensors(file, state, header)
+        model = ZOO["mlp"].build()
+        with pytest.raises(autoprune.RecipeError, match=message):
+            autoprune.load(file, model)
+        assert model[0].out_features == 48
+        assert callable(model[0].forward)
+
+    def test_what_is_no_model_is_named(self, file):
+        with pytest.raises(TypeError, match=r"fresh_model must be a dense nn.Module of the class .*, got NoneType"):
+            autoprune.load(file, None)
+
+
+class TestWriting:
+    def test_the_file_gets_the_permissions_that_the_umask_leaves(self, tmp_path):
+        before = os.umask(0o022)
+        try:
+            autoprune.save(half("mlp"), tmp_path / "small.safetensors")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "small.safetensors").stat().st_mode) == 0o644
+
+    def test_a_missing_folder_a_device_and_a_fifo_are_refused_in_words(self, tmp_path):
+        os.mkfifo(tmp_path / "fifo")
+        small = half("mlp")
+        with pytest.raises(FileNotFoundError, match=r"path must lie in a folder that exists, got .*; make the folder"):
+            autoprune.save(small, tmp_path / "nowhere" / "small.safetensors")
+        for place in (tmp_path / "fifo", "/dev/null"):
+            with pytest.raises(FileExistsError, match=r"path must be free, but there is a (FIFO|device) at"):
+                autoprune.save(small, place)
+        assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+        assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+    def test_a_full_disk_is_named_and_leaves_the_old_file(self, tmp_path, monkeypatch):
+        file = tmp_path / "small.safetensors"
+        autoprune.save(half("mlp"), file)
+        before = file.read_bytes()
+
+        def full(*args, **options):
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError, match=r"path could not be written to .*small.safetensors: no space is left; free"):
+            autoprune.save(half("mlp", seed=1), file)
+        assert file.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [file]

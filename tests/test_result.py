@@ -198,6 +198,92 @@ class TestSaveAndLoad:
                 found.save(path)
         assert (tmp_path / "file").read_text() == "mine"
 
+    def test_weights_swapped_between_trials_are_named(self, found, tmp_path):
+        found.save(tmp_path / "result")
+        first, second = (weights_file(tmp_path / "result", trial) for trial in found.front[:2])
+        first.rename(tmp_path / "aside")
+        second.rename(first)
+        (tmp_path / "aside").rename(second)
+        loaded = SearchResult.load(tmp_path / "result", ZOO["mlp"].build())
+        for trial in loaded.front[:2]:
+            with pytest.raises(
+                autoprune.FileFormatError, match=f"does not hold the weights that trial {trial.id} was saved with"
+            ):
+                loaded.build(trial)
+
+    def test_weights_left_over_from_an_earlier_search_are_not_built(self, found, tmp_path):
+        left = next(trial for trial in feasible(found) if trial not in found.front)
+        autoprune.save(found.build(), weights_file(tmp_path, left))
+        found.save(tmp_path)
+        assert not weights_file(tmp_path, left).exists()
+        autoprune.save(found.build(), weights_file(tmp_path, left))
+        with pytest.raises(autoprune.FileFormatError, match=f"trial {left.id} was saved without weights"):
+            SearchResult.load(tmp_path, ZOO["mlp"].build()).build(left)
+
+    def test_a_result_takes_the_place_of_another_without_leaving_any_of_it(self, found, vectors, tmp_path):
+        found.save(tmp_path)
+        fewer = replace(found, front=found.front[:1])
+        fewer.save(tmp_path, replace=True)
+        loaded = SearchResult.load(tmp_path, ZOO["mlp"].build())
+        assert loaded.to_json() == fewer.to_json()
+        assert torch.equal(loaded.build(fewer.front[0])(vectors[0]), found.build(found.front[0])(vectors[0]))
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_a_save_that_is_cut_short_leaves_the_earlier_one_whole(self, found, vectors, tmp_path, monkeypatch):
+        found.save(tmp_path)
+        other = replace(found, front=tuple(replace(trial, score=0.0) for trial in found.front))
+
+        def cut_short(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("autoprune.result.saving.write_text", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            other.save(tmp_path, replace=True)
+        loaded = SearchResult.load(tmp_path, ZOO["mlp"].build())
+        assert loaded.to_json() == found.to_json()
+        for trial in loaded.front:
+            assert torch.equal(loaded.build(trial)(vectors[0]), found.build(trial)(vectors[0]))
+        monkeypatch.undo()
+        other.save(tmp_path, replace=True)
+        assert len(list(tmp_path.iterdir())) == 1 + len(found.front)
+        assert SearchResult.load(tmp_path, ZOO["mlp"].build()).build(found.front[0]) is not None
+
+    @pytest.mark.parametrize(
+        ("place", "value"),
+        [
+            (("trials", 0, "costs", "flops"), "many"),
+            (("trials", 0, "candidate"), [-1, 0, 0]),
+            (("trials", 0, "candidate", 0), 10**6),
+            (("trials", 0, "candidate"), [0]),
+            (("trials", 0, "costs"), {}),
+            (("trials", 1, "id"), 0),
+            (("dense", "interval"), [0.5]),
+            (("seconds",), "long"),
+            (("limits",), {}),
+            (("limits", "flops"), None),
+            (("budget",), "half"),
+            (("budget",), "accuracies >= 0.5"),
+            (("front", 0), 999),
+            (("space", "dimensions", 0, "options"), [48, 60]),
+            (("space", "dimensions", 0, "order", 0), 1),
+            (("space", "type"), []),
+            (("weights",), {"0": {"file": "../trial.safetensors", "sha256": ""}}),
+            (("audit",), {"rows": 3}),
+        ],
+    )
+    def test_a_value_of_another_kind_is_named(self, found, tmp_path, place, value):
+        file = found.save(tmp_path / "result", weights="none") / "result.json"
+        data = json.loads(file.read_text())
+        inner = data
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        file.write_text(json.dumps(data))
+        with pytest.raises(
+            autoprune.FileFormatError, match=r"result\.json is not a result of autoprune, or is damaged"
+        ):
+            SearchResult.load(tmp_path / "result", ZOO["mlp"].build())
+
     def test_there_is_no_pickle_on_disk(self, found, tmp_path):
         for file in found.save(tmp_path / "result").iterdir():
             content = file.read_bytes()
@@ -264,6 +350,13 @@ class TestLookingAtIt:
         assert "flops" in axes.get_xlabel()
         assert "accuracy" in axes.get_ylabel()
         assert len(axes.collections[0].get_offsets()) == len(feasible(with_a_failure)) - 1 < 29
+
+    def test_a_picture_of_an_unknown_format_is_refused_in_words_and_not_begun(self, found, tmp_path):
+        with pytest.raises(
+            ValueError, match=r"path must end in a format of pictures, one of \[.*'png'.*got .*front.docx"
+        ):
+            found.plot(tmp_path / "front.docx")
+        assert list(tmp_path.iterdir()) == []
 
     def test_two_limits_are_plotted_without_a_line(self, vectors):
         result = search(ZOO["mlp"].build(), vectors, budget=["flops <= 60%", "params <= 60%"], trials=6)

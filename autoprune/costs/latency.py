@@ -15,18 +15,45 @@ import numpy as np
 
 from autoprune.batches import Batch, inputs, tensors
 from autoprune.costs.correction import Correction, Evidence, fit
-from autoprune.costs.files import replace_file
 from autoprune.costs.operations.parts import Part, part_values
 from autoprune.costs.setting import Setting
 from autoprune.costs.tables import Place, Table, interpolate, place
-from autoprune.errors import RecipeError
+from autoprune.files import MIB, read_json, require_file, shortened, sound, write_text
 from autoprune.protocols import FloatArray, IntArray
+from autoprune.schema import require_form
 from autoprune.structure.structure import Structure
 
 FORMAT = "autoprune-latency"
 VERSION = 1
 UNITS = {"ms": "milliseconds of one forward pass of the whole batch", "ratio": "of the dense network's time"}
 
+MOST_BYTES = 256 * MIB
+"""What no table is larger than."""
+
+_FORM = {
+    "format": frozenset({FORMAT}),
+    "version": int,
+    "setting": {
+        **dict.fromkeys(("model", "device", "machine", "runtime", "date"), str),
+        **dict.fromkeys(("batch", "threads"), int),
+        "inputs": [str],
+        "versions": {str: str},
+    },
+    "dense_ms": float,
+    "notes": [str],
+    "correction": {
+        **dict.fromkeys(("constant_ms", "median_error", "p95_error", "margin"), float),
+        "spearman": (float, None),
+        "factors": {str: float},
+        "networks": int,
+    },
+    "groups": [[(str, int)]],
+    "parts": [{"family": str, "count": int, "sizes": [[(int, [[int]])]]}],
+    "tables": [
+        {"family": str, "kind": str, "axes": [[int]], "aligned?": int} | dict.fromkeys(("ms", "low", "high"), object)
+    ],
+    "networks": {"widths": [[int]], "ratio": [float], "uncertainty": [float]},
+}
 _ALIGNED = 8  # kernels compute channels in blocks of as many, or of a multiple; what is left over costs more in a whole
 
 
@@ -161,8 +188,12 @@ class Latency:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write a portable JSON table; an existing file is replaced."""
-        return replace_file(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
+        """Write a portable JSON table; an existing file is replaced as a whole.
+
+        Raises:
+            OSError: If it cannot be written; says why.
+        """
+        return write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Latency:
@@ -170,22 +201,17 @@ class Latency:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            RecipeError: If it is damaged, foreign, or of another version.
+            FileFormatError: If it is damaged, foreign, or of another version.
         """
-        file = Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"latency must be a file written by autoprune profile, got {path}: no such file")
-        try:
-            data = json.loads(file.read_text())
-            if data["format"] != FORMAT or data["version"] != VERSION:
-                raise ValueError(f"format {data['format']!r} version {data['version']!r}, and not {VERSION}")
+        file = require_file(path, "latency must be a file written by autoprune profile", MOST_BYTES)
+        told = f"{shortened(file)} is not a latency table of this autoprune, or is damaged"
+        with sound(told, "measure again with autoprune profile"):
+            data = read_json(file, MOST_BYTES)
+            require_form(data, _FORM)
+            if data["version"] != VERSION:
+                raise ValueError(f"it has version {data['version']}, and not {VERSION}")
             found = cls.from_json(data)
             found._require_sound()
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(
-                f"{file} is not a latency table of this autoprune, or is damaged: {error!r}; measure again with "
-                "autoprune profile"
-            ) from error
         return found
 
     def _require_sound(self) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from autoprune.costs import CostFunction
 from autoprune.errors import RecipeError
 from autoprune.evaluators import Context, Evaluator
-from autoprune.result.recipe import attach, load
+from autoprune.files import shortened
+from autoprune.result.recipe import attach, read
 from autoprune.result.trials import Trial
 
 
@@ -48,25 +49,58 @@ class FromEvaluator:
         return attach(module, context.structure.edit(context.space.pruning(trial.candidate)), context.model)
 
 
-class SavedWeights:
-    """Builds from the files beside a saved result."""
+@dataclass(frozen=True)
+class WeightsFile:
+    """Where a saved result keeps the weights of a trial.
 
-    def __init__(self, folder: Path, model: nn.Module) -> None:
+    Attributes:
+        name: Of the file, in the folder of the result.
+        sha256: Of its content, so that no other file can be taken for it.
+    """
+
+    name: str
+    sha256: str
+
+
+class SavedWeights:
+    """Builds from the files next to a saved result.
+
+    Args:
+        folder: That of the result.
+        model: A dense model of the class that was pruned; None builds nothing.
+        files: What the result says it was saved with, by trial.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module | None, files: Mapping[int, WeightsFile]) -> None:
         self._folder = folder
         self._model = model
+        self.files = files
+
+    def there(self) -> set[int]:
+        """Numbers of the trials whose files are in the folder."""
+        return {trial for trial, kept in self.files.items() if (self._folder / kept.name).exists()}
 
     def build(self, trial: Trial) -> nn.Module:
         """Load the trial's weights into a copy of the model.
 
         Raises:
-            RecipeError: If the result was saved without them.
+            RecipeError: If the result was saved without them, or the file is not the one that it was saved with.
         """
-        file = weights_file(self._folder, trial)
-        if not file.is_file():
+        if self._model is None:
+            raise RecipeError("build needs the model; load the result with SearchResult.load(path, model=model)")
+        if trial.id not in self.there():
             raise RecipeError(f"trial {trial.id} was saved without weights; choose one of the front, or search again")
-        return load(file, self._model)
+        kept = self.files[trial.id]
+        file = self._folder / kept.name
+        module, digest = read(file, self._model)
+        if digest != kept.sha256:
+            raise RecipeError(
+                f"{shortened(file)} does not hold the weights that trial {trial.id} was saved with: it was swapped "
+                "with another file or replaced; search again, or copy the folder of the result as a whole"
+            )
+        return module
 
 
 def weights_file(folder: Path, trial: Trial) -> Path:
-    """Where a result keeps the weights of a trial."""
+    """Where a result keeps the weights of a trial, unless other weights are there already."""
     return folder / f"trial-{trial.id:04d}.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autoprune.files import as_path, replacing, shortened
 from autoprune.protocols import OK
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def plot_front(result: SearchResult, path: str | Path | None = None) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="lower right" if result.higher_is_better else "upper right")
     if path is not None:
-        figure.savefig(path, dpi=150)
+        _write(figure, path, dpi=150)
     return figure
 
 
@@ -99,5 +100,16 @@ def plot_audit(audit: Audit, path: str | Path | None = None) -> Figure:
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     if path is not None:
-        figure.savefig(path, dpi=120)
+        _write(figure, path, dpi=120)
     return figure
+
+
+def _write(figure: Figure, path: str | Path, dpi: int) -> None:
+    """Replace a picture; its ending says the format, and PNG is that of a name without."""
+    name = as_path(path)
+    form = name.suffix.lstrip(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if form not in known:
+        raise ValueError(f"path must end in a format of pictures, one of {sorted(known)}, got {shortened(name)}")
+    with replacing(name) as fresh:
+        figure.savefig(fresh, dpi=dpi, format=form)

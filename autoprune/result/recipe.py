@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ import torch
 from torch import nn
 
 from autoprune.errors import RecipeError
+from autoprune.files import MIB, parse_json, shortened, sound
+from autoprune.schema import require_form
 from autoprune.structure.examples import unwrap
 from autoprune.structure.slicing import Edit, build
+from autoprune.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
 
 FORMAT = "autoprune-model"
 VERSION = 1
 ATTRIBUTE = "_autoprune_recipe"
 """Where a built module keeps its recipe, JSON-ready, so that it survives copying, pickling and fine-tuning."""
+MOST_TIMES_DENSE = 8
+"""How much larger than the dense model a file may be: it may hold other types of numbers."""
+MOST_RECIPE = 256 * MIB
+_FORM = {"slices": {str: {str: [int]}}, "attributes": {str: {str: int}}, "dense_shapes": {str: [int]}}
 
 
 def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
@@ -52,13 +60,17 @@ def save(module: nn.Module, path: str | Path) -> None:
 
     Args:
         module: What ``result.build()`` returned.
-        path: The file to write; an existing one is replaced.
+        path: The file to write; an existing one is replaced as a whole. A link is followed.
 
     Raises:
         RecipeError: If the module was not built by autoprune.
+        OSError: If the file cannot be written, or `path` is a folder, a device or a FIFO.
     """
-    from safetensors.torch import save_file
+    write(module, path)
 
+
+def write(module: nn.Module, path: str | Path) -> str:
+    """Write a pruned model as `save` does, and return the hash of its content."""
     module = unwrap(module)
     recipe = getattr(module, ATTRIBUTE, None)
     if recipe is None:
@@ -66,10 +78,10 @@ def save(module: nn.Module, path: str | Path) -> None:
             f"module must come from result.build(), but {type(module).__name__} carries no recipe; "
             "save an ordinary model with torch.save(model.state_dict(), ...)"
         )
-    # Clones, because safetensors refuses tensors that share storage, as tied weights do.
-    state = {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}
-    metadata = {"format": FORMAT, "version": str(VERSION), "recipe": json.dumps(recipe)}
-    save_file(state, path, metadata=metadata)
+    state, text = module.state_dict(), json.dumps(recipe)
+    digest = content_hash(state, text)
+    write_tensors(path, state, {"format": FORMAT, "version": str(VERSION), HASH: digest, "recipe": text})
+    return digest
 
 
 def load(path: str | Path, fresh_model: nn.Module) -> nn.Module:
@@ -85,56 +97,87 @@ def load(path: str | Path, fresh_model: nn.Module) -> nn.Module:
     Raises:
         FileNotFoundError: If there is no such file.
         RecipeError: If the file is corrupted or foreign, or was made for another model.
+        TypeError: If `fresh_model` is no module.
     """
-    recipe, state = _read(Path(path))
+    return read(path, fresh_model)[0]
+
+
+def read(path: str | Path, fresh_model: nn.Module) -> tuple[nn.Module, str]:
+    """Load a model as `load` does; with the hash of its content."""
+    if not isinstance(fresh_model, nn.Module):
+        raise TypeError(
+            f"fresh_model must be a dense nn.Module of the class that was pruned, got {type(fresh_model).__name__}"
+        )
     fresh_model = unwrap(fresh_model)
-    edit = _edit(recipe, fresh_model, path)
-    try:
-        module = build(fresh_model, edit)
+    dense_bytes = sum(tensor.nbytes for tensor in (*fresh_model.parameters(), *fresh_model.buffers()))
+    expected = "path must be a file written by autoprune.save"
+    metadata, state = read_tensors(path, expected, MOST_TIMES_DENSE * dense_bytes + MOST_RECIPE)
+    recipe = _recipe_in(metadata, shortened(path))
+    with sound(f"{shortened(path)} holds a damaged recipe, or damaged weights", "save the model again"):
+        digest = require_whole(metadata, metadata["recipe"], state)
+    misfit = f"{shortened(path)} was not made for this {type(fresh_model).__name__}"
+    with sound(misfit, "pass a dense model of the class that was pruned"):
+        module = build(fresh_model, _edit(recipe, fresh_model))
+        _require_fit(state, module.state_dict())
         module.load_state_dict(state)
-    except (RuntimeError, LookupError) as error:  # tensors that do not fit; modules or indices that do not exist
-        raise RecipeError(f"{path} was not made for this {type(fresh_model).__name__}: {error}") from error
     setattr(module, ATTRIBUTE, recipe)
-    return module
+    return module, digest
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"path must be a file written by autoprune.save, got {path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-    except (SafetensorError, OSError) as error:
-        raise RecipeError(f"{path} is not a safetensors file or is corrupted: {error}") from error
+def _recipe_in(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    """The recipe in the header of a file."""
     if metadata.get("format") != FORMAT:
-        raise RecipeError(f"{path} is a safetensors file without an autoprune recipe; was it saved by another tool?")
+        raise RecipeError(
+            f"{name} is a safetensors file without an autoprune recipe; was it saved by another tool? Name one that "
+            "autoprune.save wrote"
+        )
     if metadata.get("version") != str(VERSION):
         raise RecipeError(
-            f"{path} has recipe version {metadata.get('version')}, and this autoprune reads {VERSION}: use the version "
-            "that wrote it"
+            f"{name} has recipe version {metadata.get('version') or 'none':.60}, and this autoprune reads {VERSION}: use the "
+            "version that wrote it"
         )
-    try:
-        recipe = json.loads(metadata["recipe"])
-        if not all(isinstance(recipe[key], dict) for key in ("slices", "attributes", "dense_shapes")):
-            raise TypeError("its parts are not objects")
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{path} holds a damaged recipe: {error!r}") from error
-    return recipe, state
+    with sound(f"{name} holds a damaged recipe", "save the model again"):
+        recipe: dict[str, Any] = parse_json(metadata["recipe"])
+        require_form(recipe, _FORM)
+        for name, dims in recipe["slices"].items():
+            for dim, index in dims.items():
+                _require_index(index, int(recipe["dense_shapes"][name][int(dim)]), f"slices[{name!r}][{dim!r}]")
+    return recipe
 
 
-def _edit(recipe: Mapping[str, Any], model: nn.Module, path: str | Path) -> Edit:
+def _require_index(index: Sequence[int], size: int, at: str) -> None:
+    if len(set(index)) != len(index) or (index and not 0 <= min(index) <= max(index) < size):
+        raise ValueError(f"{at} must be different numbers from 0 to {size - 1}")
+
+
+def _edit(recipe: Mapping[str, Any], model: nn.Module) -> Edit:
     shapes = {name: list(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
     for name, shape in recipe["dense_shapes"].items():
         if shapes.get(name) != shape:
-            raise RecipeError(
-                f"{path} was made for a model whose {name!r} has shape {shape}, but this {type(model).__name__} has "
-                f"{shapes.get(name, 'no such tensor')}; pass a dense model of the class that was pruned"
-            )
+            found = shapes.get(name, "no such tensor")
+            raise ValueError(f"its {name!r} has shape {shape}, but this {type(model).__name__} has {found}")
+    for name, values in recipe["attributes"].items():
+        _require_numbers(model.get_submodule(name), name, values)
     slices = {
         name: {int(dim): np.asarray(index, dtype=np.int64) for dim, index in dims.items()}
         for name, dims in recipe["slices"].items()
     }
     return Edit(slices, recipe["attributes"])
+
+
+def _require_numbers(module: nn.Module, name: str, attributes: Iterable[str]) -> None:
+    """Refuse what would put a number in the place of anything else: a method, a flag, a module."""
+    for path in attributes:
+        if "." not in path and not hasattr(module, path):
+            continue  # which `build` leaves out, too
+        if type(attrgetter(path)(module)) is not int:
+            raise ValueError(f"it sets {name}.{path}, which is no whole number in this {type(module).__name__}")
+
+
+def _require_fit(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors of other names and shapes than a module has, naming the first."""
+    for name in (*wanted, *state):
+        here = list(wanted[name].shape) if name in wanted else "no such tensor"
+        there = list(state[name].shape) if name in state else "no such tensor"
+        if here != there:
+            raise ValueError(f"its {name!r} is {there}, and that of this model, once it is cut, is {here}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,21 @@ from torch import nn
 
 from autoprune.budget import Budget
 from autoprune.errors import InfeasibleBudgetError, RecipeError
+from autoprune.files import as_path, shortened
 from autoprune.protocols import OK, SearchSpace
 from autoprune.result.additivity import Additivity, additivity_of
 from autoprune.result.audit_report import Audit
-from autoprune.result.builders import Builder, SavedWeights, weights_file
-from autoprune.result.recipe import save
+from autoprune.result.builders import Builder, SavedWeights
+from autoprune.result.saving import (
+    FORMAT,
+    RESULT,
+    VERSION,
+    files_of,
+    read_result,
+    reading,
+    require_consistent,
+    write_result,
+)
 from autoprune.result.sensitivity import Sensitivity, sensitivity_of
 from autoprune.result.tables import data_frame, front_table
 from autoprune.result.trials import Trial, note_of_probes
@@ -26,8 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-FORMAT = "autoprune-result"
-VERSION = 1
 _PLAIN = ("budget", "metric", "higher_is_better", "stopped", "seconds", "seed")
 
 
@@ -147,29 +154,35 @@ class SearchResult:
             raise RecipeError("build needs the model; load the result with SearchResult.load(path, model=model)")
         return self._builder.build(trial)
 
-    def save(self, path: str | Path, weights: str = "front") -> Path:
+    def save(self, path: str | Path, weights: str = "front", replace: bool = False) -> Path:
         """Write the result to a folder: ``result.json``, and a safetensors file for each trial that keeps its weights.
 
+        ``result.json`` is written last and holds a hash of each file, so that no other weights are taken for those of a
+        trial. Weights that an earlier save left in the folder are dropped once it is there; a process killed before
+        leaves the earlier save as it was.
+
         Args:
-            path: The folder; made if missing, and must not hold another result.
+            path: The folder; made if missing.
             weights: ``"front"``, ``"best"`` or ``"none"``.
+            replace: Take the place of another result in the folder.
 
         Raises:
             ValueError: If `weights` is unknown.
-            FileExistsError: If the folder holds a result already, or is a file.
+            FileExistsError: If the folder holds a result already and `replace` is false, or it is a file.
+            OSError: If it cannot be written; an earlier result in it is as it was.
         """
         if weights not in ("best", "front", "none"):
             raise ValueError(f"weights must be one of ['best', 'front', 'none'], got {weights!r}")
-        folder = Path(path)
-        if folder.is_file() or (folder / "result.json").exists():
-            raise FileExistsError(f"path must be a folder without a result in it, got {path}; pass another path")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = as_path(path)
+        if (folder.exists() and not folder.is_dir()) or (not replace and (folder / RESULT).exists()):
+            raise FileExistsError(
+                f"path must be a folder without a result in it, got {shortened(folder)}; pass another path, or "
+                "replace=True to put this result in the place of that one"
+            )
         kept = self.front if weights == "front" else ()
         if weights == "best" and self.front:
             kept = (self.best(),)
-        for trial in kept:
-            save(self.build(trial), weights_file(folder, trial))
-        (folder / "result.json").write_text(json.dumps(self.to_json(), indent=1))
+        write_result(folder, self.to_json(), kept, self.build)
         return folder
 
     def to_json(self) -> dict[str, Any]:
@@ -193,33 +206,35 @@ class SearchResult:
 
         Raises:
             FileNotFoundError: If there is no result in `path`.
-            RecipeError: If it is corrupted or foreign.
+            FileFormatError: If it is corrupted or foreign.
         """
-        folder = Path(path)
-        file = folder / "result.json" if folder.is_dir() else folder
-        if not file.is_file():
-            raise FileNotFoundError(f"path must be a folder written by result.save, got {path}: no result.json there")
-        try:
-            data = json.loads(file.read_text())
-            if data["format"] != FORMAT or data["version"] != VERSION:
-                raise ValueError(f"format {data['format']!r} version {data['version']!r}")
-            return cls._from_json(data, None if model is None else SavedWeights(file.parent, model))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(f"{file} is not a result of autoprune, or is damaged: {error!r}") from error
+        folder = as_path(path)
+        file = folder / RESULT if folder.is_dir() else folder
+        if not file.exists():
+            raise FileNotFoundError(
+                f"path must be a folder written by result.save, got {shortened(folder)}: no {RESULT} there"
+            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a dense nn.Module of the class that was pruned, got {type(model).__name__}")
+        data = read_result(file)
+        with reading(file):
+            return cls._from_json(data, SavedWeights(file.parent, model, files_of(data)))
 
     @classmethod
     def _from_json(cls, data: Mapping[str, Any], builder: Builder | None) -> SearchResult:
         trials = tuple(Trial.from_json(trial) for trial in data["trials"])
+        dense, space = Trial.from_json(data["dense"]), space_from_json(data["space"])
+        require_consistent(trials, dense, space.sizes.tolist(), data)
         by_id = {trial.id: trial for trial in trials}
         return cls(
             trials=trials,
             front=tuple(by_id[i] for i in data["front"]),
-            dense=Trial.from_json(data["dense"]),
-            space=space_from_json(data["space"]),
+            dense=dense,
+            space=space,
             notes=tuple(data["notes"]),
             _builder=builder,
             limits=data["limits"],
-            audit=Audit.from_json(data["audit"]) if data.get("audit") else None,
+            audit=Audit.from_json(data["audit"]) if data["audit"] else None,
             **{name: data[name] for name in _PLAIN},
         )
 

@@ -15,6 +15,7 @@ from autoprune.costs.inspection.html import as_html
 from autoprune.costs.inspection.text import as_text
 from autoprune.costs.returned import frozen_by_output, selecting
 from autoprune.costs.structural import StructuralCosts
+from autoprune.files import write_text
 from autoprune.structure.analysis import analyse
 from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
 from autoprune.structure.record import Forward
@@ -136,7 +137,7 @@ class Inspection:
         """A page of its own that loads nothing from elsewhere, written to `path` if one is given."""
         page = as_html(self)
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            write_text(path, page)
         return page
 
     def __str__(self) -> str:

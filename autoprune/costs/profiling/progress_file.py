@@ -10,14 +10,29 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from autoprune.costs.files import replace_file
 from autoprune.costs.operations.parts import Part
 from autoprune.costs.profiling.grids import Bench, Points
 from autoprune.costs.setting import Setting
 from autoprune.costs.timing import Timing
+from autoprune.errors import FileFormatError
+from autoprune.files import DAMAGE, MIB, brief, read_json, require_file, write_text
 from autoprune.protocols import IntArray
+from autoprune.schema import require_form
 
 log = logging.getLogger(__name__)
+
+MOST_BYTES = 256 * MIB
+"""What no file of progress is larger than."""
+
+_FORM = {
+    "setting": object,
+    "reference_ms": float,
+    "dense_ms": float,
+    "widths": [[int]],
+    "networks": [[float]],
+    "timings": [object],
+    "known": {str: [[([int], float)]]},
+}
 
 
 class Progress:
@@ -60,7 +75,7 @@ class Progress:
             "timings": [astuple(timing) for timing in (*self.timings, *self._bench.timings)],
             "known": known,
         }
-        replace_file(self._file, json.dumps(data))
+        write_text(self._file, json.dumps(data))
 
     def remove(self) -> None:
         """Drop the file, because the table is complete."""
@@ -74,7 +89,9 @@ class Progress:
 
     def _read(self, file: Path) -> None:
         try:
-            data = json.loads(file.read_text())
+            require_file(file, "what is measured so far must be a file", MOST_BYTES)
+            data = read_json(file, MOST_BYTES)
+            require_form(data, _FORM)
             if data["setting"] != self._identity():
                 log.warning("%s is of another model, machine, runtime or setting, and is replaced", file)
                 return
@@ -84,8 +101,10 @@ class Progress:
             networks = [(ratio, uncertainty) for ratio, uncertainty in data["networks"]]
             timings = [Timing(*row) for row in data["timings"]]
             reference_ms, dense_ms, widths = data["reference_ms"], data["dense_ms"], data["widths"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            log.warning("%s cannot be read, and is replaced: %r", file, error)
+        except FileFormatError:  # no file at all, which replacing it would say, too
+            raise
+        except DAMAGE as error:
+            log.warning("%s cannot be read, and is replaced: %s", file, brief(error))
             return
         self._bench.known.update(points)
         self._bench.reference_ms, self.dense_ms, self.timings = reference_ms, dense_ms, timings

@@ -1,0 +1,209 @@
+"""A result in a folder: ``result.json`` says what there is, and is replaced last, so that a kill leaves old or new."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autoprune.budget import Budget
+from autoprune.errors import FileFormatError
+from autoprune.files import MIB, UNFINISHED, make_folder, read_json, require_file, shortened, sound, write_text
+from autoprune.journal_file import FILE_NAME as JOURNAL
+from autoprune.protocols import FAILED, OK, RACED
+from autoprune.result.builders import WeightsFile, weights_file
+from autoprune.result.recipe import write
+from autoprune.result.trials import Trial
+from autoprune.schema import require_form
+
+RESULT = "result.json"
+FORMAT = "autoprune-result"
+VERSION = 1
+WEIGHTS = "trial-*.safetensors"
+MOST_BYTES = 1024 * MIB
+"""What no result is larger than: 10,000 trials of 250 dimensions take a tenth of it."""
+
+_NUMBER = (float, None)
+_EVALUATION = {
+    "fidelity": str,
+    "samples": int,
+    "seconds": float,
+    "signal": _NUMBER,
+    "metric": _NUMBER,
+    "signal_stderr?": _NUMBER,
+    "signal_change_stderr?": _NUMBER,
+    "metric_change_stderr?": _NUMBER,
+    "distortion?": _NUMBER,
+    "distortion_stderr?": _NUMBER,
+}
+_TRIAL = {
+    "id": int,
+    "status": frozenset({OK, RACED, FAILED, "pending"}),
+    "reason": str,
+    "test_score": _NUMBER,
+    "feasible?": bool,
+    "candidate": [int],
+    "decoded": {str: object},
+    "costs": {str: float},
+    "predicted?": {str: float},
+    "cost_intervals?": {str: [float]},
+    "score": _NUMBER,
+    "interval": [_NUMBER],
+    "signal": _NUMBER,
+    "evaluations": [_EVALUATION],
+}
+_TRAINED = {"trial": int, "cost": float, "trained": _NUMBER, "reason": str} | {
+    name: {str: _NUMBER} for name in ("scores", "signals")
+}
+_AUDIT = {
+    "rows": [_TRAINED],
+    "evaluators": [str],
+    "notes": [str],
+    "variants": {str: [(float, [float])]},  # what it costs, and the scores
+    "metric": str,
+    "higher_is_better": bool,
+    "samples": int,
+    "cost": str,
+    "steps": (int, None),
+    "winner": int,
+    "seconds": float,
+}
+_FORM = {
+    "format": frozenset({FORMAT}),
+    "version": int,
+    "budget": str,
+    "metric": str,
+    "higher_is_better": bool,
+    "stopped": str,
+    "seconds": float,
+    "seed": int,
+    "notes": [str],
+    "limits": {str: float},
+    "space": {str: object},
+    "dense": _TRIAL,
+    "trials": [_TRIAL],
+    "front": [int],
+    "audit": (_AUDIT, None),
+    "weights": {str: {"file": str, "sha256": str}},
+}
+
+
+def write_result(
+    folder: Path, content: Mapping[str, Any], kept: Iterable[Trial], build: Callable[[Trial], nn.Module]
+) -> None:
+    """Write weights, then what names them; then drop what an earlier save left and nothing names any more.
+
+    Files of an earlier save keep their names until the new ``result.json`` is there: what would take the name of one
+    gets another.
+
+    Raises:
+        OSError: If something cannot be written; the earlier save is then as it was.
+    """
+    make_folder(folder)
+    found = folder / RESULT
+    named = _named_in(found) if found.exists() else set()
+    weights = {}
+    for trial in kept:
+        file = _free(weights_file(folder, trial), named)
+        weights[str(trial.id)] = {"file": file.name, "sha256": write(build(trial), file)}
+    write_text(found, _as_json({**content, "weights": weights}))
+    keep = {entry["file"] for entry in weights.values()}
+    for pattern in (WEIGHTS, UNFINISHED):
+        for file in folder.glob(pattern):
+            if file.name not in keep:
+                file.unlink(missing_ok=True)
+
+
+def _as_json(content: Any) -> str:
+    """JSON, in which what is not finite is null."""
+    try:
+        return json.dumps(content, indent=1, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), indent=1, allow_nan=False)
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _named_in(file: Path) -> set[str]:
+    """Files that a result names; none if it is damaged."""
+    try:
+        return {entry.name for entry in files_of(read_result(file)).values()}
+    except (FileFormatError, OSError):
+        return set()
+
+
+def _free(file: Path, named: set[str]) -> Path:
+    """The name, or one like it that an earlier save does not use."""
+    number = 0
+    free = file
+    while free.name in named:
+        number += 1
+        free = file.with_name(f"{file.stem}-{number}{file.suffix}")
+    return free
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """What a ``result.json`` holds, once its form is checked.
+
+    Raises:
+        FileFormatError: If it is corrupted or foreign.
+    """
+    require_file(file, "path must be a folder written by result.save", MOST_BYTES)
+    with reading(file):
+        data: dict[str, Any] = read_json(file, MOST_BYTES)
+        require_form(data, _FORM)
+        if data["version"] != VERSION:
+            raise ValueError(f"it has version {data['version']}, and this autoprune reads {VERSION}")
+    return data
+
+
+def reading(file: Path) -> AbstractContextManager[None]:
+    """What turns the faults of a result into one error."""
+    journal = (file.parent / JOURNAL).exists()
+    way_out = "the journal next to it may be whole: `autoprune front` reads it" if journal else "save it again"
+    return sound(f"{shortened(file)} is not a result of autoprune, or is damaged", way_out)
+
+
+def files_of(data: Mapping[str, Any]) -> dict[int, WeightsFile]:
+    """Which file holds the weights of which trial.
+
+    Raises:
+        ValueError: If a file lies elsewhere than in the folder.
+    """
+    found = {int(trial): WeightsFile(entry["file"], entry["sha256"]) for trial, entry in data["weights"].items()}
+    for entry in found.values():
+        if Path(entry.name).name != entry.name:
+            raise ValueError(f"weights name {entry.name!r:.60}, which is no file of its folder")
+    return found
+
+
+def require_consistent(trials: Sequence[Trial], dense: Trial, sizes: Sequence[int], data: Mapping[str, Any]) -> None:
+    """Refuse trials that are none of the space, and limits and a budget that do not belong to them.
+
+    Raises:
+        ValueError: Names what does not fit.
+    """
+    if not data["limits"]:
+        raise ValueError("limits must name a cost")
+    for trial in (dense, *trials):
+        if len(trial.candidate) != len(sizes) or not all(
+            0 <= i < n for i, n in zip(trial.candidate, sizes, strict=True)
+        ):
+            raise ValueError(f"trial {trial.id} is no candidate of the space")
+        if missing := dense.costs.keys() - trial.costs.keys() or data["limits"].keys() - trial.costs.keys():
+            raise ValueError(f"trial {trial.id} has no cost {sorted(missing)[0]!r:.60}")
+    if len({trial.id for trial in trials}) != len(trials):
+        raise ValueError("two trials have the same number")
+    budget = Budget.parse(data["budget"]).judged_by(data["metric"], data["higher_is_better"], dense.costs)
+    budget.resolve(dense.costs)
