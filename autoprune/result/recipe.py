@@ -133,8 +133,8 @@ def _recipe_in(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
         )
     if metadata.get("version") != str(VERSION):
         raise RecipeError(
-            f"{name} has recipe version {metadata.get('version') or 'none':.60}, and this autoprune reads {VERSION}: use the "
-            "version that wrote it"
+            f"{name} has recipe version {metadata.get('version') or 'none':.60}, and this autoprune reads {VERSION}: "
+            "use the version that wrote it"
         )
     with sound(f"{name} holds a damaged recipe", "save the model again"):
         recipe: dict[str, Any] = parse_json(metadata["recipe"])
