@@ -20,10 +20,11 @@ MAPPED = ("search_spaces", "evaluators")
 # autoprune. `autoprune` is the package's own __init__, the public names.
 LAYERS = (
     ("errors",),
+    ("files", "schema"),
     ("protocols", "batches"),
     ("sources", "scorers", "statistics"),
     ("budget", "data", "pareto"),
-    ("metrics",),
+    ("metrics", "tensor_file"),
     ("structure",),
     ("costs", "criteria"),
     ("reconstruction",),
