@@ -20,73 +20,56 @@ its version.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
 
-from autoprune.journal_file import FILE_NAME, acquire, check, connect, explaining_failures, lay_out, reserve, writable
+from autoprune.files import brief, parse_json, shortened, sound
+from autoprune.journal_file import (
+    FILE_NAME,
+    acquire,
+    connect,
+    explaining_failures,
+    lay_out,
+    patiently,
+    reserve,
+    writable,
+)
+from autoprune.journal_reader import open_to_read
+from autoprune.journal_rows import EVALUATION_COLUMNS, TrialRow, evaluation_row, trial_row
+from autoprune.journal_watch import Watch, rescued
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
 from autoprune.statistics import fidelity_of, reason_of, stages_of, statistics_of, status_of
 
-
-@dataclass(frozen=True)
-class EvaluationRow:
-    """One row of ``evaluations``, without the values per sample.
-
-    Attributes:
-        started: Unix time.
-        samples: How many samples `signal` is the mean of; 0 if the evaluation failed.
-        signal: Lower is better; None if the evaluation failed.
-        signal_change_stderr: Standard error of the mean difference to the dense model on the same samples.
-        metric: In the metric's own direction; None if the evaluation failed.
-        distortion: Mean distance to the outputs of the dense model; None if it was not measured.
-        reason: Why the evaluation failed or was stopped early, else empty.
-    """
-
-    id: int
-    trial: int
-    fidelity: str
-    worker: str
-    started: float
-    seconds: float
-    samples: int
-    signal: float | None
-    signal_stderr: float | None
-    signal_change_stderr: float | None
-    metric: float | None
-    metric_change_stderr: float | None
-    distortion: float | None
-    distortion_stderr: float | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class TrialRow:
-    """One row of ``trials`` with its evaluations in order of arrival; `status` is pending, ok, raced or failed."""
-
-    id: int
-    ask: int
-    candidate: tuple[int, ...]
-    costs: dict[str, float]
-    status: str
-    reason: str
-    evaluations: tuple[EvaluationRow, ...]
+log = logging.getLogger(__name__)
 
 
 class Journal:
     """Trials on disk. `create` or `resume` one to write, `open` one to read; close it, or use it in a `with`."""
 
-    def __init__(self, connection: sqlite3.Connection, lock: IO[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        path: Path | None = None,
+        lock: IO[bytes] | None = None,
+        closing: ExitStack | None = None,
+    ) -> None:
         self._connection = connection
+        self._path = path
         self._lock = lock
+        self._closing = closing or ExitStack()
+        self._watch = None if lock is None or path is None else Watch(path, connection)
+        self._last: dict[str, int] = {}  # rows may be lost with the file, and numbers must not come twice
+        self.notes: tuple[str, ...] = ()
+        """What happened to the file while it was written, in plain words."""
 
     @classmethod
     def create(cls, run_dir: str | Path | None, meta: Mapping[str, Any]) -> Self:
@@ -118,7 +101,15 @@ class Journal:
         except BaseException:  # raised again: nothing is left open
             lock.close()
             raise
-        return cls(connect(path), lock)
+        return cls._to_write(path, lock)
+
+    @classmethod
+    def _to_write(cls, path: Path, lock: IO[bytes]) -> Self:
+        try:
+            return cls(connect(path), path, lock)
+        except BaseException:  # raised again: nothing is left open
+            lock.close()
+            raise
 
     @classmethod
     def resume(cls, run_dir: str | Path) -> Self:
@@ -128,38 +119,25 @@ class Journal:
             FileNotFoundError: If `run_dir` holds no journal.
             BlockingIOError: If another search is writing it.
             OSError: If it cannot be written.
-            RecipeError: If the file is corrupted, not a journal, or written by a newer version.
+            FileFormatError: If the file is corrupted, not a journal, or written by a newer version.
         """
         path = Path(run_dir) / FILE_NAME
         cls.open(run_dir).close()  # whether it is a journal of ours shows without changing it
         with writable(path.parent):
             lock = acquire(path)
-        try:
-            return cls(connect(path), lock)
-        except BaseException:  # raised again: nothing is left open
-            lock.close()
-            raise
+        return cls._to_write(path, lock)
 
     @classmethod
     def open(cls, run_dir: str | Path) -> Self:
-        """Open the journal in `run_dir` for reading, also while a search writes it.
+        """Open the journal in `run_dir` for reading, also while a search writes it; leaves nothing behind.
 
         Raises:
             FileNotFoundError: If `run_dir` holds no journal.
-            RecipeError: If the file is corrupted, not a journal, or written by a newer version.
+            FileFormatError: If the file is corrupted, not a journal, or written by a newer version.
+            OSError: If another program keeps it locked.
         """
-        path = Path(run_dir) / FILE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"run_dir must be the folder of an earlier search, got {run_dir}: no {FILE_NAME} there"
-            )
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-        try:
-            check(connection, path)
-        except BaseException:  # raised again: nothing is left open
-            connection.close()
-            raise
-        return cls(connection)
+        connection, closing = open_to_read(run_dir)
+        return cls(connection, Path(run_dir) / FILE_NAME, closing=closing)
 
     def record_ask(self, candidates: IntArray, costs: Mapping[str, FloatArray]) -> list[int]:
         """Add a pending trial for each of the candidates (n, d), with its named costs (n,); return the ids."""
@@ -168,10 +146,8 @@ class Journal:
             (first + i, ask, asked, _json(candidate), _json({name: float(values[i]) for name, values in costs.items()}))
             for i, candidate in enumerate(candidates.tolist())
         ]
-        with self._transaction():
-            self._connection.executemany(
-                "INSERT INTO trials (id, ask, asked, candidate, costs) VALUES (?, ?, ?, ?, ?)", rows
-            )
+        self._write("INSERT INTO trials (id, ask, asked, candidate, costs) VALUES (?, ?, ?, ?, ?)", rows)
+        self._last |= {"trials.ask": ask, "trials.id": first + len(rows) - 1}
         return [row[0] for row in rows]
 
     def record_evaluation(
@@ -199,47 +175,50 @@ class Journal:
             ran = {"fidelity": fidelity_of(stage), "worker": worker, "started": began, "seconds": stage.seconds}
             rows.append({"id": first + i, "trial": trial, **ran, **_outcome_columns(stage, dense)})
             began += stage.seconds
-        with self._transaction():
-            self._connection.executemany(
-                f"INSERT INTO evaluations ({', '.join(rows[0])}) VALUES ({', '.join('?' * len(rows[0]))})",
-                [tuple(row.values()) for row in rows],
-            )
-            self._connection.execute(
-                "UPDATE trials SET status = ?, reason = ? WHERE id = ?", (status_of(outcome), reason_of(outcome), trial)
-            )
+        self._write(
+            f"INSERT INTO evaluations ({', '.join(rows[0])}) VALUES ({', '.join('?' * len(rows[0]))})",
+            [tuple(row.values()) for row in rows],
+            ("UPDATE trials SET status = ?, reason = ? WHERE id = ?", (status_of(outcome), reason_of(outcome), trial)),
+        )
+        self._last["evaluations.id"] = first + len(rows) - 1
 
     def record_tell(self, trials: Sequence[int]) -> None:
         """Add that these trials were told to the optimizer together, in this order. A trial is told once."""
         tell, first = self._next("tells", "tell"), self._next("tells", "id")
-        with self._transaction():
-            self._connection.executemany(
-                "INSERT INTO tells (id, tell, trial) VALUES (?, ?, ?)",
-                [(first + i, tell, trial) for i, trial in enumerate(trials)],
-            )
+        rows = [(first + i, tell, trial) for i, trial in enumerate(trials)]
+        self._write("INSERT INTO tells (id, tell, trial) VALUES (?, ?, ?)", rows)
+        self._last |= {"tells.tell": tell, "tells.id": first + len(rows) - 1}
 
     def record_meta(self, key: str, value: Any) -> None:
         """Replace what identifies the run under `key`, such as the number of trials wanted by now."""
-        with self._transaction():
-            self._connection.execute("REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value, allow_nan=False)))
+        self._write("REPLACE INTO meta VALUES (?, ?)", [(key, json.dumps(value, allow_nan=False))])
 
     def meta(self) -> dict[str, Any]:
-        """What `create` was given, and `record_meta` after it."""
-        return {key: json.loads(value) for key, value in self._connection.execute("SELECT key, value FROM meta")}
+        """What `create` was given, and `record_meta` after it.
+
+        Raises:
+            FileFormatError: If it is damaged.
+        """
+        with self._sound():
+            rows = self._connection.execute("SELECT key, value FROM meta").fetchall()
+            return {key: parse_json(value) for key, value in rows}
 
     def trials(self) -> list[TrialRow]:
-        """All trials in the order proposed, pending ones included."""
-        with self._connection:
-            self._connection.execute("BEGIN")  # both queries see the same moment of a search that goes on writing
-            rows = self._connection.execute(
-                "SELECT id, ask, candidate, costs, status, reason FROM trials ORDER BY id"
-            ).fetchall()
-            evaluations = defaultdict(list)
-            for row in self._connection.execute(f"SELECT {_EVALUATION_COLUMNS} FROM evaluations ORDER BY id"):
-                evaluations[row[1]].append(EvaluationRow(*row))
-        return [
-            TrialRow(id_, ask, tuple(json.loads(candidate)), json.loads(costs), status, reason, tuple(evaluations[id_]))
-            for id_, ask, candidate, costs, status, reason in rows
-        ]
+        """All trials in the order proposed, pending ones included.
+
+        Raises:
+            FileFormatError: If they are damaged.
+        """
+        with self._sound():
+            with self._connection:
+                self._connection.execute("BEGIN")  # both queries see the same moment of a search that goes on writing
+                rows = self._connection.execute(
+                    "SELECT id, ask, candidate, costs, status, reason FROM trials ORDER BY id"
+                ).fetchall()
+                evaluations = defaultdict(list)
+                for row in self._connection.execute(f"SELECT {EVALUATION_COLUMNS} FROM evaluations ORDER BY id"):
+                    evaluations[row[1]].append(evaluation_row(row))
+            return [trial_row(row, tuple(evaluations[row[0]])) for row in rows]
 
     def metrics(self, evaluation: int) -> FloatArray:
         """The metric of each sample in an evaluation, rounded to float32, shape (n,); empty if it failed."""
@@ -247,16 +226,16 @@ class Journal:
         return np.frombuffer(blob or b"", "<f4").astype(np.float64)
 
     def values(self, trial: int) -> tuple[FloatArray, FloatArray]:
-        """Signal and metric of each sample in the last evaluation of `trial`, float32; empty if it failed."""
+        """Signal and metric of each sample in the last evaluation of `trial`, float32; empty without."""
         query = "SELECT signals, metrics FROM evaluations WHERE trial = ? ORDER BY id DESC LIMIT 1"
-        signals, metrics = self._connection.execute(query, (trial,)).fetchone()
+        signals, metrics = self._connection.execute(query, (trial,)).fetchone() or (None, None)  # lost with the file
         return np.frombuffer(signals or b"", "<f4"), np.frombuffer(metrics or b"", "<f4")
 
     def first_of_ask(self, trial: int) -> int:
         """The first trial of those proposed together with `trial`."""
         query = "SELECT min(id) FROM trials WHERE ask = (SELECT ask FROM trials WHERE id = ?)"
         (first,) = self._connection.execute(query, (trial,)).fetchone()
-        return int(first)
+        return trial if first is None else int(first)
 
     def told(self) -> set[int]:
         """The trials that were told to the optimizer."""
@@ -265,15 +244,65 @@ class Journal:
     def close(self) -> None:
         """Close the file. Everything recorded is already in it."""
         self._connection.close()
+        self._closing.close()
         if self._lock is not None:
             self._lock.close()
 
+    def _write(self, statement: str, rows: Sequence[tuple[Any, ...]], *then: tuple[str, tuple[Any, ...]]) -> None:
+        """All of it or nothing, even when the process is killed in between; a lock of another program is waited for."""
+
+        def transaction() -> None:
+            with self._connection:
+                self._connection.executemany(statement, rows)
+                for further, values in then:
+                    self._connection.execute(further, values)
+
+        if self._watch is None or self._path is None:
+            transaction()
+            return
+        if found := self._watch.lost() or ("was overwritten" if self._watch.overwritten() else ""):
+            self._go_on_in_memory(found)
+        try:
+            with explaining_failures(self._path):
+                patiently(transaction, self._path)
+        except (OSError, sqlite3.DatabaseError) as error:
+            if isinstance(error, sqlite3.IntegrityError) or not (found := self._ruined(error)):
+                raise
+            self._go_on_in_memory(found)
+            transaction()
+        if self._watch is not None:
+            self._watch.settle()
+
+    def _ruined(self, error: Exception) -> str:
+        """What happened to the file if an error is due to that; empty otherwise."""
+        code = getattr(error, "sqlite_errorcode", 0)
+        if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return "was overwritten"
+        return self._watch.lost() if self._watch is not None else ""
+
+    def _go_on_in_memory(self, happened: str) -> None:
+        """Let a search end whose file is gone: nothing that it found so far is worth less."""
+        note = (
+            f"the journal {self._path} {happened} while the search was writing it; what came after that is in this "
+            "result alone, so save it, and the search cannot be resumed there"
+        )
+        log.error("%s", note)
+        self.notes = (note,)
+        lost = self._connection
+        self._connection = rescued(lost)
+        with suppress(sqlite3.Error):  # what it would still write has no place any more
+            lost.close()
+        self._watch = None
+
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """All of it or nothing, even when the process is killed in between."""
-        (_, _, path) = self._connection.execute("PRAGMA database_list").fetchone()
-        with explaining_failures(path), self._connection:
-            yield
+    def _sound(self) -> Iterator[None]:
+        """Turn whatever is wrong with what was read into one error."""
+        told = f"run_dir must hold a journal of autoprune, but {shortened(self._path or 'this one')} is damaged"
+        with sound(told, "name another run_dir"):
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise ValueError(brief(error)) from error
 
     def __enter__(self) -> Self:
         return self
@@ -284,11 +313,8 @@ class Journal:
         self.close()
 
     def _next(self, table: str, column: str) -> int:
-        row = self._connection.execute(f"SELECT {column} + 1 FROM {table} ORDER BY id DESC LIMIT 1").fetchone()
-        return row[0] if row else 0
-
-
-_EVALUATION_COLUMNS = ", ".join(field.name for field in fields(EvaluationRow))
+        row = self._connection.execute(f"SELECT {column} FROM {table} ORDER BY id DESC LIMIT 1").fetchone()
+        return max(row[0] if row else -1, self._last.get(f"{table}.{column}", -1)) + 1
 
 
 def _json(value: Any) -> str:

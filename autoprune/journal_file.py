@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
-from autoprune.errors import RecipeError
+from autoprune.errors import FileFormatError
+from autoprune.files import brief, shortened
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 try:
     import fcntl
@@ -20,7 +27,11 @@ FILE_NAME = "journal.sqlite"
 LOCK_NAME = "journal.lock"
 APPLICATION_ID = int.from_bytes(b"aupr")
 SCHEMA_VERSION = 2
-_TRIES, _WAIT_SECONDS = 20, 0.1
+BUSY_SECONDS = 1.0
+"""How long SQLite itself waits for a lock, during which Ctrl-C must wait too."""
+MOST_BUSY_SECONDS = 600.0
+"""How long a lock of another program is waited for in all."""
+_TRIES, _WAIT_SECONDS = 20, 0.05
 SCHEMA = """
 CREATE TABLE meta (
     key TEXT PRIMARY KEY,
@@ -78,15 +89,40 @@ def connect(path: Path) -> sqlite3.Connection:
     Raises:
         OSError: If it cannot be written.
     """
-    connection = sqlite3.connect(path)
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
     try:
         with explaining_failures(path):
             for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
-                connection.execute(f"PRAGMA {pragma}")
+                patiently(partial(connection.execute, f"PRAGMA {pragma}"), path)
     except BaseException:  # raised again: nothing is left open
         connection.close()
         raise
     return connection
+
+
+def patiently(action: Callable[[], T], path: str | Path, most_seconds: float = MOST_BUSY_SECONDS) -> T:
+    """Do something again until no other program holds a lock on the file, and say that it is waited for.
+
+    Raises:
+        OSError: If the lock is still held after `most_seconds`.
+    """
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            return action()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise
+            waited = time.monotonic() - began
+            if waited > most_seconds:
+                raise OSError(
+                    f"run_dir must not be locked, but another program has held a lock on {shortened(path)} for "
+                    f"{waited:.0f} s; end that program, then go on with resume=True"
+                ) from error
+        if not told:
+            log.warning("another program holds a lock on %s; waiting until it lets go", path)
+            told = True
+        time.sleep(_WAIT_SECONDS)
 
 
 @contextmanager
@@ -115,9 +151,13 @@ def reserve(path: Path) -> IO[bytes]:
     try:
         with writable(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            if path.exists():
+            if os.path.lexists(path):
                 raise FileExistsError
-            return acquire(path)
+            lock = acquire(path)
+            if os.path.lexists(path):  # again: the search that held the lock may have made it
+                lock.close()
+                raise FileExistsError
+            return lock
     except FileExistsError as error:
         raise _taken(run_dir) from error
 
@@ -129,7 +169,7 @@ def require_free(run_dir: str | Path, resume: bool) -> None:
         FileExistsError: If `run_dir` is one.
     """
     folder = Path(run_dir)
-    if folder.is_file() or (not resume and (folder / FILE_NAME).exists()):
+    if (folder.exists() and not folder.is_dir()) or (not resume and (folder / FILE_NAME).exists()):
         raise _taken(folder)
 
 
@@ -159,44 +199,93 @@ def acquire(path: Path) -> IO[bytes]:
 
     Raises:
         BlockingIOError: If another search holds the lock.
+        FileExistsError: If something else than a file has the name of the lock.
     """
-    lock = path.with_name(LOCK_NAME).open("ab")
-    try:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    name = path.with_name(LOCK_NAME)
+    if name.exists() and not name.is_file():
+        raise FileExistsError
+    for _ in range(_TRIES):  # a reader holds it for an instant, to see whether a search does
+        lock = name.open("ab")
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is None or _is_open(lock, name):
+                return lock
+        except BlockingIOError:
+            pass
         lock.close()
-        raise BlockingIOError(
-            f"run_dir must not be in use, but another search is writing to {path.parent}; wait until it ends, stop it, "
-            "or pass another run_dir"
-        ) from error
-    return lock
+        time.sleep(_WAIT_SECONDS)
+    raise BlockingIOError(
+        f"run_dir must not be in use, but another search is writing to {path.parent}; wait until it ends, stop it, "
+        "or pass another run_dir"
+    )
+
+
+def _is_open(lock: IO[bytes], name: Path) -> bool:
+    """Whether a lock is that of the file which has the name now: its folder may have been deleted and made again."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), name.stat())
+    except FileNotFoundError:
+        return False
+
+
+def is_written(path: Path) -> bool:
+    """Whether a search is writing the file now."""
+    name = path.with_name(LOCK_NAME)
+    if fcntl is None:
+        return True
+    try:
+        if not name.is_file():
+            return False
+        with name.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # another user's: what is written meanwhile shows as damage, and is read again
+        return False
+    return False
 
 
 def check(connection: sqlite3.Connection, path: Path) -> None:
-    """Refuse what is no whole journal of this version.
+    """Refuse what is no whole journal of this version, before anything that it defines is run.
 
     Raises:
-        RecipeError: If it is corrupted, of another program, or of another version.
+        FileFormatError: If it is corrupted, of another program, or of another version.
     """
     try:
-        for _ in range(_TRIES):  # a search that begins makes the file first and lays it out an instant later
-            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                break
-            time.sleep(_WAIT_SECONDS)
+        connection.execute("PRAGMA trusted_schema=OFF")
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    except sqlite3.DatabaseError as error:
-        application, version, state = APPLICATION_ID, SCHEMA_VERSION, str(error)
-    if application != APPLICATION_ID:
-        problem = "is an SQLite file of another program"
-    elif version != SCHEMA_VERSION:
-        problem = (
-            f"has schema {version}, and this autoprune reads schema {SCHEMA_VERSION}: use the version that wrote it"
+        problem = _problem(application, version, set(connection.execute("SELECT type, name, sql FROM sqlite_master")))
+        # Only once the tables are known to be ours: this one evaluates what they define.
+        if not problem and (state := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            problem = f"cannot be read: {state}"
+    except sqlite3.Error as error:
+        problem = f"cannot be read: {brief(error)}"
+    if problem:
+        raise FileFormatError(
+            f"run_dir must hold a journal of autoprune, but {shortened(path)} {problem}; name another run_dir"
         )
-    elif state != "ok":
-        problem = f"cannot be read: {state}"
-    else:
-        return
-    raise RecipeError(f"run_dir must hold a journal of autoprune, but {path} {problem}")
+
+
+def _problem(application: int, version: int, found: Set[tuple[str, str, str]]) -> str:
+    if application != APPLICATION_ID:
+        return "is an SQLite file of another program"
+    if version != SCHEMA_VERSION:
+        return f"has schema {version}, and this autoprune reads schema {SCHEMA_VERSION}: use the version that wrote it"
+    for kind, name, _ in sorted(found - _expected(), key=str):
+        return f"has another {kind} {name!r:.60} than a journal has: drop what was added to it"
+    for kind, name, _ in sorted(_expected() - found, key=str):
+        return f"lacks the {kind} {name!r}"
+    return ""
+
+
+@cache
+def _expected() -> frozenset[tuple[str, str, str]]:
+    """Tables and indices of a journal, as SQLite lists them."""
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.executescript(SCHEMA)
+        return frozenset(connection.execute("SELECT type, name, sql FROM sqlite_master"))
+    finally:
+        connection.close()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from autoprune.errors import FileFormatError
 from autoprune.identity import require_same
-from autoprune.journal import Journal, TrialRow
+from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME
+from autoprune.journal_rows import TrialRow
 from autoprune.metrics import summary
 from autoprune.protocols import OK, IntArray, Optimizer, Pends
 from autoprune.records import evaluations_of
@@ -46,7 +48,7 @@ def open_journal(run_dir: str | Path | None, identity: Mapping[str, Any], resume
     Raises:
         ValueError: If the search in `run_dir` is another one; names what differs.
         OSError: If `run_dir` cannot be written or is in use, or holds a journal and `resume` is false.
-        RecipeError: If the journal is corrupted, foreign, or of a newer version.
+        FileFormatError: If the journal is corrupted, foreign, or of a newer version.
     """
     if not resume or run_dir is None or not (Path(run_dir) / FILE_NAME).exists():
         return Journal.create(run_dir, identity)
@@ -65,6 +67,7 @@ def recall(journal: Journal, study: Study, optimizer: Optimizer) -> History:
     rows = journal.trials()
     if not rows:
         return History((), {})
+    _require_candidates(rows, study)
     done = sorted((row for row in rows if row.evaluations), key=lambda row: row.evaluations[-1].id)
     waiting = {row.id: np.array(row.candidate, dtype=np.int64) for row in rows if not row.evaluations}
     if done:
@@ -79,6 +82,18 @@ def recall(journal: Journal, study: Study, optimizer: Optimizer) -> History:
         optimizer.pend(np.stack(list(waiting.values())))
     log.info("resumed: %d trials from the journal, and %d that were never scored again", len(done), len(waiting))
     return History(tuple(_trial(journal, study, row) for row in done), waiting)
+
+
+def _require_candidates(rows: Sequence[TrialRow], study: Study) -> None:
+    """Refuse trials that are none of the space, and have other costs than the search."""
+    sizes = study.problem.sizes.tolist()
+    for row in rows:
+        ends = zip(row.candidate, sizes, strict=False)
+        if len(row.candidate) != len(sizes) or not all(0 <= option < size for option, size in ends):
+            raise FileFormatError(
+                f"run_dir must hold a journal of this search, but trial {row.id} in it is no candidate of the space; "
+                "name another run_dir"
+            )
 
 
 def _statistics(row: TrialRow) -> Statistics:

@@ -108,8 +108,10 @@ class Rivals:
             ladders.update(zip(rows.tolist(), promotion.ladders(candidates[rows], earlier), strict=True))
         return [ladders[row] for row in range(len(trials))]
 
-    def _race(self, trial: int, rival: int, racing: Racing) -> Race:
+    def _race(self, trial: int, rival: int, racing: Racing) -> Race | None:
         signal, metric = self._journal.values(rival)
+        if not len(signal):  # lost with the file of the journal
+            return None
         return Race(
             rival=rival,
             signal=signal,

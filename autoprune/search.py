@@ -198,7 +198,8 @@ def search(
         finally:
             runner.stop()
     found, verified = verify(study, found)
-    explained = (*([why] if why else []), *(proposer.notes if isinstance(proposer, Explains) else ()))
+    told = proposer.notes if isinstance(proposer, Explains) else ()
+    explained = (*journal.notes, *([why] if why else []), *told)
     explained = (*verified, *note_of_racing(settings, study, found), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)

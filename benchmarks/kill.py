@@ -25,8 +25,9 @@ import torch
 
 import autoprune
 from autoprune.execution import Executor, RayExecutor
-from autoprune.journal import Journal, TrialRow
+from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME
+from autoprune.journal_rows import TrialRow
 from benchmarks.common import environment, table, write
 from tests.zoo import ZOO
 

@@ -6,17 +6,35 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from autoprune.journal import Journal, TrialRow
+from autoprune.files import shortened, sound
+from autoprune.journal import Journal
+from autoprune.journal_file import FILE_NAME
+from autoprune.journal_rows import TrialRow
 from autoprune.protocols import FAILED, OK, RACED, SearchSpace
 from autoprune.result import SearchResult
+from autoprune.result.saving import TRIAL_FORM, require_consistent
 from autoprune.result.trials import Evaluation, Trial, find_front, note_of_probes, within
+from autoprune.schema import require_form
 from autoprune.search_spaces import space_from_json
 
 _UNMEASURED = (
     "costs are those that trials were proposed with; what the search measured of its front in the end is in its saved "
     "result alone"
 )
+
+_FORM = {
+    "space": {str: object},
+    "limits": {str: float},
+    "dense": TRIAL_FORM,
+    "budget": str,
+    "metric": str,
+    "higher_is_better": bool,
+    "notes": [str],
+    "trials": (int, frozenset({"auto"})),
+    "seed": int,
+}
 
 
 def result_from_journal(run_dir: str | Path) -> SearchResult:
@@ -31,18 +49,28 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
 
     Raises:
         FileNotFoundError: If `run_dir` holds no journal.
-        RecipeError: If the journal is corrupted, foreign, or of a newer version.
+        FileFormatError: If the journal is corrupted, foreign, or of a newer version.
     """
     with Journal.open(run_dir) as journal:
         meta, rows = journal.meta(), journal.trials()
+    told = f"run_dir must hold a journal of autoprune, but {shortened(Path(run_dir) / FILE_NAME)} is damaged"
+    with sound(told, "name another run_dir"):
+        require_form(meta, _FORM)
+        return _result(meta, rows)
+
+
+def _result(meta: Mapping[str, Any], rows: Sequence[TrialRow]) -> SearchResult:
+    """The result, of what is no journal of a search too, if the forms happen to fit; raises what is in `DAMAGE`."""
     space = space_from_json(meta["space"])
     trials = tuple(trial_from(row, space, meta["limits"]) for row in rows)
     total = "" if meta["trials"] == "auto" else f" of {meta['trials']}"
+    dense = Trial.from_json(meta["dense"])
+    require_consistent(trials, dense, space.sizes.tolist(), meta)
     done = sum(trial.status in (OK, RACED, FAILED) for trial in trials)
     return SearchResult(
         trials=trials,
         front=find_front(trials, tuple(meta["limits"]), meta["higher_is_better"]),
-        dense=Trial.from_json(meta["dense"]),
+        dense=dense,
         space=space,
         limits=meta["limits"],
         budget=meta["budget"],

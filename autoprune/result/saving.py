@@ -41,7 +41,7 @@ _EVALUATION = {
     "distortion?": _NUMBER,
     "distortion_stderr?": _NUMBER,
 }
-_TRIAL = {
+TRIAL_FORM = {
     "id": int,
     "status": frozenset({OK, RACED, FAILED, "pending"}),
     "reason": str,
@@ -85,8 +85,8 @@ _FORM = {
     "notes": [str],
     "limits": {str: float},
     "space": {str: object},
-    "dense": _TRIAL,
-    "trials": [_TRIAL],
+    "dense": TRIAL_FORM,
+    "trials": [TRIAL_FORM],
     "front": [int],
     "audit": (_AUDIT, None),
     "weights": {str: {"file": str, "sha256": str}},

@@ -1,0 +1,78 @@
+"""Opening a journal to read: also while a search writes it, in a folder that cannot be written, and without a trace."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import tempfile
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from autoprune.errors import FileFormatError
+from autoprune.files import MIB, require_file
+from autoprune.journal_file import BUSY_SECONDS, FILE_NAME, check, is_written, patiently
+
+MOST_BYTES = 64 * 1024 * MIB
+"""What no journal is larger than."""
+MOST_VALUE_BYTES = 256 * MIB
+"""What no single value in it is larger than."""
+
+_TRIES, _WAIT_SECONDS = 20, 0.1
+_MOST_BUSY_SECONDS = 60.0
+
+
+def open_to_read(run_dir: str | Path) -> tuple[sqlite3.Connection, ExitStack]:
+    """A connection that cannot write, with what closes it.
+
+    SQLite's readers of a write-ahead log share memory through a file next to it, which they make and leave behind. So
+    where nobody writes and the log is empty the file is opened as immutable, which needs none; where a killed search
+    left a log in a folder that has no such file or cannot be written, a copy is read.
+
+    Raises:
+        FileNotFoundError: If there is no journal.
+        FileFormatError: If it is corrupted, no journal, or written by another version.
+        OSError: If another program keeps it locked.
+    """
+    path = Path(run_dir) / FILE_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"run_dir must be the folder of an earlier search, got {run_dir}: no {FILE_NAME} there")
+    require_file(path, "run_dir must hold a journal of autoprune", MOST_BYTES)
+    for last in [False] * (_TRIES - 1) + [True]:
+        # A search that begins makes the file first and lays it out an instant later; one that another user runs may
+        # write while the file is opened as if nobody did.
+        stack = ExitStack()
+        try:
+            connection = _connect(path, stack)
+            patiently(partial(check, connection, path), path, _MOST_BUSY_SECONDS)
+            return connection, stack
+        except FileFormatError:
+            stack.close()
+            if last or path.stat().st_size or not path.exists():
+                raise
+        except BaseException:  # raised again: nothing is left open
+            stack.close()
+            raise
+        time.sleep(_WAIT_SECONDS)
+    raise AssertionError("the last try returns or raises")
+
+
+def _connect(path: Path, stack: ExitStack) -> sqlite3.Connection:
+    log, shared = (path.with_name(f"{path.name}-{ending}") for ending in ("wal", "shm"))
+    pending = any(side.exists() and side.stat().st_size for side in (log, path.with_name(f"{path.name}-journal")))
+    if is_written(path) or (pending and shared.exists() and os.access(shared, os.W_OK)):
+        options = "mode=ro"
+    elif not pending:
+        options = "mode=ro&immutable=1"
+    else:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="autoprune-")))
+        for side in (path, log):
+            shutil.copyfile(require_file(side, "run_dir must hold a journal", MOST_BYTES), folder / side.name)
+        path, options = folder / path.name, "mode=rw"
+    connection = sqlite3.connect(f"{path.resolve().as_uri()}?{options}", uri=True, timeout=BUSY_SECONDS)
+    stack.callback(connection.close)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_VALUE_BYTES)
+    connection.execute("PRAGMA query_only=ON")
+    return connection
