@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from autoprune.arguments import said
 from autoprune.errors import InfeasibleBudgetError, RecipeError
 from autoprune.evaluators import EVALUATORS, Evaluator, Orders, make_evaluator
 from autoprune.evaluators.measuring import Measuring
@@ -212,7 +213,7 @@ class _Work:
                 evaluator = copy.deepcopy(evaluator)
                 evaluator.prepare(self.builder.context)
         except Exception as error:  # costs this evaluator, not the audit
-            self.notes.append(f"{name} was left out: {type(error).__name__}: {error}")
+            self.notes.append(f"{name} was left out: {said(error)}")
             return
         for key, candidate in zip(keys, candidates, strict=True):
             self._keep(key, partial(evaluate_one, evaluator, candidate))

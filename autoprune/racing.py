@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autoprune.border import only
 from autoprune.evaluators.protocol import Evaluator
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
 from autoprune.rungs import Ladder, climb
@@ -140,12 +141,11 @@ def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = N
     if isinstance(race, Ladder):
         return climb(evaluator, candidate, race)
     if race is None:
-        (outcome,) = evaluator.evaluate(candidate[None])
-        return outcome
+        return only(evaluator, evaluator.evaluate(candidate[None]))
     parts: list[Measurement] = []
     seen, total = 0, len(race.signal)
     while seen < total:
-        (part,) = evaluator.evaluate(candidate[None], slice(len(parts), len(parts) + 1))
+        part = only(evaluator, evaluator.evaluate(candidate[None], slice(len(parts), len(parts) + 1)))
         if isinstance(part, Failure):
             return replace(part, seconds=part.seconds + sum(before.seconds for before in parts))
         parts.append(part)

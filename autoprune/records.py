@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from autoprune.border import checked
 from autoprune.errors import InfeasibleBudgetError
 from autoprune.execution import Outcome, attempt
 from autoprune.metrics import summary
@@ -96,7 +97,7 @@ def result_of(
     tests: dict[int, Measurement] = {}
     try:
         for trial in (dense, *front):
-            outcome = attempt(partial(study.evaluator.test, np.array(trial.candidate, dtype=np.int64)))
+            outcome = attempt(partial(_tested_outcome, study, trial))
             if isinstance(outcome, Measurement):
                 tests[trial.id] = outcome
     except KeyboardInterrupt:
@@ -120,6 +121,11 @@ def result_of(
         _builder=FromEvaluator(study.evaluator, study.context, study.fresh, study.costs),
     )
     return replace(result, notes=(*result.notes, *_notes_of_score(study, result, tests)))
+
+
+def _tested_outcome(study: Study, trial: Trial) -> Outcome:
+    measured = study.evaluator.test(np.array(trial.candidate, dtype=np.int64))
+    return checked(study.evaluator, measured, "test")
 
 
 def _tested(trial: Trial, tests: Mapping[int, Measurement]) -> Trial:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.border import checked, only
 from autoprune.evaluators.protocol import Evaluator, Trains
 from autoprune.pareto import non_dominated
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
@@ -92,16 +93,16 @@ def climb(evaluator: Evaluator, candidate: IntArray, ladder: Ladder) -> Measurem
     assert isinstance(evaluator, Trains)
     passed: list[Measurement] = []
     for rung in ladder.rungs:
-        outcome = evaluator.on_the_way(candidate, rung.steps)
-        if isinstance(outcome, Failure):
-            return _failed(outcome, passed)
-        outcome = replace(outcome, steps=rung.steps)
+        seen = checked(evaluator, evaluator.on_the_way(candidate, rung.steps), "on_the_way")
+        if isinstance(seen, Failure):
+            return _failed(seen, passed)
+        outcome = replace(seen, steps=rung.steps)
         if outcome.signal.mean() > rung.bar:
             reason = f"behind trial {rung.rival} after {rung.steps} of {ladder.total} steps"
             return replace(outcome, raced=reason, rungs=tuple(passed))
         passed.append(outcome)
-    (outcome,) = evaluator.evaluate(candidate[None])
-    return _failed(outcome, passed) if isinstance(outcome, Failure) else replace(outcome, rungs=tuple(passed))
+    last = only(evaluator, evaluator.evaluate(candidate[None]))
+    return _failed(last, passed) if isinstance(last, Failure) else replace(last, rungs=tuple(passed))
 
 
 def _failed(failure: Failure, passed: Sequence[Measurement]) -> Failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from autoprune.arguments import flag, is_number, shown, whole_number
+from autoprune.border import proposals, same_samples
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction, Latency
 from autoprune.evaluators import Evaluator, Forward
-from autoprune.execution import Executor, make_executor
+from autoprune.execution import Executor, evaluate_one, make_executor
 from autoprune.identity import identity_of
 from autoprune.journal import Journal
 from autoprune.journal_file import require_free
@@ -36,6 +39,9 @@ from autoprune.study import Start, Study, hold_score, prepare
 from autoprune.verify import verify
 
 log = logging.getLogger(__name__)
+
+MOST_SEED = 2**63 - 1
+"""What the generators of PyTorch take."""
 
 
 def search(
@@ -138,10 +144,14 @@ def search(
     """
     began = time.monotonic()
     total = most(trials)
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
-    if max_seconds is not None and max_seconds <= 0:
-        raise ValueError(f"max_seconds must be positive or None, got {max_seconds}")
+    trials = trials if isinstance(trials, str) else total
+    seed = whole_number("seed", seed, 0, MOST_SEED)
+    if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
+        raise ValueError(f"max_seconds must be positive or None, got {shown(max_seconds)}")
+    resume = flag("resume", resume)
+    progress = flag("progress", progress)
+    if not isinstance(run_dir, str | os.PathLike | None):
+        raise TypeError(f"run_dir must be the path of a folder or None, got {shown(run_dir)}")
     if resume and run_dir is None:
         raise ValueError("resume=True needs the run_dir of an earlier search, got run_dir=None")
     if run_dir is not None:
@@ -175,6 +185,8 @@ def search(
         log.info("%s", note)
     dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), measured, measured)
     proposer = make_optimizer(study.problem, seed)
+    if not (callable(getattr(proposer, "ask", None)) and callable(getattr(proposer, "tell", None))):
+        raise TypeError(f"optimizer must make an object with the methods ask and tell, got {shown(proposer)}")
     deadline = None if max_seconds is None else began + max_seconds
     identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
     with open_journal(run_dir, identity, resume) as journal:
@@ -241,15 +253,18 @@ def _run(
                     why = _why_converged(study, found)
                     stopped = "converged" if why else ""
                 if room > 0 and not stopped:
-                    candidates = optimizer.ask(room)
+                    candidates, refused = _proposed(optimizer, room, study, found)
                     ids = journal.record_ask(candidates, {name: cost(candidates) for name, cost in study.costs.items()})
                     pending.update(zip(ids, candidates, strict=True))
                     executor.submit(ids, candidates, rivals.races(ids, candidates, found))
                     asked += len(candidates)
                     stopped = "exhausted" if len(candidates) == 0 else ""
+                    if refused:
+                        stopped, why = "refused", refused
                 if asked >= total:
                     stopped = "trials"
-                for trial, outcome, worker in executor.gather():
+                for trial, returned, worker in executor.gather():
+                    outcome = same_samples(study.evaluator, returned, dense)
                     journal.record_evaluation(trial, outcome, dense=dense, worker=worker)
                     candidate, fate, reason = pending.pop(trial), status_of(outcome), reason_of(outcome)
                     found.append(trial_of(study, trial, candidate, outcome, dense))
@@ -262,6 +277,23 @@ def _run(
             log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
             stopped = "interrupted"
     return found, stopped, why or (why_not_converged(stopped, len(found)) if adaptive else "")
+
+
+def _proposed(optimizer: Optimizer, room: int, study: Study, found: Sequence[Trial]) -> tuple[IntArray, str]:
+    """Candidates asked for, shape (<= room, d), and why they were refused: then none, and the search ends.
+
+    Raises:
+        TypeError: If they are refused before anything was found; names the optimizer.
+        ValueError: As above.
+    """
+    returned = optimizer.ask(room)
+    try:
+        return proposals(optimizer, returned, room, study.problem.sizes), ""
+    except (TypeError, ValueError) as error:  # of the border: what was found so far must not be lost
+        if not found:
+            raise
+        log.warning("the search ends here: %s", error)
+        return np.zeros((0, len(study.problem.sizes)), dtype=np.int64), f"stopped after {len(found)} trials: {error}"
 
 
 def _why_converged(study: Study, found: Sequence[Trial]) -> str:
@@ -282,7 +314,7 @@ def _measure_dense(study: Study) -> Measurement:
     Raises:
         ValueError: If even the dense model cannot be scored.
     """
-    (outcome,) = study.evaluator.evaluate(np.zeros((1, len(study.problem.sizes)), dtype=np.int64))
+    outcome = evaluate_one(study.evaluator, np.zeros(len(study.problem.sizes), dtype=np.int64))
     if isinstance(outcome, Failure):
         raise ValueError(f"model cannot be scored on the validation data: {outcome.reason}")
     return outcome

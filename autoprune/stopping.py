@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from autoprune.arguments import whole_number
 from autoprune.optimizers.problem import Problem
 from autoprune.pareto import hypervolume, non_dominated
 from autoprune.protocols import OK, RACED, FloatArray
@@ -31,11 +32,9 @@ def most(trials: int | str) -> int:
     Raises:
         ValueError: If `trials` is neither a positive integer nor ``"auto"``.
     """
-    if trials == "auto":
+    if isinstance(trials, str) and trials == "auto":
         return MOST_TRIALS
-    if not isinstance(trials, int) or trials < 1:
-        raise ValueError(f"trials must be an integer of at least 1, or 'auto', got {trials!r}")
-    return trials
+    return whole_number("trials", trials, 1, why=", or 'auto'")
 
 
 def planned(trials: int | str, dimensions: int) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune import batches
+from autoprune.arguments import is_number, shown, whole_number
 from autoprune.budget import ALIASES, THROUGHPUT, Budget
 from autoprune.costs import CostFunction, Latency, make_costs
 from autoprune.costs.memory.peak import PeakMemory, measure_memory
@@ -50,6 +51,8 @@ SYNTHETIC_SAMPLES = 256
 
 TIMED = ("latency_ms", "ms_per_sample")
 """Costs that are predicted, and measured on the networks that are offered."""
+
+_STARTS = "results, trials, dictionaries of {dimension: option}, or lists of option indices"
 
 _ROUNDING = 1e-9  # a user's cost of the cheapest candidate may differ in its last bit with the size of the population
 
@@ -114,11 +117,12 @@ def prepare(
     wanted, settings, chosen = Budget.parse(budget), make_space(space), make_evaluator(evaluator)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
-    if not isinstance(cost_batch, int) or cost_batch < 1:
-        raise ValueError(f"cost_batch must be an integer of at least 1, got {cost_batch!r}")
-    _require_functions(costs or {})
-    if prior not in PRIORS:
-        raise ValueError(f"prior must be one of {list(PRIORS)}, got {prior!r}")
+    cost_batch = whole_number("cost_batch", cost_batch, 1)
+    _require_functions({} if costs is None else costs)
+    _require_callable(forward, outputs)
+    starts = _starts(start)
+    if not isinstance(prior, str) or prior not in PRIORS:
+        raise ValueError(f"prior must be one of {list(PRIORS)}, got {shown(prior)}")
     model = unwrap(model)
     device = require_supported(model)
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
@@ -148,7 +152,7 @@ def prepare(
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     limits = limits or _cost_to_minimise(bound, named)
     minimise = bool(wanted.score_limits)
-    lay_out = partial(_problem, bound, named, start=start, minimise=minimise)
+    lay_out = partial(_problem, bound, named, start=starts, minimise=minimise)
     problem = _within_upper(lay_out, limits, None if minimise else source)
     problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
     context = Context(model, structure, bound, subsets, judge, run)
@@ -200,7 +204,7 @@ def _latency_of(
         log.info("measuring latencies of %s; autoprune.profile measures once for many searches", type(model).__name__)
         return profile_structure(model, structure, args, {}, run, batch=size, path=kept)
     if not isinstance(given, Latency | str | Path):
-        raise ValueError(f"latency must be a table of autoprune.profile or the file of one, got {given!r:.60}")
+        raise ValueError(f"latency must be a table of autoprune.profile or the file of one, got {shown(given)}")
     found = given if isinstance(given, Latency) else Latency.load(given)
     example = args[0].filled(args[1:]) if plain else None
     try:
@@ -214,15 +218,31 @@ def _latency_of(
 
 def _require_functions(costs: Mapping[str, CostFunction]) -> None:
     if not isinstance(costs, Mapping):
-        raise ValueError(f"costs must be functions by name, such as {{'energy_mj': function}}, got {costs!r:.60}")
+        raise ValueError(f"costs must be functions by name, such as {{'energy_mj': function}}, got {shown(costs)}")
     for name, function in costs.items():
-        if not callable(function):
-            raise ValueError(f"costs[{name!r}] must be a function of candidates (n, d) giving (n,), got {function!r}")
+        if not isinstance(name, str):
+            raise ValueError(f"costs must have names of text, such as 'energy_mj', got {shown(name)}")
+        if not callable(function) or isinstance(function, type):
+            raise ValueError(
+                f"costs[{name!r}] must be a function of candidates (n, d) giving (n,), got {shown(function)}"
+            )
         if name in (*ALIASES, THROUGHPUT, "ms_per_sample"):
             raise ValueError(
                 f"costs must not hold {name!r}, which budgets take for another cost; call a latency 'latency_ms', in "
                 "milliseconds of cost_batch samples, which limits on throughput follow, and choose another name else"
             )
+
+
+def _require_callable(forward: Any, outputs: Any) -> None:
+    if forward is not None and (isinstance(forward, type) or not callable(forward)):
+        raise TypeError(f"forward must be a function forward(model, batch), or None, got {shown(forward)}")
+    keys = outputs if isinstance(outputs, list | tuple) else [outputs]
+    plain = all(isinstance(key, str | int) and not isinstance(key, bool) for key in keys) and len(keys) > 0
+    if outputs is not None and not plain and (isinstance(outputs, type) or not callable(outputs)):
+        raise TypeError(
+            "outputs must be a key, an index, a list of these, a function of what the model returns, or None, got "
+            f"{shown(outputs)}"
+        )
 
 
 def _memory_of(
@@ -296,7 +316,7 @@ def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed
         raise DataError(f"metric {metric!r} needs data; pass data=, or metric='agreement' to compare with the model")
     (args, kwargs), *_ = examples_of(model, example_inputs)
     if not args and not kwargs:
-        raise DataError(f"example_inputs must hold at least one input, got {example_inputs!r}")
+        raise DataError(f"example_inputs must hold at least one input, got {shown(example_inputs)}")
     return synthetic(kwargs or (args if len(args) > 1 else args[0]), SYNTHETIC_SAMPLES, seed)
 
 
@@ -315,7 +335,7 @@ def _problem(
     space: SearchSpace,
     costs: Mapping[str, CostFunction],
     limits: Mapping[str, float],
-    start: Start | Sequence[Start],
+    start: Sequence[Start],
     minimise: bool,
 ) -> Problem:
     """Lay out the problem; to minimise the cost, the whole of what can be reached is of interest."""
@@ -336,10 +356,18 @@ def _problem(
     if minimise:
         least = (1 + _ROUNDING) * problem.costs(problem.cheapest[None])[0]
         problem = replace(problem, budget_range=np.stack([least, problem.budget_range[:, 1]], axis=1))
-    items = [start] if isinstance(start, SearchResult | Trial | Mapping) else list[Any](start)
-    given = [candidate for item in items for candidate in candidates_of(item, space)]
+    given = [candidate for item in start for candidate in candidates_of(item, space)]
     seeds = [np.array(given, dtype=np.int64).reshape(-1, len(space.sizes)), uniform_seeds(problem, fractions)]
     return replace(problem, seeds=np.concatenate(seeds))
+
+
+def _starts(start: Start | Sequence[Start]) -> list[Start]:
+    """What to begin from, one after the other."""
+    if isinstance(start, SearchResult | Trial | Mapping):
+        return [start]
+    if isinstance(start, str | bytes) or not isinstance(start, Iterable):
+        raise ValueError(f"start must be a list of {_STARTS}, got {shown(start)}")
+    return list[Any](start)
 
 
 def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
@@ -353,13 +381,7 @@ def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
     if isinstance(start, Trial):
         return candidates_of(start.decoded, space)
     if not isinstance(start, Mapping):
-        sizes = space.sizes.tolist()
-        if np.shape(start) != (len(sizes),) or not all(0 <= i < n for i, n in zip(start, sizes, strict=True)):
-            raise ValueError(
-                f"start must hold results, trials, dictionaries of {{dimension: option}}, or lists of option indices "
-                f"below {sizes}, got {start!r}"
-            )
-        return [[int(index) for index in start]]
+        return [_indices(start, space.sizes.tolist())]
     unknown = set(start) - {dimension.name for dimension in space.dimensions}
     if unknown:
         known = ", ".join(dimension.name for dimension in space.dimensions)
@@ -367,7 +389,21 @@ def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
     candidate = []
     for dimension in space.dimensions:
         option = start.get(dimension.name, dimension.options[0])
-        if option not in dimension.options:
-            raise ValueError(f"start[{dimension.name!r}] must be one of {dimension.options}, got {option!r}")
+        if not (isinstance(option, str) or is_number(option)) or option not in dimension.options:
+            raise ValueError(f"start[{dimension.name!r}] must be one of {dimension.options}, got {shown(option)}")
         candidate.append(dimension.options.index(option))
     return [candidate]
+
+
+def _indices(start: Any, sizes: list[int]) -> list[int]:
+    """One candidate given by option indices; neither floats nor bools are indices."""
+    rule = f"start must hold {_STARTS} below {shown(sizes)}"
+    if isinstance(start, str | bytes) or not isinstance(start, Iterable):
+        raise ValueError(f"{rule}, got {shown(start)}; a single candidate is a list in a list: start=[[...]]")
+    given = start.tolist() if isinstance(start, np.ndarray | Tensor) else list(start)
+    if len(given) != len(sizes):
+        raise ValueError(f"{rule}, got {shown(start)} of length {len(given)} for {len(sizes)} dimensions")
+    whole = all(isinstance(index, int | np.integer) and not isinstance(index, bool) for index in given)
+    if not whole or not all(0 <= index < size for index, size in zip(given, sizes, strict=True)):
+        raise ValueError(f"{rule}, got {shown(start)}")
+    return [int(index) for index in given]

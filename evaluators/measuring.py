@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor, nn
 
+from autoprune.arguments import said
 from autoprune.batches import Batch
 from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.protocol import Context
@@ -52,7 +53,7 @@ class Measuring:
                 run = fitting(bound_forward(context, make().eval()))
                 signal, metric, distortion = context.judge.measure(run, batches, self._dense[part][rows])
         except Exception as error:  # whatever a user's model or metric raises costs this candidate alone
-            return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - started)
+            return Failure(said(error), time.perf_counter() - started)
         seconds = time.perf_counter() - started
         if not (np.isfinite(signal).all() and np.isfinite(metric).all()):
             bad = int((~(np.isfinite(signal) & np.isfinite(metric))).sum())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from autoprune.arguments import said
 from autoprune.batches import Batch, batch_size, slice_batch
 from autoprune.evaluators.cuts import Cut, NothingToShareError, choose_cuts, flow_of
 from autoprune.evaluators.digests import WHOLE, Mark, digests_of, first_operations, marks_of
@@ -249,7 +250,7 @@ class Sharing:
             flow = flow_of(context.model, [*subsets.calibration, *subsets.validation], context.forward)
             firsts = first_operations(context, flow)
         except Exception as error:  # a fault of the model shows again when a candidate is scored
-            log.info("candidates share no computation: %s", error)
+            log.info("candidates share no computation: %s", said(error))
             return (), []
         return choose_cuts(flow, firsts, sum(self._samples.values()), memory_bytes), marks_of(context, flow)
 
@@ -266,7 +267,7 @@ class Sharing:
                 if len(found) != len(expected) or not all(map(torch.equal, found, expected)):
                     return self._stop(f"outputs differ when the model resumes behind {cut.name}")
         except Exception as error:  # the model cannot be resumed, whatever the reason
-            self._stop(f"{type(error).__name__}: {error}")
+            self._stop(said(error))
 
     def _run(self, run: _Pass, batch: Batch) -> Any:
         """One forward pass of the skeleton."""

@@ -19,7 +19,7 @@ MAPPED = ("search_spaces", "evaluators")
 # The picture of DESIGN.md, bottom first: a part may import parts of the rows above it here, itself, and nothing else of
 # autoprune. `autoprune` is the package's own __init__, the public names.
 LAYERS = (
-    ("errors",),
+    ("errors", "arguments"),
     ("files", "schema"),
     ("protocols", "batches"),
     ("sources", "scorers", "statistics"),
@@ -30,6 +30,7 @@ LAYERS = (
     ("reconstruction",),
     ("prior",),
     ("optimizers", "evaluators", "search_spaces"),
+    ("border",),
     ("rungs",),
     ("racing",),
     ("journal_file", "journal_rows", "execution"),

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from autoprune.arguments import said
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.racing import Contest, evaluate
@@ -42,7 +43,7 @@ def attempt(measure: Callable[[], Outcome]) -> Outcome:
         outcome = measure()
     except Exception as error:  # not KeyboardInterrupt, which ends the search
         log.debug("an evaluation failed", exc_info=error)
-        return Failure(f"{type(error).__name__}: {error}", time.perf_counter() - began)
+        return Failure(said(error), time.perf_counter() - began)
     seen = [values for one in stages_of(outcome) if isinstance(one, Measurement) for values in (one.signal, one.metric)]
     if not all(np.isfinite(values).all() for values in seen):
         return Failure("the score of a sample is NaN or infinite", outcome.seconds)

@@ -54,7 +54,8 @@ class SearchResult:
         higher_is_better: Its direction.
         notes: What was decided about data, metric and model, in plain words.
         stopped: Why the search ended: ``"trials"``, ``"converged"`` (see `notes`), ``"time"``, ``"interrupted"``,
-            ``"exhausted"``, or ``"unfinished"`` when it was read from the journal of a run that goes on or was killed.
+            ``"exhausted"``, ``"refused"`` (the optimizer proposed what is no candidate; see `notes`), or
+            ``"unfinished"`` when it was read from the journal of a run that goes on or was killed.
         seconds: Wall time of the search.
         seed: Its seed.
         audit: How far its scores can be trusted, from `autoprune.audit`; None before.

@@ -1,0 +1,113 @@
+"""Plain arguments: numbers and flags are checked here, and values and errors put into words for messages."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+MOST_SHOWN = 200
+"""Characters of a value in a message."""
+
+MOST_SAID = 500
+"""Characters of an error of the user's code that are kept."""
+
+_ENTRIES = 8  # of a container
+_FEW = 16  # elements of an array that is shown as it is
+
+
+def shown(value: Any) -> str:
+    """Put a value into a message: at most 200 characters on one line; tensors and arrays by type and shape."""
+    text = " ".join(_shown(value, 0).split())
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
+
+def _shown(value: Any, depth: int) -> str:
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.size > _FEW):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    if isinstance(value, nn.Module):
+        return f"a module {type(value).__name__}"
+    if type(value) in (list, tuple, dict, set) and value and depth < 2:
+        return _entries(value, depth)
+    try:
+        return repr(value)
+    except Exception:  # a user's class may raise anything here, and a message must come about
+        return f"an object of type {type(value).__name__}"
+
+
+def _entries(values: Any, depth: int) -> str:
+    """The first entries of a plain container in its own brackets."""
+    if isinstance(values, Mapping):
+        parts = [f"{_shown(k, depth + 1)}: {_shown(v, depth + 1)}" for k, v in list(values.items())[:_ENTRIES]]
+    else:
+        parts = [_shown(value, depth + 1) for value in list(values)[:_ENTRIES]]
+    parts += [f"... ({len(values)} in all)"] if len(values) > _ENTRIES else []
+    if isinstance(values, tuple):
+        return f"({', '.join(parts)}{',' * (len(values) == 1)})"
+    return f"[{', '.join(parts)}]" if isinstance(values, list) else f"{{{', '.join(parts)}}}"
+
+
+def said(error: BaseException) -> str:
+    """Type and message of an error that a user's code raised, cut where it goes on and on."""
+    try:
+        message = str(error)
+    except Exception:  # even this may be the user's code
+        message = "(its message cannot be read)"
+    text = f"{type(error).__name__}: {message}"
+    return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID - 3]}..."
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None, why: str = "") -> int:
+    """An integer that may come from NumPy, but not from a bool or a float.
+
+    Args:
+        name: The argument.
+        value: What was given.
+        least: The smallest allowed.
+        most: The largest allowed, if any.
+        why: What to say behind the rule.
+
+    Raises:
+        ValueError: If it is none, or out of range.
+    """
+    plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not plain or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}{why}, got {shown(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be an integer of at most {most}{why}, got {shown(value)}")
+    return operator.index(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite real number, of Python or NumPy; no bool."""
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    try:
+        return real and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def number(name: str, value: Any, least: float, rule: str) -> float:
+    """A finite number of at least `least`.
+
+    Raises:
+        ValueError: If it is none, or too small; says the `rule`, such as ``"at least 0"``.
+    """
+    if not is_number(value) or value < least:
+        raise ValueError(f"{name} must be a number of {rule}, got {shown(value)}")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that merely counts as such.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
