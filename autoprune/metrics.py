@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune import scorers
-from autoprune.batches import Batch, targets, tensors
+from autoprune.batches import Batch, Lent, targets, tensors
 from autoprune.data import Subsets
 from autoprune.errors import DataError
 from autoprune.protocols import FloatArray
@@ -115,8 +115,9 @@ class Judge:
         """A metric of the whole set, in its own direction."""
         if self.whole_set is None:
             raise ValueError(f"metric {self.name!r} scores samples one by one; use score_batch or measure")
+        lent = Lent(batches)
         with torch.no_grad():
-            value = self.whole_set(forward, batches)
+            value = self.whole_set(lambda batch: forward(lent.original(batch)), lent)
         try:
             return float(value)
         except (TypeError, ValueError, RuntimeError) as error:

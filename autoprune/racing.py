@@ -141,11 +141,11 @@ def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = N
     if isinstance(race, Ladder):
         return climb(evaluator, candidate, race)
     if race is None:
-        return only(evaluator, evaluator.evaluate(candidate[None]))
+        return only(evaluator, evaluator.evaluate(candidate[None].copy()))
     parts: list[Measurement] = []
     seen, total = 0, len(race.signal)
     while seen < total:
-        part = only(evaluator, evaluator.evaluate(candidate[None], slice(len(parts), len(parts) + 1)))
+        part = only(evaluator, evaluator.evaluate(candidate[None].copy(), slice(len(parts), len(parts) + 1)))
         if isinstance(part, Failure):
             return replace(part, seconds=part.seconds + sum(before.seconds for before in parts))
         parts.append(part)

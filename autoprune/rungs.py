@@ -93,7 +93,7 @@ def climb(evaluator: Evaluator, candidate: IntArray, ladder: Ladder) -> Measurem
     assert isinstance(evaluator, Trains)
     passed: list[Measurement] = []
     for rung in ladder.rungs:
-        seen = checked(evaluator, evaluator.on_the_way(candidate, rung.steps), "on_the_way")
+        seen = checked(evaluator, evaluator.on_the_way(candidate.copy(), rung.steps), "on_the_way")
         if isinstance(seen, Failure):
             return _failed(seen, passed)
         outcome = replace(seen, steps=rung.steps)
@@ -101,7 +101,7 @@ def climb(evaluator: Evaluator, candidate: IntArray, ladder: Ladder) -> Measurem
             reason = f"behind trial {rung.rival} after {rung.steps} of {ladder.total} steps"
             return replace(outcome, raced=reason, rungs=tuple(passed))
         passed.append(outcome)
-    last = only(evaluator, evaluator.evaluate(candidate[None]))
+    last = only(evaluator, evaluator.evaluate(candidate[None].copy()))
     return _failed(last, passed) if isinstance(last, Failure) else replace(last, rungs=tuple(passed))
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprune.batches import Batch, batch_size, targets, tensors
+from autoprune.batches import Batch, batch_size, fresh, targets, tensors
 from autoprune.errors import DataError
 
 NO_LABEL = -100  # torch's default ignore_index
@@ -123,7 +123,7 @@ def user_loss(
     output = main_output(outputs)
     if isinstance(loss, nn.Module):
         loss.to(output.device)  # class weights live in the loss
-    values = loss(output, targets(batch))
+    values = loss(output, fresh(targets(batch)))
     if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != batch_size(batch):
         raise ValueError(
             f"loss {name!r} must give one value a sample, shape (n, ...) with n = {batch_size(batch)}, got "
@@ -137,7 +137,7 @@ def user_metric(
     name: str, fn: Callable[..., Any], higher_is_better: bool, outputs: Any, batch: Batch, dense: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A user's values, turned to lower-is-better and as they are."""
-    values = fn(outputs, batch)
+    values = fn(outputs, fresh(batch))
     if not isinstance(values, Tensor) or values.shape != (batch_size(batch),):
         raise ValueError(
             f"metric {name!r} must return a tensor of shape ({batch_size(batch)},), one value a sample, got "

@@ -71,6 +71,7 @@ class Study:
         limits: The limited costs, absolute, in the order of the budget. One of score limits alone leaves the cost of
             the dense model as the limit of what is minimised.
         notes: What was decided, in plain words.
+        timed: Runs a model on what `batches.opened` gives, without the copy that the forward of the context makes.
         worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
             and until the dense model is measured.
         latency: What predicts latencies; None if they are not limited, or a function of the user's says them.
@@ -86,6 +87,7 @@ class Study:
     budget: Budget
     limits: Mapping[str, float]
     notes: tuple[str, ...]
+    timed: Forward
     worst_score: float | None = None
     latency: Latency | None = None
     priced: tuple[Any, ...] = ()
@@ -126,10 +128,11 @@ def prepare(
     model = unwrap(model)
     device = require_supported(model)
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
-    run = selecting(forward or batches.default_forward, outputs)
-    example = batches.slice_batch(subsets.calibration[0], 0, 2)
+    plain_run = selecting(forward or batches.default_forward, outputs)
+    run = batches.Guarded(plain_run)
+    example = batches.fresh(batches.slice_batch(subsets.calibration[0], 0, 2))
     further: list[Inputs] = [(batches.opened(batch), {}) for batch in _branches(model, example_inputs)]
-    whole = batches.closing(run)
+    whole = batches.closing(plain_run)
     structure = analyse(model, batches.opened(example), forward=whole, further=further, checks=checks, seed=seed)
     priced, _ = with_batch(batches.opened(subsets.calibration[0]), {}, cost_batch)
     at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
@@ -169,7 +172,7 @@ def prepare(
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
     told = getattr(chosen, "notes", ())  # after `prepare`, because only then an evaluator knows what it learned
     ordered = (*_ordered(notes, judge.note, subsets), *told)
-    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered, None, source, priced, peak)
+    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered, whole, None, source, priced, peak)
 
 
 def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:

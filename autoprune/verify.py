@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from autoprune.batches import closing
 from autoprune.costs import Latency, make_costs
 from autoprune.costs.operations.runtimes import runtime_of
 from autoprune.costs.profiling.profile import time_networks
@@ -99,8 +98,7 @@ class _Seen:
     def measure(self, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> None:
         """Measure trials, given as built."""
         if study.memory is not None:
-            forward = closing(study.context.forward)
-            peaks = [study.memory.measure(module, forward, study.priced, {}) for module in modules]
+            peaks = [study.memory.measure(module, study.timed, study.priced, {}) for module in modules]
             self.peaks.update(zip((trial.id for trial in trials), peaks, strict=True))
         if self.latency is not None and not self.untimed:
             try:
@@ -110,7 +108,7 @@ class _Seen:
 
     def _timed(self, latency: Latency, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> Latency:
         """Time trials, and fit the model to them, too."""
-        context, forward = study.context, closing(study.context.forward)
+        context, forward = study.context, study.timed
         runtime = runtime_of(latency.setting.runtime)
         dense = runtime.network(build(context.model, Edit({}, {})).eval(), forward, study.priced, {})
         calls = [runtime.network(module, forward, study.priced, {}) for module in modules]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import Batch
+from autoprune.batches import Batch, fresh
 from autoprune.evaluators.lessons import lesson_loss
 from autoprune.evaluators.protocol import Context
 from autoprune.protocols import IntArray, SearchSpace
@@ -84,7 +84,7 @@ class Sandwich:
             outputs = self._run(module, batch)
             parts = [lesson_loss(judge, outputs, batch, better, labels=labels and self._loss is None)]
             if labels and self._loss is not None:
-                parts.append(self._loss(outputs, batch))
+                parts.append(self._loss(outputs, fresh(batch)))
         found = [part for part in parts if part is not None]
         if not found:
             raise ValueError(

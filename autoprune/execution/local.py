@@ -115,7 +115,7 @@ class LocalExecutor:
     def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Contest | None]) -> None:
         """Queue candidates, related ones behind each other where the evaluator has a wish."""
         evaluator = self._evaluator
-        order = evaluator.order(candidates) if isinstance(evaluator, Orders) else np.arange(len(trials))
+        order = evaluator.order(candidates.copy()) if isinstance(evaluator, Orders) else np.arange(len(trials))
         self._queue.extend((trials[i], candidates[i], races[i]) for i in order.tolist())
 
     def gather(self) -> list[Finished]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.batches import fresh
 from autoprune.sources import seeded
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -39,14 +40,14 @@ def example_inputs_of(model: nn.Module, given: ExampleInputs | None = None) -> t
         given: One tensor, a tuple of positional inputs, or a mapping of keyword inputs.
 
     Returns:
-        The arguments of ``model(*args, **kwargs)``, on whatever device they came.
+        The arguments of ``model(*args, **kwargs)``, on whatever device they came: copies, which a model may write to.
 
     Raises:
         ValueError: If `given` has another form, or is None and the model carries no example.
     """
     model = unwrap(model)
     with seeded(0):  # an example may be a property that draws random numbers
-        example = _carried(model) if given is None else given
+        example = fresh(_carried(model) if given is None else given)
     if example is None:
         raise ValueError(
             f"example_inputs must be given, because {type(model).__name__} carries no example of its own "
