@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from autoprune.protocols import FloatArray
+
+_BLOCK = 256  # points compared at once
+
 
 def non_dominated(objectives: ArrayLike) -> NDArray[np.bool_]:
     """Mark the points that no other point dominates.
 
     One point dominates another when it is no worse in every objective and better in at least one, so exact duplicates
     do not dominate each other and are all kept. A point with a NaN is never on the front and dominates nothing.
-    Takes O(n * front * m) time.
+    Takes O(n log n) time for up to two objectives, O(n * front * m) beyond.
 
     Args:
         objectives: Shape (n, m), lower is better.
@@ -29,16 +33,46 @@ def non_dominated(objectives: ArrayLike) -> NDArray[np.bool_]:
     points = np.asarray(objectives, dtype=np.float64)
     if points.ndim != 2:
         raise ValueError(f"objectives must have shape (n, m), got {points.shape}")
-    # In lexical order nothing is dominated by a later point, so each survivor is final when its turn comes.
-    order = np.lexsort(points.T[::-1])
-    waiting = order[~np.isnan(points[order]).any(axis=1)]
     front = np.zeros(len(points), dtype=np.bool_)
-    while waiting.size:
-        first = points[waiting[0]]
-        twins = (points[waiting] == first).all(axis=1)
-        front[waiting[twins]] = True
-        waiting = waiting[(points[waiting] < first).any(axis=1)]
+    known = np.flatnonzero(~np.isnan(points).any(axis=1))
+    # In lexical order nothing is dominated by a later point, and duplicates share one row.
+    distinct, row = np.unique(points[known], axis=0, return_inverse=True)
+    mark = _staircase if points.shape[1] <= 2 else _survivors
+    front[known] = mark(distinct)[row.reshape(-1)]
     return front
+
+
+def _staircase(points: FloatArray) -> NDArray[np.bool_]:
+    """Mark the front of distinct points in lexical order, of at most two objectives: each new least second one."""
+    if points.shape[1] < 2:
+        first: NDArray[np.bool_] = np.eye(1, len(points), dtype=np.bool_)[0]
+        return first
+    least_before: FloatArray = np.minimum.accumulate(np.append(np.inf, points[:-1, 1]))
+    keep: NDArray[np.bool_] = np.asarray(points[:, 1] < least_before, dtype=np.bool_)
+    keep[:1] = True  # even where its second objective is infinite
+    return keep
+
+
+def _survivors(points: FloatArray) -> NDArray[np.bool_]:
+    """Mark the front of distinct points in lexical order, a block at a time against the front of those before it."""
+    keep = np.zeros(len(points), dtype=np.bool_)
+    for start in range(0, len(points), _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, len(points)))
+        before = np.flatnonzero(keep[:start])
+        block = block[~_dominated(points[block], points[before])]
+        # What dominates is not equal, because points are distinct, so only a point itself has to be left out.
+        keep[block] = np.logical_not(_dominated(points[block], points[block], itself=True))
+    return keep
+
+
+def _dominated(points: FloatArray, others: FloatArray, itself: bool = False) -> NDArray[np.bool_]:
+    """Whether one of `others` is no worse in every objective, shape (n,); with `itself`, other than the same row."""
+    no_worse = np.ones((len(points), len(others)), dtype=np.bool_)
+    for mine, theirs in zip(points.T, others.T, strict=True):
+        no_worse &= theirs <= mine[:, None]
+    if itself:
+        np.fill_diagonal(no_worse, False)
+    return np.asarray(no_worse.any(axis=1), dtype=np.bool_)
 
 
 def hypervolume(objectives: ArrayLike, reference: ArrayLike) -> float:

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,22 @@ def test_the_front_is_what_the_definition_of_dominance_says(m):
     for n in (1, 2, 7, 60):
         points = rng.integers(0, 6, size=(n, m)).astype(float)  # few values, so that there are ties and duplicates
         np.testing.assert_array_equal(non_dominated(points), ~np.array(dominated_by_definition(points)))
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_a_front_of_ten_thousand_points_takes_a_fraction_of_a_second(m):
+    directions = np.random.default_rng(0).random((10_000, m))
+    points = directions / np.linalg.norm(directions, axis=1, keepdims=True)  # a sphere: nothing dominates anything
+    points = np.concatenate([points, points + 0.01])
+    began = time.process_time()
+    found = non_dominated(points)
+    assert time.process_time() - began < 1.0
+    assert found[:10_000].all()
+    assert not found[10_000:].all()
+
+
+def test_infinite_objectives_are_compared_as_numbers():
+    assert non_dominated([[0, np.inf], [1, np.inf], [2, 0]]).tolist() == [True, False, True]
 
 
 def test_duplicates_on_the_front_are_all_kept():

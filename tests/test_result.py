@@ -180,7 +180,9 @@ class TestSaveAndLoad:
         found.save(tmp_path / "result", weights=weights)
         kept = {"front": found.front, "best": [found.best()], "none": []}[weights]
         files = {weights_file(tmp_path / "result", trial).name for trial in kept}
-        assert {file.name for file in (tmp_path / "result").iterdir()} == {"result.json", *files}
+        dense = {file.name for file in (tmp_path / "result").glob("dense-*.safetensors")}
+        assert len(dense) == (weights == "front")
+        assert {file.name for file in (tmp_path / "result").iterdir()} == {"result.json", *files, *dense}
         dropped = next(trial for trial in found.trials if trial not in kept)
         with pytest.raises(autoprune.RecipeError, match=f"trial {dropped.id} was saved without weights"):
             SearchResult.load(tmp_path / "result", ZOO["mlp"].build()).build(dropped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +14,11 @@ from autoprune.costs import CostFunction
 from autoprune.errors import RecipeError
 from autoprune.evaluators import Context, Evaluator
 from autoprune.files import shortened
-from autoprune.result.recipe import attach, read
+from autoprune.result.recipe import ATTRIBUTE, attach, most_bytes_of, read, read_slices, slices_of
+from autoprune.result.shared_tensors import FILES, SharedTensors
 from autoprune.result.trials import Trial
+from autoprune.structure.slicing import Edit, build
+from autoprune.tensor_file import read_tensors
 
 
 class Builder(Protocol):
@@ -23,6 +26,10 @@ class Builder(Protocol):
 
     def build(self, trial: Trial) -> nn.Module:
         """A plain module that remembers its recipe and shares no state with anything."""
+        ...
+
+    def shared(self, trials: Sequence[Trial]) -> SharedTensors | None:
+        """What these trials' modules have in common; None where it cannot be told."""
         ...
 
 
@@ -44,9 +51,17 @@ class FromEvaluator:
 
     def build(self, trial: Trial) -> nn.Module:
         """Cut the trial's candidate from the model."""
-        context = self.context
         module = self.evaluator.build(np.array(trial.candidate, dtype=np.int64))
-        return attach(module, context.structure.edit(context.space.pruning(trial.candidate)), context.model)
+        return attach(module, self._edit(trial), self.context.model)
+
+    def shared(self, trials: Sequence[Trial]) -> SharedTensors | None:
+        """The tensors of the model, unless it was pruned before: then recipes are of what it was."""
+        if hasattr(self.context.model, ATTRIBUTE):
+            return None
+        return SharedTensors(self.context.model, [slices_of(self._edit(trial)) for trial in trials])
+
+    def _edit(self, trial: Trial) -> Edit:
+        return self.context.structure.edit(self.context.space.pruning(trial.candidate))
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,17 @@ class SavedWeights:
                 "with another file or replaced; search again, or copy the folder of the result as a whole"
             )
         return module
+
+    def shared(self, trials: Sequence[Trial]) -> SharedTensors | None:
+        """What the trials are cut from, where the model given has the weights that were pruned."""
+        if self._model is None or hasattr(self._model, ATTRIBUTE):
+            return None
+        files = [self._folder / self.files[trial.id].name for trial in trials if trial.id in self.there()]
+        dense = build(self._model, Edit({}, {}))
+        most_bytes = most_bytes_of(dense)
+        for file in self._folder.glob(FILES):
+            dense.load_state_dict(read_tensors(file, "dense tensors", most_bytes)[1], strict=False)
+        return SharedTensors(dense, [read_slices(file, most_bytes) for file in files])
 
 
 def weights_file(folder: Path, trial: Trial) -> Path:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from autoprune.result.audit_report import Audit
 
 INK, FRONT, LIMIT = "#9aa5b1", "#1f6feb", "#c2410c"
+MOST_BARS = 300
+"""Networks on a front whose intervals are drawn one by one; those of more are a band."""
 UNITS = {"flops": "MACs", "params": "parameters", "memory_bytes": "bytes"}
 
 
@@ -34,10 +36,15 @@ def plot_front(result: SearchResult, path: str | Path | None = None) -> Figure:
     if result.front:
         x = [t.costs[name] for t in result.front]
         y = [t.score for t in result.front]
-        bars = [[max(0.0, t.score - t.interval[0]) for t in result.front]]
-        bars.append([max(0.0, t.interval[1] - t.score) for t in result.front])
-        line = "-" if len(result.limits) == 1 else ""
-        axes.errorbar(x, y, yerr=bars, fmt=f"o{line}", color=FRONT, ms=4, lw=1.4, elinewidth=0.7, label="front (95 %)")
+        fmt = "o-" if len(result.limits) == 1 else "o"
+        low, high = ([t.interval[end] for t in result.front] for end in (0, 1))
+        bars = None
+        if len(x) <= MOST_BARS:
+            bars = [[max(0.0, mid - end) for mid, end in zip(y, low, strict=True)]]
+            bars.append([max(0.0, end - mid) for mid, end in zip(y, high, strict=True)])
+        else:
+            axes.fill_between(x, low, high, color=FRONT, alpha=0.2, lw=0)
+        axes.errorbar(x, y, yerr=bars, fmt=fmt, color=FRONT, ms=4, lw=1.4, elinewidth=0.7, label="front (95 %)")
     axes.scatter([result.dense.costs[name]], [result.dense.score], marker="D", s=36, color="#111827", label="dense")
     dense = result.dense.costs[name]
     share = f" ({limit / dense:.0%} of dense)" if dense else ""

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from autoprune.errors import RecipeError
-from autoprune.files import MIB, parse_json, shortened, sound
+from autoprune.files import MIB, as_path, parse_json, shortened, sound
+from autoprune.result.shared_tensors import SharedTensors, restored
 from autoprune.schema import require_form
 from autoprune.structure.examples import unwrap
 from autoprune.structure.slicing import Edit, build
@@ -33,13 +34,18 @@ def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
     """Make `module`, built from `dense` by `edit`, remember how; a model pruned twice remembers both steps as one."""
     shapes = {name: list(t.shape) for name, t in (*dense.named_parameters(), *dense.named_buffers())}
     recipe = {
-        "slices": {n: {str(d): index.tolist() for d, index in dims.items()} for n, dims in edit.slices.items()},
+        "slices": slices_of(edit),
         "attributes": {name: dict(values) for name, values in edit.attributes.items()},
         "dense_shapes": {name: shapes[name] for name in edit.slices},
     }
     earlier = getattr(dense, ATTRIBUTE, None)
     setattr(module, ATTRIBUTE, recipe if earlier is None else _compose(earlier, recipe))
     return module
+
+
+def slices_of(edit: Edit) -> dict[str, dict[str, list[int]]]:
+    """The slices of an edit as a recipe holds them."""
+    return {name: {str(d): index.tolist() for d, index in dims.items()} for name, dims in edit.slices.items()}
 
 
 def _compose(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +75,11 @@ def save(module: nn.Module, path: str | Path) -> None:
     write(module, path)
 
 
-def write(module: nn.Module, path: str | Path) -> str:
-    """Write a pruned model as `save` does, and return the hash of its content."""
+def write(module: nn.Module, path: str | Path, shared: SharedTensors | None = None) -> str:
+    """Write a pruned model as `save` does, and return the hash of its content.
+
+    With `shared`, without the tensors that others in the same folder have in common with it.
+    """
     module = unwrap(module)
     recipe = getattr(module, ATTRIBUTE, None)
     if recipe is None:
@@ -80,7 +89,11 @@ def write(module: nn.Module, path: str | Path) -> str:
         )
     state, text = module.state_dict(), json.dumps(recipe)
     digest = content_hash(state, text)
-    write_tensors(path, state, {"format": FORMAT, "version": str(VERSION), HASH: digest, "recipe": text})
+    metadata = {"format": FORMAT, "version": str(VERSION), HASH: digest, "recipe": text}
+    left_out = {} if shared is None else shared.leave_out(state, recipe["slices"])
+    if shared is not None and left_out:
+        metadata |= {"left_out": json.dumps(left_out), "dense": shared.file_name}
+    write_tensors(path, {name: tensor for name, tensor in state.items() if name not in left_out}, metadata)
     return digest
 
 
@@ -109,11 +122,15 @@ def read(path: str | Path, fresh_model: nn.Module) -> tuple[nn.Module, str]:
             f"fresh_model must be a dense nn.Module of the class that was pruned, got {type(fresh_model).__name__}"
         )
     fresh_model = unwrap(fresh_model)
-    dense_bytes = sum(tensor.nbytes for tensor in (*fresh_model.parameters(), *fresh_model.buffers()))
     expected = "path must be a file written by autoprune.save"
-    metadata, state = read_tensors(path, expected, MOST_TIMES_DENSE * dense_bytes + MOST_RECIPE)
+    most_bytes = most_bytes_of(fresh_model)
+    metadata, state = read_tensors(path, expected, most_bytes)
     recipe = _recipe_in(metadata, shortened(path))
     with sound(f"{shortened(path)} holds a damaged recipe, or damaged weights", "save the model again"):
+        if "left_out" in metadata:
+            left_out = parse_json(metadata["left_out"])
+            require_form(left_out, {str: str})
+            state |= restored(as_path(path).parent, metadata["dense"], left_out, recipe["slices"], most_bytes)
         digest = require_whole(metadata, metadata["recipe"], state)
     misfit = f"{shortened(path)} was not made for this {type(fresh_model).__name__}"
     with sound(misfit, "pass a dense model of the class that was pruned"):
@@ -122,6 +139,18 @@ def read(path: str | Path, fresh_model: nn.Module) -> tuple[nn.Module, str]:
         module.load_state_dict(state)
     setattr(module, ATTRIBUTE, recipe)
     return module, digest
+
+
+def most_bytes_of(dense: nn.Module) -> int:
+    """What no file of a model cut from a dense one is larger than."""
+    return MOST_TIMES_DENSE * sum(tensor.nbytes for tensor in (*dense.parameters(), *dense.buffers())) + MOST_RECIPE
+
+
+def read_slices(path: Path, most_bytes: int) -> dict[str, dict[str, list[int]]]:
+    """The slices in the recipe of a saved model; `most_bytes` is what no sound file is larger than."""
+    metadata, _ = read_tensors(path, "path must be a file written by autoprune.save", most_bytes)
+    slices: dict[str, dict[str, list[int]]] = _recipe_in(metadata, shortened(path))["slices"]
+    return slices
 
 
 def _recipe_in(metadata: Mapping[str, str], name: str) -> dict[str, Any]:

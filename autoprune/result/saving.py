@@ -18,6 +18,8 @@ from autoprune.journal_file import FILE_NAME as JOURNAL
 from autoprune.protocols import FAILED, OK, RACED
 from autoprune.result.builders import WeightsFile, weights_file
 from autoprune.result.recipe import write
+from autoprune.result.shared_tensors import FILES as DENSE
+from autoprune.result.shared_tensors import SharedTensors
 from autoprune.result.trials import Trial
 from autoprune.schema import require_form
 
@@ -94,7 +96,11 @@ _FORM = {
 
 
 def write_result(
-    folder: Path, content: Mapping[str, Any], kept: Iterable[Trial], build: Callable[[Trial], nn.Module]
+    folder: Path,
+    content: Mapping[str, Any],
+    kept: Iterable[Trial],
+    build: Callable[[Trial], nn.Module],
+    shared: SharedTensors | None = None,
 ) -> None:
     """Write weights, then what names them; then drop what an earlier save left and nothing names any more.
 
@@ -110,10 +116,12 @@ def write_result(
     weights = {}
     for trial in kept:
         file = _free(weights_file(folder, trial), named)
-        weights[str(trial.id)] = {"file": file.name, "sha256": write(build(trial), file)}
+        weights[str(trial.id)] = {"file": file.name, "sha256": write(build(trial), file, shared)}
+    if shared is not None:
+        shared.write(folder)
     write_text(found, _as_json({**content, "weights": weights}))
-    keep = {entry["file"] for entry in weights.values()}
-    for pattern in (WEIGHTS, UNFINISHED):
+    keep = {entry["file"] for entry in weights.values()} | ({shared.file_name} if shared is not None else set())
+    for pattern in (WEIGHTS, DENSE, UNFINISHED):
         for file in folder.glob(pattern):
             if file.name not in keep:
                 file.unlink(missing_ok=True)

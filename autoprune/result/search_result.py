@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,10 @@ class SearchResult:
     def save(self, path: str | Path, weights: str = "front", replace: bool = False) -> Path:
         """Write the result to a folder: ``result.json``, and a safetensors file for each trial that keeps its weights.
 
+        What several of them have in common, the tensors of the dense model that they are cut from and that no re-fit
+        changed, is written once, to a file ``dense-*.safetensors``; each still builds to the last bit. Keep the folder
+        together; ``autoprune.save(result.build(trial), path)`` writes a model that needs no other file.
+
         ``result.json`` is written last and holds a hash of each file, so that no other weights are taken for those of a
         trial. Weights that an earlier save left in the folder are dropped once it is there; a process killed before
         leaves the earlier save as it was.
@@ -183,7 +188,8 @@ class SearchResult:
         kept = self.front if weights == "front" else ()
         if weights == "best" and self.front:
             kept = (self.best(),)
-        write_result(folder, self.to_json(), kept, self.build)
+        shared = self._builder.shared(kept) if self._builder is not None and len(kept) > 1 else None
+        write_result(folder, self.to_json(), kept, self.build, shared)
         return folder
 
     def to_json(self) -> dict[str, Any]:
@@ -248,26 +254,20 @@ class SearchResult:
             ImportError: If pandas is missing.
         """
         front = {trial.id for trial in self.front}
-        rows = [
-            {
-                "trial": trial.id,
-                **trial.costs,
-                **{f"predicted_{name}": value for name, value in trial.predicted.items()},
-                "score": trial.score,
-                "low": trial.interval[0],
-                "high": trial.interval[1],
-                "signal": trial.signal,
-                "distortion": trial.distortion,
-                "test_score": trial.test_score,
-                "status": trial.status,
-                "feasible": trial.feasible,
-                "reason": trial.reason,
-                "front": trial.id in front,
-                **trial.decoded,
-            }
-            for trial in self.trials
-        ]
-        return data_frame(rows, "result.to_frame()")
+        trials, plain = self.trials, ("signal", "distortion", "test_score", "status", "feasible", "reason")
+        predicted = dict.fromkeys(name for trial in trials for name in trial.predicted)
+        columns: dict[str, Sequence[Any]] = {
+            "trial": [trial.id for trial in trials],
+            **{name: [trial.costs.get(name, math.nan) for trial in trials] for name in self.dense.costs},
+            **{f"predicted_{name}": [trial.predicted.get(name, math.nan) for trial in trials] for name in predicted},
+            "score": [trial.score for trial in trials],
+            "low": [trial.interval[0] for trial in trials],
+            "high": [trial.interval[1] for trial in trials],
+            **{name: [getattr(trial, name) for trial in trials] for name in plain},
+            "front": [trial.id in front for trial in trials],
+            **{d.name: [trial.decoded[d.name] for trial in trials] for d in self.space.dimensions},
+        }
+        return data_frame(columns, "result.to_frame()")
 
     def sensitivity(self, table: str = "distortion") -> Sensitivity:
         """What each option costs in score alone, from the trials that change one dimension of the dense model.

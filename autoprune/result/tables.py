@@ -59,8 +59,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def data_frame(rows: Sequence[Mapping[str, Any]], caller: str) -> DataFrame:
-    """Rows as a pandas DataFrame.
+def data_frame(content: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], caller: str) -> DataFrame:
+    """Rows, or columns by name, as a pandas DataFrame.
 
     Raises:
         ImportError: If pandas is missing.
@@ -69,7 +69,7 @@ def data_frame(rows: Sequence[Mapping[str, Any]], caller: str) -> DataFrame:
         import pandas as pd
     except ImportError as error:
         raise ImportError(f"{caller} needs pandas; pip install pandas") from error
-    return pd.DataFrame(rows)
+    return pd.DataFrame(content)
 
 
 def _spread(front: Sequence[Trial], most: int) -> list[Trial]:
