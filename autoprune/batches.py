@@ -174,15 +174,17 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
-@dataclass(frozen=True)
 class Shell:
     """The containers of a batch, apart from the tensors in them, which code that knows fewer containers can then see.
 
     What traces and exports models looks into dicts, lists and tuples, and would take the tensors in other mappings,
-    such as those of Hugging Face tokenizers, for constants.
+    such as those of Hugging Face tokenizers, for constants. Slots keep those who look into objects out of the shell.
     """
 
-    batch: Batch
+    __slots__ = ("batch",)
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
 
     def filled(self, given: Sequence[Tensor]) -> Batch:
         """The batch with other tensors, as many as it holds."""

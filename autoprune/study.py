@@ -134,6 +134,7 @@ def prepare(
     further: list[Inputs] = [(batches.opened(batch), {}) for batch in _branches(model, example_inputs)]
     whole = batches.closing(plain_run)
     structure = analyse(model, batches.opened(example), forward=whole, further=further, checks=checks, seed=seed)
+    _require_counted(wanted, structure)
     priced, _ = with_batch(batches.opened(subsets.calibration[0]), {}, cost_batch)
     at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
     needed = at_edges or any(limit.name in TIMED for limit in wanted.limits)
@@ -153,7 +154,7 @@ def prepare(
     named = make_costs(structure, bound, costs, cost_batch, source, None if peak is None else peak.predict)
     wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
-    limits = limits or _cost_to_minimise(bound, named)
+    limits = limits or _cost_to_minimise(bound, named, not structure.terms.uncounted)
     minimise = bool(wanted.score_limits)
     lay_out = partial(_problem, bound, named, start=starts, minimise=minimise)
     problem = _within_upper(lay_out, limits, None if minimise else source)
@@ -163,6 +164,8 @@ def prepare(
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
     notes = [f"search over {bound.describe()}{traced}"]
+    if structure.terms.uncounted:
+        notes.append(f"flops leave out {', '.join(structure.terms.uncounted[:3])}, whose cost nothing says")
     if source is not None:
         notes += [f"latency: {source}", *source.notes]
     if peak is not None:
@@ -178,6 +181,20 @@ def prepare(
 def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:
     """Notes for the reader of the result; that its scores are of random inputs comes first."""
     return (*subsets.notes, *notes, metric) if subsets.synthetic else (*notes, metric, *subsets.notes)
+
+
+def _require_counted(budget: Budget, structure: Structure) -> None:
+    """Refuse a limit on FLOPs that are not all counted.
+
+    Raises:
+        UnsupportedModelError: Names the operations.
+    """
+    missing = structure.terms.uncounted
+    if missing and any(limit.name == "flops" for limit in budget.limits):
+        raise UnsupportedModelError(
+            f"budget '{budget}' limits flops, but nothing says what {', '.join(missing[:3])} costs; limit params or "
+            "latency_ms, or register its multiply-accumulates with autoprune.structure.macs.formula"
+        )
 
 
 def _latency_of(
@@ -299,13 +316,13 @@ def hold_score(study: Study, dense: Measurement) -> Study:
     return replace(study, worst_score=worst)
 
 
-def _cost_to_minimise(space: SearchSpace, costs: Mapping[str, CostFunction]) -> dict[str, float]:
+def _cost_to_minimise(space: SearchSpace, costs: Mapping[str, CostFunction], counted: bool) -> dict[str, float]:
     """The dense model's cost as the limit of what a search under score limits alone minimises: FLOPs where they differ.
 
     They do not where elements are set to zero, nor in a model without multiplications.
     """
     ends = np.concatenate([_dense(space), space.canonical(space.sizes[None] - 1)])
-    for name in ("flops", "nonzero_params"):
+    for name in ("flops", "nonzero_params") if counted else ("nonzero_params",):
         dense, least = costs[name](ends)
         if least < dense:
             return {name: float(dense)}

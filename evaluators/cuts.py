@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from autoprune.batches import Batch
 from autoprune.protocols import FloatArray, IntArray
+from autoprune.structure.macs import dense_macs
 from autoprune.structure.record import Forward, ModuleCall, Op, Record, Ref
 from autoprune.structure.slicing import owners
-from autoprune.structure.terms import WEIGHTS
 from autoprune.structure.trace import trace
 
 _LEAST_GAIN = 1e-3  # of all multiply-accumulates, on average over dimensions: less is not worth a place
@@ -205,7 +205,7 @@ class _Finder:
         self._reads = [{self._base[i] for i in op.inputs()} for op in record.ops]
         self._mutates = [self._written_to(op) for op in record.ops]
         self._makes = [{i for i in op.results() if self._base[i] == i} for op in record.ops]
-        self._macs = [_macs(op, record) for op in record.ops]
+        self._macs = [dense_macs(record, op) for op in record.ops]
         self._last = {base: i for i, read in enumerate(self._reads) for base in read}
         self._last |= {self._base[i]: len(record.ops) for i in record.outputs}
         times = Counter(call.name for call in record.calls)
@@ -236,7 +236,7 @@ class _Finder:
         return {self._base[leaf.id] for leaf in leaves if isinstance(leaf, Ref)}
 
     def _outputs(self, call: ModuleCall) -> set[int]:
-        return {self._base[leaf.id] for leaf in tree_leaves(call.outputs) if isinstance(leaf, Ref)}
+        return {self._base[leaf.id] for leaf in call.outputs if isinstance(leaf, Ref)}
 
     def _inside(self, covered: Container[int]) -> set[str]:
         """Names of modules whose calls run none but the operations covered."""
@@ -266,8 +266,8 @@ class _Finder:
                 break
             kept |= needed
         covered = {i for each in (*skipped, call) for i in range(each.first, each.last)}
-        values, leaves = self._record.values, tree_leaves(call.outputs)
-        outputs = [values[leaf.id] for leaf in leaves if isinstance(leaf, Ref)]
+        values = self._record.values
+        outputs = [values[leaf.id] for leaf in call.outputs if isinstance(leaf, Ref)]
         later = set[int]().union(*self._mutates[call.last :])
         return Cut(
             name=call.name,
@@ -312,21 +312,7 @@ class _Finder:
         return set[str]().union(*(missing[base] for base in missing.keys() & results))
 
 
-def _plain(tree: Any) -> bool:
+def _plain(tree: tuple[Any, ...]) -> bool:
     """Whether arguments or outputs are tensors that the pass has met, and values that hold no state."""
     scalars = (Ref, bool, int, float, str, type(None), torch.dtype, torch.device)
-    return all(isinstance(leaf, scalars) for leaf in tree_leaves(tree))
-
-
-def _macs(op: Op, record: Record) -> float:
-    """Multiply-accumulates of one operation, enough to tell what is worth skipping."""
-    weights = [op.args[name] for name in WEIGHTS.get(op.name, ()) if isinstance(op.args.get(name), Ref)]
-    results = [record.values[i].shape for i in op.results()]
-    if op.name.startswith("_scaled_dot_product"):
-        *_, queries, _ = record.values[op.args["query"].id].shape
-        return float(2 * queries * prod(record.values[op.args["key"].id].shape))
-    if not weights or not results:
-        return 0.0
-    shape = record.values[weights[-1].id].shape
-    contracted = prod(shape[1:]) if "convolution" in op.name else shape[-2] if len(shape) > 1 else 1
-    return float(prod(results[0]) * contracted)
+    return all(isinstance(leaf, scalars) for leaf in tree)

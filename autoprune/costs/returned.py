@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.sources import seeded
+from autoprune.structure.containers import map_tensors, tensors_in
 from autoprune.structure.propagate import propagate
 from autoprune.structure.record import Forward
 from autoprune.structure.trace import trace
@@ -72,7 +72,7 @@ def frozen_by_output(
         return made
 
     device = next(model.parameters()).device
-    moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs)))
+    moved = map_tensors(lambda tensor: tensor.to(device), (args, dict(kwargs)))
     with seeded(0), torch.inference_mode(False):
         record = trace(model, moved[0], moved[1], noting)
     if not 1 < len(counts) <= MOST_OUTPUTS or sum(counts.values()) != len(record.outputs):
@@ -90,5 +90,5 @@ def frozen_by_output(
 def _tensors_by_key(made: Any) -> dict[str | int, int]:
     """How many tensors there are under each key or index, in the order in which they are recorded."""
     pairs = made.items() if isinstance(made, Mapping) else enumerate(made) if isinstance(made, list | tuple) else ()
-    counts = {key: sum(isinstance(leaf, Tensor) for leaf in tree_leaves(value)) for key, value in pairs}
+    counts = {key: len(tensors_in(value)) for key, value in pairs}
     return {key: count for key, count in counts.items() if count}

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils._pytree import tree_map
 
 from autoprune.errors import NothingToPruneError, StructureCheckError, UnsupportedModelError
 from autoprune.sources import seeded
 from autoprune.structure.checks import Checker, Example
+from autoprune.structure.containers import map_tensors
 from autoprune.structure.propagate import Propagation, propagate
 from autoprune.structure.record import Forward, Inputs, Record
 from autoprune.structure.structure import Structure, assemble
@@ -61,8 +61,7 @@ def analyse(
         return _isolated(model, args, kwargs, settings)
     run = forward or (lambda m, *a, **k: m(*a, **k))
     (args, kwargs), *further = [
-        tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (a, dict(k)))
-        for a, k in ((args, kwargs or {}), *further)
+        map_tensors(lambda tensor: tensor.to(device), (a, dict(k))) for a, k in ((args, kwargs or {}), *further)
     ]
     with seeded(seed), torch.inference_mode(False):  # which would record layers that PyTorch did not decompose
         record = trace(model, args, kwargs, run, further)

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.protocols import IntArray, Pruning
 from autoprune.structure.attributes import Found, find_attributes, groups_near
+from autoprune.structure.containers import map_tensors, tensors_in
 from autoprune.structure.propagate import Edge, Propagation
 from autoprune.structure.record import Forward, Inputs
 from autoprune.structure.replay import Replay
@@ -66,9 +66,7 @@ class Example:
         """Output tensors of `model`, put in evaluation mode, for all inputs; on the meta device just their shapes."""
         model.eval()
 
-        def place(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
+        def place(leaf: Tensor) -> Tensor:
             if meta:
                 return leaf.detach().to("meta")
             return leaf if isinstance(leaf, nn.Parameter) else leaf.clone()  # a forward may write to the others
@@ -77,9 +75,9 @@ class Example:
         state = {name: place(tensor) for name, tensor in (*call.named_parameters(), *call.named_buffers())}
         outputs = []
         for inputs in self.inputs:
-            args, kwargs = tree_map(place, (inputs[0], dict(inputs[1])))
-            outputs.append(call_with(call, state, args, kwargs, mode))
-        return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+            args, kwargs = map_tensors(place, (inputs[0], dict(inputs[1])))
+            outputs.append(call_with(call, state, args, kwargs, mode, decomposed=mode is not None))
+        return tensors_in(outputs)
 
 
 class Checker:
@@ -104,7 +102,7 @@ class Checker:
         self.max_seconds = max_seconds
         named = (*example.model.named_parameters(), *example.model.named_buffers())
         self.tensors = {name: tensor.detach() for name, tensor in named}
-        self.inputs = [x for x in tree_leaves([(a, dict(k)) for a, k in example.inputs]) if isinstance(x, Tensor)]
+        self.inputs = tensors_in([(a, dict(k)) for a, k in example.inputs], objects=True)
         self.dense = example.run(skeleton(example.model))
         # What only runs on the meta device is cut there as well, which costs no memory.
         self.shapes = _hollow(example.model) if flow.record.device == "meta" else example.model

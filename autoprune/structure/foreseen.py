@@ -25,6 +25,8 @@ def foresee(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
     made = tree_leaves(out)
     if func._schema.is_mutable or not given or not all(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in made):
         return None
+    if any(leaf.layout != torch.strided for leaf in (*given, *made)):
+        return None
     if {leaf.untyped_storage()._cdata for leaf in given} & {leaf.untyped_storage()._cdata for leaf in made}:
         return None
     try:

@@ -40,7 +40,8 @@ class Value:
         born: Index of the operation that made it, -1 for what existed before.
         died: Number of operations that had run when Python let go of it.
         tensor: The tensor of a constant, which a replay needs.
-        strides: Its strides, in elements.
+        strides: Its strides, in elements; empty where it is sparse.
+        stored: Entries that it stores where it is sparse, else None.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class Value:
     died: int
     tensor: Tensor | None = None
     strides: tuple[int, ...] = ()
+    stored: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,15 @@ class ModuleCall:
         name: Qualified name of the module.
         first: Index of its first operation.
         last: Index after its last operation.
-        inputs: Its arguments, positional and by keyword; tensors as `Ref`.
-        outputs: What it returned, before hooks of its own; tensors as `Ref`.
+        inputs: What is in its arguments, positional and by keyword, in order; tensors as `Ref`.
+        outputs: What is in what it returned, before hooks of its own; tensors as `Ref`.
     """
 
     name: str
     first: int
     last: int
-    inputs: Any
-    outputs: Any
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
 
 
 @dataclass

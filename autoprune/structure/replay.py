@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from autoprune.protocols import IntArray
 from autoprune.structure.propagate import INNER, Propagation
 from autoprune.structure.record import Op, Ref
+from autoprune.structure.strides import contiguous_strides, strided_steps
 from autoprune.structure.units import BoolArray, Units
 
 STATISTICS = frozenset(
@@ -206,8 +207,15 @@ def _repeat(op: Op, replay: Replay) -> dict[str, Any]:
 
 
 def _as_strided(op: Op, replay: Replay) -> dict[str, Any]:
-    shape = replay.shape(op.results()[0])
-    return {"size": list(shape), "stride": list(torch.empty(shape, device="meta").stride())}
+    """Strides that follow the sizes: in elements, each is so many steps along one dimension of the source."""
+    source, shape = op.args["self"].id, replay.shape(op.results()[0])
+    if not replay.shrinks(source):
+        return {}
+    steps = strided_steps(replay.record, op)
+    if steps is None:
+        return {"size": list(shape), "stride": list(contiguous_strides(shape))}
+    strides = contiguous_strides(replay.shape(source))
+    return {"size": list(shape), "stride": [1 if dim is None else count * strides[dim] for dim, count in steps]}
 
 
 def _split(op: Op, replay: Replay) -> dict[str, Any]:

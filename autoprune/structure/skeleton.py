@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import tree_map
 
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.adapters import adapter_of, refresh_flat_weights
+from autoprune.structure.containers import map_tensors
 from autoprune.structure.record import Forward
 
 
@@ -61,24 +61,46 @@ def call_with(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     mode: AbstractContextManager[Any] | None = None,
+    *,
+    decomposed: bool = False,
 ) -> Any:
-    """Run a model with other tensors in the place of its own, under a dispatch mode, without fused shortcuts."""
+    """Run a model with other tensors in the place of its own, under a dispatch mode, without fused shortcuts.
+
+    Args:
+        call: The model and how to run it.
+        state: Tensors by their name in `call`.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        mode: Watches the operations.
+        decomposed: Run recurrent layers as the operations that they consist of, not as one that nobody can look into.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
     handle = register_module_forward_pre_hook(lambda module, _: refresh_flat_weights(module))
     torch.backends.mha.set_fastpath_enabled(False)  # the operations inside a fused encoder layer cannot be seen
     try:
-        with torch.no_grad(), mode or nullcontext():
+        with torch.no_grad(), _layers_decomposed() if decomposed else nullcontext(), mode or nullcontext():
             return functional_call(call, dict(state), args, dict(kwargs))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         handle.remove()
 
 
+@contextmanager
+def _layers_decomposed() -> Iterator[None]:
+    """Keep recurrent layers from the single operation that oneDNN and cuDNN have for them."""
+    fused = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(fused[0])
+        torch._C._set_cudnn_enabled(fused[1])
+
+
 def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Callable[[], Any]:
     """What runs a private copy of a model as `trace` does on real values, with nothing that watches."""
     copied = skeleton(model).eval()
-    copies = [
-        tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given) for given in (args, kwargs)
-    ]
+    copies = [map_tensors(torch.clone, given) for given in (args, dict(kwargs))]
     buffers = {f"model.{name}": buffer.clone() for name, buffer in copied.named_buffers(remove_duplicate=False)}
     return lambda: call_with(Call(copied, forward), buffers, copies[0], copies[1])

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoprune.protocols import FloatArray, IntArray
+from autoprune.structure.macs import MATRICES, products_of, uncounted
 from autoprune.structure.propagate import Propagation
-from autoprune.structure.record import Op, Record
+from autoprune.structure.record import Record
 from autoprune.structure.units import AffineSize, Units
 
 
@@ -39,6 +40,7 @@ class Terms:
         born: Operation that makes each activation, shape (activations,); -1 for an input.
         died: Number of operations that have run when it is let go, shape (activations,).
         batch: Samples in the traced batch.
+        uncounted: Operations that may multiply a parameter and have no formula, with their modules; `macs` lack them.
     """
 
     sizes: IntArray
@@ -49,21 +51,18 @@ class Terms:
     born: IntArray
     died: IntArray
     batch: int
+    uncounted: tuple[str, ...] = ()
 
-
-MATRICES = {
-    "mm": ("self", "mat2"),
-    "addmm": ("mat1", "mat2"),
-    "bmm": ("self", "mat2"),
-    "baddbmm": ("batch1", "batch2"),
-}
-"""Names of the two factors of each matrix product."""
 
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "convolution": ("weight",),
     "_convolution": ("weight",),
+    "conv_tbc": ("weight",),
+    "linear": ("weight",),
     "_grouped_mm": ("mat2",),
     "_trilinear": ("i2",),  # a bilinear layer
+    "mv": ("self",),
+    "addmv": ("mat",),
     **MATRICES,
 }
 """Names of the arguments, one of which is the weight of the operation."""
@@ -106,7 +105,7 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
     build = _Builder(flow, units)
     record = flow.record
     ops = record.ops[: record.first]
-    macs = [term for op in ops for term in _macs(build, op)]
+    macs = [build.product(*product) for op in ops for product in products_of(record, op)]
     params, state = [], []
     for i, value in enumerate(record.values):
         if value.kind in ("parameter", "buffer"):
@@ -124,6 +123,7 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
         born=np.array([born for _, born, _ in lives], dtype=np.int64),
         died=np.array([died for _, _, died in lives], dtype=np.int64),
         batch=max(record.batch, 1),
+        uncounted=uncounted(record),
     )
 
 
@@ -150,29 +150,6 @@ def tensor_lives(record: Record) -> list[tuple[int, int, int]]:
         if counted and value.base == i and i not in dropped:
             lives.append((i, value.born, last[i]))
     return lives
-
-
-def _macs(build: _Builder, op: Op) -> list[tuple[float, tuple[int, ...]]]:
-    """Multiply-accumulates of one operation; 0 for what PyTorch's own counter does not count either."""
-    if op.name in ("convolution", "_convolution"):
-        weight, source, result = op.args["weight"].id, op.args["input"].id, op.results()[0]
-        walked = source if op.args["transposed"] else result
-        rank = len(build.flow.record.values[walked].shape)
-        space = [(walked, 0), *[(walked, dim) for dim in range(2, rank)]]
-        return [build.product(1, space + [(weight, d) for d in range(rank)])]
-    if op.name in MATRICES:
-        a, b = (op.args[name].id for name in MATRICES[op.name])
-        rank = len(build.flow.record.values[a].shape)
-        return [build.product(1, [*[(a, dim) for dim in range(rank)], (b, rank - 1)])]
-    if op.name == "_grouped_mm":  # each row meets one matrix of the stack
-        rows, matrices = op.args["self"].id, op.args["mat2"].id
-        last = len(build.flow.record.values[matrices].shape) - 1
-        return [build.product(1, [(rows, 0), (rows, 1), (matrices, last)])]
-    if op.name.startswith("_scaled_dot_product"):
-        query, key, value = (op.args[name].id for name in ("query", "key", "value"))
-        scores = [(query, 0), (query, 1), (query, 2), (key, 2)]
-        return [build.product(1, [*scores, (query, 3)]), build.product(1, [*scores, (value, 3)])]
-    return []
 
 
 def multiplied_parameters(record: Record) -> dict[str, tuple[int, ...]]:

@@ -83,6 +83,10 @@ def notes(found: Inspection) -> list[str]:
     lines = []
     if found.attributes:
         lines.append(f"Sizes kept in Python that follow the units: {some(found.attributes)}.")
+    if missing := found.structure.terms.uncounted:
+        lines.append(
+            f"FLOPs leave out {some(missing)}: no formula says what it costs, and budgets on flops are refused."
+        )
     if found.structure.device != "meta":
         lines.append(
             f"Traced on real values ({found.structure.device}), because the model cannot run on the meta device; its "

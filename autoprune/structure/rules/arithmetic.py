@@ -105,14 +105,17 @@ def reduction(flow: Propagation, op: Op) -> list[Dims]:
     return [out for _ in op.results()]
 
 
-@rule("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "linear")
+@rule("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "linear", "_sparse_addmm")
 def contraction(flow: Propagation, op: Op) -> list[Dims]:
     """Matrix products: join the contracted dimensions; rows and columns pass."""
     names = {
         "addmm": ("mat1", "mat2"),
+        "_sparse_addmm": ("mat1", "mat2"),
         "baddbmm": ("batch1", "batch2"),
         "mv": ("self", "vec"),
+        "addmv": ("mat", "vec"),
         "dot": ("self", "tensor"),
+        "vdot": ("self", "other"),
         "linear": ("input", "weight"),
     }.get(op.name, ("self", "mat2"))
     a, b = flow.of(op.args[names[0]].id), flow.of(op.args[names[1]].id)
@@ -126,9 +129,7 @@ def contraction(flow: Propagation, op: Op) -> list[Dims]:
     out: Dims = [*a[:-1], *b[-1:]] if len(b) > 1 else [*a[:-1]]
     if len(b) == 3:
         out[0] = _join_all(flow, op, [a[0], b[0]])
-    bias = op.args.get("bias") if op.name == "linear" else op.args.get("self") if op.name.startswith("add") else None
-    if op.name == "baddbmm":
-        bias = op.args["self"]
+    bias = op.args.get("bias" if op.name == "linear" else "self" if "add" in op.name else "")
     if isinstance(bias, Ref):
         add_bias(flow, op, bias, out)
     return [out]
@@ -180,3 +181,46 @@ def like(flow: Propagation, op: Op) -> list[Dims]:
 def constant(flow: Propagation, op: Op) -> list[Dims]:
     """A tensor with meaning in its positions is fixed."""
     return [[None] * len(flow.record.values[value].shape) for value in op.results()]
+
+
+@rule("addbmm")
+def summed_products(flow: Propagation, op: Op) -> list[Dims]:
+    """A batch of matrix products, added up: join what is contracted and the batches, which go into the sum as well."""
+    a, b = flow.of(op.args["batch1"].id), flow.of(op.args["batch2"].id)
+    contract(flow, op, a[2], b[1])
+    flow.join(op, a[0], b[0])
+    out: Dims = [a[1], b[2]]
+    add_bias(flow, op, op.args["self"], out)
+    return [out]
+
+
+@rule("addr")
+def outer_product(flow: Propagation, op: Op) -> list[Dims]:
+    """Rows of one vector, columns of another."""
+    out: Dims = [flow.of(op.args[name].id)[0] for name in ("vec1", "vec2")]
+    add_bias(flow, op, op.args["self"], out)
+    return [out]
+
+
+@rule("_trilinear")
+def trilinear(flow: Propagation, op: Op) -> list[Dims]:
+    """Sum products of three tensors (a bilinear layer): dimensions that meet are joined, those of the sum go."""
+    rank = len(flow.of(op.args["i1"].id)) + len(op.args["expand1"])
+    met: list[list[Labels]] = [[] for _ in range(rank)]
+    for name, broadcast in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
+        axes = [axis for axis in range(rank) if axis not in op.args[broadcast]]
+        for axis, labels in zip(axes, flow.of(op.args[name].id), strict=True):
+            met[axis].append(labels)
+    for axis in op.args["sumdim"]:
+        for labels in met[axis][1:]:
+            contract(flow, op, met[axis][0], labels)
+    return [[_join_all(flow, op, met[axis]) for axis in range(rank) if axis not in op.args["sumdim"]]]
+
+
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(flow: Propagation, op: Op) -> list[Dims]:
+    """Distances between the rows of two matrices: join what they are measured along; rows pass."""
+    a, b = flow.of(op.args["x1"].id), flow.of(op.args["x2"].id)
+    contract(flow, op, a[-1], b[-1])
+    lead = [flow.join(op, left, right) for left, right in zip(a[:-2], b[:-2], strict=True)]
+    return [[*lead, a[-2], b[-2]]]

@@ -11,6 +11,7 @@ from autoprune.protocols import IntArray
 from autoprune.structure.propagate import FIXED, OUTER, Dims, Labels, Propagation
 from autoprune.structure.record import Op
 from autoprune.structure.rules import rule
+from autoprune.structure.strides import strided_steps
 
 
 def _source(flow: Propagation, op: Op) -> tuple[Dims, tuple[int, ...]]:
@@ -293,13 +294,22 @@ def pad(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("as_strided_", "as_strided")
 def as_strided(flow: Propagation, op: Op) -> list[Dims]:
-    """Change strides; where that changes the shape too, positions lose their meaning."""
+    """Change strides: a dimension that is walked one by one passes, one that windows slide over must stay."""
     dims, shape = _source(flow, op)
-    if shape == _shape(flow, op):
+    new = _shape(flow, op)
+    if shape == new:
         return [list(dims)]
-    for labels in dims:
-        flow.freeze(op, labels, f"reinterpreted by {op.where()}")
-    return [[None] * len(_shape(flow, op))]
+    steps = strided_steps(flow.record, op) or [(None, 1)] * len(new)
+    walked = [dim for dim, _ in steps]
+    whole = {
+        dim: axis
+        for axis, (dim, count) in enumerate(steps)
+        if dim is not None and count == 1 and new[axis] == shape[dim] and walked.count(dim) == 1
+    }
+    for axis, labels in enumerate(dims):
+        if axis not in whole:
+            flow.freeze(op, labels, f"reinterpreted by {op.where()}")
+    return [[dims[dim] if dim is not None and whole.get(dim) == axis else None for axis, dim in enumerate(walked)]]
 
 
 @rule("flip", "roll")
@@ -347,3 +357,20 @@ def channel_shuffle(flow: Propagation, op: Op) -> list[Dims]:
         flow.tie(op, grid)
         out[1] = np.ascontiguousarray(grid).reshape(-1)
     return [out]
+
+
+@rule("_pack_padded_sequence")
+def pack_sequence(flow: Propagation, op: Op) -> list[Dims]:
+    """Put the steps of sequences of several lengths into one dimension; channels pass."""
+    dims = flow.of(op.args["input"].id)
+    for labels in dims[:2]:
+        flow.freeze(op, labels, f"used as time by {op.where()}")
+    return [[None, *dims[2:]], [None]]
+
+
+@rule("_pad_packed_sequence")
+def pad_sequence(flow: Propagation, op: Op) -> list[Dims]:
+    """Take the steps of sequences apart again; channels pass."""
+    rows, *channels = flow.of(op.args["data"].id)
+    flow.freeze(op, rows, f"used as time by {op.where()}")
+    return [[None, None, *channels], [None]]
