@@ -1,7 +1,7 @@
 """Architectures that nobody here wrote: one of every family of timm, and 30 of torchvision's.
 
-Run ``python -m benchmarks.outside_zoo`` from the root of the repository: about an hour on one thread; it goes on where it
-stopped, ``--again`` repeats what was short, and names repeat these alone. Needs timm and torchvision, both of which
+Run ``python -m benchmarks.outside_zoo`` from the root of the repository: about an hour on one thread; it goes on where
+it stopped, ``--again`` repeats what was short, and names repeat these alone. Needs timm and torchvision, both of which
 install without their dependencies. Each network (random weights) runs in a process of its own, so that one that dies
 harms no other. It is inspected, searched (4 random candidates at 70 % of the FLOPs), built, and what was built is
 counted, run at another batch size, and trained for one step.
