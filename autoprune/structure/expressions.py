@@ -1,0 +1,87 @@
+"""Find how a number in a recorded forward follows from the sizes of tensors, from several runs at different sizes.
+
+A number and every size are rows of values, one for each run. What gives the number in all runs is taken for what the
+code computed; the simplest comes first. Runs with other inputs tell what follows the inputs; a run whose widths are
+large numbers of their own, which no model has, tells what follows the widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = tuple[int, ...]
+"""Values of one number, one for each run."""
+
+Source = tuple[Any, ...]
+"""Names a size: what `Sources` was given."""
+
+Expression = int | tuple[Any, ...]
+"""A constant, ``("source", source)``, or ``(operator, a, b)`` with an operator of Python by name."""
+
+
+def express(row: Row, sources: Mapping[Row, Source]) -> Expression | None:
+    """The simplest expression that gives `row` in every run, or None.
+
+    Args:
+        row: What is wanted.
+        sources: Sizes at hand, those to prefer first.
+    """
+    if len(set(row)) == 1:
+        return row[0]
+    if row in sources:
+        return ("source", sources[row])
+    named: list[tuple[Row, Expression]] = [(known, ("source", source)) for known, source in sources.items()]
+    moving = [(known, source) for known, source in named if len(set(known)) > 1 and 0 not in known]
+    for known, source in moving:
+        if (found := _scaled(row, known, source)) is not None:
+            return found
+    for i, (a, first) in enumerate(moving):
+        for b, second in moving[i:]:
+            product = tuple(x * y for x, y in zip(a, b, strict=True))
+            if (found := _scaled(row, product, ("mul", first, second), shifted=False)) is not None:
+                return found
+    for a, first in moving:
+        for b, second in moving:
+            if all(x % y == 0 for x, y in zip(a, b, strict=True)):
+                quotient = tuple(x // y for x, y in zip(a, b, strict=True))
+                if (found := _scaled(row, quotient, ("floordiv", first, second), shifted=False)) is not None:
+                    return found
+    for known, source in moving:
+        if (found := _rounded(row, known, source)) is not None:
+            return found
+    return None
+
+
+def _scaled(row: Row, known: Row, source: Expression, *, shifted: bool = True) -> Expression | None:
+    """``source * c``, ``source // c`` or ``source + c``."""
+    if row == known:
+        return source
+    if all(k and r % k == 0 and r // k == row[0] // known[0] for r, k in zip(row, known, strict=True)):
+        return ("mul", source, row[0] // known[0])
+    if row[0] > 0:
+        for least in {known[0] // row[0], known[0] // row[0] - 1}:
+            if least > 1 and all(k // least == r for r, k in zip(row, known, strict=True)):
+                return ("floordiv", source, least)
+    if shifted and len({r - k for r, k in zip(row, known, strict=True)}) == 1:
+        return ("add", source, row[0] - known[0])
+    return None
+
+
+def _rounded(row: Row, known: Row, source: Expression) -> Expression | None:
+    """``-source % c``: what is missing to a multiple of `c`; and ``source + -source % c``."""
+    for divisor in range(2, 65):
+        missing = tuple(-k % divisor for k in known)
+        if row == missing:
+            return ("mod", ("neg", source), divisor)
+        if row == tuple(k + m for k, m in zip(known, missing, strict=True)):
+            return ("add", source, ("mod", ("neg", source), divisor))
+    return None
+
+
+def sources_of(named: Sequence[tuple[Source, Row]]) -> dict[Row, Source]:
+    """The first source of each row of values."""
+    found: dict[Row, Source] = {}
+    for source, row in named:
+        found.setdefault(row, source)
+    return found

@@ -1,0 +1,201 @@
+"""Modules made from a description: JSON that names what to call on what, with every size taken from a tensor at hand.
+
+A description stands for the forward of one module, as it was recorded. Its numbers are those of the code that do not
+depend on a width or on an input's size; all others are computed from the sizes of tensors when the forward runs. So the
+same description serves the dense module and every pruned one, and no code travels with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+Description = Mapping[str, Any]
+"""JSON-ready: ``name``, ``inputs``, ``nodes`` (each ``[kind, target, args, kwargs]``) and ``output``.
+
+Nodes are numbered from the inputs on. In arguments, ``{"node": 3}`` is what node 3 gave; tuples, dictionaries, slices,
+an ellipsis, dtypes and infinite numbers are dictionaries of one key, too.
+"""
+
+FACTORIES = frozenset(
+    (
+        *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros", "tensor", "scalar_tensor"),
+        *("rand", "randn", "randint", "randperm", "tril_indices", "triu_indices", "hann_window", "bartlett_window"),
+    )
+)
+"""Functions of ``torch`` that make tensors from numbers."""
+
+PROPERTIES = frozenset(("T", "mT", "H", "mH", "real", "imag", "device", "dtype"))
+OPERATORS = frozenset(("getitem", "setitem", "mul", "add", "sub", "floordiv", "mod", "neg"))
+NEW = frozenset(("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"))
+REFUSED = frozenset(
+    (
+        *("__reduce_ex__", "__reduce__", "__setstate__", "__deepcopy__", "__array__", "__array_wrap__", "__dir__"),
+        *("backward", "register_hook", "share_memory_", "apply_", "map_", "map2_", "numpy", "tolist", "item"),
+        *("resize_", "resize_as_", "set_", "storage", "untyped_storage", "to_mkldnn", "__dlpack__"),
+    )
+)
+"""Methods of tensors that no description may name."""
+
+
+class RecordedModule(fx.GraphModule):
+    """Runs what a module ran when it was recorded, on the module's own parameters, buffers and submodules.
+
+    Args:
+        module: Where parameters, buffers, submodules, hooks and other attributes come from; they are shared.
+        description: What to run.
+
+    Raises:
+        ValueError: If the description names something else than functions on tensors.
+    """
+
+    description: Description
+
+    def __init__(self, module: nn.Module, description: Description) -> None:
+        super().__init__(module, _graph(description), str(description["name"]))
+        own = {key: value for key, value in vars(module).items() if key not in _GRAPH_STATE}
+        self.__dict__.update(own)
+        self.description = description
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._state(), self.description)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecordedModule:
+        return _restore(copy.deepcopy(self._state(), memo), self.description)
+
+    def __copy__(self) -> RecordedModule:
+        return _restore(self._state(), self.description)
+
+    def _state(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in _GRAPH_STATE}
+
+
+# What a graph module holds besides what every module does; the rest is the user's.
+_GRAPH_STATE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module())) | {
+    *("description", "forward", "_graph", "_code")
+}
+
+
+def _restore(state: dict[str, Any], description: Description) -> RecordedModule:
+    holder = nn.Module()
+    holder.__dict__.update(state)
+    return RecordedModule(holder, description)
+
+
+def require_same(given: Any, recorded: Any, name: str) -> None:
+    """Refuse an argument for which other operations might run than were recorded.
+
+    Raises:
+        ValueError: If it is not what it was.
+    """
+    if given is recorded or (not isinstance(given, Tensor) and type(given) is type(recorded) and given == recorded):
+        return
+    shown = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+    raise ValueError(
+        f"{name} must be {recorded!r}, as in the example inputs, got {shown}; this module was rewritten for pruning: "
+        "give examples of both kinds, or search with rewrite='off'"
+    )
+
+
+def require_identical(given: Tensor, other: Tensor, name: str) -> None:
+    """Refuse two tensors where the example inputs gave one twice.
+
+    Raises:
+        ValueError: If they are not the same tensor.
+    """
+    if given is not other:
+        raise ValueError(
+            f"{name} must be a tensor given for another argument, too, as in the example inputs; this module was "
+            "rewritten for pruning: give examples of both kinds, or search with rewrite='off'"
+        )
+
+
+def _graph(description: Description) -> fx.Graph:
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+    for name, *default in description["inputs"]:
+        nodes.append(graph.placeholder(name, default_value=_value(default[0], nodes)) if default else graph.placeholder(name))
+    for kind, target, args, kwargs in description["nodes"]:
+        nodes.append(_node(graph, kind, target, _value({"tuple": args}, nodes), _value(kwargs, nodes)))
+    graph.output(_value(description["output"], nodes))
+    return graph
+
+
+def _node(graph: fx.Graph, kind: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    if kind == "state":
+        return graph.get_attr(target)
+    if kind == "module":
+        return graph.call_module(target, args, kwargs)
+    if kind == "method":
+        if not is_method(target):
+            raise ValueError(f"a description may call methods that work on tensors, got {target!r}")
+        return graph.call_method(target, args, kwargs)
+    if kind == "expect":
+        return graph.call_function(require_same, (*args, target))
+    if kind == "identical":
+        return graph.call_function(require_identical, (*args, target))
+    if kind == "property" and target in PROPERTIES:
+        return graph.call_function(getattr, (*args, target))
+    if kind == "operator" and target in OPERATORS:
+        return graph.call_function(getattr(operator, target), args, kwargs)
+    if kind == "function" and (function := function_of(target)) is not None:
+        return graph.call_function(function, args, kwargs)
+    raise ValueError(f"a description may call functions on tensors, got {kind} {target!r}")
+
+
+def _value(given: Any, nodes: list[fx.Node]) -> Any:
+    if isinstance(given, list):
+        return [_value(item, nodes) for item in given]
+    if not isinstance(given, Mapping):
+        return given
+    ((key, inner),) = given.items() if len(given) == 1 else ((None, given),)
+    simple: dict[str, Callable[[], Any]] = {
+        "node": lambda: nodes[inner],
+        "tuple": lambda: tuple(_value(item, nodes) for item in inner),
+        "dict": lambda: {name: _value(item, nodes) for name, item in inner},
+        "slice": lambda: slice(*(_value(item, nodes) for item in inner)),
+        "ellipsis": lambda: ...,
+        "float": lambda: float(inner),
+        "torch": lambda: _torch_constant(inner),
+    }
+    if key not in simple:
+        raise ValueError(f"a description has arguments of known kinds, got {given!r}")
+    return simple[key]()
+
+
+def _torch_constant(name: str) -> Any:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype | torch.memory_format | torch.layout):
+        raise ValueError(f"a description may name dtypes and memory formats, got {name!r}")
+    return found
+
+
+@cache
+def _functions() -> dict[str, Callable[..., Any]]:
+    from torch.overrides import get_overridable_functions, resolve_name
+
+    spaces = (torch, torch.functional, torch.nn.functional, torch.special, torch.linalg, torch.fft)
+    listed = get_overridable_functions()
+    found = {str(resolve_name(f)): f for space in spaces for f in listed.get(space, ())}
+    return {**found, **{f"torch.{name}": getattr(torch, name) for name in FACTORIES}}
+
+
+def function_of(name: str) -> Callable[..., Any] | None:
+    """The function on tensors of this qualified name, ``"torch.nn.functional.softmax"`` for example."""
+    return _functions().get(name)
+
+
+@cache
+def is_method(name: str) -> bool:
+    """Whether tensors have this method, and it works on them and nothing else."""
+    from torch.overrides import get_overridable_functions
+
+    if name in REFUSED or not callable(getattr(Tensor, name, None)):
+        return False
+    return name in NEW or getattr(Tensor, name) in get_overridable_functions()[Tensor]

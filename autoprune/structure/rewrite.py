@@ -1,0 +1,183 @@
+"""Find modules whose code does not follow the widths, and describe what they run so that it does.
+
+The forward of a smaller model stops at some operation because code ties sizes, ``B, N, C = x.shape`` and later
+``reshape(B, N, C)`` for example. The smallest module around that operation is recorded at several input sizes and
+described by its own calls (see `describe`). It is taken where the forward then gets further.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from autoprune.structure.adapters import adapter_of
+from autoprune.structure.capture import Capture, Frame
+from autoprune.structure.describe import NotFollowedError, Run, describe
+from autoprune.structure.graph_module import Description, RecordedModule
+from autoprune.structure.propagate import Propagation
+from autoprune.structure.record import Forward, Inputs
+from autoprune.structure.skeleton import Call, call_with, skeleton
+from autoprune.structure.trace import trace
+from autoprune.structure.units import Units
+
+log = logging.getLogger(__name__)
+
+MOST_SIZES = 24
+"""Other input sizes that are tried."""
+
+
+def rewritten(model: nn.Module, graphs: Mapping[str, Description]) -> nn.Module:
+    """A copy of the modules of `model` that shares its tensors, with some replaced by what was recorded of them."""
+    return put(skeleton(model), graphs) if graphs else model
+
+
+def put(model: nn.Module, graphs: Mapping[str, Description]) -> nn.Module:
+    """Replace modules in place; the model itself where its own name, the empty one, is among them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    made = {name: RecordedModule(modules[name], description) for name, description in graphs.items()}
+    for name, module in made.items():
+        original = modules[name]
+        for parent in modules.values():
+            for key, child in parent._modules.items():
+                if child is original:
+                    parent._modules[key] = module
+    return made.get("", model)
+
+
+class Recordings:
+    """Calls of every module of a model that is not one of PyTorch's own layers, at several input sizes.
+
+    Args:
+        model: The model.
+        examples: Inputs of each call.
+        forward: Runs it.
+        flow: Labels of the pass on these inputs.
+        units: Their units.
+    """
+
+    def __init__(
+        self, model: nn.Module, examples: Sequence[Inputs], forward: Forward, flow: Propagation, units: Units
+    ) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self._examples = list(examples)
+        self._forward = forward
+        self._meta = flow.record.device == "meta"
+        self._runs: dict[str, list[Run]] = {}
+        self._training: dict[str, list[Frame]] = {}
+        self._add(self._base(flow), flow, units)
+        for inputs in other_sizes(self._examples):
+            try:
+                frames = self._run(inputs, training=False)
+            except Exception as error:  # the model may not work at other sizes
+                log.debug("not recorded at another size: %r", error)
+                continue
+            self._add(frames, None, None)
+        try:
+            for frame in self._run(self._examples, training=True):
+                self._training.setdefault(frame.name, []).append(frame)
+        except Exception as error:  # as above; what evaluation runs is then taken for training, too
+            log.info("not recorded in training mode: %r", error)
+
+    def wanted(self, name: str) -> bool:
+        """Whether a module has a forward of its own, not one of PyTorch's layers."""
+        module = self.modules[name]
+        return adapter_of(module) is None and type(module).forward is not nn.Sequential.forward
+
+    def describe(self, name: str) -> Description:
+        """Describe a module.
+
+        Raises:
+            NotFollowedError: If its calls do not tell how.
+        """
+        runs, training = self._runs.get(name, []), self._training.get(name, [])
+        if not runs:
+            raise NotFollowedError("it is not called")
+        calls = [frame for frame in training[:1]]
+        return describe(self.modules[name], runs, calls[0] if calls else None)
+
+    def _base(self, flow: Propagation) -> list[Frame]:
+        frames: list[Frame] = []
+        (args, kwargs), *further = self._examples
+        record = trace(self.model, args, kwargs, self._watched(frames), further)
+        same = [op.func for op in record.ops] == [op.func for op in flow.record.ops]
+        if not same:
+            raise NotFollowedError("the model runs other operations each time")
+        return frames
+
+    def _watched(self, frames: list[Frame]) -> Forward:
+        def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with Capture(model, self.wanted).watching(model) as capture:
+                out = self._forward(model, *args, **kwargs)
+            frames.extend(capture.frames)
+            return out
+
+        return run
+
+    def _run(self, examples: Sequence[Inputs], *, training: bool) -> list[Frame]:
+        frames: list[Frame] = []
+        copied = skeleton(self.model).eval()
+        if training:
+            for module in copied.modules():  # batch norm refuses to train on one value a channel
+                module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+        def place(leaf: Any) -> Any:
+            return leaf.detach().to("meta") if self._meta and isinstance(leaf, Tensor) else leaf
+
+        call = Call(copied, self._watched(frames))
+        state = {name: place(tensor) for name, tensor in (*call.named_parameters(), *call.named_buffers())}
+        for args, kwargs in examples:
+            args, kwargs = tree_map(place, (args, dict(kwargs)))
+            call_with(call, state, args, kwargs)
+        return frames
+
+    def _add(self, frames: list[Frame], flow: Propagation | None, units: Units | None) -> None:
+        for frame in frames:
+            runs = self._runs.setdefault(frame.name, [])
+            runs.append(Run(frame, frame.shapes))
+            if flow is not None and units is not None:
+                runs.append(Run(frame, _imagined(frame, flow, units), imagined=True))
+
+
+def _imagined(frame: Frame, flow: Propagation, units: Units) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of a call if each group had a width that no sum or product of others gives."""
+    widths = np.random.default_rng(0).integers(10**5, 10**6, len(units.groups)).tolist()
+    shapes = []
+    for shape, value in zip(frame.shapes, frame.values, strict=True):
+        dims = [None] * len(shape) if value < 0 else flow.of(value)
+        if len(dims) != len(shape):  # reshaped in place
+            dims = [None] * len(shape)
+        affine = [units.affine(labels, size) for labels, size in zip(dims, shape, strict=True)]
+        shapes.append(tuple(size.fixed + sum(each * widths[group] for group, each in size.shares) for size in affine))
+    return shapes
+
+
+def other_sizes(examples: Sequence[Inputs]) -> Iterator[list[Inputs]]:
+    """The same inputs with dimensions made longer: each alone, and all of one size together."""
+    flat, tree = tree_flatten([(args, dict(kwargs)) for args, kwargs in examples])
+    dims = [(i, d, leaf.shape[d]) for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) for d in range(leaf.ndim)]
+    by_size: dict[int, list[tuple[int, int]]] = {}
+    for i, d, size in dims:
+        by_size.setdefault(size, []).append((i, d))
+    firsts = [(i, d) for i, d, _ in dims if d == 0]
+    sets = [[(i, d)] for i, d, _ in dims] + [*by_size.values(), firsts]
+    chosen = [places for n, places in enumerate(sets) if places and places not in sets[:n]]
+    for places in chosen[:MOST_SIZES]:
+        for longer in (lambda n: n + 1, lambda n: 2 * n, lambda n: 3 * n):
+            leaves = list(flat)
+            for i, d in places:
+                leaves[i] = _longer(leaves[i], d, longer(leaves[i].shape[d]))
+            yield tree_unflatten(leaves, tree)
+
+
+def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The same values over and over, so that indices stay valid."""
+    index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+    return tensor.detach().index_select(dim, index)
