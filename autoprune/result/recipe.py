@@ -27,7 +27,13 @@ ATTRIBUTE = "_autoprune_recipe"
 MOST_TIMES_DENSE = 8
 """How much larger than the dense model a file may be: it may hold other types of numbers."""
 MOST_RECIPE = 256 * MIB
-_FORM = {"slices": {str: {str: [int]}}, "attributes": {str: {str: int}}, "dense_shapes": {str: [int]}}
+_GRAPH = {"name": str, "inputs": [[object]], "nodes": [[object]], "output": object}
+_FORM = {
+    "slices": {str: {str: [int]}},
+    "attributes": {str: {str: int}},
+    "dense_shapes": {str: [int]},
+    "graphs?": {str: _GRAPH},
+}
 
 
 def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
@@ -37,6 +43,7 @@ def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
         "slices": slices_of(edit),
         "attributes": {name: dict(values) for name, values in edit.attributes.items()},
         "dense_shapes": {name: shapes[name] for name in edit.slices},
+        "graphs": dict(edit.graphs),
     }
     earlier = getattr(dense, ATTRIBUTE, None)
     setattr(module, ATTRIBUTE, recipe if earlier is None else _compose(earlier, recipe))
@@ -58,7 +65,8 @@ def _compose(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
     attributes = {name: dict(values) for name, values in first["attributes"].items()}
     for name, values in second["attributes"].items():
         attributes.setdefault(name, {}).update(values)
-    return {"slices": slices, "attributes": attributes, "dense_shapes": shapes}
+    graphs = {**first.get("graphs", {}), **second["graphs"]}
+    return {"slices": slices, "attributes": attributes, "dense_shapes": shapes, "graphs": graphs}
 
 
 def save(module: nn.Module, path: str | Path) -> None:
@@ -191,7 +199,7 @@ def _edit(recipe: Mapping[str, Any], model: nn.Module) -> Edit:
         name: {int(dim): np.asarray(index, dtype=np.int64) for dim, index in dims.items()}
         for name, dims in recipe["slices"].items()
     }
-    return Edit(slices, recipe["attributes"])
+    return Edit(slices, recipe["attributes"], graphs=recipe.get("graphs", {}))
 
 
 def _require_numbers(module: nn.Module, name: str, attributes: Iterable[str]) -> None:

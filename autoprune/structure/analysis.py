@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from autoprune.structure.checks import Checker, Example
 from autoprune.structure.containers import map_tensors
 from autoprune.structure.propagate import Propagation, propagate
 from autoprune.structure.record import Forward, Inputs, Record
+from autoprune.structure.rewrite import find_rewrites, rewritten
 from autoprune.structure.structure import Structure, assemble
 from autoprune.structure.trace import trace
 from autoprune.structure.units import Units, find_units
@@ -31,6 +33,7 @@ def analyse(
     forward: Forward | None = None,
     further: Sequence[Inputs] = (),
     checks: str = "on",
+    rewrite: str = "auto",
     max_check_seconds: float = 60.0,
     seed: int = 0,
 ) -> Structure:
@@ -45,19 +48,29 @@ def analyse(
             Only what holds for every example can be removed; costs are those of `args` and `kwargs`.
         checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead; ``"isolated"`` does what
             ``"on"`` does in a process of its own, which a wrong slice may kill without harm.
+        rewrite: ``"auto"`` delivers modules whose code does not follow the widths as graphs of what they ran;
+            ``"off"`` freezes what they stop.
         max_check_seconds: Groups not checked by then are frozen.
         seed: Draws the units that the checks remove.
 
     Raises:
         UnsupportedModelError: If the model is scripted, quantised, spread over devices, or cannot be copied.
         StructureCheckError: If a group fails and `checks` is ``"strict"``, or the process of ``"isolated"`` dies.
-        ValueError: If the model returns NaN or infinity for the inputs, or `checks` is unknown.
+        ValueError: If the model returns NaN or infinity for the inputs, or `checks` or `rewrite` is unknown.
     """
     if checks not in ("on", "strict", "isolated"):
         raise ValueError(f"checks must be 'on', 'strict' or 'isolated', got {checks!r}")
+    if rewrite not in ("auto", "off"):
+        raise ValueError(f"rewrite must be 'auto' or 'off', got {rewrite!r}")
     device = require_supported(model)
     if checks == "isolated":
-        settings = {"forward": forward, "further": further, "max_check_seconds": max_check_seconds, "seed": seed}
+        settings = {
+            "forward": forward,
+            "further": further,
+            "rewrite": rewrite,
+            "max_check_seconds": max_check_seconds,
+            "seed": seed,
+        }
         return _isolated(model, args, kwargs, settings)
     run = forward or (lambda m, *a, **k: m(*a, **k))
     (args, kwargs), *further = [
@@ -74,11 +87,15 @@ def analyse(
                 "model must return finite outputs for the example inputs, got NaN or infinity; "
                 "check its weights and pass example_inputs= that look like real data"
             )
+        graphs = find_rewrites(checker) if rewrite == "auto" else {}
+        if graphs:
+            checker = checker.on(rewritten(model, graphs))
         failures = checker.failures()
     if failures and checks == "strict":
         details = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise StructureCheckError(f"checks='strict' and {len(failures)} groups failed: {details}")
-    return assemble(flow, find_units(flow, failures), untouched, checker.attributes)
+    structure = assemble(flow, find_units(flow, failures), untouched, checker.attributes)
+    return replace(structure, graphs=graphs)
 
 
 def _isolated(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,11 @@ class Checker:
         self.shapes = _hollow(example.model) if flow.record.device == "meta" else example.model
         self.attributes: tuple[Attribute, ...] = ()
 
+    def on(self, model: nn.Module) -> Checker:
+        """The same checks of a model that does the same by other code."""
+        example = replace(self.example, model=model)
+        return Checker(self.flow, example, self.untouched, self.max_seconds, self.seed)
+
     def failures(self) -> dict[str, str]:
         """Groups that must be frozen, each with the check that it failed; fills in `attributes` on the way."""
         reasons = self._rewrite_sizes()
@@ -132,13 +137,13 @@ class Checker:
         """Find the sizes kept in Python, and groups that code ties, giving up groups until the forward runs through."""
         stuck: dict[str, str] = {}
         units = find_units(self.flow)
-        found = self._follow(units)
+        found = self.follow(units)
         while found.stuck and time.monotonic() < self.deadline:
             further = self._tie(units, found, stuck) or self._give_up_one(units, found, stuck)
             if further is None:
                 stuck |= found.stuck
             units = find_units(self.flow, stuck)
-            found = further or self._follow(units)
+            found = further or self.follow(units)
         self.attributes = found.attributes
         return stuck
 
@@ -147,7 +152,7 @@ class Checker:
         best, name = found, None
         for group in groups_near(self.flow, units, found.reached):
             reason = found.stuck.get(group.name, f"{self.flow.record.ops[found.reached].where()} needs its full size")
-            again = self._follow(find_units(self.flow, {**stuck, group.name: reason}))
+            again = self.follow(find_units(self.flow, {**stuck, group.name: reason}))
             if again.reached > best.reached:
                 best, name = again, group.name
                 stuck_reason = reason
@@ -156,7 +161,8 @@ class Checker:
         stuck[name] = stuck_reason
         return best
 
-    def _follow(self, units: Units) -> Found:
+    def follow(self, units: Units) -> Found:
+        """Follow the forward of a smaller model as far as it goes, rewriting sizes kept in Python on the way."""
         rng = np.random.default_rng(self.seed)
         pruning = Pruning({group.name: _some(group, rng) for group in units.groups})
         replay = Replay(self.flow, units, assemble(self.flow, units).keep(pruning))
@@ -180,7 +186,7 @@ class Checker:
             if blocked.size == other.size:
                 first, second = (first_labels(self.flow, group) for group in (blocked, other))
                 self.flow.edges.append(Edge(found.reached, first, second))
-                again = self._follow(find_units(self.flow, stuck))
+                again = self.follow(find_units(self.flow, stuck))
                 if again.reached > found.reached:
                     return again
                 self.flow.edges.pop()

@@ -62,10 +62,15 @@ def describe(module: nn.Module, runs: Sequence[Run], training: Frame | None = No
 def _require_alike(first: Frame, other: Frame, *, numbers: bool) -> None:
     if first.arguments.keys() != other.arguments.keys() or len(first.steps) != len(other.steps):
         raise NotFollowedError("what it runs depends on its input" if numbers else "it runs otherwise in training")
-    given = [(frame.arguments, *((s.kind, s.target, s.args, s.kwargs, s.output) for s in frame.steps), frame.output) for frame in (first, other)]
+    given = [
+        (frame.arguments, *((s.kind, s.target, s.args, s.kwargs, s.output) for s in frame.steps), frame.output)
+        for frame in (first, other)
+    ]
     a, b = (list(leaves(one)) for one in given)
     for (place, left), (path, right) in zip(a, b, strict=False):
-        same = left == right or (type(left) is type(right) and type(left) in (int, float, bool) and not (numbers and type(left) is not int))
+        same = left == right or (
+            type(left) is type(right) and type(left) in (int, float, bool) and not (numbers and type(left) is not int)
+        )
         if place != path or not same:
             raise NotFollowedError("what it runs depends on its input" if numbers else "it runs otherwise in training")
     if len(a) != len(b) or first.states != other.states:
@@ -237,7 +242,9 @@ class _Writer:
                 given = resized(own, lambda h, f=run.frame: f.shapes[h.index], lambda h, r=run: r.shapes[h.index])
             columns.append(dict(leaves(given)))
         paths = [path for path, leaf in columns[0].items() if type(leaf) is int]
-        return {path: tuple(column.get(path, leaf) for column in columns) for path in paths for leaf in [columns[0][path]]}
+        return {
+            path: tuple(column.get(path, leaf) for column in columns) for path in paths for leaf in [columns[0][path]]
+        }
 
     def _numbers(self, step: Step, rows: dict[Path, Row]) -> dict[Path, Any]:
         """What each number is in the description."""
@@ -282,7 +289,9 @@ class _Writer:
             return self._once("property", "device", [self._any_tensor(step)])
         if isinstance(value, torch.dtype) and value.is_floating_point:
             same = next((i for i in self.placed if self.first.dtypes[i] == value), None)
-            return encode(value, self._no_tensor) if same is None else self._once("property", "dtype", [self.placed[same]])
+            return (
+                encode(value, self._no_tensor) if same is None else self._once("property", "dtype", [self.placed[same]])
+            )
         if self.training is not None and type(value) in (bool, float, int):
             other = dict(leaves((self.training.steps[number].args, self.training.steps[number].kwargs)))[path]
             if other != value:

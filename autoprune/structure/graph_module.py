@@ -120,7 +120,9 @@ def _graph(description: Description) -> fx.Graph:
     graph = fx.Graph()
     nodes: list[fx.Node] = []
     for name, *default in description["inputs"]:
-        nodes.append(graph.placeholder(name, default_value=_value(default[0], nodes)) if default else graph.placeholder(name))
+        nodes.append(
+            graph.placeholder(name, default_value=_value(default[0], nodes)) if default else graph.placeholder(name)
+        )
     for kind, target, args, kwargs in description["nodes"]:
         nodes.append(_node(graph, kind, target, _value({"tuple": args}, nodes), _value(kwargs, nodes)))
     graph.output(_value(description["output"], nodes))

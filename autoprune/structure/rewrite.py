@@ -19,15 +19,22 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from autoprune.structure.adapters import adapter_of
 from autoprune.structure.capture import Capture, Frame
+from autoprune.structure.checks import Checker
 from autoprune.structure.describe import NotFollowedError, Run, describe
 from autoprune.structure.graph_module import Description, RecordedModule
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.record import Forward, Inputs
 from autoprune.structure.skeleton import Call, call_with, skeleton
 from autoprune.structure.trace import trace
-from autoprune.structure.units import Units
+from autoprune.structure.units import Units, find_units
 
 log = logging.getLogger(__name__)
+
+REACH = 8
+"""Operations after its end for which a module is still looked at."""
+
+MOST_TRIED = 6
+"""Modules that are tried at one operation."""
 
 MOST_SIZES = 24
 """Other input sizes that are tried."""
@@ -181,3 +188,84 @@ def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
     """The same values over and over, so that indices stay valid."""
     index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
     return tensor.detach().index_select(dim, index)
+
+
+class Rewriter:
+    """Chooses the modules to rewrite, on the way through a smaller model.
+
+    Args:
+        model: The model.
+        examples: Inputs of each call.
+        forward: Runs it.
+        flow: Labels of the pass on these inputs.
+    """
+
+    def __init__(self, model: nn.Module, examples: Sequence[Inputs], forward: Forward, flow: Propagation) -> None:
+        self._model = model
+        self._examples = examples
+        self._forward = forward
+        self._flow = flow
+        self._recordings: Recordings | None = None
+        self._described: dict[str, Description | None] = {}
+        self.reasons: dict[str, str] = {}
+
+    def candidates(self, at: int, graphs: Mapping[str, Description]) -> Iterator[dict[str, Description]]:
+        """Sets of modules to rewrite next, the smallest around operation `at` first, each with all of its class."""
+        tried: set[type[nn.Module]] = set()
+        for name in self._around(at):
+            kind = type(self._recorded.modules[name])
+            if name in graphs or kind in tried or self._description(name) is None:
+                continue
+            tried.add(kind)
+            names = (other for other, module in self._recorded.modules.items() if type(module) is kind)
+            like = {other: made for other in names if (made := self._description(other)) is not None}
+            yield {**graphs, **like}
+
+    def _around(self, at: int) -> list[str]:
+        """Modules that ran around an operation or ended shortly before it, those of few operations first."""
+        calls = [call for call in self._flow.record.calls if call.first <= at < call.last + REACH]
+        calls.sort(key=lambda call: (call.last <= at and at - call.last, call.last - call.first))
+        return [name for name in dict.fromkeys(call.name for call in calls) if self._recorded.wanted(name)][:MOST_TRIED]
+
+    @property
+    def _recorded(self) -> Recordings:
+        if self._recordings is None:
+            units = find_units(self._flow)
+            self._recordings = Recordings(self._model, self._examples, self._forward, self._flow, units)
+        return self._recordings
+
+    def _description(self, name: str) -> Description | None:
+        if name not in self._described:
+            self._described[name] = None
+            try:
+                self._described[name] = self._recorded.describe(name)
+            except NotFollowedError as error:
+                log.info("%s is not rewritten: %s", name or "the model", error)
+                self.reasons[name] = str(error)
+        return self._described[name]
+
+
+def find_rewrites(checker: Checker) -> dict[str, Description]:
+    """Modules to deliver as graphs, so that a smaller model runs as its record says.
+
+    Args:
+        checker: Follows the model; what it finds on the way stays with it.
+    """
+    model, flow = checker.example.model, checker.flow
+    rewriter = Rewriter(model, checker.example.inputs, checker.example.forward, flow)
+    graphs: dict[str, Description] = {}
+    stuck: dict[str, str] = {}
+    units = find_units(flow)
+    found = checker.follow(units)
+    while found.stuck:
+        for more in rewriter.candidates(found.reached, graphs):
+            other = checker.on(rewritten(model, more))
+            again = other.follow(units)
+            if again.reached > found.reached:
+                checker, graphs, found = other, more, again
+                break
+        else:
+            stuck |= found.stuck
+            units = find_units(flow, stuck)
+            found = checker.follow(units)
+    return graphs

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoprune.protocols import IntArray
 from autoprune.structure.adapters import adapter_of
+from autoprune.structure.graph_module import Description, RecordedModule
 from autoprune.structure.skeleton import skeleton
 
 Slices = Mapping[str, Mapping[int, IntArray]]
@@ -27,11 +28,13 @@ class Edit:
         slices: What stays of each tensor that shrinks.
         attributes: Sizes that modules keep in Python, by module and attribute path.
         zeroed: How many elements of a parameter are set to zero: those of least magnitude among what stays.
+        graphs: Modules that are delivered as graphs of what they ran, because their code does not follow the widths.
     """
 
     slices: Slices
     attributes: Mapping[str, Mapping[str, int]]
     zeroed: Mapping[str, int] = field(default_factory=dict)
+    graphs: Mapping[str, Description] = field(default_factory=dict)
 
 
 class Slicer:
@@ -51,6 +54,7 @@ class Slicer:
         # What the last cut resized may be dense in the next; what was prepared is unlike the dense module until then.
         self._changed = {name for name, adapter in adapters.items() if adapter.prepare is not None}
         self._dense: dict[tuple[str, str], int] = {}
+        self._recorded: dict[str, RecordedModule] = {}
         self._ranks: dict[str, Tensor] = {}
 
     def cut(self, edit: Edit, *, private: bool = False) -> nn.Module:
@@ -62,6 +66,7 @@ class Slicer:
         """
         made: dict[int, Tensor] = {}
         changed = set()
+        self._exchange(edit.graphs)
         for owner in self._owners:
             if id(owner.tensor) not in made:
                 made[id(owner.tensor)] = self._edited(owner, edit, private)
@@ -74,6 +79,31 @@ class Slicer:
             self._resize[name](self._modules[name])
         self._changed = changed
         return self.skeleton
+
+    def _exchange(self, graphs: Mapping[str, Description]) -> None:
+        """Put recorded modules in the place of their originals, and those of the last cut back.
+
+        Both hold the same dictionaries of parameters, buffers and submodules.
+        """
+        for name, description in graphs.items():
+            made = self._recorded.get(name)
+            if made is None or made.description != description:
+                if made is not None:
+                    self._replace(made, self._modules[name])
+                self._recorded[name] = RecordedModule(self._modules[name], description)
+        for name, made in self._recorded.items():
+            original = self._modules[name]
+            self._replace(*((original, made) if name in graphs else (made, original)))
+
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        if self.skeleton is old:
+            self.skeleton = new
+            new.training = old.training
+        for parent in self._modules.values():
+            for key, child in parent._modules.items():
+                if child is old:
+                    parent._modules[key] = new
+                    new.training = old.training
 
     def rerank(self) -> None:
         """Rank elements anew, because the weights have changed."""
@@ -101,6 +131,8 @@ class Slicer:
             if "." in path or hasattr(module, path):  # a forward that calls F.conv2d may compute its groups
                 self._dense.setdefault((name, path), attrgetter(path)(module))
                 set_attribute(module, path, value)
+                if name in self._recorded:
+                    set_attribute(self._recorded[name], path, value)
 
 
 def build(model: nn.Module, edit: Edit) -> nn.Module:

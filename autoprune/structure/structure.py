@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from autoprune.protocols import IntArray, Pruning
+from autoprune.structure.graph_module import Description
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.replay import kept_groups
 from autoprune.structure.slicing import Edit, build
@@ -58,6 +59,7 @@ class Structure:
         terms: Exact costs as functions of the widths.
         weights: Shapes of the parameters that convolutions and matrix products multiply with, in forward order.
         device: Where the pass was traced: ``"meta"``, or the device of the model's real values.
+        graphs: Modules that are delivered as graphs of what they ran, because their code does not follow the widths.
     """
 
     groups: tuple[Group, ...]
@@ -68,6 +70,7 @@ class Structure:
     terms: Terms = field(repr=False)
     weights: Mapping[str, tuple[int, ...]] = field(repr=False)
     device: str
+    graphs: Mapping[str, Description] = field(default_factory=dict, repr=False)
 
     @cached_property
     def sizes(self) -> IntArray:
@@ -130,7 +133,8 @@ class Structure:
         attributes: dict[str, dict[str, int]] = {}
         for attribute in self.attributes:
             attributes.setdefault(attribute.module, {})[attribute.path] = attribute.value(widths)
-        return Edit(slices, attributes, zeroed)
+        # The dense model is the user's own, module by module.
+        return Edit(slices, attributes, zeroed, self.graphs if slices else {})
 
     def _require_elements(self, name: str, count: int, kept: Mapping[int, IntArray]) -> None:
         if name not in self.weights:

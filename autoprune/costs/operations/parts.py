@@ -197,7 +197,7 @@ def edit_to(structure: Structure, widths: IntArray) -> Edit:
     attributes: dict[str, dict[str, int]] = {}
     for attribute in structure.attributes:
         attributes.setdefault(attribute.module, {})[attribute.path] = attribute.value(wide)
-    return Edit(slices, attributes)
+    return Edit(slices, attributes, graphs=structure.graphs)
 
 
 def draw_widths(structure: Structure, n: int, rng: np.random.Generator) -> IntArray:
