@@ -80,13 +80,18 @@ class Recordings:
         self._runs: dict[str, list[Run]] = {}
         self._training: dict[str, list[Frame]] = {}
         self._add(self._base(flow), flow, units)
-        for inputs in other_sizes(self._examples):
-            try:
-                frames = self._run(inputs, training=False)
-            except Exception as error:  # the model may not work at other sizes
-                log.debug("not recorded at another size: %r", error)
-                continue
-            self._add(frames, None, None)
+        for choices in other_sizes(self._examples):
+            worked = 0
+            for inputs in choices:
+                try:
+                    frames = self._run(inputs, training=False)
+                except Exception as error:  # the model may not work at other sizes
+                    log.debug("not recorded at another size: %r", error)
+                    continue
+                self._add(frames, None, None)
+                worked += 1
+                if worked == 2:
+                    break
         try:
             for frame in self._run(self._examples, training=True):
                 self._training.setdefault(frame.name, []).append(frame)
@@ -166,8 +171,8 @@ def _imagined(frame: Frame, flow: Propagation, units: Units) -> list[tuple[int, 
     return shapes
 
 
-def other_sizes(examples: Sequence[Inputs]) -> Iterator[list[Inputs]]:
-    """The same inputs with dimensions made longer: each alone, and all of one size together."""
+def other_sizes(examples: Sequence[Inputs]) -> Iterator[Iterator[list[Inputs]]]:
+    """The same inputs with dimensions made longer, in a few ways: each alone, and all of one size together."""
     flat, tree = tree_flatten([(args, dict(kwargs)) for args, kwargs in examples])
     dims = [(i, d, leaf.shape[d]) for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) for d in range(leaf.ndim)]
     by_size: dict[int, list[tuple[int, int]]] = {}
@@ -176,12 +181,15 @@ def other_sizes(examples: Sequence[Inputs]) -> Iterator[list[Inputs]]:
     firsts = [(i, d) for i, d, _ in dims if d == 0]
     sets = [[(i, d)] for i, d, _ in dims] + [*by_size.values(), firsts]
     chosen = [places for n, places in enumerate(sets) if places and places not in sets[:n]]
-    for places in chosen[:MOST_SIZES]:
-        for longer in (lambda n: n + 1, lambda n: 2 * n, lambda n: 3 * n):
+
+    def longer(places: list[tuple[int, int]]) -> Iterator[list[Inputs]]:
+        for size in (lambda n: n + 1, lambda n: 2 * n, lambda n: 3 * n):
             leaves = list(flat)
             for i, d in places:
-                leaves[i] = _longer(leaves[i], d, longer(leaves[i].shape[d]))
+                leaves[i] = _longer(leaves[i], d, size(leaves[i].shape[d]))
             yield tree_unflatten(leaves, tree)
+
+    return (longer(places) for places in chosen[:MOST_SIZES])
 
 
 def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:

@@ -1,0 +1,316 @@
+"""Modules whose code does not follow the widths are delivered as graphs of what they ran."""
+
+import copy
+import io
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autoprune
+from autoprune.protocols import Pruning
+from autoprune.result.recipe import ATTRIBUTE, attach
+from autoprune.structure.analysis import analyse
+from autoprune.structure.graph_module import RecordedModule, is_method
+from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, state_of
+
+WIDTH, HEADS = 16, 4
+
+
+class Attention(nn.Module):
+    """The attention of most ViT code: the size of a head and the shape of the output come from the input's shape."""
+
+    def __init__(self, width: int = WIDTH, heads: int = HEADS, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.proj, self.drop = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(mask[:, None, None, :] == 0, float("-inf"))
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        return self.drop(self.proj((weights @ v).transpose(1, 2).reshape(b, n, c)))
+
+
+class Block(nn.Module):
+    def __init__(self, attention: nn.Module, width: int = WIDTH):
+        super().__init__()
+        self.norm, self.attention, self.mlp = nn.LayerNorm(width), attention, nn.Linear(width, width)
+
+    def forward(self, x: Tensor, *args: object) -> Tensor:
+        x = x + self.attention(self.norm(x), *args)
+        return x + self.mlp(x).relu()
+
+
+def network(*blocks: nn.Module, width: int = WIDTH) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, width), *blocks, nn.Linear(width, 5)).eval().double()
+
+
+def tokens(batch: int = 2, length: int = 9) -> tuple[Tensor]:
+    return (torch.randn(batch, length, 6, generator=torch.Generator().manual_seed(batch)).double(),)
+
+
+@cache
+def found(*attentions: str, **settings: str) -> Structure:
+    """The structure of a network with these attentions, found once."""
+    return analyse(network(*[Block(MADE[name]()) for name in attentions]), tokens(), **settings)
+
+
+def pruned(model: nn.Module, args: tuple, seed: int = 0, **settings) -> tuple[nn.Module, object, Pruning]:
+    structure = analyse(model, args, **settings)
+    pruning = random_pruning(structure, np.random.default_rng(seed))
+    return structure.build(model, pruning), structure, pruning
+
+
+def assert_follows(model: nn.Module, args: tuple, *others: tuple, graphs: set[str], units: int | None = None) -> None:
+    """Random prunings are right for the inputs that were traced and for others, and all of it trains."""
+    structure = analyse(model, args)
+    assert set(structure.graphs) == graphs
+    if units is not None:
+        assert sum(group.size for group in structure.groups) == units
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        pruning = random_pruning(structure, rng)
+        built = structure.build(model, pruning)
+        assert built.state_dict().keys() == model.state_dict().keys()
+        for inputs in (args, *others):
+            expected = oracle_outputs(model, structure.edit(pruning), inputs)
+            assert gap(outputs_of(built, inputs), expected) <= 1e-9 * max(out.abs().max().item() for out in expected)
+        sum(out.sum() for out in [built.train()(*args)]).backward()
+        assert all(parameter.grad is not None for parameter in built.parameters())
+
+
+class TestAttentionThatTiesHeadsToItsInput:
+    def test_heads_and_residual_channels_are_free_of_each_other(self):
+        structure = analyse(network(Block(Attention()), Block(Attention())), tokens())
+        sizes = {group.name: group.size for group in structure.groups}
+        assert sizes == {"0": 16, "1.attention.qkv": 4, "1.mlp": 16, "2.attention.qkv": 4} or sum(
+            sizes.values()
+        ) == 16 + 4 + 4
+        assert set(structure.graphs) == {"1.attention", "2.attention"}
+
+    def test_what_is_built_is_right_at_other_batch_and_sequence_sizes(self):
+        model = network(Block(Attention()), Block(Attention()))
+        assert_follows(model, tokens(), tokens(3), tokens(1, 4), graphs={"1.attention", "2.attention"})
+
+    def test_without_rewriting_they_are_tied_or_stay(self):
+        structure = analyse(network(Block(Attention())), tokens(), rewrite="off")
+        assert not structure.graphs
+
+    def test_the_dense_model_is_the_users_own(self):
+        model = network(Block(Attention()))
+        before = state_of(model)
+        structure = analyse(model, tokens())
+        built = structure.build(model, Pruning())
+        assert type(built[1].attention) is Attention
+        assert torch.equal(built(*tokens()), model(*tokens()))
+        assert state_of(model) == before
+
+    def test_a_setting_that_does_not_exist_is_refused(self):
+        with pytest.raises(ValueError, match="rewrite must be 'auto' or 'off', got 'on'"):
+            analyse(network(), tokens(), rewrite="on")
+
+
+class TestWhatIsDelivered:
+    @pytest.fixture
+    def built(self):
+        return pruned(network(Block(Attention(dropout=0.5))), tokens())[0]
+
+    def test_is_a_graph_of_the_same_name(self, built):
+        attention = built[1].attention
+        assert isinstance(attention, torch.fx.GraphModule)
+        assert type(attention).__name__ == "Attention"
+        assert attention.heads == HEADS
+
+    def test_drops_out_in_training_only(self, built):
+        first, second = (built.train()(*tokens()) for _ in range(2))
+        assert not torch.equal(first, second)
+        built[1].attention.drop.p = 0.0  # leaves the function in the forward
+        first, second = (built.train()(*tokens()) for _ in range(2))
+        assert not torch.equal(first, second)
+        assert torch.equal(built.eval()(*tokens()), built(*tokens()))
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "pickle"])
+    def test_is_copied_with_its_weights(self, built, copied):
+        twin = copied(built)
+        assert torch.equal(twin(*tokens()), built(*tokens()))
+        assert list(twin.state_dict()) == list(built.state_dict())
+        with torch.no_grad():
+            twin[1].attention.proj.weight.zero_()
+        assert not torch.equal(twin(*tokens()), built(*tokens()))
+
+    def test_is_saved_by_torch(self, built):
+        buffer = io.BytesIO()
+        torch.save(built, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+        assert torch.equal(loaded(*tokens()), built(*tokens()))
+
+    def test_is_exported_with_a_free_batch_size(self, built):
+        sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+        program = torch.export.export(built, tokens(), dynamic_shapes=(sizes,)).module()
+        assert torch.allclose(program(*tokens(5, 7)), built(*tokens(5, 7)))
+
+    def test_follows_further_pruning_by_itself(self, built):
+        again, structure, pruning = pruned(built, tokens(), seed=1)
+        assert not structure.graphs
+        expected = oracle_outputs(built, structure.edit(pruning), tokens())
+        assert gap(outputs_of(again, tokens()), expected) < 1e-9
+
+    def test_follows_its_users_half_precision(self, built):
+        half = built.to(torch.bfloat16)
+        assert half(tokens()[0].to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+class TestRecipes:
+    @pytest.fixture
+    def file(self, tmp_path):
+        model = network(Block(Attention()), Block(Attention()))
+        built, structure, pruning = pruned(model, tokens())
+        autoprune.save(attach(built, structure.edit(pruning), model), tmp_path / "small.safetensors")
+        return tmp_path / "small.safetensors", built
+
+    def test_a_fresh_model_of_the_users_class_becomes_the_pruned_one(self, file):
+        path, built = file
+        fresh = network(Block(Attention()), Block(Attention()))
+        loaded = autoprune.load(path, fresh)
+        assert torch.equal(loaded(*tokens(3, 5)), built(*tokens(3, 5)))
+        assert isinstance(loaded[1].attention, RecordedModule)
+        assert type(fresh[1].attention) is Attention
+
+    @pytest.mark.parametrize(
+        "node",
+        [
+            ["function", "torch.load", ["x"], {"dict": []}],
+            ["function", "os.system", ["true"], {"dict": []}],
+            ["method", "__reduce_ex__", [{"node": 0}], {"dict": []}],
+            ["method", "numpy", [{"node": 0}], {"dict": []}],
+            ["operator", "attrgetter", ["x"], {"dict": []}],
+            ["property", "__class__", [{"node": 0}], {"dict": []}],
+            ["call", "x", [], {"dict": []}],
+            ["function", "torch.relu", [{"unknown": 0}], {"dict": []}],
+        ],
+        ids=lambda node: str(node[1]),
+    )
+    def test_a_recipe_calls_functions_on_tensors_and_nothing_else(self, tmp_path, node):
+        model = network(Block(Attention()))
+        built, structure, pruning = pruned(model, tokens())
+        attach(built, structure.edit(pruning), model)
+        recipe = json.loads(json.dumps(getattr(built, ATTRIBUTE)))
+        recipe["graphs"]["1.attention"]["nodes"].insert(0, node)
+        setattr(built, ATTRIBUTE, recipe)
+        autoprune.save(built, tmp_path / "evil.safetensors")
+        with pytest.raises(autoprune.RecipeError, match="was not made for this Sequential: a description"):
+            autoprune.load(tmp_path / "evil.safetensors", network(Block(Attention())))
+
+    def test_methods_that_leave_tensors_are_known(self):
+        assert is_method("reshape")
+        assert not is_method("__reduce_ex__")
+        assert not is_method("share_memory_")
+
+
+class Windows(nn.Module):
+    """Attention in windows of a map that is rolled, with a table of relative positions and a mask, as in Swin."""
+
+    def __init__(self, width: int = WIDTH, heads: int = 2, window: int = 2):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads))
+        at = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
+        apart = (at[:, :, None] - at[:, None, :] + window - 1).permute(1, 2, 0)
+        self.register_buffer("index", apart[..., 0] * (2 * window - 1) + apart[..., 1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        side, w = int(n**0.5), self.window
+        x = torch.roll(x.view(b, side, side, c), (-1, -1), (1, 2))
+        x = x.view(b, side // w, w, side // w, w, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, w * w, c)
+        q, k, v = self.qkv(x).reshape(-1, w * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        bias = self.table[self.index.view(-1)].view(w * w, w * w, -1).permute(2, 0, 1)
+        mask = torch.zeros(side // w * (side // w), w * w, w * w, device=x.device, dtype=x.dtype)
+        mask[-1, 0, 1:] = -100.0
+        scores = q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5 + bias[None]
+        scores = scores.view(b, -1, self.heads, w * w, w * w) + mask[None, :, None]
+        x = (scores.view(-1, self.heads, w * w, w * w).softmax(-1) @ v).transpose(1, 2).reshape(-1, w * w, c)
+        x = x.view(b, side // w, side // w, w, w, c).permute(0, 1, 3, 2, 4, 5).reshape(b, side, side, c)
+        return self.proj(torch.roll(x, (1, 1), (1, 2)).view(b, n, c))
+
+
+class ClassToken(nn.Module):
+    """Class attention: one token asks all, and is put in front of the others."""
+
+    def __init__(self, width: int = WIDTH, heads: int = 4):
+        super().__init__()
+        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1)
+        b, n, c = x.shape
+        q = self.q(x[:, 0]).unsqueeze(1).reshape(b, 1, self.heads, c // self.heads).permute(0, 2, 1, 3)
+        k, v = (f(x).reshape(b, n, self.heads, c // self.heads).permute(0, 2, 1, 3) for f in (self.k, self.v))
+        out = F.scaled_dot_product_attention(q * self.scale, k, v, scale=1.0)
+        return torch.cat((self.proj(out.transpose(1, 2).reshape(b, 1, c)), x[:, 2:]), dim=1)
+
+
+class Reduced(nn.Module):
+    """Keys and values from a map that a convolution makes smaller, whose sizes the caller says, as in PVT."""
+
+    def __init__(self, width: int = WIDTH, heads: int = 2):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.reduce = nn.Conv2d(width, width, 2, 2)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        b, n, c = x.shape
+        q = self.q(x).reshape(b, n, self.heads, c // self.heads).permute(0, 2, 1, 3)
+        small = self.reduce(x.permute(0, 2, 1).reshape(b, c, height, width)).reshape(b, c, -1).permute(0, 2, 1)
+        k, v = self.kv(small).reshape(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(c // self.heads)).softmax(dim=-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Pixels(nn.Module):
+    """A map of tokens for modules that are told its sizes."""
+
+    def __init__(self, inner: nn.Module, width: int = WIDTH):
+        super().__init__()
+        self.stem, self.norm, self.inner, self.head = (
+            nn.Conv2d(3, width, 2, 2), nn.LayerNorm(width), inner, nn.Linear(width, 5),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image)
+        height, width = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        x = x + self.inner(self.norm(x), height, width)
+        return self.head(x.mean(1))
+
+
+def image(batch: int, height: int, width: int) -> tuple[Tensor]:
+    return (torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).double(),)
+
+
+class TestKindsOfAttention:
+    def test_windows_of_a_rolled_map_with_a_mask_at_other_batch_sizes(self):
+        assert_follows(network(Block(Windows())), tokens(2, 16), tokens(3, 16), graphs={"1.attention"})
+
+    def test_a_class_token(self):
+        assert_follows(network(Block(ClassToken())), tokens(), tokens(3, 4), graphs={"1.attention"})
+
+    def test_keys_from_a_map_whose_sizes_are_numbers(self):
+        torch.manual_seed(0)
+        model = Pixels(Reduced()).eval().double()
+        assert_follows(model, image(2, 8, 8), image(3, 12, 8), image(1, 8, 16), graphs={"inner"})
