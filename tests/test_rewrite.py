@@ -59,12 +59,6 @@ def tokens(batch: int = 2, length: int = 9) -> tuple[Tensor]:
     return (torch.randn(batch, length, 6, generator=torch.Generator().manual_seed(batch)).double(),)
 
 
-@cache
-def found(*attentions: str, **settings: str) -> Structure:
-    """The structure of a network with these attentions, found once."""
-    return analyse(network(*[Block(MADE[name]()) for name in attentions]), tokens(), **settings)
-
-
 def pruned(model: nn.Module, args: tuple, seed: int = 0, **settings) -> tuple[nn.Module, object, Pruning]:
     structure = analyse(model, args, **settings)
     pruning = random_pruning(structure, np.random.default_rng(seed))
@@ -93,9 +87,10 @@ class TestAttentionThatTiesHeadsToItsInput:
     def test_heads_and_residual_channels_are_free_of_each_other(self):
         structure = analyse(network(Block(Attention()), Block(Attention())), tokens())
         sizes = {group.name: group.size for group in structure.groups}
-        assert sizes == {"0": 16, "1.attention.qkv": 4, "1.mlp": 16, "2.attention.qkv": 4} or sum(
-            sizes.values()
-        ) == 16 + 4 + 4
+        assert (
+            sizes == {"0": 16, "1.attention.qkv": 4, "1.mlp": 16, "2.attention.qkv": 4}
+            or sum(sizes.values()) == 16 + 4 + 4
+        )
         assert set(structure.graphs) == {"1.attention", "2.attention"}
 
     def test_what_is_built_is_right_at_other_batch_and_sequence_sizes(self):
@@ -120,11 +115,19 @@ class TestAttentionThatTiesHeadsToItsInput:
             analyse(network(), tokens(), rewrite="on")
 
 
-class TestWhatIsDelivered:
-    @pytest.fixture
-    def built(self):
-        return pruned(network(Block(Attention(dropout=0.5))), tokens())[0]
+@pytest.fixture(scope="module")
+def original():
+    model = network(Block(Attention(dropout=0.5)))
+    built, structure, pruning = pruned(model, tokens())
+    return attach(built, structure.edit(pruning), model)
 
+
+@pytest.fixture
+def built(original):
+    return copy.deepcopy(original).eval()
+
+
+class TestWhatIsDelivered:
     def test_is_a_graph_of_the_same_name(self, built):
         attention = built[1].attention
         assert isinstance(attention, torch.fx.GraphModule)
@@ -172,17 +175,10 @@ class TestWhatIsDelivered:
 
 
 class TestRecipes:
-    @pytest.fixture
-    def file(self, tmp_path):
-        model = network(Block(Attention()), Block(Attention()))
-        built, structure, pruning = pruned(model, tokens())
-        autoprune.save(attach(built, structure.edit(pruning), model), tmp_path / "small.safetensors")
-        return tmp_path / "small.safetensors", built
-
-    def test_a_fresh_model_of_the_users_class_becomes_the_pruned_one(self, file):
-        path, built = file
-        fresh = network(Block(Attention()), Block(Attention()))
-        loaded = autoprune.load(path, fresh)
+    def test_a_fresh_model_of_the_users_class_becomes_the_pruned_one(self, built, tmp_path):
+        autoprune.save(built, tmp_path / "small.safetensors")
+        fresh = network(Block(Attention()))
+        loaded = autoprune.load(tmp_path / "small.safetensors", fresh)
         assert torch.equal(loaded(*tokens(3, 5)), built(*tokens(3, 5)))
         assert isinstance(loaded[1].attention, RecordedModule)
         assert type(fresh[1].attention) is Attention
@@ -197,14 +193,14 @@ class TestRecipes:
             ["operator", "attrgetter", ["x"], {"dict": []}],
             ["property", "__class__", [{"node": 0}], {"dict": []}],
             ["call", "x", [], {"dict": []}],
+            ["state", "proj; import os", [], {"dict": []}],
+            ["module", "proj.__class__", [], {"dict": []}],
+            ["function", "torch.relu", [{"node": 0}], {"dict": [["inplace=print(1) or", 0]]}],
             ["function", "torch.relu", [{"unknown": 0}], {"dict": []}],
         ],
         ids=lambda node: str(node[1]),
     )
-    def test_a_recipe_calls_functions_on_tensors_and_nothing_else(self, tmp_path, node):
-        model = network(Block(Attention()))
-        built, structure, pruning = pruned(model, tokens())
-        attach(built, structure.edit(pruning), model)
+    def test_a_recipe_calls_functions_on_tensors_and_nothing_else(self, built, tmp_path, node):
         recipe = json.loads(json.dumps(getattr(built, ATTRIBUTE)))
         recipe["graphs"]["1.attention"]["nodes"].insert(0, node)
         setattr(built, ATTRIBUTE, recipe)
@@ -288,7 +284,10 @@ class Pixels(nn.Module):
     def __init__(self, inner: nn.Module, width: int = WIDTH):
         super().__init__()
         self.stem, self.norm, self.inner, self.head = (
-            nn.Conv2d(3, width, 2, 2), nn.LayerNorm(width), inner, nn.Linear(width, 5),
+            nn.Conv2d(3, width, 2, 2),
+            nn.LayerNorm(width),
+            inner,
+            nn.Linear(width, 5),
         )
 
     def forward(self, image: Tensor) -> Tensor:

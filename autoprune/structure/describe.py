@@ -1,4 +1,4 @@
-"""From recorded calls of one module, at several sizes, to the description of a module whose sizes follow its tensors."""
+"""From recorded calls of one module, at several sizes, to a description of it whose sizes follow its tensors."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ class Run:
     shapes: Sequence[tuple[int, ...]]
     imagined: bool = False
 
+    def arguments(self, step: Step) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a step of the call; of a size at the widths imagined."""
+        if not self.imagined:
+            return step.args, step.kwargs
+        return resized(step, lambda held: self.frame.shapes[held.index], lambda held: self.shapes[held.index])
+
 
 def describe(module: nn.Module, runs: Sequence[Run], training: Frame | None = None) -> Description:
     """Describe what a module ran.
@@ -60,21 +66,22 @@ def describe(module: nn.Module, runs: Sequence[Run], training: Frame | None = No
 
 
 def _require_alike(first: Frame, other: Frame, *, numbers: bool) -> None:
-    if first.arguments.keys() != other.arguments.keys() or len(first.steps) != len(other.steps):
-        raise NotFollowedError("what it runs depends on its input" if numbers else "it runs otherwise in training")
-    given = [
-        (frame.arguments, *((s.kind, s.target, s.args, s.kwargs, s.output) for s in frame.steps), frame.output)
-        for frame in (first, other)
-    ]
-    a, b = (list(leaves(one)) for one in given)
-    for (place, left), (path, right) in zip(a, b, strict=False):
-        same = left == right or (
-            type(left) is type(right) and type(left) in (int, float, bool) and not (numbers and type(left) is not int)
-        )
-        if place != path or not same:
-            raise NotFollowedError("what it runs depends on its input" if numbers else "it runs otherwise in training")
+    """Refuse calls that differ in more than whole numbers; in training, other numbers and flags may differ, too."""
+    why = "what it runs depends on its input" if numbers else "it runs otherwise in training"
+    varying = (int,) if numbers else (int, float, bool)
+    a, b = (list(leaves(_whole(frame))) for frame in (first, other))
     if len(a) != len(b) or first.states != other.states:
-        raise NotFollowedError("what it runs depends on its input")
+        raise NotFollowedError(why)
+    for (place, left), (path, right) in zip(a, b, strict=True):
+        varies = type(left) is type(right) and type(left) in varying
+        if place != path or not (varies or left == right):
+            raise NotFollowedError(why)
+
+
+def _whole(frame: Frame) -> Any:
+    """All that a call says, nested."""
+    steps = [(step.kind, step.target, step.args, step.kwargs, step.output) for step in frame.steps]
+    return (frame.arguments, steps, frame.output)
 
 
 def leaves(given: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -202,19 +209,15 @@ class _Writer:
 
     def _step(self, number: int, step: Step) -> None:
         given = (step.args, step.kwargs)
-        for _, leaf in leaves(given):
-            if isinstance(leaf, Held):
-                self._node(leaf)
-        numbers = self._rows(number, step)
-        chosen = self._numbers(step, numbers)
-        here = [0]
+        for _, held in leaves(given):
+            if isinstance(held, Held):
+                self._node(held)
+        chosen = self._numbers(step, self._rows(number, step))
+        paths = (path for path, _ in leaves(given))  # in the order in which they are encoded
 
         def leaf(value: Any) -> Any:
-            place = here[0]
-            here[0] += 1
-            return self._leaf(value, paths[place], chosen, step, number)
+            return self._leaf(value, next(paths), chosen, step, number)
 
-        paths = [path for path, _ in leaves(given)]
         args = [encode(item, leaf, every=True) for item in step.args]
         kwargs = encode(step.kwargs, leaf, every=True)
         if step.kind == "property":
@@ -237,10 +240,7 @@ class _Writer:
         columns = []
         for run in self.runs:
             own = run.frame.steps[number]
-            given = (own.args, own.kwargs)
-            if run.imagined:
-                given = resized(own, lambda h, f=run.frame: f.shapes[h.index], lambda h, r=run: r.shapes[h.index])
-            columns.append(dict(leaves(given)))
+            columns.append(dict(leaves(run.arguments(own))))
         paths = [path for path, leaf in columns[0].items() if type(leaf) is int]
         return {
             path: tuple(column.get(path, leaf) for column in columns) for path in paths for leaf in [columns[0][path]]
@@ -277,7 +277,7 @@ class _Writer:
         found: dict[Path, Expression] = {}
         for step_ in (1, -1):
             for (path, row), (source, own) in zip(wanted[::step_], have[::step_], strict=False):
-                if row != own or len(set(row)) == 1 and self.runs[0].shapes[x.index][source[1]] == 1:
+                if row != own or (len(set(row)) == 1 and self.runs[0].shapes[x.index][source[1]] == 1):
                     break
                 found.setdefault(path, ("source", source))
         return found
@@ -315,12 +315,10 @@ class _Writer:
     def _output(self) -> Any:
         rows = [dict(leaves(run.frame.output)) for run in self.runs]
         sources = sources_of([*self.numbers, *self.sizes])
-        paths = [path for path, _ in leaves(self.first.output)]
-        here = [0]
+        paths = (path for path, _ in leaves(self.first.output))
 
         def leaf(value: Any) -> Any:
-            path = paths[here[0]]
-            here[0] += 1
+            path = next(paths)
             if isinstance(value, Held):
                 return self._node(value)
             if type(value) is int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -42,6 +43,9 @@ REFUSED = frozenset(
     )
 )
 """Methods of tensors that no description may name."""
+
+
+_PATH = re.compile(r"(?!_\b|.*__)\w+(\.\w+)*", re.ASCII)
 
 
 class RecordedModule(fx.GraphModule):
@@ -117,6 +121,11 @@ def require_identical(given: Tensor, other: Tensor, name: str) -> None:
 
 
 def _graph(description: Description) -> fx.Graph:
+    names = [str(description["name"]), *(str(name) for name, *_ in description["inputs"])]
+    names += [str(target) for kind, target, *_ in description["nodes"] if kind in ("state", "module")]
+    for name in names:  # they become parts of Python code
+        if not _PATH.fullmatch(name):
+            raise ValueError(f"a description must name attributes, got {name!r}")
     graph = fx.Graph()
     nodes: list[fx.Node] = []
     for name, *default in description["inputs"]:
@@ -130,13 +139,15 @@ def _graph(description: Description) -> fx.Graph:
 
 
 def _node(graph: fx.Graph, kind: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    if not all(key.isidentifier() for key in kwargs):
+        raise ValueError(f"a description must name arguments, got {sorted(kwargs)}")
     if kind == "state":
         return graph.get_attr(target)
     if kind == "module":
         return graph.call_module(target, args, kwargs)
     if kind == "method":
         if not is_method(target):
-            raise ValueError(f"a description may call methods that work on tensors, got {target!r}")
+            raise ValueError(f"a description must call methods of tensors, got {target!r}")
         return graph.call_method(target, args, kwargs)
     if kind == "expect":
         return graph.call_function(require_same, (*args, target))
@@ -148,7 +159,7 @@ def _node(graph: fx.Graph, kind: str, target: str, args: tuple[Any, ...], kwargs
         return graph.call_function(getattr(operator, target), args, kwargs)
     if kind == "function" and (function := function_of(target)) is not None:
         return graph.call_function(function, args, kwargs)
-    raise ValueError(f"a description may call functions on tensors, got {kind} {target!r}")
+    raise ValueError(f"a description must call functions on tensors, got {kind} {target!r}")
 
 
 def _value(given: Any, nodes: list[fx.Node]) -> Any:
@@ -156,25 +167,25 @@ def _value(given: Any, nodes: list[fx.Node]) -> Any:
         return [_value(item, nodes) for item in given]
     if not isinstance(given, Mapping):
         return given
-    ((key, inner),) = given.items() if len(given) == 1 else ((None, given),)
-    simple: dict[str, Callable[[], Any]] = {
-        "node": lambda: nodes[inner],
-        "tuple": lambda: tuple(_value(item, nodes) for item in inner),
-        "dict": lambda: {name: _value(item, nodes) for name, item in inner},
-        "slice": lambda: slice(*(_value(item, nodes) for item in inner)),
-        "ellipsis": lambda: ...,
-        "float": lambda: float(inner),
-        "torch": lambda: _torch_constant(inner),
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "node": nodes.__getitem__,
+        "tuple": lambda inner: tuple(_value(item, nodes) for item in inner),
+        "dict": lambda inner: {name: _value(item, nodes) for name, item in inner},
+        "slice": lambda inner: slice(*(_value(item, nodes) for item in inner)),
+        "ellipsis": lambda inner: ...,
+        "float": float,
+        "torch": _torch_constant,
     }
-    if key not in simple:
-        raise ValueError(f"a description has arguments of known kinds, got {given!r}")
-    return simple[key]()
+    if len(given) != 1 or not kinds.keys() >= given.keys():
+        raise ValueError(f"a description must have arguments of known kinds, got {given!r}")
+    ((kind, inner),) = given.items()
+    return kinds[kind](inner)
 
 
 def _torch_constant(name: str) -> Any:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype | torch.memory_format | torch.layout):
-        raise ValueError(f"a description may name dtypes and memory formats, got {name!r}")
+        raise ValueError(f"a description must name dtypes or memory formats, got {name!r}")
     return found
 
 

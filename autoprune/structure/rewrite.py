@@ -8,8 +8,7 @@ described by its own calls (see `describe`). It is taken where the forward then 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,8 +111,7 @@ class Recordings:
         runs, training = self._runs.get(name, []), self._training.get(name, [])
         if not runs:
             raise NotFollowedError("it is not called")
-        calls = [frame for frame in training[:1]]
-        return describe(self.modules[name], runs, calls[0] if calls else None)
+        return describe(self.modules[name], runs, training[0] if training else None)
 
     def _base(self, flow: Propagation) -> list[Frame]:
         frames: list[Frame] = []
@@ -183,10 +181,10 @@ def other_sizes(examples: Sequence[Inputs]) -> Iterator[Iterator[list[Inputs]]]:
     chosen = [places for n, places in enumerate(sets) if places and places not in sets[:n]]
 
     def longer(places: list[tuple[int, int]]) -> Iterator[list[Inputs]]:
-        for size in (lambda n: n + 1, lambda n: 2 * n, lambda n: 3 * n):
+        for times, more in ((1, 1), (2, 0), (3, 0)):
             leaves = list(flat)
             for i, d in places:
-                leaves[i] = _longer(leaves[i], d, size(leaves[i].shape[d]))
+                leaves[i] = _longer(leaves[i], d, times * leaves[i].shape[d] + more)
             yield tree_unflatten(leaves, tree)
 
     return (longer(places) for places in chosen[:MOST_SIZES])

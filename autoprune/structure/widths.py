@@ -9,6 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 from autoprune.structure.capture import Held, Step
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
+
 Shapes = Callable[[Held], tuple[int, ...]]
 """Shape of a tensor at the other widths."""
 
@@ -21,7 +24,7 @@ WHOLE = frozenset(
 """Calls that are given the shape of their result."""
 
 
-def resized(step: Step, dense: Shapes, shapes: Shapes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def resized(step: Step, dense: Shapes, shapes: Shapes) -> Arguments:
     """Arguments of a call, with those numbers replaced that follow the shape of its result.
 
     Args:
@@ -43,9 +46,7 @@ def resized(step: Step, dense: Shapes, shapes: Shapes) -> tuple[tuple[Any, ...],
     return step.args, step.kwargs
 
 
-def _whole(
-    name: str, args: list[Any], kwargs: dict[str, Any], shape: tuple[int, ...]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _whole(name: str, args: list[Any], kwargs: dict[str, Any], shape: tuple[int, ...]) -> Arguments:
     begin = 0 if not args or not isinstance(args[0], Held) else 1
     for key in ("size", "shape"):
         if key in kwargs:
@@ -61,7 +62,8 @@ def _filled(sizes: Sequence[Any], shape: Sequence[int]) -> Any:
     """Sizes as given, -1 where it was, the others from the shape."""
     if len(sizes) != len(shape):
         return sizes
-    return type(sizes)(given if given == -1 else size for given, size in zip(sizes, shape, strict=True))
+    filled = [given if given == -1 else size for given, size in zip(sizes, shape, strict=True)]
+    return filled if isinstance(sizes, list) else tuple(filled)
 
 
 def _given(args: list[Any], kwargs: dict[str, Any], place: int, name: str, default: Any = None) -> Any:
@@ -75,7 +77,7 @@ def _put(args: list[Any], kwargs: dict[str, Any], place: int, name: str, value: 
         kwargs[name] = value
 
 
-def _unflatten(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Any:
+def _unflatten(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Arguments:
     dim, sizes = _given(args, kwargs, 1, "dim"), _given(args, kwargs, 2, "sizes")
     shape = shapes(step.output)
     dim %= len(shape) - len(sizes) + 1
@@ -83,15 +85,17 @@ def _unflatten(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shap
     return tuple(args), kwargs
 
 
-def _split(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Any:
+def _split(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Arguments:
     key = next((key for key in ("split_size_or_sections", "split_size", "split_sizes") if key in kwargs), "split_size")
     sizes, dim = _given(args, kwargs, 1, key), _given(args, kwargs, 2, "dim", 0)
     parts = [shapes(leaf)[dim] for leaf in tree_leaves(step.output)]
-    _put(args, kwargs, 1, key, parts[0] if isinstance(sizes, int) else type(sizes)(parts))
+    _put(
+        args, kwargs, 1, key, parts[0] if isinstance(sizes, int) else parts if isinstance(sizes, list) else tuple(parts)
+    )
     return tuple(args), kwargs
 
 
-def _narrow(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Any:
+def _narrow(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Arguments:
     dim = _given(args, kwargs, 1, "dim")
     whole, part = shapes(args[0])[dim], shapes(step.output)[dim]
     if _given(args, kwargs, 2, "start"):
@@ -100,20 +104,20 @@ def _narrow(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes)
     return tuple(args), kwargs
 
 
-def _norm(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Any:
+def _norm(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Arguments:
     sizes = _given(args, kwargs, 1, "normalized_shape")
     _put(args, kwargs, 1, "normalized_shape", _filled(sizes, shapes(step.output)[-len(sizes) :]))
     return tuple(args), kwargs
 
 
-def _convolution(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Any:
+def _convolution(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Arguments:
     x, weight = args[0], _given(args, kwargs, 1, "weight")
     if _given(args, kwargs, 6, "groups", 1) > 1 and isinstance(weight, Held):
         _put(args, kwargs, 6, "groups", shapes(x)[1] // shapes(weight)[1])
     return tuple(args), kwargs
 
 
-def _getitem(step: Step, dense: Shapes, shapes: Shapes) -> Any:
+def _getitem(step: Step, dense: Shapes, shapes: Shapes) -> Arguments:
     args, kwargs = step.args, step.kwargs
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     plain = all(part is None or part is ... or isinstance(part, int | slice) for part in index)
@@ -149,7 +153,7 @@ def _cut(item: slice, whole: int, part: int) -> slice:
     return item
 
 
-_PARTS: dict[str, Callable[[Step, list[Any], dict[str, Any], Shapes], Any]] = {
+_PARTS: dict[str, Callable[[Step, list[Any], dict[str, Any], Shapes], Arguments]] = {
     "unflatten": _unflatten,
     "narrow": _narrow,
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
