@@ -102,12 +102,12 @@ def number(name: str, value: Any, least: float, rule: str) -> float:
     return float(value)
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any, why: str = "") -> bool:
     """True or False, and nothing that merely counts as such.
 
     Raises:
         ValueError: If it is neither.
     """
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} must be True or False, got {shown(value)}")
+        raise ValueError(f"{name} must be True or False{why and f', {why}'}, got {shown(value)}")
     return bool(value)

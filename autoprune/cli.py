@@ -108,6 +108,9 @@ def search(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the search in --run-dir, or begin it; --trials may be more.")
     ] = False,
+    resume_anyway: Annotated[
+        bool, typer.Option("--resume-anyway", help="The same although the search differs; a note says in what.")
+    ] = False,
     executor: Annotated[str, typer.Option(help="local or ray.")] = "local",
     workers: Annotated[int | None, typer.Option(help="With ray: how many; by default as many as fit.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(help="With ray: GPUs of each, such as 0.5.")] = 0.0,
@@ -128,7 +131,9 @@ def search(
         from autoprune.loading import load_model, load_object
 
         saved = run_dir / "result.json"
-        if saved.exists() and not resume:  # the search itself minds the journal; this must not show at its end
+        if saved.exists() and not (
+            resume or resume_anyway
+        ):  # the search itself minds the journal; this must not show at its end
             raise FileExistsError(
                 f"run-dir must be a folder of its own, but {run_dir} holds a result; name another, or add --resume"
             )
@@ -150,7 +155,7 @@ def search(
             example_inputs=_example_inputs(dense, input_shape, example) if data is None else None,
             executor=_executor(executor, workers, gpus_per_worker),
             run_dir=str(run_dir),
-            resume=resume,
+            resume="anyway" if resume_anyway else resume,
             latency=latency,
             cost_batch=cost_batch,
         )

@@ -4,29 +4,52 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
+from autoprune.costs import CostFunction
 from autoprune.data import fingerprint
+from autoprune.evaluators import Supernet
 from autoprune.execution import Executor
-from autoprune.protocols import Optimizer
+from autoprune.protocols import IntArray, Optimizer
 from autoprune.racing import Racing
 from autoprune.result.trials import Trial
 from autoprune.rungs import Rungs
 from autoprune.study import Study
+from autoprune.user_code import digest_of, forward_of, settings_of
 
 log = logging.getLogger(__name__)
 
-MUST_AGREE = ("model", "weights", "space", "data", "budget", "limits", "costs", "metric", "seed", "evaluator")
+MUST_AGREE = (
+    "model",
+    "weights",
+    "space",
+    "data",
+    "budget",
+    "limits",
+    "costs",
+    "metric",
+    "higher_is_better",
+    "seed",
+    "evaluator",
+)
 """What scores and proposals are a function of."""
+
+HANDED_IN = ("settings", "code")
+"""The same, of which the journal keeps a dictionary: settings of the evaluator, and digests of the user's functions."""
 
 SHOULD_AGREE = ("versions", "threads", "device", "optimizer", "racing")
 """What may change scores in their last digits, or what is proposed next."""
 
+MEASURED = ("memory_bytes", "latency_ms", "ms_per_sample")
+"""Costs that may come out otherwise under other threads, or of a table that was corrected since."""
+
+_DRIFT = 1e-2  # by which scores may differ under other threads or versions, relative
+_ROUNDING = 1e-9  # by which a cost may differ with the number of candidates that it is asked for at once
 _SHOWN = 60  # characters; longer values, such as whole spaces, are only said to differ
 
 
@@ -56,31 +79,129 @@ def identity_of(
         "model": type(context.model).__qualname__,
         "weights": fingerprint(context.model.state_dict()),
         "evaluator": getattr(study.evaluator, "identity", type(study.evaluator).__name__),
+        "settings": _settings_of(study.fresh),
+        "code": _code_of(study),
         "optimizer": type(optimizer).__name__,
         "racing": None if racing is None else asdict(racing),
         "notes": list(study.notes),
         "executor": executor.name,
         "threads": executor.threads or torch.get_num_threads(),
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": str(next(context.model.parameters()).device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
 
-def require_same(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _settings_of(evaluator: Any, prefix: str = "") -> dict[str, str]:
+    """How an evaluator of ours was set, with what it starts from; what another one keeps may be anything."""
+    if not type(evaluator).__module__.startswith("autoprune.") or isinstance(evaluator, Supernet):
+        return {}  # weights of a supernet are compared already
+    found = settings_of(evaluator)
+    start = found.pop("start", None) and vars(evaluator)["_start"]
+    named = {f"{prefix}{name} of {type(evaluator).__name__}": value for name, value in found.items()}
+    if start is None:
+        return named
+    return {**named, "start of FineTune": type(start).__name__, **_settings_of(start, "start: ")}
+
+
+def _code_of(study: Study) -> dict[str, str]:
+    """Digests of the functions that the user handed in, and of how the model runs."""
+    given = {f"{name}=": digest_of(value) for name, value in study.given.items()}
+    evaluator = type(study.fresh)
+    return {
+        **given,
+        "the forward of the model": forward_of(study.context.model),
+        f"the code of {evaluator.__name__}": digest_of(evaluator),
+    }
+
+
+def require_same(
+    recorded: Mapping[str, Any], now: Mapping[str, Any], others: Sequence[str] = (), anyway: bool = False
+) -> list[str]:
     """Compare what the journal says of a run with what is about to go on with it.
 
+    Args:
+        recorded: What the journal keeps.
+        now: The same of this search.
+        others: Further differences that were found.
+        anyway: Go on in spite of them, with a warning; in another space nothing in the journal would mean anything.
+
+    Returns:
+        What differs and must agree; empty unless `anyway`.
+
     Raises:
-        ValueError: If the model, space, data, budget, metric, seed or evaluator differ; names those that do.
+        ValueError: If the model, space, data, budget, metric, seed, evaluator, or a function of the user's differ;
+            names those that do.
     """
     changed = _differences(SHOULD_AGREE, recorded, now)
-    if differing := _differences(MUST_AGREE, recorded, now):
+    differing = _differences(MUST_AGREE, recorded, now) + _inner_differences(recorded, now)
+    differing += [*_dense_differences(recorded, now), *others]
+    if differing and (not anyway or recorded.get("space") != now["space"]):
         hint = f" (changed too, and perhaps the cause: {', '.join(changed)})" if changed else ""
+        way_out = "pass what it was started with, or another run_dir"
+        if not anyway:
+            way_out += "; resume='anyway' (--resume-anyway) goes on all the same, with trials that may not compare"
         raise ValueError(
-            f"run_dir must hold the same search to be resumed, but it differs in {', '.join(differing)}{hint}; pass "
-            "what it was started with, or another run_dir"
+            f"run_dir must hold the same search to be resumed, but it differs in {', '.join(differing)}{hint}; "
+            f"{way_out}"
         )
     for difference in changed:
         log.warning("the search is resumed with other %s; scores or proposals may differ slightly", difference)
+    if differing:
+        log.warning("the search is resumed although it differs in %s", ", ".join(differing))
+    return differing
+
+
+def _inner_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings and functions that differ, by name; code only of one Python, because each compiles in its own way."""
+    found = []
+    for kind in HANDED_IN:
+        before, after = recorded.get(kind, {}), now[kind]
+        if kind == "code" and _python(recorded) != _python(now):
+            continue
+        for name in before.keys() & after.keys():  # a version may know more settings than the one before
+            if before[name] != after[name]:
+                short = kind == "settings" and max(len(before[name]), len(after[name])) < _SHOWN
+                found.append(f"{name} ({before[name]} before, {after[name]} now)" if short else name)
+    return sorted(found)
+
+
+def _python(identity: Mapping[str, Any]) -> list[str]:
+    return str(identity.get("versions", {}).get("python", "")).split(".")[:2]
+
+
+def _dense_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How the dense model scored before and now: to the last bit where nothing but the search can make a difference."""
+    before, after = _scores(recorded.get("dense")), _scores(now["dense"])
+    alike = all(recorded.get(name) == now[name] for name in ("threads", "device", "versions", "machine"))
+    slack = 0.0 if alike and now["device"] == "cpu" else _DRIFT
+    return [
+        f"the {name} of the dense model ({before[name]:.9g} before, {after[name]:.9g} now)"
+        for name in before
+        if name in after and abs(before[name] - after[name]) > slack * max(abs(before[name]), abs(after[name]))
+    ]
+
+
+def _scores(dense: Any) -> dict[str, float]:
+    if not isinstance(dense, Mapping):
+        return {}
+    last = (dense.get("evaluations") or [{}])[-1]
+    found = {"score": dense.get("score"), "signal": dense.get("signal"), "distortion": last.get("distortion")}
+    return {name: value for name, value in found.items() if isinstance(value, float)}
+
+
+def cost_differences(costs: Mapping[str, CostFunction], candidates: IntArray, recorded: Sequence[Any]) -> list[str]:
+    """Costs that now give something else for candidates of the journal, (n, d), than it keeps of them."""
+    found = []
+    for name, cost in costs.items():
+        pairs = [(i, row[name]) for i, row in enumerate(recorded) if name in row]
+        if name not in MEASURED and pairs:
+            rows, before = [i for i, _ in pairs], np.array([value for _, value in pairs])
+            after = cost(candidates[rows])
+            if not np.allclose(after, before, rtol=_ROUNDING, atol=0):
+                i = int(np.abs(after - before).argmax())
+                found.append(f"{name} of {candidates[rows[i]].tolist()} ({before[i]:.9g} before, {after[i]:.9g} now)")
+    return found
 
 
 def _differences(names: tuple[str, ...], recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

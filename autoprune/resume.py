@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from autoprune.errors import FileFormatError
-from autoprune.identity import require_same
+from autoprune.identity import cost_differences, require_same
 from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME
 from autoprune.journal_rows import TrialRow
@@ -24,6 +24,11 @@ from autoprune.statistics import Statistics
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
+
+ANYWAY = "anyway"
+"""Where the journal keeps in which respects it was resumed although they differed."""
+
+_COMPARED = 64  # trials whose costs are computed again
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,19 @@ class History:
         return len(self.found) + len(self.pending)
 
 
-def open_journal(run_dir: str | Path | None, identity: Mapping[str, Any], resume: bool) -> Journal:
+def open_journal(
+    run_dir: str | Path | None,
+    identity: Mapping[str, Any],
+    resume: bool | str,
+    study: Study,
+) -> Journal:
     """The journal to write: a new one, also where a search to be resumed was killed before it had one.
+
+    Args:
+        run_dir: Where it is; None for memory.
+        identity: What the search is, see `autoprune.identity`.
+        resume: Whether to go on; ``"anyway"`` in spite of differences, which the journal then keeps in its notes.
+        study: The search, whose costs are compared with what the journal keeps.
 
     Raises:
         ValueError: If the search in `run_dir` is another one; names what differs.
@@ -54,12 +70,30 @@ def open_journal(run_dir: str | Path | None, identity: Mapping[str, Any], resume
         return Journal.create(run_dir, identity)
     journal = Journal.resume(run_dir)
     try:
-        require_same(journal.meta(), identity)
+        recorded = journal.meta()
+        others = _cost_differences(journal, recorded, identity, study)
+        differing = require_same(recorded, identity, others, anyway=resume == "anyway")
         journal.record_meta("trials", identity["trials"])
+        if differing:
+            told = [*recorded.get(ANYWAY, []), f"resumed although it differed in {', '.join(differing)}"]
+            for key, value in {**identity, ANYWAY: told}.items():
+                journal.record_meta(key, value)
     except BaseException:  # raised again: nothing is left open, not even after Ctrl-C
         journal.close()
         raise
     return journal
+
+
+def _cost_differences(
+    journal: Journal, recorded: Mapping[str, Any], identity: Mapping[str, Any], study: Study
+) -> list[str]:
+    """Costs that differ for the first candidates of the journal; in another space they cannot be compared."""
+    rows = journal.trials()[:_COMPARED]
+    if not rows or recorded.get("space") != identity["space"]:
+        return []
+    _require_candidates(rows, study)
+    candidates = np.array([row.candidate for row in rows], dtype=np.int64)
+    return cost_differences(study.costs, candidates, [row.costs for row in rows])
 
 
 def recall(journal: Journal, study: Study, optimizer: Optimizer) -> History:

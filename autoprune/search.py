@@ -29,7 +29,7 @@ from autoprune.racing import Racing
 from autoprune.records import evaluations_of, result_of, trial_of
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
-from autoprune.resume import History, open_journal, recall
+from autoprune.resume import ANYWAY, History, open_journal, recall
 from autoprune.rivals import Rivals, applicable, find_racing, note_of_racing
 from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings
@@ -62,7 +62,7 @@ def search(
     outputs: Any = None,
     executor: str | Executor = "local",
     run_dir: str | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     progress: bool = True,
     checks: str = "on",
     costs: Mapping[str, CostFunction] | None = None,
@@ -107,7 +107,8 @@ def search(
         run_dir: A folder of its own for the journal of the run; kept in memory without.
         resume: Go on with the search in `run_dir`, or begin it if there is none yet. No finished trial is repeated, and
             what was being evaluated is evaluated again. The other arguments must be those of that search, but `trials`
-            may be more or ``"auto"``, and `executor` and `optimizer` others.
+            may be more or ``"auto"``, and `executor` and `optimizer` others: functions are compared by their code, and
+            the dense model must score as it did. ``"anyway"`` goes on in spite of differences, which a note then names.
         progress: Show a progress line in a terminal.
         checks: ``"on"`` freezes groups that fail a check of the traced structure, ``"strict"`` raises, ``"isolated"``
             checks in a process of its own.
@@ -148,14 +149,14 @@ def search(
     seed = whole_number("seed", seed, 0, MOST_SEED)
     if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise ValueError(f"max_seconds must be positive or None, got {shown(max_seconds)}")
-    resume = flag("resume", resume)
+    resume = resume if isinstance(resume, str) and resume == "anyway" else flag("resume", resume, "or 'anyway'")
     progress = flag("progress", progress)
     if not isinstance(run_dir, str | os.PathLike | None):
         raise TypeError(f"run_dir must be the path of a folder or None, got {shown(run_dir)}")
     if resume and run_dir is None:
         raise ValueError("resume=True needs the run_dir of an earlier search, got run_dir=None")
     if run_dir is not None:
-        require_free(run_dir, resume)
+        require_free(run_dir, bool(resume))
     runner = make_executor(executor)
     settings = find_racing(racing)
     make_optimizer = find_optimizer(optimizer)  # an unknown name must fail before the model is traced
@@ -189,7 +190,8 @@ def search(
         raise TypeError(f"optimizer must make an object with the methods ask and tell, got {shown(proposer)}")
     deadline = None if max_seconds is None else began + max_seconds
     identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
-    with open_journal(run_dir, identity, resume) as journal:
+    with open_journal(run_dir, identity, resume, study) as journal:
+        in_spite: Sequence[str] = journal.meta().get(ANYWAY, ())
         history = recall(journal, study, proposer)
         rivals = Rivals(study, settings, journal, measured)
         bar = Progress(total, study.context.judge.name, progress)
@@ -211,7 +213,7 @@ def search(
             runner.stop()
     found, verified = verify(study, found)
     told = proposer.notes if isinstance(proposer, Explains) else ()
-    explained = (*journal.notes, *([why] if why else []), *told)
+    explained = (*in_spite, *journal.notes, *([why] if why else []), *told)
     explained = (*verified, *note_of_racing(settings, study, found), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)

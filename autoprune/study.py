@@ -71,6 +71,7 @@ class Study:
         limits: The limited costs, absolute, in the order of the budget. One of score limits alone leaves the cost of
             the dense model as the limit of what is minimised.
         notes: What was decided, in plain words.
+        given: What the user said of how models run and are judged, by the argument.
         timed: Runs a model on what `batches.opened` gives, without the copy that the forward of the context makes.
         worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
             and until the dense model is measured.
@@ -87,6 +88,7 @@ class Study:
     budget: Budget
     limits: Mapping[str, float]
     notes: tuple[str, ...]
+    given: Mapping[str, Any]
     timed: Forward
     worst_score: float | None = None
     latency: Latency | None = None
@@ -175,7 +177,11 @@ def prepare(
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
     told = getattr(chosen, "notes", ())  # after `prepare`, because only then an evaluator knows what it learned
     ordered = (*_ordered(notes, judge.note, subsets), *told)
-    return Study(context, chosen, fresh, problem, named, wanted, limits, ordered, whole, None, source, priced, peak)
+    given = {"metric": metric, "forward": forward, "outputs": outputs}
+    given |= {f"costs[{name!r}]": function for name, function in (costs or {}).items()}
+    return Study(
+        context, chosen, fresh, problem, named, wanted, limits, ordered, given, whole, None, source, priced, peak
+    )
 
 
 def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:
