@@ -24,7 +24,7 @@ LAYERS = (
     ("protocols", "batches"),
     ("sources", "scorers", "statistics"),
     ("budget", "data", "pareto"),
-    ("metrics", "tensor_file"),
+    ("metrics", "tensor_file", "user_code"),
     ("structure",),
     ("costs", "criteria"),
     ("reconstruction",),
