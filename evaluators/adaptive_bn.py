@@ -111,7 +111,7 @@ def averaging(module: nn.Module, passes: Passes | None = None) -> Iterator[None]
     def measure(norm: _BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         (x,) = (*args, *kwargs.values())
         mean, var = averages[norm]
-        whole, new = passes.moments(lambda: _moments(x, mean.dtype))
+        whole, new = passes.moments(lambda: moments_of(x, mean.dtype))
         if whole.count > 1:
             assert whole.var is not None
             if new:
@@ -134,7 +134,7 @@ def averaging(module: nn.Module, passes: Passes | None = None) -> Iterator[None]
             m.training = mode
 
 
-def _moments(x: Tensor, dtype: torch.dtype) -> BatchMoments:
+def moments_of(x: Tensor, dtype: torch.dtype) -> BatchMoments:
     """Of each channel of x (samples, channels, ...), to 1e-6 of the standard deviation and 1e-5 of the variance."""
     count = x.numel() // x.shape[1]
     if count == 0:

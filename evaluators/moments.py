@@ -1,171 +1,114 @@
-"""What the layers of the dense model read: means and covariances of their unfolded inputs, in float64."""
+"""What the layers of the dense model read: means and covariances of their unfolded inputs, whole or sketched."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor
 
-from autoprune.batches import Batch
-from autoprune.criteria import private_copy
-from autoprune.evaluators.memory import Halving
-from autoprune.reconstruction import reads
-from autoprune.structure.slicing import owners
-from autoprune.structure.structure import Structure
+PRECISE = 512
+"""Columns up to which products are taken in float64, which costs little there; float32 is enough to solve with."""
 
-log = logging.getLogger(__name__)
-
-CHUNK_BYTES = 64 * 2**20
-"""Most memory for rows on their way into a covariance."""
+_MIX = 2654435761  # Knuth's multiplicative hash: scatters row numbers, so that no stride meets the width of an image
 
 
 @dataclass
 class Moments:
-    """Of the inputs of one layer, unfolded to the columns that its weight matrix multiplies: (channel, position).
+    """Moments of rows that a weight multiplies, added up chunk by chunk; they do not depend on how rows are divided.
 
     Attributes:
-        mean: Of each column over samples and positions, padding included, float64, shape (columns,).
-        products: Mean of the products of any two columns, float64, shape (columns, columns), or None.
-        rows: How many rows were averaged over.
-        normalised: Whether batch norm reads what the layer gives, and so takes any constant off it.
+        columns: Length of a row.
+        sketch_rows: 0 for the products of any two columns; else the rows are hashed, with random signs, to so many
+            sums, whose products have the same mean. Exact as long as there are no more rows than that. None for means
+            alone.
+        every: Of so many rows about one is taken.
+        rows: How many were taken.
+
+    Reference:
+        Sketch: Clarkson and Woodruff, "Low Rank Approximation and Regression in Input Sparsity Time", STOC 2013,
+        arXiv:1207.6365.
     """
 
-    mean: Tensor
-    products: Tensor | None
+    columns: int
+    sketch_rows: int | None
+    every: float = 1.0
     rows: int = 0
-    normalised: bool = False
+    _seen: int = 0
+    _origin: Tensor | None = field(default=None, repr=False)  # about the mean, so that float32 loses nothing to it
+    _total: Tensor | None = field(default=None, repr=False)
+    _matrix: Tensor | None = field(default=None, repr=False)
+    _weights: Tensor | None = field(default=None, repr=False)  # signs added up in each row of the sketch
 
     def add(self, rows: Tensor) -> None:
-        """Take one or more rows, shape (n, columns), into the averages."""
-        self.rows += len(rows)
-        share, rows = len(rows) / self.rows, rows.double()
-        self.mean.lerp_(rows.mean(0), share)
-        if self.products is not None:
-            self.products.mul_(1 - share).addmm_(rows.T, rows, alpha=1 / self.rows)
+        """Take rows, shape (n, columns), into the moments."""
+        numbers = self._seen + torch.arange(len(rows), dtype=torch.int64, device=rows.device)
+        self._seen += len(rows)
+        if self.every > 1:
+            chosen = (numbers * _MIX) % 2**32 < 2**32 / self.every
+            rows, numbers = rows[chosen], numbers[chosen]
+        if not len(rows):
+            return
+        dtype = torch.float64 if self.columns <= PRECISE else torch.float32
+        if self._origin is None:
+            self._origin = rows[:64].double().mean(0)
+            self._total = torch.zeros_like(self._origin)
+            height = self.columns if self.sketch_rows == 0 else self.sketch_rows or 0
+            self._matrix = torch.zeros(height, self.columns, dtype=dtype, device=rows.device)
+            self._weights = torch.zeros(height, dtype=torch.float64, device=rows.device)
+        assert self._total is not None
+        assert self._matrix is not None
+        assert self._weights is not None
+        first, self.rows = self.rows, self.rows + len(rows)
+        rows = rows.to(dtype) - self._origin.to(dtype)
+        self._total += rows.sum(0, dtype=torch.float64)
+        if self.sketch_rows is None:
+            return
+        if self.sketch_rows == 0:
+            self._matrix.addmm_(rows.T, rows)
+            return
+        places = first + torch.arange(len(rows), dtype=torch.int64, device=rows.device)
+        signs = torch.ones(len(rows), dtype=dtype, device=rows.device)
+        if self.rows > self.sketch_rows:
+            late = places >= self.sketch_rows
+            mixed = (places * _MIX) % 2**32
+            places = torch.where(late, mixed % self.sketch_rows, places)
+            signs = torch.where(late & ((mixed >> 20) % 2 == 1), -signs, signs)
+        self._matrix.index_add_(0, places, rows * signs[:, None])
+        self._weights.index_add_(0, places, signs.double())
 
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each column, float64, shape (columns,)."""
+        assert self._origin is not None
+        assert self._total is not None
+        return self._origin + self._total / self.rows
 
-def layer_moments(
-    model: nn.Module,
-    structure: Structure,
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
-    memory_bytes: int,
-) -> dict[str, Moments]:
-    """Moments of the layers that read units, in one pass of the dense model.
+    @property
+    def finite(self) -> bool:
+        """Whether there are rows, and all that was taken is finite."""
+        if self._matrix is None or self._total is None:
+            return False
+        return bool(self._total.isfinite().all() and self._matrix.isfinite().all())
 
-    Seen are ungrouped convolutions, transposed ones left out, and linear layers, with weights that no other layer
-    shares, that the model calls and whose inputs are finite. A layer that is called several times is averaged over its
-    calls.
+    def factor(self, centred: bool) -> Tensor:
+        """Rows R with R^T R the mean products, or the covariance, shape (sketch_rows, columns); of a sketch only."""
+        assert self.sketch_rows is not None
+        assert self._matrix is not None
+        assert self._weights is not None
+        shift = -self._offset if centred else self._origin
+        assert shift is not None
+        rows = self._matrix + torch.outer(self._weights, shift).to(self._matrix.dtype)
+        return rows[: min(self.rows, self.sketch_rows)].div(self.rows**0.5)
 
-    Args:
-        model: The dense model; comes back unchanged.
-        structure: Its structure.
-        batches: Calibration data.
-        forward: Runs the model on a batch.
-        memory_bytes: Most memory for `Moments.products`; the largest are left out, with a warning in the log. 0 takes
-            means only.
-    """
-    copied = private_copy(model)
-    watched = _watched(copied, structure)
-    # Anew for smaller batches, because part of one that did not fit was averaged.
-    return Halving()(lambda parts: _moments_of(copied, _empty(copied, watched, memory_bytes), parts, forward), batches)
+    def products(self, centred: bool) -> Tensor:
+        """Mean products of any two columns, or the covariance, shape (columns, columns); not of a sketch."""
+        assert self._matrix is not None
+        matrix = self._matrix / self.rows - torch.outer(self._offset, self._offset).to(self._matrix.dtype)
+        return matrix if centred else matrix + torch.outer(self.mean, self.mean).to(matrix.dtype)
 
-
-def _moments_of(
-    copied: nn.Module,
-    found: dict[str, Moments],
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
-) -> dict[str, Moments]:
-    """Fill `found` in one pass over the batches."""
-    made_by: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
-
-    def see(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            for rows in unfolded(layer, _first(args, kwargs)):
-                found[name].add(rows)
-            made_by[output] = name
-
-        return hook
-
-    def meet(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        name = made_by.get(_first(args, kwargs))
-        if name is not None:
-            found[name].normalised = True
-
-    hooks = [copied.get_submodule(name).register_forward_hook(see(name), with_kwargs=True) for name in found]
-    norms = [module for module in copied.modules() if isinstance(module, _BatchNorm)]
-    hooks += [norm.register_forward_pre_hook(meet, with_kwargs=True) for norm in norms]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                forward(copied, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: moments for name, moments in found.items() if moments.rows and _finite(moments)}
-
-
-def _watched(model: nn.Module, structure: Structure) -> list[str]:
-    holders = Counter(owner.name for owner in owners(model))
-    return [
-        name
-        for name in reads(model, structure)
-        if holders[f"{name}.weight"] == 1 and not isinstance(model.get_submodule(name), _ConvTransposeNd)
-    ]
-
-
-def _first(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
-    return next(iter((*args, *kwargs.values())))
-
-
-def unfolded(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The inputs of a linear or convolution layer as rows that its flattened weight multiplies, (n, columns) each."""
-    if isinstance(layer, _ConvNd):
-        space = len(layer.kernel_size)
-        x = x if x.ndim == space + 2 else x.unsqueeze(0)
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-        for dim in range(space):
-            size, dilation = layer.kernel_size[dim], layer.dilation[dim]
-            x = x.unfold(2 + dim, dilation * (size - 1) + 1, layer.stride[dim])[..., ::dilation]
-        x = x.movedim(1, 1 + space)  # samples, positions, channels, kernel: a view, and much larger than its storage
-        columns = x.shape[1 + space :].numel()
-    else:
-        columns = x.shape[-1]
-        x = x.reshape(-1, columns)
-    for part in torch.split(x, max(1, CHUNK_BYTES // (8 * max(x[:1].numel(), 1)))):
-        if part.numel():
-            yield part.reshape(-1, columns)
-
-
-def _empty(model: nn.Module, names: Sequence[str], memory_bytes: int) -> dict[str, Moments]:
-    """Moments of nothing yet; the smallest products first, as long as they fit."""
-    weights = {name: model.get_submodule(name).get_parameter("weight") for name in names}
-    found, left = {}, memory_bytes
-    for name, weight in sorted(weights.items(), key=lambda item: item[1][0].numel()):
-        columns = weight[0].numel()
-        mean = torch.zeros(columns, dtype=torch.float64, device=weight.device)
-        size = 8 * columns**2
-        if size <= left:
-            left -= size
-            found[name] = Moments(mean, mean.new_zeros(columns, columns))
-            continue
-        found[name] = Moments(mean, None)
-        if memory_bytes:
-            log.warning("%s keeps its weights: products of its inputs take %.0f MiB more", name, size / 2**20)
-    return found
-
-
-def _finite(moments: Moments) -> bool:
-    parts = (moments.mean,) if moments.products is None else (moments.mean, moments.products)
-    return all(bool(part.isfinite().all()) for part in parts)
+    @property
+    def _offset(self) -> Tensor:
+        """The mean from the origin."""
+        assert self._total is not None
+        return self._total / self.rows
