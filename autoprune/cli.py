@@ -94,7 +94,9 @@ def search(
     ] = "200",
     max_seconds: Annotated[float | None, typer.Option(help="Stop after this time.")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal fronts.")] = 0,
-    metric: Annotated[str, typer.Option(help="auto, accuracy, agreement, cross_entropy, loss or mse.")] = "auto",
+    metric: Annotated[
+        str, typer.Option(help="auto, accuracy, agreement, cosine, loss, miou, mse, next_token or relative_error.")
+    ] = "auto",
     optimizer: Annotated[str, typer.Option(help="auto, knapsack, level_switch, nsga2, bayes or random.")] = "auto",
     evaluator: Annotated[str, typer.Option(help="auto, adaptive_bn, compensated, finetune or supernet.")] = "auto",
     racing: Annotated[bool, typer.Option(help="Drop candidates once they are known to be dominated.")] = False,

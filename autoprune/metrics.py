@@ -6,8 +6,6 @@ is better, while the metric judges in its own direction; both are recorded.
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,19 +13,36 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from autoprune import scorers
-from autoprune.batches import Batch, Lent, targets, tensors
+from autoprune import language, scorers
+from autoprune.batches import Batch, Lent, batch_size, fresh, targets, tensors
 from autoprune.data import Subsets
 from autoprune.errors import DataError
+from autoprune.losses import SampleLoss, WholeLoss, name_of, sample_loss
 from autoprune.protocols import FloatArray
+from autoprune.segmentation import mean_iou
+from autoprune.statistics import standard_error
 
 Forward: TypeAlias = Callable[[Batch], Any]
 # (outputs, batch, dense outputs) -> (signal, metric), one value a sample each
 Scorer: TypeAlias = Callable[[Any, Batch, Tensor | None], tuple[Tensor, Tensor]]
 
-METRICS = ("accuracy", "agreement", "auto", "cross_entropy", "loss", "mse")
+# (outputs, batch) -> (values that a sample's signal is the mean of, its part of the denominator), one a sample each
+Parts: TypeAlias = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+
+METRICS = (
+    "accuracy",
+    "agreement",
+    "auto",
+    "cosine",
+    "cross_entropy",
+    "loss",
+    "miou",
+    "mse",
+    "next_token",
+    "relative_error",
+)
 
 
 @dataclass(frozen=True)
@@ -40,15 +55,19 @@ class Metric:
         higher_is_better: The direction of the values.
         per_sample: Whether `fn` scores samples one by one; only then can bad candidates be stopped early.
         name: What results call it; the name of `fn` if empty.
+        needs_dense: Whether `fn` takes the outputs of the dense model as a third argument:
+            ``fn(outputs, batch, dense)`` with its main output for the same samples, a tensor (n, ...); with
+            ``per_sample=False``, ``fn(forward, batches, dense)`` with one such tensor for each batch.
     """
 
     fn: Callable[..., Any]
     higher_is_better: bool
     per_sample: bool = True
     name: str = ""
+    needs_dense: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or _name(self.fn))
+        object.__setattr__(self, "name", self.name or name_of(self.fn))
 
 
 @dataclass(frozen=True)
@@ -59,11 +78,14 @@ class Judge:
         name: What results call the metric.
         higher_is_better: The direction of the metric; the signal is always lower-is-better.
         note: Which metric was chosen and why, in plain words.
-        needs_dense: Whether scoring compares with the outputs of the dense model: then the signal is the distortion.
+        needs_dense: Whether scoring compares with the outputs of the dense model.
         proportion: Whether values are 0 or 1; None if only the values can tell.
         scorer: Scores samples one by one; None for a metric of the whole set.
         whole_set: ``whole_set(forward, batches)`` scores all at once; None for a per-sample metric.
         distance: How far outputs are from dense ones, the distortion; None where there is no such measure.
+        parts: Where samples count differently in the value of a set, how much each does; None where all count the same.
+        total: Whether that value is a sum and no mean.
+        signal_is_distortion: Whether the signal says how far outputs are from dense ones.
     """
 
     name: str
@@ -74,6 +96,9 @@ class Judge:
     scorer: Scorer | None = None
     whole_set: Callable[..., Any] | None = None
     distance: scorers.Distance | None = None
+    parts: Parts | None = None
+    total: bool = False
+    signal_is_distortion: bool = False
 
     @property
     def per_sample(self) -> bool:
@@ -111,13 +136,43 @@ class Judge:
             signal, metric = self.scorer(outputs, batch, dense)
         return signal.cpu().double().numpy(), metric.cpu().double().numpy()
 
-    def score_set(self, forward: Forward, batches: Sequence[Batch]) -> float:
+    def weigh(
+        self, forward: Forward, batches: Sequence[Batch], dense: Sequence[Tensor | None] | None = None
+    ) -> Weighing | None:
+        """How much each sample of a set counts, to be computed once and kept; None where all count the same.
+
+        Args:
+            forward: Gives outputs of the form that is scored, such as those of the dense model.
+            batches: The whole set.
+            dense: The entries of `dense_outputs`; what they hold is not computed again.
+
+        Raises:
+            DataError: If no sample counts at all.
+        """
+        if self.parts is None:
+            return None
+        found = []
+        with torch.no_grad():
+            for batch, kept in zip(batches, dense or [None] * len(batches), strict=True):
+                outputs = kept if kept is not None and len(kept) == batch_size(batch) else forward(batch)
+                found.append([part.cpu().double().numpy() for part in self.parts(outputs, batch)])
+        samples = sum(len(counts) for counts, _ in found)
+        mass = float(sum(masses.sum() for _, masses in found))
+        if not mass > 0:
+            raise DataError(f"metric {self.name!r} needs labels that count, but all of {samples} samples are ignored")
+        each = samples if self.total else samples / mass
+        return Weighing(
+            tuple(counts * each for counts, _ in found), tuple(masses * (samples / mass) for _, masses in found)
+        )
+
+    def score_set(self, forward: Forward, batches: Sequence[Batch], dense: Sequence[Tensor | None] = ()) -> float:
         """A metric of the whole set, in its own direction."""
         if self.whole_set is None:
             raise ValueError(f"metric {self.name!r} scores samples one by one; use score_batch or measure")
         lent = Lent(batches)
         with torch.no_grad():
-            value = self.whole_set(lambda batch: forward(lent.original(batch)), lent)
+            further = ([fresh(output) for output in dense],) if self.needs_dense else ()
+            value = self.whole_set(lambda batch: forward(lent.original(batch)), lent, *further)
         try:
             return float(value)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -126,37 +181,68 @@ class Judge:
                 "average over the batches, or set per_sample=True"
             ) from error
 
-    def measure(self, forward: Forward, batches: Sequence[Batch], dense: Sequence[Tensor | None]) -> Scores:
+    def measure(
+        self,
+        forward: Forward,
+        batches: Sequence[Batch],
+        dense: Sequence[Tensor | None],
+        weighing: Weighing | None = None,
+    ) -> Scores:
         """Signal, metric and distortion over batches.
 
         Args:
             forward: Gives the outputs of the model under test for a batch.
             batches: What to score on.
             dense: The entries of `dense_outputs` for `batches`.
+            weighing: What `weigh` gave for these batches; None takes them for a whole set.
         """
         watched = _Watched(forward, self.distance, dict(zip(map(id, batches), dense, strict=True)))
         if not self.per_sample:
-            value = np.array([self.score_set(watched, batches)])
+            value = np.array([self.score_set(watched, batches, dense)])
             return Scores((-value if self.higher_is_better else value), value, watched.distortion())
-        run = forward if self.needs_dense else watched
+        run = forward if self.signal_is_distortion else watched
+        weighing = weighing or self.weigh(forward, batches)
         with torch.no_grad():
             scores = [self.score_batch(run(batch), batch, d) for batch, d in zip(batches, dense, strict=True)]
         signal, metric = (np.concatenate(part) for part in zip(*scores, strict=True))
-        return Scores(signal, metric, signal if self.needs_dense else watched.distortion())
+        weights = np.empty(0)
+        if weighing is not None:
+            scale, weights = (np.concatenate(part) for part in weighing)
+            signal, metric = signal * scale, metric * scale
+        return Scores(signal, metric, signal if self.signal_is_distortion else watched.distortion(), weights)
+
+
+class Weighing(NamedTuple):
+    """How samples make up the value of a set, for each of its batches float64 of shape (n,).
+
+    Attributes:
+        scale: What the value of each sample is multiplied by, so that the mean over the set is the value of the set.
+        weights: The parts of the denominator, with a mean of 1 over the set, which standard errors need.
+    """
+
+    scale: tuple[FloatArray, ...]
+    weights: tuple[FloatArray, ...]
+
+    def of(self, rows: slice) -> Weighing:
+        """That of some of the batches."""
+        return Weighing(self.scale[rows], self.weights[rows])
 
 
 class Scores(NamedTuple):
     """What a judge measures, float64.
 
     Attributes:
-        signal: What steers the search, lower is better: one value a sample, or a single one for the whole set.
+        signal: What steers the search, lower is better: one value a sample, or a single one for the whole set. Their
+            mean over the set is the value of the set.
         metric: In its own direction, as many values.
         distortion: Distance to the dense outputs, one value for each sample that these were kept of; may be empty.
+        weights: How much each sample counts, as in `Weighing`; empty where all count the same.
     """
 
     signal: FloatArray
     metric: FloatArray
     distortion: FloatArray
+    weights: FloatArray = np.empty(0)
 
 
 class _Watched:
@@ -191,7 +277,8 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
     """Make a metric ready, and try it on the dense model so that a mistake shows before the search.
 
     ``"auto"`` is accuracy if the labels are classes of the outputs, the loss if they are classes of each position
-    (segmentation), the mean squared error if they are floats shaped like the outputs, else agreement.
+    (segmentation), the mean squared error if they are floats shaped like the outputs, the loss of the next token if
+    the outputs foresee ``input_ids`` and there are no other labels, else agreement.
 
     Args:
         metric: A name from `METRICS`, a `Metric`, or a loss like ``nn.MSELoss()`` or ``F.cross_entropy``, called with
@@ -210,15 +297,17 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
     if isinstance(metric, Metric):
         judge = _judge_metric(metric)
     elif isinstance(metric, str) and metric in METRICS:
-        judge = _judge_name(metric, scorers.main_output(outputs), labelled, subsets.synthetic)
+        judge = _judge_name(metric, outputs, labelled, subsets.synthetic, dense_forward)
     elif callable(metric):
-        _require_labels(_name(metric), labelled)
-        judge = _judge_loss(metric)
+        _require_labels(name_of(metric), labelled)
+        judge = _judge_loss(metric, outputs, labelled)
     else:
         raise ValueError(f"metric must be one of {list(METRICS)}, a loss or an autoprune.Metric, got {metric!r}")
     if judge.per_sample:
         judge.score_batch(outputs, first, scorers.main_output(outputs) if judge.needs_dense else None)
-    return replace(judge, distance=scorers.distance_of(outputs, first))
+    if judge.parts is not None:
+        judge.parts(outputs, first)
+    return replace(judge, distance=judge.distance or scorers.distance_of(outputs, first))
 
 
 class Summary(NamedTuple):
@@ -229,19 +318,21 @@ class Summary(NamedTuple):
     interval: tuple[float, float]
 
 
-def summary(values: FloatArray, proportion: bool | None = None) -> Summary:
+def summary(values: FloatArray, proportion: bool | None = None, weights: FloatArray | None = None) -> Summary:
     """Average a metric over samples.
 
     Args:
         values: One value a sample, shape (n,), or a single one for a metric of the whole set.
         proportion: Whether values are 0 or 1, which asks for the Wilson interval in place of the normal one; None
             looks at the values.
+        weights: How much each sample counts, with a mean of 1, where the mean is a quotient; None or empty where all
+            count the same.
     """
     values = np.asarray(values, np.float64)
     n, mean = len(values), float(values.mean())
     if n == 1:
         return Summary(mean, float("nan"), (float("nan"), float("nan")))
-    stderr = float(values.std(ddof=1)) / n**0.5
+    stderr = standard_error(values, weights)
     if proportion is None:
         proportion = bool(np.isin(values, (0, 1)).all())
     if not proportion:
@@ -254,32 +345,36 @@ def summary(values: FloatArray, proportion: bool | None = None) -> Summary:
 
 def _judge_metric(metric: Metric) -> Judge:
     note = f"metric {metric.name!r} was given"
+    judge = Judge(metric.name, metric.higher_is_better, note, metric.needs_dense)
     if not metric.per_sample:
-        return Judge(metric.name, metric.higher_is_better, note, whole_set=metric.fn)
-    scorer = partial(scorers.user_metric, metric.name, metric.fn, metric.higher_is_better)
-    return Judge(metric.name, metric.higher_is_better, note, proportion=None, scorer=scorer)
+        return replace(judge, whole_set=metric.fn)
+    scorer = partial(scorers.user_metric, metric.name, metric.fn, metric.higher_is_better, metric.needs_dense)
+    return replace(judge, proportion=None, scorer=scorer)
 
 
-def _judge_loss(loss: Callable[..., Any]) -> Judge:
-    """Judge by a loss, asked for one value a sample where it can give that."""
-    name, each = _name(loss), loss
-    if isinstance(loss, nn.Module):
-        each = copy.deepcopy(loss)
-        if hasattr(each, "reduction"):
-            each.reduction = "none"  # type: ignore[assignment]  # a module's attributes count as tensors
-    elif "reduction" in inspect.signature(loss).parameters:
-        each = partial(loss, reduction="none")
-    return Judge(name, False, f"loss {name!r} was given", scorer=partial(scorers.user_loss, name, each))
+def _judge_loss(loss: Callable[..., Any], outputs: Any, batches: Sequence[Batch]) -> Judge:
+    """Judge by a loss: by samples where these say what it says of the set, else by the whole set."""
+    name = name_of(loss)
+    found, how = sample_loss(loss, outputs, batches)
+    note = f"loss {name!r} was given{how}"
+    if found is None:
+        return Judge(name, False, note, whole_set=WholeLoss(loss))
+    return Judge(name, False, note, scorer=found, parts=_parts_of(found), total=found.total)
 
 
-def _judge_name(name: str, outputs: Tensor, batches: Sequence[Batch], synthetic: bool) -> Judge:
+def _parts_of(loss: SampleLoss) -> Parts | None:
+    return None if loss.own is None else loss.parts
+
+
+def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bool, forward: Forward) -> Judge:
+    output = scorers.main_output(outputs)
     if name == "auto" and synthetic:
         name, note = "agreement", "metric 'agreement' with the dense model was chosen because there is no data"
     elif name == "auto":
-        name, note = _choose(outputs, batches)
+        name, note = _choose(outputs, batches, forward)
     else:
         name, note = ("loss" if name == "cross_entropy" else name), f"metric {name!r} was asked for"
-        misfit = "" if name == "agreement" else _misfit(name, outputs, batches)
+        misfit = "" if name in ("agreement", "cosine", "relative_error") else _misfit(name, outputs, batches)
         if misfit:
             raise DataError(
                 f"metric={name!r} needs {misfit}; give such data, or use metric='agreement', which needs no labels, "
@@ -290,20 +385,38 @@ def _judge_name(name: str, outputs: Tensor, batches: Sequence[Batch], synthetic:
             note += "; the search is steered by cross-entropy, which ties less"
             return Judge(name, True, note, proportion=True, scorer=scorers.accuracy)
         case "loss":
-            return Judge(name, False, note, scorer=scorers.cross_entropy)
+            note += _note_of_void(output, batches)
+            return Judge(name, False, note, scorer=scorers.cross_entropy, parts=scorers.labelled_positions)
+        case "miou":
+            return Judge(name, True, note + _note_of_void(output, batches), whole_set=mean_iou)
         case "mse":
             return Judge(name, False, note, scorer=scorers.mse)
-    if outputs.ndim == 2 and outputs.shape[1] >= 2 and not _has_float_targets(batches[0]):
-        note += f"; outputs of shape (n, {outputs.shape[1]}) are taken for logits: it is "
+        case "next_token":
+            note += "; in nats, over tokens that are no padding"
+            distance = partial(scorers.divergence, -1)
+            parts = language.foreseen_tokens
+            return Judge(name, False, note, scorer=language.next_token, parts=parts, distance=distance)
+        case "cosine":
+            note += "; to the dense model's outputs"
+            return Judge(name, True, note, True, scorer=scorers.cosine, signal_is_distortion=True)
+    logits = output.ndim == 2 and output.shape[1] >= 2 and not _has_float_targets(batches[0])
+    if name == "agreement" and logits:
+        note += f"; outputs of shape (n, {output.shape[1]}) are taken for logits: it is "
         note += "the share of samples with the dense model's top class, steered by KL(dense || pruned)"
-        return Judge("agreement", True, note, needs_dense=True, proportion=True, scorer=scorers.agreement)
+        return Judge("agreement", True, note, True, True, scorers.agreement, signal_is_distortion=True)
     note += "; the squared difference to the dense model's outputs, relative to their mean square"
     # One scale for all samples: a sample whose outputs are near zero must not outweigh the others.
-    scale = float(outputs.float().square().mean()) or 1.0
-    return Judge("relative_error", False, note, needs_dense=True, scorer=partial(scorers.relative_error, scale))
+    scorer = partial(scorers.relative_error, float(output.float().square().mean()) or 1.0)
+    return Judge("relative_error", False, note, True, scorer=scorer, signal_is_distortion=True)
 
 
-def _choose(outputs: Tensor, batches: Sequence[Batch]) -> tuple[str, str]:
+def _note_of_void(output: Tensor, batches: Sequence[Batch]) -> str:
+    void = scorers.VOID
+    seen = any(targets(batch).ndim > 1 and bool((targets(batch) == void).any()) for batch in batches)
+    return f"; positions labelled {void} are left out" if seen and output.shape[1] <= void else ""
+
+
+def _choose(outputs: Any, batches: Sequence[Batch], forward: Forward) -> tuple[str, str]:
     """The metric that ``"auto"`` stands for, and the reason."""
     reasons = {
         "accuracy": "the labels are classes of the outputs",
@@ -313,15 +426,31 @@ def _choose(outputs: Tensor, batches: Sequence[Batch]) -> tuple[str, str]:
     for name, reason in reasons.items():
         if not _misfit(name, outputs, batches):
             return name, f"metric {name!r} was chosen because {reason}"
+    if _is_language_model(outputs, batches, forward):
+        return "next_token", "metric 'next_token' was chosen because the outputs foresee input_ids"
     if any(targets(batch) is None for batch in batches):
         reason = "labels are missing in the validation or test data"
     else:
-        reason = f"labels of {scorers.describe(targets(batches[0]))} do not fit outputs of {scorers.describe(outputs)}"
+        reason = f"labels of {scorers.describe(targets(batches[0]))} do not fit outputs of "
+        reason += scorers.describe(scorers.main_output(outputs))
     return "agreement", f"metric 'agreement' with the dense model was chosen because {reason}"
 
 
-def _misfit(name: str, outputs: Tensor, batches: Sequence[Batch]) -> str:
+def _is_language_model(outputs: Any, batches: Sequence[Batch], forward: Forward) -> bool:
+    """Whether outputs are logits of each next one of the ``input_ids``, and labels, if any, are such tokens."""
+    first = batches[0]
+    if not isinstance(first, Mapping) or "input_ids" not in first or language.why_no_language_model(outputs, first):
+        return False
+    labels = targets(first)
+    tokens = labels is None or (isinstance(labels, Tensor) and labels.shape == first["input_ids"].shape)
+    return tokens and language.foresees(forward, first)
+
+
+def _misfit(name: str, made: Any, batches: Sequence[Batch]) -> str:
     """What a metric needs of labels and outputs but does not find; empty if all is well."""
+    if name == "next_token":
+        return language.why_no_language_model(made, batches[0])
+    outputs = scorers.main_output(made)
     labels = [targets(batch) for batch in batches]
     if not all(isinstance(label, Tensor) for label in labels):
         return "labels, but batches without any were found in the validation or test data"
@@ -332,11 +461,12 @@ def _misfit(name: str, outputs: Tensor, batches: Sequence[Batch]) -> str:
     if outputs.ndim < 2 or outputs.shape[1] < 2 or (name == "accuracy" and outputs.ndim > 2):
         return f"outputs of shape (n, classes), got {scorers.describe(outputs)}"
     shape = (len(outputs), *outputs.shape[2:])
-    if first.is_floating_point() or first.shape != shape:
+    shaped = first.ndim == outputs.ndim - 1 and len(first) == len(outputs) if name == "miou" else first.shape == shape
+    if first.is_floating_point() or not shaped:
         return f"integer class labels of shape {shape}, {got}"
     # Checked here because a label out of range on a GPU ends the process, not the trial.
     classes = outputs.shape[1]
-    for label in map(Tensor.long, labels):
+    for label in (scorers.known_labels(label, classes) for label in labels):
         bad = label[((label < 0) | (label >= classes)) & ((label != scorers.NO_LABEL) | (name == "accuracy"))]
         if len(bad):
             return f"labels from 0 to {classes - 1}, the classes of the outputs, got {int(bad[0])}"
@@ -354,7 +484,3 @@ def _require_labels(name: str, batches: Sequence[Batch]) -> None:
 def _has_float_targets(batch: Batch) -> bool:
     label = targets(batch)
     return isinstance(label, Tensor) and label.is_floating_point()
-
-
-def _name(fn: Any) -> str:
-    return str(getattr(fn, "__name__", type(fn).__name__))

@@ -184,7 +184,8 @@ class Measurement:
     """What one evaluation of one candidate saw.
 
     Attributes:
-        signal: The quantity that steers the search, one value a sample, lower is better, float64, shape (n,).
+        signal: The quantity that steers the search, one value a sample, lower is better, float64, shape (n,). The mean
+            over the whole set is the value of the set.
         metric: The user's metric in its own direction: one value a sample, shape (n,), or shape (1,) for a metric of
             the whole set.
         seconds: Wall time of the evaluation.
@@ -194,6 +195,9 @@ class Measurement:
             did not.
         steps: Training steps after which it was made on the way through a training; 0 for one of what is built.
         rungs: What was measured earlier on that way, in order.
+        weights: How much each sample counts where the score of a set is a quotient, such as a loss with ignored
+            labels: its part of the denominator, with a mean of 1 over the whole set, shape (n,); empty where all count
+            the same.
     """
 
     signal: FloatArray
@@ -203,6 +207,7 @@ class Measurement:
     raced: str = ""
     steps: int = 0
     rungs: tuple[Measurement, ...] = ()
+    weights: FloatArray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,9 @@ def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = N
 
 def _joined(parts: list[Measurement], distances: int) -> Measurement:
     """One measurement of consecutive chunks; without a distortion unless all of it is there."""
-    signal, metric, distortion = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("signal", "metric", "distortion")
+    signal, metric, distortion, weights = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("signal", "metric", "distortion", "weights")
     )
     distortion = distortion if len(distortion) == distances else np.empty(0)
-    return Measurement(signal, metric, sum(part.seconds for part in parts), distortion)
+    return Measurement(signal, metric, sum(part.seconds for part in parts), distortion, weights=weights)

@@ -61,7 +61,7 @@ def trial_of(
     """A record of a candidate and what was measured of it; `dense` is what an evaluation of the dense model saw."""
     interval = (math.nan, math.nan)
     if isinstance(outcome, Measurement) and not outcome.raced:
-        interval = summary(outcome.metric, study.context.judge.proportion).interval
+        interval = summary(outcome.metric, study.context.judge.proportion, outcome.weights).interval
     measured = statistics_of(outcome, dense)
     costs = {name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()}
     return Trial(

@@ -16,7 +16,7 @@ from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME
 from autoprune.journal_rows import TrialRow
 from autoprune.metrics import summary
-from autoprune.protocols import OK, IntArray, Optimizer, Pends
+from autoprune.protocols import OK, FloatArray, IntArray, Optimizer, Pends
 from autoprune.records import evaluations_of
 from autoprune.result.from_journal import trial_from
 from autoprune.result.trials import Trial
@@ -96,8 +96,11 @@ def _cost_differences(
     return cost_differences(study.costs, candidates, [row.costs for row in rows])
 
 
-def recall(journal: Journal, study: Study, optimizer: Optimizer) -> History:
-    """Tell an optimizer all that the journal knows, at once, and say what is left to do."""
+def recall(journal: Journal, study: Study, optimizer: Optimizer, weights: FloatArray) -> History:
+    """Tell an optimizer all that the journal knows, at once, and say what is left to do.
+
+    `weights` says how much each validation sample counts, as in a `Measurement` of the dense model.
+    """
     rows = journal.trials()
     if not rows:
         return History((), {})
@@ -115,7 +118,7 @@ def recall(journal: Journal, study: Study, optimizer: Optimizer) -> History:
     if waiting and isinstance(optimizer, Pends):
         optimizer.pend(np.stack(list(waiting.values())))
     log.info("resumed: %d trials from the journal, and %d that were never scored again", len(done), len(waiting))
-    return History(tuple(_trial(journal, study, row) for row in done), waiting)
+    return History(tuple(_trial(journal, study, row, weights) for row in done), waiting)
 
 
 def _require_candidates(rows: Sequence[TrialRow], study: Study) -> None:
@@ -134,8 +137,10 @@ def _statistics(row: TrialRow) -> Statistics:
     return Statistics(**{name: getattr(row.evaluations[-1], name) for name in Statistics._fields})
 
 
-def _trial(journal: Journal, study: Study, row: TrialRow) -> Trial:
+def _trial(journal: Journal, study: Study, row: TrialRow, weights: FloatArray) -> Trial:
     """The trial with its interval, which the journal leaves to the values of its samples."""
     trial, judge = trial_from(row, study.context.space, study.limits), study.context.judge
     metrics = journal.metrics(row.evaluations[-1].id)
-    return replace(trial, interval=summary(metrics, judge.proportion).interval) if trial.status == OK else trial
+    return (
+        replace(trial, interval=summary(metrics, judge.proportion, weights).interval) if trial.status == OK else trial
+    )

@@ -11,12 +11,13 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoprune.batches import Batch, batch_size, fresh, targets, tensors
 from autoprune.errors import DataError
 
 NO_LABEL = -100  # torch's default ignore_index
+VOID = 255  # what segmentation data writes where there is no label
 
 Distance: TypeAlias = Callable[[Any, Any], Tensor]
 """How far (outputs, dense outputs) are apart, one value a sample, shape (n,); 0 where they agree."""
@@ -47,16 +48,30 @@ def accuracy(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, 
 
 def cross_entropy(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cross-entropy averaged over the labelled positions of a sample, in nats, twice."""
-    logits, labels = _main(outputs), targets(batch).long()
+    logits = _main(outputs)
+    labels = known_labels(targets(batch), logits.shape[1])
     losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL).reshape(len(labels), -1)
     loss = losses.sum(1) / (labels != NO_LABEL).reshape(len(labels), -1).sum(1).clamp(min=1)
     return loss, loss
 
 
+def labelled_positions(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Positions of each sample that have a label, shape (n,), twice: what `cross_entropy` averages over."""
+    labels = known_labels(targets(batch), main_output(outputs).shape[1])
+    count = (labels != NO_LABEL).reshape(len(labels), -1).sum(1).double()
+    return count, count
+
+
+def known_labels(labels: Tensor, classes: int) -> Tensor:
+    """Labels as int64, with `NO_LABEL` where the labels of positions say 255, unless that is a class."""
+    labels = labels.long()
+    return labels.masked_fill(labels == VOID, NO_LABEL) if labels.ndim > 1 and classes <= VOID else labels
+
+
 def mse(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
     """Squared error averaged over the outputs of a sample, twice."""
     target = targets(batch)
-    error = _sample_means((align(_main(outputs), target) - target).square())
+    error = sample_means((align(_main(outputs), target) - target).square())
     return error, error
 
 
@@ -71,15 +86,38 @@ def relative_error(scale: float, outputs: Any, batch: Batch, dense: Tensor | Non
     return error, error
 
 
+def cosine(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One minus the cosine to the dense outputs, and that cosine.
+
+    Of outputs (n, positions, features) the mean over the positions that are no padding; of others, of all that a sample
+    has.
+    """
+    ours, theirs = _main(outputs), _main(dense)
+    if ours.ndim == 3:
+        similar, kept = F.cosine_similarity(ours, theirs, dim=2), unpadded(batch, ours)
+        similar = (similar * kept).sum(1) / kept.sum(1).clamp(min=1)
+    else:
+        similar = F.cosine_similarity(ours.reshape(len(ours), -1), theirs.reshape(len(ours), -1), dim=1)
+    return 1 - similar, similar
+
+
+def unpadded(batch: Batch, outputs: Tensor) -> Tensor:
+    """True for the positions (n, positions) of outputs that ``attention_mask`` calls no padding; all without it."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == outputs.shape[:2]:
+        return mask.to(outputs.device) != 0
+    return torch.ones(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
+
+
 def divergence(classes: int, outputs: Any, dense: Any) -> Tensor:
     """KL(dense || pruned) in nats along the dimension `classes`, averaged over positions, shape (n,)."""
     logits, reference = (_main(each).log_softmax(classes) for each in (outputs, dense))
-    return _sample_means(F.kl_div(logits, reference, reduction="none", log_target=True).sum(classes))
+    return sample_means(F.kl_div(logits, reference, reduction="none", log_target=True).sum(classes))
 
 
 def squared_difference(scale: float, outputs: Any, dense: Any) -> Tensor:
     """Squared difference, averaged over the outputs of a sample and divided by `scale`, shape (n,)."""
-    return _sample_means((_main(outputs) - _main(dense)).square()) / scale
+    return sample_means((_main(outputs) - _main(dense)).square()) / scale
 
 
 def distance_of(outputs: Any, batch: Batch) -> Distance | None:
@@ -116,28 +154,17 @@ def _class_dimension(outputs: Any, output: Tensor, label: Any) -> int | None:
     return None
 
 
-def user_loss(
-    name: str, loss: Callable[..., Any], outputs: Any, batch: Batch, dense: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """A loss called with (outputs, targets), averaged over all but the first dimension, twice."""
-    output = main_output(outputs)
-    if isinstance(loss, nn.Module):
-        loss.to(output.device)  # class weights live in the loss
-    values = loss(output, fresh(targets(batch)))
-    if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != batch_size(batch):
-        raise ValueError(
-            f"loss {name!r} must give one value a sample, shape (n, ...) with n = {batch_size(batch)}, got "
-            f"{describe(values)}; take a reduction argument, or use autoprune.Metric(..., per_sample=False)"
-        )
-    means = _sample_means(values)
-    return means, means
-
-
 def user_metric(
-    name: str, fn: Callable[..., Any], higher_is_better: bool, outputs: Any, batch: Batch, dense: Tensor | None
+    name: str,
+    fn: Callable[..., Any],
+    higher_is_better: bool,
+    asks_dense: bool,
+    outputs: Any,
+    batch: Batch,
+    dense: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A user's values, turned to lower-is-better and as they are."""
-    values = fn(outputs, fresh(batch))
+    values = fn(outputs, fresh(batch), fresh(dense)) if asks_dense else fn(outputs, fresh(batch))
     if not isinstance(values, Tensor) or values.shape != (batch_size(batch),):
         raise ValueError(
             f"metric {name!r} must return a tensor of shape ({batch_size(batch)},), one value a sample, got "
@@ -165,5 +192,6 @@ def _main(outputs: Any) -> Tensor:
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
-def _sample_means(values: Tensor) -> Tensor:
+def sample_means(values: Tensor) -> Tensor:
+    """Averages over all but the first dimension, shape (n,)."""
     return values.reshape(len(values), -1).mean(1)

@@ -84,8 +84,13 @@ def search(
             ``nonzero_params`` where the space leaves the FLOPs alone.
         data: `Data`, a DataLoader, or (X, y) arrays. Without data, seeded random inputs shaped like `example_inputs`
             stand in, and the score is agreement with the dense model on them.
-        metric: ``"auto"`` (accuracy for class labels, else a loss that fits, else agreement), another name, a loss
-            module or function, or a `Metric`.
+        metric: ``"auto"`` (accuracy for class labels, else a loss that fits, the loss of the next token for language
+            models, else agreement), another name, a loss module or function, or a `Metric`. By name also
+            ``"next_token"`` (nats, padding left out), ``"miou"``, and against the dense outputs ``"cosine"`` and
+            ``"relative_error"``, which need no labels. A loss keeps its reduction, class weights and ignored labels:
+            the score is what it says of the whole set. One without a ``reduction`` is asked about single samples if
+            their mean is what it says of a batch, else about the whole set at once, and then bad candidates cannot be
+            stopped early.
         space: ``"channels"``, ``"sparsity"``, or settings: ``Channels(round_to=8, ignore=["head*"], ...)``,
             ``Sparsity(levels=(0, 0.5, 0.9), ...)``.
         evaluator: ``"auto"`` is ``"compensated"`` (layers re-fitted by least squares, with biases and statistics);
@@ -192,7 +197,7 @@ def search(
     identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
     with open_journal(run_dir, identity, resume, study) as journal:
         in_spite: Sequence[str] = journal.meta().get(ANYWAY, ())
-        history = recall(journal, study, proposer)
+        history = recall(journal, study, proposer, measured.weights)
         rivals = Rivals(study, settings, journal, measured)
         bar = Progress(total, study.context.judge.name, progress)
         try:

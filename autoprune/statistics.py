@@ -43,13 +43,14 @@ def statistics_of(outcome: Measurement | Failure, dense: Measurement | None = No
         return Statistics()
     if outcome.raced and not outcome.steps:
         return _estimated(outcome, dense)
+    weights = outcome.weights
     return Statistics(
         samples=len(outcome.signal),
         signal=_mean(outcome.signal),
-        signal_stderr=_stderr(outcome.signal),
-        signal_change_stderr=_change_stderr(outcome.signal, None if dense is None else dense.signal),
+        signal_stderr=_stderr(outcome.signal, weights),
+        signal_change_stderr=_change_stderr(outcome.signal, None if dense is None else dense.signal, weights),
         metric=_mean(outcome.metric),
-        metric_change_stderr=_change_stderr(outcome.metric, None if dense is None else dense.metric),
+        metric_change_stderr=_change_stderr(outcome.metric, None if dense is None else dense.metric, weights),
         distortion=_mean(outcome.distortion),
         distortion_stderr=_stderr(outcome.distortion),
     )
@@ -95,8 +96,11 @@ def _estimated(outcome: Measurement, dense: Measurement | None) -> Statistics:
     for name in ("signal", "metric"):
         seen, whole = getattr(outcome, name), getattr(dense, name)
         change = seen - whole[: len(seen)]
-        values[name] = float(whole.mean() + change.mean())
-        spread = _stderr(change)
+        weights = outcome.weights if outcome.weights.shape == change.shape else np.ones(len(change))
+        # What is left out counts as its weights say; where all count the same this is the mean change.
+        per_weight = float(change.sum() / weights.sum()) if weights.any() else 0.0
+        values[name] = float(whole.mean() + per_weight)
+        spread = _stderr(change, weights)
         values[f"{name}_change_stderr"] = spread and spread * (1 - len(seen) / len(whole)) ** 0.5
     return Statistics(samples=len(outcome.signal), signal_stderr=values["signal_change_stderr"], **values)
 
@@ -105,9 +109,25 @@ def _mean(values: FloatArray) -> float | None:
     return float(values.mean()) if len(values) and np.isfinite(values).all() else None
 
 
-def _stderr(values: FloatArray) -> float | None:
-    return float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 and np.isfinite(values).all() else None
+def _stderr(values: FloatArray, weights: FloatArray | None = None) -> float | None:
+    return standard_error(values, weights) if len(values) > 1 and np.isfinite(values).all() else None
 
 
-def _change_stderr(values: FloatArray, dense: FloatArray | None) -> float | None:
-    return None if dense is None or dense.shape != values.shape else _stderr(values - dense)
+def standard_error(values: FloatArray, weights: FloatArray | None = None) -> float:
+    """Standard error of the mean of values (n,), n > 1; with weights (n,), which are drawn with them, of the quotient.
+
+    Args:
+        values: The numerators, over the mean of the denominators.
+        weights: The denominators, over their mean; None or empty where all are the same.
+
+    Reference:
+        Cochran, "Sampling Techniques", 1977, section 2.11: what varies is each value less its share of the quotient.
+    """
+    if weights is not None and weights.shape == values.shape and weights.any():
+        ratio = float(values.sum() / weights.sum())
+        return float((values - ratio * weights).std(ddof=1) / weights.mean() / np.sqrt(len(values)))
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def _change_stderr(values: FloatArray, dense: FloatArray | None, weights: FloatArray) -> float | None:
+    return None if dense is None or dense.shape != values.shape else _stderr(values - dense, weights)

@@ -15,6 +15,7 @@ from autoprune.batches import Batch
 from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.protocol import Context
 from autoprune.evaluators.sharing import Sharing
+from autoprune.metrics import Weighing
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, Slicer, build
@@ -35,11 +36,11 @@ class Measuring:
 
     def __init__(self, context: Context, dense: nn.Module) -> None:
         self._context = context
+        self._run_dense = fitting(bound_forward(context, dense))
+        self._weighing: dict[str, Weighing | None] = {}
         with seeded(0):
             self._dense: dict[str, tuple[Tensor | None, ...]] = {
-                part: context.judge.dense_outputs(
-                    fitting(bound_forward(context, dense)), getattr(context.subsets, part), memory
-                )
+                part: context.judge.dense_outputs(self._run_dense, getattr(context.subsets, part), memory)
                 for part, memory in (("validation", DENSE_BYTES), ("test", 0))
             }
 
@@ -51,14 +52,23 @@ class Measuring:
         try:
             with seeded(0):
                 run = fitting(bound_forward(context, make().eval()))
-                signal, metric, distortion = context.judge.measure(run, batches, self._dense[part][rows])
+                scores = context.judge.measure(run, batches, self._dense[part][rows], self._weigh(part, rows))
         except Exception as error:  # whatever a user's model or metric raises costs this candidate alone
             return Failure(said(error), time.perf_counter() - started)
         seconds = time.perf_counter() - started
+        signal, metric, distortion, weights = scores
         if not (np.isfinite(signal).all() and np.isfinite(metric).all()):
             bad = int((~(np.isfinite(signal) & np.isfinite(metric))).sum())
             return Failure(f"the score of {bad} of {len(signal)} samples is NaN or infinite", seconds)
-        return Measurement(signal, metric, seconds, distortion)
+        return Measurement(signal, metric, seconds, distortion, weights=weights)
+
+    def _weigh(self, part: str, rows: slice) -> Weighing | None:
+        """How much the samples of some batches count in the whole part, which is found out once."""
+        if part not in self._weighing:
+            batches, judge = getattr(self._context.subsets, part), self._context.judge
+            self._weighing[part] = judge.weigh(self._run_dense, batches, self._dense[part])
+        weighing = self._weighing[part]
+        return None if weighing is None else weighing.of(rows)
 
 
 class Adapted:

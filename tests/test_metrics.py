@@ -172,9 +172,14 @@ class TestUserLoss:
         outputs = torch.cat([DENSE(batch) for batch in subsets.validation])
         np.testing.assert_allclose(metric, (outputs - whole(subsets, 1)).abs().mean(1), rtol=1e-6)
 
-    def test_a_loss_that_only_averages_is_refused(self):
-        with pytest.raises(ValueError, match=r"loss 'average' must give one value a sample.* use autoprune.Metric"):
-            resolve_metric(average, LABELLED, DENSE)
+    def test_a_loss_that_only_averages_is_asked_about_one_sample_at_a_time(self):
+        judge = resolve_metric(average, LABELLED, DENSE)
+        _, metric = measured(judge)
+        np.testing.assert_array_equal(metric, 1 - measured(resolve_metric("accuracy", LABELLED, DENSE))[1])
+
+    def test_a_loss_of_another_form_is_refused(self):
+        with pytest.raises(ValueError, match=r"loss '<lambda>' must return one number.* use autoprune.Metric"):
+            resolve_metric(lambda outputs, targets: outputs.sum(0), LABELLED, DENSE)
 
     def test_a_loss_without_labels_is_refused(self):
         with pytest.raises(DataError, match=r"metric='MSELoss' needs labels.*metric='agreement'"):

@@ -42,7 +42,7 @@ def note_of_held_out(
 
 
 def _score(judge: Judge, measured: Measurement) -> tuple[float, tuple[float, float]]:
-    found = summary(measured.metric, judge.proportion)
+    found = summary(measured.metric, judge.proportion, measured.weights)
     return found.mean, found.interval
 
 
