@@ -23,7 +23,7 @@ LAYERS = (
     ("files", "schema"),
     ("protocols", "batches"),
     ("sources", "scorers", "statistics"),
-    ("budget", "data", "pareto"),
+    ("budget", "data", "pareto", "language", "losses", "segmentation"),
     ("metrics", "tensor_file", "user_code"),
     ("structure",),
     ("costs", "criteria"),
