@@ -65,6 +65,7 @@ def search(
     resume: bool | str = False,
     progress: bool = True,
     checks: str = "on",
+    rewrite: str = "auto",
     costs: Mapping[str, CostFunction] | None = None,
     cost_batch: int = 1,
     prior: str = "reconstruction",
@@ -117,6 +118,9 @@ def search(
         progress: Show a progress line in a terminal.
         checks: ``"on"`` freezes groups that fail a check of the traced structure, ``"strict"`` raises, ``"isolated"``
             checks in a process of its own.
+        rewrite: ``"auto"`` delivers modules whose code ties sizes, such as ``reshape(B, N, C)`` with ``C`` from the
+            input's shape, as an ``fx.GraphModule`` of what they ran; a note names them. ``"off"`` leaves every module
+            its own class, and freezes or ties what such code stops.
         costs: Further costs by name, each a function of candidates (n, d) giving (n,), which the budget may limit.
         cost_batch: Samples that ``memory_bytes`` and ``latency_ms`` are stated at.
         prior: What optimizers that plan expect of each option before any evaluation: ``"reconstruction"``, the error
@@ -178,6 +182,7 @@ def search(
         example_inputs=example_inputs,
         outputs=outputs,
         checks=checks,
+        rewrite=rewrite,
         costs=costs,
         cost_batch=cost_batch,
         trials=trials,

@@ -39,7 +39,7 @@ from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.examples import examples_of, unwrap
 from autoprune.structure.record import Inputs
 from autoprune.structure.slicing import Edit, Slicer, build
-from autoprune.structure.structure import Structure
+from autoprune.structure.structure import Structure, delivered_as_graphs
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ def prepare(
     example_inputs: Any = None,
     outputs: Any = None,
     checks: str = "on",
+    rewrite: str = "auto",
     costs: Mapping[str, CostFunction] | None = None,
     cost_batch: int = 1,
     trials: int | str = 200,
@@ -135,7 +136,8 @@ def prepare(
     example = batches.fresh(batches.slice_batch(subsets.calibration[0], 0, 2))
     further: list[Inputs] = [(batches.opened(batch), {}) for batch in _branches(model, example_inputs)]
     whole = batches.closing(plain_run)
-    structure = analyse(model, batches.opened(example), forward=whole, further=further, checks=checks, seed=seed)
+    inputs = batches.opened(example)
+    structure = analyse(model, inputs, forward=whole, further=further, checks=checks, rewrite=rewrite, seed=seed)
     _require_counted(wanted, structure)
     priced, _ = with_batch(batches.opened(subsets.calibration[0]), {}, cost_batch)
     at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
@@ -166,6 +168,8 @@ def prepare(
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
     notes = [f"search over {bound.describe()}{traced}"]
+    if structure.graphs:
+        notes.append(f"{delivered_as_graphs(structure)}; rewrite='off' leaves them as they are")
     if structure.terms.uncounted:
         notes.append(f"flops leave out {', '.join(structure.terms.uncounted[:3])}, whose cost nothing says")
     if source is not None:

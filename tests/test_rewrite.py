@@ -313,3 +313,29 @@ class TestKindsOfAttention:
         torch.manual_seed(0)
         model = Pixels(Reduced()).eval().double()
         assert_follows(model, image(2, 8, 8), image(3, 12, 8), image(1, 8, 16), graphs={"inner"})
+
+
+def test_an_inspection_names_what_is_delivered_as_a_graph():
+    model = network(Block(Attention()))
+    found = autoprune.inspect(model, tokens())
+    assert found.graphs == ("1.attention",)
+    assert found.to_dict()["graphs"] == ["1.attention"]
+    assert "delivered as graphs of what they ran: 1.attention" in " ".join(str(found).split())
+    assert autoprune.inspect(model, tokens(), rewrite="off").graphs == ()
+
+
+def test_a_search_scores_what_it_delivers_and_says_so(tmp_path):
+    torch.manual_seed(0)
+    model = Pixels(Reduced()).eval()
+    x, y = torch.randn(96, 3, 8, 8), torch.randint(5, (96,))
+    data = torch.utils.data.TensorDataset(x, y)
+    result = autoprune.search(model, "flops <= 70%", data, trials=4, progress=False)
+    assert any("delivered as graphs: Reduced ('inner')" in note for note in result.notes)
+    trial = min(result.front, key=lambda trial: trial.costs["flops"])
+    built = result.build(trial)
+    assert isinstance(built.inner, RecordedModule)
+    autoprune.save(built, tmp_path / "small.safetensors")
+    assert torch.equal(autoprune.load(tmp_path / "small.safetensors", model)(x), built(x))
+    result.save(tmp_path / "result")
+    again = autoprune.SearchResult.load(tmp_path / "result", model)
+    assert torch.equal(again.build(again.front[0])(x), result.build(result.front[0])(x))

@@ -148,6 +148,15 @@ class Structure:
         return build(model, self.edit(pruning))
 
 
+def delivered_as_graphs(structure: Structure) -> str:
+    """Say which modules are rewritten, the first of each class by name."""
+    first: dict[str, str] = {}
+    for name, description in structure.graphs.items():
+        first.setdefault(str(description["name"]), name or "the model")
+    named = ", ".join(f"{kind} ({name!r})" for kind, name in list(first.items())[:3])
+    return f"{len(structure.graphs)} modules whose code ties sizes are delivered as graphs: {named}"
+
+
 def assemble(
     flow: Propagation, units: Units, untouched: tuple[str, ...] = (), attributes: tuple[Attribute, ...] = ()
 ) -> Structure:

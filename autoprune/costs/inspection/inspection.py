@@ -98,6 +98,7 @@ class Inspection:
         frozen: Largest share of the parameters first.
         untouched: Parameters that the forward pass did not read, with their number of elements; they stay.
         attributes: Sizes that modules keep in Python and that follow the units, such as ``"h.0.attn.num_heads"``.
+        graphs: Modules that are delivered as graphs of what they ran, because their code does not follow the widths.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Inspection:
     frozen: tuple[FrozenPart, ...]
     untouched: Mapping[str, int]
     attributes: tuple[str, ...]
+    graphs: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: all but `structure`, of which it says where the pass was traced and in how much memory."""
@@ -121,6 +123,7 @@ class Inspection:
             "frozen": [{**asdict(part), "tensors": list(part.tensors)} for part in self.frozen],
             "untouched": dict(self.untouched),
             "attributes": list(self.attributes),
+            "graphs": list(self.graphs),
         }
 
     @property
@@ -152,6 +155,7 @@ def inspect(
     forward: Forward | None = None,
     outputs: Outputs | None = None,
     checks: str = "on",
+    rewrite: str = "auto",
 ) -> Inspection:
     """Say what can be pruned from a model, what each group is worth, and why the rest stays.
 
@@ -166,6 +170,8 @@ def inspect(
         outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns. What
             reaches others alone can be pruned.
         checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead.
+        rewrite: ``"auto"`` delivers modules whose code ties sizes as graphs of what they ran; ``"off"`` freezes or ties
+            what such code stops.
 
     Raises:
         ValueError: If there are no example inputs, or the model returns NaN or infinity for them, or `outputs`
@@ -182,7 +188,7 @@ def inspect(
     model = unwrap(model)
     (args, kwargs), *further = examples_of(model, example_inputs)
     run = selecting(forward, outputs)
-    structure = analyse(model, args, kwargs, forward=run, further=further, checks=checks)
+    structure = analyse(model, args, kwargs, forward=run, further=further, checks=checks, rewrite=rewrite)
     costs = StructuralCosts(structure)
     groups = structure.groups
     widths = np.tile(structure.sizes.astype(np.float64), (len(groups) + 2, 1))
@@ -204,6 +210,7 @@ def inspect(
         frozen=_frozen(_by_output(structure, model, args, kwargs, run, outputs), parameters, table["params"][-2]),
         untouched={name: parameters[name].numel() for name in structure.untouched},
         attributes=tuple(f"{a.module}.{a.path}".lstrip(".") for a in structure.attributes),
+        graphs=tuple(structure.graphs),
     )
 
 
