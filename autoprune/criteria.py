@@ -17,14 +17,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from autoprune.batches import Batch, targets, to_device
-from autoprune.errors import DataError
+from autoprune.batches import Batch, batch_size, slice_batch, targets, to_device
 from autoprune.protocols import IntArray
 from autoprune.structure.skeleton import skeleton
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
 
 log = logging.getLogger(__name__)
+
+DRAWN = 8
+"""Samples whose gradients are averaged before they are squared, where there are no labels."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,12 @@ def bn_scale(group: GroupTensors) -> Tensor:
 def taylor(group: GroupTensors) -> Tensor:
     """First-order estimate of the squared change of the loss, summed over the weights of a unit.
 
+    Without labels, of the distortion, whose own gradient is zero: its curvature is the expected square of gradients
+    towards outputs drawn from what the model says, see `distortion_gradients`.
+
     Reference:
-        Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, arXiv:1906.10771.
+        Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, arXiv:1906.10771. Without
+        labels: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, arXiv:1801.05787.
     """
     pairs = zip(group.weights, group.gradients, strict=True)
     return torch.stack([(weight * gradient).square().sum(1) for weight, gradient in pairs]).sum(0)
@@ -177,7 +183,6 @@ def score_units(
 
     Raises:
         ValueError: If the name is unknown, or a callable returns the wrong shape or NaN.
-        DataError: If gradients are asked for and the data has no labels.
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {sorted(CRITERIA)} or a callable, got {criterion!r}")
@@ -185,7 +190,7 @@ def score_units(
     reads = _READS.get(criterion, "") if isinstance(criterion, str) else "everything"
     labelled = all(isinstance(targets(batch), Tensor) for batch in batches)
     slopes = reads == "gradients" or (reads == "everything" and labelled)
-    gradients = loss_gradients(model, batches, forward) if slopes else {}
+    gradients = loss_gradients(model, batches, forward, seed) if slopes else {}
     activations = (
         activation_statistics(model, structure, batches, forward) if reads in ("activations", "everything") else {}
     )
@@ -238,27 +243,79 @@ def _slice(tensor: Tensor, dim: int, indices: IntArray) -> Tensor:
 
 
 def loss_gradients(
-    model: nn.Module, batches: Sequence[Batch], forward: Callable[[nn.Module, Batch], Any]
+    model: nn.Module, batches: Sequence[Batch], forward: Callable[[nn.Module, Batch], Any], seed: int = 0
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss over the batches, in evaluation mode: cross-entropy for classes, else squared error.
 
-    Raises:
-        DataError: If a batch has no labels.
+    Where labels are missing, or are neither classes of the outputs nor floats shaped like them, that of the distortion.
     """
     copied = _Forward(private_copy(model), forward)
-    device = next(model.parameters()).device
-    state = {name: p.detach().clone().requires_grad_() for name, p in copied.named_parameters()}
-    total = sum(1 for _ in batches)
-    for batch in batches:
-        placed = to_device(batch, device)
-        target = targets(placed)
-        if not isinstance(target, Tensor):
-            raise DataError("criterion='taylor' needs labels in the calibration data; pass (x, y) or use 'l2'")
+    state = _state_of(copied)
+    placed = [to_device(batch, next(model.parameters()).device) for batch in batches]
+    for batch in placed:
         with torch.enable_grad():
-            outputs = functional_call(copied, state, (placed,))
-            loss = F.mse_loss(outputs, target) if target.is_floating_point() else F.cross_entropy(outputs, target)
-            (loss / total).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            outputs = functional_call(copied, state, (batch,))
+            loss = _loss(outputs, targets(batch))
+            if loss is None:
+                return distortion_gradients(model, placed, forward, seed)
+            (loss / len(placed)).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
     return {name.removeprefix("model."): torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.items()}
+
+
+def distortion_gradients(
+    model: nn.Module, batches: Sequence[Batch], forward: Callable[[nn.Module, Batch], Any], seed: int = 0
+) -> dict[str, Tensor]:
+    """Root mean square of gradients towards outputs that are drawn from what the model says, in place of labels.
+
+    At the dense model the gradient of any distance to its outputs is zero. The expected square over labels drawn from
+    its softmax is the diagonal of its Fisher information, the curvature of the divergence; where outputs are no
+    logits, normal noise gives that of the squared difference. Squares are averaged over groups of a few samples.
+
+    Reference:
+        Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, arXiv:1412.1193, section 9.
+    """
+    copied = _Forward(private_copy(model), forward)
+    state = _state_of(copied)
+    generator = torch.Generator().manual_seed(seed)
+    squares = {name: torch.zeros_like(p) for name, p in state.items()}
+    parts = [part for batch in batches for part in _parts(batch)]
+    for part in parts:
+        with torch.enable_grad():
+            outputs = functional_call(copied, state, (part,)).float()
+            _drawn_loss(outputs, generator).backward()  # type: ignore[no-untyped-call]  # as above
+        for name, parameter in state.items():
+            if parameter.grad is not None:
+                squares[name] += parameter.grad.square() / len(parts)
+                parameter.grad = None
+    return {name.removeprefix("model."): square.sqrt() for name, square in squares.items()}
+
+
+def _state_of(copied: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone().requires_grad_() for name, p in copied.named_parameters()}
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    return [slice_batch(batch, start, start + DRAWN) for start in range(0, batch_size(batch), DRAWN)]
+
+
+def _loss(outputs: Tensor, target: Any) -> Tensor | None:
+    """The loss that labels mean; None where they do not fit."""
+    if not isinstance(target, Tensor):
+        return None
+    if target.is_floating_point():
+        return F.mse_loss(outputs, target) if target.shape == outputs.shape else None
+    fits = outputs.ndim > 1 and target.shape == (len(outputs), *outputs.shape[2:]) and target.max() < outputs.shape[1]
+    return F.cross_entropy(outputs, target.long()) if fits else None
+
+
+def _drawn_loss(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Loss towards outputs drawn from a softmax of two dimensions, else towards normal noise around them."""
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        chances = outputs.detach().softmax(1).cpu()
+        drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(outputs.device)
+        return F.cross_entropy(outputs, drawn)
+    noise = torch.randn(outputs.shape, generator=generator).to(outputs.device)
+    return (outputs * noise).sum() / len(outputs)
 
 
 def private_copy(model: nn.Module) -> nn.Module:

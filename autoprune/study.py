@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from autoprune import batches
 from autoprune.arguments import is_number, shown, whole_number
 from autoprune.budget import ALIASES, THROUGHPUT, Budget
+from autoprune.checking import Choice, check, ranking
 from autoprune.costs import CostFunction, Latency, make_costs
 from autoprune.costs.memory.peak import PeakMemory, measure_memory
 from autoprune.costs.operations.allocations import MEASURABLE
@@ -24,7 +25,7 @@ from autoprune.costs.returned import selecting
 from autoprune.criteria import order_units, score_units
 from autoprune.data import Subsets, materialise, synthetic
 from autoprune.errors import BudgetError, DataError, InfeasibleBudgetError, UnsupportedModelError
-from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
+from autoprune.evaluators import Compensated, Context, Evaluator, Forward, make_evaluator
 from autoprune.evaluators.memory import fitting
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
@@ -150,11 +151,12 @@ def prepare(
     model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
-        criterion = settings.criterion
-        scores = {} if criterion is None else score_units(scored, structure, criterion, subsets.calibration, run, seed)
+        criterion = "l2" if settings.criterion == "auto" else settings.criterion
+        scores: Mapping[str, Tensor] = {}
+        if criterion is not None:
+            scores = score_units(scored, structure, criterion, subsets.calibration, run, seed)
         judge = resolve_metric(metric, subsets, fitting(lambda batch: run(scored, batch)))
         bound = settings.bind(structure, order_units(scores))
-        expected = expected_losses(prior, bound, scores, criterion, scored, structure, subsets.calibration, run)
     named = make_costs(structure, bound, costs, cost_batch, source, None if peak is None else peak.predict)
     wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
@@ -162,9 +164,26 @@ def prepare(
     minimise = bool(wanted.score_limits)
     lay_out = partial(_problem, bound, named, start=starts, minimise=minimise)
     problem = _within_upper(lay_out, limits, None if minimise else source)
-    problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
     context = Context(model, structure, bound, subsets, judge, run)
     fresh = copy.deepcopy(chosen)
+    checked: tuple[str, ...] = ()
+    if evaluator == "auto":
+        typical = uniform_seeds(problem, (0.5,) if minimise else (1.0,))[-1]
+        choice = Choice.load(run_dir)
+        if choice is None:
+            choice, chosen, scores = check(context, settings, scores, typical, seed)
+            choice.save(run_dir)
+        else:
+            chosen = Compensated(**choice.parts)
+            if settings.criterion == "auto" and choice.criterion != criterion:
+                scores = ranking(context, choice.criterion, seed)
+        criterion = None if criterion is None else choice.criterion if settings.criterion == "auto" else criterion
+        context = replace(context, space=settings.bind(structure, order_units(scores)))
+        fresh = Compensated(**choice.parts)
+        checked = (choice.note,)
+    with seeded(0):
+        expected = expected_losses(prior, context.space, scores, criterion, scored, structure, subsets.calibration, run)
+    problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
     notes = [f"search over {bound.describe()}{traced}"]
@@ -180,7 +199,7 @@ def prepare(
     if wanted.score_limits:
         notes.append(f"looking for the least {next(iter(limits))} under '{wanted}'")
     told = getattr(chosen, "notes", ())  # after `prepare`, because only then an evaluator knows what it learned
-    ordered = (*_ordered(notes, judge.note, subsets), *told)
+    ordered = (*_ordered(notes, judge.note, subsets), *checked, *told)
     given = {"metric": metric, "forward": forward, "outputs": outputs}
     given |= {f"costs[{name!r}]": function for name, function in (costs or {}).items()}
     return Study(

@@ -18,7 +18,7 @@ EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     "supernet": Supernet,
 }
 """``"auto"`` re-fits weights, biases and statistics: without, many candidates score at chance, and none is better than
-another (`benchmarks.compensation`)."""
+another (`benchmarks.compensation`). A search first checks which of these parts help (`autoprune.checking`)."""
 
 
 def make_evaluator(spec: str | Evaluator) -> Evaluator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 
@@ -75,9 +76,17 @@ class Compensated:
             raise ValueError(f"memory_bytes must be at least 0, got {memory_bytes}")
         self._bn, self._bias, self._least_squares, self._renew = bn, bias, least_squares, renew
         self._ridge, self._memory_bytes, self._share_bytes = ridge, memory_bytes, checked_bytes(share_bytes)
+        self._collected = False
 
     def prepare(self, context: Context) -> None:
         """Look at what layers read, and make the skeleton that every candidate is cut from."""
+        if not self._collected:
+            self.collect(context)
+        self._context, self._collected = context, False  # another `prepare` may be for another model
+        self._adapted = Adapted(context, self.adapt, share_bytes=self._share_bytes)
+
+    def collect(self, context: Context) -> None:
+        """Look at what layers and norms read; the first part of `prepare`, which is not repeated then."""
         self._context = context
         calibration = context.subsets.calibration
         self._reference = private_copy(context.model)
@@ -95,7 +104,31 @@ class Compensated:
             with seeded(0):
                 for layer in find_layers(reads, memory, self._ridge, typical, self._centred):
                     self._layers[layer.reader.name].append(layer)
-        self._adapted = Adapted(context, self._adapt, share_bytes=self._share_bytes)
+        self._collected = True
+
+    def with_parts(self, **parts: bool) -> Compensated:
+        """The same with other parts of the re-fit (`bn`, `bias`, `least_squares`), from what was collected."""
+        other = copy.copy(self)
+        other._bn, other._bias = parts.get("bn", self._bn), parts.get("bias", self._bias)
+        other._least_squares = parts.get("least_squares", self._least_squares)
+        other._solved = OrderedDict()
+        return other
+
+    @property
+    def settings(self) -> dict[str, bool]:
+        """The parts that are on, as arguments of the class."""
+        return {"bn": self._bn, "bias": self._bias, "least_squares": self._least_squares, "renew": self._renew}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts that are on and have something to do in this model, once collected."""
+        layers = [layer for each in self._layers.values() for layer in each]
+        busy = {
+            "least_squares": any(layer.moments.sketch_rows is not None for layer in layers),
+            "bias": any(map(self._shifted, layers)),
+            "bn": self._correction is not None,
+        }
+        return tuple(name for name, has_work in busy.items() if has_work and self.settings[name])
 
     def order(self, candidates: IntArray) -> IntArray:
         """The order of evaluation in which candidates share most."""
@@ -127,12 +160,13 @@ class Compensated:
         return self._bias and layer.bias is not None and not (self._bn and layer.normalised)
 
     @torch.no_grad()
-    def _adapt(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
+    def adapt(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
+        """Re-fit what was cut from the model, in place; ``run(batch)`` runs it on calibration data."""
         for name, layers in self._layers.items():
             if name in edit.zeroed or layers[0].reader.dim in edit.slices.get(name, {}):
                 for layer in layers:
                     self._refit(module, edit, layer)
-        if self._correction is not None:
+        if self._bn and self._correction is not None:
             self._correction.apply(module, edit, run)
 
     def _refit(self, module: nn.Module, edit: Edit, layer: Layer) -> None:

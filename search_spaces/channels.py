@@ -32,7 +32,8 @@ class Channels:
         options: Fractions to keep, falling from 1.0, instead of equal steps.
         bounds: For groups whose name, or one of whose modules, matches a glob: (least, most) fraction to keep.
         ignore: Modules to leave as they are, by name or glob: every group that touches one keeps all its units.
-        criterion: What ranks the units of a group: a name in ``autoprune.criteria.CRITERIA``, or a callable.
+        criterion: What ranks the units of a group: a name in ``autoprune.criteria.CRITERIA``, or a callable. ``"auto"``
+            is what a calibration check finds best (see `autoprune.checking`) with ``evaluator="auto"``, else ``"l2"``.
         edges: The right edges, ascending, for each group by name; a search with ``round_to="auto"`` fills them in.
 
     Raises:
@@ -46,7 +47,7 @@ class Channels:
     options: tuple[float, ...] | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ignore: Sequence[str] = ()
-    criterion: str | Criterion = "l2"
+    criterion: str | Criterion = "auto"
     edges: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

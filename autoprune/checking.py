@@ -1,0 +1,219 @@
+"""A calibration check: which parts of the re-fit, and which criterion, help this model on this data.
+
+Before a search, uniform pruning at the budget is scored with each criterion and without each part of the re-fit, on
+validation samples. What costs the model anything there is off; what was chosen is said with its figures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.batches import Batch, batch_size, slice_batch
+from autoprune.criteria import order_units, private_copy, score_units
+from autoprune.evaluators import Compensated, Context
+from autoprune.evaluators.adaptive_bn import recalibrate, statistics
+from autoprune.evaluators.measuring import bound_forward
+from autoprune.evaluators.memory import fitting
+from autoprune.protocols import FloatArray, IntArray
+from autoprune.search_spaces import Settings
+from autoprune.sources import seeded
+from autoprune.structure.slicing import Edit, Slicer
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 256
+"""Most validation samples of the check."""
+RANKED = 128
+"""Most calibration samples that criteria look at in the check."""
+CRITERIA = ("l2", "taylor", "fluctuation")
+FILE_NAME = "refit.json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a check decided, as plain settings.
+
+    Attributes:
+        criterion: What ranks the units.
+        parts: Arguments of `Compensated`.
+        note: Why, with figures.
+    """
+
+    criterion: str
+    parts: Mapping[str, bool]
+    note: str
+
+    def save(self, run_dir: str | None) -> None:
+        """Keep it beside the journal, where a resumed search finds it."""
+        if run_dir is not None:
+            path = Path(run_dir) / FILE_NAME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"criterion": self.criterion, "parts": dict(self.parts), "note": self.note}))
+
+    @classmethod
+    def load(cls, run_dir: str | None) -> Choice | None:
+        """What an earlier call of the same search decided; None if there is nothing."""
+        path = None if run_dir is None else Path(run_dir) / FILE_NAME
+        return cls(**json.loads(path.read_text())) if path is not None and path.exists() else None
+
+
+def check(
+    context: Context, settings: Settings, scores: Mapping[str, Tensor], candidate: IntArray, seed: int
+) -> tuple[Choice, Compensated, Mapping[str, Tensor]]:
+    """Score a few ways to prune a model uniformly, and choose one.
+
+    The signal of the search decides. A step away from the default (all parts, l2) must gain more than one standard
+    error of the paired difference.
+
+    Args:
+        context: With a space bound to the order by l2.
+        settings: Of the space; with the criterion ``"auto"`` others than l2 are tried.
+        scores: Importance of units by l2; empty where no unit goes.
+        candidate: What is scored, shape (d,).
+        seed: For what criteria draw.
+
+    Returns:
+        The choice, the evaluator that has collected what it needs, and the importance of units that goes with it.
+    """
+    trial = _Trial(context)
+    renew, told = _renewed(context, trial)
+    refit = Compensated(renew=renew)
+    refit.collect(context)
+    base = {"": trial.score(refit, context, candidate)}
+    figures = []
+    criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
+    importance, chosen = scores, context
+    if settings.criterion == "auto" and scores:
+        ranked = {}
+        for name in CRITERIA[1:]:
+            found = _tried(context, name, seed)
+            if found is not None:
+                ranked[name] = found
+                bound = replace(context, space=settings.bind(context.structure, order_units(found)))
+                base[name] = trial.score(refit, bound, candidate)
+        figures.append("; ".join(f"{name or 'l2'} {values.mean():.4g}" for name, values in base.items()))
+        pick = min(base, key=lambda name: base[name].mean())
+        if pick and _better(base[pick], base[""]):
+            criterion, importance = pick, ranked[pick]
+            chosen = replace(context, space=settings.bind(context.structure, order_units(importance)))
+            base[""] = base[pick]
+    else:
+        figures.append(f"{base[''].mean():.4g}")
+    off: list[str] = []
+    without = {}
+    for part in refit.parts:
+        lesser = refit.with_parts(**{part: False})
+        without[part] = trial.score(lesser, chosen, candidate)
+        if part == "bn" and renew:
+            continue
+        if _better(without[part], base[""]):
+            off.append(part)
+    if len(off) > 1:  # parts may stand in for each other: off goes the one that is missed least
+        off = [min(off, key=lambda part: without[part].mean())]
+    if without:
+        figures.append(
+            "without " + ", ".join(f"{_PARTS[part]} {values.mean():.4g}" for part, values in without.items())
+        )
+    final = refit.with_parts(**dict.fromkeys(off, False))
+    on = [_PARTS[part] for part in final.parts]
+    note = (
+        f"calibration check on {trial.samples} validation samples, uniform pruning at the budget, "
+        f"{context.judge.name}'s signal (lower is better): {'; '.join(figures)}{told}; chosen: "
+        f"{criterion if scores else 'no ranking'}, re-fit of {', '.join(on) or 'nothing'}"
+    )
+    return Choice(criterion, final.settings, note), final, importance
+
+
+_PARTS = {"least_squares": "weights", "bias": "biases", "bn": "statistics"}
+
+
+class _Trial:
+    """Scores pruned networks on a few validation samples."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._batches = _first(context.subsets.validation, SAMPLES)
+        self.samples = sum(map(batch_size, self._batches))
+        self._slicer = Slicer(context.model)
+        dense = self._slicer.cut(Edit({}, {})).eval()
+        run = fitting(bound_forward(context, dense))
+        with seeded(0):
+            self._dense = context.judge.dense_outputs(run, self._batches, 0)
+
+    def measure(self, module: nn.Module) -> FloatArray:
+        """Signal of a module, one value a sample; infinite where it cannot be scored."""
+        context = self._context
+        with seeded(0):
+            found = context.judge.measure(fitting(bound_forward(context, module)), self._batches, self._dense)
+        return np.where(np.isfinite(found.signal), found.signal, np.inf)
+
+    def score(self, refit: Compensated, context: Context, candidate: IntArray) -> FloatArray:
+        """Signal of a candidate of the space of `context`, re-fitted."""
+        edit = context.structure.edit(context.space.pruning(candidate.tolist()))
+        try:
+            module = self._slicer.cut(edit).eval()
+            with seeded(0):
+                refit.adapt(module, edit, bound_forward(context, module))
+            return self.measure(module)
+        except Exception as error:  # what a user's model or metric raises speaks against this way alone
+            log.info("calibration check: %s: %s", type(error).__name__, error)
+            return np.full(1, np.inf)
+
+
+def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
+    """Whether the dense model is better with statistics of the calibration samples; said with figures."""
+    dense = private_copy(context.model)
+    if not statistics(dense):
+        return False, ""
+    try:
+        own = trial.measure(dense)
+        with seeded(0):
+            recalibrate(dense, context.subsets.calibration, bound_forward(context, dense))
+        new = trial.measure(dense)
+    except Exception as error:  # as above
+        log.info("calibration check: %s: %s", type(error).__name__, error)
+        return False, ""
+    figures = f"; the dense model {own.mean():.4g}, {new.mean():.4g} with statistics of the calibration samples"
+    return _better(new, own, errors=2.0), figures
+
+
+def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:
+    """Whether signal a is lower than b by more than so many standard errors of the paired difference."""
+    if len(a) != len(b) or not np.isfinite(a).all() or not np.isfinite(b).all():
+        return float(a.mean()) < float(b.mean())
+    gain = b - a
+    error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    return bool(gain.mean() > errors * error and gain.mean() > 0)
+
+
+def ranking(context: Context, criterion: str, seed: int) -> dict[str, Tensor]:
+    """Importance by a criterion, as the check finds it on few samples."""
+    batches = _first(context.subsets.calibration, RANKED)
+    with seeded(0), torch.enable_grad():
+        return score_units(private_copy(context.model), context.structure, criterion, batches, context.forward, seed)
+
+
+def _tried(context: Context, criterion: str, seed: int) -> dict[str, Tensor] | None:
+    """The same, or None where the model does not let it be computed."""
+    try:
+        return ranking(context, criterion, seed)
+    except Exception as error:  # gradients may not exist, or not fit into memory
+        log.info("calibration check without %s: %s: %s", criterion, type(error).__name__, error)
+        return None
+
+
+def _first(batches: tuple[Batch, ...], samples: int) -> tuple[Batch, ...]:
+    found = []
+    for batch in batches:
+        if samples > 0:
+            found.append(batch if batch_size(batch) <= samples else slice_batch(batch, 0, samples))
+            samples -= batch_size(batch)
+    return tuple(found)

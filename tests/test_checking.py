@@ -1,0 +1,64 @@
+"""The calibration check: statistics that do not suit the data are renewed; what is chosen is said and kept."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import autoprune
+from autoprune.checking import FILE_NAME
+from autoprune.criteria import distortion_gradients
+from autoprune.study import prepare
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A trained network with batch norm, and its data."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x, y = torch.randn(260, 3, 8, 8), torch.randint(0, 4, (260,))
+        x[torch.arange(260), y % 3, y] += 3
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1),
+            nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 4),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+        for i in range(60):
+            rows = slice(i % 2 * 65, i % 2 * 65 + 65)
+            loss = F.cross_entropy(net(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    parts = [(x[rows], y[rows]) for rows in (slice(130), slice(130, 195), slice(195, 260))]
+    return net.eval(), autoprune.Data(*parts)
+
+
+@pytest.mark.parametrize(("shift", "renewed"), [(0.0, False), (4.0, True)])
+def test_statistics_are_renewed_only_where_that_helps_the_dense_model(case, shift, renewed):
+    model = copy.deepcopy(case[0])
+    signs = torch.tensor([1.0, -1.0] * 8)
+    model[4].running_mean += shift * signs * model[4].running_var.sqrt()
+    study = prepare(model, "flops <= 70%", case[1], metric="accuracy")
+    assert study.evaluator.settings["renew"] is renewed, study.notes
+    (note,) = [note for note in study.notes if note.startswith("calibration check on 65 validation samples")]
+    assert "without weights" in note
+
+
+def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
+    first = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    kept = json.loads((tmp_path / FILE_NAME).read_text())
+    kept["parts"]["bias"] = False
+    (tmp_path / FILE_NAME).write_text(json.dumps(kept))
+    again = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    assert again.evaluator.settings == first.evaluator.settings | {"bias": False}
+    assert again.context.space.to_json() == first.context.space.to_json()
+
+
+def test_gradients_of_the_distortion_are_the_fisher_information():
+    layer = nn.Linear(3, 1, bias=False)
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 3.0])
+    (found,) = distortion_gradients(layer, [x], lambda model, batch: model(batch)).values()
+    torch.testing.assert_close(found[0] * 8**0.5, torch.tensor([1.0, 2.0, 3.0]), rtol=0.15, atol=0)
