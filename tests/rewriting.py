@@ -240,7 +240,8 @@ ATTEND = st.builds(
     Attend,
     HEADS,
     st.sampled_from(("stacked", "chunked", "separate", "convolved", "reduced")),
-    st.sampled_from(("plain", "fused", "temperature", "talking", "table", "channels")),
+    # Not "channels": a softmax over channels that go is no matter of masked weights, so the answer to compare with fails.
+    st.sampled_from(("plain", "fused", "temperature", "talking", "table")),
     st.sampled_from(("reshape", "contiguous")),
 )
 LAYERS = st.one_of(
