@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.arguments import said
+from autoprune.arguments import said, shown
 from autoprune.errors import InfeasibleBudgetError, RecipeError
 from autoprune.evaluators import EVALUATORS, Evaluator, Orders, make_evaluator
 from autoprune.evaluators.measuring import Measuring
@@ -81,6 +81,10 @@ def audit(
         >>> result = autoprune.audit(result, train_fn, k=16)  # doctest: +SKIP
         >>> print(result.audit)  # doctest: +SKIP
     """
+    if not isinstance(result, SearchResult):
+        raise TypeError(f"result must be what autoprune.search returned, got {shown(result)}")
+    if not callable(train_fn):
+        raise TypeError(f"train_fn must be a function train_fn(model), got {shown(train_fn)}")
     builder = result._builder
     if not isinstance(builder, FromEvaluator):
         raise RecipeError(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
+from autoprune.arguments import shown
 from autoprune.errors import BudgetError
 
 ALIASES = {"latency": "latency_ms", "memory": "memory_bytes"}
@@ -25,7 +26,7 @@ _MULTIPLIERS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 _CLAUSE = re.compile(
     r"(?P<name>[A-Za-z_][\w.]*)(?P<drop>\s+drop)?\s*(?P<sign><=|≤|>=|≥)\s*"
-    r"(?P<number>[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>/s|[A-Za-z%]*)"
+    r"(?P<number>[+-]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>/s|[A-Za-z%]*)"
 )
 
 
@@ -135,12 +136,14 @@ class Budget:
         found: list[Limit | ScoreLimit]
         if isinstance(budget, str):
             found = [_parse_clause(text) for text in re.split(r",|\band\b", budget) if text.strip()]
+        elif isinstance(budget, Mapping):
+            raise BudgetError(f"budget must be text, a list of texts or a Budget, got {shown(budget)}; write {FORMS}")
         elif isinstance(budget, Iterable):
             found = []
             for part in map(cls.parse, budget):
                 found += [*part.limits, *part.score_limits]
         else:
-            raise BudgetError(f"budget must be text, a list of texts or a Budget, got {budget!r}; write {FORMS}")
+            raise BudgetError(f"budget must be text, a list of texts or a Budget, got {shown(budget)}; write {FORMS}")
         return cls(
             limits=tuple(limit for limit in found if isinstance(limit, Limit)),
             score_limits=tuple(limit for limit in found if isinstance(limit, ScoreLimit)),
@@ -218,8 +221,8 @@ def _parse_clause(text: str) -> Limit | ScoreLimit:
     """Read one comparison."""
     match = _CLAUSE.fullmatch(text.strip())
     if match is None:
-        raise BudgetError(f"cannot read {text.strip()!r} as a budget; write {FORMS}")
-    name, unit, value = ALIASES.get(match["name"], match["name"]), match["unit"], float(match["number"])
+        raise BudgetError(f"cannot read {shown(text.strip())} as a budget; write {FORMS}")
+    name, unit, value = _cost_name(match["name"]), match["unit"], float(match["number"])
     at_least = match["sign"] in (">=", "≥")
     if name == THROUGHPUT and not match["drop"]:
         return _throughput(text.strip(), at_least, unit, value)
@@ -236,6 +239,13 @@ def _parse_clause(text: str) -> Limit | ScoreLimit:
     if unit == "%":
         return Limit(name, value / 100, relative=True)
     return Limit(name, value * _unit(name, unit))
+
+
+def _cost_name(name: str) -> str:
+    """The cost that is meant, however it is spelled: ``FLOPs``, and ``MACs``, which are what FLOPs count here."""
+    known = {"macs": "flops", "parameters": "params", **ALIASES}
+    found = known.get(name.lower(), name.lower())
+    return found if found in (*BUILT_IN_COSTS, THROUGHPUT) else name
 
 
 def _throughput(text: str, at_least: bool, unit: str, value: float) -> Limit:

@@ -50,7 +50,8 @@ class SampleLoss:
     def each(self, output: Tensor, batch: Batch) -> Tensor:
         """Values of shape (n, ...)."""
         values = _called(self.values, output, targets(batch))
-        if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != batch_size(batch):
+        samples = batch_size(batch)
+        if not isinstance(values, Tensor) or values.is_complex() or values.ndim == 0 or len(values) != samples:
             raise ValueError(
                 f"loss {self.name!r} must give one value a sample, shape (n, ...) with n = {batch_size(batch)}, got "
                 f"{describe(values)}; take a reduction argument, or use autoprune.Metric(..., per_sample=False)"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autoprune import language, scorers
+from autoprune.arguments import flag, shown
 from autoprune.batches import Batch, Lent, batch_size, fresh, targets, tensors
 from autoprune.data import Subsets
 from autoprune.errors import DataError
@@ -67,6 +68,12 @@ class Metric:
     needs_dense: bool = False
 
     def __post_init__(self) -> None:
+        if not callable(self.fn) or isinstance(self.fn, type):
+            raise TypeError(f"fn must be a function, fn(outputs, batch) or fn(forward, batches), got {shown(self.fn)}")
+        flag("higher_is_better", self.higher_is_better)
+        flag("per_sample", self.per_sample)
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be text, got {shown(self.name)}")
         object.__setattr__(self, "name", self.name or name_of(self.fn))
 
 
@@ -174,6 +181,8 @@ class Judge:
             further = ([fresh(output) for output in dense],) if self.needs_dense else ()
             value = self.whole_set(lambda batch: forward(lent.original(batch)), lent, *further)
         try:
+            if np.iscomplexobj(value.cpu() if isinstance(value, Tensor) else value):
+                raise ValueError("it is complex")
             return float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
@@ -298,6 +307,8 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
         judge = _judge_metric(metric)
     elif isinstance(metric, str) and metric in METRICS:
         judge = _judge_name(metric, outputs, labelled, subsets.synthetic, dense_forward)
+    elif isinstance(metric, type):
+        raise ValueError(f"metric must be a loss ready to be called, such as {metric.__name__}(), got {shown(metric)}")
     elif callable(metric):
         _require_labels(name_of(metric), labelled)
         judge = _judge_loss(metric, outputs, labelled)

@@ -165,7 +165,7 @@ def user_metric(
 ) -> tuple[Tensor, Tensor]:
     """A user's values, turned to lower-is-better and as they are."""
     values = fn(outputs, fresh(batch), fresh(dense)) if asks_dense else fn(outputs, fresh(batch))
-    if not isinstance(values, Tensor) or values.shape != (batch_size(batch),):
+    if not isinstance(values, Tensor) or values.is_complex() or values.shape != (batch_size(batch),):
         raise ValueError(
             f"metric {name!r} must return a tensor of shape ({batch_size(batch)},), one value a sample, got "
             f"{describe(values)}; or score the whole set with per_sample=False"

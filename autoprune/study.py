@@ -158,6 +158,7 @@ def prepare(
         judge = resolve_metric(metric, subsets, fitting(lambda batch: run(scored, batch)))
         bound = settings.bind(structure, order_units(scores))
     named = make_costs(structure, bound, costs, cost_batch, source, None if peak is None else peak.predict)
+    _require_steady({name: named[name] for name in costs or {}}, bound)
     wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     limits = limits or _cost_to_minimise(bound, named, not structure.terms.uncounted)
@@ -280,6 +281,19 @@ def _require_functions(costs: Mapping[str, CostFunction]) -> None:
                 f"costs must not hold {name!r}, which budgets take for another cost; call a latency 'latency_ms', in "
                 "milliseconds of cost_batch samples, which limits on throughput follow, and choose another name else"
             )
+
+
+def _require_steady(costs: Mapping[str, CostFunction], space: SearchSpace) -> None:
+    """Costs of the user must be functions of a candidate: the same again, and whatever it is asked for with."""
+    ends = np.concatenate([_dense(space), space.canonical(space.sizes[None] - 1)])
+    for name, cost in costs.items():
+        seen = [np.concatenate([cost(ends[:1]), cost(ends[1:])]), cost(ends), cost(ends)]
+        for other in seen[1:]:
+            if not np.allclose(seen[0], other, rtol=1e-6, atol=0):
+                raise ValueError(
+                    f"costs[{name!r}] must give the same for the same candidate, got {shown(seen[0].tolist())} and "
+                    f"then {shown(other.tolist())} for {shown(ends.tolist())}; leave out what is random or counts calls"
+                )
 
 
 def _require_callable(forward: Any, outputs: Any) -> None:

@@ -342,7 +342,7 @@ class TestFunctionsOfTheUser:
             search(mlp, costs=costs)
 
     def test_a_cost_that_returns_no_numbers_is_named(self, mlp):
-        with refused(ValueError, "costs['energy_mj'] must return numbers, got ['much']"):
+        with refused(ValueError, "costs['energy_mj'] must return real numbers, got ['much']"):
             search(mlp, costs={"energy_mj": lambda candidates: ["much"] * len(candidates)})
 
     def test_a_cost_that_writes_to_its_candidates_changes_nothing(self, mlp):

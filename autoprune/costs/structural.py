@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from autoprune.arguments import shown
 from autoprune.costs.latency import Latency
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.structure.structure import Structure
@@ -207,9 +208,11 @@ def _nonzero_params(exact: StructuralCosts, space: SearchSpace, candidates: IntA
 def _checked(name: str, function: CostFunction, candidates: IntArray) -> FloatArray:
     returned = function(candidates.copy())  # which it may write to
     try:
+        if np.asarray(returned).dtype.kind not in "fiubO":  # NumPy would drop imaginary parts, and read text
+            raise TypeError("they are no real numbers")
         values = np.asarray(returned, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"costs[{name!r}] must return numbers, got {returned!r:.60}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"costs[{name!r}] must return real numbers, got {shown(returned)}") from error
     finite = np.isfinite(values).all()
     if values.shape != (len(candidates),) or not finite:
         raise ValueError(

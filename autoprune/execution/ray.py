@@ -15,6 +15,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, final
 
+from autoprune.arguments import is_number, shown
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.execution.local import GENERATION, Finished, Outcome
 from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
@@ -95,11 +96,11 @@ class RayExecutor:
             ("generation", generation, 1),
             ("ahead", ahead, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if not is_number(value) or value < least:
+                raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
         if cpus_per_worker == 0 == gpus_per_worker:
             raise ValueError("cpus_per_worker and gpus_per_worker must not both be 0: workers would have no bound")
-        if timeout_seconds is not None and timeout_seconds <= 0:
+        if timeout_seconds is not None and not (is_number(timeout_seconds) and timeout_seconds > 0):
             raise ValueError(f"timeout_seconds must be positive or None, got {timeout_seconds}")
         self.threads: int | None = threads_per_worker
         self._address, self._wanted, self._runtime_env = address, workers, runtime_env
