@@ -63,11 +63,13 @@ class Activation:
         mean_magnitude: Mean absolute value, shape (units, members).
         variance: Variance, shape (units, members).
         column_norm: Squared norm of the layer's weights on each input, shape (units, members).
+        mean_square: Mean square, shape (units, members).
     """
 
     mean_magnitude: Tensor
     variance: Tensor
     column_norm: Tensor
+    mean_square: Tensor
 
 
 Criterion = Callable[[GroupTensors], Tensor]
@@ -135,15 +137,35 @@ def fluctuation(group: GroupTensors) -> Tensor:
     return torch.stack([(a.variance * a.column_norm).sum(1) for a in group.activations]).sum(0)
 
 
+def contribution(group: GroupTensors) -> Tensor:
+    """Mean square of the activations that the next layers read, weighted by the squared norm of what reads them.
+
+    It is what the outputs of these layers lose with the unit, apart from what others cancel. For layers without a bias
+    or batch norm behind them, as in most language models, where the mean cannot be made up for.
+
+    Reference:
+        Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), ICLR 2024,
+        arXiv:2306.11695, who score single weights so; here summed over all that read a unit, in squares.
+    """
+    return torch.stack([(a.mean_square * a.column_norm).sum(1) for a in group.activations]).sum(0)
+
+
 def random(group: GroupTensors) -> Tensor:
     """A random order: the baseline that every criterion must beat."""
     return torch.rand(group.units, generator=group.generator)
 
 
 CRITERIA: dict[str, Criterion] = {
-    function.__name__: function for function in (l1, l2, bn_scale, taylor, activation_mean, fluctuation, random)
+    function.__name__: function
+    for function in (l1, l2, bn_scale, taylor, activation_mean, fluctuation, contribution, random)
 }
-_READS = {"bn_scale": "scales", "taylor": "gradients", "activation_mean": "activations", "fluctuation": "activations"}
+_READS = {
+    "bn_scale": "scales",
+    "taylor": "gradients",
+    "activation_mean": "activations",
+    "fluctuation": "activations",
+    "contribution": "activations",
+}
 
 
 def rank_units(
@@ -386,7 +408,9 @@ def _activation(sums: list[Tensor], weight: Tensor, dim: int, indices: IntArray)
     mean = total / count
     index = torch.from_numpy(indices)
     norm = weight.detach().double().movedim(dim, 0).flatten(1).square().sum(1).cpu()
-    return Activation((magnitude / count)[index], (square / count - mean.square())[index], norm[index])
+    return Activation(
+        (magnitude / count)[index], (square / count - mean.square())[index], norm[index], (square / count)[index]
+    )
 
 
 def readers(model: nn.Module, structure: Structure) -> dict[str, int]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.batches import Batch
 from autoprune.criteria import Criterion
 from autoprune.protocols import FloatArray, SearchSpace
 from autoprune.reconstruction import Removal, reconstruction_errors
+from autoprune.sensitivity import output_changes
 from autoprune.structure.structure import Structure
 
-PRIORS = ("criterion", "reconstruction")
+log = logging.getLogger(__name__)
+
+PRIORS = ("auto", "criterion", "reconstruction", "sensitivity")
 MAGNITUDES = ("l1", "l2", "bn_scale", "activation_mean")
 """Criteria whose squares are energies."""
 LOSSES = ("taylor",)
@@ -35,8 +40,11 @@ def expected_losses(
 
     Args:
         kind: ``"reconstruction"``: the squared error of the layers that read a group, relative to what they compute,
-            in one forward pass over a few samples; where no such layer is seen, as ``"criterion"``. Or
-            ``"criterion"``: sums over the units removed of what ranked them, see `criterion_losses`.
+            in one forward pass over a few samples; where no such layer is seen, as ``"criterion"``.
+            ``"sensitivity"``: the change of the outputs of the whole model, see `output_changes`; as
+            ``"reconstruction"`` where the model has no gradients. ``"criterion"``: sums over the units removed of what
+            ranked them, see `criterion_losses`. ``"auto"``: ``"reconstruction"`` for models with batch norm, which
+            makes up for much of what an error does further on, else ``"sensitivity"``.
         space: What the options remove.
         scores: Importance of the units of each group.
         criterion: What gave the scores; None where no unit goes.
@@ -55,13 +63,35 @@ def expected_losses(
     removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
     if {j for j, _ in removals} != set(range(d)):
         return None
+    if kind == "auto":
+        kind = "reconstruction" if any(isinstance(m, _BatchNorm) for m in model.modules()) else "sensitivity"
     errors: list[FloatArray | None] = [None] * len(removals)
-    if kind == "reconstruction":
-        errors = reconstruction_errors(model, structure, [removal for _, removal in removals], batches, forward)
+    if kind != "criterion":
+        errors = _measured(kind, model, structure, [removal for _, removal in removals], batches, forward)
     losses = tuple(np.zeros(size) for size in space.sizes)
     for (j, removal), error in zip(removals, errors, strict=True):
         losses[j][1:] += criterion_losses(removal, scores, criterion) if error is None else error
     return losses
+
+
+def _measured(
+    kind: str,
+    model: nn.Module,
+    structure: Structure,
+    removals: Sequence[Removal],
+    batches: Sequence[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+) -> list[FloatArray | None]:
+    """Errors in one unit: no group is measured by its sensitivity where another one that layers read cannot be."""
+    changes: list[FloatArray | None] | None = None
+    if kind == "sensitivity":
+        try:
+            changes = output_changes(model, structure, removals, batches, forward)
+        except Exception as error:  # a user's forward may raise anything under autograd, and need not have gradients
+            log.info("sensitivities cannot be measured, and reconstruction errors stand in: %s", error)
+        if changes is not None and all(change is not None for change in changes):
+            return changes
+    return reconstruction_errors(model, structure, removals, batches, forward)
 
 
 def criterion_losses(removal: Removal, scores: Mapping[str, Tensor], criterion: str | Criterion) -> FloatArray:

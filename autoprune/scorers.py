@@ -140,6 +140,28 @@ def distance_of(outputs: Any, batch: Batch) -> Distance | None:
     return partial(squared_difference, float(output.float().square().mean()) or 1.0)
 
 
+def sampled_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+    """A loss whose gradients have the curvature of the distance to the dense outputs, and how many draws it adds up.
+
+    Where the outputs are logits, the cross-entropy of a label that is drawn from them for every sample or position;
+    else their product with normal noise, of variance 2 over the sum of squares of the whole batch's mean sample.
+
+    Args:
+        outputs: What the dense model gives, with gradients.
+        batch: Tells logits from other outputs, see `distance_of`; labels are not used.
+        generator: On the CPU.
+    """
+    output = _main(outputs)
+    classes = _class_dimension(outputs, output, targets(batch))
+    if classes is None:
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        scale = (2 / max(float(output.detach().square().sum()) / len(output), 1e-30)) ** 0.5
+        return (scale * noise * output).sum(), len(output)
+    logits = output.movedim(classes, -1).flatten(0, -2).log_softmax(-1)
+    drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator).to(logits.device)
+    return -logits.gather(1, drawn).sum(), len(logits)
+
+
 def _class_dimension(outputs: Any, output: Tensor, label: Any) -> int | None:
     for dim in (1, -1):
         if output.ndim < 2 or output.shape[dim] < 2:

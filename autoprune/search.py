@@ -68,7 +68,7 @@ def search(
     rewrite: str = "auto",
     costs: Mapping[str, CostFunction] | None = None,
     cost_batch: int = 1,
-    prior: str = "reconstruction",
+    prior: str = "auto",
     racing: bool | Racing | Rungs = False,
     latency: Latency | str | Path | None = None,
 ) -> SearchResult:
@@ -124,8 +124,9 @@ def search(
         costs: Further costs by name, each a function of candidates (n, d) giving (n,), which the budget may limit.
         cost_batch: Samples that ``memory_bytes`` and ``latency_ms`` are stated at.
         prior: What optimizers that plan expect of each option before any evaluation: ``"reconstruction"``, the error
-            of the next layers' outputs, in a few forward passes over 32 samples, or ``"criterion"``, sums of what
-            ranks the units, without any.
+            of the next layers' outputs, in a few forward passes over 32 samples; ``"sensitivity"``, the change of the
+            outputs of the whole model, with a backward pass too; or ``"criterion"``, sums of what ranks the units,
+            without any. ``"auto"``: reconstruction for models with batch norm, else sensitivity.
         racing: Score candidates batch by batch, and drop those that are known to be dominated (see `Racing` and
             docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as trials. Or `Rungs`,
             which stop the trainings of ``"finetune"`` early.

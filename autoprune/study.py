@@ -115,7 +115,7 @@ def prepare(
     costs: Mapping[str, CostFunction] | None = None,
     cost_batch: int = 1,
     trials: int | str = 200,
-    prior: str = "reconstruction",
+    prior: str = "auto",
     latency: Latency | str | Path | None = None,
     run_dir: str | None = None,
 ) -> Study:

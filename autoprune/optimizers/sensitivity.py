@@ -74,7 +74,8 @@ def next_probes(
 
     First the middle option of every ordered dimension, then the last one, and every option of those without an order;
     always the dimensions with the largest share of the cost first. Then the options that `choose` picks, and those
-    next to them, the most often picked first.
+    next to them, the most often picked first. Nothing where the scan could not measure every dimension once and a
+    prior is known: it tells more of how dimensions compare than measurements of some.
 
     Args:
         problem: Its `trials` bound the scan.
@@ -87,7 +88,10 @@ def next_probes(
         Canonical candidates that change one dimension, not known yet, shape (<= n, d).
     """
     taken = {(int(row.argmax()), int(row.max())) for row in known if np.count_nonzero(row) == 1}
-    n = min(n, int(share * problem.trials) - len(taken))
+    most = int(share * problem.trials)
+    if problem.prior is not None and most < np.count_nonzero(problem.sizes > 1):
+        most = 0
+    n = min(n, most - len(taken))
     if n <= 0:
         return np.zeros((0, len(problem.sizes)), dtype=np.int64)
     wanted = _only_new(problem, _coarse(problem), taken)
