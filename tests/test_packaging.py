@@ -28,6 +28,7 @@ LAYERS = (
     ("structure",),
     ("costs", "criteria"),
     ("reconstruction",),
+    ("sensitivity",),
     ("prior",),
     ("optimizers", "evaluators", "search_spaces"),
     ("border",),
