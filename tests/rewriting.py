@@ -240,7 +240,7 @@ ATTEND = st.builds(
     Attend,
     HEADS,
     st.sampled_from(("stacked", "chunked", "separate", "convolved", "reduced")),
-    # Not "channels": a softmax over channels that go is no matter of masked weights, so the answer to compare with fails.
+    # Not "channels": masked weights do not give a softmax over fewer channels.
     st.sampled_from(("plain", "fused", "temperature", "talking", "table")),
     st.sampled_from(("reshape", "contiguous")),
 )
