@@ -1,8 +1,9 @@
 """What a batch is: its samples, its inputs and its targets.
 
 A batch is what a loader yields: a tensor (inputs without labels), a tuple or list whose last entry is the target (a
-single entry is an input without labels), or a mapping whose ``"labels"`` or ``"label"`` entry is the target and whose
-other entries are keyword inputs. Entries may nest tensors in mappings, lists, tuples and named tuples.
+single entry is an input without labels), or a mapping whose ``"labels"`` or ``"label"`` entry, or the one that
+``Data(labels=)`` names, is the target and whose other entries are keyword inputs. Entries may nest tensors in mappings,
+lists, tuples and named tuples.
 """
 
 from __future__ import annotations
@@ -202,10 +203,51 @@ def closing(forward: Callable[[nn.Module, Batch], Any]) -> Callable[..., Any]:
     return lambda model, shell, *given: forward(model, shell.filled(given))
 
 
+def of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+    """The inputs of one call as a batch: keyword inputs as a dict, one input as it is, several with None for a target.
+
+    This is what ``forward(model, batch)`` gets where example inputs stand in for data.
+    """
+    if kwargs:
+        return dict(kwargs)
+    return args[0] if len(args) == 1 else (*args, None)
+
+
+def on_call(forward: Callable[[nn.Module, Batch], Any]) -> Callable[..., Any]:
+    """A forward of batches as one that takes the inputs of a call."""
+    return lambda model, *args, **kwargs: forward(model, of_call(args, kwargs))
+
+
+class Labelled(dict[str, Any]):
+    """A dict batch whose target is under a key of the user's choice, ``label_key``."""
+
+    label_key: str
+
+
+def labelled(batch: Batch, key: str) -> Batch:
+    """A copy of a dict batch whose target is what it has under `key`.
+
+    Raises:
+        DataError: If it is no dict, or has no such entry.
+    """
+    if not isinstance(batch, Mapping) or key not in batch:
+        found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise DataError(f"labels={key!r} must be a key of every batch, which has to be a dict, got {found!r:.200}")
+    marked: Any = Labelled(batch) if isinstance(batch, dict) and type(batch) is dict else copy.copy(batch)
+    marked.label_key = key
+    return marked
+
+
+def _label_keys(batch: Mapping[str, Any]) -> tuple[str, ...]:
+    own = getattr(batch, "label_key", None)
+    return (own,) if isinstance(own, str) else LABEL_KEYS
+
+
 def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs of the model in a batch, without the target."""
     if isinstance(batch, Mapping):
-        return (), {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+        keys = _label_keys(batch)
+        return (), {key: value for key, value in batch.items() if key not in keys}
     if isinstance(batch, list | tuple):
         return tuple(batch[:-1] if len(batch) > 1 else batch), {}
     return (batch,), {}
@@ -214,7 +256,7 @@ def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def targets(batch: Batch) -> Any:
     """The target in a batch, a tensor as a rule, or None where there is none."""
     if isinstance(batch, Mapping):
-        return next((batch[key] for key in LABEL_KEYS if key in batch), None)
+        return next((batch[key] for key in _label_keys(batch) if key in batch), None)
     return batch[-1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autoprune.batches import Batch, batch_size, map_tensors, to_device
+from autoprune.batches import Batch, batch_size, labelled, map_tensors, to_device
 from autoprune.errors import DataError
 from autoprune.sources import draw, drawn_at_random, even_chunks, seeded
 
@@ -45,6 +45,8 @@ class Data:
         test_samples: Samples used for the test.
         batch_size: Largest batch for arrays and datasets; a loader keeps its own. On a CPU, smaller ones are faster
             where activations are large (docs/memory.md).
+        labels: The key of the target in dict batches, where it is neither ``"labels"`` nor ``"label"``. All other
+            entries are inputs of the model.
     """
 
     calibration: Any = None
@@ -54,6 +56,7 @@ class Data:
     validation_samples: int = 1024
     test_samples: int = 1024
     batch_size: int = 128
+    labels: str | None = None
 
     def __post_init__(self) -> None:
         for name in (*(f"{part}_samples" for part in PARTS), "batch_size"):
@@ -149,7 +152,8 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
         wanted = {part: getattr(data, f"{part}_samples") for part in PARTS if homes[part] == home}
         drawn = draw(getattr(data, home), wanted, data.batch_size, seed, home)
         # Clones, so that a model that works in place never reaches the user's tensors.
-        batches |= {part: tuple(map_tensors(_clone, batch) for batch in drawn[part]) for part in wanted}
+        marked = partial(labelled, key=data.labels) if data.labels is not None else _as_it_is
+        batches |= {part: tuple(marked(map_tensors(_clone, batch)) for batch in drawn[part]) for part in wanted}
         notes += _notes(data, home, {part: sum(map(batch_size, drawn[part])) for part in wanted})
     return Subsets(
         batches["calibration"],
@@ -221,6 +225,10 @@ def _notes(data: Data, home: str, counts: Mapping[str, int]) -> list[str]:
         purpose = " before the search, to score only the finished front" if part == "test" else f" for {part}"
         notes.append(f"{why}: {count} of {total} {home} samples were set aside{purpose}")
     return notes
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _clone(tensor: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ class Progress:
         self._show = show and sys.stderr.isatty()
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
-        self._updated = time.monotonic()
+        self._updated = self._began = time.monotonic()
+        self._first: int | None = None  # trials there were when the first of this process came
+        self._tenths = 0
 
     def __enter__(self) -> Self:
         if self._show:
@@ -50,8 +52,20 @@ class Progress:
 
     def due(self, done: int) -> bool:
         """Whether it is time to `update`: to find the front after every trial would take longer the more there are."""
-        every = LOG_EVERY_SECONDS if self._bar is None else DRAW_EVERY_SECONDS
-        return done == self._total or time.monotonic() - self._updated > every
+        self._first = done - 1 if self._first is None else self._first
+        if self._bar is not None:
+            return done == self._total or time.monotonic() - self._updated > DRAW_EVERY_SECONDS
+        return self._tenth(done) > self._tenths or time.monotonic() - self._updated > LOG_EVERY_SECONDS
+
+    def _tenth(self, done: int) -> int:
+        return 10 * done // self._total
+
+    def _left(self, done: int) -> str:
+        """How long the rest takes at the pace so far."""
+        if done >= self._total or self._first is None:
+            return ""
+        seconds = (time.monotonic() - self._began) / (done - self._first) * (self._total - done)
+        return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
 
     def update(self, done: int, failed: int, best: Trial | None, front: int, phase: str = "") -> None:
         """Say how far the search is."""
@@ -64,7 +78,8 @@ class Progress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, state=state)
         else:
-            log.info("%d of %d trials: %s", done, self._total, state)
+            self._tenths = self._tenth(done)
+            log.info("%d of %d trials: %s%s", done, self._total, state, self._left(done))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -20,6 +20,7 @@ from autoprune.result.builders import FromEvaluator
 from autoprune.result.held_out import note_of_held_out
 from autoprune.result.trials import Evaluation, Trial, find_front, meets, note_of_probes, or_nan, within
 from autoprune.statistics import Statistics, fidelity_of, reason_of, stages_of, statistics_of, status_of
+from autoprune.stopping import Deadline
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
@@ -87,16 +88,18 @@ def result_of(
     found: list[Trial],
     dense: Trial,
     stopped: str,
-    seconds: float,
+    deadline: Deadline,
     seed: int,
     explained: Sequence[str] = (),
 ) -> SearchResult:
-    """Score the front once on held-out samples, and put everything together."""
+    """Score the front once on held-out samples, as far as there is time, and put everything together."""
     judge = study.context.judge
     front = find_front(found, tuple(study.limits), judge.higher_is_better)
     tests: dict[int, Measurement] = {}
     try:
-        for trial in (dense, *front):
+        for trial in _best_first(dense, front, judge.higher_is_better):
+            if deadline.passed:
+                break
             outcome = attempt(partial(_tested_outcome, study, trial))
             if isinstance(outcome, Measurement):
                 tests[trial.id] = outcome
@@ -105,6 +108,10 @@ def result_of(
             "interrupted; only %d of %d trials on the front have a test score", max(len(tests) - 1, 0), len(front)
         )
         stopped = "interrupted"
+    missing = len(front) - sum(trial.id in tests for trial in front)
+    if missing and deadline.passed and stopped != "interrupted":
+        told = f"{missing} of {len(front)} networks on the front were not scored on held-out data: max_seconds was over"
+        explained = (*explained, told)
     result = SearchResult(
         trials=tuple(_tested(trial, tests) for trial in sorted(found, key=lambda trial: trial.id)),
         front=tuple(_tested(trial, tests) for trial in front),
@@ -116,11 +123,18 @@ def result_of(
         higher_is_better=judge.higher_is_better,
         notes=(*study.notes, *note_of_probes(found), *explained),
         stopped=stopped,
-        seconds=seconds,
+        seconds=deadline.spent,
         seed=seed,
         _builder=FromEvaluator(study.evaluator, study.context, study.fresh, study.costs),
     )
-    return replace(result, notes=(*result.notes, *_notes_of_score(study, result, tests)))
+    notes = (*result.notes, *_notes_of_score(study, result, tests))
+    return replace(result, notes=notes, seconds=deadline.spent)
+
+
+def _best_first(dense: Trial, front: Sequence[Trial], higher_is_better: bool) -> list[Trial]:
+    """The dense model, then the front by falling score: what `SearchResult.best` gives comes first."""
+    sign = -1.0 if higher_is_better else 1.0
+    return [dense, *sorted(front, key=lambda trial: (sign * trial.score, trial.signal))]
 
 
 def _tested_outcome(study: Study, trial: Trial) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -16,6 +17,7 @@ from autoprune.arguments import flag, is_number, shown, whole_number
 from autoprune.border import proposals, same_samples
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction, Latency
+from autoprune.data import Data
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, evaluate_one, make_executor
 from autoprune.identity import identity_of
@@ -34,7 +36,7 @@ from autoprune.rivals import Rivals, applicable, find_racing, note_of_racing
 from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings
 from autoprune.statistics import reason_of, statistics_of, status_of
-from autoprune.stopping import most, why_converged, why_not_converged
+from autoprune.stopping import Deadline, most, why_converged, why_not_converged
 from autoprune.study import Start, Study, hold_score, prepare
 from autoprune.verify import verify
 
@@ -71,6 +73,7 @@ def search(
     prior: str = "auto",
     racing: bool | Racing | Rungs = False,
     latency: Latency | str | Path | None = None,
+    labels: str | None = None,
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
 
@@ -101,12 +104,15 @@ def search(
             `Optimizer`, or a function of (problem, seed).
         trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained
             next to nothing (see `autoprune.stopping.why_converged`), at 1,000 at the latest; a note says how it knew.
-        max_seconds: When to stop proposing, counted from the call.
+        max_seconds: When to come to the end, counted from the call: what is being evaluated is dropped, and what was
+            not verified or scored on held-out data by then is not; notes say so. Tracing, measuring latencies and
+            scoring the dense model come first, whatever they take.
         seed: The same seed, data and threads give the same front.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
         forward: ``forward(model, batch)``, where calling the model with the inputs of a batch is not enough.
-        example_inputs: A tensor, a tuple or a dict of inputs; needed only without data. A list of these covers branches
-            of the forward that the data may not take.
+        example_inputs: A tensor, a tuple or a dict of inputs; needed only without data. With data they say at what size
+            costs are stated, such as the length of a sequence. A list of these covers branches of the forward that the
+            data may not take.
         outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns.
         executor: ``"local"``, ``"ray"`` (workers on this machine, or on the cluster of the job that this runs in), or
             an `Executor`, such as ``RayExecutor(address="auto", gpus_per_worker=0.5)``.
@@ -134,6 +140,7 @@ def search(
             it, latencies are measured here first. Searches stay within the limit by the upper end of what the table
             predicts; the networks on the front are then measured against the dense one, as far as this is the machine
             of the table. For a device out of reach, pass ``costs={"latency_ms": function}`` instead.
+        labels: The key of the target in dict batches, as in `Data`.
 
     Returns:
         The front and everything measured; ``result.build()`` gives a plain pruned module. Ctrl-C returns what was
@@ -170,6 +177,8 @@ def search(
     runner = make_executor(executor)
     settings = find_racing(racing)
     make_optimizer = find_optimizer(optimizer)  # an unknown name must fail before the model is traced
+    if labels is not None and data is not None:
+        data = dataclasses.replace(data if isinstance(data, Data) else Data(validation=data), labels=labels)
     study = prepare(
         model,
         budget,
@@ -199,7 +208,8 @@ def search(
     proposer = make_optimizer(study.problem, seed)
     if not (callable(getattr(proposer, "ask", None)) and callable(getattr(proposer, "tell", None))):
         raise TypeError(f"optimizer must make an object with the methods ask and tell, got {shown(proposer)}")
-    deadline = None if max_seconds is None else began + max_seconds
+    deadline = Deadline(began, max_seconds)
+    setup = deadline.spent
     identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
     with open_journal(run_dir, identity, resume, study) as journal:
         in_spite: Sequence[str] = journal.meta().get(ANYWAY, ())
@@ -222,13 +232,14 @@ def search(
             )
         finally:
             runner.stop()
-    found, verified = verify(study, found)
+    found, verified = verify(study, found, deadline)
     told = proposer.notes if isinstance(proposer, Explains) else ()
     explained = (*in_spite, *journal.notes, *([why] if why else []), *told)
     explained = (*verified, *note_of_racing(settings, study, found), *explained)
+    explained = (*deadline.note_of_setup(setup, len(found)), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
-    return result_of(study, found, dense, stopped, time.monotonic() - began, seed, explained)
+    return result_of(study, found, dense, stopped, deadline, seed, explained)
 
 
 def _run(
@@ -239,7 +250,7 @@ def _run(
     journal: Journal,
     bar: Progress,
     total: int,
-    deadline: float | None,
+    deadline: Deadline,
     dense: Measurement,
     history: History,
     adaptive: bool,
@@ -258,7 +269,7 @@ def _run(
                 ids, candidates = list(pending), np.stack(list(pending.values()))
                 executor.submit(ids, candidates, rivals.races(ids, candidates, found))
             while pending or not stopped:
-                if deadline is not None and time.monotonic() > deadline:
+                if deadline.passed:
                     stopped = "time"
                     break
                 room = min(executor.room(), total - asked)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,6 +37,39 @@ def most(trials: int | str) -> int:
     if isinstance(trials, str) and trials == "auto":
         return MOST_TRIALS
     return whole_number("trials", trials, 1, why=", or 'auto'")
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a search has to come to its end: ``max_seconds`` after the call of `autoprune.search`.
+
+    Attributes:
+        began: When it was called, by `time.monotonic`.
+        seconds: How long it may take; None for as long as it likes.
+    """
+
+    began: float
+    seconds: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is over."""
+        return self.seconds is not None and self.spent > self.seconds
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the call."""
+        return time.monotonic() - self.began
+
+    def note_of_setup(self, setup: float, trials: int) -> tuple[str, ...]:
+        """Say in words that the time was over before any trial, and what took it; nothing else."""
+        if trials or not self.passed:
+            return ()
+        return (
+            f"no candidate was scored within max_seconds={self.seconds:g}: tracing, measuring and scoring the dense "
+            f"model took {setup:.0f} s; give more time, fewer samples with autoprune.Data(...), or a table of "
+            "latencies measured once by autoprune.profile",
+        )
 
 
 def planned(trials: int | str, dimensions: int) -> int:

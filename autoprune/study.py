@@ -136,11 +136,17 @@ def prepare(
     run = batches.Guarded(plain_run)
     example = batches.fresh(batches.slice_batch(subsets.calibration[0], 0, 2))
     further: list[Inputs] = [(batches.opened(batch), {}) for batch in _branches(model, example_inputs)]
+    stated = subsets.calibration[0]  # what costs are stated for
+    if data is not None and example_inputs is not None and not further:
+        stated = batches.to_device(_like(model, example_inputs, stated), device)
+        if not _same_sizes(stated, example):  # the data may take other ways through the forward
+            further.append((batches.opened(example), {}))
+        example = batches.fresh(stated)
     whole = batches.closing(plain_run)
     inputs = batches.opened(example)
     structure = analyse(model, inputs, forward=whole, further=further, checks=checks, rewrite=rewrite, seed=seed)
     _require_counted(wanted, structure)
-    priced, _ = with_batch(batches.opened(subsets.calibration[0]), {}, cost_batch)
+    priced, _ = with_batch(batches.opened(stated), {}, cost_batch)
     at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
     needed = at_edges or any(limit.name in TIMED for limit in wanted.limits)
     plain = forward is None
@@ -164,7 +170,10 @@ def prepare(
     limits = limits or _cost_to_minimise(bound, named, not structure.terms.uncounted)
     minimise = bool(wanted.score_limits)
     lay_out = partial(_problem, bound, named, start=starts, minimise=minimise)
-    problem = _within_upper(lay_out, limits, None if minimise else source)
+    try:
+        problem = _within_upper(lay_out, limits, None if minimise else source)
+    except InfeasibleBudgetError as error:
+        raise InfeasibleBudgetError(f"{error}; {_why_no_less(settings, bound, named, limits)}") from error
     context = Context(model, structure, bound, subsets, judge, run)
     fresh = copy.deepcopy(chosen)
     checked: tuple[str, ...] = ()
@@ -343,6 +352,26 @@ def _within_upper(
         return lay_out(limits)
 
 
+def _why_no_less(
+    settings: Settings, space: SearchSpace, costs: Mapping[str, CostFunction], limits: Mapping[str, float]
+) -> str:
+    """How much the space leaves at least, in percent of the dense model, and the settings that stop it there."""
+    ends = np.concatenate([_dense(space), space.canonical(space.sizes[None] - 1)])
+    shares = {name: costs[name](ends)[1] / costs[name](ends)[0] for name in limits if costs[name](ends)[0] > 0}
+    told = ", ".join(f"{share:.2%} of the dense {name}" for name, share in shares.items())
+    found = f"every dimension at its least leaves {told}" if told else "every dimension is at its least"
+    if not isinstance(settings, Channels):
+        return f"{found}, by the options of the space"
+    stops = {name: getattr(settings, name) for name in ("min_fraction", "min_width", "round_to", "ignore", "bounds")}
+    loose = {"min_fraction": 0.0, "min_width": 1, "round_to": 1}
+    named = [f"{name}={value!r}" for name, value in stops.items() if value and value != loose.get(name)]
+    if settings.options is not None:
+        named.append(f"options={settings.options!r}")
+    else:
+        named.append(f"step={settings.step!r}")
+    return f"{found}; what stops there is {', '.join(named)} of Channels(...): loosen these, or allow more"
+
+
 def hold_score(study: Study, dense: Measurement) -> Study:
     """The study with its limit on the score as a number, once the dense model is measured.
 
@@ -388,6 +417,21 @@ def _branches(model: nn.Module, example_inputs: Any) -> list[batches.Batch]:
     if not isinstance(example_inputs, list):
         return []
     return [kwargs or (*args, None) for args, kwargs in examples_of(model, example_inputs)]
+
+
+def _like(model: nn.Module, example_inputs: Any, batch: batches.Batch) -> batches.Batch:
+    """Example inputs in the form of a batch of the data, without a target."""
+    ((args, kwargs),) = examples_of(model, example_inputs)
+    return (*args, None) if args and isinstance(batch, list | tuple) else batches.of_call(args, kwargs)
+
+
+def _same_sizes(one: batches.Batch, other: batches.Batch) -> bool:
+    """Whether the inputs in two batches differ in the number of samples at most."""
+    sizes = [
+        [(tensor.shape[1:], tensor.dtype) for tensor in batches.tensors(batches.inputs(batch))]
+        for batch in (one, other)
+    ]
+    return sizes[0] == sizes[1]
 
 
 def _dense(space: SearchSpace) -> IntArray:

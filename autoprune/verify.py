@@ -18,6 +18,7 @@ from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
 from autoprune.result.trials import Trial, find_front, within
 from autoprune.sources import seeded
+from autoprune.stopping import Deadline
 from autoprune.structure.slicing import Edit, build
 from autoprune.study import TIMED, Study
 
@@ -28,7 +29,7 @@ _DRIFT = 0.1  # a dense network that is slower or faster by more than this is wo
 
 
 @seeded(0)  # a model may draw noise
-def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str, ...]]:
+def verify(study: Study, found: Sequence[Trial], deadline: Deadline) -> tuple[list[Trial], tuple[str, ...]]:
     """Measure every trial on the front against the dense network, until the front holds measured trials only.
 
     What is measured replaces what was predicted: the peak of memory where the budget limits it, and latencies wherever
@@ -39,6 +40,7 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
     Args:
         study: The search.
         found: Its trials.
+        deadline: When to stop measuring; a note then says what is left as predicted.
 
     Returns:
         The trials with corrected costs, and notes that say what was measured.
@@ -52,17 +54,24 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
     seen = _Seen(latency)
     try:
         while todo := _unmeasured(study, trials, seen):
+            if deadline.passed:
+                notes.append(f"max_seconds was over: {_predicted(latency, study)} on the front are predictions")
+                break
             modules = [study.evaluator.build(np.array(trial.candidate, dtype=np.int64)).eval() for trial in todo]
             seen.measure(study, todo, modules)
             trials = _corrected(study, trials, seen)
     except KeyboardInterrupt:
         log.warning("interrupted; some costs on the front are predictions")
-        names = ["latencies"] * (latency is not None) + ["peaks of memory"] * (study.memory is not None)
-        notes.append(f"interrupted: some {' and '.join(names)} on the front are predictions")
+        notes.append(f"interrupted: {_predicted(latency, study)} on the front are predictions")
     if seen.untimed:
         notes.append(f"some latencies on the front are predictions: {seen.untimed}")
     said = (*_notes_on_latency(study, trials, seen), *_notes_on_memory(study, trials))
     return trials, (*said, *notes)
+
+
+def _predicted(latency: Latency | None, study: Study) -> str:
+    names = ["latencies"] * (latency is not None) + ["peaks of memory"] * (study.memory is not None)
+    return f"some {' and '.join(names)}"
 
 
 def _why_not_here(study: Study, latency: Latency) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
+from autoprune.batches import on_call
 from autoprune.costs.inspection.html import as_html
 from autoprune.costs.inspection.text import as_text
 from autoprune.costs.returned import frozen_by_output, selecting
@@ -166,7 +167,9 @@ def inspect(
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs; None for the example that
             the model carries (``example_input_array``, ``dummy_inputs``, timm's ``pretrained_cfg``). A list of these
             covers the branches of a forward: only what every example allows can be pruned, and costs are the first's.
-        forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough; returns what matters.
+        forward: ``forward(model, batch)`` as in `autoprune.search`, where calling the model is not enough; returns what
+            matters. The batch is the example: a tensor or dict as given, several inputs as a tuple with None at its
+            end, in the place of the target.
         outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns. What
             reaches others alone can be pruned.
         checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead.
@@ -187,7 +190,7 @@ def inspect(
     """
     model = unwrap(model)
     (args, kwargs), *further = examples_of(model, example_inputs)
-    run = selecting(forward, outputs)
+    run = selecting(None if forward is None else on_call(forward), outputs)
     structure = analyse(model, args, kwargs, forward=run, further=further, checks=checks, rewrite=rewrite)
     costs = StructuralCosts(structure)
     groups = structure.groups

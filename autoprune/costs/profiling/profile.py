@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from autoprune.batches import on_call
 from autoprune.costs.allocator import keeping_freed_memory
 from autoprune.costs.correction import Evidence
 from autoprune.costs.latency import Latency
@@ -65,7 +66,9 @@ def profile(
         example_inputs: A tensor, a tuple or a dict of inputs; None for the example that the model carries. Repeated or
             cut to `batch` samples. Of a list of these the first is timed; the others cover further branches.
         batch: Samples of one forward pass.
-        forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough.
+        forward: ``forward(model, batch)`` as in `autoprune.search`, where calling the model is not enough; returns what
+            matters. The batch is the example: a tensor or dict as given, several inputs as a tuple with None at its
+            end, in the place of the target.
         outputs: Which outputs matter, as in `autoprune.search`.
         networks: Whole networks to measure, at least 6.
         seed: Draws their widths.
@@ -101,7 +104,7 @@ def profile(
     model = unwrap(model)
     require_supported(model)
     (args, kwargs), *others = examples_of(model, example_inputs)
-    run = selecting(forward, outputs)
+    run = selecting(None if forward is None else on_call(forward), outputs)
     further = [with_batch(*inputs, 2) for inputs in others]
     structure = analyse(model, *with_batch(args, kwargs, 2), forward=run, further=further)
     return profile_structure(
