@@ -39,6 +39,7 @@ LAYERS = (
     ("journal",),
     ("result", "report"),
     ("progress", "stopping"),
+    ("checking",),
     ("study",),
     ("promotion",),
     ("records", "identity", "rivals", "trainings", "variants"),
