@@ -199,6 +199,8 @@ def prepare(
     notes = [f"search over {bound.describe()}{traced}"]
     if structure.graphs:
         notes.append(f"{delivered_as_graphs(structure)}; rewrite='off' leaves them as they are")
+    if structure.untrained:
+        notes.append(f"what only training runs was not followed, and may not fit a pruned model: {structure.untrained}")
     if structure.terms.uncounted:
         notes.append(f"flops leave out {', '.join(structure.terms.uncounted[:3])}, whose cost nothing says")
     if source is not None:

@@ -24,6 +24,9 @@ from autoprune.structure.units import Units, find_units
 SITES_TRIED = 32
 """Most ambiguous sites that are changed one by one; where there are more, only together with their like."""
 
+MOST_KEPT = 0.9
+"""Share of what evaluation leaves in reach that must stay in reach for training to be followed."""
+
 
 def analyse(
     model: nn.Module,
@@ -77,9 +80,11 @@ def analyse(
         map_tensors(lambda tensor: tensor.to(device), (a, dict(k))) for a, k in ((args, kwargs or {}), *further)
     ]
     with seeded(seed), torch.inference_mode(False):  # which would record layers that PyTorch did not decompose
-        record = trace(model, args, kwargs, run, further)
-        flow, _ = best_choices(record)
-        read = {record.values[value].name for op in record.ops for value in op.inputs()}
+        record = trace(model, args, kwargs, run, further, training=True)
+        flow = _followed(record)
+        record = flow.record
+        ran = (*record.ops, *record.training)
+        read = {record.values[value].name for op in ran for value in op.inputs()}
         untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
         checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, max_check_seconds, seed)
         if not all(torch.isfinite(out).all() for out in checker.dense if out.is_floating_point()):
@@ -94,8 +99,25 @@ def analyse(
     if failures and checks == "strict":
         details = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise StructureCheckError(f"checks='strict' and {len(failures)} groups failed: {details}")
-    structure = assemble(flow, find_units(flow, failures), untouched, checker.attributes)
-    return replace(structure, graphs=graphs)
+    units = find_units(flow, failures)
+    structure = assemble(flow, units, untouched, checker.attributes)
+    with seeded(seed), torch.inference_mode(False):
+        untrained = record.untrained or checker.misfit_in_training(units, structure)
+    return replace(structure, graphs=graphs, untrained=untrained)
+
+
+def _followed(record: Record) -> Propagation:
+    """Labels of the evaluation pass and of what training runs beyond it, unless that would keep much of the model."""
+    flow, units = best_choices(record)
+    if not (record.training or record.training_ends):
+        return flow
+    alone = replace(record, training=[], twins={}, trained=[], training_ends=[])
+    evaluated, reached = best_choices(alone)
+    if covered(flow, units)[0] >= MOST_KEPT * covered(evaluated, reached)[0]:
+        return flow
+    stays = next((freeze.reason for freeze in flow.freezes if freeze.op >= len(record.ops)), "it returns more")
+    alone.untrained = f"to follow it would keep most of the model as it is: {stays}"
+    return evaluated
 
 
 def _isolated(
@@ -184,7 +206,7 @@ def _site_sets(flow: Propagation) -> list[list[int]]:
     by_rule: dict[str, list[int]] = {}
     by_shape: dict[tuple[object, ...], list[int]] = {}
     for site in flow.sites:
-        op = flow.record.ops[site]
+        op = flow.record.op(site)
         shapes = tuple(flow.record.values[value].shape for value in (*op.inputs(), *op.results()))
         by_rule.setdefault(op.name, []).append(site)
         by_shape.setdefault((op.name, *shapes), []).append(site)

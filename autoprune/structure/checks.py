@@ -31,6 +31,7 @@ from autoprune.structure.replay import Replay
 from autoprune.structure.skeleton import Call, call_with, skeleton
 from autoprune.structure.slicing import Slicer, owners
 from autoprune.structure.structure import Attribute, Structure, assemble
+from autoprune.structure.training import run_in_training
 from autoprune.structure.units import Group, Slot, Units, find_units, first_labels
 
 ALLOWANCE = 2**28
@@ -65,12 +66,7 @@ class Example:
     ) -> list[Tensor]:
         """Output tensors of `model`, put in evaluation mode, for all inputs; on the meta device just their shapes."""
         model.eval()
-
-        def place(leaf: Tensor) -> Tensor:
-            if meta:
-                return leaf.detach().to("meta")
-            return leaf if isinstance(leaf, nn.Parameter) else leaf.clone()  # a forward may write to the others
-
+        place = _on_meta if meta else _copied
         call = Call(model, self.forward)
         state = {name: place(tensor) for name, tensor in (*call.named_parameters(), *call.named_buffers())}
         outputs = []
@@ -78,6 +74,21 @@ class Example:
             args, kwargs = map_tensors(place, (inputs[0], dict(inputs[1])))
             outputs.append(call_with(call, state, args, kwargs, mode, decomposed=mode is not None))
         return tensors_in(outputs)
+
+    def run_in_training(self, model: nn.Module, *, meta: bool) -> list[Tensor]:
+        """Output tensors of `model` in training mode for the first inputs, without what training makes random."""
+        place = _on_meta if meta else _copied
+        state = {f"model.{name}": place(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        return run_in_training(model, self.forward, state, map_tensors(place, (self.args, dict(self.kwargs))))
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy, because a forward may write to it, of what is no parameter."""
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
 
 
 class Checker:
@@ -252,6 +263,23 @@ class Checker:
             if len(part.kept) < len(pruning.kept):
                 sliced = Replay(self.flow, units, structure.keep(part)).sliced(self.tensors, self.inputs)
             _compare("module", self.example.run(cut), sliced)
+
+    def misfit_in_training(self, units: Units, structure: Structure) -> str:
+        """What goes wrong when a smaller module runs in training mode, in shapes; empty where nothing does."""
+        record = self.flow.record
+        if not record.training:
+            return ""
+        rng = np.random.default_rng(self.seed)
+        pruning = Pruning({group.name: _some(group, rng) for group in units.groups})
+        replay = Replay(self.flow, units, structure.keep(pruning))
+        cut = Slicer(self.shapes).cut(structure.edit(pruning))
+        try:
+            found = self.example.run_in_training(cut, meta=record.device == "meta")
+        except Exception as error:  # whatever the user's forward raises on a smaller module
+            return f"a smaller model raised {type(error).__name__}: {error}".partition("\n")[0][:160]
+        expected = [replay.shape(value) for value in record.trained]
+        shapes = [tuple(out.shape) for out in found]
+        return "" if shapes == expected else f"a smaller model returned shapes {shapes} instead of {expected}"
 
     def _batches(self, groups: Sequence[Group], pruning: Pruning) -> list[Pruning]:
         """The same pruning in parts whose cut tensors take no more memory than allowed, a group at least."""

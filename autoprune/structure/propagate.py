@@ -139,6 +139,8 @@ class Propagation:
 
     def choose(self, op: Op, default: int, factors: int = 2) -> int:
         """Take the choice for an ambiguous site, and remember that it is one."""
+        if op.index in self.record.twins:  # training does with a layer what evaluation does
+            return self.sites.get(self.record.twins[op.index], default)
         self.factors[op.index] = factors
         self.sites[op.index] = self.choices.get(op.index, default)
         return self.sites[op.index]
@@ -149,12 +151,14 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
     from autoprune.structure.rules import rule_of
 
     flow = Propagation(record, choices or {})
-    flow.read = frozenset((*(value for op in record.ops for value in op.inputs()), *record.outputs))
+    ran = (*record.ops, *record.training)
+    ends = (*record.outputs, *record.training_ends)
+    flow.read = frozenset((*(value for op in ran for value in op.inputs()), *ends))
     flow.scores = attention_scores(record)
     for i, known in enumerate(record.values):
         if known.name and i not in flow.read:
             flow.labels[i] = [None] * len(known.shape)  # nothing says what may go, so all of it stays
-    for op in record.ops:
+    for op in ran:
         apply = rule_of(op)
         results = _without_rule(flow, op, "has no rule") if apply is None else _apply(flow, op, apply)
         read = set(op.inputs())
@@ -164,6 +168,9 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
     for value in record.outputs:
         for labels in flow.of(value):
             flow.freeze(None, labels, "returned by the model")
+    for value in record.training_ends:
+        for labels in flow.of(value):
+            flow.freeze(None, labels, "returned by the model in training")
     return flow
 
 

@@ -118,6 +118,12 @@ class Record:
         device: ``"meta"``, or that of the real values.
         foreseen: Operations that need not be computed to know what they return; none where the pass reads values, or
             ran on the meta device.
+        training: Operations that a pass in training mode ran beyond these; their indices follow on.
+        twins: Operations of `training` by index, with the index of the one that evaluation runs in their place.
+        trained: Values that the pass in training mode returned.
+        training_ends: Those among them, and other results of `training`, that nothing reads or evaluation returns.
+        met: Number of values that the passes in evaluation mode met.
+        untrained: Why there is no such pass, in words; empty where it was followed.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -129,6 +135,16 @@ class Record:
     first: int = 0
     device: str = "meta"
     foreseen: Foreseen = field(default_factory=dict)
+    training: list[Op] = field(default_factory=list)
+    twins: dict[int, int] = field(default_factory=dict)
+    trained: list[int] = field(default_factory=list)
+    training_ends: list[int] = field(default_factory=list)
+    untrained: str = ""
+    met: int = 0
+
+    def op(self, index: int) -> Op:
+        """An operation by its index, of training too."""
+        return self.ops[index] if index < len(self.ops) else self.training[index - len(self.ops)]
 
     def named(self) -> dict[str, int]:
         """Name of each parameter and buffer that the pass touched, to its value."""

@@ -60,6 +60,7 @@ class Structure:
         weights: Shapes of the parameters that convolutions and matrix products multiply with, in forward order.
         device: Where the pass was traced: ``"meta"``, or the device of the model's real values.
         graphs: Modules that are delivered as graphs of what they ran, because their code does not follow the widths.
+        untrained: Why what only training runs was not followed, in words; empty where it was.
     """
 
     groups: tuple[Group, ...]
@@ -71,6 +72,7 @@ class Structure:
     weights: Mapping[str, tuple[int, ...]] = field(repr=False)
     device: str
     graphs: Mapping[str, Description] = field(default_factory=dict, repr=False)
+    untrained: str = ""
 
     @cached_property
     def sizes(self) -> IntArray:
@@ -182,7 +184,9 @@ def assemble(
 def _group_counts(flow: Propagation, units: Units) -> list[Attribute]:
     """``groups`` of grouped convolutions and ``num_groups`` of group norms that may lose whole groups."""
     found = {}
-    for op in flow.record.ops:
+    for op in (*flow.record.ops, *flow.record.training):
+        if op.index in flow.record.twins:
+            continue
         name = "groups" if "groups" in op.args else "group"
         groups, weight = op.args.get(name), op.args.get("weight")
         if not groups or groups == 1 or weight is None or kept_groups(op, flow, 0) == groups:

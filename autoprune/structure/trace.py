@@ -19,6 +19,7 @@ from autoprune.structure.containers import map_tensors, tensors_in
 from autoprune.structure.record import Foreseen, Forward, Inputs, Record
 from autoprune.structure.recorder import Recorder, module_paths
 from autoprune.structure.skeleton import Call, call_with, skeleton
+from autoprune.structure.training import follow_training
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def trace(
     *,
     values: bool = False,
     foreseen: Foreseen | None = None,
+    training: bool = False,
 ) -> Record:
     """Run `forward` once on each example, on the meta device if possible, and record what it did.
 
@@ -43,22 +45,25 @@ def trace(
         further: More examples, which take other branches.
         values: Run on the real values: the operations are then those of the device.
         foreseen: With `values`, operations that are not computed, to save their time; of an earlier pass.
+        training: Record as well what a pass in training mode runs beyond these.
     """
     examples = [(args, kwargs), *further]
     if values:
         return _trace(model, examples, forward, meta=False, decomposed=False, foreseen=foreseen)
     if any(leaf.layout != torch.strided for leaf in tensors_in(examples, objects=True)):
-        return _trace(model, examples, forward, meta=False)  # on the meta device a sparse tensor stores nothing
+        # On the meta device a sparse tensor stores nothing.
+        return _trace(model, examples, forward, meta=False, training=training)
     try:
-        record = _trace(model, examples, forward, meta=True)
+        record = _trace(model, examples, forward, meta=True, training=training)
         # Made behind our back, as the index tensor of x[:, [0, 2]] is: its values are needed and are lost.
-        lost = [v for v in record.values if v.kind == "constant" and v.tensor is not None and v.tensor.is_meta]
+        met = record.values[: record.met]
+        lost = [v for v in met if v.kind == "constant" and v.tensor is not None and v.tensor.is_meta]
         if not lost:
             return record
         log.info("tracing on the meta device lost %d constants; tracing on real values", len(lost))
     except Exception as error:  # a model may do anything that the meta device cannot, such as read a value
         log.info("tracing on the meta device failed (%s); tracing on real values", error)
-    return _trace(model, examples, forward, meta=False)
+    return _trace(model, examples, forward, meta=False, training=training)
 
 
 def _trace(
@@ -69,6 +74,7 @@ def _trace(
     meta: bool,
     decomposed: bool = True,
     foreseen: Foreseen | None = None,
+    training: bool = False,
 ) -> Record:
     copied = skeleton(model).eval()
     move: dict[int, Tensor] = {}
@@ -114,6 +120,9 @@ def _trace(
         value.died = min(value.died, len(record.ops))
     for i in record.outputs:
         record.values[i].died = len(record.ops)
+    record.met = len(record.values)
+    if training:
+        follow_training(recorder, copied, forward, state, moved_examples[0])
     return record
 
 

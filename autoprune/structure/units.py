@@ -195,14 +195,13 @@ def _components(flow: Propagation) -> IntArray:
 def _reasons(flow: Propagation, component: IntArray) -> dict[int, str]:
     """Component to the first reason why it stays."""
     reasons: dict[int, str] = {0: "it has a constant size"}
-    ops = flow.record.ops
     for freeze in flow.freezes:
         for label in np.unique(component[freeze.labels]).tolist():
             reasons.setdefault(label, freeze.reason)
     for edge in flow.edges:
         touched = np.concatenate([edge.b[edge.a == 0], edge.a[edge.b == 0]])
         for label in np.unique(component[touched]).tolist():
-            reasons.setdefault(label, f"tied to a part of constant size by {ops[edge.op].where()}")
+            reasons.setdefault(label, f"tied to a part of constant size by {flow.record.op(edge.op).where()}")
     return reasons
 
 

@@ -85,6 +85,8 @@ def notes(found: Inspection) -> list[str]:
         lines.append(f"Sizes kept in Python that follow the units: {some(found.attributes)}.")
     if found.graphs:
         lines.append(f"Their code ties sizes, so they are delivered as graphs of what they ran: {some(found.graphs)}.")
+    if why := found.structure.untrained:
+        lines.append(f"What only training runs was not followed, and may not fit a pruned model: {why}.")
     if missing := found.structure.terms.uncounted:
         lines.append(
             f"FLOPs leave out {some(missing)}: no formula says what it costs, and budgets on flops are refused."
