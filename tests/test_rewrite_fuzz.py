@@ -5,11 +5,11 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.rewriting import TOKEN_SPECS, Attend, ClassToken, Plain, Rewritten, TokenSpec, Windows, check_tokens
 
-NETWORKS = 100
+NETWORKS = 12  # benchmarks.fuzz_rewriting runs more
 
 
 @pytest.mark.slow
-def test_a_hundred_random_networks_with_rewritten_modules_are_built_right():
+def test_random_networks_with_rewritten_modules_are_built_right():
     total = Rewritten()
 
     @settings(
@@ -26,7 +26,7 @@ def test_a_hundred_random_networks_with_rewritten_modules_are_built_right():
     run()
     assert total.networks >= NETWORKS
     assert total.graphs >= total.networks / 2
-    assert total.stuck <= 0.1 * total.networks
+    assert total.stuck == 0
 
 
 @pytest.mark.parametrize(
