@@ -133,7 +133,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         return None if others or name not in self._single else name
 
     def _viewed(self, x: Tensor, out: Tensor) -> None:
-        self._shapes[out] = self._shapes.get(x, tuple(x.shape))
+        self._shapes[out] = tuple(x.shape)
         if x in self._awaiting and out.shape[-1:] == x.shape[-1:]:
             self._awaiting[out] = self._awaiting[x]
 

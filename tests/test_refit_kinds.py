@@ -57,7 +57,8 @@ class Padded(nn.Module):
         self.inner, self.outer, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 4)
 
     def forward(self, ids, attention_mask):
-        x = self.outer(self.inner(self.embed(ids)).relu())
+        x = self.inner(self.embed(ids)).relu().unflatten(-1, (4, -1)).transpose(1, 2).contiguous()
+        x = self.outer(x.transpose(1, 2).flatten(2))  # as attention joins its heads
         weight = attention_mask[..., None].to(x.dtype)
         return self.head((x * weight).sum(1) / weight.sum(1))
 
