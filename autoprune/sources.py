@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -18,12 +20,42 @@ from autoprune.errors import DataError
 from autoprune.protocols import IntArray
 
 SMALLEST_PART = 4
+
+_process_state = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """In a child, as a loader makes, the thread that held the lock is not there to release it."""
+    global _process_state
+    _process_state = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 Load = Callable[[Sequence[IntArray]], list[Batch]]
 
 
 @contextlib.contextmanager
+def process_state() -> Iterator[None]:
+    """Hold what threads of a process share, such as random states and the hooks of modules, for this thread alone."""
+    with _process_state:
+        yield
+
+
+@contextlib.contextmanager
 def seeded(seed: int, *generators: torch.Generator | None) -> Iterator[None]:
-    """Seed the random states of Python, NumPy, torch and `generators` inside, and restore them afterwards."""
+    """Seed the random states of Python, NumPy, torch and `generators` inside, and restore them afterwards.
+
+    They belong to the process, so of several threads one at a time is inside: two searches in two threads draw what
+    each draws alone. Draws of the user's own threads may come in between, and should use generators of their own.
+    """
+    with process_state(), _seeded(seed, generators):
+        yield
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, generators: Sequence[torch.Generator | None]) -> Iterator[None]:
     own = [generator for generator in generators if generator is not None]
     saved = [generator.get_state() for generator in own]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  datasets draw from it

@@ -27,6 +27,7 @@ from autoprune.data import Subsets, materialise, synthetic
 from autoprune.errors import BudgetError, DataError, InfeasibleBudgetError, UnsupportedModelError
 from autoprune.evaluators import Compensated, Context, Evaluator, Forward, make_evaluator
 from autoprune.evaluators.memory import fitting
+from autoprune.files import brief
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.prior import PRIORS, expected_losses
@@ -194,6 +195,7 @@ def prepare(
     with seeded(0):
         expected = expected_losses(prior, context.space, scores, criterion, scored, structure, subsets.calibration, run)
     problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
+    fresh = _copied(chosen)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
     notes = [f"search over {bound.describe()}{traced}"]
@@ -217,6 +219,21 @@ def prepare(
     return Study(
         context, chosen, fresh, problem, named, wanted, limits, ordered, given, whole, None, source, priced, peak
     )
+
+
+def _copied(evaluator: Evaluator) -> Evaluator:
+    """The evaluator as it is before it is prepared, for workers.
+
+    Raises:
+        TypeError: If it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(evaluator)
+    except Exception as error:  # whatever a user's object raises when it is copied
+        raise TypeError(
+            f"evaluator must be something that can be copied before it is prepared, but {type(evaluator).__name__} "
+            f"cannot ({brief(error)}); keep locks, files, sockets and generators out of it, or give it a __deepcopy__"
+        ) from error
 
 
 def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:

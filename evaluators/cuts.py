@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from autoprune.batches import Batch
 from autoprune.protocols import FloatArray, IntArray
+from autoprune.sources import process_state
 from autoprune.structure.macs import dense_macs
 from autoprune.structure.record import Forward, ModuleCall, Op, Record, Ref
 from autoprune.structure.slicing import owners
@@ -160,18 +162,22 @@ def _watching(forward: Forward, written: list[str]) -> Forward:
 
 @contextmanager
 def _noting_writes(written: list[str]) -> Iterator[None]:
-    original: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
+    here = get_ident()
+    original: Callable[[nn.Module, str, Any], None]
 
     def note(module: nn.Module, name: str, value: Any) -> None:
-        if not name.startswith("_flat_weights"):  # which tracing itself refreshes
+        # Not what tracing itself refreshes, nor what other threads do to modules of their own.
+        if not name.startswith("_flat_weights") and get_ident() == here:
             written.append(f"{type(module).__name__}.{name}")
         original(module, name, value)
 
-    nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]  # sees writes to any module
-    try:
-        yield
-    finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign, assignment]  # as above
+    with process_state():  # of two threads, the second would restore what the first one put there
+        original = nn.Module.__setattr__
+        nn.Module.__setattr__ = note  # type: ignore[method-assign, assignment]  # sees writes to any module
+        try:
+            yield
+        finally:
+            nn.Module.__setattr__ = original  # type: ignore[method-assign]  # as above
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from autoprune.evaluators.memory import is_out_of_memory
 from autoprune.evaluators.protocol import Context
 from autoprune.evaluators.store import Kept, Key, State, Store, copied, nbytes, placeholder, tensors, versions
 from autoprune.protocols import Failure, Measurement
-from autoprune.sources import seeded
+from autoprune.sources import process_state, seeded
 from autoprune.structure.slicing import Edit, owners
 
 log = logging.getLogger(__name__)
@@ -247,7 +247,8 @@ class Sharing:
         try:
             if context.structure.device != "meta":
                 raise NothingToShareError("the forward pass needs real values")
-            flow = flow_of(context.model, [*subsets.calibration, *subsets.validation], context.forward)
+            with process_state():  # tracing changes what threads share
+                flow = flow_of(context.model, [*subsets.calibration, *subsets.validation], context.forward)
             firsts = first_operations(context, flow)
         except Exception as error:  # a fault of the model shows again when a candidate is scored
             log.info("candidates share no computation: %s", said(error))

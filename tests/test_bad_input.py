@@ -1,6 +1,7 @@
 """Mistakes in the arguments: each is refused before the first trial, with the argument, the value and the way out."""
 
 import re
+import threading
 import warnings
 from dataclasses import replace
 
@@ -383,3 +384,10 @@ def test_a_trial_of_a_result_without_its_model_says_how_to_build_it(mlp):
     alone = replace(search(mlp), _builder=None)
     with refused(autoprune.RecipeError, "build needs the model", "SearchResult.load(path, model=model)"):
         alone.build()
+
+
+def test_an_evaluator_that_cannot_be_copied_is_named(mlp):
+    evaluator = AdaptiveBN()
+    evaluator.lock = threading.Lock()
+    with refused(TypeError, "evaluator must be something that can be copied", "AdaptiveBN cannot", "__deepcopy__"):
+        search(mlp, evaluator=evaluator)

@@ -20,7 +20,7 @@ MAPPED = ("search_spaces", "evaluators")
 # autoprune. `autoprune` is the package's own __init__, the public names.
 LAYERS = (
     ("errors", "arguments"),
-    ("files", "schema"),
+    ("files", "schema", "imports"),
     ("protocols", "batches"),
     ("sources", "scorers", "statistics"),
     ("budget", "data", "pareto", "language", "losses", "segmentation"),

@@ -13,10 +13,13 @@ import torch
 import autoprune
 from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import RayExecutor
+from autoprune.execution.ray import _require_authentication
 from autoprune.execution.ray_worker import Worker
 from autoprune.journal import Journal
 from autoprune.protocols import FAILED, OK
+from tests.conftest import running
 from tests.object_stores import object_stores
+from tests.sockets import LOOPBACK, listening_of
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.ray
@@ -289,6 +292,16 @@ class TestRelatedCandidates:
         assert sorted(quick + slow) == list(range(8))
 
 
+class Locked(AdaptiveBN):
+    """Can be copied, and cannot be pickled."""
+
+    def __deepcopy__(self, memo):
+        return Locked()
+
+    def __reduce__(self):
+        raise TypeError("cannot pickle a lock")
+
+
 class Unpreparable(AdaptiveBN):
     def __init__(self):
         super().__init__()
@@ -311,12 +324,24 @@ def test_workers_that_cannot_start_are_given_up_with_the_reason(two_workers):
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"threads_per_worker": 0}, "threads_per_worker must be at least 1, got 0"),
         ({"cpus_per_worker": 0}, "must not both be 0"),
+        ({"listen": "everywhere"}, "listen must be 'loopback' or 'network', got 'everywhere'"),
         ({"timeout_seconds": 0}, "timeout_seconds must be positive or None, got 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RayExecutor(**options)
+
+
+@pytest.mark.parametrize("version", ["2.40.0", "2.51.1", "1.13", "2.9.3"])
+def test_a_ray_without_token_authentication_is_refused(version):
+    with pytest.raises(ImportError, match=rf"needs Ray 2.52 or newer, .* token authentication, got {version}; pip"):
+        _require_authentication(version)
+
+
+@pytest.mark.parametrize("version", ["2.52.0", "2.60.0", "3.0.0.dev0"])
+def test_a_ray_with_token_authentication_is_taken(version):
+    _require_authentication(version)
 
 
 def test_workers_larger_than_any_node_are_refused(ray):
@@ -336,6 +361,38 @@ class TestOtherRays:
     def test_a_ray_of_its_own_is_shut_down_and_leaves_the_random_state_alone(self, ray, global_rng_untouched):
         with global_rng_untouched():
             assert_whole(search(4, executor=RayExecutor(workers=1)), 4)
+
+    def test_it_listens_on_the_loopback_only_and_leaves_the_environment_as_it_was(self, ray):
+        executor, listening = RayExecutor(workers=1), []
+        gather, before = executor.gather, dict(os.environ)
+
+        def watched():
+            finished = gather()
+            listening.extend(listening_of({os.getpid(), *running()}))
+            return finished
+
+        executor.gather = watched
+        assert_whole(search(4, executor=executor), 4)
+        assert len(set(listening)) >= 4, "Ray and its worker"
+        assert {address for address, _ in listening} <= LOOPBACK
+        assert dict(os.environ) == before
+
+    @pytest.mark.parametrize("name", ["evaluator", "metric", "forward"])
+    def test_what_cannot_be_pickled_is_named_by_its_argument(self, ray, name):
+        lock = threading.Lock()
+
+        def metric(outputs, batch):
+            return (outputs.argmax(1) == batch[1]).float() if lock else None
+
+        options = {
+            "evaluator": {"evaluator": Locked()},
+            "metric": {"metric": autoprune.Metric(metric, True)},
+            "forward": {"forward": lambda model, batch: model(batch[0]) if lock else None},
+        }[name]
+        pattern = rf"^{name} must be something that pickle can send to the workers of Ray, but .*use executor='local'$"
+        with pytest.raises(TypeError, match=pattern) as caught:
+            search(4, executor=RayExecutor(workers=1), **options)
+        assert len(str(caught.value)) <= 500
 
     def test_model_and_data_are_stored_once_a_node_however_many_tasks(self, ray):
         from ray.cluster_utils import Cluster

@@ -19,14 +19,19 @@ from autoprune.arguments import is_number, shown
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.execution.local import GENERATION, Finished, Outcome
 from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
+from autoprune.files import brief
+from autoprune.imports import importing
 from autoprune.protocols import Failure, IntArray
 from autoprune.racing import Contest
+from autoprune.sources import process_state
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0  # how soon a hanging worker is noticed
 _LOOK_SECONDS = 5.0  # between looks at what nodes there are
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_FIRST_WITH_TOKENS = (2, 52)
+_LOOPBACK = "127.0.0.1"
 _STRIKES = 2  # workers that a candidate may take down before it counts as failed
 _CONSIDERED = 64  # candidates waiting that a worker's next one is chosen from
 
@@ -34,11 +39,43 @@ _CONSIDERED = 64  # candidates waiting that a worker's next one is chosen from
 @contextmanager
 def _random_as_before() -> Iterator[None]:
     """Restore Python's random state, which Ray draws from; unseeded inside, because its draws name processes."""
-    state = random.getstate()
+    with process_state():
+        state = random.getstate()
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+@contextmanager
+def _on_loopback(alone: bool) -> Iterator[None]:
+    """Start Ray on the loopback, by the switch that it has for systems whose firewalls would ask the user.
+
+    Nothing public does: an address of the loopback given to ``ray.init`` is replaced by one that others reach.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and not alone
     try:
         yield
     finally:
-        random.setstate(state)
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _require_authentication(version: str) -> None:
+    """Refuse a Ray whose ports take commands from whoever reaches them.
+
+    Raises:
+        ImportError: If it is older than the first that asks for a token.
+    """
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < _FIRST_WITH_TOKENS:
+        first = ".".join(map(str, _FIRST_WITH_TOKENS))
+        raise ImportError(
+            f"executor='ray' needs Ray {first} or newer, the first with token authentication, got {version}; "
+            f"pip install 'ray>={first}'"
+        )
 
 
 @final
@@ -64,6 +101,8 @@ class RayExecutor:
         synchronous: Ask for a generation, wait for all of it, and tell in the order asked. The same seed then gives the
             same trials as a local search with as many threads, but fast workers wait for slow ones.
         generation: Candidates asked for at once if synchronous.
+        listen: Where a Ray of its own listens: ``"loopback"``, which only this machine reaches, or ``"network"``, for
+            nodes that shall join it.
         ahead: Candidates waiting on each worker beside the one that it evaluates, so that it need not wait for the
             driver. 0 lets optimizers learn sooner, and is better where evaluations take many seconds.
 
@@ -86,6 +125,7 @@ class RayExecutor:
         synchronous: bool = False,
         generation: int = GENERATION,
         ahead: int = 1,
+        listen: str = "loopback",
     ) -> None:
         for name, value, least in (
             ("workers", 1 if workers is None else workers, 1),
@@ -102,7 +142,10 @@ class RayExecutor:
             raise ValueError("cpus_per_worker and gpus_per_worker must not both be 0: workers would have no bound")
         if timeout_seconds is not None and not (is_number(timeout_seconds) and timeout_seconds > 0):
             raise ValueError(f"timeout_seconds must be positive or None, got {timeout_seconds}")
+        if listen not in ("loopback", "network"):
+            raise ValueError(f"listen must be 'loopback' or 'network', got {listen!r:.200}")
         self.threads: int | None = threads_per_worker
+        self._listen = listen
         self._address, self._wanted, self._runtime_env = address, workers, runtime_env
         self._cpus, self._gpus = cpus_per_worker, gpus_per_worker
         self._max_restarts, self._timeout = max_restarts, timeout_seconds
@@ -112,6 +155,7 @@ class RayExecutor:
     def _forget(self) -> None:
         self._ray: Any = None
         self._connected = False
+        self._environment: dict[str, str | None] = {}  # before Ray changed it
         self._evaluator: Evaluator | None = None
         self._shipped: Any = None
         self._started = 0
@@ -125,19 +169,21 @@ class RayExecutor:
         """Connect to Ray, store evaluator and context in it once, and start the workers.
 
         Raises:
+            ImportError: If Ray is older than its token authentication.
+            RuntimeError: If a Ray of its own would listen to more than this machine.
+            TypeError: If something that workers need cannot be pickled; names the argument.
             ValueError: If no node has room for a worker, or a Ray of its own for as many as asked for.
         """
-        import ray
+        with importing():
+            import ray
 
+        _require_authentication(ray.__version__)
         self._ray, self._connected = ray, not ray.is_initialized()
+        local_room = None
         if self._connected:
             address = self._address or os.environ.get("RAY_ADDRESS") or "local"
-            local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-            with _random_as_before():
-                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
-            local_room = self._capacity() if local else None
-        else:
-            local_room = None
+            self._connect(address)
+            local_room = self._capacity() if address == "local" else None
         room = self._capacity()
         if room == 0 if self._wanted is None else local_room is not None and self._wanted > local_room:
             raise ValueError(
@@ -146,8 +192,43 @@ class RayExecutor:
                 f"({self._resources()}); ask for fewer or smaller ones"
             )
         self._evaluator = evaluator
-        self._shipped = ray.put((fresh, context_on(replace(context, subsets=context.subsets.to_send()), "cpu")))
+        self._shipped = self._store(fresh, context_on(replace(context, subsets=context.subsets.to_send()), "cpu"))
         self._add_workers(self._wanted or room)
+
+    def _connect(self, address: str) -> None:
+        """Connect to a Ray, or start one; what it does to the environment is undone by `stop`."""
+        local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        alone = bool(local) and self._listen == "loopback"
+        before = dict(os.environ)
+        with _random_as_before(), _on_loopback(alone):
+            self._ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+        self._environment = {name: before.get(name) for name in {*before, *os.environ} if _changed(name, before)}
+        if alone and any(node["NodeManagerAddress"] != _LOOPBACK for node in self._ray.nodes()):
+            raise RuntimeError(
+                f"Ray {self._ray.__version__} must listen on the loopback alone, but it does not; start a cluster with "
+                "`ray start` and name it with address=, or allow it with RayExecutor(listen='network')"
+            )
+
+    def _store(self, fresh: Evaluator, context: Context) -> Any:
+        """Put what workers need into the object store, once."""
+        try:
+            return self._ray.put((fresh, context))
+        except Exception as error:  # whatever a user's object raises when it is pickled
+            parts = {"evaluator": fresh, "metric": context.judge, "data": context.subsets, "forward": context.forward}
+            for name, part in {**parts, "space": context.space, "model": context.model}.items():
+                if (why := self._why_unpicklable(part)) is not None:
+                    raise TypeError(
+                        f"{name} must be something that pickle can send to the workers of Ray, but it cannot "
+                        f"({brief(why)}); keep locks, files, sockets and generators out of it, or use executor='local'"
+                    ) from error
+            raise
+
+    def _why_unpicklable(self, part: Any) -> Exception | None:
+        try:
+            self._ray.cloudpickle.dumps(part)
+        except Exception as error:  # as above
+            return error
+        return None
 
     def room(self) -> int:
         """A generation once the last one is done if synchronous, else what workers have slots for."""
@@ -187,6 +268,11 @@ class RayExecutor:
         if self._connected:
             with _random_as_before():
                 self._ray.shutdown()
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         self._forget()
 
     def _release(self) -> list[Finished]:
@@ -347,6 +433,10 @@ class RayExecutor:
     def _resources(self) -> str:
         found = self._ray.cluster_resources()
         return f"{found.get('CPU', 0):g} CPUs and {found.get('GPU', 0):g} GPUs in all"
+
+
+def _changed(name: str, before: Mapping[str, str]) -> bool:
+    return os.environ.get(name) != before.get(name)
 
 
 def _one_line(error: Exception) -> str:

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from autoprune.errors import NothingToPruneError, StructureCheckError, UnsupportedModelError
+from autoprune.imports import import_late_ones
 from autoprune.sources import seeded
 from autoprune.structure.checks import Checker, Example
 from autoprune.structure.containers import map_tensors
+from autoprune.structure.isolated import ProcessDiedError, call_alone
 from autoprune.structure.propagate import Propagation, propagate
 from autoprune.structure.record import Forward, Inputs, Record
 from autoprune.structure.rewrite import find_rewrites, rewritten
@@ -65,6 +67,7 @@ def analyse(
         raise ValueError(f"checks must be 'on', 'strict' or 'isolated', got {checks!r}")
     if rewrite not in ("auto", "off"):
         raise ValueError(f"rewrite must be 'auto' or 'off', got {rewrite!r}")
+    import_late_ones()
     device = require_supported(model)
     if checks == "isolated":
         settings = {
@@ -126,19 +129,13 @@ def _isolated(
     kwargs: Mapping[str, Any] | None,
     settings: dict[str, Any],
 ) -> Structure:
-    from joblib.externals.loky import ProcessPoolExecutor
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-    with ProcessPoolExecutor(max_workers=1) as pool:
-        task = pool.submit(_analyse_alone, torch.get_num_threads(), model, args, kwargs, settings)
-        try:
-            structure: Structure = task.result()
-        except TerminatedWorkerError as error:
-            raise StructureCheckError(
-                "checks='isolated' and the model's forward killed its process on a sliced copy, in a native kernel for "
-                "example; leave modules out with forward= or outputs=, or run with checks='on' to see where"
-            ) from error
-    return structure
+    try:
+        return call_alone(_analyse_alone, torch.get_num_threads(), model, args, kwargs, settings)
+    except ProcessDiedError as error:
+        raise StructureCheckError(
+            "checks='isolated' and the model's forward killed its process on a sliced copy, in a native kernel for "
+            "example; leave modules out with forward= or outputs=, or run with checks='on' to see where"
+        ) from error
 
 
 def _analyse_alone(

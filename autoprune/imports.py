@@ -1,0 +1,35 @@
+"""Imports of libraries that change the process on the way: their warning filters and environment variables."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+
+_LOCK = threading.RLock()
+_LATE = ("torch._dynamo", "scipy.special", "scipy.sparse")  # what tracing and its checks import anyway
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Leave warning filters and environment variables as they were before the imports inside."""
+    with _LOCK, warnings.catch_warnings():
+        before = dict(os.environ)
+        try:
+            yield
+        finally:
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
+            os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+@cache
+def import_late_ones() -> None:
+    """Import what PyTorch and SciPy would import during the first search."""
+    with importing():
+        for name in _LATE:
+            import_module(name)
