@@ -44,7 +44,7 @@ from autoprune.journal_file import (
     writable,
 )
 from autoprune.journal_reader import open_to_read
-from autoprune.journal_rows import EVALUATION_COLUMNS, TrialRow, evaluation_row, trial_row
+from autoprune.journal_rows import EVALUATION_COLUMNS, TrialRow, evaluation_row, trial_row, values_of
 from autoprune.journal_watch import Watch, rescued
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
 from autoprune.statistics import fidelity_of, reason_of, stages_of, statistics_of, status_of
@@ -222,14 +222,18 @@ class Journal:
 
     def metrics(self, evaluation: int) -> FloatArray:
         """The metric of each sample in an evaluation, rounded to float32, shape (n,); empty if it failed."""
-        (blob,) = self._connection.execute("SELECT metrics FROM evaluations WHERE id = ?", (evaluation,)).fetchone()
-        return np.frombuffer(blob or b"", "<f4").astype(np.float64)
+        query = "SELECT metrics FROM evaluations WHERE id = ?"
+        with self._sound():
+            (blob,) = self._connection.execute(query, (evaluation,)).fetchone()
+            return values_of(blob).astype(np.float64)
 
     def values(self, trial: int) -> tuple[FloatArray, FloatArray]:
         """Signal and metric of each sample in the last evaluation of `trial`, float32; empty without."""
         query = "SELECT signals, metrics FROM evaluations WHERE trial = ? ORDER BY id DESC LIMIT 1"
-        signals, metrics = self._connection.execute(query, (trial,)).fetchone() or (None, None)  # lost with the file
-        return np.frombuffer(signals or b"", "<f4"), np.frombuffer(metrics or b"", "<f4")
+        with self._sound():
+            found = self._connection.execute(query, (trial,)).fetchone() or (None, None)  # lost with the file
+            signals, metrics = map(values_of, found)
+            return signals, metrics
 
     def first_of_ask(self, trial: int) -> int:
         """The first trial of those proposed together with `trial`."""

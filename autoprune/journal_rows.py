@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from autoprune.files import parse_json
-from autoprune.protocols import FAILED, OK, RACED
+from autoprune.protocols import FAILED, OK, RACED, FloatArray
 from autoprune.schema import require_form
 
 
@@ -75,3 +77,10 @@ def trial_row(row: tuple[Any, ...], evaluations: tuple[EvaluationRow, ...]) -> T
     found |= {name: parse_json(found[name]) for name in ("candidate", "costs")}
     require_form(found, _TRIAL_FORM, f"trial {str(row[0])[:20]}")
     return TrialRow(**{**found, "candidate": tuple(found["candidate"])}, evaluations=evaluations)
+
+
+def values_of(blob: bytes | None) -> FloatArray:
+    """Values of samples, float32, shape (n,); empty for NULL."""
+    if not isinstance(blob, bytes | None):
+        raise ValueError(f"values of samples must be a blob, got {type(blob).__name__}")
+    return np.frombuffer(blob or b"", "<f4")
