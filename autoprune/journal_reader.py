@@ -48,9 +48,10 @@ def open_to_read(run_dir: str | Path) -> tuple[sqlite3.Connection, ExitStack]:
             connection = _connect(path, stack)
             patiently(partial(check, connection, path), path, _MOST_BUSY_SECONDS)
             return connection, stack
-        except FileFormatError:
+        except (FileFormatError, FileNotFoundError) as error:
             stack.close()
-            if last or path.stat().st_size or not path.exists():
+            vanished = isinstance(error, FileNotFoundError) and path.exists()  # the log, because its writer ended
+            if last or not (vanished or (path.exists() and not path.stat().st_size)):
                 raise
         except BaseException:  # raised again: nothing is left open
             stack.close()
@@ -61,8 +62,9 @@ def open_to_read(run_dir: str | Path) -> tuple[sqlite3.Connection, ExitStack]:
 
 def _connect(path: Path, stack: ExitStack) -> sqlite3.Connection:
     log, shared = (path.with_name(f"{path.name}-{ending}") for ending in ("wal", "shm"))
-    pending = any(side.exists() and side.stat().st_size for side in (log, path.with_name(f"{path.name}-journal")))
-    if is_written(path) or (pending and shared.exists() and os.access(shared, os.W_OK)):
+    pending = log.exists() and log.stat().st_size > 0
+    begun = path.with_name(f"{path.name}-journal").exists()  # by a program that is just laying it out
+    if begun or is_written(path) or (pending and shared.exists() and os.access(shared, os.W_OK)):
         options = "mode=ro"
     elif not pending:
         options = "mode=ro&immutable=1"
