@@ -260,7 +260,7 @@ def check(connection: sqlite3.Connection, path: Path) -> None:
         # Only once the tables are known to be ours: this one evaluates what they define.
         if not problem and (state := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             problem = f"cannot be read: {state}"
-    except sqlite3.Error as error:
+    except (sqlite3.Error, ValueError) as error:  # such as what is no UTF-8 in a definition or a message
         problem = f"cannot be read: {brief(error)}"
     if problem:
         raise FileFormatError(
