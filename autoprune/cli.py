@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autoprune.result.trials import Trial
 
 _WATCH_SECONDS = 1.0
+_LOOKS_ALONE = 5  # at a journal that no search holds, until its search counts as killed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -350,19 +351,24 @@ def _read(run_dir: Path) -> SearchResult:
 
 
 def _watch(run_dir: Path) -> SearchResult:
-    """Show what the journal holds until its search has all trials, or saves what it found, or Ctrl-C."""
+    """Show what the journal holds until its search has all trials, saves what it found, or was killed; or Ctrl-C."""
     from rich.live import Live
     from rich.text import Text
 
+    from autoprune.journal_file import FILE_NAME, is_written
     from autoprune.result.from_journal import result_from_journal
 
     saved = run_dir / "result.json"
     before = saved.stat().st_mtime_ns if saved.exists() else 0  # of the search before it was resumed
     result = result_from_journal(run_dir)
     with Live(Text(str(result)), auto_refresh=False, transient=True) as live, suppress(KeyboardInterrupt):
+        alone = 0
         while result.stopped == "unfinished" and not (saved.exists() and saved.stat().st_mtime_ns > before):
             began = time.monotonic()
+            alone = 0 if is_written(run_dir / FILE_NAME) else alone + 1
             result = result_from_journal(run_dir)
+            if alone >= _LOOKS_ALONE:
+                break
             live.update(Text(str(result)), refresh=True)
             time.sleep(max(_WATCH_SECONDS, time.monotonic() - began))  # a long journal takes long to read
     return result

@@ -27,7 +27,7 @@ from autoprune.data import Subsets, materialise, synthetic
 from autoprune.errors import BudgetError, DataError, InfeasibleBudgetError, UnsupportedModelError
 from autoprune.evaluators import Compensated, Context, Evaluator, Forward, make_evaluator
 from autoprune.evaluators.memory import fitting
-from autoprune.files import brief
+from autoprune.files import brief, make_folder
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.prior import PRIORS, expected_losses
@@ -278,7 +278,7 @@ def _latency_of(
         given = kept
     if given is None:
         if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(kept.parent, "run_dir")
         log.info("measuring latencies of %s; autoprune.profile measures once for many searches", type(model).__name__)
         return profile_structure(model, structure, args, {}, run, batch=size, path=kept)
     if not isinstance(given, Latency | str | Path):

@@ -1,11 +1,14 @@
 """Kill the driver of a search at random moments, again and again, and compare with the search left alone.
 
-Run ``python -m benchmarks.kill`` from the root of the repository (about 8 minutes); exits with 1 when anything is lost,
-doubled or changed. Each run is a real search in a process of its own, killed with SIGKILL some milliseconds after a
-number of finished trials drawn at random, started anew with ``resume=True``, killed again, and then left to its end.
+Run ``python -m benchmarks.kill`` from the root of the repository (about 20 minutes); exits with 1 when anything is
+lost, doubled or changed. Each run is a real search in a process of its own, killed with SIGKILL, started again with
+``resume=True``, killed again, and then left to its end. The first three kinds are killed some milliseconds after a
+number of finished trials drawn at random; those of `benchmarks.kill_modes` at any moment of their time, which may be
+while a supernet is trained, latencies are measured, or the front is verified.
 
 - local, and synchronous workers of Ray: every resumed search must end with the candidates, scores and front of the one
   left alone.
+- every kind of `benchmarks.kill_modes`: the same, held-out scores and verified costs included.
 - asynchronous workers of Ray: what was recorded must be there unchanged, and what was pending is evaluated once.
 """
 
@@ -28,11 +31,13 @@ from autoprune.execution import Executor, RayExecutor
 from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME
 from autoprune.journal_rows import TrialRow
+from benchmarks import kill_modes
 from benchmarks.common import environment, table, write
 from tests.zoo import ZOO
 
 COMMAND = "python -m benchmarks.kill"
 KILLS, TRIALS = 20, 60
+MOMENTS = 50
 LOCAL, ASYNCHRONOUS, SYNCHRONOUS = "local", "ray", "ray-synchronous"
 DELAY_SECONDS = 0.05  # at most, after the trial that a kill waits for
 
@@ -54,6 +59,9 @@ def search(run_dir: str | None, executor: str | Executor = "local") -> autoprune
 def child(run_dir: str, executor: str) -> None:
     torch.set_num_threads(1)
     print("ready", flush=True)
+    if executor in kill_modes.MODES:
+        kill_modes.run(run_dir, executor)
+        return
     search(run_dir, LOCAL if executor == LOCAL else RayExecutor(workers=2, synchronous=executor == SYNCHRONOUS))
 
 
@@ -121,13 +129,54 @@ def killed_run(run_dir: Path, executor: str, rng: np.random.Generator) -> tuple[
     return counts[1:], sound and kept(before, after) and once and len({row.candidate for row in after}) == TRIALS
 
 
+def killed_at_any_moment(run_dir: Path, mode: str, rng: np.random.Generator, seconds: float) -> tuple[list[int], bool]:
+    """Trials finished at each of two kills, and whether nothing recorded was lost or changed."""
+    counts, sound, before = [], True, recorded(run_dir)
+    for moment in kill_modes.moments(rng, seconds):
+        process = start(run_dir, mode)
+        ended = kill_modes.wait(moment, lambda process=process: process.poll() is not None)
+        if not ended:
+            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
+        after = recorded(run_dir)
+        sound &= kept(before, after)
+        counts.append(finished(run_dir))
+        before = after
+    end(start(run_dir, mode))
+    return counts, sound and kept(before, recorded(run_dir))
+
+
+def modes(folder: Path, kills: int, chosen: str | None) -> list[tuple[str, int, int, str, str]]:
+    """A row for each run of every mode of `kill_modes`, in turn."""
+    rng, rows = np.random.default_rng(1), []
+    names = [name for name in kill_modes.MODES if chosen in (None, name)]
+    wholes, seconds = {}, {}
+    for name in names:
+        run_dir = folder / f"whole {name}"
+        process = start(run_dir, name)
+        began = time.monotonic()
+        end(process)
+        seconds[name] = time.monotonic() - began
+        wholes[name] = kill_modes.end_of(run_dir)
+    for i in range(kills // 2):
+        name = names[i % len(names)]
+        run_dir = folder / str(i)
+        (first, second), sound = killed_at_any_moment(run_dir, name, rng, seconds[name])
+        same = wholes[name] is not None and kill_modes.end_of(run_dir) == wholes[name]
+        rows.append((name, first, second, "yes" if sound else "NO", "yes" if same else "NO"))
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--kills", type=int, default=KILLS, help="for the local search; a fifth of it on Ray, either way"
     )
+    parser.add_argument("--moments", type=int, default=MOMENTS, help="kills at any moment, over all of the other kinds")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--executor", choices=(LOCAL, ASYNCHRONOUS, SYNCHRONOUS), help="by default all")
+    kinds = (LOCAL, ASYNCHRONOUS, SYNCHRONOUS, *kill_modes.MODES)
+    parser.add_argument("--executor", choices=kinds, help="one kind alone; by default all")
     options = parser.parse_args()
     if options.child:
         child(options.child, options.executor)
@@ -149,10 +198,17 @@ def main() -> int:
                 met &= good
                 rows.append((executor, *counts, "yes" if sound else "NO", "yes" if same else "no"))
                 print(rows[-1], flush=True)
-    header = ("executor", "finished at the first kill", "at the second", "none lost or doubled", "as left alone")
+    if options.moments and options.executor not in (LOCAL, ASYNCHRONOUS, SYNCHRONOUS):
+        with tempfile.TemporaryDirectory() as folder:
+            further = modes(Path(folder), options.moments, options.executor)
+        met &= all(row[3:] == ("yes", "yes") for row in further)
+        rows += further
+    header = ("kind", "finished at the first kill", "at the second", "none lost or doubled", "as left alone")
     note = "An asynchronous search depends on who is faster, so it need not end as the one left alone does."
-    text = f"{TRIALS} trials a search. {note}\n\n{table(header, rows)}\n\nTargets {'met' if met else 'NOT met'}."
-    if options.kills == KILLS and options.executor is None:
+    kills = 2 * len(rows)
+    text = f"{kills} kills; {TRIALS} or {kill_modes.TRIALS} trials a search. {note}"
+    text += f"\n\n{table(header, rows)}\n\nTargets {'met' if met else 'NOT met'}."
+    if (options.kills, options.moments, options.executor) == (KILLS, MOMENTS, None):
         write("kill", "Killed drivers", {"environment": where, "met": met, "rows": rows}, text)
     else:
         print(text)

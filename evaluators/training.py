@@ -22,6 +22,8 @@ from autoprune.evaluators.checkpoints import read_checkpoint, write_checkpoint
 from autoprune.evaluators.protocol import Context
 from autoprune.evaluators.rounds import Rounds, mixed
 from autoprune.evaluators.sandwich import Loss, Sandwich, random_candidates
+from autoprune.files import MIB, shortened, sound
+from autoprune.schema import require_form
 from autoprune.sources import seeded, training_loader
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,11 @@ MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer, int], LRScheduler]
 Weights = Mapping[str, Tensor]
 """Parameters and buffers by name, shared ones once."""
+
+MOST_TIMES_MODEL = 16
+"""How much larger than the model a checkpoint may be: optimizers keep several numbers of each weight."""
+
+_FORM = {"identity": {str: object}, "step": int, "position": [int], "weights": {str: object}}
 
 MOST_NORM = 1.0
 """Gradients are clipped to this norm in the default recipe."""
@@ -137,18 +144,25 @@ class Training:
         """Take up the checkpoint if there is one."""
         recipe, position = self._recipe, (0, 0)
         if recipe.checkpoint is not None and recipe.checkpoint.exists():
-            state = read_checkpoint(recipe.checkpoint)
-            differing = [name for name, value in self._identity.items() if state["identity"].get(name) != value]
+            trained = sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers()))
+            state = read_checkpoint(recipe.checkpoint, MOST_TIMES_MODEL * trained + 256 * MIB)
+            told = f"checkpoint {shortened(recipe.checkpoint)} is damaged, or of something else than a supernet"
+            with sound(told, "remove it to train again, or name another file"):
+                require_form(state, _FORM)
+                identity = state["identity"]
+            differing = [name for name, value in self._identity.items() if identity.get(name) != value]
             if differing:
                 raise ValueError(
                     f"checkpoint {recipe.checkpoint} must be of the same training, but it was made with another "
                     f"{', another '.join(differing)}; pass what it was made with, or another file"
                 )
-            load_weights(self._model, state["weights"])
-            self._step, position = state["step"], tuple(state["position"])
-            if self._step < recipe.steps:
-                self._optimizer.load_state_dict(state["optimizer"])
-                self._schedule.load_state_dict(state["schedule"])
+            with sound(told, "remove it to train again, or name another file"):
+                load_weights(self._model, state["weights"])
+                first, second = state["position"]
+                self._step, position = state["step"], (first, second)
+                if self._step < recipe.steps:
+                    self._optimizer.load_state_dict(state["optimizer"])
+                    self._schedule.load_state_dict(state["schedule"])
         # A batch norm cannot take statistics of a single sample.
         return Rounds(self._source(), recipe.seed, position, least=2 if statistics(self._model) else 1)
 

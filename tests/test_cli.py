@@ -225,6 +225,22 @@ def test_a_front_is_watched_until_the_search_has_all_its_trials(journal_only):
     assert "0 pending" in printed
 
 
+def test_watching_a_killed_search_ends(journal_only, monkeypatch):
+    monkeypatch.setattr("autoprune.cli._WATCH_SECONDS", 0.05)
+    printed = ok("front", journal_only[0], "--watch")
+    assert "1 pending" in printed
+
+
+def test_a_torn_result_does_not_hide_a_good_journal(journal_only):
+    run_dir, _ = journal_only
+    (run_dir / "result.json").write_text('{"format": "autoprune-result", "tri')
+    finished = run("front", run_dir)
+    assert finished.exit_code == 0
+    assert "1 pending" in finished.stdout
+    assert "result.json is not a result of autoprune, or is damaged" in finished.stderr
+    assert "the journal next to it may be whole" in finished.stderr
+
+
 def test_a_killed_search_is_resumed_and_a_finished_one_takes_more_trials(searched, journal_only):
     run_dir, _ = journal_only
     command = (*SEARCH, "--run-dir", run_dir, "--round-to", 2, "--ignore", "8", "--resume")
