@@ -176,7 +176,7 @@ def prepare(
     except InfeasibleBudgetError as error:
         raise InfeasibleBudgetError(f"{error}; {_why_no_less(settings, bound, named, limits)}") from error
     context = Context(model, structure, bound, subsets, judge, run)
-    fresh = copy.deepcopy(chosen)
+    fresh = _copied(chosen)
     checked: tuple[str, ...] = ()
     if evaluator == "auto":
         typical = uniform_seeds(problem, (0.5,) if minimise else (1.0,))[-1]
@@ -195,7 +195,6 @@ def prepare(
     with seeded(0):
         expected = expected_losses(prior, context.space, scores, criterion, scored, structure, subsets.calibration, run)
     problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
-    fresh = _copied(chosen)
     chosen.prepare(context)
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
     notes = [f"search over {bound.describe()}{traced}"]
