@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.costs.inspection import Inspection, inspect
@@ -230,10 +231,10 @@ def test_given_inputs_are_told_apart_by_type():
     x, y = torch.ones(2, 4), torch.zeros(2)
     model = small()
     model.example_input_array = y  # what is given goes before what the model carries
-    assert example_inputs_of(model, x) == ((x,), {})
-    assert example_inputs_of(model, (x, y)) == ((x, y), {})
-    assert example_inputs_of(model, {"x": x}) == ((), {"x": x})
-    assert example_inputs_of(model, ()) == ((), {})
+    for given, expected in ((x, ((x,), {})), ((x, y), ((x, y), {})), ({"x": x}, ((), {"x": x})), ((), ((), {}))):
+        found = example_inputs_of(model, given)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)  # also containers of another type or length
+        assert not {id(tensor) for tensor in (x, y)} & {id(leaf) for leaf in tree_leaves(found)}  # copies
 
 
 @pytest.mark.parametrize("given", [[[torch.ones(2, 4)]], 3, {0: torch.ones(2, 4)}])
