@@ -170,7 +170,7 @@ class TestParts:
     def test_operations_at_the_sizes_of_a_pruned_network_take_what_it_takes(self, name):
         entry = ZOO[name]
         model, inputs = entry.build(), entry.inputs()
-        structure = analyse(model, inputs, max_check_seconds=5)
+        structure = analyse(model, inputs)
         found, parts = find_parts(model, structure, inputs, {}, run)
         families = {family.key: family for family in found}
         widths = draw_widths(structure, 1, np.random.default_rng(3))

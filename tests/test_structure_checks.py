@@ -24,8 +24,6 @@ from tests.small_networks import (
     conv,
     grouped,
     known,
-    picks,
-    reasons,
     residual,
     slots_of,
 )
@@ -79,13 +77,6 @@ def test_the_checks_catch_forgotten_couplings_in_16_bits_too(monkeypatch: pytest
     assert [group.size for group in whole.groups] == [8]
     for where, structure in analysed_without_an_edge(model, args, monkeypatch):  # frozen, or tied again
         assert structure.groups == () or slots_of(structure) == slots_of(whole), where
-
-
-def test_groups_not_checked_in_time_are_frozen_and_say_so():
-    model, args = settled(picks(lambda s, x: s.head(s.a(x).cumsum(1))), (IMAGE,)), draw((IMAGE,))
-    structure = analyse(model, args, max_check_seconds=0)
-    assert structure.groups == ()
-    assert "not checked within 0 s" in reasons(structure, "a.weight")
 
 
 class Deadly(nn.Module):

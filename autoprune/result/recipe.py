@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from autoprune.files import MIB, as_path, parse_json, shortened, sound
 from autoprune.result.shared_tensors import SharedTensors, restored
 from autoprune.schema import require_form
 from autoprune.structure.examples import unwrap
+from autoprune.structure.held import size_held
 from autoprune.structure.slicing import Edit, build
 from autoprune.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
 
@@ -207,7 +207,7 @@ def _require_numbers(module: nn.Module, name: str, attributes: Iterable[str]) ->
     for path in attributes:
         if "." not in path and not hasattr(module, path):
             continue  # which `build` leaves out, too
-        if type(attrgetter(path)(module)) is not int:
+        if type(size_held(module, path)) is not int:
             raise ValueError(f"it sets {name}.{path}, which is no whole number in this {type(module).__name__}")
 
 

@@ -39,7 +39,6 @@ def analyse(
     further: Sequence[Inputs] = (),
     checks: str = "on",
     rewrite: str = "auto",
-    max_check_seconds: float = 60.0,
     seed: int = 0,
 ) -> Structure:
     """Find out what can be removed from a model, and check it.
@@ -55,7 +54,6 @@ def analyse(
             ``"on"`` does in a process of its own, which a wrong slice may kill without harm.
         rewrite: ``"auto"`` delivers modules whose code does not follow the widths as graphs of what they ran;
             ``"off"`` freezes what they stop.
-        max_check_seconds: Groups not checked by then are frozen.
         seed: Draws the units that the checks remove.
 
     Raises:
@@ -70,13 +68,7 @@ def analyse(
     import_late_ones()
     device = require_supported(model)
     if checks == "isolated":
-        settings = {
-            "forward": forward,
-            "further": further,
-            "rewrite": rewrite,
-            "max_check_seconds": max_check_seconds,
-            "seed": seed,
-        }
+        settings = {"forward": forward, "further": further, "rewrite": rewrite, "seed": seed}
         return _isolated(model, args, kwargs, settings)
     run = forward or (lambda m, *a, **k: m(*a, **k))
     (args, kwargs), *further = [
@@ -89,7 +81,7 @@ def analyse(
         ran = (*record.ops, *record.training)
         read = {record.values[value].name for op in ran for value in op.inputs()}
         untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
-        checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, max_check_seconds, seed)
+        checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, seed)
         if not all(torch.isfinite(out).all() for out in checker.dense if out.is_floating_point()):
             raise ValueError(
                 "model must return finite outputs for the example inputs, got NaN or infinity; "
@@ -103,7 +95,7 @@ def analyse(
         details = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise StructureCheckError(f"checks='strict' and {len(failures)} groups failed: {details}")
     units = find_units(flow, failures)
-    structure = assemble(flow, units, untouched, checker.attributes)
+    structure = assemble(flow, units, untouched, checker.sizes.attributes)
     with seeded(seed), torch.inference_mode(False):
         untrained = record.untrained or checker.misfit_in_training(units, structure)
     return replace(structure, graphs=graphs, untrained=untrained)
@@ -181,8 +173,8 @@ def require_supported(model: nn.Module) -> torch.device:
 def best_choices(record: Record) -> tuple[Propagation, Units]:
     """Propagate, trying other choices at ambiguous sites while more parameters come into reach.
 
-    Sites of one operation change together first, because a shuffle needs them all; then those of equal shapes, as in
-    repeated blocks; then, where there are few, each alone.
+    All sites change together first, then those of one operation, because a shuffle needs them all; then those of equal
+    shapes, as in repeated blocks; then, where there are few, each alone.
     """
     best = propagate(record)
     units = find_units(best)
@@ -208,7 +200,7 @@ def _site_sets(flow: Propagation) -> list[list[int]]:
         by_rule.setdefault(op.name, []).append(site)
         by_shape.setdefault((op.name, *shapes), []).append(site)
     alone = [[site] for site in flow.sites] if len(flow.sites) <= SITES_TRIED else []
-    sets = [*by_rule.values(), *by_shape.values(), *alone]
+    sets = [*([list(flow.sites)] if flow.sites else []), *by_rule.values(), *by_shape.values(), *alone]
     return [sites for i, sites in enumerate(sets) if sites not in sets[:i]]
 
 

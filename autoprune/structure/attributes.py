@@ -1,16 +1,18 @@
 """Find the sizes that modules keep in Python, by following a smaller module operation by operation.
 
 A module whose forward says ``view(b, t, self.num_heads, self.head_dim)`` breaks once heads are gone. The record says
-which operation should have given which shape; at the first one that does not, an integer attribute nearby whose dense
-value is one of the sizes that changed is the suspect. The suspect that gets the forward furthest is kept, until it
-ends or nothing helps; then the groups in the way are given back, to be frozen.
+which operation should have given which shape; at the first one that does not, a size nearby in Python whose dense value
+is one of the sizes that changed is the suspect. What gets the forward furthest is kept, until it ends or nothing helps;
+then the groups in the way are given back, to be tied or frozen. What was found in one module is tried at once in all
+later ones of its class, so that the work grows with the kinds of modules, not with the depth of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from autoprune.structure.adapters import adapter_of
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.record import Op
+from autoprune.structure.repeats import Place, Repeats
 from autoprune.structure.replay import Replay
 from autoprune.structure.structure import Attribute
 from autoprune.structure.units import AffineSize, Group, Units
@@ -30,6 +33,9 @@ MOST_SUSPECTS = 40
 MOST_MEANINGS = 3
 """Sizes, the nearest first, that an attribute is taken for."""
 
+MOST_PAIRED = 8
+"""Suspects, the nearest first, that are tried two at a time where none alone helps."""
+
 REARRANGING = frozenset(
     (
         *("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "clone", "contiguous", "alias", "detach"),
@@ -39,8 +45,14 @@ REARRANGING = frozenset(
 )
 """Operations that a smaller module may run more or fewer of."""
 
-Cut = Callable[[tuple[Attribute, ...]], nn.Module]
-Run = Callable[[nn.Module, AbstractContextManager[Any]], None]
+Where = tuple[str, str]
+"""A module and a path of attributes from it."""
+
+Known = dict[Where, Place]
+"""What sizes in Python mean: the size found at a place of the record."""
+
+Reach = tuple[int, int]
+"""Operation reached, and how many ran after it, which tells more when a view is what fails."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +62,26 @@ class Found:
     Attributes:
         attributes: Sizes to rewrite.
         reached: Operation up to which the forward ran as recorded; their number if it ran to its end.
-        stuck: Groups that must be frozen for the forward to get further, each with the reason.
+        since: Operations that ran after it.
+        stuck: Groups that must be tied or frozen for the forward to get further, each with the reason.
     """
 
     attributes: tuple[Attribute, ...]
     reached: int
+    since: int
     stuck: Mapping[str, str]
+
+    @property
+    def reach(self) -> Reach:
+        """How far it got."""
+        return self.reached, self.since
 
 
 class _DivergedError(Exception):
     pass
 
 
-class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
+class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
     """Counts the operations that run as recorded, with the shapes that the replay expects.
 
     Views and copies are passed over: whether a reshape needs a copy depends on the sizes. So are operations whose sizes
@@ -73,10 +92,15 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, w
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.replay = replay
         self.steps = [op for op in replay.record.ops if op.name not in REARRANGING]
-        shrinks = [any(replay.shrinks(value) for value in (*op.inputs(), *op.results())) for op in self.steps]
-        self.waited = [i for i, smaller in enumerate(shrinks) if smaller]
         self.done = 0
         self.since = 0
+        self.last = -1
+        self._waited = [len(self.steps) - 1] * (len(self.steps) + 1)  # the next step, from each on, that must run
+        for i in range(len(self.steps) - 1, -1, -1):
+            step = self.steps[i]
+            smaller = any(replay.shrinks(value) for value in (*step.inputs(), *step.results()))
+            self._waited[i] = i if smaller else self._waited[i + 1]
+            self.last = max(self.last, i) if smaller else self.last
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -85,13 +109,14 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, w
         self.since += 1
         if func.overloadpacket.__name__ in REARRANGING:
             return out
-        shapes = [tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        waited = next((i for i in self.waited if i >= self.done), len(self.steps) - 1)
+        leaves = [out] if isinstance(out, Tensor) else tree_leaves(out)
+        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+        waited = self._waited[self.done]
         for i in range(self.done, waited + 1):
             if self.steps[i].func == func and self._expected(self.steps[i], shapes):
                 self.done, self.since = i + 1, 0
                 return out
-        if self.waited and waited < len(self.steps) and self.steps[waited].func == func:
+        if self.done <= self.last and self.steps[waited].func == func:
             raise _DivergedError
         return out
 
@@ -103,123 +128,186 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, w
 
     def reached(self) -> int:
         """The first recorded operation after the last one that ran as it should; past the last where all did."""
-        if not self.waited or self.done > self.waited[-1]:
+        if self.done > self.last:
             return len(self.replay.record.ops)
         return self.steps[self.done - 1].index + 1 if self.done else 0
 
 
-def find_attributes(flow: Propagation, units: Units, replay: Replay, cut: Cut, run: Run) -> Found:
-    """Follow a smaller module to its end, rewriting sizes on the way.
+class Search:
+    """Looks for the sizes of one smaller module.
 
     Args:
-        flow: The labels.
+        repeats: The record, its modules and what is repeated in it.
         units: The units of the labels.
         replay: What should come out, for the units that the module lost.
         cut: Makes the smaller module with the given attributes rewritten.
         run: Its forward under a dispatch mode, on the meta device where possible.
     """
-    end = len(flow.record.ops)
-    kept: tuple[Attribute, ...] = ()
-    hints: set[tuple[type[nn.Module], str]] = set()
 
-    def reach(attributes: tuple[Attribute, ...]) -> tuple[int, int]:
-        """Operation reached, and how many ran after it, which tells more when a view is what fails."""
-        follow = _Follow(replay)
+    def __init__(
+        self,
+        repeats: Repeats,
+        units: Units,
+        replay: Replay,
+        cut: Callable[[tuple[Attribute, ...]], nn.Module],
+        run: Callable[[nn.Module, AbstractContextManager[Any]], None],
+    ) -> None:
+        self.repeats = repeats
+        self.flow = replay.flow
+        self.units = units
+        self.replay = replay
+        self.cut = cut
+        self.run = run
+        self.end = len(self.flow.record.ops)
+        self.hints: set[tuple[type[nn.Module], str]] = set()
+
+    def attributes(self, known: Known) -> tuple[Attribute, ...]:
+        """Sizes in Python as functions of the widths; those that do not change are left out."""
+        found = []
+        for (module, path), place in known.items():
+            size = size_at(self.flow, self.units, place)
+            if size.shares:
+                found.append(Attribute.of(self.units, size, module, path))
+        return tuple(found)
+
+    def reach(self, known: Known) -> Reach:
+        """How far the forward gets with these sizes rewritten."""
+        follow = Follow(self.replay)
         try:
-            run(cut(attributes), follow)
+            self.run(self.cut(self.attributes(known)), follow)
         except Exception:  # whatever the user's forward raises at a wrong size says: not further than here
-            return min(follow.reached(), end - 1), follow.since
+            return min(follow.reached(), self.end - 1), follow.since
         return follow.reached(), 0
 
-    done = reach(kept)
-    while done[0] < end:
-        modules = dict(cut(kept).named_modules())
-        best, best_done = None, done
-        for suspect in _suspects(flow, units, done[0], modules, kept, hints):
-            further = reach((*kept, suspect))
-            if further > best_done:
-                best, best_done = suspect, further
-                if (type(modules[suspect.module]), suspect.path) in hints:
-                    break
-        if best is None:
-            return Found(kept, done[0], _culprits(flow, units, done[0]))
-        hints.add((type(modules[best.module]), best.path))
-        kept, done = (*kept, best), best_done
-    return Found(kept, done[0], {})
+    def find(self, known: Known) -> Found:
+        """Follow the module to its end, adding to `known` on the way."""
+        done = self.reach(known)
+        while done[0] < self.end:
+            further = self._further(known, done)
+            if further is None:
+                return Found(self.attributes(known), *done, culprits(self.flow, self.units, done[0]))
+            added, done = further
+            known |= added
+            self.hints |= {(type(self.repeats.modules[module]), path) for module, path in added}
+        return Found(self.attributes(known), *done, {})
+
+    def _further(self, known: Known, done: Reach) -> tuple[Known, Reach] | None:
+        """The sizes that get the forward furthest, if any does: one alone, or several at once."""
+        suspects = self._suspects(done[0], known)
+        _, last = self.repeats.around(done[0])
+        for proposals in ([{where: place} for where, place in suspects], self._together(suspects)):
+            best: Known | None = None
+            best_done = done
+            for proposal in proposals:
+                added = self._repeated(proposal, done[0])
+                further = self.reach({**known, **added})
+                if further > best_done:
+                    best, best_done = added, further
+                    if further[0] >= last or any(self._hinted(where) for where in proposal):
+                        break
+            if best is not None:
+                return best, best_done
+        return None
+
+    def _repeated(self, proposal: Known, at: int) -> Known:
+        """The same in all later modules of the class."""
+        found = dict(proposal)
+        for twin in self.repeats.twins(at):
+            for (module, path), place in proposal.items():
+                other, there = twin.name(module), twin.place(place)
+                if other is None or there is None or (other, path) in found:
+                    continue
+                value = self.repeats.held(other).get(path)
+                size = size_at(self.flow, self.units, there)
+                if size.shares and Attribute.of(self.units, size).value({}) == value:
+                    found[other, path] = there
+        return found
+
+    def _hinted(self, where: Where) -> bool:
+        return (type(self.repeats.modules[where[0]]), where[1]) in self.hints
+
+    def _suspects(self, at: int, known: Known) -> list[tuple[Where, Place]]:
+        """Sizes in Python whose dense value is one that shrinks: near the operation first, hints before others."""
+        suspects = []
+        sizes = [(Attribute.of(self.units, s).value({}), place) for s, place in self._shrinking(at).items()]
+        for distance, name in enumerate(self._modules_around(at)):
+            for path, value in self.repeats.held(name).items():
+                if (name, path) in known:
+                    continue
+                matching = [place for size, place in sizes if size == value]
+                for i, place in enumerate(matching[:MOST_MEANINGS]):
+                    suspects.append((not self._hinted((name, path)), distance, i, ((name, path), place)))
+        return [suspect for *_, suspect in sorted(suspects, key=lambda s: s[:3])][:MOST_SUSPECTS]
+
+    def _together(self, suspects: list[tuple[Where, Place]]) -> Iterator[Known]:
+        """Several sizes at once: all of one module, then the nearest two by two."""
+        nearest: Known = {}
+        for where, place in suspects:
+            nearest.setdefault(where, place)
+        for module in dict.fromkeys(module for module, _ in nearest):
+            own = {where: place for where, place in nearest.items() if where[0] == module}
+            if len(own) > 1:
+                yield own
+        for (one, first), (other, second) in combinations(suspects[:MOST_PAIRED], 2):
+            if one != other:
+                yield {one: first, other: second}
+
+    def _modules_around(self, at: int) -> list[str]:
+        """The module at an operation and its children, then those around it, up to the model."""
+        modules = self.repeats.modules
+        path = self.flow.record.ops[at].module
+        parts = path.split(".") if path else []
+        found: dict[str, None] = {}
+        for i, name in enumerate(".".join(parts[:n]) for n in range(len(parts), -1, -1)):
+            found[name] = None
+            if i < 2:  # a module registered twice is known by its first name
+                found |= {self.repeats.names[id(child)]: None for child in modules[name].children()}
+        return [name for name in found if adapter_of(modules[name]) is None]  # an adapter knows its sizes
+
+    def _shrinking(self, at: int) -> dict[AffineSize, Place]:
+        """Sizes that shrink, each with its nearest place, the nearest first."""
+        found: dict[AffineSize, Place] = {}
+        for op in sorted(self.flow.record.ops, key=lambda op: abs(op.index - at)):
+            for size, place in shrinking(self.flow, self.units, op):
+                found.setdefault(size, place)
+        return found
 
 
-def _suspects(
-    flow: Propagation,
-    units: Units,
-    at: int,
-    modules: Mapping[str, nn.Module],
-    kept: tuple[Attribute, ...],
-    hints: set[tuple[type[nn.Module], str]],
-) -> list[Attribute]:
-    """Integer attributes whose dense value is a size that shrinks: near the operation first, hints before others."""
-    taken = {(attribute.module, attribute.path) for attribute in kept}
-    suspects = []
-    shrinking = _shrinking(flow, units, _nearest(flow.record.ops, at))
-    sizes = [Attribute.of(units, size) for size in shrinking]
-    for distance, name in enumerate(_around(flow.record.ops[at].module, modules)):
-        for path, value in _integers(modules[name]):
-            hinted = (type(modules[name]), path) in hints
-            matching = [size for size in sizes if size.value({}) == value and (name, path) not in taken]
-            for i, size in enumerate(matching[:MOST_MEANINGS]):
-                suspects.append((not hinted, distance, i, replace(size, module=name, path=path)))
-    return [suspect for *_, suspect in sorted(suspects, key=lambda s: s[:3])][:MOST_SUSPECTS]
+def size_at(flow: Propagation, units: Units, place: Place) -> AffineSize:
+    """The size at a place as a function of the widths."""
+    op = flow.record.ops[place.op]
+    value = [*op.results(), *op.inputs()][place.operand]
+    return units.affine(flow.of(value)[place.dim], flow.record.values[value].shape[place.dim])
 
 
-def _around(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The module at a path and its children, then those around it, up to the model."""
-    parts = path.split(".") if path else []
-    line = [name for i in range(len(parts), -1, -1) if (name := ".".join(parts[:i])) in modules]
-    found: dict[str, None] = {}
-    for i, name in enumerate(line):
-        found[name] = None
-        if i < 2:
-            found |= {f"{name}.{child}" if name else child: None for child, _ in modules[name].named_children()}
-    return [name for name in found if adapter_of(modules[name]) is None]  # an adapter knows its sizes
+def shrinking(flow: Propagation, units: Units, op: Op) -> Iterable[tuple[AffineSize, Place]]:
+    """Sizes in an operation that shrink."""
+    for operand, value in enumerate([*op.results(), *op.inputs()]):
+        for dim, (labels, size) in enumerate(zip(flow.of(value), flow.record.values[value].shape, strict=True)):
+            if labels is not None and (affine := units.affine(labels, size)).shares:
+                yield affine, Place(op.index, operand, dim)
 
 
-def _integers(module: nn.Module) -> Iterable[tuple[str, int]]:
-    """Sizes among the attributes of a module, and of plain objects that it refers to."""
-    for name, value in vars(module).items():
-        if type(value) is int and value > 1:
-            yield name, value
-        elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type) and not callable(value):
-            yield from ((f"{name}.{k}", v) for k, v in vars(value).items() if type(v) is int and v > 1)
-
-
-def _shrinking(flow: Propagation, units: Units, ops: Iterable[Op]) -> list[AffineSize]:
-    """Sizes in the operations that shrink, in the order met."""
-    found: dict[AffineSize, None] = {}
+def groups_in(flow: Propagation, units: Units, ops: Iterable[Op]) -> dict[str, tuple[Group, Place]]:
+    """Groups in the sizes of some operations by name, each with the first place where it was met."""
+    found: dict[str, tuple[Group, Place]] = {}
     for op in ops:
-        for value in (*op.results(), *op.inputs()):
-            for labels, size in zip(flow.of(value), flow.record.values[value].shape, strict=True):
-                if labels is not None and (affine := units.affine(labels, size)).shares:
-                    found.setdefault(affine)
-    return list(found)
+        for size, place in shrinking(flow, units, op):
+            for number, _ in size.shares:
+                group = units.groups[number]
+                found.setdefault(group.name, (group, place))
+    return found
 
 
-def _nearest(ops: Iterable[Op], at: int) -> list[Op]:
-    return sorted(ops, key=lambda op: abs(op.index - at))
-
-
-def _groups_in(units: Units, sizes: Iterable[AffineSize]) -> list[Group]:
-    return [units.groups[i] for i in dict.fromkeys(group for size in sizes for group, _ in size.shares)]
-
-
-def _culprits(flow: Propagation, units: Units, at: int) -> dict[str, str]:
+def culprits(flow: Propagation, units: Units, at: int) -> dict[str, str]:
     """Groups in the sizes of the operation that went wrong; those of a later one if it has none."""
     for op in flow.record.ops[at:]:
-        if groups := _groups_in(units, _shrinking(flow, units, [op])):
-            reason = f"{op.where()} has a size in Python that follows no attribute"
-            return dict.fromkeys((group.name for group in groups), reason)
+        if found := groups_in(flow, units, [op]):
+            return dict.fromkeys(found, f"{op.where()} has a size in Python that follows no attribute")
     return {}
 
 
-def groups_near(flow: Propagation, units: Units, at: int, distance: int = 12) -> list[Group]:
+def groups_near(flow: Propagation, units: Units, at: int, distance: int = 12) -> dict[str, tuple[Group, Place]]:
     """Groups in the sizes of the operations around one, the nearest first."""
     window = flow.record.ops[max(at - distance, 0) : at + distance]
-    return _groups_in(units, _shrinking(flow, units, _nearest(window, at)))
+    return groups_in(flow, units, sorted(window, key=lambda op: abs(op.index - at)))

@@ -5,6 +5,10 @@
 forward on the sliced module must agree with the sliced replay. Shapes are tried on the meta device first, because a
 wrong slice may kill the process in a native kernel.
 
+The record runs in float64 where the device has it, and so does the module where that is no larger than `WIDE`; how
+what is left of rounding is told from an error is `rounding`'s matter. The work is bounded by the number of kinds of
+groups, not by a clock: groups whose names differ in numbers alone, as in repeated blocks, are tried together.
+
 The record needs copies of what one operation reads, and no more. A sliced module needs a copy of every tensor that it
 cuts, so large models are cut in batches of groups: extra memory stays below `ALLOWANCE`, or a copy of what the largest
 group touches.
@@ -12,10 +16,12 @@ group touches.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,19 +29,38 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.protocols import IntArray, Pruning
-from autoprune.structure.attributes import Found, find_attributes, groups_near
+from autoprune.sources import seeded
+from autoprune.structure.attributes import Found
 from autoprune.structure.containers import map_tensors, tensors_in
-from autoprune.structure.propagate import Edge, Propagation
+from autoprune.structure.propagate import Propagation
 from autoprune.structure.record import Forward, Inputs
-from autoprune.structure.replay import Replay
+from autoprune.structure.replay import Replay, widened
+from autoprune.structure.rounding import CheckError, compare, native_tolerances, wide_tolerances
+from autoprune.structure.sizes import Sizes, some
 from autoprune.structure.skeleton import Call, call_with, skeleton
 from autoprune.structure.slicing import Slicer, owners
-from autoprune.structure.structure import Attribute, Structure, assemble
+from autoprune.structure.structure import Structure, assemble
 from autoprune.structure.training import run_in_training
-from autoprune.structure.units import Group, Slot, Units, find_units, first_labels
+from autoprune.structure.units import Group, Slot, Units, find_units
 
 ALLOWANCE = 2**28
 """Bytes of tensors that the module check cuts at once; a single group may touch more."""
+
+WIDE = 2**30
+"""Bytes that a model may take in float64 for its own forward to be checked in that type."""
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make floating-point tensors in another type where code names none."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -62,17 +87,35 @@ class Example:
         return [(self.args, self.kwargs), *self.further]
 
     def run(
-        self, model: nn.Module, *, meta: bool = False, mode: AbstractContextManager[Any] | None = None
+        self,
+        model: nn.Module,
+        *,
+        meta: bool = False,
+        mode: AbstractContextManager[Any] | None = None,
+        wide: bool = False,
     ) -> list[Tensor]:
-        """Output tensors of `model`, put in evaluation mode, for all inputs; on the meta device just their shapes."""
+        """Output tensors of `model`, put in evaluation mode, for all inputs; the same random numbers each time.
+
+        Args:
+            model: Runs with copies of the inputs and of its buffers.
+            meta: Run on the meta device, for the shapes.
+            mode: Watches the operations.
+            wide: Run in float64, tensors made on the way included; raises where the forward insists on another type.
+        """
         model.eval()
-        place = _on_meta if meta else _copied
+
+        def place(leaf: Tensor) -> Tensor:
+            if wide and widened(leaf) is not leaf:
+                return nn.Parameter(widened(leaf.detach())) if isinstance(leaf, nn.Parameter) else widened(leaf)
+            return _on_meta(leaf) if meta else _copied(leaf)
+
         call = Call(model, self.forward)
         state = {name: place(tensor) for name, tensor in (*call.named_parameters(), *call.named_buffers())}
         outputs = []
-        for inputs in self.inputs:
-            args, kwargs = map_tensors(place, (inputs[0], dict(inputs[1])))
-            outputs.append(call_with(call, state, args, kwargs, mode, decomposed=mode is not None))
+        with seeded(0), default_dtype(torch.float64 if wide else torch.get_default_dtype()):
+            for inputs in self.inputs:
+                args, kwargs = map_tensors(place, (inputs[0], dict(inputs[1])))
+                outputs.append(call_with(call, state, args, kwargs, mode, decomposed=mode is not None))
         return tensors_in(outputs)
 
     def run_in_training(self, model: nn.Module, *, meta: bool) -> list[Tensor]:
@@ -92,143 +135,142 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 class Checker:
-    """Runs the checks on one example, and finds the largest set of groups that passes them.
+    """Runs the checks on one example, and finds a large set of groups that passes them jointly.
 
     Args:
-        flow: Labels of the traced pass.
+        flow: Labels of the traced pass; ties that the code needs are added to its edges.
         example: The model and the inputs it was traced on.
         untouched: Parameters that the pass did not read.
-        max_seconds: When the checks end; groups not checked by then are frozen.
         seed: Draws the units that the checks remove and permute.
+
+    Attributes:
+        sizes: The sizes kept in Python, the ties and what is stuck.
     """
 
-    def __init__(
-        self, flow: Propagation, example: Example, untouched: tuple[str, ...], max_seconds: float, seed: int
-    ) -> None:
+    def __init__(self, flow: Propagation, example: Example, untouched: tuple[str, ...], seed: int) -> None:
         self.flow = flow
         self.example = example
         self.untouched = untouched
         self.seed = seed
-        self.deadline = time.monotonic() + max_seconds
-        self.max_seconds = max_seconds
+        self._measured = False
         named = (*example.model.named_parameters(), *example.model.named_buffers())
         self.tensors = {name: tensor.detach() for name, tensor in named}
         self.inputs = tensors_in([(a, dict(k)) for a, k in example.inputs], objects=True)
-        self.dense = example.run(skeleton(example.model))
         # What only runs on the meta device is cut there as well, which costs no memory.
         self.shapes = _hollow(example.model) if flow.record.device == "meta" else example.model
-        self.attributes: tuple[Attribute, ...] = ()
+        self.sizes = Sizes(flow, self.shapes, self._module_of, self._follow, seed)
+
+    @cached_property
+    def dense(self) -> list[Tensor]:
+        """Outputs of the model as it is, in its own type."""
+        return self.example.run(skeleton(self.example.model))
 
     def on(self, model: nn.Module) -> Checker:
         """The same checks of a model that does the same by other code."""
         example = replace(self.example, model=model)
-        return Checker(self.flow, example, self.untouched, self.max_seconds, self.seed)
+        return Checker(self.flow, example, self.untouched, self.seed)
 
     def failures(self) -> dict[str, str]:
-        """Groups that must be frozen, each with the check that it failed; fills in `attributes` on the way."""
-        reasons = self._rewrite_sizes()
-        units = find_units(self.flow, reasons)
-        if not units.groups or self._error(units, set(reasons)) is None:
-            return reasons
-        names = [group.name for group in units.groups]
-        units = find_units(self.flow)
-        for name in names:
-            late = time.monotonic() > self.deadline
-            others = {group.name for group in units.groups} - {name}
-            error = f"not checked within {self.max_seconds:.0f} s" if late else self._error(units, others)
-            if error is not None:
-                reasons[name] = error
-        alone = [name for name in names if name not in reasons]
-        if alone and (error := self._error(units, set(reasons))) is not None:
-            passed = self._largest(units, alone, set())
-            reasons |= {name: f"fails together with others: {error}" for name in alone if name not in passed}
+        """Groups that must be frozen, each with the check that it failed."""
+        reasons = self.sizes.settle()
+        names = [group.name for group in find_units(self.flow, reasons).groups]
+        if names and self.error(reasons) is not None:
+            self._grow(set(), _kinds(names), reasons)
         return reasons
-
-    def _rewrite_sizes(self) -> dict[str, str]:
-        """Find the sizes kept in Python, and groups that code ties, giving up groups until the forward runs through."""
-        stuck: dict[str, str] = {}
-        units = find_units(self.flow)
-        found = self.follow(units)
-        while found.stuck and time.monotonic() < self.deadline:
-            further = self._tie(units, found, stuck) or self._give_up_one(units, found, stuck)
-            if further is None:
-                stuck |= found.stuck
-            units = find_units(self.flow, stuck)
-            found = further or self.follow(units)
-        self.attributes = found.attributes
-        return stuck
-
-    def _give_up_one(self, units: Units, found: Found, stuck: dict[str, str]) -> Found | None:
-        """Freeze the one group nearby without which the forward gets furthest, if there is one."""
-        best, name = found, None
-        for group in groups_near(self.flow, units, found.reached):
-            reason = found.stuck.get(group.name, f"{self.flow.record.ops[found.reached].where()} needs its full size")
-            again = self.follow(find_units(self.flow, {**stuck, group.name: reason}))
-            if again.reached > best.reached:
-                best, name = again, group.name
-                stuck_reason = reason
-        if name is None:
-            return None
-        stuck[name] = stuck_reason
-        return best
 
     def follow(self, units: Units) -> Found:
         """Follow the forward of a smaller model as far as it goes, rewriting sizes kept in Python on the way."""
-        rng = np.random.default_rng(self.seed)
-        pruning = Pruning({group.name: _some(group, rng) for group in units.groups})
-        replay = Replay(self.flow, units, assemble(self.flow, units).keep(pruning))
+        return self.sizes.follow(units)
 
-        def cut(attributes: tuple[Attribute, ...]) -> nn.Module:
-            # A fresh copy each time, because modules may keep what they computed.
-            return Slicer(self.shapes).cut(assemble(self.flow, units, attributes=attributes).edit(pruning))
+    def wrong(self) -> bool:
+        """Whether any group must be frozen."""
+        return bool(self.sizes.settle()) or self.error({}) is not None
 
-        def run(module: nn.Module, mode: AbstractContextManager[Any]) -> None:
-            self.example.run(module, meta=self.flow.record.device == "meta", mode=mode)
-
-        return find_attributes(self.flow, units, replay, cut, run)
-
-    def _tie(self, units: Units, found: Found, stuck: Mapping[str, str]) -> Found | None:
-        """Join a group in the way with one nearby of equal size, if the forward then gets further.
-
-        Code such as ``self.reduce(x).reshape(b, x.shape[1], -1)`` needs equal counts where no operation does.
-        """
-        nearby = groups_near(self.flow, units, found.reached)
-        for blocked, other in [(a, b) for a in nearby if a.name in found.stuck for b in nearby if a is not b]:
-            if blocked.size == other.size:
-                first, second = (first_labels(self.flow, group) for group in (blocked, other))
-                self.flow.edges.append(Edge(found.reached, first, second))
-                again = self.follow(find_units(self.flow, stuck))
-                if again.reached > found.reached:
-                    return again
-                self.flow.edges.pop()
-        return None
-
-    def _largest(self, units: Units, candidates: list[str], passed: set[str]) -> set[str]:
-        """Add to `passed` the candidates that still pass jointly, halving what fails."""
-        everyone = {group.name for group in units.groups}
-        if time.monotonic() > self.deadline:
-            return passed
-        if self._error(units, everyone - passed - set(candidates)) is None:
-            return passed | set(candidates)
-        if len(candidates) == 1:
-            return passed
-        half = len(candidates) // 2
-        return self._largest(units, candidates[half:], self._largest(units, candidates[:half], passed))
-
-    def _error(self, everything: Units, without: set[str]) -> str | None:
+    def error(self, frozen: Mapping[str, str]) -> str | None:
         """What goes wrong when all groups but some are pruned at once, or None."""
-        units = find_units(self.flow, dict.fromkeys(without, "not under test")) if without else everything
+        if not self._measured:
+            self._measure_rounding()
+        units = find_units(self.flow, frozen)
         rng = np.random.default_rng(self.seed)
         try:
             self._permutation(units, rng)
-            structure = assemble(self.flow, units, self.untouched, self.attributes)
+            structure = assemble(self.flow, units, self.untouched, self.sizes.attributes)
             for pruning in _draws(units.groups, rng):
-                self._slices(units, structure, pruning)
-        except _CheckError as error:
+                self._values(units, structure, pruning)
+            for pruning in _apart(units.groups, rng):
+                self._shapes(units, structure, pruning)
+        except CheckError as error:
             return str(error)
         except Exception as error:  # whatever the user's forward raises on a smaller module is a failed check
             return f"the forward of a smaller module raised {type(error).__name__}: {error}"
         return None
+
+    def _grow(self, passed: set[str], parts: list[list[str]], reasons: dict[str, str]) -> set[str]:
+        """Add to `passed` the parts that still pass with it, halving what fails; says why a part does not."""
+        tried = {*passed, *(name for part in parts for name in part)}
+        everyone = [group.name for group in find_units(self.flow).groups]
+        frozen = {**reasons, **{name: "not under test" for name in everyone if name not in tried}}
+        error = self.error(frozen)
+        if error is None:
+            return tried
+        if len(parts) == 1 and len(parts[0]) == 1:
+            reasons[parts[0][0]] = f"fails together with others: {error}" if passed else error
+            return passed
+        if len(parts) > 1:
+            half = len(parts) // 2
+            return self._grow(self._grow(passed, parts[:half], reasons), parts[half:], reasons)
+        return self._grow_alike(passed, parts[0], reasons)
+
+    def _grow_alike(self, passed: set[str], names: list[str], reasons: dict[str, str]) -> set[str]:
+        """The same for groups of one kind: where the first and the last fail, so do all."""
+        ends = self._grow(self._grow(passed, [names[:1]], reasons), [names[-1:]], reasons)
+        inner = [name for name in names if name not in (names[0], names[-1])]
+        if ends == passed:
+            reasons |= dict.fromkeys(inner, f"like {names[0]}: {reasons[names[0]]}")
+            return passed
+        half = (len(inner) + 1) // 2
+        parts = [part for part in (inner[:half], inner[half:]) if part]
+        for part in parts:
+            ends = self._grow(ends, [part], reasons)
+        return ends
+
+    def _module_of(self, units: Units, structure: Structure, pruning: Pruning) -> nn.Module:
+        """A fresh smaller copy, because modules may keep what they computed; on the meta device where possible."""
+        return Slicer(self.shapes).cut(structure.edit(pruning))
+
+    def _follow(self, module: nn.Module, mode: AbstractContextManager[Any]) -> None:
+        self.example.run(module, meta=self.flow.record.device == "meta", mode=mode)
+
+    def _measure_rounding(self) -> None:
+        """Run the dense model as exactly as possible, and find out how far passes may differ."""
+        for self.wide in (True, False):
+            try:
+                self.exact = self._unchanged()
+                break
+            except Exception as error:  # the device or an operation may have no float64
+                log.info("the record does not run %s: %s", "in float64" if self.wide else "again", error)
+                self.exact = self.dense  # what does not run at all fails every check, with its own words
+        own = native_tolerances(self.dense, self.exact)
+        self.replayed = wide_tolerances(self.dense, self.exact) if self.wide else own
+        self.module_is_wide = self.wide and self._runs_wide()
+        self.modules = self.replayed if self.module_is_wide else own
+
+    def _unchanged(self) -> list[Tensor]:
+        units = find_units(self.flow)
+        replay = Replay(self.flow, units, np.ones(len(units.group_of), dtype=bool), wide=self.wide)
+        return replay.prepared(self.tensors, self.inputs, lambda _, tensor: tensor)
+
+    def _runs_wide(self) -> bool:
+        """Whether the model's own forward does in float64 what the record does."""
+        if 8 * sum(tensor.numel() for tensor in self.tensors.values()) > WIDE:
+            return False
+        try:
+            found = self.example.run(skeleton(self.example.model), wide=True)
+            compare("float64", found, self.exact, self.replayed)
+        except Exception as error:  # a forward may insist on a type of its own
+            log.info("the model does not run in float64 (%s); checking its forward in its own type", error)
+            return False
+        return True
 
     def _permutation(self, units: Units, rng: np.random.Generator) -> None:
         order = {group.name: rng.permutation(group.size) for group in units.groups}
@@ -244,25 +286,31 @@ class Checker:
                 tensor = tensor.index_copy(slot.dim, target, tensor.index_select(slot.dim, source))
             return tensor
 
-        replay = Replay(self.flow, units, np.ones(len(units.group_of), dtype=bool))
-        _compare("permutation", replay.prepared(self.tensors, self.inputs, permuted), self.dense)
+        replay = Replay(self.flow, units, np.ones(len(units.group_of), dtype=bool), wide=self.wide)
+        compare("permutation", replay.prepared(self.tensors, self.inputs, permuted), self.exact, self.replayed)
 
-    def _slices(self, units: Units, structure: Structure, pruning: Pruning) -> None:
-        """The replay and the module check."""
+    def _shapes(self, units: Units, structure: Structure, pruning: Pruning) -> None:
+        """The user's forward on a smaller module must give the shapes that the record says."""
         replay = Replay(self.flow, units, structure.keep(pruning))
-        sliced = replay.sliced(self.tensors, self.inputs)
-        _compare("replay", sliced, replay.masked(self.tensors, self.inputs))
-        edit = structure.edit(pruning)
+        expected = [replay.shape(value) for value in self.flow.record.outputs]
+        module = self._module_of(units, structure, pruning)
+        found = [tuple(out.shape) for out in self.example.run(module, meta=structure.device == "meta")]
+        if found != expected:
+            raise CheckError(f"the module check saw outputs of shapes {found} instead of {expected}")
+
+    def _values(self, units: Units, structure: Structure, pruning: Pruning) -> None:
+        """The replay and the module check."""
         if structure.device == "meta":
-            # A copy of its own, because modules may keep what they computed on the meta device.
-            shapes = [tuple(out.shape) for out in self.example.run(Slicer(self.shapes).cut(edit), meta=True)]
-            if shapes != [tuple(out.shape) for out in sliced]:
-                raise _CheckError(f"the module check saw outputs of shapes {shapes} on the sliced module")
+            self._shapes(units, structure, pruning)
+        replay = Replay(self.flow, units, structure.keep(pruning), wide=self.wide)
+        sliced = replay.sliced(self.tensors, self.inputs)
+        compare("replay", sliced, replay.masked(self.tensors, self.inputs), self.replayed)
         for part in self._batches(units.groups, pruning):
             cut = Slicer(self.example.model).cut(structure.edit(part))
             if len(part.kept) < len(pruning.kept):
-                sliced = Replay(self.flow, units, structure.keep(part)).sliced(self.tensors, self.inputs)
-            _compare("module", self.example.run(cut), sliced)
+                replay = Replay(self.flow, units, structure.keep(part), wide=self.wide)
+                sliced = replay.sliced(self.tensors, self.inputs)
+            compare("module", self.example.run(cut, wide=self.module_is_wide), sliced, self.modules)
 
     def misfit_in_training(self, units: Units, structure: Structure) -> str:
         """What goes wrong when a smaller module runs in training mode, in shapes; empty where nothing does."""
@@ -270,7 +318,7 @@ class Checker:
         if not record.training:
             return ""
         rng = np.random.default_rng(self.seed)
-        pruning = Pruning({group.name: _some(group, rng) for group in units.groups})
+        pruning = Pruning({group.name: some(group, rng) for group in units.groups})
         replay = Replay(self.flow, units, structure.keep(pruning))
         cut = Slicer(self.shapes).cut(structure.edit(pruning))
         try:
@@ -295,10 +343,6 @@ class Checker:
         return [Pruning(part) for part in parts]
 
 
-class _CheckError(Exception):
-    pass
-
-
 def _hollow(model: nn.Module) -> nn.Module:
     """The modules of a model with parameters and buffers on the meta device; tied ones stay tied."""
     hollow = skeleton(model)
@@ -312,38 +356,27 @@ def _hollow(model: nn.Module) -> nn.Module:
     return hollow
 
 
-def _draws(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:
-    """One unit fewer of every group, then random units of the groups whose number has a bit set, for each bit.
+def _kinds(names: Sequence[str]) -> list[list[str]]:
+    """Names that differ in numbers alone, together."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return list(kinds.values())
 
-    The first is what misplaced units show in most; after the others, of any two groups one was once pruned without the
-    other, which shows sizes that the code needs to be equal.
+
+def _draws(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:
+    """One unit fewer of every group, which shows misplaced units most, and a random number of random units."""
+    fewer = {group.name: some(group, rng, group.size - group.multiple) for group in groups}
+    return [Pruning(fewer), Pruning({group.name: some(group, rng) for group in groups})]
+
+
+def _apart(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:
+    """Random units of the groups whose number has a bit set, for each bit.
+
+    Of any two groups one is once pruned without the other, which shows sizes that the code needs to be equal.
     """
-    draws = [{group.name: _some(group, rng, group.size - group.multiple) for group in groups}]
+    draws = []
     for bit in range(len(groups).bit_length()):
         chosen = [group for i, group in enumerate(groups, 1) if i >> bit & 1]
-        draws.append({group.name: _some(group, rng) for group in chosen})
-    return [Pruning(kept) for kept in draws]
-
-
-def _some(group: Group, rng: np.random.Generator, count: int | None = None) -> tuple[int, ...]:
-    """Random units to keep, in a random number unless given: at least one stays, at least one goes."""
-    most = (group.size - 1) // group.multiple
-    count = group.multiple * int(rng.integers(1, most + 1)) if count is None else count
-    return tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))
-
-
-def _compare(check: str, found: list[Tensor], expected: list[Tensor]) -> None:
-    if len(found) != len(expected):
-        raise _CheckError(f"the {check} check saw {len(found)} outputs instead of {len(expected)}")
-    for a, b in zip(found, expected, strict=True):
-        if a.shape != b.shape:
-            raise _CheckError(f"the {check} check saw shape {tuple(a.shape)} instead of {tuple(b.shape)}")
-        if not a.numel():
-            continue
-        wide = torch.float64 if a.is_floating_point() else a.dtype
-        gap = (a.to(wide) - b.to(wide)).abs().max().item() if a.dtype != torch.bool else (a != b).any().item()
-        scale = max(b.to(wide).abs().max().item(), 1e-6) if a.dtype != torch.bool else 1.0
-        # Capped, because 16-bit floats would otherwise pass whatever they are given.
-        tolerance = min(100 * torch.finfo(a.dtype).eps ** 0.875, 0.1) if a.is_floating_point() else 0.0
-        if not gap <= tolerance * scale:
-            raise _CheckError(f"the {check} check saw outputs differ by {gap / scale:.1e} of their size")
+        draws.append(Pruning({group.name: some(group, rng) for group in chosen}))
+    return draws

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,22 +67,30 @@ class Op:
     outputs: Any
     module: str
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Name without overload, for example ``"convolution"``."""
         return str(self.func.overloadpacket.__name__)
 
     def inputs(self) -> list[int]:
         """Values read, in argument order."""
-        return [leaf.id for leaf in tree_leaves(list(self.args.values())) if isinstance(leaf, Ref)]
+        return self._inputs
 
     def results(self) -> list[int]:
         """Values returned, in order."""
-        return [leaf.id for leaf in tree_leaves(self.outputs) if isinstance(leaf, Ref)]
+        return self._results
 
     def where(self) -> str:
         """The operation and its module, for messages."""
         return f"{self.name} in {self.module}" if self.module else self.name
+
+    @cached_property  # every walk over a record asks for them, and flattening nested arguments is slow
+    def _inputs(self) -> list[int]:
+        return [leaf.id for leaf in tree_leaves(list(self.args.values())) if isinstance(leaf, Ref)]
+
+    @cached_property
+    def _results(self) -> list[int]:
+        return [leaf.id for leaf in tree_leaves(self.outputs) if isinstance(leaf, Ref)]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ runs every operation at its dense size and zeroes what is gone. Where they agree
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,12 +21,15 @@ from autoprune.structure.record import Op, Ref
 from autoprune.structure.strides import contiguous_strides, strided_steps
 from autoprune.structure.units import BoolArray, Units
 
+log = logging.getLogger(__name__)
+
 STATISTICS = frozenset(
     (
         *("native_layer_norm", "layer_norm", "native_group_norm", "group_norm", "_fused_rms_norm", "rms_norm"),
         *("_softmax", "softmax", "_safe_softmax", "_log_softmax", "cumsum", "logcumsumexp", "argmax", "argmin"),
         *("mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp"),
         *("prod", "max", "min", "any", "all", "_weight_norm_interface", "_weight_norm"),
+        *("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "_batch_norm_no_update"),
     )
 )
 """Operations whose value depends on how many units there are; a masked replay runs them over kept units only."""
@@ -38,27 +42,31 @@ class Replay:
         flow: The labels of the record.
         units: The units of the labels.
         keep: Which units stay, bool, shape (units,).
+        wide: Whether to compute in float64 what was recorded in any other floating-point type, so that what is left of
+            rounding is far below any error.
     """
 
-    def __init__(self, flow: Propagation, units: Units, keep: BoolArray) -> None:
+    def __init__(self, flow: Propagation, units: Units, keep: BoolArray, *, wide: bool = False) -> None:
         self.flow = flow
         self.record = flow.record
+        self.wide = wide
         self._alive: dict[int, list[IntArray | None]] = {}
+        self._indices: dict[int, IntArray | None] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self._units = units
         self._keep = keep
 
     def alive(self, value: int) -> list[IntArray | None]:
         """Indices that stay along each dimension of a value; None where all do."""
         if value not in self._alive:
-            shape = self.record.values[value].shape
-            kept = [
-                self._units.alive(labels, size, self._keep)
-                for labels, size in zip(self.flow.of(value), shape, strict=True)
-            ]
-            self._alive[value] = [
-                None if len(index) == size else index for index, size in zip(kept, shape, strict=True)
-            ]
+            self._alive[value] = [None if labels is None else self._stays(labels) for labels in self.flow.of(value)]
         return self._alive[value]
+
+    def _stays(self, labels: IntArray) -> IntArray | None:
+        if id(labels) not in self._indices:  # most values share the arrays of others
+            index = self._units.alive(labels, len(labels), self._keep)
+            self._indices[id(labels)] = None if len(index) == len(labels) else index
+        return self._indices[id(labels)]
 
     def shrinks(self, value: int) -> bool:
         """Whether a value loses anything."""
@@ -66,10 +74,12 @@ class Replay:
 
     def shape(self, value: int) -> tuple[int, ...]:
         """Shape of a value once the units are gone."""
-        dense = self.record.values[value].shape
-        return tuple(
-            size if index is None else len(index) for size, index in zip(dense, self.alive(value), strict=True)
-        )
+        if value not in self._shapes:
+            dense = self.record.values[value].shape
+            self._shapes[value] = tuple(
+                size if index is None else len(index) for size, index in zip(dense, self.alive(value), strict=True)
+            )
+        return self._shapes[value]
 
     def slice(self, value: int, tensor: Tensor) -> Tensor:
         """Index a dense tensor down to what stays."""
@@ -104,9 +114,28 @@ class Replay:
         """Outputs of the record run with sliced parameters and rewritten sizes."""
 
         def run(op: Op, env: dict[int, Tensor]) -> Any:
-            return _call(op, {**op.args, **resized_arguments(op, self)}, env)
+            args = {**op.args, **resized_arguments(op, self)}
+            self._rehearse(op, args, env)
+            return _call(op, args, env, self.wide)
 
         return self._run(tensors, inputs, self.slice, run)
+
+    def _rehearse(self, op: Op, args: Mapping[str, Any], env: Mapping[int, Tensor]) -> None:
+        """Run an operation on the meta device first: real kernels may read past the end of sizes that do not fit."""
+        require_consistent(op, env)
+        if not op.inputs():
+            return
+        try:
+            _call(op, args, {value: env[value].to("meta") for value in op.inputs()}, self.wide)
+        except Exception:  # either the sizes are wrong, or the operation needs values and fails at dense sizes, too
+            values = self.record.values
+            dense = {i: torch.empty(values[i].shape, dtype=values[i].dtype, device="meta") for i in op.inputs()}
+            try:
+                _call(op, op.args, dense, self.wide)
+            except Exception as error:  # as above
+                log.debug("%s runs on real values only: %s", op.where(), error)
+                return
+            raise
 
     def masked(self, tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
         """Outputs of the record run dense, with every result masked; statistics over kept units only."""
@@ -114,12 +143,12 @@ class Replay:
         def run(op: Op, env: dict[int, Tensor]) -> Any:
             if op.name in STATISTICS and any(i is not None for value in op.inputs() for i in self.alive(value)):
                 small = {value: self.slice(value, env[value]) for value in op.inputs()}
-                out = _call(op, {**op.args, **resized_arguments(op, self)}, small)
+                out = _call(op, {**op.args, **resized_arguments(op, self)}, small, self.wide)
                 spread = iter(op.results())
                 return tree_map(
                     lambda leaf: self.scatter(next(spread), leaf) if isinstance(leaf, Tensor) else leaf, out
                 )
-            out = _call(op, op.args, env)
+            out = _call(op, op.args, env, self.wide)
             place = iter(op.results())
             return tree_map(lambda leaf: self.mask(next(place), leaf) if isinstance(leaf, Tensor) else leaf, out)
 
@@ -129,7 +158,7 @@ class Replay:
         self, tensors: Mapping[str, Tensor], inputs: list[Tensor], prepare: Callable[[int, Tensor], Tensor]
     ) -> list[Tensor]:
         """Outputs of the record run at its dense sizes, with every tensor that it starts from changed by `prepare`."""
-        return self._run(tensors, inputs, prepare, lambda op, env: _call(op, op.args, env))
+        return self._run(tensors, inputs, prepare, lambda op, env: _call(op, op.args, env, self.wide))
 
     def _run(
         self,
@@ -147,22 +176,26 @@ class Replay:
             if i in env or value.kind == "result":
                 return
             if value.name:
-                env[i] = prepare(i, tensors[value.name].detach().clone())
+                env[i] = prepare(i, self._copied(tensors[value.name].detach()))
             else:
-                env[i] = (given[i] if value.tensor is None else value.tensor).clone()
+                env[i] = self._copied(given[i] if value.tensor is None else value.tensor)
 
         last = self._last_use()
         with torch.no_grad():
             for op in self.record.ops:
                 for i in op.inputs():
                     fetch(i)
-                results = [leaf for leaf in tree_leaves(run(op, env)) if isinstance(leaf, Tensor)]
+                results = _tensors(run(op, env))
                 env.update(zip(op.results(), results, strict=True))
                 for i in last.get(op.index, ()):
                     env.pop(i, None)
             for i in self.record.outputs:
                 fetch(i)
         return [env[i] for i in self.record.outputs]
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        wide = widened(tensor) if self.wide else tensor
+        return tensor.clone() if wide is tensor else wide
 
     def _last_use(self) -> dict[int, list[int]]:
         last: dict[int, int] = {}
@@ -176,12 +209,49 @@ class Replay:
         return out
 
 
-def _call(op: Op, args: Mapping[str, Any], env: Mapping[int, Tensor]) -> Any:
-    concrete = tree_map(lambda leaf: env[leaf.id] if isinstance(leaf, Ref) else leaf, dict(args))
+def widened(leaf: Any) -> Any:
+    """A tensor or dtype in the widest type of its kind: float64 or complex128; anything else as it is."""
+    dtype = leaf.dtype if isinstance(leaf, Tensor) else leaf
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+        return leaf
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return leaf.to(wide) if isinstance(leaf, Tensor) else wide
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def _filled(leaf: Any, env: Mapping[int, Tensor], wide: bool) -> Any:
+    """A recorded argument with tensors for its `Ref`s; arguments of operations nest in lists only."""
+    if isinstance(leaf, Ref):
+        return env[leaf.id]
+    if isinstance(leaf, list | tuple):
+        return [_filled(item, env, wide) for item in leaf]
+    return widened(leaf) if wide and isinstance(leaf, torch.dtype) else leaf
+
+
+def require_consistent(op: Op, env: Mapping[int, Tensor]) -> None:
+    """Refuse sizes that neither the meta device nor the kernel checks, which would read past the end of a tensor.
+
+    Raises:
+        ValueError: If query, key and value of a fused attention differ where they must not.
+    """
+    if op.name.startswith("_scaled_dot_product"):
+        query, key, value = (env[op.args[name].id].shape for name in ("query", "key", "value"))
+        grouped = query[1] % key[1] == 0 and key[1] == value[1]
+        if query[0] != key[0] or query[-1] != key[-1] or key[:-1] != value[:-1] or not grouped:
+            raise ValueError(f"{op.where()} got a query of shape {query}, a key {key} and a value {value}")
+
+
+def _call(op: Op, args: Mapping[str, Any], env: Mapping[int, Tensor], wide: bool) -> Any:
+    concrete = {name: _filled(leaf, env, wide) for name, leaf in args.items()}
     positional = [concrete.pop(a.name) for a in op.func._schema.arguments if not a.kwarg_only and a.name in concrete]
     if "device" in concrete:  # recorded on the meta device, run where the tensors are
         concrete["device"] = next((t.device for t in env.values()), torch.device("cpu"))
-    if op.name in ("view", "_unsafe_view"):  # strides may differ from the recorded ones
+    if op.name in ("view", "_unsafe_view") and "size" in args:  # strides may differ from the recorded ones
         return positional[0].reshape(positional[1])
     return op.func(*positional, **concrete)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from autoprune.protocols import IntArray
 from autoprune.structure.adapters import adapter_of
 from autoprune.structure.graph_module import Description, RecordedModule
+from autoprune.structure.held import hold_size, size_held
 from autoprune.structure.skeleton import skeleton
 
 Slices = Mapping[str, Mapping[int, IntArray]]
@@ -129,10 +128,10 @@ class Slicer:
         for (name, path), value in {**self._dense, **wanted}.items():
             module = self._modules[name]
             if "." in path or hasattr(module, path):  # a forward that calls F.conv2d may compute its groups
-                self._dense.setdefault((name, path), attrgetter(path)(module))
-                set_attribute(module, path, value)
+                self._dense.setdefault((name, path), size_held(module, path))
+                hold_size(module, path, value)
                 if name in self._recorded:
-                    set_attribute(self._recorded[name], path, value)
+                    hold_size(self._recorded[name], path, value)
 
 
 def build(model: nn.Module, edit: Edit) -> nn.Module:
@@ -214,17 +213,3 @@ def magnitude_ranks(tensor: Tensor) -> Tensor:
     ranks = torch.empty_like(order, dtype=torch.int32 if order.numel() < 2**31 else torch.int64)
     ranks[order] = torch.arange(order.numel(), dtype=ranks.dtype, device=order.device)
     return ranks.view(tensor.shape)
-
-
-def set_attribute(module: nn.Module, path: str, value: int) -> None:
-    """Set a size in a module, or in an object that it refers to, such as ``"config.num_heads"``, copied first.
-
-    Modules share such objects, and a size may differ between layers once they are pruned.
-    """
-    holder, _, name = path.rpartition(".")
-    if not holder:
-        setattr(module, name, value)
-        return
-    owned = copy.copy(getattr(module, holder))
-    setattr(owned, name, value)
-    setattr(module, holder, owned)

@@ -33,7 +33,6 @@ REMEDIES = {
     "with outputs= or forward=",
     " has no rule": "if these layers matter, compute the same with matrix products, convolutions and elementwise "
     "operations",
-    "not checked within": "pass smaller example_inputs= (one or two samples), which check faster",
     "looked up by index": "the rows are what data may ask for; their width shrinks with the layers that read it",
     "size in Python": SIZES,
     "check saw": SIZES,

@@ -1,0 +1,98 @@
+"""What is repeated in a record: modules of one class, as the blocks of a deep network are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from torch import nn
+
+from autoprune.structure.held import sizes_held
+from autoprune.structure.record import ModuleCall, Op, Record
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a size stands in a record.
+
+    Attributes:
+        op: Index of an operation.
+        operand: One of its results, or, counted on, of its inputs.
+        dim: Dimension of that tensor.
+    """
+
+    op: int
+    operand: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A later module of the same class as one that is looked at.
+
+    Attributes:
+        ops: Operations of the record.
+        shift: From an operation of the one to that of the other.
+        here: Name of the one.
+        there: Name of the other.
+    """
+
+    ops: list[Op]
+    shift: int
+    here: str
+    there: str
+
+    def name(self, module: str) -> str | None:
+        """The module of the twin in the place of one inside the other; None for one outside."""
+        if module == self.here:
+            return self.there
+        return f"{self.there}{module[len(self.here) :]}" if module.startswith(f"{self.here}.") else None
+
+    def place(self, place: Place) -> Place | None:
+        """The same place in the twin; None where another operation ran there."""
+        op = place.op + self.shift
+        if not 0 <= op < len(self.ops) or self.ops[op].func != self.ops[place.op].func:
+            return None
+        one, other = (self.ops[i] for i in (place.op, op))
+        same = [len(one.results()), len(one.inputs())] == [len(other.results()), len(other.inputs())]
+        return Place(op, place.operand, place.dim) if same else None
+
+
+class Repeats:
+    """The modules of a model by name, and which of them ran alike.
+
+    Args:
+        record: What the model did.
+        model: The model, or a copy of it.
+    """
+
+    def __init__(self, record: Record, model: nn.Module) -> None:
+        self.record = record
+        self.modules: Mapping[str, nn.Module] = dict(model.named_modules())
+        self.held = cache(lambda name: sizes_held(self.modules[name]))
+        self.names = {id(module): name for name, module in self.modules.items()}
+        self._calls: dict[type[nn.Module], dict[str, ModuleCall]] = {}
+        for call in record.calls:
+            module = self.modules[call.name]
+            if not type(module).__module__.startswith("torch.nn"):  # a Linear here is no twin of one elsewhere
+                self._calls.setdefault(type(module), {}).setdefault(call.name, call)
+
+    def _call_at(self, at: int) -> ModuleCall | None:
+        """The first call of the innermost module of the user's own around an operation."""
+        around = [c for calls in self._calls.values() for c in calls.values() if c.first <= at < c.last]
+        return min(around, key=lambda call: call.last - call.first, default=None)
+
+    def around(self, at: int) -> tuple[int, int]:
+        """First operation of the innermost module of the user's own around one, and the one after its last."""
+        call = self._call_at(at)
+        return (at, at + 1) if call is None else (call.first, call.last)
+
+    def twins(self, at: int) -> list[Twin]:
+        """Later modules of the class of the innermost one around an operation."""
+        call = self._call_at(at)
+        if call is None:
+            return []
+        alike = self._calls[type(self.modules[call.name])]
+        ops = self.record.ops
+        return [Twin(ops, c.first - call.first, call.name, c.name) for c in alike.values() if c.first > call.first]

@@ -1,0 +1,184 @@
+"""Make a smaller module's forward run: rewrite sizes kept in Python, tie what the code needs equal, freeze the rest.
+
+Code such as ``self.reduce(x).reshape(b, x.shape[1], -1)`` needs equal counts where no operation does, and the attention
+of most ViT code, ``B, N, C = x.shape ... reshape(B, N, C)``, needs as many residual channels as heads times their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from autoprune.protocols import Pruning
+from autoprune.structure.attributes import Found, Known, Search, groups_near, size_at
+from autoprune.structure.propagate import Edge, Propagation
+from autoprune.structure.repeats import Place, Repeats
+from autoprune.structure.replay import Replay
+from autoprune.structure.structure import Attribute, Structure, assemble
+from autoprune.structure.units import Group, Units, find_units, first_labels
+
+ROUNDS = 3
+"""Draws of units to remove: equal numbers by chance in one draw hide that code needs them equal."""
+
+Cut = Callable[[Units, Structure, Pruning], nn.Module]
+Run = Callable[[nn.Module, AbstractContextManager[Any]], None]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two groups whose numbers of units the code needs in a fixed proportion.
+
+    Attributes:
+        at: Operation at which a smaller module goes wrong without it.
+        more: Where the group of more units was met.
+        fewer: Where the other was met: each of its units goes with as many of the first.
+    """
+
+    at: int
+    more: Place
+    fewer: Place
+
+
+class Sizes:
+    """Finds sizes, ties and groups in the way for one record.
+
+    Args:
+        flow: Labels of the record; ties are added to its edges.
+        model: Looked at, never changed.
+        cut: Makes a smaller module for what `Structure.edit` says of a pruning.
+        run: Its forward under a dispatch mode.
+        seed: Draws the units that it removes.
+
+    Attributes:
+        known: What each size in Python means.
+        attributes: The same as functions of the widths, once settled.
+        ties: The ties that the code needs.
+        stuck: Groups that must be frozen, each with the reason.
+    """
+
+    def __init__(self, flow: Propagation, model: nn.Module, cut: Cut, run: Run, seed: int) -> None:
+        self.flow = flow
+        self.cut = cut
+        self.run = run
+        self.seed = seed
+        self.repeats = Repeats(flow.record, model)
+        self.known: Known = {}
+        self.attributes: tuple[Attribute, ...] = ()
+        self.ties: list[Tie] = []
+        self.stuck: dict[str, str] = {}
+
+    def settle(self) -> dict[str, str]:
+        """Give up freedom until the forward of a smaller module runs through; returns the groups to freeze."""
+        for seed in range(self.seed, self.seed + ROUNDS):
+            units = find_units(self.flow, self.stuck)
+            found = self._found(units, seed)
+            while found.stuck:
+                further = self._tie(units, found, seed) or self._give_up(units, found, seed)
+                if further is None:
+                    self.stuck |= found.stuck
+                units = find_units(self.flow, self.stuck)
+                found = self._found(units, seed)
+        self.attributes = found.attributes
+        return dict(self.stuck)
+
+    def follow(self, units: Units) -> Found:
+        """Follow a smaller module as far as it goes; what is found on the way stays known."""
+        return self._found(units, self.seed)
+
+    def _search(self, units: Units, seed: int) -> Search:
+        rng = np.random.default_rng(seed)
+        pruning = Pruning({group.name: some(group, rng) for group in units.groups})
+        base = assemble(self.flow, units)
+
+        def cut(attributes: tuple[Attribute, ...]) -> nn.Module:
+            return self.cut(units, replace(base, attributes=(*base.attributes, *attributes)), pruning)
+
+        return Search(self.repeats, units, Replay(self.flow, units, base.keep(pruning)), cut, self.run)
+
+    def _found(self, units: Units, seed: int) -> Found:
+        return self._search(units, seed).find(self.known)
+
+    def _tie(self, units: Units, found: Found, seed: int) -> Found | None:
+        """Tie a group in the way to one nearby, if the forward then gets further; the same in all later twins."""
+        near = groups_near(self.flow, units, found.reached)
+        for tie in self._candidates(near, found):
+            made = [edge for each in self._repeated(tie) if (edge := self._edge(units, each)) is not None]
+            self.flow.edges.extend(made)
+            again = self._promising(found, seed)
+            if again is not None:
+                self.ties.append(tie)
+                return again
+            del self.flow.edges[len(self.flow.edges) - len(made) :]
+        return None
+
+    def _candidates(self, near: Mapping[str, tuple[Group, Place]], found: Found) -> Iterator[Tie]:
+        for name in found.stuck:
+            for other, (group, place) in near.items():
+                if name in near and other != name:
+                    (blocked, here) = near[name]
+                    if blocked.size >= group.size and blocked.size % group.size == 0:
+                        yield Tie(found.reached, here, place)
+                    elif group.size % blocked.size == 0:
+                        yield Tie(found.reached, place, here)
+
+    def _repeated(self, tie: Tie) -> list[Tie]:
+        found = [tie]
+        for twin in self.repeats.twins(tie.at):
+            more, fewer = twin.place(tie.more), twin.place(tie.fewer)
+            if more is not None and fewer is not None:
+                found.append(Tie(tie.at + twin.shift, more, fewer))
+        return found
+
+    def _edge(self, units: Units, tie: Tie) -> Edge | None:
+        """Join two groups in order, as many units of the larger with each of the smaller; None if they are one."""
+        more, fewer = (self._group_at(units, place) for place in (tie.more, tie.fewer))
+        if more is None or fewer is None or more is fewer or more.size % fewer.size:
+            return None
+        few = np.repeat(first_labels(self.flow, fewer), more.size // fewer.size)
+        return Edge(tie.at, first_labels(self.flow, more), few)
+
+    def _group_at(self, units: Units, place: Place) -> Group | None:
+        size = size_at(self.flow, units, place)
+        return units.groups[size.shares[0][0]] if len(size.shares) == 1 else None
+
+    def _promising(self, found: Found, seed: int) -> Found | None:
+        """What is found with the edges as they are now, if that gets further."""
+        units = find_units(self.flow, self.stuck)
+        known = dict(self.known)
+        again = self._search(units, seed).find(known)
+        if again.reach <= found.reach:
+            return None
+        self.known = known
+        return again
+
+    def _give_up(self, units: Units, found: Found, seed: int) -> Found | None:
+        """Freeze the group nearby without which the forward gets furthest, if there is one, and its twins with it."""
+        best: tuple[Found, dict[str, str]] | None = None
+        before = self.stuck
+        for name, (_, place) in groups_near(self.flow, units, found.reached).items():
+            reason = found.stuck.get(name, f"{self.flow.record.ops[found.reached].where()} needs its full size")
+            frozen = {name: reason} | dict.fromkeys(self._twins(units, place, found.reached), reason)
+            self.stuck = {**before, **frozen}
+            again = self._promising(best[0] if best else found, seed)
+            if again is not None:
+                best = (again, frozen)
+        self.stuck = {**before, **(best[1] if best else {})}
+        return best[0] if best else None
+
+    def _twins(self, units: Units, place: Place, at: int) -> list[str]:
+        """Groups at the same place of later twins."""
+        places = [there for twin in self.repeats.twins(at) if (there := twin.place(place)) is not None]
+        groups = [self._group_at(units, there) for there in places]
+        return [group.name for group in groups if group is not None]
+
+
+def some(group: Group, rng: np.random.Generator, count: int | None = None) -> tuple[int, ...]:
+    """Random units to keep, in a random number unless given: at least one stays, at least one goes."""
+    most = (group.size - 1) // group.multiple
+    count = group.multiple * int(rng.integers(1, most + 1)) if count is None else count
+    return tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))
