@@ -77,6 +77,8 @@ class Sizes:
         for seed in range(self.seed, self.seed + ROUNDS):
             units = find_units(self.flow, self.stuck)
             found = self._found(units, seed)
+            if found.stuck:  # widths equal by chance may take a layer another way; what code ties shows in any draw
+                found = self._found(units, seed + ROUNDS)
             while found.stuck:
                 further = self._tie(units, found, seed) or self._give_up(units, found, seed)
                 if further is None:
