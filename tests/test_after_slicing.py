@@ -232,6 +232,12 @@ def test_autocast_stays_close_and_trains(name: str):
         with torch.autocast("cpu", torch.bfloat16):
             return case.run(model)
 
+    try:
+        evaluate(case.model, run)
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+        pytest.skip(f"this processor cannot run the dense network in bfloat16: {error}"[:160])
     assert_same(evaluate(case.built(), run), expected, 0.1)
     assert all(gradient.isfinite().all() for gradient in gradients(case.built(), run).values())
 

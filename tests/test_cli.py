@@ -150,7 +150,7 @@ def test_front_draws_a_picture_where_told(searched, tmp_path):
     ok("front", searched[0], "--plot", tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "png" in error("front", searched[0], "--plot", tmp_path / "front.xyz")
-    assert "No such file" in error("front", searched[0], "--plot", tmp_path / "missing" / "front.png")
+    assert "make the folder first" in error("front", searched[0], "--plot", tmp_path / "missing" / "front.png")
 
 
 @pytest.mark.parametrize("choice", ["best", "budget", "trial"])

@@ -153,10 +153,13 @@ def test_a_metric_of_the_whole_set_sees_whole_batches(digits, digits_model):
 
 def test_a_search_goes_on_where_single_samples_do_not_fit(digits, digits_model):
     """Every second candidate has no memory for anything; the others none for more than 60 samples."""
-    calls = []
+    calls, seen = [], []
 
     def forward(model, batch):
         width = sum(parameter.numel() for parameter in model.parameters())
+        seen.append(len(batch[0]))
+        if max(seen) <= 2:  # the structure is looked at, with two samples
+            return model(batch[0])
         if len(batch[0]) > 2 and (len(batch[0]) > 60 or (width < dense and width % 2)):
             raise torch.OutOfMemoryError("no memory")
         if len(batch[0]) <= 2 and width < dense and width % 2:

@@ -90,8 +90,8 @@ _FORM = {
     "dense": TRIAL_FORM,
     "trials": [TRIAL_FORM],
     "front": [int],
-    "audit": (_AUDIT, None),
-    "weights": {str: {"file": str, "sha256": str}},
+    "audit?": (_AUDIT, None),
+    "weights?": {str: {"file": str, "sha256": str}},
 }
 
 
@@ -189,7 +189,7 @@ def files_of(data: Mapping[str, Any]) -> dict[int, WeightsFile]:
     Raises:
         ValueError: If a file lies elsewhere than in the folder.
     """
-    found = {int(trial): WeightsFile(entry["file"], entry["sha256"]) for trial, entry in data["weights"].items()}
+    found = {int(trial): WeightsFile(entry["file"], entry["sha256"]) for trial, entry in data.get("weights", {}).items()}
     for entry in found.values():
         if Path(entry.name).name != entry.name:
             raise ValueError(f"weights name {entry.name!r:.60}, which is no file of its folder")

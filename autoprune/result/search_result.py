@@ -241,7 +241,7 @@ class SearchResult:
             notes=tuple(data["notes"]),
             _builder=builder,
             limits=data["limits"],
-            audit=Audit.from_json(data["audit"]) if data["audit"] else None,
+            audit=Audit.from_json(data["audit"]) if data.get("audit") else None,
             **{name: data[name] for name in _PLAIN},
         )
 
