@@ -152,23 +152,26 @@ def test_ruff_bans_bare_imports_of_the_mapped_folders(line):
 # Torch's objects are frozen: whichever import comes next sets off a pass of the garbage collector over all of them, and
 # that takes as long as half of ours.
 IMPORT = """
-import gc, sys, time, torch
+import gc, sys, time
+start = time.process_time()
+import torch
+theirs = time.process_time() - start
 gc.freeze()
 before, start = set(sys.modules), time.process_time()
 import autoprune
-print(time.process_time() - start, *{name.partition(".")[0] for name in set(sys.modules) - before})
+print((time.process_time() - start) / theirs, *{name.partition(".")[0] for name in set(sys.modules) - before})
 """
 
 
 def test_import_autoprune_is_quick_and_leaves_the_heavy_libraries_alone():
-    for _ in range(5):  # the best of five, of processor time, because other processes disturb
+    for _ in range(5):  # the best of five, over torch's own time, because processors differ and others disturb
         finished = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-        seconds, *modules = finished.stdout.split()
+        share, *modules = finished.stdout.split()
         heavy = {"ray", "pymoo", "optuna", "sklearn", "matplotlib", "pandas", "rich", "typer", "onnx", "onnxruntime"}
         assert heavy.isdisjoint(modules)
-        if float(seconds) <= 0.3:
+        if float(share) <= 0.5:
             return
-    pytest.fail(f"import autoprune adds {seconds} s to import torch; 0.3 s are allowed")
+    pytest.fail(f"import autoprune takes {share} of the time of import torch; half is allowed")
 
 
 def test_the_wheel_built_from_the_sdist_holds_the_package_and_nothing_else(tmp_path):
