@@ -166,7 +166,11 @@ class TestEvaluators:
         ("forward", AdaptiveBN, "forward must be a function forward(model, batch), or None, got <class"),
         ("outputs", 1.5, "outputs must be a key, an index, a list of these, a function"),
         ("outputs", [None], "outputs must be a key, an index, a list of these, a function"),
-        ("prior", ["criterion"], "prior must be one of ['auto', 'criterion', 'reconstruction', 'sensitivity'], got ['criterion']"),
+        (
+            "prior",
+            ["criterion"],
+            "prior must be one of ['auto', 'criterion', 'reconstruction', 'sensitivity'], got ['criterion']",
+        ),
         ("start", 5, "start must be a list of results, trials,"),
         ("start", "dense", "start must be a list of results, trials,"),
         ("start", [[7.9, 3.2, 0]], "option indices below [8, 8, 8], got [7.9, 3.2, 0]"),

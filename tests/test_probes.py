@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sqlite3
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,6 @@ import autoprune
 from autoprune import Channels, Data, Metric, SearchResult
 from autoprune.cli import app
 from autoprune.evaluators.adaptive_bn import recalibrate
-from autoprune.journal import Journal
 from autoprune.optimizers import RandomSearch
 from autoprune.progress import Progress
 from autoprune.protocols import FAILED, OK
@@ -176,8 +176,9 @@ class TestOnDisk:
     @pytest.mark.parametrize("finished", [True, False])
     def test_the_shell_shows_the_front_without_them(self, found, probes, run_dir, tmp_path, finished):
         if not finished:
-            with Journal.open(run_dir) as journal:
-                journal._connection.execute("VACUUM INTO ?", (str(tmp_path / "journal.sqlite"),))
+            with sqlite3.connect(run_dir / "journal.sqlite") as journal:
+                journal.execute("VACUUM INTO ?", (str(tmp_path / "journal.sqlite"),))
+            journal.close()
         shown = CliRunner().invoke(app, ["front", "--json", str(run_dir if finished else tmp_path)])
         front = json.loads(shown.stdout)
         assert [trial["id"] for trial in front["front"]] == [trial.id for trial in found.front]

@@ -189,7 +189,9 @@ def files_of(data: Mapping[str, Any]) -> dict[int, WeightsFile]:
     Raises:
         ValueError: If a file lies elsewhere than in the folder.
     """
-    found = {int(trial): WeightsFile(entry["file"], entry["sha256"]) for trial, entry in data.get("weights", {}).items()}
+    found = {
+        int(trial): WeightsFile(entry["file"], entry["sha256"]) for trial, entry in data.get("weights", {}).items()
+    }
     for entry in found.values():
         if Path(entry.name).name != entry.name:
             raise ValueError(f"weights name {entry.name!r:.60}, which is no file of its folder")
