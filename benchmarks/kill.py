@@ -158,11 +158,12 @@ def modes(folder: Path, kills: int, chosen: str | None) -> list[tuple[str, int, 
         end(process)
         seconds[name] = time.monotonic() - began
         wholes[name] = kill_modes.end_of(run_dir)
+        assert wholes[name] is not None, f"the search left alone did not end: {name}"
     for i in range(kills // 2):
         name = names[i % len(names)]
         run_dir = folder / str(i)
         (first, second), sound = killed_at_any_moment(run_dir, name, rng, seconds[name])
-        same = wholes[name] is not None and kill_modes.end_of(run_dir) == wholes[name]
+        same = kill_modes.end_of(run_dir) == wholes[name]
         rows.append((name, first, second, "yes" if sound else "NO", "yes" if same else "NO"))
         print(rows[-1], flush=True)
     return rows

@@ -110,7 +110,7 @@ def _read_recipe(folder: Path) -> object:
 
 def _read_result(folder: Path) -> object:
     result = autoprune.SearchResult.load(folder, model())
-    return str(result), result.best(), result.build(result.front[0]), result.to_json()
+    return str(result), result.best(), [result.build(trial) for trial in result.front[:1]], result.to_json()
 
 
 def _read_journal(folder: Path) -> object:
@@ -255,7 +255,8 @@ def outcome(kind: Kind, folder: Path, content: bytes) -> tuple[str, str]:
         kind.read(folder)
         found = "read", ""
     except (AutopruneError, ValueError, TypeError, OSError) as error:
-        sound = len(str(error)) <= MOST_CHARACTERS and (kind.name in str(error) or _names_an_argument(str(error)))
+        named = any(path.name in str(error) for path in folder.iterdir()) or _names_an_argument(str(error))
+        sound = len(str(error)) <= MOST_CHARACTERS and named
         found = ("refused" if sound else "WRONG"), f"{type(error).__name__}: {error}"
     except BaseException as error:  # of any kind is what this looks for
         found = "WRONG", f"{type(error).__name__}: {error}"

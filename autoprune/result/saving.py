@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ WEIGHTS = "trial-*.safetensors"
 MOST_BYTES = 1024 * MIB
 """What no result is larger than: 10,000 trials of 250 dimensions take a tenth of it."""
 
+_MOST_NAME = 100
 _NUMBER = (float, None)
 _EVALUATION = {
     "fidelity": str,
@@ -193,7 +195,7 @@ def files_of(data: Mapping[str, Any]) -> dict[int, WeightsFile]:
         int(trial): WeightsFile(entry["file"], entry["sha256"]) for trial, entry in data.get("weights", {}).items()
     }
     for entry in found.values():
-        if Path(entry.name).name != entry.name:
+        if Path(entry.name).name != entry.name or not fnmatchcase(entry.name, WEIGHTS) or len(entry.name) > _MOST_NAME:
             raise ValueError(f"weights name {entry.name!r:.60}, which is no file of its folder")
     return found
 
