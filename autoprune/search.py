@@ -212,6 +212,8 @@ def search(
     setup = deadline.spent
     identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
     with open_journal(run_dir, identity, resume, study) as journal:
+        if study.choice is not None:
+            study.choice.save(run_dir)
         in_spite: Sequence[str] = journal.meta().get(ANYWAY, ())
         history = recall(journal, study, proposer, measured.weights)
         rivals = Rivals(study, settings, journal, measured)

@@ -80,6 +80,7 @@ class Study:
         latency: What predicts latencies; None if they are not limited, or a function of the user's says them.
         priced: What a latency is of, and a peak of memory: a batch of the size that costs are stated at, opened.
         memory: What predicts the peak of memory; None if it is not limited, or cannot be measured.
+        choice: What the calibration check decided, to be kept once the search begins; None without one.
     """
 
     context: Context
@@ -96,6 +97,7 @@ class Study:
     latency: Latency | None = None
     priced: tuple[Any, ...] = ()
     memory: PeakMemory | None = None
+    choice: Choice | None = None
 
 
 def prepare(
@@ -178,12 +180,12 @@ def prepare(
     context = Context(model, structure, bound, subsets, judge, run)
     fresh = _copied(chosen)
     checked: tuple[str, ...] = ()
+    choice: Choice | None = None
     if evaluator == "auto":
         typical = uniform_seeds(problem, (0.5,) if minimise else (1.0,))[-1]
         choice = Choice.load(run_dir)
         if choice is None:
             choice, chosen, scores = check(context, settings, scores, typical, seed)
-            choice.save(run_dir)
         else:
             chosen = Compensated(**choice.parts)
             if settings.criterion == "auto" and choice.criterion != criterion:
@@ -216,7 +218,21 @@ def prepare(
     given = {"metric": metric, "forward": forward, "outputs": outputs}
     given |= {f"costs[{name!r}]": function for name, function in (costs or {}).items()}
     return Study(
-        context, chosen, fresh, problem, named, wanted, limits, ordered, given, whole, None, source, priced, peak
+        context,
+        chosen,
+        fresh,
+        problem,
+        named,
+        wanted,
+        limits,
+        ordered,
+        given,
+        whole,
+        None,
+        source,
+        priced,
+        peak,
+        choice,
     )
 
 

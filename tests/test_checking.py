@@ -49,6 +49,8 @@ def test_statistics_are_renewed_only_where_that_helps_the_dense_model(case, shif
 
 def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
     first = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())  # until the search begins
+    first.choice.save(str(tmp_path))
     kept = json.loads((tmp_path / FILE_NAME).read_text())
     kept["parts"]["bias"] = False
     (tmp_path / FILE_NAME).write_text(json.dumps(kept))
