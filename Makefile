@@ -16,13 +16,15 @@ help:
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
-# One thread: the networks of the tests are too small to gain from more, and sums come out the same on any machine.
+# One thread each: the networks of the tests are too small to gain from more, and sums come out the same on any machine.
+# A process for each core; the tests of a file share fixtures, and so a process.
 test quick: export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadscope
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not ray"
+	$(PYTEST) -m "not slow and not ray"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

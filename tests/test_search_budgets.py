@@ -43,7 +43,7 @@ def test_two_limits_hold_together_and_span_the_front(digits_model, digits, data,
 
 @WITH_AND_WITHOUT_PROBES
 def test_memory_is_a_budget(digits_model, data, optimizer, probes):
-    result = quick(digits_model, "memory_bytes <= 45KB", data, trials=12, cost_batch=2, optimizer=optimizer)
+    result = quick(digits_model, "memory_bytes <= 45KB", data, trials=16, cost_batch=2, optimizer=optimizer)
     assert result.limits == {"memory_bytes": 45_000}
     for trial in result.trials:
         state = sum(t.numel() * t.element_size() for t in result.build(trial).state_dict().values())

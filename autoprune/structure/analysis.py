@@ -89,7 +89,7 @@ def analyse(
             )
         graphs = find_rewrites(checker) if rewrite == "auto" else {}
         if graphs:
-            checker = checker.on(rewritten(model, graphs))
+            checker = checker.on(rewritten(model, graphs), graphs)
         failures = checker.failures()
     if failures and checks == "strict":
         details = "; ".join(f"{name}: {reason}" for name, reason in failures.items())

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoprune.structure.adapters import adapter_of
 from autoprune.structure.propagate import Propagation
+from autoprune.structure.reads import Reads
 from autoprune.structure.record import Op
 from autoprune.structure.repeats import Place, Repeats
 from autoprune.structure.replay import Replay
@@ -172,9 +173,16 @@ class Search:
 
     def reach(self, known: Known) -> Reach:
         """How far the forward gets with these sizes rewritten."""
+        try:
+            module = self.cut(self.attributes(known))
+        except Exception:  # whatever a user's class says to a size, or to being copied
+            return 0, 0
+        return self._reach(module)
+
+    def _reach(self, module: nn.Module) -> Reach:
         follow = Follow(self.replay)
         try:
-            self.run(self.cut(self.attributes(known)), follow)
+            self.run(module, follow)
         except Exception:  # whatever the user's forward raises at a wrong size says: not further than here
             return min(follow.reached(), self.end - 1), follow.since
         return follow.reached(), 0
@@ -193,7 +201,7 @@ class Search:
 
     def _further(self, known: Known, done: Reach) -> tuple[Known, Reach] | None:
         """The sizes that get the forward furthest, if any does: one alone, or several at once."""
-        suspects = self._suspects(done[0], known)
+        suspects = self._suspects(done, known)
         _, last = self.repeats.around(done[0])
         for proposals in ([{where: place} for where, place in suspects], self._together(suspects)):
             best: Known | None = None
@@ -223,18 +231,27 @@ class Search:
                     found[other, path] = there
         return found
 
+    def _reads(self, known: Known, done: Reach) -> Reads | None:
+        """What the forward reads until it goes wrong; None where watching it changes how far it gets."""
+        module = self.cut(self.attributes(known))
+        reads = Reads(module)
+        return reads if self._reach(module) == done else None
+
     def _hinted(self, where: Where) -> bool:
         return (type(self.repeats.modules[where[0]]), where[1]) in self.hints
 
-    def _suspects(self, at: int, known: Known) -> list[tuple[Where, Place]]:
-        """Sizes in Python whose dense value is one that shrinks: near the operation first, hints before others."""
+    def _suspects(self, done: Reach, known: Known) -> list[tuple[Where, Place]]:
+        """Sizes in Python that were read and whose dense value is one that shrinks: near first, hints before others."""
         suspects = []
+        at, reads = done[0], self._reads(known, done)
         sizes = [(Attribute.of(self.units, s).value({}), place) for s, place in self._shrinking(at).items()]
         for distance, name in enumerate(self._modules_around(at)):
             for path, value in self.repeats.held(name).items():
                 if (name, path) in known:
                     continue
                 matching = [place for size, place in sizes if size == value]
+                if matching and reads is not None and not reads.read(name, path):
+                    continue
                 for i, place in enumerate(matching[:MOST_MEANINGS]):
                     suspects.append((not self._hinted((name, path)), distance, i, ((name, path), place)))
         return [suspect for *_, suspect in sorted(suspects, key=lambda s: s[:3])][:MOST_SUSPECTS]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -165,10 +165,11 @@ class Checker:
         """Outputs of the model as it is, in its own type."""
         return self.example.run(skeleton(self.example.model))
 
-    def on(self, model: nn.Module) -> Checker:
-        """The same checks of a model that does the same by other code."""
-        example = replace(self.example, model=model)
-        return Checker(self.flow, example, self.untouched, self.seed)
+    def on(self, model: nn.Module, other: Collection[str]) -> Checker:
+        """The same checks of a model that does the same by other code in some modules, named in `other`."""
+        checker = Checker(self.flow, replace(self.example, model=model), self.untouched, self.seed)
+        checker.sizes.known |= {where: place for where, place in self.sizes.known.items() if where[0] not in other}
+        return checker
 
     def failures(self) -> dict[str, str]:
         """Groups that must be frozen, each with the check that it failed."""
@@ -181,6 +182,10 @@ class Checker:
     def follow(self, units: Units) -> Found:
         """Follow the forward of a smaller model as far as it goes, rewriting sizes kept in Python on the way."""
         return self.sizes.follow(units)
+
+    def reach(self, units: Units) -> int:
+        """Operation up to which the forward of a smaller model runs with the sizes found so far."""
+        return self.sizes.reach(units)
 
     def wrong(self) -> bool:
         """Whether any group must be frozen."""

@@ -58,7 +58,7 @@ def size_held(module: nn.Module, path: str) -> int:
     """
     value: Any = module
     for part in path.split("."):
-        value = _get(value, part)
+        value = get(value, part)
     size: int = value
     return size
 
@@ -69,10 +69,11 @@ def hold_size(module: nn.Module, path: str, size: int) -> None:
     Modules share such holders, and a size may differ between layers once they are pruned.
     """
     first, *rest = path.split(".")
-    setattr(module, first, _with(_get(module, first), rest, size) if rest else size)
+    setattr(module, first, _with(get(module, first), rest, size) if rest else size)
 
 
-def _get(holder: Any, part: str) -> Any:
+def get(holder: Any, part: str) -> Any:
+    """What one part of a path leads to."""
     if isinstance(holder, tuple | list) and part.isdigit():
         return holder[int(part)]
     if isinstance(holder, Mapping):
@@ -87,7 +88,7 @@ def _key(holder: Mapping[Any, Any], part: str) -> Any:
 def _with(holder: Any, parts: list[str], size: int) -> Any:
     """A copy of a holder with another size at a path inside it."""
     part, *rest = parts
-    value = _with(_get(holder, part), rest, size) if rest else size
+    value = _with(get(holder, part), rest, size) if rest else size
     if isinstance(holder, tuple):
         items: list[Any] = [value if i == int(part) else item for i, item in enumerate(holder)]
         return type(holder)(*items) if hasattr(holder, "_fields") else type(holder)(items)

@@ -32,13 +32,13 @@ class Twin:
     """A later module of the same class as one that is looked at.
 
     Attributes:
-        ops: Operations of the record.
+        record: What the model did.
         shift: From an operation of the one to that of the other.
         here: Name of the one.
         there: Name of the other.
     """
 
-    ops: list[Op]
+    record: Record
     shift: int
     here: str
     there: str
@@ -51,12 +51,16 @@ class Twin:
 
     def place(self, place: Place) -> Place | None:
         """The same place in the twin; None where another operation ran there."""
-        op = place.op + self.shift
-        if not 0 <= op < len(self.ops) or self.ops[op].func != self.ops[place.op].func:
+        at, ops = place.op + self.shift, self.record.ops
+        if not 0 <= at < len(ops) or ops[at].func != ops[place.op].func:
             return None
-        one, other = (self.ops[i] for i in (place.op, op))
-        same = [len(one.results()), len(one.inputs())] == [len(other.results()), len(other.inputs())]
-        return Place(op, place.operand, place.dim) if same else None
+        same = self._ranks(ops[at]) == self._ranks(ops[place.op])
+        return Place(at, place.operand, place.dim) if same else None
+
+    def _ranks(self, op: Op) -> tuple[list[int], list[int]]:
+        """Dimensions of its results and of its inputs; a decoder may mask where an encoder does not."""
+        results, inputs = ([len(self.record.values[v].shape) for v in vs] for vs in (op.results(), op.inputs()))
+        return results, inputs
 
 
 class Repeats:
@@ -94,5 +98,6 @@ class Repeats:
         if call is None:
             return []
         alike = self._calls[type(self.modules[call.name])]
-        ops = self.record.ops
-        return [Twin(ops, c.first - call.first, call.name, c.name) for c in alike.values() if c.first > call.first]
+        return [
+            Twin(self.record, c.first - call.first, call.name, c.name) for c in alike.values() if c.first > call.first
+        ]

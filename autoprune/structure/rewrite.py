@@ -265,10 +265,9 @@ def find_rewrites(checker: Checker) -> dict[str, Description]:
     found = checker.follow(units)
     while found.stuck:
         for more in rewriter.candidates(found.reached, graphs):
-            other = checker.on(rewritten(model, more))
-            again = other.follow(units)
-            if again.reached > found.reached:
-                checker, graphs, found = other, more, again
+            other = checker.on(rewritten(model, more), more)
+            if other.reach(units) > found.reached:
+                checker, graphs, found = other, more, other.follow(units)
                 break
         else:
             stuck |= found.stuck

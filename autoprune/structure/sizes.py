@@ -76,25 +76,38 @@ class Sizes:
         """Give up freedom until the forward of a smaller module runs through; returns the groups to freeze."""
         for seed in range(self.seed, self.seed + ROUNDS):
             units = find_units(self.flow, self.stuck)
-            found = self._found(units, seed)
-            if found.stuck:  # widths equal by chance may take a layer another way; what code ties shows in any draw
-                found = self._found(units, seed + ROUNDS)
+            found, draw = self._in_any_draw(units, seed)
             while found.stuck:
-                further = self._tie(units, found, seed) or self._give_up(units, found, seed)
+                further = self._tie(units, found, draw) or self._give_up(units, found, draw)
                 if further is None:
                     self.stuck |= found.stuck
                 units = find_units(self.flow, self.stuck)
-                found = self._found(units, seed)
+                found = self._found(units, draw)
         self.attributes = found.attributes
         return dict(self.stuck)
 
     def follow(self, units: Units) -> Found:
         """Follow a smaller module as far as it goes; what is found on the way stays known."""
-        return self._found(units, self.seed)
+        return self._in_any_draw(units, self.seed)[0]
+
+    def reach(self, units: Units) -> int:
+        """Operation up to which a smaller module runs with no more than what is known."""
+        return self._search(units, self.seed).reach(self.known)[0]
+
+    def _in_any_draw(self, units: Units, seed: int) -> tuple[Found, int]:
+        """What is found, and the draw that shows it.
+
+        Widths that are equal by chance may take a layer another way; what code ties shows in a second draw, too.
+        """
+        found = self._found(units, seed)
+        if not found.stuck:
+            return found, seed
+        return self._found(units, seed + ROUNDS), seed + ROUNDS
 
     def _search(self, units: Units, seed: int) -> Search:
         rng = np.random.default_rng(seed)
-        pruning = Pruning({group.name: some(group, rng) for group in units.groups})
+        # Not one where more can stay: einsum and squeeze take a dimension of one another way.
+        pruning = Pruning({group.name: some(group, rng, least=2) for group in units.groups})
         base = assemble(self.flow, units)
 
         def cut(attributes: tuple[Attribute, ...]) -> nn.Module:
@@ -179,8 +192,8 @@ class Sizes:
         return [group.name for group in groups if group is not None]
 
 
-def some(group: Group, rng: np.random.Generator, count: int | None = None) -> tuple[int, ...]:
-    """Random units to keep, in a random number unless given: at least one stays, at least one goes."""
+def some(group: Group, rng: np.random.Generator, count: int | None = None, least: int = 1) -> tuple[int, ...]:
+    """Random units to keep, in a random number unless given: `least` stay where that leaves one to go, one at least."""
     most = (group.size - 1) // group.multiple
-    count = group.multiple * int(rng.integers(1, most + 1)) if count is None else count
+    count = group.multiple * int(rng.integers(min(least, most), most + 1)) if count is None else count
     return tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))

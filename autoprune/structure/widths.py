@@ -33,8 +33,8 @@ def resized(step: Step, dense: Shapes, shapes: Shapes) -> Arguments:
         shapes: Shapes at the other widths.
     """
     touched = [leaf for leaf in tree_leaves((step.args, step.kwargs, step.output)) if isinstance(leaf, Held)]
-    if all(dense(leaf) == shapes(leaf) for leaf in touched):
-        return step.args, step.kwargs
+    if step.kind == "module" or all(dense(leaf) == shapes(leaf) for leaf in touched):
+        return step.args, step.kwargs  # a submodule may be called like a function
     name = step.target.rpartition(".")[2]
     args, kwargs = list(step.args), dict(step.kwargs)
     if name in WHOLE:
