@@ -68,5 +68,6 @@ class Reads:
                 return inherited(self, name)
 
             members = {"__getattribute__": __getattribute__, "__module__": kind.__module__}
-            self._kinds[kind] = type(kind)(kind.__name__, (kind,), members)
+            metaclass: Any = type(kind)
+            self._kinds[kind] = metaclass(kind.__name__, (kind,), members)
         return self._kinds[kind]
