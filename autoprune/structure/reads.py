@@ -54,13 +54,14 @@ class Reads:
     def _watch(self, holder: Any) -> None:
         try:
             object.__setattr__(holder, "__class__", self._watching(type(holder)))
-        except TypeError:  # of classes with another layout, what is read cannot be told
+        except Exception:  # of classes with another layout, or that refuse heirs, what is read cannot be told
             return
         self._watched[id(holder)] = holder
 
     def _watching(self, kind: type) -> type:
         if kind not in self._kinds:
-            seen, inherited = self._seen, kind.__getattribute__
+            seen = self._seen
+            inherited: Any = kind.__getattribute__
 
             def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807  # the method of that name
                 if name != "__dict__" or not isinstance(self, nn.Module):  # which modules read at every call
@@ -68,6 +69,5 @@ class Reads:
                 return inherited(self, name)
 
             members = {"__getattribute__": __getattribute__, "__module__": kind.__module__}
-            metaclass: Any = type(kind)
-            self._kinds[kind] = metaclass(kind.__name__, (kind,), members)
+            self._kinds[kind] = type(kind)(kind.__name__, (kind,), members)
         return self._kinds[kind]
