@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ MOST_SHOWN = 200
 
 MOST_SAID = 500
 """Characters of an error of the user's code that are kept."""
+
+MOST_SEED = 2**63 - 1
+"""What the generators of PyTorch take."""
 
 _ENTRIES = 8  # of a container
 _FEW = 16  # elements of an array that is shown as it is
@@ -74,12 +78,16 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None, why
     Raises:
         ValueError: If it is none, or out of range.
     """
-    plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not plain or value < least:
+    if not is_whole(value) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}{why}, got {shown(value)}")
     if most is not None and value > most:
         raise ValueError(f"{name} must be an integer of at most {most}{why}, got {shown(value)}")
     return operator.index(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer of Python or NumPy; no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
@@ -91,6 +99,42 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def positive(name: str, value: Any, or_else: str = "") -> float:
+    """A finite number above 0.
+
+    Args:
+        name: The argument.
+        value: What was given.
+        or_else: What else the argument may be, such as ``" or None"``.
+
+    Raises:
+        ValueError: If it is none, or not above 0.
+    """
+    if not is_number(value) or value <= 0:
+        raise ValueError(f"{name} must be positive{or_else}, got {shown(value)}")
+    return float(value)
+
+
+def numbers(values: Any) -> list[float]:
+    """The finite real numbers in a list, a tuple or an array; empty where there is anything else."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        return []
+    found = list(values)
+    return found if all(map(is_number, found)) else []
+
+
+def patterns(name: str, values: Any) -> None:
+    """Refuse what is no list of names or globs.
+
+    Raises:
+        ValueError: If it is text, holds anything else than text, or is no list.
+    """
+    if isinstance(values, str):
+        raise ValueError(f"{name} must be a list of names or globs, got the string {shown(values)}")
+    if not isinstance(values, Iterable) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} must be a list of names or globs, got {shown(values)}")
+
+
 def number(name: str, value: Any, least: float, rule: str) -> float:
     """A finite number of at least `least`.
 
@@ -100,6 +144,24 @@ def number(name: str, value: Any, least: float, rule: str) -> float:
     if not is_number(value) or value < least:
         raise ValueError(f"{name} must be a number of {rule}, got {shown(value)}")
     return float(value)
+
+
+def why_no_function(value: Any, arguments: int, classes: bool = False) -> str:
+    """What was given in place of a function of so many positional arguments, for a message; empty where it is one.
+
+    A class is none, unless `classes` are wanted too. Builtins that do not say what they take are believed.
+    """
+    if not callable(value) or (isinstance(value, type) and not classes):
+        return f"got {shown(value)}"
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # a builtin
+        return ""
+    try:
+        signature.bind(*range(arguments))
+    except TypeError:
+        return f"got {shown(value)}, which takes {signature!s:.100}"
+    return ""
 
 
 def flag(name: str, value: Any, why: str = "") -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.arguments import said, shown
+from autoprune.arguments import MOST_SEED, said, shown, whole_number, why_no_function
 from autoprune.errors import InfeasibleBudgetError, RecipeError
 from autoprune.evaluators import EVALUATORS, Evaluator, Orders, make_evaluator
 from autoprune.evaluators.measuring import Measuring
@@ -83,17 +83,22 @@ def audit(
     """
     if not isinstance(result, SearchResult):
         raise TypeError(f"result must be what autoprune.search returned, got {shown(result)}")
-    if not callable(train_fn):
-        raise TypeError(f"train_fn must be a function train_fn(model), got {shown(train_fn)}")
+    if why := why_no_function(train_fn, 1 if steps is None else 2):
+        raise TypeError(f"train_fn must be a function train_fn(model{', steps' * (steps is not None)}), {why}")
     builder = result._builder
     if not isinstance(builder, FromEvaluator):
         raise RecipeError(
             "audit needs a result with its model and samples, got one that was loaded; pass what autoprune.search "
             "returns, which with run_dir= and resume=True repeats no trial"
         )
-    for name, value, least in (("k", k, FEWEST), ("repeats", repeats, 0), ("seed", seed, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    k, repeats = whole_number("k", k, FEWEST), whole_number("repeats", repeats, 0)
+    seed = whole_number("seed", seed, 0, MOST_SEED)
+    if steps is not None:
+        steps = whole_number("steps", steps, 1, why=", or None")
+    if initialise is not None and (why := why_no_function(initialise, 1)):
+        raise TypeError(f"initialise must be a function initialise(model), or None, {why}")
+    if isinstance(evaluators, str) or not isinstance(evaluators, Sequence):
+        raise TypeError(f"evaluators must be a list of names or evaluators, got {shown(evaluators)}")
     named = _named(builder.evaluator, evaluators)
     chosen = spread(result, k)
     identity = audit_identity(builder.context, type(builder.evaluator).__name__, steps, seed)

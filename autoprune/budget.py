@@ -22,6 +22,7 @@ FORMS = (
     "'throughput >= 900/s', "
     "'accuracy drop <= 1pp', 'accuracy >= 0.98', or several joined by commas, by 'and', or in a list"
 )
+_OWN = "; pass a cost of your own under this name with costs=, or limit what candidates are scored by, set by metric="
 _MULTIPLIERS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 _CLAUSE = re.compile(
@@ -204,8 +205,8 @@ class Budget:
         absolute = {}
         for limit in self.limits:
             if limit.name not in dense_costs:
-                nearest = difflib.get_close_matches(limit.name, dense_costs, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else "; pass your own cost function under this name"
+                nearest = difflib.get_close_matches(limit.name, dense_costs, n=1, cutoff=0.75)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else _OWN
                 if limit.name in ("latency_ms", "ms_per_sample"):
                     hint = "; search under a limit on latency, or pass it a table with latency="
                 raise BudgetError(f"budget must limit one of {sorted(dense_costs)}, got {limit.name!r}{hint}")

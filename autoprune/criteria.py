@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from autoprune.arguments import shown
 from autoprune.batches import Batch, batch_size, slice_batch, targets, to_device
 from autoprune.protocols import IntArray
 from autoprune.structure.skeleton import skeleton
@@ -207,7 +208,7 @@ def score_units(
         ValueError: If the name is unknown, or a callable returns the wrong shape or NaN.
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {sorted(CRITERIA)} or a callable, got {criterion!r}")
+        raise ValueError(f"criterion must be one of {sorted(CRITERIA)} or a callable, got {shown(criterion)}")
     score = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     reads = _READS.get(criterion, "") if isinstance(criterion, str) else "everything"
     labelled = all(isinstance(targets(batch), Tensor) for batch in batches)
@@ -225,7 +226,9 @@ def score_units(
         if lacking:
             log.warning("group %s has no %s for criterion %r; its units are ranked by l2", group.name, reads, criterion)
         values = (l2 if lacking else score)(tensors)
-        if values.shape != (group.size,) or not torch.isfinite(values).all():
+        if not isinstance(values, Tensor):
+            raise TypeError(f"criterion must return a tensor of {group.size} scores, got {shown(values)}")
+        if values.is_complex() or values.shape != (group.size,) or not torch.isfinite(values).all():
             raise ValueError(
                 f"criterion must return {group.size} finite scores for group {group.name!r}, "
                 f"got shape {tuple(values.shape)}{'' if torch.isfinite(values).all() else ' with NaN or infinity'}"

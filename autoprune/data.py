@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from autoprune.arguments import shown, whole_number
 from autoprune.batches import Batch, batch_size, labelled, map_tensors, to_device
 from autoprune.errors import DataError
 from autoprune.sources import draw, drawn_at_random, even_chunks, seeded
@@ -60,9 +61,9 @@ class Data:
 
     def __post_init__(self) -> None:
         for name in (*(f"{part}_samples" for part in PARTS), "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+        if not isinstance(self.labels, str | None):
+            raise TypeError(f"labels must be the key of the target in dict batches, or None, got {shown(self.labels)}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,12 +16,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprune.batches import Batch, batch_size, fresh, slice_batch, targets
-from autoprune.scorers import describe, main_output, sample_means
+from autoprune.errors import DataError
+from autoprune.scorers import NO_LABEL, describe, main_output, sample_means
 
 _ROUNDING = 1e-3  # relative, between a loss of a batch and what its samples say of it; single precision is far below
+_OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 _AT_ONCE_BYTES = 2**30  # outputs of a whole set that are held for one call of a loss
 
 
@@ -164,6 +167,36 @@ def sample_loss(loss: Callable[..., Any], outputs: Any, batches: Sequence[Batch]
     except Exception as error:  # a user's loss may raise anything for a single sample, and then has to see them all
         return None, f"; it cannot score single samples ({type(error).__name__}), so the whole set is scored at once"
     return None, "; its value of a batch is no mean of values of samples, so the whole set is scored at once"
+
+
+def require_classes(loss: Callable[..., Any], outputs: Any, batches: Sequence[Batch]) -> None:
+    """Refuse labels that a cross-entropy of PyTorch has no class for: on a GPU these end the process.
+
+    Raises:
+        DataError: Names the first one.
+    """
+    settings = loss.keywords if isinstance(loss, partial) else vars(loss) if isinstance(loss, nn.Module) else {}
+    inner = loss.func if isinstance(loss, partial) else loss
+    output = main_output(outputs)
+    if output.ndim < 2 or not (isinstance(inner, _OF_CLASSES) or inner in (F.cross_entropy, F.nll_loss)):
+        return
+    labels = [
+        label for batch in batches if isinstance(label := targets(batch), Tensor) and not label.is_floating_point()
+    ]
+    misfit = label_out_of_range(labels, output.shape[1], settings.get("ignore_index", NO_LABEL))
+    if misfit:
+        raise DataError(
+            f"metric={name_of(loss)!r} needs {misfit}; mend them, or name what to leave out as ignore_index"
+        )
+
+
+def label_out_of_range(labels: Sequence[Tensor], classes: int, left_out: int | None) -> str:
+    """What labels would have to be, and the first that is something else; empty where all are classes."""
+    for label in labels:
+        bad = label[((label < 0) | (label >= classes)) & (label != left_out if left_out is not None else True)]
+        if len(bad):
+            return f"labels from 0 to {classes - 1}, the classes of the outputs, got {int(bad[0])}"
+    return ""
 
 
 def name_of(fn: Any) -> str:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from autoprune import language, scorers
-from autoprune.arguments import flag, shown
+from autoprune.arguments import flag, shown, why_no_function
 from autoprune.batches import Batch, Lent, batch_size, fresh, targets, tensors
 from autoprune.data import Subsets
 from autoprune.errors import DataError
-from autoprune.losses import SampleLoss, WholeLoss, name_of, sample_loss
+from autoprune.losses import SampleLoss, WholeLoss, label_out_of_range, name_of, require_classes, sample_loss
 from autoprune.protocols import FloatArray
 from autoprune.segmentation import mean_iou
 from autoprune.statistics import standard_error
@@ -68,12 +68,16 @@ class Metric:
     needs_dense: bool = False
 
     def __post_init__(self) -> None:
-        if not callable(self.fn) or isinstance(self.fn, type):
-            raise TypeError(f"fn must be a function, fn(outputs, batch) or fn(forward, batches), got {shown(self.fn)}")
-        flag("higher_is_better", self.higher_is_better)
-        flag("per_sample", self.per_sample)
+        for name in ("higher_is_better", "per_sample", "needs_dense"):
+            flag(name, getattr(self, name))
         if not isinstance(self.name, str):
             raise TypeError(f"name must be text, got {shown(self.name)}")
+        dense = ", dense" * self.needs_dense
+        if why := why_no_function(self.fn, 3 if self.needs_dense else 2):
+            raise TypeError(
+                f"fn must be a function fn(outputs, batch{dense}), or fn(forward, batches{dense}) with "
+                f"per_sample=False, {why}"
+            )
         object.__setattr__(self, "name", self.name or name_of(self.fn))
 
 
@@ -303,6 +307,12 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
     with torch.no_grad():
         outputs = dense_forward(first)
     labelled = (*subsets.validation, *subsets.test)
+    if not isinstance(metric, Metric) and scorers.main_output(outputs).is_complex():
+        got = scorers.describe(scorers.main_output(outputs))
+        raise DataError(
+            f"the model's output must be real to be scored by {shown(metric)}, got {got}; select another with "
+            "outputs=, or pass an autoprune.Metric"
+        )
     if isinstance(metric, Metric):
         judge = _judge_metric(metric)
     elif isinstance(metric, str) and metric in METRICS:
@@ -311,10 +321,18 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
         raise ValueError(f"metric must be a loss ready to be called, such as {metric.__name__}(), got {shown(metric)}")
     elif callable(metric):
         _require_labels(name_of(metric), labelled)
+        require_classes(metric, outputs, labelled)
         judge = _judge_loss(metric, outputs, labelled)
     else:
-        raise ValueError(f"metric must be one of {list(METRICS)}, a loss or an autoprune.Metric, got {metric!r}")
+        raise ValueError(f"metric must be one of {list(METRICS)}, a loss or an autoprune.Metric, got {shown(metric)}")
     if judge.per_sample:
+        rows = len(scorers.main_output(outputs)) if scorers.main_output(outputs).ndim else 0
+        if not isinstance(metric, Metric) and rows < batch_size(first):
+            raise DataError(
+                f"the model must return at least one row for each sample to be scored by {judge.name!r}, got {rows} "
+                f"for {batch_size(first)} samples; select with outputs= or forward=, or pass a Metric of the "
+                "whole set"
+            )
         judge.score_batch(outputs, first, scorers.main_output(outputs) if judge.needs_dense else None)
     if judge.parts is not None:
         judge.parts(outputs, first)
@@ -444,6 +462,9 @@ def _choose(outputs: Any, batches: Sequence[Batch], forward: Forward) -> tuple[s
     else:
         reason = f"labels of {scorers.describe(targets(batches[0]))} do not fit outputs of "
         reason += scorers.describe(scorers.main_output(outputs))
+        misfit = _misfit("loss", outputs, batches)
+        if misfit.startswith("labels from"):
+            reason = f"accuracy and loss need {misfit}"
     return "agreement", f"metric 'agreement' with the dense model was chosen because {reason}"
 
 
@@ -477,11 +498,8 @@ def _misfit(name: str, made: Any, batches: Sequence[Batch]) -> str:
         return f"integer class labels of shape {shape}, {got}"
     # Checked here because a label out of range on a GPU ends the process, not the trial.
     classes = outputs.shape[1]
-    for label in (scorers.known_labels(label, classes) for label in labels):
-        bad = label[((label < 0) | (label >= classes)) & ((label != scorers.NO_LABEL) | (name == "accuracy"))]
-        if len(bad):
-            return f"labels from 0 to {classes - 1}, the classes of the outputs, got {int(bad[0])}"
-    return ""
+    left_out = None if name == "accuracy" else scorers.NO_LABEL
+    return label_out_of_range([scorers.known_labels(label, classes) for label in labels], classes, left_out)
 
 
 def _require_labels(name: str, batches: Sequence[Batch]) -> None:

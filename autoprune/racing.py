@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autoprune.arguments import is_number, shown
 from autoprune.border import only
 from autoprune.evaluators.protocol import Evaluator
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
@@ -39,8 +40,8 @@ class Racing:
     delta: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 < self.delta < 1:
-            raise ValueError(f"delta must be a probability between 0 and 1, got {self.delta}")
+        if not (is_number(self.delta) and 0 < self.delta < 1):
+            raise ValueError(f"delta must be a probability between 0 and 1, got {shown(self.delta)}")
 
     def share(self, trial: int) -> float:
         """How much of `delta` a trial may spend, by its number from 0.

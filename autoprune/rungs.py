@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.arguments import is_number, shown, whole_number
 from autoprune.border import checked, only
 from autoprune.evaluators.protocol import Evaluator, Trains
 from autoprune.pareto import non_dominated
@@ -42,10 +43,9 @@ class Rungs:
     reduction: float = 3.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.count, int) or self.count < 2:
-            raise ValueError(f"count must be an integer of at least 2, got {self.count!r}")
-        if not self.reduction > 1:
-            raise ValueError(f"reduction must be above 1, got {self.reduction}")
+        object.__setattr__(self, "count", whole_number("count", self.count, 2))
+        if not (is_number(self.reduction) and self.reduction > 1):
+            raise ValueError(f"reduction must be a number above 1, got {shown(self.reduction)}")
 
     def steps(self, total: int) -> tuple[int, ...]:
         """Training steps of each rung, ascending, up to `total`.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoprune.arguments import shown
 from autoprune.batches import Batch, batch_size, fresh, targets, tensors
 from autoprune.errors import DataError
 
@@ -205,7 +206,7 @@ def align(output: Tensor, target: Tensor) -> Tensor:
 
 def describe(value: Any) -> str:
     """A value for a message: dtype and shape of a tensor, never its contents."""
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
 
 
 def _main(outputs: Any) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from autoprune.arguments import flag, is_number, shown, whole_number
+from autoprune.arguments import MOST_SEED, flag, positive, shown, whole_number
 from autoprune.border import proposals, same_samples
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction, Latency
@@ -41,9 +41,6 @@ from autoprune.study import Start, Study, hold_score, prepare
 from autoprune.verify import verify
 
 log = logging.getLogger(__name__)
-
-MOST_SEED = 2**63 - 1
-"""What the generators of PyTorch take."""
 
 
 def search(
@@ -164,8 +161,8 @@ def search(
     total = most(trials)
     trials = trials if isinstance(trials, str) else total
     seed = whole_number("seed", seed, 0, MOST_SEED)
-    if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
-        raise ValueError(f"max_seconds must be positive or None, got {shown(max_seconds)}")
+    if max_seconds is not None:
+        max_seconds = positive("max_seconds", max_seconds, " or None")
     resume = resume if isinstance(resume, str) and resume == "anyway" else flag("resume", resume, "or 'anyway'")
     progress = flag("progress", progress)
     if not isinstance(run_dir, str | os.PathLike | None):
@@ -342,5 +339,8 @@ def _measure_dense(study: Study) -> Measurement:
     """
     outcome = evaluate_one(study.evaluator, np.zeros(len(study.problem.sizes), dtype=np.int64))
     if isinstance(outcome, Failure):
-        raise ValueError(f"model cannot be scored on the validation data: {outcome.reason}")
+        raise ValueError(
+            f"model cannot be scored on the validation data: {outcome.reason} (the metric is "
+            f"{study.context.judge.name!r})"
+        )
     return outcome

@@ -20,6 +20,8 @@ from autoprune.errors import DataError
 from autoprune.protocols import IntArray
 
 SMALLEST_PART = 4
+MOST_EMPTY = 1000
+"""Batches without samples in a row, after which a stream is taken for one that never ends."""
 
 _process_state = threading.RLock()
 
@@ -269,11 +271,17 @@ def _draw_first(source: Any, wanted: Mapping[str, int], seed: int, name: str) ->
             f"{name} data must be a DataLoader, a Dataset, an iterable of batches, or arrays (X, y), "
             f"got {type(source).__name__}"
         )
-    batches, read, total = [], 0, sum(wanted.values())
+    batches, read, total, empty = [], 0, sum(wanted.values()), 0
     with seeded(seed, *generators_of(source)):
         for batch in source:
             batches.append(batch)
             read += batch_size(batch)
+            empty = 0 if batch_size(batch) else empty + 1
+            if empty > MOST_EMPTY:
+                raise DataError(
+                    f"{name} data must hold samples, but gave {empty} batches without any in a row, after {read} "
+                    f"samples of {total} wanted; let it end, or leave empty batches out"
+                )
             if read >= total:
                 break
     parts, start = {}, 0

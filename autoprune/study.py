@@ -14,17 +14,17 @@ import numpy as np
 from torch import Tensor, nn
 
 from autoprune import batches
-from autoprune.arguments import is_number, shown, whole_number
+from autoprune.arguments import is_number, said, shown, whole_number, why_no_function
 from autoprune.budget import ALIASES, THROUGHPUT, Budget
 from autoprune.checking import Choice, check, ranking
 from autoprune.costs import CostFunction, Latency, make_costs
 from autoprune.costs.memory.peak import PeakMemory, measure_memory
 from autoprune.costs.operations.allocations import MEASURABLE
 from autoprune.costs.profiling.profile import profile_structure, with_batch
-from autoprune.costs.returned import selecting
+from autoprune.costs.returned import require_selecting, selecting
 from autoprune.criteria import order_units, score_units
 from autoprune.data import Subsets, materialise, synthetic
-from autoprune.errors import BudgetError, DataError, InfeasibleBudgetError, UnsupportedModelError
+from autoprune.errors import AutopruneError, BudgetError, DataError, InfeasibleBudgetError, UnsupportedModelError
 from autoprune.evaluators import Compensated, Context, Evaluator, Forward, make_evaluator
 from autoprune.evaluators.memory import fitting
 from autoprune.files import brief, make_folder
@@ -38,6 +38,7 @@ from autoprune.search_spaces import Channels, Settings, make_space
 from autoprune.sources import seeded
 from autoprune.stopping import planned
 from autoprune.structure.analysis import analyse, require_supported
+from autoprune.structure.containers import sizes_of
 from autoprune.structure.examples import examples_of, unwrap
 from autoprune.structure.record import Inputs
 from autoprune.structure.slicing import Edit, Slicer, build
@@ -124,11 +125,9 @@ def prepare(
 ) -> Study:
     """Trace, rank, fix the data and lay out the problem; the arguments are those of `autoprune.search`."""
     wanted, settings, chosen = Budget.parse(budget), make_space(space), make_evaluator(evaluator)
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
     cost_batch = whole_number("cost_batch", cost_batch, 1)
     _require_functions({} if costs is None else costs)
-    _require_callable(forward, outputs)
+    require_selecting(forward, outputs)
     starts = _starts(start)
     if not isinstance(prior, str) or prior not in PRIORS:
         raise ValueError(f"prior must be one of {list(PRIORS)}, got {shown(prior)}")
@@ -149,9 +148,10 @@ def prepare(
     inputs = batches.opened(example)
     structure = analyse(model, inputs, forward=whole, further=further, checks=checks, rewrite=rewrite, seed=seed)
     _require_counted(wanted, structure)
-    priced, _ = with_batch(batches.opened(stated), {}, cost_batch)
     at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
     needed = at_edges or any(limit.name in TIMED for limit in wanted.limits)
+    measured = needed or latency is not None or any(limit.name == "memory_bytes" for limit in wanted.limits)
+    priced = with_batch(batches.opened(stated), {}, cost_batch, "cost_batch")[0] if measured else ()
     plain = forward is None
     source = _latency_of(latency, needed, costs, model, structure, priced, whole, cost_batch, run_dir, plain)
     if source is not None and isinstance(settings, Channels) and at_edges:
@@ -164,7 +164,7 @@ def prepare(
         scores: Mapping[str, Tensor] = {}
         if criterion is not None:
             scores = score_units(scored, structure, criterion, subsets.calibration, run, seed)
-        judge = resolve_metric(metric, subsets, fitting(lambda batch: run(scored, batch)))
+        judge = resolve_metric(metric, subsets, _blaming_data(fitting(lambda batch: run(scored, batch))))
         bound = settings.bind(structure, order_units(scores))
     named = make_costs(structure, bound, costs, cost_batch, source, None if peak is None else peak.predict)
     _require_steady({name: named[name] for name in costs or {}}, bound)
@@ -315,10 +315,8 @@ def _require_functions(costs: Mapping[str, CostFunction]) -> None:
     for name, function in costs.items():
         if not isinstance(name, str):
             raise ValueError(f"costs must have names of text, such as 'energy_mj', got {shown(name)}")
-        if not callable(function) or isinstance(function, type):
-            raise ValueError(
-                f"costs[{name!r}] must be a function of candidates (n, d) giving (n,), got {shown(function)}"
-            )
+        if why := why_no_function(function, 1):
+            raise ValueError(f"costs[{name!r}] must be a function of candidates (n, d) giving (n,), {why}")
         if name in (*ALIASES, THROUGHPUT, "ms_per_sample"):
             raise ValueError(
                 f"costs must not hold {name!r}, which budgets take for another cost; call a latency 'latency_ms', in "
@@ -337,18 +335,6 @@ def _require_steady(costs: Mapping[str, CostFunction], space: SearchSpace) -> No
                     f"costs[{name!r}] must give the same for the same candidate, got {shown(seen[0].tolist())} and "
                     f"then {shown(other.tolist())} for {shown(ends.tolist())}; leave out what is random or counts calls"
                 )
-
-
-def _require_callable(forward: Any, outputs: Any) -> None:
-    if forward is not None and (isinstance(forward, type) or not callable(forward)):
-        raise TypeError(f"forward must be a function forward(model, batch), or None, got {shown(forward)}")
-    keys = outputs if isinstance(outputs, list | tuple) else [outputs]
-    plain = all(isinstance(key, str | int) and not isinstance(key, bool) for key in keys) and len(keys) > 0
-    if outputs is not None and not plain and (isinstance(outputs, type) or not callable(outputs)):
-        raise TypeError(
-            "outputs must be a key, an index, a list of these, a function of what the model returns, or None, got "
-            f"{shown(outputs)}"
-        )
 
 
 def _memory_of(
@@ -446,6 +432,24 @@ def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed
     return synthetic(kwargs or (args if len(args) > 1 else args[0]), SYNTHETIC_SAMPLES, seed)
 
 
+def _blaming_data(forward: Callable[[batches.Batch], Any]) -> Callable[[batches.Batch], Any]:
+    """The forward of a model that ran on other inputs before: what it raises now says on which it did not."""
+
+    def run(batch: batches.Batch) -> Any:
+        try:
+            return forward(batch)
+        except AutopruneError:
+            raise
+        except Exception as error:  # whatever the user's forward raises
+            sizes = sizes_of([*batches.tensors(batch)])
+            raise DataError(
+                f"data must hold batches that the model takes, but with tensors of {sizes} its forward raises "
+                f"{said(error)}; give others, or forward="
+            ) from error
+
+    return run
+
+
 def _branches(model: nn.Module, example_inputs: Any) -> list[batches.Batch]:
     """The batches in a list of examples, which take branches that the data may not."""
     if not isinstance(example_inputs, list):
@@ -525,13 +529,16 @@ def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
         return [_indices(start, space.sizes.tolist())]
     unknown = set(start) - {dimension.name for dimension in space.dimensions}
     if unknown:
-        known = ", ".join(dimension.name for dimension in space.dimensions)
-        raise ValueError(f"start must name dimensions of the space ({known}), got {sorted(unknown)}")
+        known = ", ".join(dimension.name for dimension in space.dimensions[:20])
+        more = ", ..." * (len(space.dimensions) > 20)
+        raise ValueError(f"start must name dimensions of the space ({known}{more}), got {shown(list(unknown))}")
     candidate = []
     for dimension in space.dimensions:
         option = start.get(dimension.name, dimension.options[0])
         if not (isinstance(option, str) or is_number(option)) or option not in dimension.options:
-            raise ValueError(f"start[{dimension.name!r}] must be one of {dimension.options}, got {shown(option)}")
+            raise ValueError(
+                f"start[{dimension.name!r}] must be one of {dimension.options!s:.200}, got {shown(option)}"
+            )
         candidate.append(dimension.options.index(option))
     return [candidate]
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.arguments import flag, positive, whole_number
 from autoprune.batches import Batch
 from autoprune.criteria import private_copy
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
@@ -70,10 +71,11 @@ class Compensated:
         memory_bytes: int = 2**30,
         share_bytes: int = SHARE_BYTES,
     ) -> None:
-        if ridge is not None and not 0 < ridge < np.inf:
-            raise ValueError(f"ridge must be positive and finite, a share of the mean square of inputs, got {ridge}")
-        if memory_bytes < 0:
-            raise ValueError(f"memory_bytes must be at least 0, got {memory_bytes}")
+        if ridge is not None:
+            ridge = positive("ridge", ridge, ", a share of the mean square of inputs, or None")
+        memory_bytes = whole_number("memory_bytes", memory_bytes, 0)
+        for name, part in (("bn", bn), ("bias", bias), ("least_squares", least_squares), ("renew", renew)):
+            flag(name, part)
         self._bn, self._bias, self._least_squares, self._renew = bn, bias, least_squares, renew
         self._ridge, self._memory_bytes, self._share_bytes = ridge, memory_bytes, checked_bytes(share_bytes)
         self._collected = False

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 from torch import nn
 
+from autoprune.arguments import MOST_SEED, positive, whole_number, why_no_function
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.courses import Course, Distillation, Given, TrainFn
@@ -51,12 +52,10 @@ class FineTune:
         lr: float = 1e-3,
         seed: int = 0,
     ) -> None:
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
-        if not lr > 0:
-            raise ValueError(f"lr must be positive, got {lr}")
-        self.steps = steps
-        self._train_fn, self._lr, self._seed = train_fn, lr, seed
+        self.steps = whole_number("steps", steps, 1)
+        if train_fn is not None and (why := why_no_function(train_fn, 2)):
+            raise TypeError(f"train_fn must be a function train_fn(model, steps), or None, {why}")
+        self._train_fn, self._lr, self._seed = train_fn, positive("lr", lr), whole_number("seed", seed, 0, MOST_SEED)
         self._start: Evaluator = Compensated() if start is None else start
 
     def prepare(self, context: Context) -> None:

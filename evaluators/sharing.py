@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from autoprune.arguments import said
+from autoprune.arguments import said, whole_number
 from autoprune.batches import Batch, batch_size, slice_batch
 from autoprune.evaluators.cuts import Cut, NothingToShareError, choose_cuts, flow_of
 from autoprune.evaluators.digests import WHOLE, Mark, digests_of, first_operations, marks_of
@@ -49,9 +49,7 @@ def checked_bytes(share_bytes: int) -> int:
     Raises:
         ValueError: If it is negative.
     """
-    if share_bytes < 0:
-        raise ValueError(f"share_bytes must be at least 0, which shares nothing, got {share_bytes}")
-    return share_bytes
+    return whole_number("share_bytes", share_bytes, 0, why=", which shares nothing")
 
 
 @dataclass

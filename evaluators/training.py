@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
+from autoprune.arguments import MOST_SEED, flag, positive, whole_number, why_no_function
 from autoprune.batches import Batch, to_device
 from autoprune.evaluators.adaptive_bn import statistics
 from autoprune.evaluators.checkpoints import read_checkpoint, write_checkpoint
@@ -61,11 +62,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("subnets", 0), ("batch_size", 1), ("checkpoint_steps", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, MOST_SEED))
+        object.__setattr__(self, "lr", positive("lr", self.lr))
+        if self.mixed_precision is not None:
+            flag("mixed_precision", self.mixed_precision, "or None")
+        for name, arguments, form in (
+            ("loss", 2, "loss(outputs, batch)"),
+            ("optimizer", 1, "optimizer(parameters)"),
+            ("schedule", 2, "schedule(optimizer, steps)"),
+        ):
+            function = getattr(self, name)
+            if function is not None and (why := why_no_function(function, arguments, classes=True)):
+                raise TypeError(f"{name} must be a function {form}, or None, {why}")
 
 
 class Training:

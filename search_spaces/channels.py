@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from autoprune.criteria import Criterion
+from autoprune.arguments import is_number, is_whole, numbers, patterns, shown, whole_number, why_no_function
+from autoprune.criteria import CRITERIA, Criterion
 from autoprune.errors import NothingToPruneError
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.schema import require_form
@@ -51,28 +52,39 @@ class Channels:
     edges: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        units = isinstance(self.step, int) and self.step >= 1
+        units = is_whole(self.step) and self.step >= 1
         if not units and not (isinstance(self.step, float) and 0 < self.step < 1):
-            raise ValueError(f"step must be a fraction in (0, 1) or a whole number of units >= 1, got {self.step!r}")
-        if isinstance(self.round_to, str) and self.round_to != "auto":
-            raise ValueError(f"round_to must be an integer of at least 1, or 'auto', got {self.round_to!r}")
-        for name, least in (
-            ("round_to", 1 if isinstance(self.round_to, str) else self.round_to),
-            ("min_width", self.min_width),
-        ):
-            if not isinstance(least, int | np.integer) or least < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {least!r}")
-        if not 0 < self.min_fraction <= 1:
-            raise ValueError(f"min_fraction must be in (0, 1], got {self.min_fraction}")
+            raise ValueError(
+                f"step must be a fraction in (0, 1) or a whole number of units >= 1, got {shown(self.step)}"
+            )
+        if not (isinstance(self.round_to, str) and self.round_to == "auto"):
+            object.__setattr__(self, "round_to", whole_number("round_to", self.round_to, 1, why=", or 'auto'"))
+        object.__setattr__(self, "min_width", whole_number("min_width", self.min_width, 1))
+        if not (is_number(self.min_fraction) and 0 < self.min_fraction <= 1):
+            raise ValueError(f"min_fraction must be in (0, 1], got {shown(self.min_fraction)}")
         if self.options is not None:
-            falling = list(self.options) == sorted(set(self.options), reverse=True)
-            if not (self.options and falling and self.options[0] == 1 and self.options[-1] > 0):
-                raise ValueError(f"options must be fractions falling from 1.0 to above 0, got {self.options}")
+            options = numbers(self.options)
+            if not (options and options == sorted(set(options), reverse=True) and options[0] == 1 and options[-1] > 0):
+                raise ValueError(f"options must be fractions falling from 1.0 to above 0, got {shown(self.options)}")
+        if not isinstance(self.bounds, Mapping):
+            raise ValueError(
+                f"bounds must be (least, most) by name or glob, such as {{'layer1.*': (0.5, 1.0)}}, got "
+                f"{shown(self.bounds)}"
+            )
         for pattern, bound in self.bounds.items():
-            if not (len(bound) == 2 and 0 < bound[0] <= bound[1] <= 1):
-                raise ValueError(f"bounds[{pattern!r}] must be (least, most) with 0 < least <= most <= 1, got {bound}")
-        if isinstance(self.ignore, str):
-            raise ValueError(f"ignore must be a list of names or globs, got the string {self.ignore!r}")
+            ends = numbers(bound)
+            if not (len(ends) == 2 and 0 < ends[0] <= ends[1] <= 1):
+                raise ValueError(
+                    f"bounds[{shown(pattern)}] must be (least, most) with 0 < least <= most <= 1, got {shown(bound)}"
+                )
+        patterns("bounds", self.bounds)
+        if not isinstance(self.edges, Mapping):
+            raise ValueError(f"edges must be widths by the name of the group, got {shown(self.edges)}")
+        patterns("ignore", self.ignore)
+        if not isinstance(self.criterion, str) and (why := why_no_function(self.criterion, 1)):
+            raise ValueError(
+                f"criterion must be one of {sorted(CRITERIA)}, 'auto', or a function of what is known of a group, {why}"
+            )
 
     def bind(self, structure: Structure, order: Mapping[str, Sequence[int]]) -> ChannelSpace:
         """Lay the space out for a model.
@@ -106,8 +118,8 @@ class Channels:
     def _require_matches(self, structure: Structure) -> None:
         names = {name for group in structure.groups for name in _names(group)}
         names |= {frozen.tensor.rpartition(".")[0] for frozen in structure.frozen}
-        for argument, patterns in (("ignore", self.ignore), ("bounds", self.bounds)):
-            for pattern in patterns:
+        for argument, given in (("ignore", self.ignore), ("bounds", self.bounds)):
+            for pattern in given:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     some = ", ".join(sorted(names)[:8])
                     raise ValueError(f"{argument} has {pattern!r}, which matches no module; there are {some}, ...")

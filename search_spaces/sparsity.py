@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from autoprune.arguments import numbers, patterns, shown
 from autoprune.errors import NothingToPruneError
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.schema import require_form
@@ -42,11 +43,10 @@ class Sparsity:
     """No unit goes, so none is ranked."""
 
     def __post_init__(self) -> None:
-        rising = list(self.levels) == sorted(set(self.levels))
-        if not (self.levels and rising and self.levels[0] == 0 and self.levels[-1] < 1):
-            raise ValueError(f"levels must be fractions rising from 0 to below 1, got {self.levels}")
-        if isinstance(self.ignore, str):
-            raise ValueError(f"ignore must be a list of names or globs, got the string {self.ignore!r}")
+        levels = numbers(self.levels)
+        if not (levels and levels == sorted(set(levels)) and levels[0] == 0 and levels[-1] < 1):
+            raise ValueError(f"levels must be fractions rising from 0 to below 1, got {shown(self.levels)}")
+        patterns("ignore", self.ignore)
 
     def bind(self, structure: Structure, order: Mapping[str, Sequence[int]] | None = None) -> SparsitySpace:
         """Lay the space out for a model.

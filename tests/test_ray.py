@@ -321,15 +321,23 @@ def test_workers_that_cannot_start_are_given_up_with_the_reason(two_workers):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": 0}, "workers must be at least 1, got 0"),
-        ({"threads_per_worker": 0}, "threads_per_worker must be at least 1, got 0"),
+        ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
+        ({"threads_per_worker": 0}, "threads_per_worker must be an integer of at least 1, got 0"),
+        ({"workers": 2.5}, "workers must be an integer of at least 1, got 2.5"),
+        ({"workers": True}, "workers must be an integer of at least 1, got True"),
+        ({"gpus_per_worker": "x"}, "gpus_per_worker must be a number of at least 0, got 'x'"),
+        ({"gpus_per_worker": float("nan")}, "gpus_per_worker must be a number of at least 0, got nan"),
+        ({"address": 5}, "address must be text, such as 'auto', or None, got 5"),
+        ({"runtime_env": []}, "runtime_env must be a dictionary for Ray, or None"),
+        ({"synchronous": "no"}, "synchronous must be True or False, got 'no'"),
+        ({"timeout_seconds": True}, "timeout_seconds must be positive or None, got True"),
         ({"cpus_per_worker": 0}, "must not both be 0"),
         ({"listen": "everywhere"}, "listen must be 'loopback' or 'network', got 'everywhere'"),
         ({"timeout_seconds": 0}, "timeout_seconds must be positive or None, got 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         RayExecutor(**options)
 
 

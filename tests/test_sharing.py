@@ -362,7 +362,7 @@ def test_most_of_a_scan_of_single_dimensions_is_shared():
 
 @pytest.mark.parametrize("kind", [AdaptiveBN, Compensated])
 def test_a_negative_limit_is_refused(kind):
-    with pytest.raises(ValueError, match="share_bytes must be at least 0, which shares nothing, got -1"):
+    with pytest.raises(ValueError, match="share_bytes must be an integer of at least 0, which shares nothing, got -1"):
         kind(share_bytes=-1)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.arguments import is_whole, why_no_function
+from autoprune.errors import DataError
 from autoprune.sources import seeded
 from autoprune.structure.containers import map_tensors, tensors_in
 from autoprune.structure.propagate import propagate
@@ -20,6 +22,22 @@ MOST_OUTPUTS = 16
 """Outputs told apart; a model with more is asked for what matters without a list of them."""
 
 
+def require_selecting(forward: Any, outputs: Any) -> None:
+    """Refuse what neither runs a model nor says which of its outputs matter.
+
+    Raises:
+        TypeError: Names the argument.
+    """
+    if forward is not None and (why := why_no_function(forward, 2)):
+        raise TypeError(f"forward must be a function forward(model, batch), or None, {why}")
+    keys = outputs if isinstance(outputs, list | tuple) else [outputs]
+    plain = all(isinstance(key, str) or is_whole(key) for key in keys) and len(keys) > 0
+    if outputs is not None and not plain and (why := why_no_function(outputs, 1)):
+        raise TypeError(
+            f"outputs must be a key, an index, a list of these, a function of what the model returns, or None, {why}"
+        )
+
+
 def selecting(forward: Forward | None, outputs: Any) -> Forward:
     """Reduce what a model returns to the outputs that matter.
 
@@ -28,7 +46,7 @@ def selecting(forward: Forward | None, outputs: Any) -> Forward:
         outputs: A key, an index, several of these, a function of what the model returns, or None for everything.
 
     Returns:
-        A forward that raises ValueError for a key or an index that the model does not return.
+        A forward that raises DataError for a key or an index that the model does not return.
     """
     run = forward or (lambda model, *args, **kwargs: model(*args, **kwargs))
     if outputs is None:
@@ -52,7 +70,7 @@ def _selected(made: Any, key: str | int) -> Any:
         return made[key]
     except (KeyError, IndexError, TypeError) as error:
         names = list(made) if isinstance(made, Mapping) else type(made).__name__
-        raise ValueError(f"outputs must select from what the model returns ({names}), got {key!r}: {error}") from error
+        raise DataError(f"outputs must select from what the model returns ({names}), got {key!r}: {error}") from error
 
 
 def frozen_by_output(

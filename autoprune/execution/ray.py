@@ -15,7 +15,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, final
 
-from autoprune.arguments import is_number, shown
+from autoprune.arguments import flag, number, positive, shown, whole_number
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.execution.local import GENERATION, Finished, Outcome
 from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
@@ -136,12 +136,19 @@ class RayExecutor:
             ("generation", generation, 1),
             ("ahead", ahead, 0),
         ):
-            if not is_number(value) or value < least:
-                raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+            if name in ("cpus_per_worker", "gpus_per_worker"):
+                number(name, value, least, f"at least {least}")
+            else:
+                whole_number(name, value, least)
+        if not isinstance(address, str | None):
+            raise TypeError(f"address must be text, such as 'auto', or None, got {shown(address)}")
+        if not isinstance(runtime_env, Mapping | None):
+            raise TypeError(f"runtime_env must be a dictionary for Ray, or None, got {shown(runtime_env)}")
+        synchronous = flag("synchronous", synchronous)
         if cpus_per_worker == 0 == gpus_per_worker:
             raise ValueError("cpus_per_worker and gpus_per_worker must not both be 0: workers would have no bound")
-        if timeout_seconds is not None and not (is_number(timeout_seconds) and timeout_seconds > 0):
-            raise ValueError(f"timeout_seconds must be positive or None, got {timeout_seconds}")
+        if timeout_seconds is not None:
+            timeout_seconds = positive("timeout_seconds", timeout_seconds, " or None")
         if listen not in ("loopback", "network"):
             raise ValueError(f"listen must be 'loopback' or 'network', got {listen!r:.200}")
         self.threads: int | None = threads_per_worker

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+from autoprune.arguments import shown, why_no_function
 from autoprune.optimizers.auto import Auto
 from autoprune.optimizers.bayes import Bayes
 from autoprune.optimizers.knapsack import Knapsack
@@ -49,11 +50,12 @@ def find_optimizer(spec: str | MakeOptimizer | Optimizer) -> MakeOptimizer:
     """
     if isinstance(spec, str):
         if spec not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {spec!r}")
+            raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {shown(spec)}")
         return OPTIMIZERS[spec]
     if not isinstance(spec, type) and hasattr(spec, "ask") and hasattr(spec, "tell"):
         made = cast(Optimizer, spec)
         return lambda problem, seed: made
-    if callable(spec):
-        return spec
-    raise TypeError(f"optimizer must be a name, a function of (problem, seed) or have ask and tell, got {spec!r}")
+    makes_none = isinstance(spec, type) and not (hasattr(spec, "ask") and hasattr(spec, "tell"))
+    if why := f"got {shown(spec)}" if makes_none else why_no_function(spec, 2, classes=True):
+        raise TypeError(f"optimizer must be a name, a function of (problem, seed) or have ask and tell, {why}")
+    return spec

@@ -88,7 +88,7 @@ def write(module: nn.Module, path: str | Path, shared: SharedTensors | None = No
 
     With `shared`, without the tensors that others in the same folder have in common with it.
     """
-    module = unwrap(module)
+    module = unwrap(module) if isinstance(module, nn.Module) else module
     recipe = getattr(module, ATTRIBUTE, None)
     if recipe is None:
         raise RecipeError(

@@ -10,21 +10,26 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from autoprune.errors import NothingToPruneError, StructureCheckError, UnsupportedModelError
+from autoprune.arguments import said
+from autoprune.errors import AutopruneError, DataError, NothingToPruneError, StructureCheckError, UnsupportedModelError
 from autoprune.imports import import_late_ones
 from autoprune.sources import seeded
 from autoprune.structure.checks import Checker, Example
-from autoprune.structure.containers import map_tensors
+from autoprune.structure.containers import map_tensors, sizes_of, tensors_in
 from autoprune.structure.isolated import ProcessDiedError, call_alone
 from autoprune.structure.propagate import Propagation, propagate
 from autoprune.structure.record import Forward, Inputs, Record
 from autoprune.structure.rewrite import find_rewrites, rewritten
+from autoprune.structure.slicing import Edit, build
 from autoprune.structure.structure import Structure, assemble
 from autoprune.structure.trace import trace
 from autoprune.structure.units import Units, find_units
 
 SITES_TRIED = 32
 """Most ambiguous sites that are changed one by one; where there are more, only together with their like."""
+
+_PREPARED = (".fake_quantize", "quantization.observer", ".qat")
+"""Parts of the names of the modules whose classes stand in a model that is prepared for quantisation."""
 
 MOST_KEPT = 0.9
 """Share of what evaluation leaves in reach that must stay in reach for training to be followed."""
@@ -75,14 +80,24 @@ def analyse(
         map_tensors(lambda tensor: tensor.to(device), (a, dict(k))) for a, k in ((args, kwargs or {}), *further)
     ]
     with seeded(seed), torch.inference_mode(False):  # which would record layers that PyTorch did not decompose
-        record = trace(model, args, kwargs, run, further, training=True)
-        flow = _followed(record)
-        record = flow.record
-        ran = (*record.ops, *record.training)
-        read = {record.values[value].name for op in ran for value in op.inputs()}
-        untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
-        checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, seed)
-        if not all(torch.isfinite(out).all() for out in checker.dense if out.is_floating_point()):
+        try:
+            record = trace(model, args, kwargs, run, further, training=True)
+            flow = _followed(record)
+            record = flow.record
+            ran = (*record.ops, *record.training)
+            read = {record.values[value].name for op in ran for value in op.inputs()}
+            untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
+            checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, seed)
+            dense = checker.dense
+        except Exception:
+            _require_runs(model, run, [(args, kwargs), *further])
+            raise
+        if not any(out.numel() for out in dense):
+            raise UnsupportedModelError(
+                "model must return at least one value, got tensors of "
+                f"{sizes_of(dense)}; has it a layer of no outputs, or the example no samples?"
+            )
+        if not all(torch.isfinite(out).all() for out in dense if out.is_floating_point()):
             raise ValueError(
                 "model must return finite outputs for the example inputs, got NaN or infinity; "
                 "check its weights and pass example_inputs= that look like real data"
@@ -99,6 +114,27 @@ def analyse(
     with seeded(seed), torch.inference_mode(False):
         untrained = record.untrained or checker.misfit_in_training(units, structure)
     return replace(structure, graphs=graphs, untrained=untrained)
+
+
+def _require_runs(model: nn.Module, run: Forward, examples: Sequence[Inputs]) -> None:
+    """Run the model itself, with nothing watching, on what was to be traced.
+
+    Raises:
+        DataError: If it raises for these inputs too; names them.
+    """
+    for args, kwargs in examples:
+        private = map_tensors(lambda tensor: tensor.clone(), (args, dict(kwargs)))
+        try:
+            with torch.no_grad():
+                run(build(model, Edit({}, {})).eval(), *private[0], **private[1])
+        except AutopruneError:
+            raise
+        except Exception as error:  # whatever the user's forward raises
+            raise DataError(
+                f"the model's forward must run on the data, or the example_inputs, but with tensors of "
+                f"{sizes_of(tensors_in((args, kwargs), objects=True))} it raises {said(error)}; give inputs that it "
+                "takes, or forward="
+            ) from error
 
 
 def _followed(record: Record) -> Propagation:
@@ -154,12 +190,23 @@ def require_supported(model: nn.Module) -> torch.device:
             raise UnsupportedModelError(
                 f"model must not be quantised, but {where} is {type(module).__name__}; prune first, then quantise"
             )
+        for kind in type(module).__mro__:
+            if any(part in kind.__module__ for part in _PREPARED):
+                raise UnsupportedModelError(
+                    f"model must not be prepared for quantisation, but {where} is a {kind.__name__} of "
+                    f"{kind.__module__}; prune first, prepare afterwards"
+                )
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
             raise UnsupportedModelError(f"model has an uninitialised parameter {name!r}; run it once on real data")
         if tensor.layout is not torch.strided:
             raise UnsupportedModelError(f"model must be dense, but {name!r} is {tensor.layout}; call .to_dense() on it")
+        if tensor.is_inference():
+            raise UnsupportedModelError(
+                f"model must hold ordinary tensors, but {name!r} was made under torch.inference_mode(); build or load "
+                "the model outside of it, or pass copy.deepcopy(model)"
+            )
         if tensor.is_quantized:
             raise UnsupportedModelError(f"model must not be quantised, but {name!r} is; prune first, then quantise")
     if devices == {torch.device("meta")}:

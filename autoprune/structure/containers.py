@@ -7,7 +7,7 @@ sequence refuses what is no tensor on the CPU. Here a container is copied and it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -23,6 +23,12 @@ def tensors_in(tree: Any, *, objects: bool = False) -> list[Tensor]:
         objects: Look into the attributes of other objects, too.
     """
     return list(_tensors(tree, objects, frozenset()))
+
+
+def sizes_of(tensors: Sequence[Tensor]) -> str:
+    """Types and shapes of a few tensors, for messages."""
+    some = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors[:4])
+    return f"{some or 'none'}{', ...' * (len(tensors) > 4)}"
 
 
 def _tensors(tree: Any, objects: bool, around: frozenset[int]) -> Iterator[Tensor]:

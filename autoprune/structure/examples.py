@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import fresh
+from autoprune.arguments import shown
+from autoprune.batches import fresh, tensors
+from autoprune.errors import UnsupportedModelError
 from autoprune.sources import seeded
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -18,7 +20,16 @@ FORMS = "a tensor, a tuple of positional inputs, or a dict of keyword inputs"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``, however nested."""
+    """The module inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``, however nested.
+
+    Raises:
+        UnsupportedModelError: If it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        got, way_out = type(model).__name__, "load or build it first"
+        if isinstance(model, type):
+            got, way_out = f"the class {model.__name__}", "make one of it"
+        raise UnsupportedModelError(f"model must be an nn.Module, got {got}; {way_out}")
     while True:
         # The wrapper of torch.compile is known by its attribute: importing its class takes longer than autoprune.
         parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
@@ -53,6 +64,9 @@ def example_inputs_of(model: nn.Module, given: ExampleInputs | None = None) -> t
             f"example_inputs must be given, because {type(model).__name__} carries no example of its own "
             f"(example_input_array, dummy_inputs or pretrained_cfg['input_size']); pass {FORMS}"
         )
+    held = [tensor for tensor in tensors(example) if tensor.ndim]
+    if held and not any(tensor.numel() for tensor in held):
+        raise ValueError(f"example_inputs must hold at least one sample, got {shown(example)}; give one or two")
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping) and all(isinstance(name, str) for name in example):

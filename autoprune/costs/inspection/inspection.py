@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoprune.batches import on_call
 from autoprune.costs.inspection.html import as_html
 from autoprune.costs.inspection.text import as_text
-from autoprune.costs.returned import frozen_by_output, selecting
+from autoprune.costs.returned import frozen_by_output, require_selecting, selecting
 from autoprune.costs.structural import StructuralCosts
 from autoprune.files import write_text
 from autoprune.structure.analysis import analyse
@@ -189,6 +189,7 @@ def inspect(
     """
     model = unwrap(model)
     (args, kwargs), *further = examples_of(model, example_inputs)
+    require_selecting(forward, outputs)
     run = selecting(None if forward is None else on_call(forward), outputs)
     structure = analyse(model, args, kwargs, forward=run, further=further, checks=checks, rewrite=rewrite)
     costs = StructuralCosts(structure)

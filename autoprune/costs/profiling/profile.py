@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from autoprune.arguments import MOST_SEED, whole_number
 from autoprune.batches import on_call
 from autoprune.costs.allocator import keeping_freed_memory
 from autoprune.costs.correction import Evidence
@@ -21,10 +22,9 @@ from autoprune.costs.operations.parts import draw_widths, prefixes
 from autoprune.costs.operations.runtimes import TORCH, runtime_of
 from autoprune.costs.profiling.grids import Bench, measure_tables
 from autoprune.costs.profiling.progress_file import Progress
-from autoprune.costs.returned import selecting
+from autoprune.costs.returned import require_selecting, selecting
 from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import Clock, Timing, clock_for, compare, note_of_noise
-from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
 from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
@@ -89,21 +89,16 @@ def profile(
     Example:
         >>> autoprune.profile(model, torch.randn(1, 3, 32, 32), path="table.json")  # doctest: +SKIP
     """
-    for name, value, least, why in (
-        ("batch", batch, 1, ""),
-        ("networks", networks, 6, ", to fit to some and judge on others"),
-        ("seed", seed, 0, ""),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}{why}, got {value!r}")
+    batch = whole_number("batch", batch, 1)
+    networks = whole_number("networks", networks, 6, why=", to fit to some and judge on others")
+    seed = whole_number("seed", seed, 0, MOST_SEED)
     runtime_of(runtime)  # what cannot be measured or written must show before minutes of measuring
     if path is not None:
         _require_writable(Path(path))
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"model must be an nn.Module, got {type(model).__name__}; load or build it first")
     model = unwrap(model)
     require_supported(model)
     (args, kwargs), *others = examples_of(model, example_inputs)
+    require_selecting(forward, outputs)
     run = selecting(None if forward is None else on_call(forward), outputs)
     further = [with_batch(*inputs, 2) for inputs in others]
     structure = analyse(model, *with_batch(args, kwargs, 2), forward=run, further=further)
@@ -122,15 +117,23 @@ def _require_writable(path: Path) -> None:
         raise PermissionError(f"path must lie in a folder that can be written, got {path}")
 
 
-def with_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_batch(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int, name: str = "batch"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs with `n` samples: those of the given ones, over and over; what does not hold samples stays.
 
     Raises:
-        ValueError: If they hold no samples.
+        ValueError: If they hold no samples, or so many do not fit into memory; `name` is what `n` is called.
     """
     leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.ndim]
     if not leaves or not (size := len(leaves[0])):
         raise ValueError("example_inputs must hold a tensor with a dimension for samples and at least one, got none")
+    wanted = n * sum(leaf.nbytes / size for leaf in leaves if len(leaf) == size)
+    if wanted > (most := _memory_bytes()):
+        raise ValueError(
+            f"{name} must be a number of samples that fit into memory, got {n}, whose inputs alone take "
+            f"{wanted / 2**30:.0f} GiB of {most / 2**30:.0f} GiB"
+        )
 
     def resized(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != size:
@@ -139,6 +142,14 @@ def with_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int) -> tupl
 
     resized_args, resized_kwargs = tree_map(resized, (args, dict(kwargs)))
     return resized_args, resized_kwargs
+
+
+def _memory_bytes() -> float:
+    """What the machine has; without a limit where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):  # not POSIX
+        return float("inf")
 
 
 @seeded(0)  # operations run on noise, and a model may draw some itself
