@@ -70,7 +70,7 @@ class TestAuto:
         ("subsets", "reason"),
         [
             (UNLABELLED, "labels are missing"),
-            (subsets_of(INPUTS, LABELS + 1), r"labels of torch.int64 of shape \(7,\) do not fit"),
+            (subsets_of(INPUTS, LABELS + 1), "need labels from 0 to 2, the classes of the outputs, got 3"),
             (subsets_of(INPUTS, torch.zeros(20, 7, dtype=torch.long)), r"of shape \(7, 7\) do not fit"),
         ],
         ids=["none", "out of range", "other shape"],
