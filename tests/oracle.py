@@ -5,6 +5,7 @@ every parameter is zero: a producer then emits zeros, and a consumer ignores wha
 normalisation over channels also needs its statistics taken over the channels that stay.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,6 +68,20 @@ def count_macs(model: nn.Module, args: tuple[Any, ...]) -> int:
 def count_params(model: nn.Module) -> int:
     """Number of parameter elements, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+class SoftmaxOverKept(TorchFunctionMode):
+    """Leaves out of a softmax what masked weights make zero throughout: a channel that does not exist has no share."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.softmax, torch.softmax, F.softmax):
+            scores, dim = args[0], args[1] if len(args) > 1 else kwargs["dim"]
+            across = -2 if dim in (-1, scores.ndim - 1) else -1
+            gone = (scores == 0).all(dim=across, keepdim=True)
+            gone &= (scores != 0).any(dim=across, keepdim=True).any(dim=dim, keepdim=True)
+            args = (scores.masked_fill(gone, -math.inf), *args[1:])
+        return func(*args, **kwargs)
 
 
 class _NormsOverKept(TorchFunctionMode):

@@ -1,7 +1,6 @@
 """Random networks over tokens whose code takes sizes from shapes, printable as the code that makes them."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from autoprune.costs import StructuralCosts
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, widths_of
 from tests.fuzzing import macs
-from tests.oracle import count_params
+from tests.oracle import SoftmaxOverKept, count_params
 
 SIDE = 4
 """Tokens along each side of the map."""
@@ -255,17 +253,6 @@ LAYERS = st.one_of(
 TOKEN_SPECS = st.builds(
     TokenSpec, st.lists(LAYERS, min_size=1, max_size=3).map(tuple), st.sampled_from((8, 16, 24)), st.booleans()
 )
-
-
-class SoftmaxOverKept(TorchFunctionMode):
-    """Leaves out of a softmax what masked weights make zero throughout: a channel that does not exist has no share."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.softmax:
-            scores, *dim = args
-            gone = (scores == 0).all(dim=-2, keepdim=True) & (scores != 0).any(dim=(-2, -1), keepdim=True)
-            args = (scores.masked_fill(gone, -math.inf), *dim)
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """Networks of any kind: analysis ends, most of each is reachable, and what is built runs, trains and costs as said."""
 
+import copy
 import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.costs import StructuralCosts
 from autoprune.protocols import Pruning
@@ -21,7 +22,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.structure import Structure
 from tests.candidates import gap, random_pruning, widths_of
 from tests.counting import counted_macs, reach
-from tests.oracle import count_params, masked_forward
+from tests.oracle import SoftmaxOverKept, count_params, masked_forward
 from tests.zoo.entries import AnyEntry, Inputs
 from tests.zoo.hf import HF_ZOO
 from tests.zoo.tasks import TASK_ZOO
@@ -37,11 +38,15 @@ HANG_SECONDS = 120  # wall time: other programs may share the machine
 LEAST_CNN, LEAST_BODY = 0.85, 0.80  # promised, of all FLOPs and of those of a transformer without its head
 LEAST_SEEN = 0.91
 SHORT = {
-    "BlipForConditionalGeneration": (0.65, "its image encoder computes the head size as width // heads"),
-    "PvtV2ForImageClassification": (0.25, "its attention reshapes the heads to the width of its input"),
     "SwitchTransformersForConditionalGeneration": (0.0, "which rows an expert gets depends on the values"),
 }
 """Networks of which less is reachable: the least share, and the reason."""
+
+CONTRACTED = ("einsum_vit", "yolo")
+"""Networks that contract by einsum what may shrink to one index."""
+
+SHARED_OUT = ("yolo",)
+"""Networks with a softmax over what can shrink."""
 
 IDLE_IN_TRAINING = {
     "Wav2Vec2ForCTC": "wav2vec2.masked_spec_embed",
@@ -159,7 +164,7 @@ def test_most_of_the_network_is_reachable(name: str):
 
 
 def test_few_networks_fall_short_of_the_promise():
-    assert len(SHORT) <= 5
+    assert len(SHORT) <= 2
     assert min(LEAST_CNN, LEAST_SEEN) >= LEAST_BODY
 
 
@@ -176,7 +181,7 @@ def test_the_dense_candidate_is_bit_identical(name: str):
 @EVERY
 def test_costs_are_those_counted_on_what_is_built(name: str):
     known, prunings = analysed(name), [Pruning(), *candidates(name)]
-    if name == "einsum_vit":  # one of one index is multiplied, not contracted, which nobody counts
+    if name in CONTRACTED:  # one of one index is multiplied, not contracted, which nobody counts
         prunings = [several(known.structure, pruning) for pruning in prunings]
     costs, widths = StructuralCosts(known.structure), widths_of(known.structure, prunings)
     built = [known.structure.build(known.model, pruning) for pruning in prunings]
@@ -215,8 +220,9 @@ def test_random_candidates_run_and_train(name: str):
 @EVERY
 def test_built_models_equal_the_dense_model_with_removed_units_masked(name: str):
     known = analysed(name)
-    whole = Whole(known.model, known.entry, known.inputs)
-    shapes = {n: tensor.shape for n, tensor in (*known.model.named_parameters(), *known.model.named_buffers())}
+    model, inputs = in_float64(known)  # a norm over the two units that stay magnifies rounding
+    whole = Whole(model, known.entry, inputs)
+    shapes = {n: tensor.shape for n, tensor in (*model.named_parameters(), *model.named_buffers())}
     for pruning in candidates(name)[:3]:
         pruning = without(pruning, beyond_the_oracle(known))
         edit = known.structure.edit(pruning)
@@ -230,11 +236,27 @@ def test_built_models_equal_the_dense_model_with_removed_units_masked(name: str)
             }
             for tensor, dims in edit.slices.items()
         }
-        expected = masked_forward(whole, removed, ())
+        with SoftmaxOverKept() if name in SHARED_OUT else nullcontext():
+            expected = masked_forward(whole, removed, ())
         with torch.no_grad():
-            found = known.run(known.structure.build(known.model, pruning))
+            found = outputs_of(known.structure.build(model, pruning), known.entry, inputs)
         scale = max(1.0, *(out.abs().max().item() for out in expected))
         assert gap(found, expected) <= 1e-5 * scale
+
+
+def in_float64(known: Analysed) -> tuple[nn.Module, Inputs]:
+    """The network and its inputs in float64, or as they are where its code or an operation knows no such type."""
+
+    def wide(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    model, inputs = copy.deepcopy(known.model).double(), tree_map(wide, known.inputs)
+    try:
+        with torch.no_grad():
+            outputs_of(model, known.entry, inputs)
+    except RuntimeError:
+        return known.model, known.inputs
+    return model, inputs
 
 
 def without(pruning: Pruning, groups: set[str]) -> Pruning:

@@ -179,17 +179,13 @@ class Checker:
             self._grow(set(), _kinds(names), reasons)
         return reasons
 
-    def follow(self, units: Units) -> Found:
+    def follow(self, units: Units, draw: int) -> Found:
         """Follow the forward of a smaller model as far as it goes, rewriting sizes kept in Python on the way."""
-        return self.sizes.follow(units)
+        return self.sizes.follow(units, self.seed + draw)
 
-    def reach(self, units: Units) -> int:
+    def reach(self, units: Units, draw: int) -> int:
         """Operation up to which the forward of a smaller model runs with the sizes found so far."""
-        return self.sizes.reach(units)
-
-    def wrong(self) -> bool:
-        """Whether any group must be frozen."""
-        return bool(self.sizes.settle()) or self.error({}) is not None
+        return self.sizes.reach(units, self.seed + draw)
 
     def error(self, frozen: Mapping[str, str]) -> str | None:
         """What goes wrong when all groups but some are pruned at once, or None."""

@@ -6,9 +6,10 @@ of most ViT code, ``B, N, C = x.shape ... reshape(B, N, C)``, needs as many resi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -82,41 +83,38 @@ class Sizes:
                 if further is None:
                     self.stuck |= found.stuck
                 units = find_units(self.flow, self.stuck)
-                found = self._found(units, draw)
+                found = self.follow(units, draw)
         self.attributes = found.attributes
         return dict(self.stuck)
 
-    def follow(self, units: Units) -> Found:
+    def follow(self, units: Units, seed: int) -> Found:
         """Follow a smaller module as far as it goes; what is found on the way stays known."""
-        return self._in_any_draw(units, self.seed)[0]
+        return self._search(units, seed).find(self.known)
 
-    def reach(self, units: Units) -> int:
+    def reach(self, units: Units, seed: int) -> int:
         """Operation up to which a smaller module runs with no more than what is known."""
-        return self._search(units, self.seed).reach(self.known)[0]
+        return self._search(units, seed).reach(self.known)[0]
 
     def _in_any_draw(self, units: Units, seed: int) -> tuple[Found, int]:
         """What is found, and the draw that shows it.
 
-        Widths that are equal by chance may take a layer another way; what code ties shows in a second draw, too.
+        Widths that are equal by chance may take a layer another way, or give a size a wrong meaning. What code ties
+        shows in a second draw, too, which begins with nothing known.
         """
-        found = self._found(units, seed)
+        found = self.follow(units, seed)
         if not found.stuck:
             return found, seed
-        return self._found(units, seed + ROUNDS), seed + ROUNDS
+        self.known = {}
+        return self.follow(units, seed + ROUNDS), seed + ROUNDS
 
     def _search(self, units: Units, seed: int) -> Search:
-        rng = np.random.default_rng(seed)
-        # Not one where more can stay: einsum and squeeze take a dimension of one another way.
-        pruning = Pruning({group.name: some(group, rng, least=2) for group in units.groups})
+        pruning = _apart(units.groups, np.random.default_rng(seed))
         base = assemble(self.flow, units)
 
         def cut(attributes: tuple[Attribute, ...]) -> nn.Module:
             return self.cut(units, replace(base, attributes=(*base.attributes, *attributes)), pruning)
 
         return Search(self.repeats, units, Replay(self.flow, units, base.keep(pruning)), cut, self.run)
-
-    def _found(self, units: Units, seed: int) -> Found:
-        return self._search(units, seed).find(self.known)
 
     def _tie(self, units: Units, found: Found, seed: int) -> Found | None:
         """Tie a group in the way to one nearby, if the forward then gets further; the same in all later twins."""
@@ -192,8 +190,24 @@ class Sizes:
         return [group.name for group in groups if group is not None]
 
 
-def some(group: Group, rng: np.random.Generator, count: int | None = None, least: int = 1) -> tuple[int, ...]:
-    """Random units to keep, in a random number unless given: `least` stay where that leaves one to go, one at least."""
+def some(group: Group, rng: np.random.Generator, count: int | None = None) -> tuple[int, ...]:
+    """Random units to keep, in a random number unless given: at least one stays, at least one goes."""
     most = (group.size - 1) // group.multiple
-    count = group.multiple * int(rng.integers(min(least, most), most + 1)) if count is None else count
+    count = group.multiple * int(rng.integers(1, most + 1)) if count is None else count
     return tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))
+
+
+def _apart(groups: Sequence[Group], rng: np.random.Generator) -> Pruning:
+    """Random units of every group, in numbers that differ between groups of one size as far as there are others.
+
+    One stays only where no more can: einsum and squeeze take a dimension of one another way.
+    """
+    counts: dict[tuple[int, int], Iterator[int]] = {}
+    kept = {}
+    for group in groups:
+        most = (group.size - 1) // group.multiple
+        if (group.size, group.multiple) not in counts:
+            least = min(2, most)
+            counts[group.size, group.multiple] = cycle((least + rng.permutation(most - least + 1)).tolist())
+        kept[group.name] = some(group, rng, group.multiple * next(counts[group.size, group.multiple]))
+    return Pruning(kept)
