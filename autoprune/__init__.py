@@ -2,7 +2,6 @@
 
 from autoprune.audit import audit
 from autoprune.budget import Budget
-from autoprune.costs.inspection import Inspection, inspect
 from autoprune.costs.latency import Latency
 from autoprune.costs.profiling.profile import profile
 from autoprune.data import Data
@@ -17,6 +16,7 @@ from autoprune.errors import (
     StructureCheckError,
     UnsupportedModelError,
 )
+from autoprune.inspection import Inspection, inspect
 from autoprune.metrics import Metric
 from autoprune.protocols import Pruning
 from autoprune.racing import Racing

@@ -230,7 +230,7 @@ def inspect(
 ) -> None:
     """Say what can be pruned from a model, what it is worth, and why the rest stays."""
     with _errors_on_one_line(debug):
-        from autoprune.costs.inspection import inspect as inspect_model
+        from autoprune.inspection import inspect as inspect_model
         from autoprune.loading import load_model
 
         dense = load_model(model)

@@ -34,7 +34,7 @@ from autoprune.prior import PRIORS, expected_losses
 from autoprune.protocols import FloatArray, IntArray, Measurement, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, meets
-from autoprune.search_spaces import Channels, Settings, make_space
+from autoprune.search_spaces import Channels, Settings, make_space, why_no_less
 from autoprune.sources import seeded
 from autoprune.stopping import planned
 from autoprune.structure.analysis import analyse, require_supported
@@ -380,16 +380,7 @@ def _why_no_less(
     shares = {name: costs[name](ends)[1] / costs[name](ends)[0] for name in limits if costs[name](ends)[0] > 0}
     told = ", ".join(f"{share:.2%} of the dense {name}" for name, share in shares.items())
     found = f"every dimension at its least leaves {told}" if told else "every dimension is at its least"
-    if not isinstance(settings, Channels):
-        return f"{found}, by the options of the space"
-    stops = {name: getattr(settings, name) for name in ("min_fraction", "min_width", "round_to", "ignore", "bounds")}
-    loose = {"min_fraction": 0.0, "min_width": 1, "round_to": 1}
-    named = [f"{name}={value!r}" for name, value in stops.items() if value and value != loose.get(name)]
-    if settings.options is not None:
-        named.append(f"options={settings.options!r}")
-    else:
-        named.append(f"step={settings.step!r}")
-    return f"{found}; what stops there is {', '.join(named)} of Channels(...): loosen these, or allow more"
+    return f"{found}; what stops there is {why_no_less(settings)}: loosen these, or allow more"
 
 
 def hold_score(study: Study, dense: Measurement) -> Study:

@@ -81,7 +81,7 @@ def examine(name: str) -> Iterator[dict[str, Any]]:
         shapes = [tuple(out.shape[1:]) for out in tensors(model(x[:BATCH]))]
     yield {"forward_seconds": round(time.process_time() - began, 2)}
     began = time.process_time()
-    found = autoprune.inspect(model, x[:BATCH])
+    found = autoprune.inspect(model, x[:BATCH], space=autoprune.Channels(step=1, min_fraction=1e-9))
     reasons: dict[str, float] = {}
     for part in found.frozen:
         reasons[part.reason] = reasons.get(part.reason, 0.0) + part.params_share

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from autoprune.arguments import shown
 from autoprune.criteria import Criterion
 from autoprune.errors import FileFormatError
 from autoprune.protocols import SearchSpace
@@ -40,9 +41,21 @@ def make_space(spec: str | Settings) -> Settings:
         return SPACES[spec]()
     if isinstance(spec, str | type) or not hasattr(spec, "bind"):
         raise ValueError(
-            f"space must be one of {sorted(SPACES)}, or settings such as Channels(...) or Sparsity(...), got {spec!r}"
+            f"space must be one of {sorted(SPACES)}, or settings such as Channels(...) or Sparsity(...), got "
+            f"{shown(spec)}"
         )
     return spec
+
+
+def why_no_less(settings: Settings) -> str:
+    """The settings that keep the smallest network of a space from being smaller, in words."""
+    if not isinstance(settings, Channels):
+        return "the options of the space"
+    stops = {name: getattr(settings, name) for name in ("min_fraction", "min_width", "round_to", "ignore", "bounds")}
+    loose = {"min_fraction": 0.0, "min_width": 1, "round_to": 1}
+    named = [f"{name}={shown(value)}" for name, value in stops.items() if value and value != loose.get(name)]
+    even = f"step={settings.step!r}" if settings.options is None else f"options={shown(settings.options)}"
+    return f"{', '.join((*named, even))} of Channels(...)"
 
 
 def space_from_json(data: Mapping[str, Any]) -> SearchSpace:
@@ -70,4 +83,5 @@ __all__ = [
     "SparsitySpace",
     "make_space",
     "space_from_json",
+    "why_no_less",
 ]

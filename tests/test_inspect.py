@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.costs.inspection import Inspection, inspect
-from autoprune.costs.inspection.text import human
+import autoprune
 from autoprune.errors import UnsupportedModelError
+from autoprune.inspection import Inspection, inspect
+from autoprune.inspection.text import human
 from autoprune.protocols import Pruning
+from autoprune.search_spaces import Channels
 from autoprune.structure.examples import example_inputs_of, examples_of, unwrap
 from tests.zoo import ZOO
 
@@ -40,8 +42,10 @@ def counted(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("name", ["resnet20_padded", "mobilenet_v2", "densenet"])
-def test_shares_are_those_of_models_built_with_one_unit_left(name, inspections):
-    model, inputs, found = ZOO[name].build(), ZOO[name].inputs(), inspections[name]
+def test_shares_are_those_of_models_built_with_one_unit_left_where_the_space_allows_it(name):
+    model, inputs = ZOO[name].build(), ZOO[name].inputs()
+    found = inspect(model, inputs, space=Channels(step=1, min_fraction=1e-9))
+    assert found.limits == ""
     macs, params = counted(model, inputs)
     assert (found.dense["flops"], found.dense["params"]) == (macs, params)
     for group in found.groups:
@@ -51,6 +55,30 @@ def test_shares_are_those_of_models_built_with_one_unit_left(name, inspections):
     least = counted(found.structure.build(model, everything), inputs)
     removable = found.removable["flops"], found.removable["params"]
     assert removable == pytest.approx((1 - least[0] / macs, 1 - least[1] / params))
+
+
+@pytest.mark.parametrize(
+    "space", [Channels(), Channels(min_fraction=0.25, round_to=4), Channels(bounds={"0.0": (0.5, 1)})]
+)
+def test_what_is_removable_is_what_a_search_with_the_same_space_reaches(space):
+    model, inputs = small(hidden=64), torch.randn(2, 4)
+    found = inspect(nn.Sequential(model, nn.ReLU(), nn.Linear(3, 2)), inputs, space=space)
+    with pytest.raises(autoprune.InfeasibleBudgetError) as raised:
+        autoprune.search(
+            nn.Sequential(model, nn.ReLU(), nn.Linear(3, 2)), "flops <= 0.1%", space=space, example_inputs=inputs
+        )
+    cheapest = int(re.search(r"at least (\d+), the cheapest reachable", str(raised.value)).group(1))
+    assert found.removable["flops"] == pytest.approx(1 - cheapest / found.dense["flops"])
+    (settings,) = re.findall(r"what stops there is (.*) of Channels", str(raised.value))
+    assert f"by {settings} of Channels(...)" in found.limits
+    assert found.to_dict()["limits"] == found.limits
+    assert settings in " ".join(str(found).split())
+
+
+def test_a_space_without_a_choice_leaves_nothing_removable():
+    found = inspect(small(), torch.randn(2, 4), space=Channels(ignore=["*"]))
+    assert set(found.removable.values()) == {0.0}
+    assert found.groups
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -159,6 +159,12 @@ def test_a_table_of_inputs_of_another_size_is_refused_unless_the_user_makes_them
     assert autoprune.search(small(), "latency <= 50%", (large, DATA[1]), latency=table, forward=forward, **QUICK).front
 
 
+def test_a_table_of_other_groups_says_to_profile_with_the_same_outputs(machine, table):
+    other = replace(table, groups=(("0", 12), *table.groups[1:]))
+    with pytest.raises(ValueError, match=r"its groups differ in 0 \(12 units, here 24\).*with the same outputs=, forw"):
+        autoprune.search(small(), "latency <= 50%", DATA, latency=other, **QUICK)
+
+
 def test_mappings_that_are_no_dicts_cost_what_dicts_cost(machine):
     class Named(torch.nn.Module):
         def __init__(self):

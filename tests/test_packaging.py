@@ -31,7 +31,7 @@ LAYERS = (
     ("sensitivity",),
     ("prior",),
     ("optimizers", "evaluators", "search_spaces"),
-    ("border",),
+    ("border", "inspection"),
     ("rungs",),
     ("racing",),
     ("journal_file", "journal_rows", "execution"),

@@ -1,6 +1,8 @@
 """How searches end, what failures cost, and what the journal holds of them."""
 
+import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -123,6 +125,19 @@ class TestFailures:
         with pytest.raises(autoprune.InfeasibleBudgetError, match=r"no trial succeeded.*sizes do not match"):
             result.best()
         assert "0 on the front" in str(result)
+        assert f"{len(result.trials)} of {len(result.trials)} trials failed with" in " ".join(str(result).split())
+
+    def test_of_several_reasons_the_commonest_is_printed_with_an_empty_front(self, mlp, vectors):
+        dense, calls = count_params(mlp), itertools.count()
+
+        def pruned_fails(model, outputs):
+            if count_params(model) == dense:
+                return outputs
+            raise RuntimeError("disk is on fire" if next(calls) % 4 else f"number {next(calls)}")
+
+        result = quick(mlp, "flops <= 50%", vectors, trials=12, evaluator=Watched(fault=pruned_fails))
+        printed = " ".join(str(result).split())
+        assert re.search(r"the front is empty: 12 of 12 trials failed, \d+ of them with .*disk is on fire", printed)
 
 
 class TestJournal:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprune.costs.inspection import inspect
+from autoprune.inspection import inspect
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
 from autoprune.structure.held import hold_size, size_held, sizes_held

@@ -165,7 +165,7 @@ class Latency:
         Raises:
             ValueError: If they are others; names what differs.
         """
-        differing = []
+        differing, same = [], ""
         if batch != self.setting.batch:
             differing.append(f"its batch size is {self.setting.batch}, and cost_batch is {batch}")
         if model != self.setting.model:
@@ -176,6 +176,7 @@ class Latency:
             names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
             shown = ", ".join(f"{n} ({own.get(n, 'none')} units, here {other.get(n, 'none')})" for n in names[:3])
             differing.append(f"its groups differ in {shown or 'their order'}" + ("..." if len(names) > 3 else ""))
+            same = ", with the same outputs=, forward= and example_inputs= as here"
         if not differing and example is not None:
             own = Counter(given.partition(" ")[2] for given in self.setting.inputs)
             needed, all_here = map(_shapes, (inputs(example), example))
@@ -184,7 +185,7 @@ class Latency:
         if differing:
             raise ValueError(
                 f"latency must be a table of this model at this batch size, but {'; '.join(differing)}; "
-                "measure again with autoprune.profile"
+                f"measure again with autoprune.profile{same}"
             )
 
     def save(self, path: str | Path) -> Path:

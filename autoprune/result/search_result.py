@@ -29,7 +29,7 @@ from autoprune.result.saving import (
 )
 from autoprune.result.sensitivity import Sensitivity, sensitivity_of
 from autoprune.result.tables import data_frame, front_table
-from autoprune.result.trials import Trial, note_of_probes
+from autoprune.result.trials import Trial, note_of_failures, note_of_probes
 from autoprune.search_spaces import space_from_json
 
 if TYPE_CHECKING:
@@ -131,9 +131,9 @@ class SearchResult:
         return max(misses, default=0.0)
 
     def _why_none(self) -> str:
-        reasons = [trial.reason for trial in self.trials if trial.reason]
-        if reasons:
-            return f"the first of {len(reasons)} failures: {reasons[0]}"
+        """Why no trial is on the front: the commonest reason of failures, or what else was in the way."""
+        if failed := note_of_failures(self.trials):
+            return failed
         if missed := [trial for trial in self.trials if trial.predicted and not trial.feasible]:
             over = min(self._excess(trial, self.limits, None) for trial in missed)
             return (
@@ -306,4 +306,4 @@ class SearchResult:
         return plot_front(self, path)
 
     def __str__(self) -> str:
-        return front_table(self)
+        return front_table(self, "" if self.front else self._why_none())

@@ -18,8 +18,13 @@ MOST_ROWS = 20
 WIDTH = 100
 
 
-def front_table(result: SearchResult) -> str:
-    """The front as a table that fits a terminal, with the dense model for comparison and what was noted."""
+def front_table(result: SearchResult, why_empty: str) -> str:
+    """The front as a table that fits a terminal, with the dense model for comparison and what was noted.
+
+    Args:
+        result: Of a search.
+        why_empty: Why there is nothing on the front, if there is not.
+    """
     names = list(result.limits)
     header = ["trial", *names, "of dense", result.metric, "95 % interval", "held out"]
     shown = _spread(result.front, MOST_ROWS)
@@ -37,6 +42,8 @@ def front_table(result: SearchResult) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     rule = "  ".join("-" * width for width in widths)
     notes = result.notes if result.audit is None else (*result.notes, result.audit.verdict())
+    if why_empty:
+        notes = (f"the front is empty: {why_empty}", *notes)
     failed = sum(trial.status == "failed" for trial in result.trials)
     hidden = len(result.front) - len(shown)
     foot = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from autoprune.pareto import non_dominated
-from autoprune.protocols import OK
+from autoprune.protocols import FAILED, OK
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,16 @@ def within(costs: Mapping[str, float], limits: Mapping[str, float]) -> bool:
 def meets(score: float, worst: float | None, higher_is_better: bool) -> bool:
     """Whether a score is no worse than the worst one allowed; NaN is not."""
     return worst is None or (score >= worst if higher_is_better else score <= worst)
+
+
+def note_of_failures(trials: Sequence[Trial]) -> str:
+    """How many of the trials failed, and the commonest reason; empty if none did."""
+    reasons = Counter(trial.reason for trial in trials if trial.status == FAILED)
+    if not reasons:
+        return ""
+    ((reason, count),) = reasons.most_common(1)
+    often = f", {count} of them with" if count < reasons.total() else " with"
+    return f"{reasons.total()} of {len(trials)} trials failed{often} {reason}"
 
 
 def note_of_probes(trials: Sequence[Trial]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autoprune.costs.inspection.inspection import Inspection
+    from autoprune.inspection.inspection import Inspection
 
 WIDTH = 100
 GROUPS_SHOWN = 40
@@ -19,7 +19,7 @@ MEANINGS = {
     "memory_bytes": "weights, buffers and peak of activations, one sample",
 }
 SHARES = (
-    "flops, params: share of the dense model that goes when this group alone keeps as little as it can (above: when "
+    "flops, params: share of the dense model that goes when this group alone keeps as little as it may (above: when "
     "every group does). A layer between two groups counts for both."
 )
 STAYS = "What stays, and the share of the params there (which may still shrink along another dimension)"
@@ -81,6 +81,8 @@ def _notes(found: Inspection) -> list[str]:
 def notes(found: Inspection) -> list[str]:
     """What else a user should know: sizes that follow, and where the pass was traced."""
     lines = []
+    if found.limits:
+        lines.append(f"Removable is what a search can reach: {found.limits}.")
     if found.attributes:
         lines.append(f"Sizes kept in Python that follow the units: {some(found.attributes)}.")
     if found.graphs:

@@ -1,5 +1,5 @@
 """What can be pruned from a model, why the rest stays, and the pages that say so."""
 
-from autoprune.costs.inspection.inspection import Inspection, inspect
+from autoprune.inspection.inspection import Inspection, inspect
 
 __all__ = ["Inspection", "inspect"]

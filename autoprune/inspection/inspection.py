@@ -12,11 +12,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from autoprune.batches import on_call
-from autoprune.costs.inspection.html import as_html
-from autoprune.costs.inspection.text import as_text
 from autoprune.costs.returned import frozen_by_output, require_selecting, selecting
 from autoprune.costs.structural import StructuralCosts
+from autoprune.errors import NothingToPruneError
 from autoprune.files import write_text
+from autoprune.inspection.html import as_html
+from autoprune.inspection.text import as_text
+from autoprune.protocols import FloatArray
+from autoprune.search_spaces import Settings, make_space, why_no_less
 from autoprune.structure.analysis import analyse
 from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
 from autoprune.structure.record import Forward
@@ -46,7 +49,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class GroupShare:
-    """What a group is worth: the shares of the dense model that go when this group alone keeps as little as it can.
+    """What a group is worth: the shares of the dense model that go when this group alone keeps as little as it may.
 
     A layer between two groups shrinks with either, and so counts for both: shares of groups add up to at least the
     share that is reachable with all of them.
@@ -93,12 +96,14 @@ class Inspection:
         structure: What `inspect` found, for more detail.
         dense: Costs of the dense model: ``flops`` (multiply-accumulates of one sample), ``params`` and
             ``memory_bytes`` (parameters, buffers and the peak of activations, batch size 1).
-        removable: Share of each cost, in [0, 1), that goes when every group keeps as little as it can.
+        removable: Share of each cost, in [0, 1), that goes when every group keeps as little as it may: what a search
+            with the same `space` can reach at the most.
         groups: In forward order.
         frozen: Largest share of the parameters first.
         untouched: Parameters that the forward pass did not read, with their number of elements; they stay.
         attributes: Sizes that modules keep in Python and that follow the units, such as ``"h.0.attn.num_heads"``.
         graphs: Modules that are delivered as graphs of what they ran, because their code does not follow the widths.
+        limits: What the space lets each group keep at least, in words; empty where that is one unit.
     """
 
     model: str
@@ -110,6 +115,7 @@ class Inspection:
     untouched: Mapping[str, int]
     attributes: tuple[str, ...]
     graphs: tuple[str, ...] = ()
+    limits: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: all but `structure`, of which it says where the pass was traced and in how much memory."""
@@ -124,6 +130,7 @@ class Inspection:
             "untouched": dict(self.untouched),
             "attributes": list(self.attributes),
             "graphs": list(self.graphs),
+            "limits": self.limits,
         }
 
     @property
@@ -154,6 +161,7 @@ def inspect(
     *,
     forward: Forward | None = None,
     outputs: Outputs | None = None,
+    space: str | Settings = "channels",
     checks: str = "on",
     rewrite: str = "auto",
 ) -> Inspection:
@@ -171,6 +179,8 @@ def inspect(
             end, in the place of the target.
         outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns. What
             reaches others alone can be pruned.
+        space: As in `autoprune.search`: what a group keeps at least. ``Channels(step=1, min_fraction=1e-9)`` lets each
+            keep a single unit.
         checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead.
         rewrite: ``"auto"`` delivers modules whose code ties sizes as graphs of what they ran; ``"off"`` freezes or ties
             what such code stops.
@@ -187,6 +197,7 @@ def inspect(
         >>> [(group.name, group.units) for group in inspect(model, torch.ones(2, 4)).groups]
         [('0', 8)]
     """
+    settings = make_space(space)
     model = unwrap(model)
     (args, kwargs), *further = examples_of(model, example_inputs)
     require_selecting(forward, outputs)
@@ -195,8 +206,8 @@ def inspect(
     costs = StructuralCosts(structure)
     groups = structure.groups
     widths = np.tile(structure.sizes.astype(np.float64), (len(groups) + 2, 1))
-    least = np.array([group.multiple for group in groups], dtype=np.float64)
-    np.fill_diagonal(widths[: len(groups)], least)  # row i: group i alone keeps as little as it can
+    least = _least(settings, structure)
+    np.fill_diagonal(widths[: len(groups)], least)  # row i: group i alone keeps as little as it may
     widths[-1] = least  # every group does; the row before is dense
     table = {name: getattr(costs, name)(widths) for name in ("flops", "params", "memory_bytes")}
     shares = {name: ((cost[-2] - cost) / max(cost[-2], 1.0)).tolist() for name, cost in table.items()}
@@ -214,7 +225,29 @@ def inspect(
         untouched={name: parameters[name].numel() for name in structure.untouched},
         attributes=tuple(f"{a.module}.{a.path}".lstrip(".") for a in structure.attributes),
         graphs=tuple(structure.graphs),
+        limits=_limits(settings, structure, least),
     )
+
+
+def _least(settings: Settings, structure: Structure) -> FloatArray:
+    """The fewest units of each group that a space offers, shape (groups,)."""
+    if not structure.groups:
+        return np.zeros(0)
+    order = {group.name: tuple(range(group.size)) for group in structure.groups}
+    try:
+        space = settings.bind(structure, order)
+    except NothingToPruneError:  # a space without a choice
+        return structure.sizes.astype(np.float64)
+    least: FloatArray = space.widths(space.sizes[None] - 1)[0]
+    return least
+
+
+def _limits(settings: Settings, structure: Structure, least: FloatArray) -> str:
+    """Which settings keep groups from giving up more; empty where none does."""
+    if all(width <= group.multiple for width, group in zip(least, structure.groups, strict=True)):
+        return ""
+    kept = f"the smallest network of the space keeps {least.sum():.0f} of {structure.sizes.sum()} units"
+    return f"{kept}, by {why_no_less(settings)}"
 
 
 def _layers(group: Group) -> int:

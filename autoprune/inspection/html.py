@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from autoprune.costs.inspection.text import (
+from autoprune.inspection.text import (
     MEANINGS,
     REASONS_SHOWN,
     SHARES,
@@ -20,7 +20,7 @@ from autoprune.costs.inspection.text import (
 )
 
 if TYPE_CHECKING:
-    from autoprune.costs.inspection.inspection import FrozenPart, Inspection
+    from autoprune.inspection.inspection import FrozenPart, Inspection
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --bar: #2a78d6; --dim: #6b6b6b; }
