@@ -14,8 +14,9 @@ from autoprune.arguments import said
 from autoprune.errors import AutopruneError, DataError, NothingToPruneError, StructureCheckError, UnsupportedModelError
 from autoprune.imports import import_late_ones
 from autoprune.sources import seeded
-from autoprune.structure.checks import Checker, Example
+from autoprune.structure.checks import Checker
 from autoprune.structure.containers import map_tensors, sizes_of, tensors_in
+from autoprune.structure.example import Example
 from autoprune.structure.isolated import ProcessDiedError, call_alone
 from autoprune.structure.propagate import Propagation, propagate
 from autoprune.structure.record import Forward, Inputs, Record
@@ -88,7 +89,7 @@ def analyse(
             read = {record.values[value].name for op in ran for value in op.inputs()}
             untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
             checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, seed)
-            dense = checker.dense
+            dense = checker.values.dense
         except Exception:
             _require_runs(model, run, [(args, kwargs), *further])
             raise

@@ -5,133 +5,40 @@
 forward on the sliced module must agree with the sliced replay. Shapes are tried on the meta device first, because a
 wrong slice may kill the process in a native kernel.
 
-The record runs in float64 where the device has it, and so does the module where that is no larger than `WIDE`; how
-what is left of rounding is told from an error is `rounding`'s matter. The work is bounded by the number of kinds of
-groups, not by a clock: groups whose names differ in numbers alone, as in repeated blocks, are tried together.
+The record runs in float64 where the device has it, and so does the module where its code lets it; how what is left of
+rounding is told from an error is `rounding`'s matter. The work is bounded by the number of kinds of groups, not by a
+clock: groups whose names differ in numbers alone, as in repeated blocks, are tried together. Values of a large example
+are checked on the beginning of it, as `shorter` says.
 
 The record needs copies of what one operation reads, and no more. A sliced module needs a copy of every tensor that it
-cuts, so large models are cut in batches of groups: extra memory stays below `ALLOWANCE`, or a copy of what the largest
-group touches.
+cuts, one copy of the model at most.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from autoprune.protocols import IntArray, Pruning
-from autoprune.sources import seeded
+from autoprune.protocols import Pruning
 from autoprune.structure.attributes import Found
-from autoprune.structure.containers import map_tensors, tensors_in
+from autoprune.structure.example import Example
 from autoprune.structure.propagate import Propagation
-from autoprune.structure.record import Forward, Inputs
-from autoprune.structure.replay import Replay, widened
-from autoprune.structure.rounding import CheckError, compare, native_tolerances, wide_tolerances
+from autoprune.structure.replay import Replay
+from autoprune.structure.rounding import CheckError
+from autoprune.structure.shorter import Shorter, same_units, shorten
 from autoprune.structure.sizes import Sizes, some
-from autoprune.structure.skeleton import Call, call_with, skeleton
+from autoprune.structure.skeleton import skeleton
 from autoprune.structure.slicing import Slicer, owners
 from autoprune.structure.structure import Structure, assemble
-from autoprune.structure.training import run_in_training
-from autoprune.structure.units import Group, Slot, Units, find_units
-
-ALLOWANCE = 2**28
-"""Bytes of tensors that the module check cuts at once; a single group may touch more."""
-
-WIDE = 2**30
-"""Bytes that a model may take in float64 for its own forward to be checked in that type."""
-
-log = logging.getLogger(__name__)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make floating-point tensors in another type where code names none."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A model with inputs to run it on.
-
-    Attributes:
-        model: Never changed; copies of it run.
-        args: Positional inputs, on the model's device.
-        kwargs: Keyword inputs.
-        forward: Runs a model on them.
-        further: More inputs, which take other branches of the forward.
-    """
-
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    forward: Forward
-    further: Sequence[Inputs] = ()
-
-    @property
-    def inputs(self) -> list[Inputs]:
-        """The inputs of every call."""
-        return [(self.args, self.kwargs), *self.further]
-
-    def run(
-        self,
-        model: nn.Module,
-        *,
-        meta: bool = False,
-        mode: AbstractContextManager[Any] | None = None,
-        wide: bool = False,
-    ) -> list[Tensor]:
-        """Output tensors of `model`, put in evaluation mode, for all inputs; the same random numbers each time.
-
-        Args:
-            model: Runs with copies of the inputs and of its buffers.
-            meta: Run on the meta device, for the shapes.
-            mode: Watches the operations.
-            wide: Run in float64, tensors made on the way included; raises where the forward insists on another type.
-        """
-        model.eval()
-
-        def place(leaf: Tensor) -> Tensor:
-            if wide and widened(leaf) is not leaf:
-                return nn.Parameter(widened(leaf.detach())) if isinstance(leaf, nn.Parameter) else widened(leaf)
-            return _on_meta(leaf) if meta else _copied(leaf)
-
-        call = Call(model, self.forward)
-        state = {name: place(tensor) for name, tensor in (*call.named_parameters(), *call.named_buffers())}
-        outputs = []
-        with seeded(0), default_dtype(torch.float64 if wide else torch.get_default_dtype()):
-            for inputs in self.inputs:
-                args, kwargs = map_tensors(place, (inputs[0], dict(inputs[1])))
-                outputs.append(call_with(call, state, args, kwargs, mode, decomposed=mode is not None))
-        return tensors_in(outputs)
-
-    def run_in_training(self, model: nn.Module, *, meta: bool) -> list[Tensor]:
-        """Output tensors of `model` in training mode for the first inputs, without what training makes random."""
-        place = _on_meta if meta else _copied
-        state = {f"model.{name}": place(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        return run_in_training(model, self.forward, state, map_tensors(place, (self.args, dict(self.kwargs))))
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("meta")
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy, because a forward may write to it, of what is no parameter."""
-    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+from autoprune.structure.units import Group, Units, find_units
+from autoprune.structure.values import Values
 
 
 class Checker:
@@ -145,6 +52,7 @@ class Checker:
 
     Attributes:
         sizes: The sizes kept in Python, the ties and what is stuck.
+        values: The checks of values on the whole example.
     """
 
     def __init__(self, flow: Propagation, example: Example, untouched: tuple[str, ...], seed: int) -> None:
@@ -152,18 +60,23 @@ class Checker:
         self.example = example
         self.untouched = untouched
         self.seed = seed
-        self._measured = False
-        named = (*example.model.named_parameters(), *example.model.named_buffers())
-        self.tensors = {name: tensor.detach() for name, tensor in named}
-        self.inputs = tensors_in([(a, dict(k)) for a, k in example.inputs], objects=True)
+        self.values = Values(flow, example)
+        self._short_is_right = False
         # What only runs on the meta device is cut there as well, which costs no memory.
         self.shapes = _hollow(example.model) if flow.record.device == "meta" else example.model
         self.sizes = Sizes(flow, self.shapes, self._module_of, self._follow, seed)
 
     @cached_property
-    def dense(self) -> list[Tensor]:
-        """Outputs of the model as it is, in its own type."""
-        return self.example.run(skeleton(self.example.model))
+    def shorter(self) -> Shorter | None:
+        """A smaller example for values, where the whole one is large."""
+        return shorten(self.flow, self.example.model, self.example.inputs, self.example.forward)
+
+    @cached_property
+    def values_of_shorter(self) -> Values:
+        """The same checks on the smaller example."""
+        assert self.shorter is not None
+        (args, kwargs), *further = self.shorter.inputs
+        return Values(self.shorter.flow, replace(self.example, args=args, kwargs=kwargs, further=further))
 
     def on(self, model: nn.Module, other: Collection[str]) -> Checker:
         """The same checks of a model that does the same by other code in some modules, named in `other`."""
@@ -189,15 +102,32 @@ class Checker:
 
     def error(self, frozen: Mapping[str, str]) -> str | None:
         """What goes wrong when all groups but some are pruned at once, or None."""
-        if not self._measured:
-            self._measure_rounding()
         units = find_units(self.flow, frozen)
+        short = self._on_shorter(units, frozen)
+        error = self._error(units, short)
+        if error is not None and short is not None and not self._short_is_right:
+            error = self._error(units, None)  # the model may do something else with a smaller example
+            self._short_is_right = error is not None
+            self.shorter = self.shorter if self._short_is_right else None
+        return error
+
+    def _on_shorter(self, units: Units, frozen: Mapping[str, str]) -> tuple[Propagation, Units] | None:
+        """Labels and units of the smaller example, if there is one and they are the same."""
+        flow = None if self.shorter is None else self.shorter.tied_as(self.flow)
+        found = None if flow is None else find_units(flow, frozen)
+        return None if flow is None or found is None or not same_units(units, found) else (flow, found)
+
+    def _error(self, units: Units, short: tuple[Propagation, Units] | None) -> str | None:
+        values = self.values if short is None else self.values_of_shorter
+        labels = short or (self.flow, units)
         rng = np.random.default_rng(self.seed)
         try:
-            self._permutation(units, rng)
+            values.permutation(*labels, rng)
             structure = assemble(self.flow, units, self.untouched, self.sizes.attributes)
             for pruning in _draws(units.groups, rng):
-                self._values(units, structure, pruning)
+                if structure.device == "meta":
+                    self._shapes(units, structure, pruning)
+                values.agree(*labels, structure, pruning)
             for pruning in _apart(units.groups, rng):
                 self._shapes(units, structure, pruning)
         except CheckError as error:
@@ -242,54 +172,6 @@ class Checker:
     def _follow(self, module: nn.Module, mode: AbstractContextManager[Any]) -> None:
         self.example.run(module, meta=self.flow.record.device == "meta", mode=mode)
 
-    def _measure_rounding(self) -> None:
-        """Run the dense model as exactly as possible, and find out how far passes may differ."""
-        for self.wide in (True, False):
-            try:
-                self.exact = self._unchanged()
-                break
-            except Exception as error:  # the device or an operation may have no float64
-                log.info("the record does not run %s: %s", "in float64" if self.wide else "again", error)
-                self.exact = self.dense  # what does not run at all fails every check, with its own words
-        own = native_tolerances(self.dense, self.exact)
-        self.replayed = wide_tolerances(self.dense, self.exact) if self.wide else own
-        self.module_is_wide = self.wide and self._runs_wide()
-        self.modules = self.replayed if self.module_is_wide else own
-
-    def _unchanged(self) -> list[Tensor]:
-        units = find_units(self.flow)
-        replay = Replay(self.flow, units, np.ones(len(units.group_of), dtype=bool), wide=self.wide)
-        return replay.prepared(self.tensors, self.inputs, lambda _, tensor: tensor)
-
-    def _runs_wide(self) -> bool:
-        """Whether the model's own forward does in float64 what the record does."""
-        if 8 * sum(tensor.numel() for tensor in self.tensors.values()) > WIDE:
-            return False
-        try:
-            found = self.example.run(skeleton(self.example.model), wide=True)
-            compare("float64", found, self.exact, self.replayed)
-        except Exception as error:  # a forward may insist on a type of its own
-            log.info("the model does not run in float64 (%s); checking its forward in its own type", error)
-            return False
-        return True
-
-    def _permutation(self, units: Units, rng: np.random.Generator) -> None:
-        order = {group.name: rng.permutation(group.size) for group in units.groups}
-        slots: dict[str, list[tuple[Slot, IntArray]]] = {}
-        for group in units.groups:
-            for slot in group.slots:
-                slots.setdefault(slot.tensor, []).append((slot, order[group.name]))
-
-        def permuted(value: int, tensor: Tensor) -> Tensor:
-            for slot, moved in slots.get(self.flow.record.values[value].name, ()):
-                target = torch.from_numpy(slot.indices.reshape(-1)).to(tensor.device)
-                source = torch.from_numpy(slot.indices[moved].reshape(-1)).to(tensor.device)
-                tensor = tensor.index_copy(slot.dim, target, tensor.index_select(slot.dim, source))
-            return tensor
-
-        replay = Replay(self.flow, units, np.ones(len(units.group_of), dtype=bool), wide=self.wide)
-        compare("permutation", replay.prepared(self.tensors, self.inputs, permuted), self.exact, self.replayed)
-
     def _shapes(self, units: Units, structure: Structure, pruning: Pruning) -> None:
         """The user's forward on a smaller module must give the shapes that the record says."""
         replay = Replay(self.flow, units, structure.keep(pruning))
@@ -298,20 +180,6 @@ class Checker:
         found = [tuple(out.shape) for out in self.example.run(module, meta=structure.device == "meta")]
         if found != expected:
             raise CheckError(f"the module check saw outputs of shapes {found} instead of {expected}")
-
-    def _values(self, units: Units, structure: Structure, pruning: Pruning) -> None:
-        """The replay and the module check."""
-        if structure.device == "meta":
-            self._shapes(units, structure, pruning)
-        replay = Replay(self.flow, units, structure.keep(pruning), wide=self.wide)
-        sliced = replay.sliced(self.tensors, self.inputs)
-        compare("replay", sliced, replay.masked(self.tensors, self.inputs), self.replayed)
-        for part in self._batches(units.groups, pruning):
-            cut = Slicer(self.example.model).cut(structure.edit(part))
-            if len(part.kept) < len(pruning.kept):
-                replay = Replay(self.flow, units, structure.keep(part), wide=self.wide)
-                sliced = replay.sliced(self.tensors, self.inputs)
-            compare("module", self.example.run(cut, wide=self.module_is_wide), sliced, self.modules)
 
     def misfit_in_training(self, units: Units, structure: Structure) -> str:
         """What goes wrong when a smaller module runs in training mode, in shapes; empty where nothing does."""
@@ -329,19 +197,6 @@ class Checker:
         expected = [replay.shape(value) for value in record.trained]
         shapes = [tuple(out.shape) for out in found]
         return "" if shapes == expected else f"a smaller model returned shapes {shapes} instead of {expected}"
-
-    def _batches(self, groups: Sequence[Group], pruning: Pruning) -> list[Pruning]:
-        """The same pruning in parts whose cut tensors take no more memory than allowed, a group at least."""
-        parts: list[dict[str, tuple[int, ...]]] = [{}]
-        touched: set[str] = set()
-        for group in (group for group in groups if group.name in pruning.kept):
-            own = {slot.tensor for slot in group.slots}
-            if parts[-1] and sum(self.tensors[name].nbytes for name in own | touched) > ALLOWANCE:
-                parts.append({})
-                touched = set()
-            parts[-1][group.name] = pruning.kept[group.name]
-            touched |= own
-        return [Pruning(part) for part in parts]
 
 
 def _hollow(model: nn.Module) -> nn.Module:

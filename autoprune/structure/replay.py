@@ -118,7 +118,7 @@ class Replay:
             self._rehearse(op, args, env)
             return _call(op, args, env, self.wide)
 
-        return self._run(tensors, inputs, self.slice, run)
+        return self._run(tensors, inputs, lambda i, shared: self._private(self.slice(i, shared), shared), run)
 
     def _rehearse(self, op: Op, args: Mapping[str, Any], env: Mapping[int, Tensor]) -> None:
         """Run an operation on the meta device first: real kernels may read past the end of sizes that do not fit."""
@@ -152,13 +152,17 @@ class Replay:
             place = iter(op.results())
             return tree_map(lambda leaf: self.mask(next(place), leaf) if isinstance(leaf, Tensor) else leaf, out)
 
-        return self._run(tensors, inputs, self.mask, run)
+        return self._run(tensors, inputs, lambda i, shared: self.mask(i, self._private(shared, shared)), run)
 
     def prepared(
         self, tensors: Mapping[str, Tensor], inputs: list[Tensor], prepare: Callable[[int, Tensor], Tensor]
     ) -> list[Tensor]:
-        """Outputs of the record run at its dense sizes, with every tensor that it starts from changed by `prepare`."""
-        return self._run(tensors, inputs, prepare, lambda op, env: _call(op, op.args, env, self.wide))
+        """Outputs of the record run at its dense sizes; `prepare` returns what stands in for a tensor of the model."""
+
+        def start(i: int, shared: Tensor) -> Tensor:
+            return self._private(prepare(i, shared), shared)
+
+        return self._run(tensors, inputs, start, lambda op, env: _call(op, op.args, env, self.wide))
 
     def _run(
         self,
@@ -176,9 +180,10 @@ class Replay:
             if i in env or value.kind == "result":
                 return
             if value.name:
-                env[i] = prepare(i, self._copied(tensors[value.name].detach()))
+                env[i] = prepare(i, tensors[value.name].detach())
             else:
-                env[i] = self._copied(given[i] if value.tensor is None else value.tensor)
+                shared = given[i] if value.tensor is None else value.tensor
+                env[i] = self._private(shared, shared)
 
         last = self._last_use()
         with torch.no_grad():
@@ -193,9 +198,10 @@ class Replay:
                 fetch(i)
         return [env[i] for i in self.record.outputs]
 
-    def _copied(self, tensor: Tensor) -> Tensor:
-        wide = widened(tensor) if self.wide else tensor
-        return tensor.clone() if wide is tensor else wide
+    def _private(self, tensor: Tensor, shared: Tensor) -> Tensor:
+        """A tensor made from a shared one, wide if wanted, that operations may write to."""
+        wide: Tensor = widened(tensor) if self.wide else tensor
+        return wide.clone() if wide is shared else wide
 
     def _last_use(self) -> dict[int, list[int]]:
         last: dict[int, int] = {}

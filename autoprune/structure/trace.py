@@ -58,7 +58,9 @@ def trace(
         # Made behind our back, as the index tensor of x[:, [0, 2]] is: its values are needed and are lost.
         met = record.values[: record.met]
         lost = [v for v in met if v.kind == "constant" and v.tensor is not None and v.tensor.is_meta]
-        if not lost:
+        if not any(v.tensor.numel() for v in lost if v.tensor is not None):  # a cache that is yet empty has no values
+            for value in lost:
+                value.tensor = torch.empty(value.shape, dtype=value.dtype, device=_device_of(model))
             return record
         log.info("tracing on the meta device lost %d constants; tracing on real values", len(lost))
     except Exception as error:  # a model may do anything that the meta device cannot, such as read a value
@@ -124,6 +126,10 @@ def _trace(
     if training:
         follow_training(recorder, copied, forward, state, moved_examples[0])
     return record
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for _, tensor in _named_tensors(model)), torch.device("cpu"))
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,135 @@
+"""A smaller example that runs the same operations, so that checks of values of a large one take less time.
+
+Which units there are, what they touch and what the code does with sizes does not depend on how many samples or tokens
+pass through; the checks of shapes still see the whole example.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.structure.containers import map_tensors, tensors_in
+from autoprune.structure.macs import dense_macs
+from autoprune.structure.propagate import Edge, Propagation, propagate
+from autoprune.structure.record import Forward, Inputs, Record
+from autoprune.structure.trace import trace
+from autoprune.structure.units import Group, Units
+
+ENOUGH_MACS = 2**32
+"""Multiply-accumulates of a pass from which a smaller example is looked for, and aimed at: about 0.1 s in float64."""
+
+FEWEST = 8
+"""Positions that stay of a dimension that is not that of the samples; of samples two stay, for one is squeezed away."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shorter:
+    """The beginning of every input, and the labels of a pass on it.
+
+    Attributes:
+        flow: Its operations and values are those of the whole example, by index.
+        inputs: Of every call.
+    """
+
+    flow: Propagation
+    inputs: list[Inputs]
+
+    def tied_as(self, whole: Propagation) -> Propagation | None:
+        """The labels with the ties that were added to those of the whole example; None where they do not fit."""
+        count = len(self.flow.edges)
+        if [edge.op for edge in whole.edges[:count]] != [edge.op for edge in self.flow.edges]:
+            return None
+        here = np.full(whole.count, -1, dtype=np.int64)
+        here[0] = 0
+        for value, dims in whole.labels.items():
+            if whole.record.values[value].name:
+                for there, own in zip(dims, self.flow.of(value), strict=True):
+                    if there is not None and own is not None:
+                        here[there] = own
+        added = [Edge(edge.op, here[edge.a], here[edge.b]) for edge in whole.edges[count:]]
+        if any((edge.a < 0).any() or (edge.b < 0).any() for edge in added):
+            return None
+        return replace(self.flow, edges=[*self.flow.edges, *added])
+
+
+def shorten(flow: Propagation, model: nn.Module, inputs: list[Inputs], forward: Forward) -> Shorter | None:
+    """Cut a large example down, if the model then runs the same operations; else None."""
+    record = flow.record
+    macs = sum(dense_macs(record, op) for op in record.ops)
+    leaves = tensors_in([(args, dict(kwargs)) for args, kwargs in inputs], objects=True)
+    numbers = {leaf.is_floating_point() or leaf.is_complex() for leaf in leaves if leaf.dtype != torch.bool}
+    # Whole numbers next to others may be indices into these, and point behind their end.
+    if macs < 2 * ENOUGH_MACS or record.device != "meta" or len(numbers) > 1:
+        return None
+    for cut in _cuts(leaves, record.batch, macs / ENOUGH_MACS):
+        small = [map_tensors(cut, (args, dict(kwargs))) for args, kwargs in inputs]
+        try:
+            (args, kwargs), *further = small
+            found = trace(model, args, kwargs, forward, further, training=bool(record.trained))
+        except Exception as error:  # a model may need the sizes that it was given
+            log.info("the model does not run on a smaller example: %s", error)
+            continue
+        if _same(record, found):
+            return Shorter(propagate(found, flow.sites), small)
+    return None
+
+
+def same_units(one: Units, other: Units) -> bool:
+    """Whether two sets of units are called the same and touch the same."""
+    return len(one.groups) == len(other.groups) and all(
+        _same_group(a, b) for a, b in zip(one.groups, other.groups, strict=True)
+    )
+
+
+def _same_group(a: Group, b: Group) -> bool:
+    if (a.name, a.size, a.multiple, len(a.slots)) != (b.name, b.size, b.multiple, len(b.slots)):
+        return False
+    return all(
+        x.tensor == y.tensor and x.dim == y.dim and np.array_equal(x.indices, y.indices)
+        for x, y in zip(a.slots, b.slots, strict=True)
+    )
+
+
+def _cuts(leaves: list[Tensor], batch: int, excess: float) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Ways to cut inputs: fewer samples and the longest other dimensions shorter; then fewer samples alone."""
+    samples = min(batch, 2)
+    excess *= samples / batch
+    longest = max((size for leaf in leaves for size in leaf.shape[1:]), default=0)
+    dims = max((list(leaf.shape[1:]).count(longest) for leaf in leaves), default=0)
+    length = longest
+    while excess > 1 and length % 2 == 0 and length // 2 >= FEWEST:
+        length //= 2
+        excess /= 2**dims
+
+    def cut(tensor: Tensor, longest: int, length: int) -> Tensor:
+        for dim, size in enumerate(tensor.shape):
+            if dim == 0 and size == batch:
+                tensor = tensor.narrow(0, 0, samples)
+            elif dim > 0 and size == longest:
+                tensor = tensor.narrow(dim, 0, length)
+        return tensor.clone()
+
+    if length < longest:
+        yield lambda tensor: cut(tensor, longest, length)
+    if samples < batch:
+        yield lambda tensor: cut(tensor, 0, 0)
+
+
+def _same(whole: Record, small: Record) -> bool:
+    """Whether two records hold the same operations on the same values, sizes apart."""
+
+    def outline(record: Record) -> tuple[Any, ...]:
+        ops = [(op.func, op.inputs(), op.results(), op.module) for op in (*record.ops, *record.training)]
+        values = [(value.kind, value.name, len(value.shape), value.dtype) for value in record.values]
+        return ops, values, record.inputs, record.outputs, record.twins, record.trained, record.training_ends
+
+    return outline(whole) == outline(small)

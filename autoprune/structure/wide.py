@@ -1,0 +1,23 @@
+"""Run a model's own forward in float64, whatever types its code names, without a second copy of its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from autoprune.structure.replay import widened
+
+
+class Widening(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
+    """Runs every operation on widened copies of what is narrower, and widens the types that it is asked for.
+
+    So a cast to float32 in the code loses nothing, and a weight is wide only while an operation reads it. A write to a
+    tensor that is not wide yet is lost; compare a pass under this mode with another before relying on it.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*tree_map(widened, args), **tree_map(widened, kwargs or {}))
