@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shlex
 import sys
 import time
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoprune.errors import AutopruneError, FileFormatError
+from autoprune.arguments import shown
+from autoprune.errors import AutopruneError, DataError, FileFormatError
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +148,7 @@ def search(
         result = autoprune.search(
             dense,
             budget,
-            None if data is None else load_object(data),
+            None if data is None else load_object(data, "--data"),
             metric=metric,
             space=autoprune.Channels(**{name: value for name, value in settings.items() if value is not None}),
             evaluator=evaluator,
@@ -295,7 +297,8 @@ def _errors_on_one_line(debug: bool) -> Iterator[None]:
     except (AutopruneError, ValueError, OSError, ImportError) as error:
         if debug or not (isinstance(error, AutopruneError) or _raised_by_autoprune(error)):
             raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        where = " (--debug shows where)" if isinstance(error, DataError) and error.__cause__ is not None else ""
+        typer.echo(f"error: {' '.join(str(error).split())}{where}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -309,13 +312,14 @@ def _raised_by_autoprune(error: BaseException) -> bool:
 def _example_inputs(model: nn.Module, shape: str | None, example: str | None) -> Any:
     import torch
 
+    from autoprune.costs.profiling.profile import require_fits
     from autoprune.loading import load_object
     from autoprune.structure.examples import example_inputs_of
 
     if shape is not None and example is not None:
         raise ValueError("give --input-shape or --example, not both")
     if example is not None:
-        return load_object(example)
+        return load_object(example, "--example")
     if shape is None:
         try:
             example_inputs_of(model)
@@ -330,7 +334,10 @@ def _example_inputs(model: nn.Module, shape: str | None, example: str | None) ->
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1:
-        raise ValueError(f"input-shape must be positive numbers joined by commas, such as 2,3,224,224, got {shape!r}")
+        raise ValueError(
+            f"input-shape must be positive numbers joined by commas, such as 2,3,224,224, got {shown(shape)}"
+        )
+    require_fits("input-shape must be of inputs", shape, 4 * math.prod(sizes))
     return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from autoprune.arguments import shown
 
-def load_object(target: str) -> Any:
+
+def load_object(target: str, option: str) -> Any:
     """The object that `target` names; a function or class is called without arguments.
 
     The folder of a file, or the current folder for a module, goes to the front of ``sys.path`` and stays there, as with
@@ -21,6 +23,7 @@ def load_object(target: str) -> Any:
 
     Args:
         target: ``"FILE.py:NAME"`` or ``"package.module:NAME"``.
+        option: Where it was named, for messages.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -29,7 +32,7 @@ def load_object(target: str) -> Any:
     """
     source, _, name = target.rpartition(":")
     if not (source and name):
-        raise ValueError(f"expected FILE.py:NAME or package.module:NAME, got {target!r}")
+        raise ValueError(f"{option} must be FILE.py:NAME or package.module:NAME, got {shown(target)}")
     module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
     if not hasattr(module, name):
         raise ValueError(f"{source} has no {name!r}; it has {', '.join(_defined_in(module)) or 'nothing'}")
@@ -57,7 +60,7 @@ def load_model(target: str, weights: Path | None = None) -> nn.Module:
         FileNotFoundError: If there is no such file.
         ValueError: If `target` gives something else than a module, or the weights cannot be read or do not fit it.
     """
-    model = load_object(target)
+    model = load_object(target, "MODEL")
     if not isinstance(model, nn.Module):
         raise ValueError(f"{target} must be or return a torch.nn.Module, got {type(model).__name__}")
     if weights is not None:

@@ -165,7 +165,7 @@ def test_a_built_file_loads_into_a_fresh_model_and_costs_what_was_said(choice, s
     small = autoprune.load(path, load_model(MODEL)).eval()
     assert sum(p.numel() for p in small.parameters()) == chosen.costs["params"]
     expected = autoprune.SearchResult.load(searched[0], load_model(MODEL)).build(chosen).eval()
-    x, _ = load_object(DATA)
+    x, _ = load_object(DATA, "--data")
     torch.testing.assert_close(small(x), expected(x), rtol=0, atol=0)
 
 
@@ -280,7 +280,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path):
     ("target", "words"),
     [
         ("cli_example.py:nothing", ["cli_example.py", "'nothing'", "build", "load", "noise"]),
-        ("cli_example.py", ["FILE.py:NAME", "'cli_example.py'"]),
+        ("cli_example.py", ["MODEL must be FILE.py:NAME", "'cli_example.py'"]),
         ("elsewhere.py:build", ["no such file", "elsewhere.py"]),
         ("no_package.models:build", ["'no_package'", "FILE.py:NAME"]),
         ("cli_example.py:wide", ["without arguments", "wide(width)"]),
@@ -292,6 +292,24 @@ def test_a_model_that_cannot_be_had_is_named_with_what_there_is(target, words):
     message = error("inspect", target)
     assert [word for word in words if word not in message] == []
     assert "annotations" not in message
+
+
+@pytest.mark.parametrize("command", ["inspect", "profile"])
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ("2,3", ["the model's forward must run on", "float32 (2, 3)", "RuntimeError", "--debug shows where"]),
+        ("2,x", ["input-shape must be positive numbers", "'2,x'"]),
+        ("99999999999999,1,4,4", ["input-shape must be of inputs that fit into memory, got '99999999999999,1,4,4'"]),
+        ("9" * 400, ["input-shape must be of inputs that fit into memory", "..."]),
+    ],
+)
+def test_a_wrong_input_shape_is_one_line(command, shape, words, tmp_path):
+    output = ["--output", tmp_path / "table.json"] * (command == "profile")
+    message = error(command, MODEL, "--input-shape", shape, *output)
+    assert [word for word in words if word not in message] == []
+    assert len(message) < 600
+    assert not (tmp_path / "table.json").exists()
 
 
 def test_a_file_named_like_a_module_in_use_is_refused(tmp_path):

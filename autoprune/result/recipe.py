@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from autoprune.structure.examples import unwrap
 from autoprune.structure.held import size_held
 from autoprune.structure.slicing import Edit, build
 from autoprune.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
+
+log = logging.getLogger(__name__)
 
 FORMAT = "autoprune-model"
 VERSION = 1
@@ -48,6 +51,20 @@ def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
     earlier = getattr(dense, ATTRIBUTE, None)
     setattr(module, ATTRIBUTE, recipe if earlier is None else _compose(earlier, recipe))
     return module
+
+
+def warn_of_dense_config(module: nn.Module) -> None:
+    """Say of a pruned model of transformers what its own way to save would lose.
+
+    ``save_pretrained`` writes the pruned weights next to the config of the dense model, and ``from_pretrained`` then
+    makes dense layers, which the weights do not fit.
+    """
+    if callable(getattr(module, "save_pretrained", None)):
+        log.warning(
+            "%s.save_pretrained would write the config of the dense model, which cannot load these weights; save it "
+            "with autoprune.save(model, path), and load it with autoprune.load(path, fresh_model)",
+            type(module).__name__,
+        )
 
 
 def slices_of(edit: Edit) -> dict[str, dict[str, list[int]]]:
@@ -120,7 +137,9 @@ def load(path: str | Path, fresh_model: nn.Module) -> nn.Module:
         RecipeError: If the file is corrupted or foreign, or was made for another model.
         TypeError: If `fresh_model` is no module.
     """
-    return read(path, fresh_model)[0]
+    module, _ = read(path, fresh_model)
+    warn_of_dense_config(module)
+    return module
 
 
 def read(path: str | Path, fresh_model: nn.Module) -> tuple[nn.Module, str]:

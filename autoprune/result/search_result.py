@@ -17,6 +17,7 @@ from autoprune.protocols import OK, SearchSpace
 from autoprune.result.additivity import Additivity, additivity_of
 from autoprune.result.audit_report import Audit
 from autoprune.result.builders import Builder, SavedWeights
+from autoprune.result.recipe import warn_of_dense_config
 from autoprune.result.saving import (
     FORMAT,
     RESULT,
@@ -151,7 +152,11 @@ class SearchResult:
             InfeasibleBudgetError: If no trial is within the budget.
             RecipeError: If the result was loaded without a model, or without the weights of this trial.
         """
-        trial = what if isinstance(what, Trial) else self.best(what)
+        module = self._built(what if isinstance(what, Trial) else self.best(what))
+        warn_of_dense_config(module)
+        return module
+
+    def _built(self, trial: Trial) -> nn.Module:
         if self._builder is None:
             raise RecipeError("build needs the model; load the result with SearchResult.load(path, model=model)")
         return self._builder.build(trial)
@@ -189,7 +194,7 @@ class SearchResult:
         if weights == "best" and self.front:
             kept = (self.best(),)
         shared = self._builder.shared(kept) if self._builder is not None and len(kept) > 1 else None
-        write_result(folder, self.to_json(), kept, self.build, shared)
+        write_result(folder, self.to_json(), kept, self._built, shared)
         return folder
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autoprune.arguments import MOST_SEED, whole_number
+from autoprune.arguments import MOST_SEED, shown, whole_number
 from autoprune.batches import on_call
 from autoprune.costs.allocator import keeping_freed_memory
 from autoprune.costs.correction import Evidence
@@ -129,11 +129,7 @@ def with_batch(
     if not leaves or not (size := len(leaves[0])):
         raise ValueError("example_inputs must hold a tensor with a dimension for samples and at least one, got none")
     wanted = n * sum(leaf.nbytes / size for leaf in leaves if len(leaf) == size)
-    if wanted > (most := _memory_bytes()):
-        raise ValueError(
-            f"{name} must be a number of samples that fit into memory, got {n}, whose inputs alone take "
-            f"{wanted / 2**30:.0f} GiB of {most / 2**30:.0f} GiB"
-        )
+    require_fits(f"{name} must be a number of samples", n, wanted)
 
     def resized(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != size:
@@ -144,12 +140,27 @@ def with_batch(
     return resized_args, resized_kwargs
 
 
-def _memory_bytes() -> float:
-    """What the machine has; without a limit where the system does not say."""
+def require_fits(rule: str, given: Any, wanted_bytes: float) -> None:
+    """Refuse inputs that are larger than the memory of this machine, where the system says how much that is.
+
+    Args:
+        rule: What the argument must be, such as ``"batch must be a number of samples"``.
+        given: What it is.
+        wanted_bytes: What the inputs take.
+
+    Raises:
+        ValueError: Says both.
+    """
     try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        most = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, OSError, ValueError):  # not POSIX
-        return float("inf")
+        return
+    if wanted_bytes > most:
+        raise ValueError(
+            f"{rule} that fit into memory, got {shown(given)}, whose inputs alone take "
+            f"{min(wanted_bytes, 1e300) / 2**30:.3g} GiB "
+            f"of {most / 2**30:.3g} GiB; give fewer"
+        )
 
 
 @seeded(0)  # operations run on noise, and a model may draw some itself
