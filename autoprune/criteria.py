@@ -218,10 +218,10 @@ def score_units(
         activation_statistics(model, structure, batches, forward) if reads in ("activations", "everything") else {}
     )
     generator = torch.Generator().manual_seed(seed)
-    modules = dict(model.named_modules())
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     scores = {}
     for group in structure.groups:
-        tensors = _tensors(model, modules, group, gradients, activations.get(group.name, ()), generator)
+        tensors = _tensors(parameters, modules, group, gradients, activations.get(group.name, ()), generator)
         lacking = reads not in ("", "everything") and not getattr(tensors, reads)
         if lacking:
             log.warning("group %s has no %s for criterion %r; its units are ranked by l2", group.name, reads, criterion)
@@ -238,7 +238,7 @@ def score_units(
 
 
 def _tensors(
-    model: nn.Module,
+    parameters: Mapping[str, Tensor],
     modules: Mapping[str, nn.Module],
     group: Group,
     gradients: Mapping[str, Tensor],
@@ -246,7 +246,6 @@ def _tensors(
     generator: torch.Generator,
 ) -> GroupTensors:
     weights, slopes, scales = [], [], []
-    parameters = dict(model.named_parameters())
     for slot in group.slots:
         if slot.tensor not in parameters:
             continue

@@ -98,6 +98,7 @@ class Compensated:
             normalises = self._bn and statistics(self._reference)
             self._correction = Correction(self._reference, calibration, context.forward) if normalises else None
         self._solved: OrderedDict[tuple[str, int, bytes], Tensor] = OrderedDict()
+        self._solved_bytes = 0
         self._layers: dict[str, list[Layer]] = defaultdict(list)
         if self._bias or self._least_squares:
             typical = context.structure.edit(context.space.pruning((np.array(context.space.sizes) // 2).tolist()))
@@ -113,7 +114,7 @@ class Compensated:
         other = copy.copy(self)
         other._bn, other._bias = parts.get("bn", self._bn), parts.get("bias", self._bias)
         other._least_squares = parts.get("least_squares", self._least_squares)
-        other._solved = OrderedDict()
+        other._solved, other._solved_bytes = OrderedDict(), 0
         return other
 
     @property
@@ -140,6 +141,7 @@ class Compensated:
         """Forget what candidates share."""
         self._adapted.release()
         self._solved.clear()
+        self._solved_bytes = 0
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""
@@ -206,9 +208,9 @@ class Compensated:
             normal = Normal(layer.moments, self._centred(layer))
             zero = torch.zeros(len(whole), len(kept), device=whole.device)
             self._solved[key] = normal.change(whole, kept, layer.ridge).float() if fits else zero
-            used = sum(each.nbytes for each in self._solved.values())
-            while used > SOLVED_BYTES and len(self._solved) > 1:
-                used -= self._solved.popitem(last=False)[1].nbytes
+            self._solved_bytes += self._solved[key].nbytes
+            while self._solved_bytes > SOLVED_BYTES and len(self._solved) > 1:
+                self._solved_bytes -= self._solved.popitem(last=False)[1].nbytes
         self._solved.move_to_end(key)
         return self._solved[key]
 

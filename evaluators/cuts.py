@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +26,8 @@ from autoprune.structure.trace import trace
 
 _LEAST_GAIN = 1e-3  # of all multiply-accumulates, on average over dimensions: less is not worth a place
 _MOST_SHAPES = 8  # forms of batches that are traced; more of them, and nothing is shared
+_MOST_CUTS = 256  # calls that are looked at: more of them would hardly share more
+_MOST_ROUNDS = 256  # in which a cut finds what it must keep
 
 
 @dataclass(frozen=True)
@@ -214,12 +217,23 @@ class _Finder:
         self._macs = [dense_macs(record, op) for op in record.ops]
         self._last = {base: i for i, read in enumerate(self._reads) for base in read}
         self._last |= {self._base[i]: len(record.ops) for i in record.outputs}
+        self._readers: dict[int, list[int]] = defaultdict(list)
+        for i, read in enumerate(self._reads):
+            for base in read:
+                self._readers[base].append(i)
+        self._written_last = {base: i for i, written in enumerate(self._mutates) for base in written}
+        self._macs_before = np.concatenate([[0.0], np.cumsum(self._macs, dtype=np.float64)])
+        ran = [call for call in record.calls if call.first < call.last]
+        self._ran = [call.name for call in ran]
+        self._bounds = np.array([(call.first, call.last - 1) for call in ran], dtype=np.int64).reshape(-1, 2)
         times = Counter(call.name for call in record.calls)
         self._repeated = {name for name, count in times.items() if count > 1}
         # Statistics taken over several calls cannot be told apart, so a call that hides only some of these must run.
         self._run_always = hooked | (self._repeated & holders)
+        always = [call for call in ran if call.name in self._run_always]
         outermost_first = sorted(record.calls, key=lambda call: (call.first, -call.last))
-        self._calls = [call for call in outermost_first if self._replaceable(call)]
+        self._calls = [call for call in outermost_first if self._replaceable(call, always)]
+        self._made_by = {call.name: self._outputs(call) for call in self._calls}  # none of them is repeated
 
     def flow(self) -> Flow:
         """Everything that `Flow` says."""
@@ -232,8 +246,29 @@ class _Finder:
         enters: dict[str, int] = {}
         for call in record.calls:
             enters[call.name] = min(call.first, enters.get(call.name, call.first))
-        cuts = map(self._cut, self._calls)
+        cuts = [cut for call in self._considered() if (cut := self._cut(call)) is not None]
         return Flow(tuple(sorted(cuts, key=lambda cut: cut.end)), reads, enters, sum(self._macs))
+
+    def _considered(self) -> list[ModuleCall]:
+        """The calls to cut behind: of more than enough, the outermost, evenly over the multiply-accumulates."""
+        levels: list[list[ModuleCall]] = []
+        ends: list[int] = []  # of the calls around the present one
+        for call in self._calls:
+            while ends and ends[-1] < call.last:
+                ends.pop()
+            if len(levels) <= len(ends):
+                levels.append([])
+            levels[len(ends)].append(call)
+            ends.append(call.last)
+        chosen: list[ModuleCall] = []
+        for level in levels:
+            room = _MOST_CUTS - len(chosen)
+            if len(level) > room:
+                done = self._macs_before[[call.last for call in level]]
+                places = np.searchsorted(done, np.linspace(0, done[-1], room + 1)[1:])
+                level = [level[i] for i in sorted(set(places.tolist()))] if room > 0 else []
+            chosen += level
+        return sorted(chosen, key=lambda call: (call.first, -call.last))
 
     def _written_to(self, op: Op) -> set[int]:
         """Storages of arguments that an operation writes into."""
@@ -244,15 +279,20 @@ class _Finder:
     def _outputs(self, call: ModuleCall) -> set[int]:
         return {self._base[leaf.id] for leaf in call.outputs if isinstance(leaf, Ref)}
 
-    def _inside(self, covered: Container[int]) -> set[str]:
-        """Names of modules whose calls run none but the operations covered."""
-        calls = (call for call in self._record.calls if call.first < call.last)
-        return {call.name for call in calls if call.first in covered and call.last - 1 in covered}
+    def _inside(self, covered: Sequence[ModuleCall]) -> set[str]:
+        """Names of modules whose calls run none but the operations of some calls."""
+        hidden = np.zeros(len(self._record.ops), dtype=bool)
+        for call in covered:
+            hidden[call.first : call.last] = True
+        inside = hidden[self._bounds].all(axis=1)
+        return {self._ran[i] for i in np.flatnonzero(inside)}
 
-    def _replaceable(self, call: ModuleCall) -> bool:
+    def _replaceable(self, call: ModuleCall, always: Sequence[ModuleCall]) -> bool:
         """Whether the outputs are all that the call does, as far as the rest of the pass can tell."""
         inside = range(call.first, call.last)
-        if not call.name or call.name in self._repeated or self._inside(inside) & self._run_always:
+        if not call.name or call.name in self._repeated:
+            return False
+        if any(other.first in inside and other.last - 1 in inside for other in always):
             return False
         if not (inside and _plain(call.inputs) and _plain(call.outputs)):
             return False
@@ -263,32 +303,37 @@ class _Finder:
         older = all(self._record.values[base].kind == "result" for base in changed)
         return bool(outputs) and outputs <= made | changed and leaves | changed <= outputs and older
 
-    def _cut(self, call: ModuleCall) -> Cut:
-        """The cut behind a call: skip all that can be before it, and keep what the rest needs."""
+    def _cut(self, call: ModuleCall) -> Cut | None:
+        """The cut behind a call: skip all that can be before it, and keep what the rest needs.
+
+        None where that takes too many rounds, as inside residual blocks, where in the end next to nothing is skipped.
+        """
         kept: set[str] = set()
-        while True:
+        for _ in range(_MOST_ROUNDS):
             skipped = self._skipped(call, kept)
             if not (needed := self._needed(call, skipped)):
                 break
             kept |= needed
-        covered = {i for each in (*skipped, call) for i in range(each.first, each.last)}
+        else:
+            return None
         values = self._record.values
         outputs = [values[leaf.id] for leaf in call.outputs if isinstance(leaf, Ref)]
-        later = set[int]().union(*self._mutates[call.last :])
         return Cut(
             name=call.name,
             end=call.last,
             skipped=tuple(each.name for each in skipped),
-            hidden=frozenset(self._inside(covered)),
-            macs=sum(self._macs[i] for i in covered),
+            hidden=frozenset(self._inside((*skipped, call))),
+            macs=float(sum(self._macs_before[each.last] - self._macs_before[each.first] for each in (*skipped, call))),
             sample_bytes=sum(prod(value.shape) * value.dtype.itemsize for value in outputs) // self._record.batch,
-            overwritten=bool(self._outputs(call) & later),
+            overwritten=any(self._written_last.get(base, -1) >= call.last for base in self._made_by[call.name]),
         )
 
     def _skipped(self, cut: ModuleCall, kept: set[str]) -> list[ModuleCall]:
         """The outermost replaceable calls before that of a cut, but for those to be kept."""
         found: list[ModuleCall] = []
         for call in self._calls:
+            if call.first >= cut.last:
+                break
             if call.last <= cut.first and call.name not in kept and not (found and call.last <= found[-1].last):
                 found.append(call)
         return found
@@ -296,26 +341,35 @@ class _Finder:
     def _needed(self, cut: ModuleCall, skipped: Sequence[ModuleCall]) -> set[str]:
         """Skipped modules whose outputs an operation needs that runs all the same, after the cut or on real values."""
         missing: dict[int, set[str]] = {}  # storages that hold no values, and the skipped modules that this is due to
-        returns = {call.last - 1: call for call in (*skipped, cut)}
-        hidden = {i for call in (*skipped, cut) for i in range(call.first, call.last)}
-        for i, reads in enumerate(self._reads):
-            if i in hidden:
-                if call := returns.get(i):
-                    missing.update((base, {call.name}) for base in self._outputs(call))
-                if call is cut:
-                    missing = {base: due for base, due in missing.items() if cut.name not in due}
-                continue
-            lacking = missing.keys() & reads
-            if lacking and (i >= cut.last or len(lacking) < len(reads)):
-                return set[str]().union(*(missing[base] for base in lacking))
-            due = set[str]().union(*(missing[base] for base in lacking))
-            for base in self._makes[i] | self._mutates[i]:
-                if due:
-                    missing[base] = due
-                else:
-                    missing.pop(base, None)
+        done = 0
+        for call in (*skipped, cut):
+            for i in range(done, call.first):
+                reads = self._reads[i]
+                lacking = missing.keys() & reads
+                if lacking and len(lacking) < len(reads):
+                    return set[str]().union(*(missing[base] for base in lacking))
+                due = set[str]().union(*(missing[base] for base in lacking))
+                for base in self._makes[i] | self._mutates[i]:
+                    if due:
+                        missing[base] = due
+                    else:
+                        missing.pop(base, None)
+            missing.update((base, {call.name}) for base in self._made_by[call.name])
+            done = call.last
+        missing = {base: due for base, due in missing.items() if cut.name not in due}
+        # What runs after the cut runs on real values, and what it writes to it reads, too.
+        later = {base: self._next_reader(base, cut.last) for base in missing}
+        first = min(later.values(), default=len(self._record.ops))
+        if first < len(self._record.ops):
+            return set[str]().union(*(missing[base] for base, reader in later.items() if reader == first))
         results = {self._base[i] for i in self._record.outputs}
         return set[str]().union(*(missing[base] for base in missing.keys() & results))
+
+    def _next_reader(self, base: int, start: int) -> int:
+        """The first operation from `start` on that reads a storage; their number if none does."""
+        readers = self._readers.get(base, [])
+        place = bisect_left(readers, start)
+        return readers[place] if place < len(readers) else len(self._record.ops)
 
 
 def _plain(tree: tuple[Any, ...]) -> bool:

@@ -19,6 +19,9 @@ CostFunction = Callable[[IntArray], FloatArray]
 PRODUCT = 500_000
 """Most multiplications of one matrix product: beyond, NumPy starts threads that cost more than they save here."""
 
+_SMALL = 10_000  # entries of a matrix that are multiplied faster than looked up
+_SPARSE = 8  # of so many entries at most one is not zero where the others are left out
+
 
 class StructuralCosts:
     """Costs as functions of widths, shape (n, groups): how many units of each group stay.
@@ -35,7 +38,7 @@ class StructuralCosts:
             raise ValueError(f"cost_batch must be at least 1, got {batch}")
         terms = structure.terms
         self._fixed = terms.sizes[:, 0].astype(np.float64)
-        self._each = np.ascontiguousarray(terms.sizes[:, 1:].T, dtype=np.float64)
+        self._each = _Matrix(np.ascontiguousarray(terms.sizes[:, 1:].T, dtype=np.float64))
         self._batch = terms.batch
         self._macs = _Sum(terms.macs, len(terms.sizes))
         self._params = _Sum(terms.params, len(terms.sizes))
@@ -71,8 +74,31 @@ class StructuralCosts:
         rows = max(PRODUCT // max(matrix or self._each.size, 1), 1)
         for start in range(0, len(widths), rows):
             block = widths[start : start + rows]
-            out[start : start + rows] = cost(block @ self._each + self._fixed)
+            out[start : start + rows] = cost(self._each.times(block) + self._fixed)
         return out
+
+
+class _Matrix:
+    """Multiplies rows with a matrix, of which only what is not zero is kept where that is little.
+
+    Attributes:
+        size: Multiplications for one row.
+    """
+
+    def __init__(self, matrix: FloatArray) -> None:
+        self._matrix, self._transposed = matrix, None
+        self.size = matrix.size
+        filled = int(np.count_nonzero(matrix))
+        if _SPARSE * filled < self.size > _SMALL:
+            from scipy.sparse import csr_array
+
+            self._transposed, self.size = csr_array(matrix.T), filled + matrix.shape[1]
+
+    def times(self, rows: FloatArray) -> FloatArray:
+        """Products, shape (n, columns)."""
+        if self._transposed is None:
+            return rows @ self._matrix
+        return np.ascontiguousarray((self._transposed @ rows.T).T)
 
 
 class _Sum:
@@ -90,11 +116,20 @@ class _Sum:
         used = np.flatnonzero(form.any(axis=0) | form.any(axis=1))
         self._used = used
         self._form = form[np.ix_(used, used)]
+        first, second = np.nonzero(self._form)
+        self._pairs: tuple[IntArray, IntArray, FloatArray] | None = None
+        if _SPARSE * len(first) < self._form.size > _SMALL:  # few of all pairs, as in deep networks
+            self._pairs = first, second, self._form[first, second]
         self._rest = Products(products.coefficients[~few], products.factors[~few])
 
     def __call__(self, sizes: FloatArray) -> FloatArray:
         own = np.ascontiguousarray(sizes[:, self._used])
-        total: FloatArray = np.einsum("ns,ns->n", own @ self._form, own)
+        total: FloatArray
+        if self._pairs is None:
+            total = np.einsum("ns,ns->n", own @ self._form, own)
+        else:
+            first, second, coefficients = self._pairs
+            total = (own[:, first] * own[:, second]) @ coefficients
         if len(self._rest.coefficients):
             total = total + product_values(self._rest, sizes).sum(axis=1)
         return total

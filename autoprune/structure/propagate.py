@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,7 @@ class Propagation:
         multiples: Labels of dimensions whose size must stay a multiple of a number, with the number.
         read: Values that an operation reads or the model returns.
         scores: Matrix products whose result goes into a softmax: attention scores, scaled by the contracted dimension.
+        found: What `find_units` made of it last.
     """
 
     record: Record
@@ -83,6 +85,7 @@ class Propagation:
     scores: frozenset[int] = frozenset()
     count: int = 1
     multiples: list[tuple[IntArray, int]] = field(default_factory=list)
+    found: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     _invented: set[int] = field(default_factory=set)
 
     def fresh(self, size: int, *, invented: bool = True) -> Labels:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.protocols import IntArray
+from autoprune.structure.known_shapes import KnownShapes
 from autoprune.structure.propagate import INNER, Propagation
 from autoprune.structure.record import Op, Ref
 from autoprune.structure.strides import contiguous_strides, strided_steps
@@ -53,6 +54,7 @@ class Replay:
         self._alive: dict[int, list[IntArray | None]] = {}
         self._indices: dict[int, IntArray | None] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
+        self._rehearsed = KnownShapes()
         self._units = units
         self._keep = keep
 
@@ -126,7 +128,8 @@ class Replay:
         if not op.inputs():
             return
         try:
-            _call(op, args, {value: env[value].to("meta") for value in op.inputs()}, self.wide)
+            with self._rehearsed:
+                _call(op, args, {value: env[value].to("meta") for value in op.inputs()}, self.wide)
         except Exception:  # either the sizes are wrong, or the operation needs values and fails at dense sizes, too
             values = self.record.values
             dense = {i: torch.empty(values[i].shape, dtype=values[i].dtype, device="meta") for i in op.inputs()}

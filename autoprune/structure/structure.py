@@ -163,6 +163,8 @@ def assemble(
     flow: Propagation, units: Units, untouched: tuple[str, ...] = (), attributes: tuple[Attribute, ...] = ()
 ) -> Structure:
     """Put together what a propagation and its units say; `attributes` are those found by trying."""
+    if "terms" not in units.derived:
+        units.derived["terms"] = cost_terms(flow, units)
     units_of: dict[str, tuple[IntArray | None, ...]] = {}
     arrays: dict[bytes, IntArray] = {}
     for name, value in flow.record.named().items():
@@ -175,7 +177,7 @@ def assemble(
         untouched=untouched,
         units_of=units_of,
         attributes=(*_group_counts(flow, units), *attributes),
-        terms=cost_terms(flow, units),
+        terms=units.derived["terms"],
         weights=multiplied_parameters(flow.record),
         device=flow.record.device,
     )

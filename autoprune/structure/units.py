@@ -6,11 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import gcd, lcm
+from typing import Any
 
 import numpy as np
 
 from autoprune.protocols import IntArray
 from autoprune.structure.propagate import Labels, Propagation
+
+REMEMBERED = 4
+"""Units of one propagation that are remembered."""
 
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
@@ -89,6 +93,7 @@ class Units:
         frozen: Parameter dimensions that stay, kernel sizes left out.
         unit_of: Unit of each label, shape (labels,); -1 where it stays. Units are numbered group by group.
         group_of: Group of each unit, shape (units,).
+        derived: What was computed from them alone, by name.
     """
 
     groups: tuple[Group, ...]
@@ -96,6 +101,7 @@ class Units:
     unit_of: IntArray
     group_of: IntArray
     _sizes: dict[int, tuple[IntArray, AffineSize]] = field(default_factory=dict, repr=False, compare=False)
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, labels: Labels) -> IntArray | None:
         """Unit of each index of a dimension, or None when all of it stays."""
@@ -129,7 +135,7 @@ class Units:
 
 
 def find_units(flow: Propagation, exclude: Mapping[str, str] | None = None) -> Units:
-    """Join labels into units, and units into groups.
+    """Join labels into units, and units into groups; what was found last is remembered.
 
     Two units are interchangeable when they touch the same dimensions of all tensors, results included, with the same
     number of indices each; so the size of every tensor depends on how many units of a group stay, not on which.
@@ -138,6 +144,17 @@ def find_units(flow: Propagation, exclude: Mapping[str, str] | None = None) -> U
         flow: A propagation.
         exclude: Names of groups to freeze, each with the reason.
     """
+    edges = list(flow.edges)  # kept, so that no other edge gets the address of one
+    key = (*map(id, edges), len(flow.freezes), len(flow.multiples), tuple(sorted((exclude or {}).items())))
+    if key not in flow.found:
+        while len(flow.found) >= REMEMBERED:
+            flow.found.pop(next(iter(flow.found)))
+        flow.found[key] = edges, _units_of(flow, exclude)
+    found: Units = flow.found[key][1]
+    return found
+
+
+def _units_of(flow: Propagation, exclude: Mapping[str, str] | None) -> Units:
     component = _components(flow)
     reasons = _reasons(flow, component)
     members = _members(flow, component, reasons)
@@ -168,7 +185,7 @@ def find_units(flow: Propagation, exclude: Mapping[str, str] | None = None) -> U
     )
     coarse = [group.name for group in made if group.size < 2 * group.multiple]
     if coarse:
-        return find_units(flow, {**(exclude or {}), **dict.fromkeys(coarse, "its size must stay a multiple of itself")})
+        return _units_of(flow, {**(exclude or {}), **dict.fromkeys(coarse, "its size must stay a multiple of itself")})
     return Units(made, tuple(_frozen(flow, component, unit_of, reasons)), unit_of, group_of)
 
 

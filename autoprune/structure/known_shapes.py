@@ -1,0 +1,103 @@
+"""Run repeated operations on the meta device once: their results have no values, so all that counts is known by then.
+
+Many of PyTorch's rules for shapes are Python code that takes far longer than the operation, and a deep network runs the
+same few operations again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""Shape, strides and type of a tensor on the meta device."""
+
+_SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class _UnknownError(Exception):
+    """An argument that does not say by itself what comes out."""
+
+
+class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
+    """Gives new tensors in the form of earlier results where an operation had arguments of the same form.
+
+    For operations that only make new tensors, from tensors on the meta device; all others run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self._known: dict[Hashable, tuple[bool, tuple[Form, ...]] | None] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the operation returns."""
+        if not _only_makes(func):
+            return func(*args, **kwargs)
+        met: list[Tensor] = []
+        try:
+            key = (func, _form(args, met), tuple((name, _form(value, met)) for name, value in kwargs.items()))
+        except _UnknownError:
+            return func(*args, **kwargs)
+        if not met:
+            return func(*args, **kwargs)
+        if key not in self._known:
+            out = func(*args, **kwargs)
+            self._known[key] = _described(out, met)
+            return out
+        known = self._known[key]
+        if known is None:
+            return func(*args, **kwargs)
+        several, forms = known
+        made = [torch.empty_strided(size, strides, dtype=dtype, device="meta") for size, strides, dtype in forms]
+        return tuple(made) if several else made[0]
+
+
+@cache
+def _only_makes(func: Any) -> bool:
+    """Whether an operation returns new tensors, and does nothing to those that it is given."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    schema = func._schema
+    return not any(each.alias_info is not None for each in (*schema.arguments, *schema.returns))
+
+
+def _form(leaf: Any, met: list[Tensor]) -> Hashable:
+    """What of an argument decides on the form of results; 1, 1.0 and True are told apart.
+
+    Raises:
+        _UnknownError: If it may hold more than that.
+    """
+    kind = type(leaf)
+    if kind is Tensor or kind is nn.Parameter:
+        if not leaf.is_meta or leaf.layout != torch.strided or leaf.is_conj() or leaf.is_neg():
+            raise _UnknownError
+        met.append(leaf)
+        return leaf.shape, leaf.stride(), leaf.dtype
+    if kind is list or kind is tuple:
+        return tuple([_form(item, met) for item in leaf])
+    if kind in _SCALARS:
+        return kind, leaf
+    raise _UnknownError
+
+
+def _described(out: Any, met: list[Tensor]) -> tuple[bool, tuple[Form, ...]] | None:
+    """The form of results; None unless they are tensors with memory of their own."""
+    several = type(out) is tuple
+    leaves = out if several else (out,)
+    if any(type(leaf) is not Tensor or not leaf.is_meta or leaf.layout != torch.strided for leaf in leaves):
+        return None
+    stored = [leaf.untyped_storage()._cdata for leaf in (*leaves, *met)]
+    made = stored[: len(leaves)]
+    if len(set(made)) < len(made) or set(made) & set(stored[len(leaves) :]) or any(x.storage_offset() for x in leaves):
+        return None
+    return several, tuple([(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves])

@@ -1,0 +1,150 @@
+"""Deep and wide networks: what is repeated is done once, and work grows with the network and not with its square."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoprune.batches import default_forward
+from autoprune.costs import StructuralCosts
+from autoprune.evaluators.cuts import flow_of
+from autoprune.protocols import Pruning
+from autoprune.structure.analysis import analyse
+from autoprune.structure.known_shapes import KnownShapes
+from autoprune.structure.propagate import Edge, propagate
+from autoprune.structure.skeleton import skeleton
+from autoprune.structure.slicing import build
+from autoprune.structure.trace import trace
+from autoprune.structure.units import find_units
+
+
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
+    """Counts the operations that get through to it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def chain(layers: int, width: int = 8) -> nn.Module:
+    middle = [each for _ in range(layers - 2) for each in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), *middle, nn.Linear(width, 2)).eval()
+
+
+class TestKnownShapes:
+    def test_a_repeated_operation_runs_once_on_the_meta_device(self):
+        x, weight = torch.empty(2, 3, device="meta"), torch.ones(3, device="meta")
+        with Counting() as below, KnownShapes():
+            made = [torch.layer_norm(x, (3,), weight) for _ in range(5)]
+        assert below.names.count("native_layer_norm") == 1
+        assert all(each.shape == x.shape and each.stride() == x.stride() and each.is_meta for each in made)
+        assert len({id(each) for each in made}) == 5
+
+    def test_values_are_computed_each_time(self):
+        x = torch.ones(3)
+        with Counting() as below, KnownShapes():
+            assert torch.equal(x + 1, torch.full((3,), 2.0))
+            assert torch.equal(x + 1, torch.full((3,), 2.0))
+        assert below.names.count("add") == 2
+
+    def test_views_share_memory_and_what_is_in_place_returns_its_own(self):
+        x = torch.empty(2, 3, device="meta")
+        with KnownShapes():
+            views = [x.view(6) for _ in range(2)]
+            written = [x.add_(1) for _ in range(2)]
+        assert all(view.untyped_storage()._cdata == x.untyped_storage()._cdata for view in views)
+        assert all(each is x for each in written)
+
+    @pytest.mark.parametrize("scalars", [(1, 1.0), (1.0, 1), (True, 1.5)])
+    def test_arguments_that_are_equal_but_not_alike_are_told_apart(self, scalars: tuple[Any, Any]):
+        x = torch.empty(2, dtype=torch.int64, device="meta")
+        with KnownShapes():
+            assert [(x + scalar).dtype for scalar in scalars] == [(x + scalar).dtype for scalar in scalars]
+        plain = [(x + scalar).dtype for scalar in scalars]
+        with KnownShapes():
+            assert [(x + scalar).dtype for scalar in scalars] == plain
+
+    def test_a_deep_network_is_traced_with_few_runs(self):
+        with Counting() as below:
+            trace(chain(40), (torch.ones(2, 4),), {}, lambda m, x: m(x))
+        assert sum(name in ("addmm", "relu") for name in below.names) < 10
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.again, self.listed, self.sizes = self.first, [self.first], {"width": [2]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.first(x))
+
+
+class Stateful(nn.Linear):
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "copied": True}  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+
+class TestSkeletons:
+    def test_what_a_model_holds_twice_its_copy_holds_twice(self):
+        model = Shared()
+        model.first.register_forward_hook(lambda *_: None)
+        copied = skeleton(model)
+        assert copied.again is copied.first is copied.listed[0] is not model.first
+        assert copied.first.weight is model.first.weight
+        assert copied.sizes == model.sizes
+        assert copied.sizes["width"] is not model.sizes["width"]
+        assert len(copied.first._forward_hooks) == 1
+        assert copied.first._forward_hooks is not model.first._forward_hooks
+        assert not any(
+            vars(copied)[key] is value for key, value in vars(model).items() if isinstance(value, dict | set)
+        )
+
+    def test_classes_that_say_how_they_are_copied_are_asked(self):
+        copied = skeleton(nn.Sequential(Stateful(2, 2)))
+        assert copied.get_submodule("0").copied is True
+
+
+class TestUnits:
+    def test_they_are_found_once_for_what_is_tied_and_frozen(self):
+        flow = propagate(trace(chain(5), (torch.ones(2, 4),), {}, lambda m, x: m(x)))
+        units = find_units(flow)
+        names = [group.name for group in units.groups]
+        assert find_units(flow) is units
+        assert [group.name for group in find_units(flow, {names[0]: "no"}).groups] == names[1:]
+        labels = [flow.of(flow.record.named()[f"{name}.weight"])[0] for name in names[:2]]
+        flow.edges.append(Edge(0, labels[0], labels[1]))
+        assert len(find_units(flow).groups) == len(names) - 1
+        flow.edges.pop()
+        assert find_units(flow) is units
+
+
+def test_a_deep_network_shares_computation_behind_a_bounded_number_of_modules():
+    flow = flow_of(chain(400), [(torch.ones(2, 4), torch.zeros(2))], default_forward)
+    assert 200 <= len(flow.cuts) <= 256
+    ends = np.array([0, *(cut.end for cut in flow.cuts)])
+    assert np.diff(ends).max() <= 8
+
+
+def test_costs_of_a_deep_network_are_exact_and_take_work_in_proportion_to_it():
+    model = chain(202)
+    structure = analyse(model, (torch.ones(2, 4),), checks="on")
+    costs = StructuralCosts(structure)
+    rng = np.random.default_rng(0)
+    widths = rng.integers(1, 9, size=(3, len(structure.groups)))
+    for row, flops, params in zip(widths, costs.flops(widths * 1.0), costs.params(widths * 1.0), strict=True):
+        kept = {g.name: tuple(range(n)) for g, n in zip(structure.groups, row.tolist(), strict=True)}
+        small = build(model, structure.edit(Pruning(kept)))
+        layers = [module for module in small.modules() if isinstance(module, nn.Linear)]
+        assert params == sum(p.numel() for p in small.parameters())
+        assert flops == sum(layer.weight.numel() for layer in layers)
+    assert costs._each.size < 10 * len(structure.groups)
