@@ -1,6 +1,7 @@
 """Multiply-accumulates of any model, counted by PyTorch with the gaps of its counter filled."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,14 @@ def _grouped_flops(rows: Shape, experts: Shape, *_: Any, out_shape: Any = None, 
     )  # each row meets one expert: (rows, inputs), (experts, inputs, outputs)
 
 
+def _distance_flops(rows: Shape, others: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(rows) * others[-2]
+
+
 UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._grouped_mm: _grouped_flops,
+    torch.ops.aten._cdist_forward: _distance_flops,
 }
 """Operations that `FlopCounterMode` takes for free."""
 

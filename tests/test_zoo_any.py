@@ -42,11 +42,14 @@ SHORT = {
 }
 """Networks of which less is reachable: the least share, and the reason."""
 
-CONTRACTED = ("einsum_vit", "yolo")
+CONTRACTED = ("einsum_vit", "yolo", "relational_gcn", "linear_attention", "mask_queries")
 """Networks that contract by einsum what may shrink to one index."""
 
-SHARED_OUT = ("yolo",)
+SHARED_OUT = ("yolo", "few_keys")
 """Networks with a softmax over what can shrink."""
+
+BEYOND = {"mask_queries": "queries"}
+"""Groups that vanish whole: a query whose weights are zero would still read, and be read."""
 
 IDLE_IN_TRAINING = {
     "Wav2Vec2ForCTC": "wav2vec2.masked_spec_embed",
@@ -264,10 +267,11 @@ def without(pruning: Pruning, groups: set[str]) -> Pruning:
 
 
 def beyond_the_oracle(known: Analysed) -> set[str]:
-    """Groups that pass through a norm written out by hand, whose statistics the oracle cannot take over what stays."""
+    """Groups for which zeros are not enough: the oracle cannot take the statistics of a norm written by hand either."""
     modules = dict(known.model.named_modules())
     own = {n for n, m in modules.items() if "Norm" in type(m).__name__ and not isinstance(m, TORCH_NORMS)}
-    return {g.name for g in known.structure.groups if any(s.tensor.rpartition(".")[0] in own for s in g.slots)}
+    by_hand = {g.name for g in known.structure.groups if any(s.tensor.rpartition(".")[0] in own for s in g.slots)}
+    return {*by_hand, BEYOND.get(known.entry.name, "")}
 
 
 TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

@@ -118,7 +118,7 @@ class Sizes:
 
     def _tie(self, units: Units, found: Found, seed: int) -> Found | None:
         """Tie a group in the way to one nearby, if the forward then gets further; the same in all later twins."""
-        near = groups_near(self.flow, units, found.reached)
+        near = self._groups_of_attributes(units, found) | groups_near(self.flow, units, found.reached)
         for tie in self._candidates(near, found):
             made = [edge for each in self._repeated(tie) if (edge := self._edge(units, each)) is not None]
             self.flow.edges.extend(made)
@@ -128,6 +128,17 @@ class Sizes:
                 return again
             del self.flow.edges[len(self.flow.edges) - len(made) :]
         return None
+
+    def _groups_of_attributes(self, units: Units, found: Found) -> dict[str, tuple[Group, Place]]:
+        """Groups that sizes in the modules around follow: one head count may serve several layers of attention."""
+        around = self.flow.record.ops[found.reached].module
+        near = {}
+        for (module, _), place in self.known.items():
+            if not module or around == module or around.startswith(f"{module}."):
+                group = self._group_at(units, place)
+                if group is not None:
+                    near[group.name] = (group, place)
+        return near
 
     def _candidates(self, near: Mapping[str, tuple[Group, Place]], found: Found) -> Iterator[Tie]:
         for name in found.stuck:
@@ -200,14 +211,16 @@ def some(group: Group, rng: np.random.Generator, count: int | None = None) -> tu
 def _apart(groups: Sequence[Group], rng: np.random.Generator) -> Pruning:
     """Random units of every group, in numbers that differ between groups of one size as far as there are others.
 
-    One stays only where no more can: einsum and squeeze take a dimension of one another way.
+    One stays only where few more can: einsum and squeeze take a dimension of one another way. A group of two may stay
+    whole, because one would be left in all of them.
     """
     counts: dict[tuple[int, int], Iterator[int]] = {}
     kept = {}
     for group in groups:
-        most = (group.size - 1) // group.multiple
-        if (group.size, group.multiple) not in counts:
-            least = min(2, most)
-            counts[group.size, group.multiple] = cycle((least + rng.permutation(most - least + 1)).tolist())
-        kept[group.name] = some(group, rng, group.multiple * next(counts[group.size, group.multiple]))
+        kind = group.size, group.multiple
+        if kind not in counts:
+            most = (group.size - 1) // group.multiple
+            options = np.arange(2, most + 1) if most > 2 else np.arange(1, 3)
+            counts[kind] = cycle(rng.permutation(options).tolist())
+        kept[group.name] = some(group, rng, min(group.size, group.multiple * next(counts[kind])))
     return Pruning(kept)

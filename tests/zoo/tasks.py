@@ -7,11 +7,59 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo.attention import CrossAttention, EinsumVit, Gpt, Mixer, TransformerClassifier
+from tests.zoo.audio import (
+    Conformer,
+    ConvTasNet,
+    KeywordSpotter,
+    PitchTracker,
+    SpeakerTdnn,
+    SpectrogramCrnn,
+    Vocoder,
+    WaveNet,
+    WaveUNet,
+)
 from tests.zoo.detection import Ssd, Yolo
 from tests.zoo.entries import AnyEntry, settled_parameters
+from tests.zoo.graphs import (
+    ContinuousFilter,
+    EdgeConv,
+    Gat,
+    Gcn,
+    Gin,
+    GraphTransformer,
+    MessagePassing,
+    RelationalGcn,
+    Sage,
+)
+from tests.zoo.maps import (
+    CentrePoints,
+    Correlation,
+    Disparity,
+    Fcn,
+    HighResolution,
+    MaskQueries,
+    NestedUNet,
+    PspNet,
+    SegNet,
+    SharedHead,
+    TokenMaps,
+)
 from tests.zoo.pixels import AttentionUNet, DeepLab, Edsr, RealEsrgan
 from tests.zoo.series import ConvGru, LstmForecaster, NBeats, Tcn
 from tests.zoo.sets import DeepFm, Dlrm, PointNet, TwoTower
+from tests.zoo.text import (
+    AlignedDecoder,
+    CharHighway,
+    Decomposable,
+    FewKeys,
+    LinearAttention,
+    RelativeBias,
+    Rotary,
+    SharedLayers,
+    SpatialGate,
+    Tagger,
+    TextCnn,
+)
 
 Argument = tuple[int, ...] | tuple[tuple[int, ...], int]  # the shape of a sample; with a bound if it holds indices
 
@@ -54,5 +102,45 @@ _ENTRIES = (
     _entry("einsum_vit", EinsumVit, "transformer einsum", (3, 16, 16)),
     _entry("gpt", Gpt, "transformer fused tied", ((10,), 50)),
     _entry("swiglu_mixer", Mixer, "glu", (3, 16, 16)),
+    _entry("gcn", Gcn, "graph", (7, 6), (7, 7)),
+    _entry("graph_sage", Sage, "graph flat", (6,), ((2,), 1000)),
+    _entry("gat", Gat, "graph flat", (6,), ((2,), 1000)),
+    _entry("gin", Gin, "graph flat concat", (6,), ((2,), 1000)),
+    _entry("edge_conv", EdgeConv, "graph points concat", (3, 12)),
+    _entry("relational_gcn", RelationalGcn, "graph einsum", (7, 6), (3, 7, 7)),
+    _entry("message_passing", MessagePassing, "graph recurrent flat", (6,), ((2,), 1000)),
+    _entry("continuous_filter", ContinuousFilter, "graph", ((6,), 10), (6, 3)),
+    _entry("graph_transformer", GraphTransformer, "graph transformer", (7, 6), (7, 7)),
+    _entry("wavenet", WaveNet, "audio one_d residual", (1, 40)),
+    _entry("wave_unet", WaveUNet, "audio one_d recurrent glu transposed", (1, 64)),
+    _entry("conv_tasnet", ConvTasNet, "audio one_d transposed", (1, 64)),
+    _entry("pitch_tracker", PitchTracker, "audio flatten", (1, 64)),
+    _entry("conformer", Conformer, "audio transformer mha glu", (14, 12)),
+    _entry("spectrogram_crnn", SpectrogramCrnn, "audio recurrent", (1, 96)),
+    _entry("speaker_tdnn", SpeakerTdnn, "audio one_d concat split", (12, 20)),
+    _entry("vocoder", Vocoder, "audio one_d transposed weight_norm residual", (10, 8)),
+    _entry("keyword_spotter", KeywordSpotter, "audio cnn residual", (1, 16, 20)),
+    _entry("text_cnn", TextCnn, "text concat", ((10,), 50)),
+    _entry("char_highway", CharHighway, "text recurrent concat glu", ((4, 6), 40)),
+    _entry("tagger", Tagger, "text recurrent packed", ((9,), 50)),
+    _entry("decomposable", Decomposable, "text multi_input", ((7,), 50), ((9,), 50)),
+    _entry("shared_layers", SharedLayers, "text transformer mha shared", ((10,), 50)),
+    _entry("rotary", Rotary, "text transformer tied", ((10,), 50)),
+    _entry("relative_bias", RelativeBias, "text transformer multi_input", ((9,), 50), ((7,), 50)),
+    _entry("linear_attention", LinearAttention, "text transformer einsum", ((10,), 50)),
+    _entry("spatial_gate", SpatialGate, "text glu", ((10,), 50)),
+    _entry("few_keys", FewKeys, "text transformer", ((10,), 50)),
+    _entry("aligned_decoder", AlignedDecoder, "text recurrent", ((8,), 40)),
+    _entry("fcn", Fcn, "segmentation cnn transposed map_output", (3, 32, 32)),
+    _entry("segnet", SegNet, "segmentation cnn map_output", (3, 16, 16)),
+    _entry("pspnet", PspNet, "segmentation cnn concat map_output", (3, 16, 16)),
+    _entry("nested_unet", NestedUNet, "segmentation cnn concat map_output", (3, 16, 16)),
+    _entry("high_resolution", HighResolution, "pose cnn residual map_output", (3, 32, 32)),
+    _entry("shared_head", SharedHead, "detection cnn shared map_output", (3, 32, 32)),
+    _entry("centre_points", CentrePoints, "detection cnn transposed dict_output", (3, 32, 32)),
+    _entry("disparity", Disparity, "depth cnn concat map_output", (3, 16, 16)),
+    _entry("correlation", Correlation, "flow cnn multi_input shared map_output", (3, 16, 16), (3, 16, 16)),
+    _entry("token_maps", TokenMaps, "depth transformer mha map_output", (3, 32, 32)),
+    _entry("mask_queries", MaskQueries, "segmentation transformer mha einsum map_output", (3, 16, 16)),
 )
 TASK_ZOO: dict[str, AnyEntry] = {entry.name: entry for entry in _ENTRIES}

@@ -38,6 +38,12 @@ from autoprune.structure.rules import rule
     "zero_",
     "tril",
     "triu",
+    "renorm",
+    "rrelu_with_noise",
+    "_conj",
+    "_neg_view",
+    "resolve_conj",
+    "resolve_neg",
 )
 def elementwise(flow: Propagation, op: Op) -> list[Dims]:
     """Join aligned dimensions; a size of 1 broadcasts and joins nothing."""
@@ -86,6 +92,7 @@ def _join_all(flow: Propagation, op: Op, aligned: list[Labels]) -> Labels:
     "min",
     "argmax",
     "argmin",
+    "aminmax",
 )
 def reduction(flow: Propagation, op: Op) -> list[Dims]:
     """Drop the reduced dimensions. Positions along a labelled dimension (argmax) have no meaning once units go."""

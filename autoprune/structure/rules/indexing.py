@@ -149,3 +149,21 @@ def grouped_mm(flow: Propagation, op: Op) -> list[Dims]:
     aligned = 16 // flow.record.values[op.args["self"].id].dtype.itemsize  # strides are multiples of 16 bytes
     flow.multiples += [(labels, aligned) for labels in (rows[-1], *matrices[-2:]) if labels is not None]
     return [[*rows[:-1], matrices[-1]]]
+
+
+@rule("bucketize", "searchsorted")
+def bounded(flow: Propagation, op: Op) -> list[Dims]:
+    """Between which of some bounds each entry lies: the bounds stay; entries pass where all share the same bounds."""
+    bounds = op.args["boundaries" if op.name == "bucketize" else "sorted_sequence"]
+    given = op.args["self"]
+    limits = flow.of(bounds.id)
+    if not isinstance(given, Ref):
+        for labels in limits:
+            flow.freeze(op, labels, f"bounds of {op.where()}")
+        return [[None] * len(flow.record.values[value].shape) for value in op.results()]
+    dims = list(flow.of(given.id))
+    flow.freeze(op, limits[-1], f"bounds of {op.where()}")
+    if len(limits) > 1:
+        flow.freeze(op, dims[-1], f"sought in bounds of its own by {op.where()}")
+        dims = [*(flow.join(op, a, b) for a, b in zip(dims[:-1], limits[:-1], strict=True)), None]
+    return [dims for _ in op.results()]

@@ -18,8 +18,12 @@ def convolution(flow: Propagation, op: Op) -> list[Dims]:
     ``INNER`` removes the i-th channel of every group. The default has the more units.
     """
     data, weight = flow.of(op.args["input"].id), flow.of(op.args["weight"].id)
-    for labels in data[2:]:
-        flow.freeze(op, labels, f"used as space by {op.where()}")
+    space: Dims = [None] * (len(data) - 2)
+    for axis, labels in enumerate(data[2:]):
+        if _pointwise(flow, op, axis):
+            space[axis] = labels
+        else:
+            flow.freeze(op, labels, f"used as space by {op.where()}")
     for labels in weight[2:]:
         flow.freeze(op, labels, "kernel size")
     groups, transposed = op.args["groups"], op.args["transposed"]
@@ -28,10 +32,21 @@ def convolution(flow: Propagation, op: Op) -> list[Dims]:
         channels = weight[1] if transposed else weight[0]
     else:
         channels = _grouped(flow, op, data[1], weight, groups, transposed)
-    out: Dims = [data[0], channels, *[None] * (len(data) - 2)]
+    out: Dims = [data[0], channels, *space]
     if isinstance(op.args.get("bias"), Ref):
         add_bias(flow, op, op.args["bias"], out[:2])
     return [out]
+
+
+def _pointwise(flow: Propagation, op: Op, axis: int) -> bool:
+    """Whether each position along an axis of space is read for itself, as in mixing tokens by a kernel of one."""
+
+    def at(name: str) -> int:
+        given: list[int] = op.args[name]
+        return given[axis % len(given)]
+
+    kernel = flow.record.values[op.args["weight"].id].shape[2 + axis]
+    return kernel == at("stride") == 1 and at("padding") == 0 and at("output_padding") == 0
 
 
 def _grouped(flow: Propagation, op: Op, data: Labels, weight: Dims, groups: int, transposed: bool) -> Labels:
@@ -125,6 +140,64 @@ def spatial(flow: Propagation, op: Op) -> list[Dims]:
     for labels in dims[len(dims) - rank :]:
         flow.freeze(op, labels, f"used as space by {op.where()}")
     return [[*dims[: len(dims) - rank], *[None] * rank] for _ in op.results()]
+
+
+@rule(*[f"max_unpool{rank}d" for rank in (2, 3)], *[f"fractional_max_pool{rank}d" for rank in (2, 3)])
+def pooled_places(flow: Propagation, op: Op) -> list[Dims]:
+    """Pooling that reads where maxima lie, or random places, per channel: join the channels, space is fixed."""
+    rank = int(op.name[-2])
+    dims = flow.of(op.args["self"].id)
+    lead = list(dims[: len(dims) - rank])
+    further = flow.of(op.args["indices" if "indices" in op.args else "random_samples"].id)
+    if "indices" in op.args:
+        lead = [flow.join(op, a, b) for a, b in zip(lead, further[: len(lead)], strict=True)]
+        space = [*dims[-rank:], *further[-rank:]]
+    else:
+        lead = [flow.join(op, a, b) for a, b in zip(lead, further[2 - len(lead) : 2], strict=True)]
+        space = [*dims[-rank:]]
+    for labels in space:
+        flow.freeze(op, labels, f"used as space by {op.where()}")
+    return [[*lead, *[None] * rank] for _ in op.results()]
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(flow: Propagation, op: Op) -> list[Dims]:
+    """Read a map (n, c, ...) at places (n, ..., 2 or 3), the same for all channels."""
+    dims, places = flow.of(op.args["input"].id), flow.of(op.args["grid"].id)
+    for labels in (*dims[2:], *places[1:]):
+        flow.freeze(op, labels, f"used as space by {op.where()}")
+    return [[flow.join(op, dims[0], places[0]), dims[1], *[None] * (len(dims) - 2)]]
+
+
+@rule("im2col")
+def patches(flow: Propagation, op: Op) -> list[Dims]:
+    """Patches of a map as columns: each channel gives as many rows as a patch has places."""
+    dims = flow.of(op.args["self"].id)
+    for labels in dims[-2:]:
+        flow.freeze(op, labels, f"used as space by {op.where()}")
+    channels = dims[-3]
+    rows = None if channels is None else np.repeat(channels, np.prod(op.args["kernel_size"]))
+    return [[*dims[:-3], rows, None]]
+
+
+@rule("col2im")
+def from_patches(flow: Propagation, op: Op) -> list[Dims]:
+    """Columns summed back into a map: the rows of one channel go together."""
+    dims = flow.of(op.args["self"].id)
+    flow.freeze(op, dims[-1], f"used as space by {op.where()}")
+    rows = dims[-2]
+    channels = None if rows is None else flow.tie(op, rows.reshape(-1, np.prod(op.args["kernel_size"])))
+    return [[*dims[:-2], channels, None, None]]
+
+
+@rule("_fft_c2c", "_fft_r2c", "_fft_c2r")
+def fourier(flow: Propagation, op: Op) -> list[Dims]:
+    """Transform some dimensions, which must stay; the others pass."""
+    out = list(flow.of(op.args["self"].id))
+    for axis in op.args["dim"]:
+        flow.freeze(op, out[axis], f"transformed by {op.where()}")
+        out[axis] = None
+    return [out]
 
 
 @rule(

@@ -67,7 +67,7 @@ def _merge(flow: Propagation, op: Op, dims: Dims, shape: tuple[int, ...]) -> Lab
     if not labelled:
         return None
     own = [axis for axis in labelled if (labels := dims[axis]) is not None and not flow.invented(labels)]
-    axis = (own or labelled)[0]
+    axis = own[flow.choose(op, 0, len(own)) % len(own)] if len(own) > 1 else (own or labelled)[0]
     for other in labelled:
         if other != axis:
             flow.freeze(op, dims[other], f"merged with another prunable dimension by {op.where()}")
@@ -273,7 +273,36 @@ def stack(flow: Propagation, op: Op) -> list[Dims]:
     return [out]
 
 
-@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+@rule("view_as_complex", "view_as_real")
+def complex_view(flow: Propagation, op: Op) -> list[Dims]:
+    """Take pairs of real numbers for complex ones, or the other way round; the pair is fixed."""
+    dims = list(_source(flow, op)[0])
+    if op.name == "view_as_real":
+        return [[*dims, None]]
+    flow.freeze(op, dims[-1], f"real and imaginary part in {op.where()}")
+    return [dims[:-1]]
+
+
+@rule("unfold")
+def windows(flow: Propagation, op: Op) -> list[Dims]:
+    """Windows along one dimension, which must stay; their length comes last."""
+    dims = list(_source(flow, op)[0])
+    axis = op.args["dimension"] % max(len(dims), 1)
+    flow.freeze(op, dims[axis], f"cut into windows by {op.where()}")
+    return [[*dims[:axis], None, *dims[axis + 1 :], None]]
+
+
+@rule("rot90")
+def rotate(flow: Propagation, op: Op) -> list[Dims]:
+    """Turn the plane of two dimensions, which must stay."""
+    dims = list(_source(flow, op)[0])
+    for axis in op.args.get("dims", (0, 1)):
+        flow.freeze(op, dims[axis], f"turned by {op.where()}")
+        dims[axis] = None
+    return [dims]
+
+
+@rule("constant_pad_nd", *[f"{kind}_pad{rank}d" for kind in ("reflection", "replication") for rank in (1, 2, 3)])
 def pad(flow: Propagation, op: Op) -> list[Dims]:
     """Pad from the last dimension backwards; padded channels are as many as the code says, so they stay."""
     out = list(_source(flow, op)[0])

@@ -1,0 +1,118 @@
+"""Operations between two layers: what passes through them can be removed, and what is built is right."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprune.costs import StructuralCosts
+from autoprune.structure.analysis import analyse
+from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, widths_of
+from tests.counting import counted_macs
+
+GRID = torch.rand(2, 5, 6, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+TURNED = torch.tensor([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0]]).repeat(2, 1, 1)
+
+
+def pooled_and_put_back(x: Tensor) -> Tensor:
+    pooled, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(pooled * 2, places, 2)
+
+
+def pooled_in_space(x: Tensor) -> Tensor:
+    pooled, places = F.max_pool3d(x.unsqueeze(2), (1, 2, 2), return_indices=True)
+    return F.max_unpool3d(pooled, places, (1, 2, 2)).squeeze(2)
+
+
+def turned_by_a_complex_number(x: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.unflatten(3, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.tensor(1.0), torch.tensor(0.5))).flatten(3)
+
+
+def filtered(x: Tensor) -> Tensor:
+    return torch.fft.irfft2(torch.fft.rfft2(x) * 0.5j, s=x.shape[-2:])
+
+
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "grid_sample": lambda x: F.grid_sample(x, GRID, align_corners=False),
+    "affine_grid": lambda x: F.grid_sample(x, F.affine_grid(TURNED, [2, 1, 4, 4], False), align_corners=False),
+    "max_unpool2d": pooled_and_put_back,
+    "max_unpool3d": pooled_in_space,
+    "fractional_max_pool2d": lambda x: F.fractional_max_pool2d(
+        x, 2, output_size=4, _random_samples=torch.full((2, x.shape[1], 2), 0.3)
+    ),
+    "unfold and fold": lambda x: F.fold(F.unfold(x, 3, padding=1).relu(), x.shape[2:], 3, padding=1),
+    "unfold": lambda x: F.unfold(x, 2, stride=2).unflatten(1, (-1, 4)).amax(2).unflatten(2, (4, 4)),
+    "windows of a tensor": lambda x: x.unfold(2, 3, 1).amax(-1),
+    "fft": lambda x: torch.fft.ifft2(torch.fft.fft2(x)).real,
+    "rfft": filtered,
+    "complex": turned_by_a_complex_number,
+    "rot90": lambda x: torch.rot90(x, 1, (2, 3)),
+    "rrelu": F.rrelu,
+    "aminmax": lambda x: x.aminmax(dim=3, keepdim=True).max - x.aminmax(dim=3, keepdim=True).min,
+    "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([-0.5, 0.5])),
+    "searchsorted": lambda x: x * torch.searchsorted(torch.tensor([-0.5, 0.5]), x),
+    "renorm": lambda x: x.renorm(2, 0, 1.0),
+    "replication pad in space": lambda x: F.pad(x.unsqueeze(2), (1, 1, 1, 1, 1, 1), "replicate").amax(2),
+}
+
+
+class Between(nn.Module):
+    """A convolution, an operation, and another convolution."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.operation(self.first(x)))
+
+
+class TokensMixed(nn.Module):
+    """A convolution with a kernel of one whose channels are positions: features lie along its space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.mix, self.leave = nn.Linear(5, 12), nn.Conv1d(6, 6, 1), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(F.gelu(self.mix(self.enter(x))))
+
+
+def assert_free_and_right(model: nn.Module, args: tuple[Tensor, ...], groups: int) -> None:
+    structure, rng = analyse(model, args), np.random.default_rng(0)
+    assert [group.size for group in structure.groups] == [groups]
+    prunings = [random_pruning(structure, rng) for _ in range(3)]
+    built = [structure.build(model, pruning) for pruning in prunings]
+    for small, pruning in zip(built, prunings, strict=True):
+        expected = oracle_outputs(model, structure.edit(pruning), args)
+        assert gap(outputs_of(small, args), expected) < 1e-5
+    flops = StructuralCosts(structure).flops(widths_of(structure, prunings)) * len(args[0])
+    assert flops.tolist() == [counted_macs(small, lambda made: made(*args)) for small in built]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_channels_pass_through(name: str):
+    torch.manual_seed(0)
+    assert_free_and_right(Between(OPERATIONS[name]).eval(), (torch.randn(2, 3, 8, 8),), groups=8)
+
+
+def test_space_passes_through_a_convolution_that_reads_one_place_at_a_time():
+    torch.manual_seed(0)
+    assert_free_and_right(TokensMixed().eval(), (torch.randn(2, 6, 5),), groups=12)
+
+
+def test_space_stays_where_a_convolution_reads_neighbours():
+    class Neighbours(TokensMixed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv1d(6, 6, 3, padding=1)
+
+    structure = analyse(Neighbours().eval(), (torch.randn(2, 6, 5),))
+    assert not structure.groups
+    assert any("used as space" in frozen.reason for frozen in structure.frozen)
