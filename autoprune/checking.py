@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.batches import Batch, batch_size, slice_batch
-from autoprune.criteria import order_units, private_copy, score_units
+from autoprune.criteria import affordable, order_units, private_copy, score_units_by
 from autoprune.evaluators import Compensated, Context
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
 from autoprune.evaluators.measuring import bound_forward
@@ -32,8 +32,10 @@ log = logging.getLogger(__name__)
 SAMPLES = 256
 """Most validation samples of the check."""
 RANKED = 128
-"""Most calibration samples that criteria look at in the check."""
-CRITERIA = ("l2", "taylor", "fluctuation")
+"""Most calibration samples that criteria look at in the check; of a large model no more than `FEWEST_RANKED`."""
+FEWEST_RANKED = 16
+CRITERIA = (("taylor",), ("fluctuation", "contribution"))
+"""Tried next to l2; those that look at the same together."""
 FILE_NAME = "refit.json"
 
 
@@ -92,13 +94,10 @@ def check(
     criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
     importance, chosen = scores, context
     if settings.criterion == "auto" and scores:
-        ranked = {}
-        for name in CRITERIA[1:]:
-            found = _tried(context, name, seed)
-            if found is not None:
-                ranked[name] = found
-                bound = replace(context, space=settings.bind(context.structure, order_units(found)))
-                base[name] = trial.score(refit, bound, candidate)
+        ranked = {name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()}
+        for name, found in ranked.items():
+            bound = replace(context, space=settings.bind(context.structure, order_units(found)))
+            base[name] = trial.score(refit, bound, candidate)
         figures.append("; ".join(f"{name or 'l2'} {values.mean():.4g}" for name, values in base.items()))
         pick = min(base, key=lambda name: base[name].mean())
         if pick and _better(base[pick], base[""]):
@@ -196,18 +195,24 @@ def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:
 
 def ranking(context: Context, criterion: str, seed: int) -> dict[str, Tensor]:
     """Importance by a criterion, as the check finds it on few samples."""
-    batches = _first(context.subsets.calibration, RANKED)
+    return _ranked(context, (criterion,), seed)[criterion]
+
+
+def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
+    model, structure = private_copy(context.model), context.structure
+    batches = _first(context.subsets.calibration, affordable(structure, FEWEST_RANKED, RANKED))
     with seeded(0), torch.enable_grad():
-        return score_units(private_copy(context.model), context.structure, criterion, batches, context.forward, seed)
+        found = score_units_by(model, structure, criteria, batches, context.forward, seed)
+    return dict(zip(criteria, found, strict=True))
 
 
-def _tried(context: Context, criterion: str, seed: int) -> dict[str, Tensor] | None:
-    """The same, or None where the model does not let it be computed."""
+def _tried(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
+    """The same for several, none where the model does not let it be computed."""
     try:
-        return ranking(context, criterion, seed)
+        return _ranked(context, criteria, seed)
     except Exception as error:  # gradients may not exist, or not fit into memory
-        log.info("calibration check without %s: %s: %s", criterion, type(error).__name__, error)
-        return None
+        log.info("calibration check without %s: %s: %s", ", ".join(criteria), type(error).__name__, error)
+        return {}
 
 
 def _first(batches: tuple[Batch, ...], samples: int) -> tuple[Batch, ...]:

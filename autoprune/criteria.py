@@ -26,6 +26,9 @@ from autoprune.structure.units import Group
 
 log = logging.getLogger(__name__)
 
+WORK = 2**37
+"""Multiply-accumulates of the dense model that are enough to rank units or options: some seconds of a core."""
+
 DRAWN = 8
 """Samples whose gradients are averaged before they are squared, where there are no labels."""
 
@@ -181,6 +184,11 @@ def rank_units(
     return order_units(score_units(model, structure, criterion, batches, forward, seed))
 
 
+def affordable(structure: Structure, least: int, most: int) -> int:
+    """How many samples a ranking looks at: fewer of a large model, whose samples are long or tell much each."""
+    return int(min(most, max(least, WORK // max(structure.macs, 1.0))))
+
+
 def order_units(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Units of every group by falling score; ties go to the earlier unit."""
     return {name: tuple(torch.argsort(each, descending=True, stable=True).tolist()) for name, each in scores.items()}
@@ -194,12 +202,26 @@ def score_units(
     forward: Callable[[nn.Module, Batch], Any],
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Score the units of every group, shape (units,) each, higher more important.
+    """Score the units of every group by one criterion; see `score_units_by`."""
+    return score_units_by(model, structure, [criterion], batches, forward, seed)[0]
+
+
+def score_units_by(
+    model: nn.Module,
+    structure: Structure,
+    criteria: Sequence[str | Criterion],
+    batches: Sequence[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Score the units of every group by each criterion, shape (units,) each, higher more important.
+
+    Criteria that look at the same share a pass over the batches.
 
     Args:
         model: The dense model; comes back unchanged.
         structure: Its structure.
-        criterion: A name in `CRITERIA`, or a callable, which gets everything; gradients only where there are labels.
+        criteria: Names in `CRITERIA`, or callables, which get everything; gradients only where there are labels.
         batches: Calibration data, for criteria that look at activations or gradients.
         forward: Runs the model on a batch.
         seed: For criteria that draw.
@@ -207,16 +229,28 @@ def score_units(
     Raises:
         ValueError: If the name is unknown, or a callable returns the wrong shape or NaN.
     """
-    if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {sorted(CRITERIA)} or a callable, got {shown(criterion)}")
+    for criterion in criteria:
+        if isinstance(criterion, str) and criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {sorted(CRITERIA)} or a callable, got {shown(criterion)}")
+    reads = {_READS.get(each, "") if isinstance(each, str) else "everything" for each in criteria}
+    labelled = all(isinstance(targets(batch), Tensor) for batch in batches)
+    slopes = "gradients" in reads or ("everything" in reads and labelled)
+    gradients = loss_gradients(model, batches, forward, seed) if slopes else {}
+    watched = not reads.isdisjoint(("activations", "everything"))
+    activations = activation_statistics(model, structure, batches, forward) if watched else {}
+    return [_scored(model, structure, each, gradients, activations, seed) for each in criteria]
+
+
+def _scored(
+    model: nn.Module,
+    structure: Structure,
+    criterion: str | Criterion,
+    gradients: Mapping[str, Tensor],
+    activations: Mapping[str, Sequence[Activation]],
+    seed: int,
+) -> dict[str, Tensor]:
     score = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     reads = _READS.get(criterion, "") if isinstance(criterion, str) else "everything"
-    labelled = all(isinstance(targets(batch), Tensor) for batch in batches)
-    slopes = reads == "gradients" or (reads == "everything" and labelled)
-    gradients = loss_gradients(model, batches, forward, seed) if slopes else {}
-    activations = (
-        activation_statistics(model, structure, batches, forward) if reads in ("activations", "everything") else {}
-    )
     generator = torch.Generator().manual_seed(seed)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     scores = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.batches import Batch, batch_size, slice_batch
-from autoprune.criteria import private_copy, readers
+from autoprune.criteria import affordable, private_copy, readers
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.reconstruction import Removal, reads
 from autoprune.scorers import sampled_loss
@@ -39,8 +39,8 @@ def output_changes(
     relative to the mean square of the outputs. Of second order: half of E[(g . d)^2], where d is what a layer no longer
     reads at one position, and g the gradient there of a loss with a label drawn from the dense outputs, so that
     E[g g^T] is their Fisher information. What several layers read of one group is added up before it is squared.
-    Different positions of a sample are taken as independent. One forward and one backward pass over at most 32 samples
-    serve every option, however many there are.
+    Different positions of a sample are taken as independent. One forward and one backward pass over at most 32 samples,
+    fewer of a large model, serve every option, however many there are.
 
     Args:
         model: The dense model; comes back unchanged.
@@ -90,8 +90,8 @@ def output_changes(
     sums: dict[int, FloatArray] = defaultdict(lambda: np.zeros(1))
     samples = draws = 0
     try:
-        for part in _parts(batches):
-            if samples >= MOST_SAMPLES or (samples >= FEWEST_SAMPLES and draws >= DRAWS):
+        for part in _parts(batches, affordable(structure, FEWEST_SAMPLES, MOST_SAMPLES)):
+            if samples >= FEWEST_SAMPLES and draws >= DRAWS:
                 break
             with torch.enable_grad():
                 loss, drawn = sampled_loss(forward(copied, part), part, generator)
@@ -122,9 +122,9 @@ def _energies(products: Tensor, options: Sequence[IntArray]) -> FloatArray:
     return np.array(energies)
 
 
-def _parts(batches: Sequence[Batch]) -> list[Batch]:
-    """The first samples, a few at a time."""
-    parts, left = [], MOST_SAMPLES
+def _parts(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """The first so many samples, a few at a time."""
+    parts, left = [], samples
     for batch in batches:
         for start in range(0, min(batch_size(batch), left), _AT_ONCE):
             parts += [slice_batch(batch, start, min(start + _AT_ONCE, left))]

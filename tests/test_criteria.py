@@ -4,14 +4,24 @@ import logging
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoprune import criteria
 from autoprune.batches import default_forward
-from autoprune.criteria import CRITERIA, Criterion, GroupTensors, rank_units
+from autoprune.criteria import (
+    CRITERIA,
+    Criterion,
+    GroupTensors,
+    affordable,
+    rank_units,
+    score_units,
+    score_units_by,
+)
 from autoprune.structure.analysis import analyse
 from autoprune.structure.structure import Structure
 from tests.candidates import state_of, uniform_order
@@ -232,6 +242,32 @@ def test_regression_targets_give_the_gradient_of_the_squared_error():
 def test_taylor_needs_no_labels():
     assert rank("taylor", labels=False) != rank("taylor")
     assert rank("taylor", labels=False) == rank("taylor", labels=False)
+
+
+def test_criteria_that_look_at_the_same_share_a_pass():
+    model, structure = network()
+    ran = []
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        ran.append(len(batch[0]))
+        return default_forward(model, batch)
+
+    names = ["fluctuation", "contribution", "l2"]
+    together = score_units_by(model, structure, names, batches(), forward)
+    assert ran == [5, 3]
+    for name, found in zip(names, together, strict=True):
+        for group, values in score_units(model, structure, name, batches(), default_forward).items():
+            torch.testing.assert_close(found[group], values, rtol=0, atol=0)
+
+
+def test_fewer_samples_of_a_large_model_are_looked_at(monkeypatch: pytest.MonkeyPatch):
+    _, structure = network()
+    assert structure.macs == 6 * 3 * 9 * 16 + 5 * 6 * 9 * 4 + 4 * 20
+    assert affordable(structure, 16, 128) == 128
+    monkeypatch.setattr(criteria, "WORK", 40 * structure.macs)
+    assert affordable(structure, 16, 128) == 40
+    monkeypatch.setattr(criteria, "WORK", structure.macs)
+    assert affordable(structure, 16, 128) == 16
 
 
 class TestWhatIsRefused:

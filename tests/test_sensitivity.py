@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from autoprune import criteria
 from autoprune.batches import default_forward
 from autoprune.criteria import CRITERIA, score_units
 from autoprune.optimizers.problem import Problem
@@ -99,6 +100,13 @@ def test_the_model_and_the_random_states_come_back_unchanged(global_rng_untouche
         changes(model, structure, [x], OPTIONS)
     assert state_of(model) == before
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_of_a_large_model_fewer_samples_are_looked_at(monkeypatch):
+    model, x, structure = network()
+    monkeypatch.setattr(criteria, "WORK", 1)
+    few = changes(model, structure, [x], OPTIONS)
+    np.testing.assert_array_equal(few, changes(model, structure, [x[:8]], OPTIONS))
 
 
 def test_a_model_without_gradients_is_measured_by_reconstruction():

@@ -68,7 +68,7 @@ def shorten(flow: Propagation, model: nn.Module, inputs: list[Inputs], forward: 
     leaves = tensors_in([(args, dict(kwargs)) for args, kwargs in inputs], objects=True)
     numbers = {leaf.is_floating_point() or leaf.is_complex() for leaf in leaves if leaf.dtype != torch.bool}
     # Whole numbers next to others may be indices into these, and point behind their end.
-    if macs < 2 * ENOUGH_MACS or record.device != "meta" or len(numbers) > 1:
+    if macs < 2 * ENOUGH_MACS or len(numbers) > 1:
         return None
     for cut in _cuts(leaves, record.batch, macs / ENOUGH_MACS):
         small = [map_tensors(cut, (args, dict(kwargs))) for args, kwargs in inputs]

@@ -80,6 +80,13 @@ class Structure:
         return np.array([group.size for group in self.groups], dtype=np.int64)
 
     @cached_property
+    def macs(self) -> float:
+        """Multiply-accumulates of one sample in the dense model."""
+        table, products = self.terms.sizes, self.terms.macs
+        dense = table[:, 0] + table[:, 1:] @ np.array([group.size for group in self.groups], dtype=np.int64)
+        return float((products.coefficients * dense[products.factors].astype(float).prod(1)).sum()) / self.terms.batch
+
+    @cached_property
     def _offsets(self) -> dict[str, tuple[int, int]]:
         starts = np.cumsum([0, *self.sizes]).tolist()
         return {group.name: (start, group.size) for start, group in zip(starts, self.groups, strict=False)}
