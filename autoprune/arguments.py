@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,18 @@ def positive(name: str, value: Any, or_else: str = "") -> float:
     return float(value)
 
 
+def one_of(name: str, value: Any, known: Iterable[str]) -> str:
+    """One of a few words.
+
+    Raises:
+        ValueError: If it is anything else; lists those known.
+    """
+    words = list(known)
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{name} must be one of {words}, got {shown(value)}")
+    return value
+
+
 def numbers(values: Any) -> list[float]:
     """The finite real numbers in a list, a tuple or an array; empty where there is anything else."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
@@ -154,7 +167,7 @@ def why_no_function(value: Any, arguments: int, classes: bool = False) -> str:
     if not callable(value) or (isinstance(value, type) and not classes):
         return f"got {shown(value)}"
     try:
-        signature = inspect.signature(value)
+        signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
     except (TypeError, ValueError):  # a builtin
         return ""
     try:
@@ -162,6 +175,21 @@ def why_no_function(value: Any, arguments: int, classes: bool = False) -> str:
     except TypeError:
         return f"got {shown(value)}, which takes {signature!s:.100}"
     return ""
+
+
+@contextmanager
+def naming(rule: str) -> Iterator[None]:
+    """Say of what a user's function raises inside which argument it was; what names it already goes on as it is.
+
+    Raises:
+        ValueError: Says the `rule`, such as ``"criterion must score group '0'"``.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError):
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"{rule}, but raised {said(error)}") from error
 
 
 def flag(name: str, value: Any, why: str = "") -> bool:

@@ -29,6 +29,8 @@ from autoprune.variants import Initialise, uniform_widths, with_new_weights, wit
 
 log = logging.getLogger(__name__)
 
+MOST_REPEATS = 1_000
+
 
 def audit(
     result: SearchResult,
@@ -91,7 +93,7 @@ def audit(
             "audit needs a result with its model and samples, got one that was loaded; pass what autoprune.search "
             "returns, which with run_dir= and resume=True repeats no trial"
         )
-    k, repeats = whole_number("k", k, FEWEST), whole_number("repeats", repeats, 0)
+    k, repeats = whole_number("k", k, FEWEST), whole_number("repeats", repeats, 0, MOST_REPEATS)
     seed = whole_number("seed", seed, 0, MOST_SEED)
     if steps is not None:
         steps = whole_number("steps", steps, 1, why=", or None")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.arguments import shown
 from autoprune.errors import DataError
 
 Batch: TypeAlias = Any
@@ -232,7 +233,7 @@ def labelled(batch: Batch, key: str) -> Batch:
     """
     if not isinstance(batch, Mapping) or key not in batch:
         found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise DataError(f"labels={key!r} must be a key of every batch, which has to be a dict, got {found!r:.200}")
+        raise DataError(f"labels={shown(key)} must be a key of every batch, which has to be a dict, got {found!r:.200}")
     marked: Any = Labelled(batch) if isinstance(batch, dict) and type(batch) is dict else copy.copy(batch)
     marked.label_key = key
     return marked

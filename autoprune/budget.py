@@ -139,7 +139,7 @@ class Budget:
             found = [_parse_clause(text) for text in re.split(r",|\band\b", budget) if text.strip()]
         elif isinstance(budget, Mapping):
             raise BudgetError(f"budget must be text, a list of texts or a Budget, got {shown(budget)}; write {FORMS}")
-        elif isinstance(budget, Iterable):
+        elif isinstance(budget, Iterable) and not hasattr(budget, "__array__"):
             found = []
             for part in map(cls.parse, budget):
                 found += [*part.limits, *part.score_limits]

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoprune.arguments import shown
+from autoprune.arguments import shown, whole_number
 from autoprune.errors import AutopruneError, DataError, FileFormatError
+from autoprune.files import as_path, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from autoprune.result.trials import Trial
 
 _WATCH_SECONDS = 1.0
+_MOST_THREADS = 4096
 _LOOKS_ALONE = 5  # at a journal that no search holds, until its search counts as killed
 
 app = typer.Typer(
@@ -135,7 +137,7 @@ def search(
         import autoprune
         from autoprune.loading import load_model, load_object
 
-        saved = run_dir / "result.json"
+        saved = as_path(run_dir, "run-dir") / "result.json"
         if saved.exists() and not (
             resume or resume_anyway
         ):  # the search itself minds the journal; this must not show at its end
@@ -157,7 +159,7 @@ def search(
             trials=int(trials) if trials.lstrip("-").isdecimal() else trials,
             max_seconds=max_seconds,
             seed=seed,
-            example_inputs=_example_inputs(dense, input_shape, example) if data is None else None,
+            example_inputs=_example_inputs(dense, input_shape, example, needed=data is None),
             executor=_executor(executor, workers, gpus_per_worker),
             run_dir=str(run_dir),
             resume="anyway" if resume_anyway else resume,
@@ -208,14 +210,17 @@ def build(
 
         if trial is not None and budget:
             raise ValueError("give --trial or --budget, not both: a trial has the costs it has")
+        if as_path(output, "output").is_dir():
+            raise IsADirectoryError(f"output must be a file to write, got the folder {output}")
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"output must lie in a folder that exists, got {output}")
+        as_path(run_dir, "RUN_DIR")
         if not (run_dir / "result.json").exists() and (run_dir / "journal.sqlite").exists():
             raise ValueError(
                 f"{run_dir} holds a journal but no saved result, so no weights to build from; "
                 "let its search end or stop it with Ctrl-C, which saves; if it was killed, go on with --resume"
             )
-        result = autoprune.SearchResult.load(run_dir, load_model(model))
+        result = autoprune.SearchResult.load(run_dir, load_model(model, option="--model"))
         chosen = _choose(result, run_dir, budget, trial)
         autoprune.save(result.build(chosen), output)
         typer.echo(_describe(result, chosen))
@@ -267,7 +272,9 @@ def profile(
         if on.type == "cuda" and (on.index or 0) >= gpus:
             raise ValueError(f"device must be one of this machine, got {device!r}, and PyTorch sees {gpus} GPUs here")
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(whole_number("threads", threads, 1, _MOST_THREADS))
+        if as_path(output, "output").is_dir():
+            raise IsADirectoryError(f"output must be a file to write the table to, got the folder {output}")
         dense = load_model(model).to(on)
         found = measure(dense, _example_inputs(dense, input_shape, example), batch=batch, path=output, runtime=runtime)
         for line in (found, *found.notes):
@@ -285,7 +292,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {shown(name)}")
     return found
 
 
@@ -309,7 +316,8 @@ def _raised_by_autoprune(error: BaseException) -> bool:
     return [top for top in tops if top not in sys.stdlib_module_names][-1] == "autoprune"
 
 
-def _example_inputs(model: nn.Module, shape: str | None, example: str | None) -> Any:
+def _example_inputs(model: nn.Module, shape: str | None, example: str | None, needed: bool = True) -> Any:
+    """The example named, noise of a shape, or None for that which the model carries, which is `needed` otherwise."""
     import torch
 
     from autoprune.costs.profiling.profile import require_fits
@@ -320,6 +328,8 @@ def _example_inputs(model: nn.Module, shape: str | None, example: str | None) ->
         raise ValueError("give --input-shape or --example, not both")
     if example is not None:
         return load_object(example, "--example")
+    if shape is None and not needed:
+        return None
     if shape is None:
         try:
             example_inputs_of(model)
@@ -346,7 +356,7 @@ def _read(run_dir: Path) -> SearchResult:
     from autoprune.result import SearchResult
     from autoprune.result.from_journal import result_from_journal
 
-    if not (run_dir / "result.json").exists():
+    if not (as_path(run_dir, "RUN_DIR") / "result.json").exists():
         return result_from_journal(run_dir)
     try:
         return SearchResult.load(run_dir)
@@ -409,7 +419,7 @@ def _plot(result: SearchResult, path: Path) -> None:
     try:
         result.plot(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"plot cannot be written to {path}: {error}") from error
+        raise ValueError(f"plot cannot be written to {shortened(path)}: {error!s:.200}") from error
     typer.echo(f"picture in {path}", err=True)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from autoprune.arguments import shown
+from autoprune.arguments import naming, shown
 from autoprune.batches import Batch, batch_size, slice_batch, targets, to_device
 from autoprune.protocols import IntArray
 from autoprune.structure.skeleton import skeleton
@@ -259,7 +259,8 @@ def _scored(
         lacking = reads not in ("", "everything") and not getattr(tensors, reads)
         if lacking:
             log.warning("group %s has no %s for criterion %r; its units are ranked by l2", group.name, reads, criterion)
-        values = (l2 if lacking else score)(tensors)
+        with naming(f"criterion must score group {group.name!r}"):
+            values = (l2 if lacking else score)(tensors)
         if not isinstance(values, Tensor):
             raise TypeError(f"criterion must return a tensor of {group.size} scores, got {shown(values)}")
         if values.is_complex() or values.shape != (group.size,) or not torch.isfinite(values).all():

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autoprune.arguments import shown, whole_number
+from autoprune.arguments import shown, whole_number, why_no_function
 from autoprune.batches import Batch, batch_size, labelled, map_tensors, to_device
 from autoprune.errors import DataError
 from autoprune.sources import draw, drawn_at_random, even_chunks, seeded
+
+MOST_SAMPLES = 2**40
 
 PARTS = ("calibration", "validation", "test")
 
@@ -61,7 +63,7 @@ class Data:
 
     def __post_init__(self) -> None:
         for name in (*(f"{part}_samples" for part in PARTS), "batch_size"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1, MOST_SAMPLES))
         if not isinstance(self.labels, str | None):
             raise TypeError(f"labels must be the key of the target in dict batches, or None, got {shown(self.labels)}")
 
@@ -142,6 +144,9 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
     given = {part: source for part in PARTS if (source := getattr(data, part)) is not None}
     factories = {part: source for part, source in given.items() if _is_factory(source)}
     recipe = (data, seed) if factories and factories.keys() == given.keys() else None
+    for part, make in factories.items():
+        if why := why_no_function(make, 0, classes=True):
+            raise DataError(f"{part} data must be a source of samples, or a function without arguments, {why}")
     distinct = {id(make): make for make in factories.values()}  # one may be given for several parts
     with seeded(seed):
         made = {key: make() for key, make in distinct.items()}

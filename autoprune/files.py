@@ -30,6 +30,7 @@ DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, R
 """What reading a damaged file may raise."""
 
 _SHOWN = 200
+_LONGEST = 255  # bytes of a name, in nearly all file systems
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _KINDS = {
@@ -92,6 +93,8 @@ def as_path(path: str | Path, what: str = "path") -> Path:
         raise TypeError(f"{what} must be a path, got {type(path).__name__}; pass text or a pathlib.Path")
     if not os.fspath(path) or "\0" in str(path):
         raise ValueError(f"{what} must be a path, got {str(path)!r:.{_SHOWN}}; name a file or folder")
+    if max((len(os.fsencode(part)) for part in Path(path).parts), default=0) > _LONGEST:
+        raise ValueError(f"{what} must be a path of names up to {_LONGEST} bytes, got {str(path)!r:.{_SHOWN}}...")
     return Path(path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from autoprune.arguments import shown
+from autoprune.files import as_path, shortened
 
 
 def load_object(target: str, option: str) -> Any:
@@ -33,9 +34,10 @@ def load_object(target: str, option: str) -> Any:
     source, _, name = target.rpartition(":")
     if not (source and name):
         raise ValueError(f"{option} must be FILE.py:NAME or package.module:NAME, got {shown(target)}")
-    module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
+    module = _from_file(Path(source), option) if source.endswith(".py") else _from_package(source, option)
     if not hasattr(module, name):
-        raise ValueError(f"{source} has no {name!r}; it has {', '.join(_defined_in(module)) or 'nothing'}")
+        there = ", ".join(_defined_in(module)) or "nothing"
+        raise ValueError(f"{option} must name what is in {source}, which has no {name!r}; it has {there:.200}")
     found = getattr(module, name)
     if not callable(found) or isinstance(found, nn.Module):
         return found
@@ -44,25 +46,27 @@ def load_object(target: str, option: str) -> Any:
         signature.bind()
     except TypeError:
         raise ValueError(
-            f"{target} is called without arguments, but it is {name}{signature}; name a function that fills them in"
+            f"{option}: {target} is called without arguments, but it is {name}{signature}; name a function that fills "
+            "them in"
         ) from None
     return found()
 
 
-def load_model(target: str, weights: Path | None = None) -> nn.Module:
+def load_model(target: str, weights: Path | None = None, option: str = "MODEL") -> nn.Module:
     """The model that `target` names, with a state dict loaded into it.
 
     Args:
         target: See `load_object`.
         weights: A ``.safetensors`` file, or a state dict saved by ``torch.save`` (read without unpickling objects).
+        option: Where the model was named, for messages.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If `target` gives something else than a module, or the weights cannot be read or do not fit it.
     """
-    model = load_object(target, "MODEL")
+    model = load_object(target, option)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{target} must be or return a torch.nn.Module, got {type(model).__name__}")
+        raise ValueError(f"{option}: {target} must be or return a torch.nn.Module, got {type(model).__name__}")
     if weights is not None:
         _load_weights(model, weights)
     return model
@@ -72,8 +76,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     import torch
     from safetensors.torch import load_model as load_safetensors
 
-    if not path.is_file():
-        raise FileNotFoundError(f"weights must be a file, got {path}: no such file")
+    if not as_path(path, "weights").is_file():
+        raise FileNotFoundError(f"weights must be a file, got {shortened(path)}: no such file")
     try:
         if path.suffix == ".safetensors":
             load_safetensors(model, path)  # knows the tied weights that its writer left out
@@ -88,25 +92,29 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"weights must be a state dict of {type(model).__name__}, got {path}: {what}") from error
 
 
-def _from_file(path: Path) -> ModuleType:
-    path = path.resolve()
+def _from_file(path: Path, option: str) -> ModuleType:
+    path = as_path(path, option).resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"{option} must be in a file, got {shortened(path)}: no such file")
     _put_first(path.parent)
     module = importlib.import_module(path.stem)
     if getattr(module, "__file__", None) != str(path):
-        raise ImportError(f"{path} has the name of the module {module.__name__!r} in use already; rename the file")
+        raise ImportError(
+            f"{option}: {path} has the name of the module {module.__name__!r} in use already; rename the file"
+        )
     return module
 
 
-def _from_package(name: str) -> ModuleType:
+def _from_package(name: str, option: str) -> ModuleType:
     _put_first(Path.cwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # something that the module itself imports is missing
-        raise ImportError(f"no module named {error.name!r} for {name!r}; for a file write FILE.py:NAME") from error
+        raise ImportError(
+            f"{option}: there is no module named {error.name!r} for {name!r}; for a file write FILE.py:NAME"
+        ) from error
 
 
 def _put_first(folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autoprune import language, scorers
-from autoprune.arguments import flag, shown, why_no_function
+from autoprune.arguments import flag, naming, shown, why_no_function
 from autoprune.batches import Batch, Lent, batch_size, fresh, targets, tensors
 from autoprune.data import Subsets
 from autoprune.errors import DataError
@@ -320,9 +320,12 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
     elif isinstance(metric, type):
         raise ValueError(f"metric must be a loss ready to be called, such as {metric.__name__}(), got {shown(metric)}")
     elif callable(metric):
+        if why := why_no_function(metric, 2):
+            raise TypeError(f"metric must be a loss of (outputs, targets), {why}; pass an autoprune.Metric for others")
         _require_labels(name_of(metric), labelled)
         require_classes(metric, outputs, labelled)
-        judge = _judge_loss(metric, outputs, labelled)
+        with naming(f"metric {name_of(metric)!r} must score the outputs of the dense model"):
+            judge = _judge_loss(metric, outputs, labelled)
     else:
         raise ValueError(f"metric must be one of {list(METRICS)}, a loss or an autoprune.Metric, got {shown(metric)}")
     if judge.per_sample:
@@ -333,7 +336,8 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
                 f"for {batch_size(first)} samples; select with outputs= or forward=, or pass a Metric of the "
                 "whole set"
             )
-        judge.score_batch(outputs, first, scorers.main_output(outputs) if judge.needs_dense else None)
+        with naming(f"metric {judge.name!r} must score the outputs of the dense model"):
+            judge.score_batch(outputs, first, scorers.main_output(outputs) if judge.needs_dense else None)
     if judge.parts is not None:
         judge.parts(outputs, first)
     return replace(judge, distance=judge.distance or scorers.distance_of(outputs, first))

@@ -8,6 +8,7 @@ from typing import final
 
 import numpy as np
 
+from autoprune.arguments import shown
 from autoprune.journal import Journal
 from autoprune.promotion import Promotion, note_of_rungs, require_training
 from autoprune.protocols import OK, RACED, IntArray, Measurement
@@ -26,7 +27,7 @@ def find_racing(spec: bool | Racing | Rungs) -> Racing | Rungs | None:
     if isinstance(spec, bool):
         return Racing() if spec else None
     if not isinstance(spec, Racing | Rungs):
-        raise ValueError(f"racing must be True, False, an autoprune.Racing or autoprune.Rungs, got {spec!r}")
+        raise ValueError(f"racing must be True, False, an autoprune.Racing or autoprune.Rungs, got {shown(spec)}")
     return spec
 
 

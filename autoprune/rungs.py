@@ -21,6 +21,8 @@ from autoprune.evaluators.protocol import Evaluator, Trains
 from autoprune.pareto import non_dominated
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
 
+MOST_RUNGS = 100
+
 
 @dataclass(frozen=True)
 class Rungs:
@@ -43,7 +45,7 @@ class Rungs:
     reduction: float = 3.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "count", whole_number("count", self.count, 2))
+        object.__setattr__(self, "count", whole_number("count", self.count, 2, MOST_RUNGS))
         if not (is_number(self.reduction) and self.reduction > 1):
             raise ValueError(f"reduction must be a number above 1, got {shown(self.reduction)}")
 

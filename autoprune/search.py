@@ -20,6 +20,7 @@ from autoprune.costs import CostFunction, Latency
 from autoprune.data import Data
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, evaluate_one, make_executor
+from autoprune.files import as_path
 from autoprune.identity import identity_of
 from autoprune.journal import Journal
 from autoprune.journal_file import require_free
@@ -167,6 +168,7 @@ def search(
     progress = flag("progress", progress)
     if not isinstance(run_dir, str | os.PathLike | None):
         raise TypeError(f"run_dir must be the path of a folder or None, got {shown(run_dir)}")
+    run_dir = None if run_dir is None else str(as_path(run_dir, "run_dir"))
     if resume and run_dir is None:
         raise ValueError("resume=True needs the run_dir of an earlier search, got run_dir=None")
     if run_dir is not None:

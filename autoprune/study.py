@@ -415,8 +415,10 @@ def _cost_to_minimise(space: SearchSpace, costs: Mapping[str, CostFunction], cou
 def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed: int) -> Subsets:
     if data is not None:
         return materialise(data, seed)
-    if metric not in ("auto", "agreement"):
-        raise DataError(f"metric {metric!r} needs data; pass data=, or metric='agreement' to compare with the model")
+    if not (isinstance(metric, str) and metric in ("auto", "agreement")):
+        raise DataError(
+            f"metric {shown(metric)} needs data; pass data=, or metric='agreement' to compare with the model"
+        )
     (args, kwargs), *_ = examples_of(model, example_inputs)
     if not args and not kwargs:
         raise DataError(f"example_inputs must hold at least one input, got {shown(example_inputs)}")

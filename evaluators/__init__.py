@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from autoprune.arguments import shown
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.finetune import FineTune
@@ -30,7 +31,7 @@ def make_evaluator(spec: str | Evaluator) -> Evaluator:
     if isinstance(spec, str) and spec in EVALUATORS:
         return EVALUATORS[spec]()
     if isinstance(spec, str | type) or not hasattr(spec, "evaluate"):
-        raise ValueError(f"evaluator must be one of {sorted(EVALUATORS)} or an Evaluator instance, got {spec!r}")
+        raise ValueError(f"evaluator must be one of {sorted(EVALUATORS)} or an Evaluator instance, got {shown(spec)}")
     return spec
 
 

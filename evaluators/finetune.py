@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from torch import nn
 
-from autoprune.arguments import MOST_SEED, positive, whole_number, why_no_function
+from autoprune.arguments import MOST_SEED, positive, shown, whole_number, why_no_function
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.courses import Course, Distillation, Given, TrainFn
@@ -56,6 +56,8 @@ class FineTune:
         if train_fn is not None and (why := why_no_function(train_fn, 2)):
             raise TypeError(f"train_fn must be a function train_fn(model, steps), or None, {why}")
         self._train_fn, self._lr, self._seed = train_fn, positive("lr", lr), whole_number("seed", seed, 0, MOST_SEED)
+        if start is not None and (isinstance(start, type) or not hasattr(start, "build")):
+            raise TypeError(f"start must be an evaluator, such as Compensated(), or None, got {shown(start)}")
         self._start: Evaluator = Compensated() if start is None else start
 
     def prepare(self, context: Context) -> None:

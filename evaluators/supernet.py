@@ -25,6 +25,7 @@ from autoprune.evaluators.training import (
     load_weights,
     weights_of,
 )
+from autoprune.files import as_path
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, Slicer, build
@@ -115,7 +116,7 @@ class Supernet:
             schedule=schedule,
             lr=lr,
             batch_size=batch_size,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
+            checkpoint=None if checkpoint is None else as_path(checkpoint, "checkpoint"),
             checkpoint_steps=checkpoint_steps,
             mixed_precision=mixed_precision,
             seed=seed,

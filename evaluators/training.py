@@ -73,7 +73,7 @@ class Recipe:
             ("schedule", 2, "schedule(optimizer, steps)"),
         ):
             function = getattr(self, name)
-            if function is not None and (why := why_no_function(function, arguments, classes=True)):
+            if function is not None and (why := why_no_function(function, arguments, classes=name != "loss")):
                 raise TypeError(f"{name} must be a function {form}, or None, {why}")
 
 

@@ -81,7 +81,9 @@ class Channels:
         if not isinstance(self.edges, Mapping):
             raise ValueError(f"edges must be widths by the name of the group, got {shown(self.edges)}")
         patterns("ignore", self.ignore)
-        if not isinstance(self.criterion, str) and (why := why_no_function(self.criterion, 1)):
+        named = isinstance(self.criterion, str)
+        known = named and self.criterion in (*CRITERIA, "auto")
+        if not known and (why := f"got {shown(self.criterion)}" if named else why_no_function(self.criterion, 1)):
             raise ValueError(
                 f"criterion must be one of {sorted(CRITERIA)}, 'auto', or a function of what is known of a group, {why}"
             )
@@ -122,7 +124,7 @@ class Channels:
             for pattern in given:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     some = ", ".join(sorted(names)[:8])
-                    raise ValueError(f"{argument} has {pattern!r}, which matches no module; there are {some}, ...")
+                    raise ValueError(f"{argument} has {shown(pattern)}, which matches no module; there are {some}, ...")
 
     def _widths(self, group: Group) -> tuple[int, ...]:
         if any(fnmatchcase(name, pattern) for name in _names(group) for pattern in self.ignore):

@@ -62,7 +62,7 @@ class Sparsity:
         names = {name: (name, name.rpartition(".")[0]) for name in structure.weights}
         for pattern in self.ignore:
             if not any(fnmatchcase(name, pattern) for both in names.values() for name in both):
-                raise ValueError(f"ignore has {pattern!r}, which matches no weight; there are {', '.join(names)}")
+                raise ValueError(f"ignore has {shown(pattern)}, which matches no weight; there are {', '.join(names)}")
         dimensions, elements = [], []
         for weight, shape in structure.weights.items():
             if not any(fnmatchcase(name, pattern) for name in names[weight] for pattern in self.ignore):

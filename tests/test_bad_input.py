@@ -307,7 +307,7 @@ class TestNames:
             search(mlp, space=Channels(criterion="l3"))
 
     def test_an_unknown_way_to_check_is_refused_with_those_known(self, mlp):
-        with refused(ValueError, "checks must be 'on', 'strict' or 'isolated'", "got 'off'"):
+        with refused(ValueError, "checks must be one of ['on', 'strict', 'isolated']", "got 'off'"):
             search(mlp, checks="off")
 
     @pytest.mark.parametrize(("argument", "value"), [("evaluator", AdaptiveBN), ("executor", LocalExecutor)])

@@ -332,7 +332,7 @@ def test_workers_that_cannot_start_are_given_up_with_the_reason(two_workers):
         ({"synchronous": "no"}, "synchronous must be True or False, got 'no'"),
         ({"timeout_seconds": True}, "timeout_seconds must be positive or None, got True"),
         ({"cpus_per_worker": 0}, "must not both be 0"),
-        ({"listen": "everywhere"}, "listen must be 'loopback' or 'network', got 'everywhere'"),
+        ({"listen": "everywhere"}, "listen must be one of \\['loopback', 'network'\\], got 'everywhere'"),
         ({"timeout_seconds": 0}, "timeout_seconds must be positive or None, got 0"),
     ],
 )

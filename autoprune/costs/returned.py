@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.arguments import is_whole, why_no_function
+from autoprune.arguments import is_whole, shown, why_no_function
 from autoprune.errors import DataError
 from autoprune.sources import seeded
 from autoprune.structure.containers import map_tensors, tensors_in
@@ -70,7 +70,9 @@ def _selected(made: Any, key: str | int) -> Any:
         return made[key]
     except (KeyError, IndexError, TypeError) as error:
         names = list(made) if isinstance(made, Mapping) else type(made).__name__
-        raise DataError(f"outputs must select from what the model returns ({names}), got {key!r}: {error}") from error
+        raise DataError(
+            f"outputs must select from what the model returns ({names!s:.200}), got {shown(key)}: {error!s:.200}"
+        ) from error
 
 
 def frozen_by_output(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from autoprune.arguments import shown
 from autoprune.execution.local import Executor, Finished, LocalExecutor, Outcome, attempt, evaluate_one
 from autoprune.execution.ray import RayExecutor
 
@@ -20,7 +21,7 @@ def make_executor(spec: str | Executor) -> Executor:
     if isinstance(spec, str) and spec in EXECUTORS:
         return EXECUTORS[spec]()
     if isinstance(spec, str | type) or not hasattr(spec, "submit"):
-        raise ValueError(f"executor must be one of {sorted(EXECUTORS)} or an Executor instance, got {spec!r}")
+        raise ValueError(f"executor must be one of {sorted(EXECUTORS)} or an Executor instance, got {shown(spec)}")
     return spec
 
 

@@ -15,7 +15,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, final
 
-from autoprune.arguments import flag, number, positive, shown, whole_number
+from autoprune.arguments import flag, number, one_of, positive, shown, whole_number
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.execution.local import GENERATION, Finished, Outcome
 from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
@@ -149,8 +149,7 @@ class RayExecutor:
             raise ValueError("cpus_per_worker and gpus_per_worker must not both be 0: workers would have no bound")
         if timeout_seconds is not None:
             timeout_seconds = positive("timeout_seconds", timeout_seconds, " or None")
-        if listen not in ("loopback", "network"):
-            raise ValueError(f"listen must be 'loopback' or 'network', got {listen!r:.200}")
+        one_of("listen", listen, ("loopback", "network"))
         self.threads: int | None = threads_per_worker
         self._listen = listen
         self._address, self._wanted, self._runtime_env = address, workers, runtime_env

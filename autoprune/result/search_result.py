@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from autoprune.arguments import flag, one_of
 from autoprune.budget import Budget
 from autoprune.errors import InfeasibleBudgetError, RecipeError
 from autoprune.files import as_path, shortened
@@ -182,8 +183,8 @@ class SearchResult:
             FileExistsError: If the folder holds a result already and `replace` is false, or it is a file.
             OSError: If it cannot be written; an earlier result in it is as it was.
         """
-        if weights not in ("best", "front", "none"):
-            raise ValueError(f"weights must be one of ['best', 'front', 'none'], got {weights!r}")
+        one_of("weights", weights, ("best", "front", "none"))
+        replace = flag("replace", replace)
         folder = as_path(path)
         if (folder.exists() and not folder.is_dir()) or (not replace and (folder / RESULT).exists()):
             raise FileExistsError(

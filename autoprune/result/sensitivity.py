@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autoprune.arguments import one_of
 from autoprune.protocols import OK, FloatArray
 from autoprune.result.tables import aligned, data_frame
 from autoprune.result.trials import Trial, or_nan
@@ -75,8 +76,7 @@ class Sensitivity:
 
 def sensitivity_of(result: SearchResult, table: str = "distortion") -> Sensitivity:
     """Collect the losses of single dimensions; see `SearchResult.sensitivity`."""
-    if table not in TABLES:
-        raise ValueError(f"table must be one of {list(TABLES)}, got {table!r}")
+    one_of("table", table, TABLES)
     options = tuple(dimension.options for dimension in result.space.dimensions)
     losses = np.full((len(options), max(map(len, options))), np.nan)
     losses[:, 0] = 0.0

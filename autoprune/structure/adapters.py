@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from autoprune.arguments import shown, why_no_function
+
 Change = Callable[[Any], None]
 
 
@@ -40,6 +42,9 @@ def register_adapter(kind: type[nn.Module], *, resize: Change | None = None, pre
         resize: Sets the attributes that mirror sizes, from the weights that are left.
         prepare: Called once on each private copy before it runs.
 
+    Raises:
+        TypeError: If `kind` is no class of modules, or the others are no functions of one.
+
     Example:
         >>> class Heads(nn.Module):
         ...     def __init__(self):
@@ -49,6 +54,11 @@ def register_adapter(kind: type[nn.Module], *, resize: Change | None = None, pre
         ...     module.heads = module.q.weight.shape[0] // module.head_dim
         >>> register_adapter(Heads, resize=follow)
     """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind must be a class of modules, got {shown(kind)}")
+    for name, change in (("resize", resize), ("prepare", prepare)):
+        if change is not None and (why := why_no_function(change, 1)):
+            raise TypeError(f"{name} must be a function {name}(module), or None, {why}")
     ADAPTERS[kind] = Adapter(resize, prepare)
 
 

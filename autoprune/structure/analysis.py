@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from autoprune.arguments import said
+from autoprune.arguments import one_of, said
 from autoprune.errors import AutopruneError, DataError, NothingToPruneError, StructureCheckError, UnsupportedModelError
 from autoprune.imports import import_late_ones
 from autoprune.sources import seeded
@@ -67,10 +67,8 @@ def analyse(
         StructureCheckError: If a group fails and `checks` is ``"strict"``, or the process of ``"isolated"`` dies.
         ValueError: If the model returns NaN or infinity for the inputs, or `checks` or `rewrite` is unknown.
     """
-    if checks not in ("on", "strict", "isolated"):
-        raise ValueError(f"checks must be 'on', 'strict' or 'isolated', got {checks!r}")
-    if rewrite not in ("auto", "off"):
-        raise ValueError(f"rewrite must be 'auto' or 'off', got {rewrite!r}")
+    one_of("checks", checks, ("on", "strict", "isolated"))
+    one_of("rewrite", rewrite, ("auto", "off"))
     import_late_ones()
     device = require_supported(model)
     if checks == "isolated":

@@ -8,6 +8,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import nn
 
+from autoprune.arguments import shown
 from autoprune.costs.operations.parts import Family, Part
 from autoprune.costs.operations.torch_parts import find_parts
 from autoprune.costs.timing import Call
@@ -62,15 +63,15 @@ def runtime_of(name: str) -> Runtime:
         ValueError: If it is another name, or a provider that is not installed.
         ImportError: If its libraries are not installed.
     """
-    library, colon, provider = str(name).partition(":")
+    library, colon, provider = name.partition(":") if isinstance(name, str) else ("", "", "")
     if library == ONNXRUNTIME and bool(colon) == bool(provider):
         from autoprune.costs.operations.onnx_sessions import OnnxRuntime
 
         return OnnxRuntime(provider)
-    if name != TORCH:
+    if library != TORCH or colon:
         raise ValueError(
-            f"runtime must be {TORCH!r}, {ONNXRUNTIME!r} or '{ONNXRUNTIME}:PROVIDER', got {name!r}; for others pass "
-            "costs={'latency_ms': your own function}"
+            f"runtime must be {TORCH!r}, {ONNXRUNTIME!r} or '{ONNXRUNTIME}:PROVIDER', got {shown(name)}; for others "
+            "pass costs={'latency_ms': your own function}"
         )
     return Torch()
 

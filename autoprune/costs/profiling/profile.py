@@ -25,6 +25,7 @@ from autoprune.costs.profiling.progress_file import Progress
 from autoprune.costs.returned import require_selecting, selecting
 from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import Clock, Timing, clock_for, compare, note_of_noise
+from autoprune.files import as_path
 from autoprune.protocols import IntArray
 from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 NETWORKS = 36
 """Whole networks that the correction is fitted to, and judged on by leaving some out."""
+
+MOST_NETWORKS = 10_000
 
 _PASSES = 5  # of the dense network, to see what the allocator costs
 _SLOWED = 1.2  # by it, what is worth a word
@@ -90,11 +93,11 @@ def profile(
         >>> autoprune.profile(model, torch.randn(1, 3, 32, 32), path="table.json")  # doctest: +SKIP
     """
     batch = whole_number("batch", batch, 1)
-    networks = whole_number("networks", networks, 6, why=", to fit to some and judge on others")
+    networks = whole_number("networks", networks, 6, MOST_NETWORKS, why=", to fit to some and judge on others")
     seed = whole_number("seed", seed, 0, MOST_SEED)
     runtime_of(runtime)  # what cannot be measured or written must show before minutes of measuring
     if path is not None:
-        _require_writable(Path(path))
+        _require_writable(as_path(path))
     model = unwrap(model)
     require_supported(model)
     (args, kwargs), *others = examples_of(model, example_inputs)
