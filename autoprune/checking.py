@@ -22,6 +22,7 @@ from autoprune.evaluators import Compensated, Context
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
 from autoprune.evaluators.measuring import bound_forward
 from autoprune.evaluators.memory import fitting
+from autoprune.evaluators.room import give_back
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.search_spaces import Settings
 from autoprune.sources import seeded
@@ -165,6 +166,10 @@ class _Trial:
         except Exception as error:  # what a user's model or metric raises speaks against this way alone
             log.info("calibration check: %s: %s", type(error).__name__, error)
             return np.full(1, np.inf)
+        finally:
+            self._slicer.cut(Edit({}, {}))  # so that nothing holds on to the candidate
+            refit.forget()
+            give_back(context.model)
 
 
 def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
@@ -203,6 +208,7 @@ def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, d
     batches = _first(context.subsets.calibration, affordable(structure, FEWEST_RANKED, RANKED))
     with seeded(0), torch.enable_grad():
         found = score_units_by(model, structure, criteria, batches, context.forward, seed)
+    give_back(context.model)
     return dict(zip(criteria, found, strict=True))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -338,19 +339,25 @@ def distortion_gradients(
     generator = torch.Generator().manual_seed(seed)
     squares = {name: torch.zeros_like(p) for name, p in state.items()}
     parts = [part for batch in batches for part in _parts(batch)]
+
+    def take(name: str, parameter: Tensor) -> None:
+        """Add a gradient where it is made, so that no two are there at once."""
+        assert parameter.grad is not None
+        squares[name] += parameter.grad.square() / len(parts)
+        parameter.grad = None
+
+    for name, parameter in state.items():
+        hook = partial(take, name)
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # as above
     for part in parts:
         with torch.enable_grad():
             outputs = functional_call(copied, state, (part,)).float()
             _drawn_loss(outputs, generator).backward()  # type: ignore[no-untyped-call]  # as above
-        for name, parameter in state.items():
-            if parameter.grad is not None:
-                squares[name] += parameter.grad.square() / len(parts)
-                parameter.grad = None
     return {name.removeprefix("model."): square.sqrt() for name, square in squares.items()}
 
 
 def _state_of(copied: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone().requires_grad_() for name, p in copied.named_parameters()}
+    return {name: p.detach().requires_grad_() for name, p in copied.named_parameters()}
 
 
 def _parts(batch: Batch) -> list[Batch]:

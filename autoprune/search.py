@@ -24,6 +24,7 @@ from autoprune.files import as_path
 from autoprune.identity import identity_of
 from autoprune.journal import Journal
 from autoprune.journal_file import require_free
+from autoprune.mapped import settle
 from autoprune.metrics import Metric
 from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
@@ -240,7 +241,9 @@ def search(
     explained = (*deadline.note_of_setup(setup, len(found)), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
-    return result_of(study, found, dense, stopped, deadline, seed, explained)
+    result = result_of(study, found, dense, stopped, deadline, seed, explained)
+    settle(study.context.model, study.evaluator)
+    return result
 
 
 def _run(

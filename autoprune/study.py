@@ -28,6 +28,7 @@ from autoprune.errors import AutopruneError, BudgetError, DataError, InfeasibleB
 from autoprune.evaluators import Compensated, Context, Evaluator, Forward, make_evaluator
 from autoprune.evaluators.memory import fitting
 from autoprune.files import brief, make_folder
+from autoprune.mapped import own_copy
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.prior import PRIORS, expected_losses
@@ -41,7 +42,7 @@ from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.containers import sizes_of
 from autoprune.structure.examples import examples_of, unwrap
 from autoprune.structure.record import Inputs
-from autoprune.structure.slicing import Edit, Slicer, build
+from autoprune.structure.slicing import Edit, Slicer
 from autoprune.structure.structure import Structure, delivered_as_graphs
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def prepare(
     if source is not None and isinstance(settings, Channels) and at_edges:
         settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
     peak, without = _memory_of(wanted, model, structure, priced, whole, cost_batch)
-    model = build(model, Edit({}, {}))  # what is built later is what was scored, even if the user trains theirs on
+    model = own_copy(model)  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
         criterion = "l2" if settings.criterion == "auto" else settings.criterion

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import autoprune
 from autoprune.evaluators import AdaptiveBN, Context, Evaluator
-from autoprune.evaluators.sharing import SHARE_BYTES
+from autoprune.evaluators.room import ROOM_BYTES
 from autoprune.pareto import hypervolume
 from autoprune.protocols import OK, Failure, IntArray, Measurement
 from autoprune.result import SearchResult
@@ -77,7 +77,7 @@ def volume(result: SearchResult) -> float:
 
 def compare(case: Trained, seed: int, trials: int, optimizer: str, timed: bool) -> dict[str, Any]:
     """One search with neither and one with both: counted, and again to be timed if that is wanted."""
-    ways = {"plain": (0, False), "both": (SHARE_BYTES, True)}
+    ways = {"plain": (0, False), "both": (ROOM_BYTES, True)}
     macs, volumes, samples, seconds = {}, {}, {}, {}
     for name, (memory, racing) in ways.items():
         counting = Counting(memory)

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.data import Data
 from autoprune.evaluators import AdaptiveBN, Compensated
-from autoprune.evaluators.sharing import SHARE_BYTES
+from autoprune.evaluators.room import ROOM_BYTES
 from autoprune.execution.local import GENERATION
 from autoprune.optimizers.level_switch import LevelSwitch
 from autoprune.protocols import OK, IntArray, Measurement
@@ -206,7 +206,7 @@ def main() -> int:
     parser.add_argument("--candidates", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--timed", type=int, default=1, help="seeds that run once more, to be timed")
-    parser.add_argument("--gib", type=float, default=SHARE_BYTES / 2**30, help="memory limit at 1,536 samples")
+    parser.add_argument("--gib", type=float, default=ROOM_BYTES / 2**30, help="memory limit at 1,536 samples")
     parser.add_argument("--evaluators", nargs="+", choices=EVALUATORS, default=list(EVALUATORS))
     given = parser.parse_args()
     torch.set_num_threads(1)

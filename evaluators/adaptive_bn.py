@@ -13,7 +13,7 @@ from autoprune.batches import Batch
 from autoprune.evaluators.measuring import Adapted
 from autoprune.evaluators.memory import BatchMoments, Passes
 from autoprune.evaluators.protocol import Context
-from autoprune.evaluators.sharing import SHARE_BYTES, checked_bytes
+from autoprune.evaluators.sharing import checked_bytes
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.structure.slicing import Edit
 
@@ -26,14 +26,15 @@ class AdaptiveBN:
 
     Args:
         share_bytes: Most memory for what candidates share, on the model's device: those that agree up to some module
-            compute everything up to there once, with the same scores to the last bit. 0 shares nothing.
+            compute everything up to there once, with the same scores to the last bit. 0 shares nothing; None: 1 GiB,
+            and less for large models, see `autoprune.evaluators.room`.
 
     Reference:
         Li et al., "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network Pruning", ECCV 2020,
         arXiv:2007.02491. The paper lets the usual momentum of 0.1 forget the old statistics; here they are replaced.
     """
 
-    def __init__(self, share_bytes: int = SHARE_BYTES) -> None:
+    def __init__(self, share_bytes: int | None = None) -> None:
         self._share_bytes = checked_bytes(share_bytes)
 
     def prepare(self, context: Context) -> None:

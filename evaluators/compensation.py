@@ -19,7 +19,8 @@ from autoprune.evaluators.least_squares import Normal
 from autoprune.evaluators.measuring import Adapted, bound_forward
 from autoprune.evaluators.normalisation import Correction
 from autoprune.evaluators.protocol import Context
-from autoprune.evaluators.sharing import SHARE_BYTES, checked_bytes
+from autoprune.evaluators.room import room_beside
+from autoprune.evaluators.sharing import checked_bytes
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
 from autoprune.structure.adapters import refresh_flat_weights
@@ -53,6 +54,7 @@ class Compensated:
             whose running statistics do not suit the data.
         memory_bytes: Most memory for the products of inputs, columns squared times 8 (from 513 columns on 4) for each
             layer; of larger layers fewer rows are kept, or none, so that they keep their weights, which the log says.
+            None: 1 GiB, and less for large models, see `autoprune.evaluators.room`.
         share_bytes: Most memory for what candidates share, see `AdaptiveBN`.
 
     Reference:
@@ -68,12 +70,13 @@ class Compensated:
         least_squares: bool = True,
         ridge: float | None = None,
         renew: bool = False,
-        memory_bytes: int = 2**30,
-        share_bytes: int = SHARE_BYTES,
+        memory_bytes: int | None = None,
+        share_bytes: int | None = None,
     ) -> None:
         if ridge is not None:
             ridge = positive("ridge", ridge, ", a share of the mean square of inputs, or None")
-        memory_bytes = whole_number("memory_bytes", memory_bytes, 0)
+        if memory_bytes is not None:
+            memory_bytes = whole_number("memory_bytes", memory_bytes, 0)
         for name, part in (("bn", bn), ("bias", bias), ("least_squares", least_squares), ("renew", renew)):
             flag(name, part)
         self._bn, self._bias, self._least_squares, self._renew = bn, bias, least_squares, renew
@@ -99,11 +102,13 @@ class Compensated:
             self._correction = Correction(self._reference, calibration, context.forward) if normalises else None
         self._solved: OrderedDict[tuple[str, int, bytes], Tensor] = OrderedDict()
         self._solved_bytes = 0
+        self._most_solved = min(SOLVED_BYTES, room_beside(context.model))
         self._layers: dict[str, list[Layer]] = defaultdict(list)
         if self._bias or self._least_squares:
             typical = context.structure.edit(context.space.pruning((np.array(context.space.sizes) // 2).tolist()))
             reads = Reads(self._reference, context.structure, calibration, context.forward)
-            memory = self._memory_bytes if self._least_squares else 0
+            allowed = room_beside(context.model) if self._memory_bytes is None else self._memory_bytes
+            memory = allowed if self._least_squares else 0
             with seeded(0):
                 for layer in find_layers(reads, memory, self._ridge, typical, self._centred):
                     self._layers[layer.reader.name].append(layer)
@@ -140,8 +145,16 @@ class Compensated:
     def release(self) -> None:
         """Forget what candidates share."""
         self._adapted.release()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget solutions, which only candidates with the same units would need again."""
         self._solved.clear()
         self._solved_bytes = 0
+
+    def held(self) -> list[Tensor]:
+        """The products of inputs, which `build` needs."""
+        return [tensor for layers in self._layers.values() for layer in layers for tensor in layer.moments.large()]
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""
@@ -209,7 +222,7 @@ class Compensated:
             zero = torch.zeros(len(whole), len(kept), device=whole.device)
             self._solved[key] = normal.change(whole, kept, layer.ridge).float() if fits else zero
             self._solved_bytes += self._solved[key].nbytes
-            while self._solved_bytes > SOLVED_BYTES and len(self._solved) > 1:
+            while self._solved_bytes > self._most_solved and len(self._solved) > 1:
                 self._solved_bytes -= self._solved.popitem(last=False)[1].nbytes
         self._solved.move_to_end(key)
         return self._solved[key]

@@ -18,6 +18,7 @@ from autoprune.evaluators.least_squares import RIDGES, Normal
 from autoprune.evaluators.memory import Halving
 from autoprune.evaluators.moments import PRECISE, Moments
 from autoprune.evaluators.reading import Reader, watch
+from autoprune.evaluators.room import bytes_of
 from autoprune.structure.slicing import Edit
 from autoprune.structure.structure import Structure
 
@@ -34,6 +35,8 @@ _SETUP = 8  # such passes, for the products of inputs
 _FEWEST = 16  # rows for each column that are taken even beyond that
 _SKETCHES = (4096, 2048, 1024, 512, 256, 128, 64)
 _JUDGED = 2048  # held-out rows that a ridge is judged on
+JUDGED_BYTES = 2**27
+"""Most memory for weights that ridges are judged with at once; half of the model where that is more."""
 _DEFAULT_RIDGE = 1e-2  # where no sample can be held out
 
 
@@ -217,40 +220,79 @@ def _choose_ridges(
     centred: Callable[[Layer], bool],
 ) -> None:
     """Choose each ridge by the error on samples that were held out, and then take these samples in, too."""
-    lost: dict[Reader, Tensor] = {}
+    pairs, used = [list[tuple[Reader, int]]()], 0
+    most = max(JUDGED_BYTES, bytes_of(reads.model) // 2)
     for reader, layer in layers.items():
-        kept = columns_kept(reader, reads.model, typical)
-        if kept is None or layer.moments.sketch_rows is None or not layer.moments.finite:
+        if columns_kept(reader, reads.model, typical) is None:
             continue
-        weight = matrix_of(reads.model.get_parameter(reader.name).detach(), reader)
-        embedded = torch.zeros(len(RIDGES) + 1, *weight.shape, dtype=weight.dtype, device=weight.device)
-        embedded[:] = weight
-        embedded[:, :, kept] = 0
-        for i, change in enumerate(Normal(layer.moments, centred(layer)).changes(weight, kept, RIDGES)):
-            embedded[i][:, kept] = -change.to(weight.dtype)
-        lost[reader] = embedded
-    means = {reader: layers[reader].moments.mean for reader in lost if centred(layers[reader])}
-    errors: dict[Reader, Tensor] = {}
-    judged: Counter[Reader] = Counter()
+        if layer.moments.sketch_rows is None or not layer.moments.finite:
+            continue
+        own = matrix_of(reads.model.get_parameter(reader.name), reader).nbytes
+        for i in range(len(RIDGES) + 1):
+            if pairs[-1] and used + own > most:
+                pairs.append([])
+                used = 0
+            pairs[-1].append((reader, i))
+            used += own
+    means = {reader: layers[reader].moments.mean for part in pairs for reader, _ in part if centred(layers[reader])}
+    errors: dict[Reader, dict[int, Tensor]] = defaultdict(dict)
+    for part in pairs:
+        lost = _lost(reads, layers, part, typical, centred)
+        judged: Counter[Reader] = Counter()
 
-    def see(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
-        if reader not in layers:
-            return
-        layer = layers[reader]
-        mean = means.get(reader)
-        for rows in parts():
-            if reader in lost and judged[reader] < _JUDGED:
-                x = rows[: _JUDGED - judged[reader]]
-                judged[reader] += len(x)
-                x = x if mean is None else x - mean.to(x.dtype)
-                each = torch.stack([(x.to(part.dtype) @ part.T).square().sum().double() for part in lost[reader]])
-                errors[reader] = errors.get(reader, torch.zeros_like(each)) + each
-            layer.moments.add(rows)
+        def see(
+            reader: Reader,
+            parts: Callable[[], Iterator[Tensor]],
+            lost: dict[Reader, dict[int, Tensor]] = lost,
+            judged: Counter[Reader] = judged,
+            last: bool = part is pairs[-1],
+        ) -> None:
+            if reader not in layers or not (last or reader in lost):
+                return
+            layer = layers[reader]
+            mean = means.get(reader)
+            for rows in parts():
+                if reader in lost and judged[reader] < _JUDGED:
+                    x = rows[: _JUDGED - judged[reader]]
+                    judged[reader] += len(x)
+                    x = x if mean is None else x - mean.to(x.dtype)
+                    for i, weight in lost[reader].items():
+                        each = (x.to(weight.dtype) @ weight.T).square().sum().double()
+                        errors[reader][i] = errors[reader].get(i, torch.zeros_like(each)) + each
+                if last:
+                    layer.moments.add(rows)
 
-    watch(reads.model, reads.structure, batches, reads.forward, see)
-    for reader, found in errors.items():
+        watch(reads.model, reads.structure, batches, reads.forward, see)
+    for reader, by_ridge in errors.items():
+        found = torch.stack([by_ridge[i] for i in range(len(RIDGES) + 1)])
         best = int(found.argmin()) if found.isfinite().all() else len(RIDGES)
         layers[reader].ridge = RIDGES[best] if best < len(RIDGES) else float("inf")
+
+
+def _lost(
+    reads: Reads,
+    layers: Mapping[Reader, Layer],
+    pairs: Sequence[tuple[Reader, int]],
+    typical: Edit,
+    centred: Callable[[Layer], bool],
+) -> dict[Reader, dict[int, Tensor]]:
+    """What to multiply inputs with for what a layer loses by pruning, with some ridges; the last stands for no fit."""
+    lost: dict[Reader, dict[int, Tensor]] = defaultdict(dict)
+    for reader, i in pairs:
+        lost[reader][i] = matrix_of(reads.model.get_parameter(reader.name).detach(), reader).clone()
+    for reader, by_ridge in lost.items():
+        kept = columns_kept(reader, reads.model, typical)
+        assert kept is not None
+        weight = matrix_of(reads.model.get_parameter(reader.name).detach(), reader)
+        fits = [i for i in by_ridge if i < len(RIDGES)]
+        changes = Normal(layers[reader].moments, centred(layers[reader])).changes(
+            weight, kept, [RIDGES[i] for i in fits]
+        )
+        for i, change in zip(fits, changes, strict=True):
+            by_ridge[i][:, kept] = -change.to(weight.dtype)
+        if len(RIDGES) in by_ridge:
+            by_ridge[len(RIDGES)][:, kept] = 0
+    return lost
 
 
 def matrix_of(parameter: Tensor, reader: Reader) -> Tensor:

@@ -14,6 +14,7 @@ from autoprune.arguments import said
 from autoprune.batches import Batch
 from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.protocol import Context
+from autoprune.evaluators.room import give_back
 from autoprune.evaluators.sharing import Sharing
 from autoprune.metrics import Weighing
 from autoprune.protocols import Failure, IntArray, Measurement
@@ -82,11 +83,12 @@ class Adapted:
             what the layer sees in these runs, and on nothing behind it. The dense candidate is left as it is.
         reference: What outputs are compared with, in evaluation mode, with buffers of its own; the dense candidate by
             default.
-        share_bytes: Most memory for what candidates share, see `autoprune.evaluators.sharing`; 0 for none.
+        share_bytes: Most memory for what candidates share, see `autoprune.evaluators.sharing`; 0 for none,
+            None for what suits the size of the model.
     """
 
     def __init__(
-        self, context: Context, adapt: Adapt, reference: nn.Module | None = None, share_bytes: int = 0
+        self, context: Context, adapt: Adapt, reference: nn.Module | None = None, share_bytes: int | None = 0
     ) -> None:
         self._context = context
         self._adapt = adapt
@@ -105,8 +107,10 @@ class Adapted:
         return np.array(order, dtype=np.int64)
 
     def release(self) -> None:
-        """Forget what candidates share."""
+        """Forget what candidates share, and the latest of them."""
         self._sharing.store.clear()
+        self._slicer.cut(Edit({}, {}))
+        self._held = b""
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on validation batches."""
@@ -138,6 +142,8 @@ class Adapted:
         edit = self._edit(candidate)
         if not private:
             self._held = b""
+            self._slicer.cut(Edit({}, {}))  # which lets go of the candidate before
+            give_back(self._context.model)
         module = build(self._context.model, edit) if private else self._slicer.cut(edit)
         if candidate.any():
             self._sharing.begin(edit)

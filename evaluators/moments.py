@@ -77,6 +77,10 @@ class Moments:
         self._matrix.index_add_(0, places, rows * signs[:, None])
         self._weights.index_add_(0, places, signs.double())
 
+    def large(self) -> list[Tensor]:
+        """What takes memory in proportion to the products."""
+        return [] if self._matrix is None else [self._matrix]
+
     @property
     def mean(self) -> Tensor:
         """Mean of each column, float64, shape (columns,)."""

@@ -26,15 +26,13 @@ from autoprune.evaluators.cuts import Cut, NothingToShareError, choose_cuts, flo
 from autoprune.evaluators.digests import WHOLE, Mark, digests_of, first_operations, marks_of
 from autoprune.evaluators.memory import is_out_of_memory
 from autoprune.evaluators.protocol import Context
+from autoprune.evaluators.room import room_beside
 from autoprune.evaluators.store import Kept, Key, State, Store, copied, nbytes, placeholder, tensors, versions
 from autoprune.protocols import Failure, Measurement
 from autoprune.sources import process_state, seeded
 from autoprune.structure.slicing import Edit, owners
 
 log = logging.getLogger(__name__)
-
-SHARE_BYTES = 2**30
-"""Most memory for shared outputs, by default."""
 
 _CALIBRATED = 16  # candidates whose calibration is remembered, so that further chunks of data need none
 _FEW = 2  # samples of a rehearsal
@@ -43,13 +41,13 @@ PARTS = ("calibration", "validation")
 Outcome = Measurement | Failure
 
 
-def checked_bytes(share_bytes: int) -> int:
-    """The limit on memory that an evaluator was given.
+def checked_bytes(share_bytes: int | None) -> int | None:
+    """The limit on memory that an evaluator was given; None for one that goes by the size of the model.
 
     Raises:
         ValueError: If it is negative.
     """
-    return whole_number("share_bytes", share_bytes, 0, why=", which shares nothing")
+    return None if share_bytes is None else whole_number("share_bytes", share_bytes, 0, why=", which shares nothing")
 
 
 @dataclass
@@ -104,11 +102,13 @@ class Sharing:
     Args:
         context: With the dense model.
         module: The skeleton that candidates are cut from; the calls of its modules are intercepted.
-        memory_bytes: Most memory for outputs; statistics, a few values a channel, are not counted.
+        memory_bytes: Most memory for outputs, by default `room_beside` the model; statistics, a few values a channel,
+            are not counted.
     """
 
-    def __init__(self, context: Context, module: nn.Module, memory_bytes: int) -> None:
+    def __init__(self, context: Context, module: nn.Module, memory_bytes: int | None) -> None:
         self._context, self._module = context, module
+        memory_bytes = room_beside(context.model) if memory_bytes is None else memory_bytes
         subsets = context.subsets
         self._places = {id(b): (part, i) for part in PARTS for i, b in enumerate(getattr(subsets, part))}
         self._samples = {part: subsets.samples[part] for part in PARTS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import autoprune
+from autoprune import mapped
 from autoprune.batches import default_forward
 from autoprune.costs import StructuralCosts
+from autoprune.evaluators import layers as layers_module
+from autoprune.evaluators import room
 from autoprune.evaluators.cuts import flow_of
+from autoprune.evaluators.layers import Reads, find_layers
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
 from autoprune.structure.known_shapes import KnownShapes
@@ -148,3 +154,110 @@ def test_costs_of_a_deep_network_are_exact_and_take_work_in_proportion_to_it():
         assert params == sum(p.numel() for p in small.parameters())
         assert flops == sum(layer.weight.numel() for layer in layers)
     assert costs._each.size < 10 * len(structure.groups)
+
+
+@pytest.fixture
+def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat every model as a large one."""
+    monkeypatch.setattr(room, "LARGE_BYTES", 1)
+    monkeypatch.setattr(mapped, "LARGE_BYTES", 1)
+    monkeypatch.setattr(mapped, "_SMALL", 1)
+
+
+def searched(model: nn.Module) -> autoprune.SearchResult:
+    draw = torch.Generator().manual_seed(0)
+    data = torch.randn(64, 4, generator=draw), torch.randint(0, 2, (64,), generator=draw)
+    return autoprune.search(model, "flops <= 60%", data, trials=6, progress=False)
+
+
+def seeded_chain() -> nn.Module:
+    torch.manual_seed(0)
+    return chain(4, width=24)
+
+
+class TestMemory:
+    def test_a_large_model_is_searched_without_a_copy_and_kept_in_a_file(self, small_is_large: None):
+        model = seeded_chain()
+        copied = mapped.own_copy(model)
+        pairs = list(zip(model.parameters(), copied.parameters(), strict=True))
+        assert all(own is not theirs and own.data_ptr() == theirs.data_ptr() for own, theirs in pairs)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        mapped.settle(copied, None)
+        assert all(own.data_ptr() != theirs.data_ptr() for own, theirs in pairs)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert all(torch.equal(value, before[name]) for name, value in copied.state_dict().items())
+
+    def test_without_room_for_a_file_weights_are_copied(self, small_is_large: None, monkeypatch: pytest.MonkeyPatch):
+        def full(**_: Any) -> Any:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", full)
+        model = seeded_chain()
+        copied = mapped.own_copy(model)
+        mapped.settle(copied, None)
+        with torch.no_grad():
+            next(model.parameters()).zero_()
+        assert next(copied.parameters()).any()
+
+    def test_layouts_of_tensors_stay(self, small_is_large: None):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
+        strides = [parameter.stride() for parameter in model.parameters()]
+        copied = mapped.own_copy(model)
+        mapped.settle(copied, None)
+        assert [parameter.stride() for parameter in copied.parameters()] == strides
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
+
+    def test_a_search_finds_the_same_and_builds_what_was_scored_whatever_becomes_of_the_model(
+        self, monkeypatch: pytest.MonkeyPatch
+    ):
+        usual = searched(seeded_chain())
+        monkeypatch.setattr(room, "LARGE_BYTES", 1)
+        monkeypatch.setattr(mapped, "LARGE_BYTES", 1)
+        monkeypatch.setattr(mapped, "_SMALL", 1)
+        model = seeded_chain()
+        large = searched(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert [(trial.candidate, trial.score, trial.signal) for trial in large.trials] == [
+            (trial.candidate, trial.score, trial.signal) for trial in usual.trials
+        ]
+        built, expected = large.build().state_dict(), usual.build().state_dict()
+        assert built.keys() == expected.keys()
+        assert all(torch.equal(built[name], expected[name]) for name in built)
+
+    def test_what_is_kept_grows_with_the_model_only_where_it_is_large(self):
+        def of(mebibytes: int) -> int:
+            return room.room_beside(nn.Linear(2**18, mebibytes, bias=False, device="meta"))
+
+        assert of(1) == room.ROOM_BYTES - 4 * 2**20
+        assert of(400) == 100 * 2**20
+        assert of(100) == room.ROOM_BYTES - 400 * 2**20
+
+    def test_ridges_are_the_same_when_few_weights_are_judged_at_once(self, monkeypatch: pytest.MonkeyPatch):
+        model = seeded_chain()
+        structure = analyse(model, (torch.ones(2, 4),))
+        draw = torch.Generator().manual_seed(1)
+        batches = [(torch.randn(32, 4, generator=draw), None) for _ in range(4)]
+        half = {group.name: tuple(range(0, group.size, 2)) for group in structure.groups}
+        typical = structure.edit(Pruning(half))
+        passes: list[int] = []
+
+        def forward(module: nn.Module, batch: Any) -> Any:
+            passes.append(len(batch[0]))
+            return module(batch[0])
+
+        def found() -> list[tuple[float, Tensor]]:
+            passes.clear()
+            layers = find_layers(Reads(model, structure, batches, forward), 2**20, None, typical, lambda _: True)
+            return [(layer.ridge, layer.moments.products(True)) for layer in layers]
+
+        at_once, usual = found(), len(passes)
+        monkeypatch.setattr(layers_module, "JUDGED_BYTES", 1)
+        monkeypatch.setattr(layers_module, "bytes_of", lambda _: 0)
+        one_by_one = found()
+        assert len(passes) == usual + 6 * len(at_once) - 1
+        assert [ridge for ridge, _ in one_by_one] == [ridge for ridge, _ in at_once]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one_by_one, at_once, strict=True))

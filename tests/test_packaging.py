@@ -39,7 +39,7 @@ LAYERS = (
     ("journal",),
     ("result", "report"),
     ("progress", "stopping"),
-    ("checking",),
+    ("checking", "mapped"),
     ("study",),
     ("promotion",),
     ("records", "identity", "rivals", "trainings", "variants"),
