@@ -68,6 +68,13 @@ class Choice:
         return cls(**json.loads(path.read_text())) if path is not None and path.exists() else None
 
 
+def unchecked(settings: Settings) -> Choice:
+    """What holds where there is no time for a check."""
+    criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
+    note = f"the calibration check was left out, because max_seconds was over: {criterion}, and the whole re-fit"
+    return Choice(criterion, Compensated().settings, note)
+
+
 def check(
     context: Context, settings: Settings, scores: Mapping[str, Tensor], candidate: IntArray, seed: int
 ) -> tuple[Choice, Compensated, Mapping[str, Tensor]]:

@@ -104,8 +104,9 @@ def search(
         trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained
             next to nothing (see `autoprune.stopping.why_converged`), at 1,000 at the latest; a note says how it knew.
         max_seconds: When to come to the end, counted from the call: what is being evaluated is dropped, and what was
-            not verified or scored on held-out data by then is not; notes say so. Tracing, measuring latencies and
-            scoring the dense model come first, whatever they take.
+            not measured, checked, verified or scored on held-out data by then is not; notes say so. Tracing and scoring
+            the dense model come first, whatever they take. Latencies that are measured first need all operations and 6
+            networks: less is an error, which says how to go on from what was measured.
         seed: The same seed, data and threads give the same front.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
         forward: ``forward(model, batch)``, where calling the model with the inputs of a batch is not enough.
@@ -153,6 +154,7 @@ def search(
         NothingToPruneError: If nothing can be removed; says why.
         DataError: If the data is empty, or lacks what the metric needs.
         OSError: If `run_dir` cannot be written, or is in use by another search.
+        TimeoutError: If `max_seconds` was over before there was a table of latencies for a limit on them.
         ValueError: If another argument is out of range or an unknown name, or not what the resumed search had.
 
     Example:
@@ -179,6 +181,7 @@ def search(
     make_optimizer = find_optimizer(optimizer)  # an unknown name must fail before the model is traced
     if labels is not None and data is not None:
         data = dataclasses.replace(data if isinstance(data, Data) else Data(validation=data), labels=labels)
+    deadline = Deadline(began, max_seconds)
     study = prepare(
         model,
         budget,
@@ -199,6 +202,7 @@ def search(
         prior=prior,
         latency=latency,
         run_dir=run_dir,
+        deadline=deadline,
     )
     measured = _measure_dense(study)
     settings, study = applicable(settings, hold_score(study, measured))
@@ -208,7 +212,6 @@ def search(
     proposer = make_optimizer(study.problem, seed)
     if not (callable(getattr(proposer, "ask", None)) and callable(getattr(proposer, "tell", None))):
         raise TypeError(f"optimizer must make an object with the methods ask and tell, got {shown(proposer)}")
-    deadline = Deadline(began, max_seconds)
     setup = deadline.spent
     identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
     with open_journal(run_dir, identity, resume, study) as journal:

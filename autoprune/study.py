@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from autoprune import batches
 from autoprune.arguments import is_number, said, shown, whole_number, why_no_function
 from autoprune.budget import ALIASES, THROUGHPUT, Budget
-from autoprune.checking import Choice, check, ranking
+from autoprune.checking import Choice, check, ranking, unchecked
 from autoprune.costs import CostFunction, Latency, make_costs
 from autoprune.costs.memory.peak import PeakMemory, measure_memory
 from autoprune.costs.operations.allocations import MEASURABLE
 from autoprune.costs.profiling.profile import profile_structure, with_batch
 from autoprune.costs.returned import require_selecting, selecting
+from autoprune.costs.timing import TimeOverError
 from autoprune.criteria import order_units, score_units
 from autoprune.data import Subsets, materialise, synthetic
 from autoprune.errors import AutopruneError, BudgetError, DataError, InfeasibleBudgetError, UnsupportedModelError
@@ -37,7 +39,7 @@ from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, meets
 from autoprune.search_spaces import Channels, Settings, make_space, why_no_less
 from autoprune.sources import seeded
-from autoprune.stopping import planned
+from autoprune.stopping import Deadline, planned
 from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.containers import sizes_of
 from autoprune.structure.examples import examples_of, unwrap
@@ -123,6 +125,7 @@ def prepare(
     prior: str = "auto",
     latency: Latency | str | Path | None = None,
     run_dir: str | None = None,
+    deadline: Deadline | None = None,
 ) -> Study:
     """Trace, rank, fix the data and lay out the problem; the arguments are those of `autoprune.search`."""
     wanted, settings, chosen = Budget.parse(budget), make_space(space), make_evaluator(evaluator)
@@ -154,7 +157,8 @@ def prepare(
     measured = needed or latency is not None or any(limit.name == "memory_bytes" for limit in wanted.limits)
     priced = with_batch(batches.opened(stated), {}, cost_batch, "cost_batch")[0] if measured else ()
     plain = forward is None
-    source = _latency_of(latency, needed, costs, model, structure, priced, whole, cost_batch, run_dir, plain)
+    until = deadline or Deadline(time.monotonic())
+    source = _latency_of(latency, needed, costs, model, structure, priced, whole, cost_batch, run_dir, plain, until)
     if source is not None and isinstance(settings, Channels) and at_edges:
         settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
     peak, without = _memory_of(wanted, model, structure, priced, whole, cost_batch)
@@ -184,7 +188,7 @@ def prepare(
     choice: Choice | None = None
     if evaluator == "auto":
         typical = uniform_seeds(problem, (0.5,) if minimise else (1.0,))[-1]
-        choice = Choice.load(run_dir)
+        choice = Choice.load(run_dir) or (unchecked(settings) if until.passed else None)
         if choice is None:
             choice, chosen, scores = check(context, settings, scores, typical, seed)
         else:
@@ -282,6 +286,7 @@ def _latency_of(
     size: int,
     run_dir: str | None,
     plain: bool,
+    deadline: Deadline,
 ) -> Latency | None:
     """The table given, that of the run being resumed, or one measured now if it is `needed`.
 
@@ -296,7 +301,16 @@ def _latency_of(
         if kept is not None:
             make_folder(kept.parent, "run_dir")
         log.info("measuring latencies of %s; autoprune.profile measures once for many searches", type(model).__name__)
-        return profile_structure(model, structure, args, {}, run, batch=size, path=kept)
+        try:
+            return profile_structure(
+                model, structure, args, {}, run, batch=size, path=kept, over=lambda: deadline.passed
+            )
+        except TimeOverError as error:
+            there = f" what was measured is kept in {kept}.partial, and resume=True goes on from there;" if kept else ""
+            raise TimeoutError(
+                f"max_seconds={deadline.seconds:g} was over before latencies were measured: {error};{there} give more "
+                "time, or a table that autoprune.profile measured once"
+            ) from error
     if not isinstance(given, Latency | str | Path):
         raise ValueError(f"latency must be a table of autoprune.profile or the file of one, got {shown(given)}")
     found = given if isinstance(given, Latency) else Latency.load(given)

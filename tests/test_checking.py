@@ -55,6 +55,17 @@ def test_every_criterion_that_may_help_is_scored_with_its_figure(case):
         assert re.search(rf"\b{name} \d", note), note
 
 
+def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("autoprune.study.check", None)
+    run_dir = str(tmp_path)
+    result = autoprune.search(case[0], "flops <= 70%", case[1], max_seconds=1e-6, run_dir=run_dir, progress=False)
+    assert (result.stopped, result.trials) == ("time", ())
+    (note,) = [note for note in result.notes if note.startswith("the calibration check was left out")]
+    again = autoprune.search(case[0], "flops <= 70%", case[1], trials=2, run_dir=run_dir, resume=True, progress=False)
+    assert len(again.trials) == 2
+    assert note in again.notes
+
+
 def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
     first = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())  # until the search begins

@@ -1,5 +1,6 @@
 """Searches under latency and throughput budgets, on a simulated machine."""
 
+import re
 import subprocess
 import sys
 from collections import UserDict
@@ -157,6 +158,49 @@ def test_a_table_of_inputs_of_another_size_is_refused_unless_the_user_makes_them
         autoprune.search(small(), "latency <= 50%", (large, DATA[1]), latency=table, **QUICK)
     forward = lambda model, batch: model(batch[0][:, :, ::2, ::2])  # noqa: E731
     assert autoprune.search(small(), "latency <= 50%", (large, DATA[1]), latency=table, forward=forward, **QUICK).front
+
+
+@pytest.fixture
+def ticking(machine, monkeypatch) -> Machine:
+    """The machine, on which each call that is timed takes a second of the time that there is."""
+    monkeypatch.setattr("autoprune.stopping.Deadline.spent", property(lambda _: float(machine.calls)))
+    return machine
+
+
+@pytest.fixture(scope="module")
+def whole() -> int:
+    """Calls that a whole table takes."""
+    clock = Machine(cold=1.3, per_pass=2e-5)
+    measured(clock, batch=1, networks=36)
+    return clock.calls
+
+
+def test_measuring_latencies_stops_between_networks_and_the_result_says_so(ticking, whole, tmp_path):
+    run_dir = str(tmp_path)
+    result = autoprune.search(small(), "latency <= 50%", DATA, max_seconds=0.85 * whole, run_dir=run_dir, **QUICK)
+    assert ticking.calls < 0.95 * whole
+    assert result.stopped == "time"
+    assert result.trials == ()
+    (note,) = [note for note in result.notes if note.startswith("time was over when")]
+    measured = int(re.search(r"(\d+) of 36 networks were measured", note).group(1))
+    assert len(Latency.load(tmp_path / "latency.json").evidence.ratio) == measured < 36
+    again = autoprune.search(small(), "latency <= 50%", DATA, resume=True, run_dir=run_dir, **QUICK)
+    assert len(again.trials) == QUICK["trials"]
+    assert note in again.notes
+
+
+def test_too_little_time_for_a_table_is_an_error_that_keeps_what_was_measured(ticking, whole, tmp_path):
+    run_dir = str(tmp_path)
+    with pytest.raises(TimeoutError, match=r"max_seconds=.* was over before latencies were measured: \d+ of \d+ kinds"):
+        autoprune.search(small(), "latency <= 50%", DATA, max_seconds=0.4 * whole, run_dir=run_dir, **QUICK)
+    assert ticking.calls < 0.5 * whole
+    kept, ticking.calls = ticking.calls, 0
+    assert (tmp_path / "latency.json.partial").exists()
+    one = {**QUICK, "trials": 1}
+    result = autoprune.search(small(), "latency <= 50%", DATA, resume=True, run_dir=run_dir, **one)
+    assert ticking.calls <= whole - 0.7 * kept
+    assert not any("time was over" in note for note in result.notes)
+    assert not (tmp_path / "latency.json.partial").exists()
 
 
 def test_a_table_of_other_groups_says_to_profile_with_the_same_outputs(machine, table):

@@ -23,12 +23,24 @@ Call = Callable[[], Any]
 NOISY = 0.05
 """A median whose 95 % interval is wider than this on either side, as a fraction of it, is reported as noisy."""
 
+Over = Callable[[], bool]
+"""Whether the time for measuring is over."""
+
 _OUTLIER = 6.0  # scaled median absolute deviations from the median
 _RESAMPLES = 200
 _BLOCKS_PER_REFERENCE = 6
 _MOST_REPEATS = 10_000
 _LEAST_ROUNDS = 5
 _WARM = 3  # calls before a block, if it has as many
+
+
+class TimeOverError(TimeoutError):
+    """The time for measuring was over; what was measured before is kept."""
+
+
+def never() -> bool:
+    """There is time without end."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,7 @@ def compare(
     block_seconds: float = 1e-3,
     most_seconds: float = np.inf,
     seed: int = 0,
+    over: Over = never,
 ) -> list[Timing]:
     """Time calls against a reference in one interleaved run.
 
@@ -156,12 +169,20 @@ def compare(
         block_seconds: What a block takes at least; a call that is shorter is repeated.
         most_seconds: A call whose blocks took longer than this in all gets no more of them.
         seed: Orders the calls within rounds, so that periodic disturbances hit all alike, and draws the resamples.
+        over: Looked at between calls and rounds: once it says so, 5 rounds are enough.
 
     Returns:
         One timing for each call, in their order.
+
+    Raises:
+        TimeOverError: If time was over before each call had 5 blocks.
     """
     rng = np.random.default_rng(seed)
-    repeats = [_warm_up(call, clock, block_seconds) for call in calls]
+    repeats = []
+    for call in calls:
+        if over():
+            raise TimeOverError
+        repeats.append(_warm_up(call, clock, block_seconds))
     steps = _warm_up(reference, clock, block_seconds)
     ratios: list[list[float]] = [[] for _ in calls]
     spent = [0.0] * len(calls)
@@ -183,7 +204,10 @@ def compare(
             before = after
         done += 1
         speed = float(np.median(references))
-        last, due = done >= most_rounds, done >= rounds and done % 3 == 0
+        ended = over()
+        if ended and done < _LEAST_ROUNDS:
+            raise TimeOverError
+        last, due = ended or done >= most_rounds, done >= rounds and done % 3 == 0
         for i in list(waiting):
             enough = done >= min(rounds, _LEAST_ROUNDS) and spent[i] >= most_seconds
             if last or due or enough:

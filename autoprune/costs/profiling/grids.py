@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autoprune.costs.operations.parts import Family
 from autoprune.costs.tables import Table
-from autoprune.costs.timing import Call, Clock, Repeated, Timing, compare
+from autoprune.costs.timing import Call, Clock, Over, Repeated, TimeOverError, Timing, compare, never
 from autoprune.protocols import FloatArray
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Bench:
         known: Points of each family measured so far, by its key.
         save: Called after each batch of measurements, so that an interrupted run can go on.
         timings: Everything timed by this object.
+        over: Whether time is over, so that nothing more is measured.
     """
 
     clock: Clock
@@ -49,19 +50,28 @@ class Bench:
     known: dict[str, Points] = field(default_factory=dict)
     save: Callable[[], None] = lambda: None
     timings: list[Timing] = field(default_factory=list)
+    over: Over = never
 
     def measure(self, family: Family, values: Sequence[Values]) -> None:
-        """Time a family at values that are not known yet."""
+        """Time a family at values that are not known yet.
+
+        Raises:
+            TimeOverError: If time was over before; what was measured until then is saved.
+        """
         known = self.known.setdefault(family.key, {})
         missing = [point for point in dict.fromkeys(values) if point not in known]
         assert not missing or family.make is not None
-        for start in range(0, len(missing), _AT_ONCE):
-            some = missing[start : start + _AT_ONCE]
-            calls = [family.make(point) for point in some]  # type: ignore[misc]  # asserted above
-            timings = self.compare(calls, tolerance=0.03, block_seconds=5e-4)
-            for point, call, timing in zip(some, calls, timings, strict=True):
-                unit = self.reference_ms / (call.times if isinstance(call, Repeated) else 1)
-                known[point] = (timing.ratio * unit, timing.low * unit, timing.high * unit)
+        try:
+            for start in range(0, len(missing), _AT_ONCE):
+                some = missing[start : start + _AT_ONCE]
+                calls = [family.make(point) for point in some]  # type: ignore[misc]  # asserted above
+                timings = self.compare(calls, tolerance=0.03, block_seconds=5e-4)
+                for point, call, timing in zip(some, calls, timings, strict=True):
+                    unit = self.reference_ms / (call.times if isinstance(call, Repeated) else 1)
+                    known[point] = (timing.ratio * unit, timing.low * unit, timing.high * unit)
+        except TimeOverError:
+            self.save()
+            raise
         if missing:
             self.save()
 
@@ -78,6 +88,7 @@ class Bench:
                 block_seconds=block_seconds,
                 most_seconds=0.3,
                 seed=len(self.timings),
+                over=self.over,
             )
         self.reference_ms = self.reference_ms or timings[0].ms / timings[0].ratio
         self.timings += timings
@@ -90,7 +101,7 @@ def measure_tables(families: Sequence[Family], bench: Bench) -> list[Table]:
     for family in families:
         try:
             bench.measure(family, family.dense)
-        except OSError:  # of the file that keeps what is measured
+        except OSError:  # of the file that keeps what is measured, or because time is over
             raise
         except Exception as error:  # an operation may need arguments that random tensors are not
             log.warning("left out of the latency model, because it cannot be run alone (%s): %s", error, family.key)

@@ -24,7 +24,8 @@ from autoprune.costs.profiling.grids import Bench, measure_tables
 from autoprune.costs.profiling.progress_file import Progress
 from autoprune.costs.returned import require_selecting, selecting
 from autoprune.costs.setting import setting_of
-from autoprune.costs.timing import Clock, Timing, clock_for, compare, note_of_noise
+from autoprune.costs.tables import Table
+from autoprune.costs.timing import Clock, Over, TimeOverError, Timing, clock_for, compare, never, note_of_noise
 from autoprune.files import as_path
 from autoprune.protocols import IntArray
 from autoprune.sources import seeded
@@ -40,6 +41,9 @@ NETWORKS = 36
 """Whole networks that the correction is fitted to, and judged on by leaving some out."""
 
 MOST_NETWORKS = 10_000
+
+FEWEST_NETWORKS = 6
+"""To fit to some and judge on others."""
 
 _PASSES = 5  # of the dense network, to see what the allocator costs
 _SLOWED = 1.2  # by it, what is worth a word
@@ -93,7 +97,9 @@ def profile(
         >>> autoprune.profile(model, torch.randn(1, 3, 32, 32), path="table.json")  # doctest: +SKIP
     """
     batch = whole_number("batch", batch, 1)
-    networks = whole_number("networks", networks, 6, MOST_NETWORKS, why=", to fit to some and judge on others")
+    networks = whole_number(
+        "networks", networks, FEWEST_NETWORKS, MOST_NETWORKS, why=", to fit to some and judge on others"
+    )
     seed = whole_number("seed", seed, 0, MOST_SEED)
     runtime_of(runtime)  # what cannot be measured or written must show before minutes of measuring
     if path is not None:
@@ -180,8 +186,15 @@ def profile_structure(
     path: str | Path | None = None,
     clock: Clock | None = None,
     runtime: str = TORCH,
+    over: Over = never,
 ) -> Latency:
-    """`profile` for a model that is traced already; `clock` stands in for that of the device."""
+    """`profile` for a model that is traced already; `clock` stands in for that of the device.
+
+    Once `over` says so, a table is made of what was measured by then, if that is all operations and 6 networks.
+
+    Raises:
+        TimeOverError: If it is less; says how much.
+    """
     require_prunable(structure)
     runs = runtime_of(runtime)
     device = next(model.parameters()).device
@@ -190,20 +203,34 @@ def profile_structure(
         lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, with_batch(args, kwargs, batch)
     )
     setting = setting_of(model, args, kwargs, batch, runs)
-    bench = Bench(clock, runs.yardstick(device))
+    bench = Bench(clock, runs.yardstick(device), over=over)
     families, parts = runs.parts(model, structure, args, kwargs, run, seed)
     widths = _networks(structure, networks, seed)
     progress = Progress(path, setting, parts, widths, bench)
-    tables = measure_tables(families, bench)
-    dense = build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
-    call = runs.network(dense, run, args, kwargs)
-    if not progress.dense_ms:
-        (timing,) = bench.compare([call], tolerance=0.01, block_seconds=2e-3)
-        progress.dense_ms = timing.ratio * bench.reference_ms
-    _measure_networks(model, structure, widths, lambda m: runs.network(m, run, args, kwargs), call, clock, progress)
+    tables: list[Table] = []
+    cut_short = ""
+    try:
+        tables = measure_tables(families, bench)
+        dense = build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
+        call = runs.network(dense, run, args, kwargs)
+        if not progress.dense_ms:
+            (timing,) = bench.compare([call], tolerance=0.01, block_seconds=2e-3)
+            progress.dense_ms = timing.ratio * bench.reference_ms
+        _measure_networks(
+            model, structure, widths, lambda m: runs.network(m, run, args, kwargs), call, clock, progress, over
+        )
+    except TimeOverError as error:
+        cut_short = (
+            f"{len(bench.known)} of {len(families)} kinds of operations and {len(progress.networks)} of {len(widths)} "
+            "networks were measured"
+        )
+        if len(progress.networks) < FEWEST_NETWORKS:
+            raise TimeOverError(cut_short) from error
+        widths = widths[: len(progress.networks)]
     ratio, uncertainty = np.array(progress.networks, dtype=np.float64).T
     left_out = sorted({family.key for family in families} - {table.key for table in tables})
-    notes = [note_of_noise([*bench.timings, *progress.timings]), note_on_memory(call, clock)]
+    notes = [note_of_noise([*bench.timings, *progress.timings])]
+    notes += [f"time was over when {cut_short}"] if cut_short else [note_on_memory(call, clock)]
     notes += [f"{len(left_out)} kinds of operations could not be run alone: {left_out[0]}..."] if left_out else []
     latency = Latency(
         setting=setting,
@@ -254,13 +281,17 @@ def _aligned(structure: Structure, widths: IntArray) -> IntArray:
     return np.where(structure.sizes >= 2 * multiples, np.minimum(nearest, structure.sizes), widths)
 
 
-def time_networks(calls: Sequence[Callable[[], Any]], dense: Callable[[], Any], clock: Clock) -> list[Timing]:
+def time_networks(
+    calls: Sequence[Callable[[], Any]], dense: Callable[[], Any], clock: Clock, over: Over = never
+) -> list[Timing]:
     """Time whole networks against the dense one in one interleaved run.
 
     Blocks are long enough for several passes of a small network: between single passes, threads fall asleep and others'
     data fills the caches, which costs small networks more than large ones.
     """
-    return compare(calls, dense, clock, rounds=9, most_rounds=60, tolerance=0.01, block_seconds=1e-2, most_seconds=2.0)
+    return compare(
+        calls, dense, clock, rounds=9, most_rounds=60, tolerance=0.01, block_seconds=1e-2, most_seconds=2.0, over=over
+    )
 
 
 def _measure_networks(
@@ -271,12 +302,17 @@ def _measure_networks(
     dense: Callable[[], Any],
     clock: Clock,
     progress: Progress,
+    over: Over,
 ) -> None:
-    """Time networks (m, groups) that `progress` does not hold yet."""
+    """Time networks (m, groups) that `progress` does not hold yet.
+
+    Raises:
+        TimeOverError: If time was over before; `progress` has those measured until then.
+    """
     for start in range(len(progress.networks), len(widths), _AT_ONCE):
         some = widths[start : start + _AT_ONCE]
         calls = [make(build(model, structure.edit(prefixes(structure, row))).eval()) for row in some]
-        timings = time_networks(calls, dense, clock)
+        timings = time_networks(calls, dense, clock, over)
         progress.timings += timings
         progress.networks += [(timing.ratio, timing.uncertainty) for timing in timings]
         progress.save()
