@@ -34,7 +34,7 @@ MOST_SUSPECTS = 40
 MOST_MEANINGS = 3
 """Sizes, the nearest first, that an attribute is taken for."""
 
-MOST_PAIRED = 8
+MOST_PAIRED = 6
 """Suspects, the nearest first, that are tried two at a time where none alone helps."""
 
 REARRANGING = frozenset(

@@ -274,7 +274,7 @@ def find_rewrites(checker: Checker) -> dict[str, Description]:
                     checker, graphs, found = other, more, other.follow(units, draw)
                     break
             else:
-                stuck |= found.stuck
+                stuck |= checker.sizes.stuck_alike(units, found)
                 units = find_units(flow, stuck)
                 found = checker.follow(units, draw)
     return graphs

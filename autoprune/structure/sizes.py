@@ -119,14 +119,16 @@ class Sizes:
     def _tie(self, units: Units, found: Found, seed: int) -> Found | None:
         """Tie a group in the way to one nearby, if the forward then gets further; the same in all later twins."""
         near = self._groups_of_attributes(units, found) | groups_near(self.flow, units, found.reached)
-        for tie in self._candidates(near, found):
-            made = [edge for each in self._repeated(tie) if (edge := self._edge(units, each)) is not None]
-            self.flow.edges.extend(made)
-            again = self._promising(found, seed)
-            if again is not None:
-                self.ties.append(tie)
-                return again
-            del self.flow.edges[len(self.flow.edges) - len(made) :]
+        candidates = list(self._candidates(near, found))
+        for promising in (self._promising_as_known, self._promising):
+            for tie in candidates:
+                made = [edge for each in self._repeated(tie) if (edge := self._edge(units, each)) is not None]
+                self.flow.edges.extend(made)
+                again = promising(found, seed)
+                if again is not None:
+                    self.ties.append(tie)
+                    return again
+                del self.flow.edges[len(self.flow.edges) - len(made) :]
         return None
 
     def _groups_of_attributes(self, units: Units, found: Found) -> dict[str, tuple[Group, Place]]:
@@ -170,6 +172,11 @@ class Sizes:
         size = size_at(self.flow, units, place)
         return units.groups[size.shares[0][0]] if len(size.shares) == 1 else None
 
+    def _promising_as_known(self, found: Found, seed: int) -> Found | None:
+        """The same as `_promising`, at the price of one pass, where no further sizes are needed to get further."""
+        search = self._search(find_units(self.flow, self.stuck), seed)
+        return self._promising(found, seed) if search.reach(self.known) > found.reach else None
+
     def _promising(self, found: Found, seed: int) -> Found | None:
         """What is found with the edges as they are now, if that gets further."""
         units = find_units(self.flow, self.stuck)
@@ -184,15 +191,27 @@ class Sizes:
         """Freeze the group nearby without which the forward gets furthest, if there is one, and its twins with it."""
         best: tuple[Found, dict[str, str]] | None = None
         before = self.stuck
-        for name, (_, place) in groups_near(self.flow, units, found.reached).items():
-            reason = found.stuck.get(name, f"{self.flow.record.ops[found.reached].where()} needs its full size")
-            frozen = {name: reason} | dict.fromkeys(self._twins(units, place, found.reached), reason)
-            self.stuck = {**before, **frozen}
-            again = self._promising(best[0] if best else found, seed)
-            if again is not None:
-                best = (again, frozen)
+        for promising in (self._promising_as_known, self._promising):
+            for name, (_, place) in groups_near(self.flow, units, found.reached).items():
+                reason = found.stuck.get(name, f"{self.flow.record.ops[found.reached].where()} needs its full size")
+                frozen = {name: reason} | dict.fromkeys(self._twins(units, place, found.reached), reason)
+                self.stuck = {**before, **frozen}
+                again = promising(best[0] if best else found, seed)
+                if again is not None:
+                    best = (again, frozen)
+            if best:
+                break
         self.stuck = {**before, **(best[1] if best else {})}
         return best[0] if best else None
+
+    def stuck_alike(self, units: Units, found: Found) -> dict[str, str]:
+        """Groups in the way of the forward, and those at the same places of later twins, each with the reason."""
+        near = groups_near(self.flow, units, found.reached)
+        alike: dict[str, str] = {}
+        for name, reason in found.stuck.items():
+            if name in near:
+                alike |= dict.fromkeys(self._twins(units, near[name][1], found.reached), reason)
+        return alike | dict(found.stuck)
 
     def _twins(self, units: Units, place: Place, at: int) -> list[str]:
         """Groups at the same place of later twins."""
