@@ -111,7 +111,7 @@ class TestAttentionThatTiesHeadsToItsInput:
         assert state_of(model) == before
 
     def test_a_setting_that_does_not_exist_is_refused(self):
-        with pytest.raises(ValueError, match="rewrite must be one of \['auto', 'off'\], got 'on'"):
+        with pytest.raises(ValueError, match=r"rewrite must be one of \['auto', 'off'\], got 'on'"):
             analyse(network(), tokens(), rewrite="on")
 
 
