@@ -16,6 +16,7 @@ from torch import nn
 from autoprune.arguments import MOST_SEED, flag, positive, shown, whole_number
 from autoprune.border import proposals, same_samples
 from autoprune.budget import Budget
+from autoprune.constant import note_of_no_better
 from autoprune.costs import CostFunction, Latency
 from autoprune.data import Data
 from autoprune.evaluators import Evaluator, Forward
@@ -240,7 +241,7 @@ def search(
     found, verified = verify(study, found, deadline)
     told = proposer.notes if isinstance(proposer, Explains) else ()
     explained = (*in_spite, *journal.notes, *([why] if why else []), *told)
-    explained = (*verified, *note_of_racing(settings, study, found), *explained)
+    explained = (*verified, *note_of_no_better(study, found), *note_of_racing(settings, study, found), *explained)
     explained = (*deadline.note_of_setup(setup, len(found)), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)

@@ -43,7 +43,7 @@ LAYERS = (
     ("study",),
     ("promotion",),
     ("records", "identity", "rivals", "trainings", "variants"),
-    ("resume", "verify"),
+    ("resume", "verify", "constant"),
     ("search", "audit", "recover"),
     ("autoprune",),
     ("loading",),

@@ -16,6 +16,21 @@ from tests.oracle import count_macs, count_params
 from tests.searching import WITH_AND_WITHOUT_PROBES, Watched, assert_within_the_limits_or_probes, quick, undominated
 
 
+class TestNoBetterThanAConstant:
+    def test_a_network_that_knows_nothing_any_more_is_named(self, digits_model, data):
+        result = quick(digits_model, "flops <= 4%", data, trials=2, optimizer="random", evaluator="adaptive_bn")
+        (note,) = [note for note in result.notes if "constant output" in note]
+        labels = data.validation[1]
+        share = max((labels == label).float().mean().item() for label in labels.unique())
+        constant = float(re.search(r"every sample ([0-9.]+);", note).group(1))
+        assert constant <= share + 1e-4
+        assert max(trial.score for trial in result.trials if trial.feasible) <= constant
+
+    def test_one_that_knows_something_is_not(self, digits_model, data):
+        result = quick(digits_model, "flops <= 60%", data, trials=2)
+        assert not any("constant output" in note for note in result.notes)
+
+
 class TestStopping:
     def test_max_seconds_ends_the_search_early(self, digits_model, data):
         result = quick(digits_model, "flops <= 50%", data, trials=100_000, max_seconds=1.0)

@@ -1,0 +1,64 @@
+"""Whether what a search found knows more than one answer for all inputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from autoprune.batches import Batch, batch_size
+from autoprune.protocols import OK
+from autoprune.result.trials import Trial
+from autoprune.scorers import main_output
+from autoprune.sources import seeded
+from autoprune.structure.slicing import Edit, Slicer
+from autoprune.study import Study
+
+log = logging.getLogger(__name__)
+
+
+@seeded(0)  # a model may draw noise
+def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
+    """Say where no network within the limits scores better than the dense model's mean output for every sample.
+
+    Costs one pass of the dense model over the validation samples.
+    """
+    judge = study.context.judge
+    scores = [trial.score for trial in found if trial.status == OK and trial.feasible]
+    if not scores:
+        return ()
+    try:
+        constant = score_of_constant(study)
+    except Exception as error:  # a user's metric may need more of the outputs than one tensor
+        log.debug("no score of a constant output: %s", error)
+        return ()
+    best = max(scores) if judge.higher_is_better else min(scores)
+    if (best > constant) if judge.higher_is_better else (best < constant):
+        return ()
+    return (
+        f"no network within the budget is better than a constant output: the best has {judge.name} {best:.4f}, and the "
+        f"mean output of the dense model for every sample {constant:.4f}; allow more of the dense cost, fine-tune, or "
+        "give more calibration samples",
+    )
+
+
+def score_of_constant(study: Study) -> float:
+    """The metric of a model that returns the dense model's mean output over the validation samples for each of them."""
+    context, judge = study.context, study.context.judge
+    batches = context.subsets.validation
+    model = Slicer(context.model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
+
+    def run(batch: Batch) -> Any:
+        return context.forward(model, batch)
+
+    with torch.no_grad():
+        outputs = [main_output(run(batch)) for batch in batches]
+    total = torch.stack([output.double().sum(0) for output in outputs]).sum(0)
+    mean = (total / sum(len(output) for output in outputs)).to(outputs[0].dtype)
+
+    def constant(batch: Batch) -> Any:
+        return mean.expand(batch_size(batch), *mean.shape)
+
+    return float(judge.measure(constant, batches, judge.dense_outputs(run, batches)).metric.mean())
