@@ -85,6 +85,28 @@ class TestValuesOfALargeExample:
             changed += slots_of(found) != whole
         assert changed > 1, "a coupling that does not matter cannot be caught"
 
+    def test_are_checked_on_its_beginning_where_heads_and_samples_share_a_dimension(
+        self, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The labels of each sample are joined there, so there are fewer joins of fewer samples."""
+
+        def forward(s: Net, ids: Tensor) -> Tensor:
+            x = s.words(ids)
+            (b, t, _), heads = x.shape, s.q.weight.shape[0] // 4
+            q, k, v = (part(x).view(b, t, heads, 4).transpose(1, 2).reshape(-1, t, 4) for part in (s.q, s.k, s.v))
+            mixed = torch.bmm((torch.bmm(q, k.transpose(1, 2)) / 2).softmax(-1), v)
+            return s.head(mixed.view(b, heads, t, 4).transpose(1, 2).reshape(b, t, heads * 4))
+
+        layers = {name: nn.Linear(8, 12) for name in ("q", "k", "v")} | {"head": nn.Linear(12, 3)}
+        model, seen = made(lambda: Net(forward, words=nn.Embedding(WORDS, 8), **layers)), []
+        agree = values.Values.agree
+        monkeypatch.setattr(
+            values.Values, "agree", lambda self, *a: (seen.append(self.inputs[0].shape), agree(self, *a))[1]
+        )
+        structure = analyse(model, (words(),))
+        assert {tuple(shape) for shape in seen} == {(2, 8)}
+        assert "q" in slots_of(structure)
+
     def test_an_error_on_the_beginning_alone_freezes_nothing(self):
         def forward(s: Net, ids: Tensor) -> Tensor:
             factor = 2.0 if len(ids) < 4 and s.a.weight.shape[0] < 12 else 1.0

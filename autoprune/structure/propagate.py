@@ -70,6 +70,7 @@ class Propagation:
         factors: Number of choices at each site.
         multiples: Labels of dimensions whose size must stay a multiple of a number, with the number.
         read: Values that an operation reads or the model returns.
+        propagated: How many of the edges the rules made; those behind are ties that the code was seen to need.
         scores: Matrix products whose result goes into a softmax: attention scores, scaled by the contracted dimension.
         found: What `find_units` made of it last.
     """
@@ -85,6 +86,7 @@ class Propagation:
     scores: frozenset[int] = frozenset()
     count: int = 1
     multiples: list[tuple[IntArray, int]] = field(default_factory=list)
+    propagated: int = 0
     found: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     _invented: set[int] = field(default_factory=set)
 
@@ -174,6 +176,7 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
     for value in record.training_ends:
         for labels in flow.of(value):
             flow.freeze(None, labels, "returned by the model in training")
+    flow.propagated = len(flow.edges)
     return flow
 
 

@@ -45,9 +45,6 @@ class Shorter:
 
     def tied_as(self, whole: Propagation) -> Propagation | None:
         """The labels with the ties that were added to those of the whole example; None where they do not fit."""
-        count = len(self.flow.edges)
-        if [edge.op for edge in whole.edges[:count]] != [edge.op for edge in self.flow.edges]:
-            return None
         here = np.full(whole.count, -1, dtype=np.int64)
         here[0] = 0
         for value, dims in whole.labels.items():
@@ -55,7 +52,7 @@ class Shorter:
                 for there, own in zip(dims, self.flow.of(value), strict=True):
                     if there is not None and own is not None:
                         here[there] = own
-        added = [Edge(edge.op, here[edge.a], here[edge.b]) for edge in whole.edges[count:]]
+        added = [Edge(edge.op, here[edge.a], here[edge.b]) for edge in whole.edges[whole.propagated :]]
         if any((edge.a < 0).any() or (edge.b < 0).any() for edge in added):
             return None
         return replace(self.flow, edges=[*self.flow.edges, *added])
