@@ -93,12 +93,14 @@ def search(model: nn.Module, share: float, data: Any, trials: int, ignore: tuple
 
 
 @torch.no_grad()
-def angles(model: nn.Module, ids: Tensor, blocks: int) -> list[float]:
-    """Mean angle between what goes into each run of so many blocks and what comes out of it.
+def angles(model: nn.Module, ids: Tensor, blocks: int) -> Tensor:
+    """Mean angle between what goes into each run of so many blocks and what comes out of it, shape (2, runs).
+
+    Over all tokens, and at the last one of each sequence.
 
     Reference:
-        Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", ICLR 2025, arXiv:2403.17887; here over
-        all tokens. Men et al., "ShortGPT", 2024, arXiv:2403.03853, average the cosine.
+        Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", ICLR 2025, arXiv:2403.17887, at the last
+        token. Men et al., "ShortGPT", 2024, arXiv:2403.03853, average over all.
     """
     seen: list[Tensor] = []
 
@@ -111,7 +113,8 @@ def angles(model: nn.Module, ids: Tensor, blocks: int) -> list[float]:
     for hook in hooks:
         hook.remove()
     pairs = zip(seen, seen[blocks:], strict=False)
-    return [float(F.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos().mean()) for a, b in pairs]
+    each = torch.stack([F.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos() for a, b in pairs])
+    return torch.stack([each.flatten(1).mean(1), each[..., -1].mean(1)])
 
 
 def without(model: nn.Module, first: int, blocks: int, score: Callable[[nn.Module], float]) -> float:
@@ -137,12 +140,14 @@ def depth(share: float, model: nn.Module, background: Tensor, held: Tensor) -> d
     """Held-out loss without blocks: the last ones before the final block, and those that turn the state least."""
     blocks = blocks_for(share, model)
     last = len(model.get_submodule("model.layers")) - blocks - 1
-    first = int(np.argmin(angles(model, background[:VALIDATION], blocks)))
+    runs = {int(first) for first in angles(model, background[:VALIDATION], blocks).argmin(1)}
+    by_angle = {first: without(model, first, blocks, lambda m: loss_of(m, held)) for first in runs}
+    first = min(by_angle, key=by_angle.__getitem__)  # in favour of the baseline
     return {
         "blocks": blocks,
         "last blocks": without(model, last, blocks, lambda m: loss_of(m, held)),
         "first by angle": first,
-        "blocks by angle": without(model, first, blocks, lambda m: loss_of(m, held)),
+        "blocks by angle": by_angle[first],
     }
 
 
