@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import environment, table, write
-from tests.hostile import answer, commands, make_calls, make_folder, outcome, several, single
+from tests.hostile import answer, commands, make_calls, make_folder, outcome, settled, several, single
 
 COMMAND = "python -m benchmarks.hostile_calls"
 TOGETHER = 5_000
@@ -90,14 +90,13 @@ class _Tally:
         """Try calls; each has a name, whose call it is, and what makes it."""
         for name, whose, make in tried:
             began = time.monotonic()
-            fate, why = make()
-            if why.startswith("TooSlowError"):  # a hang comes back, and a stall of a shared machine does not
-                self.again.append(name)
-                began = time.monotonic()
-                fate, why = make()
+            fate, why, again = settled(make)
             key = (whose, kind)
             self._counts.setdefault(key, Counter())[fate] += 1
-            self._slowest[key] = max(self._slowest.get(key, 0.0), time.monotonic() - began)
+            if again:
+                self.again.append(name)
+            else:
+                self._slowest[key] = max(self._slowest.get(key, 0.0), time.monotonic() - began)
             if fate == "WRONG":
                 self.failures.append(f"{name}: {why}"[:300].replace("\n", " "))
         print(kind, self.total, len(self.failures), file=sys.stderr, flush=True)

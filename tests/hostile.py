@@ -247,6 +247,7 @@ def make_calls(folder: Path) -> dict[str, Call]:
     result = autoprune.search(model(), "flops <= 60%", (X, Y), trials=8, progress=False, evaluator="adaptive_bn")
     saved, small = result.save(folder / "result"), folder / "small.safetensors"
     autoprune.save(result.build(), small)
+    result.plot()  # whose first call imports a library, for longer than a call may take where others use the machine
     anything = tuple(VALUES)
     settings: dict[Callable[..., object], dict[str, Sequence[str]]] = {
         autoprune.Data: {
@@ -529,6 +530,18 @@ def outcome(call: Call, wrong: Wrong) -> tuple[str, str]:
             return "WRONG", f"{type(error).__name__}: {error}"
     odd = [argument for argument, name in wrong.values.items() if name not in call.takes.get(argument, ())]
     return ("WRONG", f"took {', '.join(odd)} without a word") if odd else ("accepted", "")
+
+
+def settled(make: Callable[[], tuple[str, str]]) -> tuple[str, str, bool]:
+    """What a call comes to, and whether it was tried again because it was too slow.
+
+    A hang comes back, and a stall of a machine that others use too does not.
+    """
+    fate, why = make()
+    again = why.startswith(TooSlowError.__name__)
+    if again:
+        fate, why = make()
+    return fate, why, again
 
 
 def judged(message: str, words: Sequence[str], error: BaseException | None = None) -> tuple[str, str]:

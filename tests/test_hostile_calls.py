@@ -2,12 +2,13 @@
 
 import logging
 import os
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from tests.hostile import Wrong, answer, commands, make_calls, make_folder, outcome, several, single
+from tests.hostile import Wrong, answer, commands, make_calls, make_folder, outcome, settled, several, single
 
 CALLS, TOGETHER, COMMANDS = 30, 100, 60
 LONG = ("search", "inspect", "profile")
@@ -30,9 +31,9 @@ def calls(tmp_path_factory):
 
 
 def wrong_among(calls, tried) -> list[str]:
-    found = [(wrong, *outcome(calls[wrong.call], wrong)) for wrong in tried]
-    assert any(fate == "refused" for _, fate, _ in found)
-    return [f"{wrong}: {why}" for wrong, fate, why in found if fate == "WRONG"]
+    found = [(wrong, *settled(partial(outcome, calls[wrong.call], wrong))) for wrong in tried]
+    assert any(fate == "refused" for _, fate, *_ in found)
+    return [f"{wrong}: {why}" for wrong, fate, why, _ in found if fate == "WRONG"]
 
 
 def test_a_wrong_value_is_refused_by_the_name_of_its_argument_or_taken_by_design(calls):
@@ -53,9 +54,9 @@ def test_of_several_wrong_values_one_is_named(calls):
 def test_a_wrong_word_on_a_command_line_is_one_line_that_names_its_option(calls):
     tried = list(commands())
     drawn = np.random.default_rng(0).choice(len(tried), COMMANDS, replace=False)
-    found = [(tried[i], *answer(tried[i])) for i in drawn]
-    assert [f"{command}: {why}" for command, fate, why in found if fate == "WRONG"] == []
-    assert sum(fate == "refused" for _, fate, _ in found) > COMMANDS // 2
+    found = [(tried[i], *settled(partial(answer, tried[i]))) for i in drawn]
+    assert [f"{command}: {why}" for command, fate, why, _ in found if fate == "WRONG"] == []
+    assert sum(fate == "refused" for _, fate, *_ in found) > COMMANDS // 2
 
 
 def test_what_hangs_raises_anything_else_or_is_taken_quietly_is_found(calls, monkeypatch):
@@ -63,7 +64,7 @@ def test_what_hangs_raises_anything_else_or_is_taken_quietly_is_found(calls, mon
     call = calls["Racing"]
 
     def told(run, value="nan"):
-        fate, why = outcome(type(call)(call.of, run, dict), Wrong("Racing", {"delta": value}))
+        fate, why, _ = settled(partial(outcome, type(call)(call.of, run, dict), Wrong("Racing", {"delta": value})))
         return fate, why.partition(":")[0]
 
     def hangs(delta):
