@@ -104,8 +104,8 @@ def _own(leaf: Any) -> Any:
 class Guarded:
     """A forward that gets a copy of each batch: a model that normalises its input in place must not wear it out.
 
-    Always a copy, because writes through NumPy or ``.data`` leave no trace and some depend on the candidate; it takes
-    a thousandth of the pass of a convolutional network. What is timed runs `plain`.
+    Always a copy, because writes through NumPy or ``.data`` leave no trace and some depend on the candidate. It takes
+    one reading and writing of the inputs. What is timed runs `plain`.
 
     Attributes:
         plain: Runs a model on a batch.
