@@ -21,7 +21,7 @@ from autoprune.criteria import affordable, order_units, private_copy, score_unit
 from autoprune.evaluators import Compensated, Context
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
 from autoprune.evaluators.measuring import bound_forward
-from autoprune.evaluators.memory import fitting
+from autoprune.evaluators.memory import Halving, fitting
 from autoprune.evaluators.room import give_back
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.search_spaces import Settings
@@ -213,8 +213,12 @@ def ranking(context: Context, criterion: str, seed: int) -> dict[str, Tensor]:
 def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
     model, structure = private_copy(context.model), context.structure
     batches = _first(context.subsets.calibration, affordable(structure, FEWEST_RANKED, RANKED))
-    with seeded(0), torch.enable_grad():
-        found = score_units_by(model, structure, criteria, batches, context.forward, seed)
+
+    def score(parts: Sequence[Batch]) -> Sequence[dict[str, Tensor]]:
+        with seeded(0), torch.enable_grad():
+            return score_units_by(model, structure, criteria, parts, context.forward, seed)
+
+    found = Halving()(score, batches)
     give_back(context.model)
     return dict(zip(criteria, found, strict=True))
 

@@ -303,9 +303,9 @@ def make_calls(folder: Path) -> dict[str, Call]:
         Compensated: {
             **dict.fromkeys(("bn", "bias", "least_squares", "renew"), PLAIN),
             "ridge": ("None", "2.5", *MANY),
-            **dict.fromkeys(("memory_bytes", "share_bytes"), ("0", *MANY)),
+            **dict.fromkeys(("memory_bytes", "share_bytes"), ("None", "0", *MANY)),
         },
-        AdaptiveBN: {"share_bytes": ("0", *MANY)},
+        AdaptiveBN: {"share_bytes": ("None", "0", *MANY)},
     }
     return {
         "search": Call(

@@ -95,7 +95,7 @@ def test_a_budget_that_makes_no_sense_says_what_would(text, message):
 def test_an_unknown_cost_is_refused_with_the_known_ones_and_the_nearest():
     with pytest.raises(BudgetError, match=r"one of \['energy_mj', 'flops'.*got 'flop'; did you mean 'flops'\?"):
         Budget.parse("flop <= 50%").resolve(DENSE)
-    with pytest.raises(BudgetError, match="got 'xyz'; pass your own cost function"):
+    with pytest.raises(BudgetError, match="got 'xyz'; pass a cost of your own under this name"):
         Budget.parse("xyz <= 50%").resolve(DENSE)
 
 

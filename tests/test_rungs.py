@@ -86,7 +86,7 @@ class TestSteps:
         ("make", "message"),
         [
             (lambda: Rungs(count=1), r"count must be an integer of at least 2, got 1"),
-            (lambda: Rungs(reduction=1), r"reduction must be above 1, got 1"),
+            (lambda: Rungs(reduction=1), r"reduction must be a number above 1, got 1"),
             (lambda: Rungs().steps(3), r"3 rungs must differ in steps, got \(0, 1, 3\)"),
         ],
     )

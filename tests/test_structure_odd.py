@@ -136,7 +136,7 @@ FROZEN = {
     "running sum": (picks(lambda s, x: s.head(s.a(x).cumsum(1))), "a.weight", "check"),
     "positions of maxima": (picks(lambda s, x: s.head(s.a(x)) + s.a(x).max(1, True)[1]), "a.weight", "positions"),
     "unpacked": (picks(lambda s, x: s.head(torch.stack(s.a(x).unbind(1), 1))), "a.weight", "one by one"),
-    "Fourier transform": (picks(lambda s, x: s.head(torch.fft.rfft2(s.a(x)).abs())), "a.weight", "fft"),
+    "Fourier transform": (picks(lambda s, x: s.head(torch.fft.fft(s.a(x), dim=1).abs())), "a.weight", "fft"),
     "bit pattern": (picks(lambda s, x: s.head(s.a(x)) + s.a(x).view(torch.uint8).sum() * 0), "a.weight", "view"),
     "tensor attribute": (picks(lambda s, x: s.head(s.a(x) * s.t), t=torch.rand(8, 1, 1)), "a.weight", "fixed"),
     "fixed depthwise kernel": (

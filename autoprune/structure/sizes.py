@@ -108,7 +108,7 @@ class Sizes:
         return self.follow(units, seed + ROUNDS), seed + ROUNDS
 
     def _search(self, units: Units, seed: int) -> Search:
-        pruning = _apart(units.groups, np.random.default_rng(seed))
+        pruning = _apart(units.groups, seed)
         base = assemble(self.flow, units)
 
         def cut(attributes: tuple[Attribute, ...]) -> nn.Module:
@@ -227,19 +227,19 @@ def some(group: Group, rng: np.random.Generator, count: int | None = None) -> tu
     return tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))
 
 
-def _apart(groups: Sequence[Group], rng: np.random.Generator) -> Pruning:
+def _apart(groups: Sequence[Group], seed: int) -> Pruning:
     """Random units of every group, in numbers that differ between groups of one size as far as there are others.
 
-    One stays only where few more can: einsum and squeeze take a dimension of one another way. A group of two may stay
-    whole, because one would be left in all of them.
+    One stays only where few more can: einsum and squeeze take a dimension of one another way. A group of two stays
+    whole for every other seed, because one would be left in all of them.
     """
+    rng = np.random.default_rng(seed)
     counts: dict[tuple[int, int], Iterator[int]] = {}
     kept = {}
     for group in groups:
         kind = group.size, group.multiple
         if kind not in counts:
             most = (group.size - 1) // group.multiple
-            options = np.arange(2, most + 1) if most > 2 else np.arange(1, 3)
-            counts[kind] = cycle(rng.permutation(options).tolist())
+            counts[kind] = cycle((rng.permutation(most - 1) + 2).tolist() if most > 2 else (1 + seed % 2, 2 - seed % 2))
         kept[group.name] = some(group, rng, min(group.size, group.multiple * next(counts[kind])))
     return Pruning(kept)
