@@ -95,6 +95,9 @@ def check(
     """
     trial = _Trial(context)
     renew, told = _renewed(context, trial)
+    ranked = {}
+    if settings.criterion == "auto" and scores:  # before anything is kept, because gradients take as much as the model
+        ranked = {name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()}
     refit = Compensated(renew=renew)
     refit.collect(context)
     base = {"": trial.score(refit, context, candidate)}
@@ -102,7 +105,6 @@ def check(
     criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
     importance, chosen = scores, context
     if settings.criterion == "auto" and scores:
-        ranked = {name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()}
         for name, found in ranked.items():
             bound = replace(context, space=settings.bind(context.structure, order_units(found)))
             base[name] = trial.score(refit, bound, candidate)

@@ -3,7 +3,7 @@
 ``python -m benchmarks.large_inputs`` (about 15 minutes on one thread; Linux) measures each part in a process of its
 own, after a small search that has imported what there is to import. ``--before PATH`` measures another checkout, too,
 such as a worktree of an earlier commit, in the same run; a part that takes over ``--limit`` seconds of wall time is
-ended there. ``--only front memory`` takes some parts. Exits with 1 when a target is missed.
+ended there. ``--only front dimensions`` takes some parts. Exits with 1 when a target is missed.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from autoprune.evaluators.least_squares import Normal
 from autoprune.evaluators.measuring import Adapted, bound_forward
 from autoprune.evaluators.normalisation import Correction
 from autoprune.evaluators.protocol import Context
-from autoprune.evaluators.room import room_beside
+from autoprune.evaluators.room import bytes_of, room_beside
 from autoprune.evaluators.sharing import checked_bytes
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
@@ -54,7 +54,7 @@ class Compensated:
             whose running statistics do not suit the data.
         memory_bytes: Most memory for the products of inputs, columns squared times 8 (from 513 columns on 4) for each
             layer; of larger layers fewer rows are kept, or none, so that they keep their weights, which the log says.
-            None: 1 GiB, and less for large models, see `autoprune.evaluators.room`.
+            None: 1 GiB; less for large models, but at least what the model takes.
         share_bytes: Most memory for what candidates share, see `AdaptiveBN`.
 
     Reference:
@@ -107,7 +107,8 @@ class Compensated:
         if self._bias or self._least_squares:
             typical = context.structure.edit(context.space.pruning((np.array(context.space.sizes) // 2).tolist()))
             reads = Reads(self._reference, context.structure, calibration, context.forward)
-            allowed = room_beside(context.model) if self._memory_bytes is None else self._memory_bytes
+            most = max(room_beside(context.model), bytes_of(context.model))  # a transformer's take as much as the model
+            allowed = most if self._memory_bytes is None else self._memory_bytes
             memory = allowed if self._least_squares else 0
             with seeded(0):
                 for layer in find_layers(reads, memory, self._ridge, typical, self._centred):
