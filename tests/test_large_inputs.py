@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,6 +55,15 @@ class TestKnownShapes:
         assert below.names.count("native_layer_norm") == 1
         assert all(each.shape == x.shape and each.stride() == x.stride() and each.is_meta for each in made)
         assert len({id(each) for each in made}) == 5
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_a_convolution_with_a_bias_of_another_size_is_refused_as_kernels_do(self, transposed: bool):
+        x, weight = torch.empty(1, 4, 5, 5, device="meta"), torch.empty(4, 4, 1, 1, device="meta")
+        convolve = F.conv_transpose2d if transposed else F.conv2d
+        with KnownShapes():
+            assert convolve(x, weight, torch.empty(4, device="meta")).shape == (1, 4, 5, 5)
+            with pytest.raises(RuntimeError, match=r"to 4 channels got a bias of shape \(3,\)"):
+                convolve(x, weight, torch.empty(3, device="meta"))
 
     def test_values_are_computed_each_time(self):
         x = torch.ones(3)

@@ -51,6 +51,8 @@ class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         if not met:
             return func(*args, **kwargs)
         if key not in self._known:
+            if func is torch.ops.aten.convolution.default:
+                _require_fitting_bias(args[1], args[2], args[6], args[8])
             out = func(*args, **kwargs)
             self._known[key] = _described(out, met)
             return out
@@ -60,6 +62,13 @@ class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         several, forms = known
         made = [torch.empty_strided(size, strides, dtype=dtype, device="meta") for size, strides, dtype in forms]
         return tuple(made) if several else made[0]
+
+
+def _require_fitting_bias(weight: Tensor, bias: Tensor | None, transposed: bool, groups: int) -> None:
+    """Refuse what every kernel of a convolution refuses, but the meta device does not look at."""
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    if bias is not None and bias.shape != (channels,):
+        raise RuntimeError(f"a convolution to {channels} channels got a bias of shape {tuple(bias.shape)}")
 
 
 @cache
