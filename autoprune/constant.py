@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 
 @seeded(0)  # a model may draw noise
-def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
-    """Say where no network within the limits scores better than the dense model's mean output for every sample.
+def note_of_no_better(study: Study, found: Sequence[Trial], dense: Trial) -> tuple[str, ...]:
+    """Say where only the dense model scores better than its own mean output for every sample, and no network found.
 
     Costs one pass of the dense model over the validation samples.
     """
@@ -35,7 +35,8 @@ def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
         log.debug("no score of a constant output: %s", error)
         return ()
     best = max(scores) if judge.higher_is_better else min(scores)
-    if (best > constant) if judge.higher_is_better else (best < constant):
+    sign = 1 if judge.higher_is_better else -1
+    if sign * best > sign * constant or sign * dense.score <= sign * constant:
         return ()
     return (
         f"no network within the budget is better than a constant output: the best has {judge.name} {best:.4f}, and the "

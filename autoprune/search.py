@@ -241,7 +241,12 @@ def search(
     found, verified = verify(study, found, deadline)
     told = proposer.notes if isinstance(proposer, Explains) else ()
     explained = (*in_spite, *journal.notes, *([why] if why else []), *told)
-    explained = (*verified, *note_of_no_better(study, found), *note_of_racing(settings, study, found), *explained)
+    explained = (
+        *verified,
+        *note_of_no_better(study, found, dense),
+        *note_of_racing(settings, study, found),
+        *explained,
+    )
     explained = (*deadline.note_of_setup(setup, len(found)), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
