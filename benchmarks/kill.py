@@ -1,10 +1,11 @@
 """Kill the driver of a search at random moments, again and again, and compare with the search left alone.
 
 Run ``python -m benchmarks.kill`` from the root of the repository (about 20 minutes); exits with 1 when anything is
-lost, doubled or changed. Each run is a real search in a process of its own, killed with SIGKILL, started again with
-``resume=True``, killed again, and then left to its end. The first three kinds are killed some milliseconds after a
-number of finished trials drawn at random; those of `benchmarks.kill_modes` at any moment of their time, which may be
-while a supernet is trained, latencies are measured, or the front is verified.
+lost, doubled or changed. ``--kills 0`` or ``--moments 0`` leaves out one of its two parts. Each run is a real search in
+a process of its own, killed with SIGKILL, started again with ``resume=True``, killed again, and then left to its end.
+The first three kinds are killed some milliseconds after a number of finished trials drawn at random; those of
+`benchmarks.kill_modes` at any moment of their time, which may be while a supernet is trained, latencies are measured,
+or the front is verified.
 
 - local, and synchronous workers of Ray: every resumed search must end with the candidates, scores and front of the one
   left alone.
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ KILLS, TRIALS = 20, 60
 MOMENTS = 50
 LOCAL, ASYNCHRONOUS, SYNCHRONOUS = "local", "ray", "ray-synchronous"
 DELAY_SECONDS = 0.05  # at most, after the trial that a kill waits for
+Row = tuple[str, int, int, str, str]
 
 
 def search(run_dir: str | None, executor: str | Executor = "local") -> autoprune.SearchResult:
@@ -146,7 +149,7 @@ def killed_at_any_moment(run_dir: Path, mode: str, rng: np.random.Generator, sec
     return counts, sound and kept(before, recorded(run_dir))
 
 
-def modes(folder: Path, kills: int, chosen: str | None) -> list[tuple[str, int, int, str, str]]:
+def modes(folder: Path, kills: int, chosen: str | None) -> list[Row]:
     """A row for each run of every mode of `kill_modes`, in turn."""
     rng, rows = np.random.default_rng(1), []
     names = [name for name in kill_modes.MODES if chosen in (None, name)]
@@ -169,50 +172,72 @@ def modes(folder: Path, kills: int, chosen: str | None) -> list[tuple[str, int, 
     return rows
 
 
+def at_trials(kills: int, chosen: str | None) -> tuple[list[Row], bool]:
+    """A row for each run killed after a number of trials, and whether all targets are met."""
+    rng, rows, met = np.random.default_rng(0), [], True
+    some = kills // 5
+    for executor, wanted in ((LOCAL, kills), (ASYNCHRONOUS, some), (SYNCHRONOUS, some)):
+        if chosen not in (None, executor):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            end(start(Path(folder, "whole"), executor))
+            whole = recorded(Path(folder, "whole"))
+            for i in range(wanted // 2):
+                run_dir = Path(folder, str(i))
+                (first, second), sound = killed_run(run_dir, executor, rng)
+                same = seen(recorded(run_dir)) == seen(whole)
+                met &= sound and (same or executor == ASYNCHRONOUS)
+                rows.append((executor, first, second, "yes" if sound else "NO", "yes" if same else "no"))
+                print(rows[-1], flush=True)
+    return rows, met
+
+
+def report(name: str, title: str, where: dict[str, Any], rows: list[Row], met: bool, note: str, whole: bool) -> None:
+    """Write the results of one part, or show them where it was not run as a whole."""
+    header = ("kind", "finished at the first kill", "at the second", "none lost or changed", "as left alone")
+    text = f"{2 * len(rows)} kills. {note}\n\n{table(header, rows)}\n\nTargets {'met' if met else 'NOT met'}."
+    if whole:
+        write(name, title, {"environment": where, "met": met, "rows": rows}, text)
+    else:
+        print(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--kills", type=int, default=KILLS, help="for the local search; a fifth of it on Ray, either way"
+        "--kills", type=int, default=KILLS, help="for the local search; a fifth of it on Ray, either way; 0: this not"
     )
-    parser.add_argument("--moments", type=int, default=MOMENTS, help="kills at any moment, over all of the other kinds")
+    parser.add_argument(
+        "--moments", type=int, default=MOMENTS, help="kills at any moment, over all of the other kinds; 0: this not"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    kinds = (LOCAL, ASYNCHRONOUS, SYNCHRONOUS, *kill_modes.MODES)
-    parser.add_argument("--executor", choices=kinds, help="one kind alone; by default all")
+    at_trials_kinds = (LOCAL, ASYNCHRONOUS, SYNCHRONOUS)
+    parser.add_argument("--executor", choices=(*at_trials_kinds, *kill_modes.MODES), help="one kind; by default all")
     options = parser.parse_args()
     if options.child:
         child(options.child, options.executor)
         return 0
     torch.set_num_threads(1)
-    where, rng, rows, met = environment(COMMAND), np.random.default_rng(0), [], True
-    some = options.kills // 5
-    for executor, kills in ((LOCAL, options.kills), (ASYNCHRONOUS, some), (SYNCHRONOUS, some)):
-        if not kills or options.executor not in (None, executor):
-            continue
+    met = True
+    if options.kills and options.executor in (None, *at_trials_kinds):
+        where = environment(f"{COMMAND} --moments 0")
+        rows, good = at_trials(options.kills, options.executor)
+        note = (
+            f"{TRIALS} trials a search. An asynchronous search depends on who is faster, so it need not end as the one "
+            "left alone does."
+        )
+        whole = (options.kills, options.executor) == (KILLS, None)
+        report("kill", "Drivers killed after a number of trials", where, rows, good, note, whole)
+        met &= good
+    if options.moments and options.executor in (None, *kill_modes.MODES):
+        where = environment(f"{COMMAND} --kills 0")
         with tempfile.TemporaryDirectory() as folder:
-            end(start(Path(folder, "whole"), executor))
-            whole = recorded(Path(folder, "whole"))
-            for i in range(kills // 2):
-                run_dir = Path(folder, str(i))
-                counts, sound = killed_run(run_dir, executor, rng)
-                same = seen(recorded(run_dir)) == seen(whole)
-                good = sound and (same or executor == ASYNCHRONOUS)
-                met &= good
-                rows.append((executor, *counts, "yes" if sound else "NO", "yes" if same else "no"))
-                print(rows[-1], flush=True)
-    if options.moments and options.executor not in (LOCAL, ASYNCHRONOUS, SYNCHRONOUS):
-        with tempfile.TemporaryDirectory() as folder:
-            further = modes(Path(folder), options.moments, options.executor)
-        met &= all(row[3:] == ("yes", "yes") for row in further)
-        rows += further
-    header = ("kind", "finished at the first kill", "at the second", "none lost or doubled", "as left alone")
-    note = "An asynchronous search depends on who is faster, so it need not end as the one left alone does."
-    kills = 2 * len(rows)
-    text = f"{kills} kills; {TRIALS} or {kill_modes.TRIALS} trials a search. {note}"
-    text += f"\n\n{table(header, rows)}\n\nTargets {'met' if met else 'NOT met'}."
-    if (options.kills, options.moments, options.executor) == (KILLS, MOMENTS, None):
-        write("kill", "Killed drivers", {"environment": where, "met": met, "rows": rows}, text)
-    else:
-        print(text)
+            rows = modes(Path(folder), options.moments, options.executor)
+        good = all(row[3:] == ("yes", "yes") for row in rows)
+        note = f"{kill_modes.TRIALS} trials a search; held-out scores and verified costs are compared, too."
+        whole = (options.moments, options.executor) == (MOMENTS, None)
+        report("kill_moments", "Drivers killed at any moment", where, rows, good, note, whole)
+        met &= good
     return 0 if met else 1
 
 
