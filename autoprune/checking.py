@@ -20,10 +20,13 @@ from autoprune.batches import Batch, batch_size, slice_batch
 from autoprune.criteria import affordable, order_units, private_copy, score_units_by
 from autoprune.evaluators import Compensated, Context
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
+from autoprune.evaluators.compensation import middle_of
 from autoprune.evaluators.measuring import bound_forward
 from autoprune.evaluators.memory import Halving, fitting
 from autoprune.evaluators.room import give_back
-from autoprune.protocols import FloatArray, IntArray
+from autoprune.files import make_folder, read_json, require_file, shortened, sound, write_text
+from autoprune.protocols import FloatArray, IntArray, Pruning
+from autoprune.schema import require_form
 from autoprune.search_spaces import Settings
 from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, Slicer
@@ -38,6 +41,13 @@ FEWEST_RANKED = 16
 CRITERIA = (("taylor",), ("fluctuation", "contribution"))
 """Tried next to l2; those that look at the same together."""
 FILE_NAME = "refit.json"
+
+_MOST_BYTES = 2**20
+_FORM = {
+    "criterion": str,
+    "parts": {"bn": bool, "bias": bool, "least_squares": bool, "renew": bool},
+    "note": str,
+}
 
 
 @dataclass(frozen=True)
@@ -57,15 +67,34 @@ class Choice:
     def save(self, run_dir: str | None) -> None:
         """Keep it beside the journal, where a resumed search finds it."""
         if run_dir is not None:
-            path = Path(run_dir) / FILE_NAME
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"criterion": self.criterion, "parts": dict(self.parts), "note": self.note}))
+            kept = {"criterion": self.criterion, "parts": dict(self.parts), "note": self.note}
+            write_text(make_folder(run_dir, "run_dir") / FILE_NAME, json.dumps(kept), "run_dir")
 
     @classmethod
     def load(cls, run_dir: str | None) -> Choice | None:
-        """What an earlier call of the same search decided; None if there is nothing."""
+        """What an earlier call of the same search decided; None if there is nothing.
+
+        Raises:
+            FileFormatError: If the file is damaged.
+        """
         path = None if run_dir is None else Path(run_dir) / FILE_NAME
-        return cls(**json.loads(path.read_text())) if path is not None and path.exists() else None
+        if path is None or not path.exists():
+            return None
+        require_file(path, f"run_dir must hold a readable {FILE_NAME}", _MOST_BYTES)
+        told = f"{shortened(path)} in run_dir is no choice of a calibration check, or is damaged"
+        with sound(told, "delete it to have the check made again, with the same outcome"):
+            data = read_json(path, _MOST_BYTES)
+            require_form(data, _FORM)
+            return cls(data["criterion"], data["parts"], data["note"])
+
+    def refit(self, typical: Pruning) -> Compensated:
+        """The evaluator, not prepared yet, that scores to the last bit what the one of the check does.
+
+        Args:
+            typical: What the check chose ridges for; the importance of units, and so the space, was another then.
+        """
+        parts = dict(self.parts)
+        return Compensated(renew=parts.pop("renew")).judged_on(typical).with_parts(**parts)
 
 
 def unchecked(settings: Settings) -> Choice:
@@ -84,7 +113,7 @@ def check(
     error of the paired difference.
 
     Args:
-        context: With a space bound to the order by l2.
+        context: With a space bound to the order by l2; in its middle ridges are chosen.
         settings: Of the space; with the criterion ``"auto"`` others than l2 are tried.
         scores: Importance of units by l2; empty where no unit goes.
         candidate: What is scored, shape (d,).
@@ -98,7 +127,7 @@ def check(
     ranked = {}
     if settings.criterion == "auto" and scores:  # before anything is kept, because gradients take as much as the model
         ranked = {name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()}
-    refit = Compensated(renew=renew)
+    refit = Compensated(renew=renew).judged_on(middle_of(context.space))
     refit.collect(context)
     base = {"": trial.score(refit, context, candidate)}
     figures = []

@@ -27,7 +27,8 @@ from autoprune.costs.timing import TimeOverError
 from autoprune.criteria import order_units, score_units
 from autoprune.data import Subsets, materialise, synthetic
 from autoprune.errors import AutopruneError, BudgetError, DataError, InfeasibleBudgetError, UnsupportedModelError
-from autoprune.evaluators import Compensated, Context, Evaluator, Forward, make_evaluator
+from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
+from autoprune.evaluators.compensation import middle_of
 from autoprune.evaluators.memory import fitting
 from autoprune.files import brief, make_folder
 from autoprune.mapped import own_copy
@@ -187,17 +188,18 @@ def prepare(
     checked: tuple[str, ...] = ()
     choice: Choice | None = None
     if evaluator == "auto":
-        typical = uniform_seeds(problem, (0.5,) if minimise else (1.0,))[-1]
+        uniform = uniform_seeds(problem, (0.5,) if minimise else (1.0,))[-1]
+        middle = middle_of(context.space)  # by l2: what is chosen for it must not depend on what the check chooses
         choice = Choice.load(run_dir) or (unchecked(settings) if until.passed else None)
         if choice is None:
-            choice, chosen, scores = check(context, settings, scores, typical, seed)
+            choice, chosen, scores = check(context, settings, scores, uniform, seed)
         else:
-            chosen = Compensated(**choice.parts)
+            chosen = choice.refit(middle)
             if settings.criterion == "auto" and choice.criterion != criterion:
                 scores = ranking(context, choice.criterion, seed)
         criterion = None if criterion is None else choice.criterion if settings.criterion == "auto" else criterion
         context = replace(context, space=settings.bind(structure, order_units(scores)))
-        fresh = Compensated(**choice.parts)
+        fresh = choice.refit(middle)
         checked = (choice.note,)
     with seeded(0):
         expected = expected_losses(prior, context.space, scores, criterion, scored, structure, subsets.calibration, run)

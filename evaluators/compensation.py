@@ -21,7 +21,7 @@ from autoprune.evaluators.normalisation import Correction
 from autoprune.evaluators.protocol import Context
 from autoprune.evaluators.room import bytes_of, room_beside
 from autoprune.evaluators.sharing import checked_bytes
-from autoprune.protocols import Failure, IntArray, Measurement
+from autoprune.protocols import Failure, IntArray, Measurement, Pruning, SearchSpace
 from autoprune.sources import seeded
 from autoprune.structure.adapters import refresh_flat_weights
 from autoprune.structure.slicing import Edit
@@ -82,6 +82,8 @@ class Compensated:
         self._bn, self._bias, self._least_squares, self._renew = bn, bias, least_squares, renew
         self._ridge, self._memory_bytes, self._share_bytes = ridge, memory_bytes, checked_bytes(share_bytes)
         self._collected = False
+        self._whole = {"bn": bn, "bias": bias, "least_squares": least_squares}  # what is collected serves these parts
+        self._typical: Pruning | None = None
 
     def prepare(self, context: Context) -> None:
         """Look at what layers read, and make the skeleton that every candidate is cut from."""
@@ -93,34 +95,43 @@ class Compensated:
     def collect(self, context: Context) -> None:
         """Look at what layers and norms read; the first part of `prepare`, which is not repeated then."""
         self._context = context
-        calibration = context.subsets.calibration
+        calibration, whole = context.subsets.calibration, self.with_parts(**self._whole)
         self._reference = private_copy(context.model)
         with seeded(0):
             if self._renew:
                 recalibrate(self._reference, calibration, bound_forward(context, self._reference))
-            normalises = self._bn and statistics(self._reference)
+            normalises = whole._bn and statistics(self._reference)
             self._correction = Correction(self._reference, calibration, context.forward) if normalises else None
         self._solved: OrderedDict[tuple[str, int, bytes], Tensor] = OrderedDict()
         self._solved_bytes = 0
         self._most_solved = min(SOLVED_BYTES, room_beside(context.model))
         self._layers: dict[str, list[Layer]] = defaultdict(list)
-        if self._bias or self._least_squares:
-            typical = context.structure.edit(context.space.pruning((np.array(context.space.sizes) // 2).tolist()))
+        if whole._bias or whole._least_squares:
+            typical = context.structure.edit(self._typical or middle_of(context.space))
             reads = Reads(self._reference, context.structure, calibration, context.forward)
             most = max(room_beside(context.model), bytes_of(context.model))  # a transformer's take as much as the model
             allowed = most if self._memory_bytes is None else self._memory_bytes
-            memory = allowed if self._least_squares else 0
+            memory = allowed if whole._least_squares else 0
             with seeded(0):
-                for layer in find_layers(reads, memory, self._ridge, typical, self._centred):
+                for layer in find_layers(reads, memory, self._ridge, typical, whole._centred):
                     self._layers[layer.reader.name].append(layer)
         self._collected = True
 
     def with_parts(self, **parts: bool) -> Compensated:
-        """The same with other parts of the re-fit (`bn`, `bias`, `least_squares`), from what was collected."""
+        """The same with other parts of the re-fit (`bn`, `bias`, `least_squares`), from what was or will be collected.
+
+        What is collected, ridges included, stays that of the evaluator as it was made.
+        """
         other = copy.copy(self)
         other._bn, other._bias = parts.get("bn", self._bn), parts.get("bias", self._bias)
         other._least_squares = parts.get("least_squares", self._least_squares)
         other._solved, other._solved_bytes = OrderedDict(), 0
+        return other
+
+    def judged_on(self, typical: Pruning) -> Compensated:
+        """The same, not prepared yet, with ridges chosen for this pruning and not for the middle of the space."""
+        other = self.with_parts()
+        other._typical, other._collected = typical, False
         return other
 
     @property
@@ -227,6 +238,11 @@ class Compensated:
                 self._solved_bytes -= self._solved.popitem(last=False)[1].nbytes
         self._solved.move_to_end(key)
         return self._solved[key]
+
+
+def middle_of(space: SearchSpace) -> Pruning:
+    """What stays with the option in the middle of every dimension."""
+    return space.pruning((np.array(space.sizes) // 2).tolist())
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

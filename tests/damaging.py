@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 import autoprune
+from autoprune.checking import FILE_NAME as CHOICE
+from autoprune.checking import Choice
 from autoprune.costs.latency import Latency
 from autoprune.errors import AutopruneError
 from autoprune.evaluators.checkpoints import read_checkpoint, write_checkpoint
@@ -100,6 +102,7 @@ def make_all(folder: Path) -> None:
         {"key": ["a", i], "record": {"score": 0.5, "signal": 1.0, "seconds": 1.0, "reason": ""}} for i in range(4)
     ]
     (folder / "log" / LOG).write_text("".join("\n" + json.dumps(line) for line in lines))
+    Choice("l2", {"bn": True, "bias": True, "least_squares": True, "renew": False}, "why").save(str(folder / "choice"))
     for name in KINDS:
         KINDS[name].read(folder / name)
 
@@ -213,6 +216,7 @@ KINDS = {
     "journal": Kind(FILE_NAME, _read_journal, _row_edits),
     "table": Kind("table.json", _read_table, _json_edits("table.json")),
     "log": Kind(LOG, _read_log, _line_edits),
+    "choice": Kind(CHOICE, lambda folder: Choice.load(str(folder)), _json_edits(CHOICE)),
     "checkpoint": Kind(
         "supernet.safetensors",
         lambda folder: read_checkpoint(folder / "supernet.safetensors"),

@@ -1,15 +1,19 @@
 """The calibration check: statistics that do not suit the data are renewed; what is chosen is said and kept."""
 
 import copy
+import dataclasses
 import json
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import autoprune
+import autoprune.checking
 from autoprune.checking import FILE_NAME
 from autoprune.criteria import distortion_gradients
 from autoprune.study import prepare
@@ -64,6 +68,39 @@ def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path,
     again = autoprune.search(case[0], "flops <= 70%", case[1], trials=2, run_dir=run_dir, resume=True, progress=False)
     assert len(again.trials) == 2
     assert note in again.notes
+
+
+@pytest.mark.parametrize("parts", [{}, {"bias": False}, {"bn": False, "least_squares": False}])
+def test_what_resumes_and_what_workers_get_scores_to_the_last_bit_what_the_check_did(
+    case, tmp_path, monkeypatch, parts
+):
+    """Ridges are chosen for the parts, and for the ranking, that the check began with, not for what it chose."""
+    really = autoprune.checking.check
+
+    def choosing(*given):
+        choice, chosen, _ = really(*given)
+        choice = dataclasses.replace(choice, criterion="taylor", parts={**choice.parts, **parts})
+        return choice, chosen.with_parts(**parts), autoprune.checking.ranking(given[0], "taylor", given[-1])
+
+    monkeypatch.setattr("autoprune.study.check", choosing)
+    first = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    first.choice.save(str(tmp_path))
+    again = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    worker = pickle.loads(pickle.dumps(first.fresh))
+    worker.prepare(first.context)
+    candidates = np.array([first.problem.sizes // 2, first.problem.sizes - 1])
+    expected = [found.distortion.tolist() for found in first.evaluator.evaluate(candidates)]
+    for evaluator in (again.evaluator, worker):
+        assert [found.distortion.tolist() for found in evaluator.evaluate(candidates)] == expected
+
+
+def test_a_damaged_choice_is_named_with_the_way_out(case, tmp_path):
+    prepare(case[0], "flops <= 70%", case[1], metric="accuracy").choice.save(str(tmp_path))
+    text = (tmp_path / FILE_NAME).read_text()
+    for damaged in (text[:40], text.replace('"bn"', '"bm"'), "[]"):
+        (tmp_path / FILE_NAME).write_text(damaged)
+        with pytest.raises(autoprune.FileFormatError, match=r"refit\.json in run_dir is no choice .* delete it"):
+            prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
 
 
 def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
