@@ -265,3 +265,14 @@ def default_forward(model: nn.Module, batch: Batch) -> Any:
     """Call the model with the inputs of a batch."""
     args, kwargs = inputs(batch)
     return model(*args, **kwargs)
+
+
+def token_ids(batch: Batch) -> Tensor | None:
+    """The tokens in a batch: ``input_ids``, or else its first input of whole numbers, shape (n, positions)."""
+    args, kwargs = inputs(batch)
+    named = kwargs.get("input_ids")
+    first = None if isinstance(batch, Mapping) else next(tensors(args), None)
+    found = named if named is not None else first
+    if not isinstance(found, Tensor) or found.ndim != 2 or found.is_floating_point() or found.dtype == torch.bool:
+        return None
+    return found

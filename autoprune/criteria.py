@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from autoprune.arguments import naming, shown
 from autoprune.batches import Batch, batch_size, slice_batch, targets, to_device
 from autoprune.protocols import IntArray
+from autoprune.scorers import class_dimension, drawn_cross_entropy, main_output
 from autoprune.structure.skeleton import skeleton
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
@@ -314,8 +315,7 @@ def loss_gradients(
     placed = [to_device(batch, next(model.parameters()).device) for batch in batches]
     for batch in placed:
         with torch.enable_grad():
-            outputs = functional_call(copied, state, (batch,))
-            loss = _loss(outputs, targets(batch))
+            loss = _loss(main_output(functional_call(copied, state, (batch,))), targets(batch))
             if loss is None:
                 return distortion_gradients(model, placed, forward, seed)
             (loss / len(placed)).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -351,8 +351,8 @@ def distortion_gradients(
         parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # as above
     for part in parts:
         with torch.enable_grad():
-            outputs = functional_call(copied, state, (part,)).float()
-            _drawn_loss(outputs, generator).backward()  # type: ignore[no-untyped-call]  # as above
+            outputs = functional_call(copied, state, (part,))
+            _drawn_loss(outputs, part, generator).backward()  # type: ignore[no-untyped-call]  # as above
     return {name.removeprefix("model."): square.sqrt() for name, square in squares.items()}
 
 
@@ -374,14 +374,14 @@ def _loss(outputs: Tensor, target: Any) -> Tensor | None:
     return F.cross_entropy(outputs, target.long()) if fits else None
 
 
-def _drawn_loss(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Loss towards outputs drawn from a softmax of two dimensions, else towards normal noise around them."""
-    if outputs.ndim == 2 and outputs.shape[1] > 1:
-        chances = outputs.detach().softmax(1).cpu()
-        drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(outputs.device)
-        return F.cross_entropy(outputs, drawn)
-    noise = torch.randn(outputs.shape, generator=generator).to(outputs.device)
-    return (outputs * noise).sum() / len(outputs)
+def _drawn_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Mean loss towards labels drawn from logits, else towards normal noise around the outputs."""
+    output, classes = main_output(outputs).float(), class_dimension(outputs, batch)
+    if classes is None:
+        noise = torch.randn(output.shape, generator=generator).to(output.device)
+        return (output * noise).sum() / len(output)
+    loss, draws = drawn_cross_entropy(output, classes, generator)
+    return loss / draws
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -398,12 +398,8 @@ class _Forward(nn.Module):
         self.model = model
         self.run = run
 
-    def forward(self, batch: Batch) -> Tensor:
-        """First output tensor of the model on a batch."""
-        outputs = self.run(self.model, batch)
-        while not isinstance(outputs, Tensor):
-            outputs = next(iter(outputs.values())) if isinstance(outputs, Mapping) else outputs[0]
-        return outputs
+    def forward(self, batch: Batch) -> Any:
+        return self.run(self.model, batch)
 
 
 def activation_statistics(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoprune.batches import Batch, inputs, map_tensors, slice_batch, targets, tensors
+from autoprune.batches import Batch, map_tensors, slice_batch, targets, token_ids
 from autoprune.scorers import NO_LABEL, main_output, unpadded
 
 
@@ -40,17 +40,6 @@ def next_tokens(outputs: Any, batch: Batch) -> Tensor:
     wanted = labels if isinstance(labels, Tensor) and labels.shape == ids.shape else ids
     wanted, kept = wanted.to(logits.device).long()[:, 1:], unpadded(batch, logits)
     return wanted.masked_fill(~(kept[:, 1:] & kept[:, :-1]), NO_LABEL)
-
-
-def token_ids(batch: Batch) -> Tensor | None:
-    """The tokens in a batch: ``input_ids``, or else its first input of whole numbers, shape (n, positions)."""
-    args, kwargs = inputs(batch)
-    named = kwargs.get("input_ids")
-    first = None if isinstance(batch, Mapping) else next(tensors(args), None)
-    found = named if named is not None else first
-    if not isinstance(found, Tensor) or found.ndim != 2 or found.is_floating_point() or found.dtype == torch.bool:
-        return None
-    return found
 
 
 def why_no_language_model(outputs: Any, batch: Batch) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoprune.arguments import shown
-from autoprune.batches import Batch, batch_size, fresh, targets, tensors
+from autoprune.batches import Batch, batch_size, fresh, targets, tensors, token_ids
 from autoprune.errors import DataError
 
 NO_LABEL = -100  # torch's default ignore_index
@@ -125,8 +125,9 @@ def distance_of(outputs: Any, batch: Batch) -> Distance | None:
     """What to measure the distance to dense outputs like these by; None where no output has a row for each sample.
 
     KL divergence where the outputs are logits: the labels are classes of the samples or of each position (dimension 1
-    holds the classes, or the last one, as in language models), or there are none and the outputs have two dimensions
-    or are the ``"logits"`` of each position, shape (n, positions, classes). Else the squared difference relative to
+    holds the classes, or the last one, as in language models), or there are none and the outputs have two dimensions,
+    or are the ``"logits"`` of each position, shape (n, positions, classes), or are of this shape for token ids of shape
+    (n, positions) that are all below the number of classes. Else the squared difference relative to
     the mean square of the outputs, on one scale for all samples: one whose outputs are near zero must not outweigh
     the others.
     """
@@ -135,7 +136,7 @@ def distance_of(outputs: Any, batch: Batch) -> Distance | None:
     output = main_output(outputs)
     if output.ndim == 0 or len(output) != batch_size(batch) or not output.is_floating_point():
         return None
-    classes = _class_dimension(outputs, output, targets(batch))
+    classes = class_dimension(outputs, batch)
     if classes is not None:
         return partial(divergence, classes)
     return partial(squared_difference, float(output.float().square().mean()) or 1.0)
@@ -153,28 +154,43 @@ def sampled_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> tupl
         generator: On the CPU.
     """
     output = _main(outputs)
-    classes = _class_dimension(outputs, output, targets(batch))
+    classes = class_dimension(outputs, batch)
     if classes is None:
         noise = torch.randn(output.shape, generator=generator).to(output)
         scale = (2 / max(float(output.detach().square().sum()) / len(output), 1e-30)) ** 0.5
         return (scale * noise * output).sum(), len(output)
+    return drawn_cross_entropy(output, classes, generator)
+
+
+def drawn_cross_entropy(output: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, int]:
+    """Cross-entropy of a label drawn from the softmax along `classes` at every position, summed, and their number."""
     logits = output.movedim(classes, -1).flatten(0, -2).log_softmax(-1)
     drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator).to(logits.device)
     return -logits.gather(1, drawn).sum(), len(logits)
 
 
-def _class_dimension(outputs: Any, output: Tensor, label: Any) -> int | None:
+def class_dimension(outputs: Any, batch: Batch) -> int | None:
+    """The dimension of the main output that holds the classes, 1 or -1; None where it is not taken for logits."""
+    output, label = main_output(outputs), targets(batch)
     for dim in (1, -1):
         if output.ndim < 2 or output.shape[dim] < 2:
             continue
         positions = [size for i, size in enumerate(output.shape) if i != dim % output.ndim]
         if isinstance(label, Tensor):
             logits = not label.is_floating_point() and list(label.shape) == positions
+        elif dim == -1 and output.ndim == 3:
+            logits = isinstance(outputs, Mapping) or _are_of_tokens(output, batch)
         else:
-            logits = output.ndim == 2 or (dim == -1 and output.ndim == 3 and isinstance(outputs, Mapping))
+            logits = output.ndim == 2
         if logits:
             return dim
     return None
+
+
+def _are_of_tokens(output: Tensor, batch: Batch) -> bool:
+    """Whether there is an output of each word of a vocabulary at the position of every token of the batch."""
+    ids = token_ids(batch)
+    return ids is not None and output.shape[:2] == ids.shape and 0 <= int(ids.min()) <= int(ids.max()) < output.shape[2]
 
 
 def user_metric(

@@ -16,6 +16,7 @@ import autoprune
 import autoprune.checking
 from autoprune.checking import FILE_NAME
 from autoprune.criteria import distortion_gradients
+from autoprune.scorers import class_dimension
 from autoprune.study import prepare
 
 
@@ -120,3 +121,23 @@ def test_gradients_of_the_distortion_are_the_fisher_information():
     x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 3.0])
     (found,) = distortion_gradients(layer, [x], lambda model, batch: model(batch)).values()
     torch.testing.assert_close(found[0] * 8**0.5, torch.tensor([1.0, 2.0, 3.0]), rtol=0.15, atol=0)
+
+
+def test_outputs_of_a_vocabulary_for_tokens_are_logits_whatever_holds_them():
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+    ids = torch.randint(0, 20, (400, 12), generator=torch.Generator().manual_seed(0))
+    plain = distortion_gradients(model, [ids], lambda model, batch: model(batch))
+    held = distortion_gradients(model, [ids], lambda model, batch: {"logits": model(batch)})
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, held[name])
+    chances = model(ids).softmax(-1)
+    # Of a softmax in its logits it is diag(p) - p p', here of the mean over tokens that are drawn apart.
+    expected = (chances * (1 - chances)).mean((0, 1)) / (8 * 12)
+    torch.testing.assert_close(plain["1.bias"].square().sum(), expected.sum(), rtol=0.2, atol=0)
+
+
+def test_words_outside_of_the_outputs_are_no_classes():
+    ids = torch.full((2, 3), 7)
+    assert class_dimension(torch.randn(2, 3, 8), ids) == -1
+    assert class_dimension(torch.randn(2, 3, 7), ids) is None
+    assert class_dimension(torch.randn(2, 3, 8), ids.float()) is None
