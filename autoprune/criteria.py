@@ -215,6 +215,7 @@ def score_units_by(
     batches: Sequence[Batch],
     forward: Callable[[nn.Module, Batch], Any],
     seed: int = 0,
+    level: int = logging.WARNING,
 ) -> list[dict[str, Tensor]]:
     """Score the units of every group by each criterion, shape (units,) each, higher more important.
 
@@ -227,6 +228,7 @@ def score_units_by(
         batches: Calibration data, for criteria that look at activations or gradients.
         forward: Runs the model on a batch.
         seed: For criteria that draw.
+        level: Of the log line that says where a criterion found nothing to look at, and l2 stands in.
 
     Raises:
         ValueError: If the name is unknown, or a callable returns the wrong shape or NaN.
@@ -240,7 +242,7 @@ def score_units_by(
     gradients = loss_gradients(model, batches, forward, seed) if slopes else {}
     watched = not reads.isdisjoint(("activations", "everything"))
     activations = activation_statistics(model, structure, batches, forward) if watched else {}
-    return [_scored(model, structure, each, gradients, activations, seed) for each in criteria]
+    return [_scored(model, structure, each, gradients, activations, seed, level) for each in criteria]
 
 
 def _scored(
@@ -250,17 +252,18 @@ def _scored(
     gradients: Mapping[str, Tensor],
     activations: Mapping[str, Sequence[Activation]],
     seed: int,
+    level: int,
 ) -> dict[str, Tensor]:
     score = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     reads = _READS.get(criterion, "") if isinstance(criterion, str) else "everything"
     generator = torch.Generator().manual_seed(seed)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    scores = {}
+    scores, blind = {}, []
     for group in structure.groups:
         tensors = _tensors(parameters, modules, group, gradients, activations.get(group.name, ()), generator)
         lacking = reads not in ("", "everything") and not getattr(tensors, reads)
         if lacking:
-            log.warning("group %s has no %s for criterion %r; its units are ranked by l2", group.name, reads, criterion)
+            blind.append(group.name)
         with naming(f"criterion must score group {group.name!r}"):
             values = (l2 if lacking else score)(tensors)
         if not isinstance(values, Tensor):
@@ -271,6 +274,9 @@ def _scored(
                 f"got shape {tuple(values.shape)}{'' if torch.isfinite(values).all() else ' with NaN or infinity'}"
             )
         scores[group.name] = values
+    if blind:
+        said = f"{', '.join(blind[:3])}{', ...' if len(blind) > 3 else ''} ({len(blind)} of {len(scores)} groups)"
+        log.log(level, "criterion %r finds no %s of %s; their units are ranked by l2", criterion, reads, said)
     return scores
 
 

@@ -181,7 +181,7 @@ def test_a_group_without_norm_is_ranked_by_l2_and_the_log_says_so(caplog: pytest
     assert order["second"] == rank("l2")["second"]
     assert order["first"] == tuple(network()[0].norm.weight.abs().argsort(descending=True).tolist())
     assert [record.getMessage() for record in caplog.records] == [
-        "group second has no scales for criterion 'bn_scale'; its units are ranked by l2"
+        "criterion 'bn_scale' finds no scales of second (1 of 2 groups); their units are ranked by l2"
     ]
 
 
