@@ -12,8 +12,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ import autoprune
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial
 from benchmarks.common import RESULTS, environment, table, write
+from benchmarks.pretrained import folder_of
 
 LENGTH, CALIBRATION, VALIDATION, HELD_OUT = 64, 64, 16, 48
 BATCH = 8
@@ -48,13 +47,6 @@ def next_token(logits: Tensor, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def loss_of(model: nn.Module, ids: Tensor) -> float:
     return float(torch.cat([next_token(forward(model, part), part) for part in ids.split(BATCH)]).mean())
-
-
-def folder_of(package: str) -> Path:
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"this benchmark needs {package}: {__doc__}")
-    return Path(spec.origin).parent
 
 
 def load() -> tuple[nn.Module, Any]:
