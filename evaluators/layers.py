@@ -16,7 +16,7 @@ from autoprune.batches import Batch, batch_size, slice_batch
 from autoprune.criteria import private_copy
 from autoprune.evaluators.least_squares import RIDGES, Normal
 from autoprune.evaluators.memory import Halving
-from autoprune.evaluators.moments import PRECISE, Moments
+from autoprune.evaluators.moments import PRECISE, Moments, Sample
 from autoprune.evaluators.reading import Reader, watch
 from autoprune.evaluators.room import bytes_of
 from autoprune.structure.slicing import Edit
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 Forward = Callable[[nn.Module, Batch], Any]
 
-COUNTED = 32
+COUNTED = 16
 """Samples that tell how many rows each weight reads."""
 LEAST_WORK = 2**28
 """Multiply-accumulates for the equations of a candidate that nobody would notice: some hundredths of a second."""
@@ -34,9 +34,9 @@ _SHARE = 0.5  # of the products of one calibration pass, for the equations of a 
 _SETUP = 8  # such passes, for the products of inputs
 _FEWEST = 16  # rows for each column that are taken even beyond that
 _SKETCHES = (4096, 2048, 1024, 512, 256, 128, 64)
-_JUDGED = 2048  # held-out rows that a ridge is judged on
+_JUDGED, _FEWEST_JUDGED = 1024, 64  # held-out rows that a ridge is judged on
 JUDGED_BYTES = 2**27
-"""Most memory for weights that ridges are judged with at once; half of the model where that is more."""
+"""Most memory for rows that ridges are judged on; half of the model where that is more."""
 _DEFAULT_RIDGE = 1e-2  # where no sample can be held out
 
 
@@ -51,6 +51,7 @@ class Layer:
         normalised: Whether batch norm reads what it gives, and so takes any constant off it.
         ridge: How strongly the fit is held to the inherited weights; infinite where no fit does better on held-out
             samples.
+        rows: How many it reads of all samples, as a few let expect.
     """
 
     reader: Reader
@@ -58,6 +59,7 @@ class Layer:
     bias: str | None = None
     normalised: bool = False
     ridge: float = _DEFAULT_RIDGE
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def _find(
         for layer in layers.values():
             layer.ridge = ridge
     elif judged:
-        _choose_ridges(reads, layers, judged, typical, centred)
+        _choose_ridges(reads, layers, judged, typical, centred, held / total)
+        _take(reads, layers, judged)
     return [layer for layer in layers.values() if layer.moments.finite]
 
 
@@ -146,7 +149,8 @@ def _laid_out(reads: Reads, memory_bytes: int) -> dict[Reader, Layer]:
     counts = {reader: max(1, round(rows[reader] * scale)) for reader in usable}
     plan = _plan(counts, memory_bytes)
     return {
-        reader: Layer(reader, plan[reader], reading.bias_of(reader), reader in reading.normalised) for reader in usable
+        reader: Layer(reader, plan[reader], reading.bias_of(reader), reader in reading.normalised, rows=counts[reader])
+        for reader in usable
     }
 
 
@@ -218,81 +222,47 @@ def _choose_ridges(
     batches: Sequence[Batch],
     typical: Edit,
     centred: Callable[[Layer], bool],
+    share: float,
 ) -> None:
-    """Choose each ridge by the error on samples that were held out, and then take these samples in, too."""
-    pairs, used = [list[tuple[Reader, int]]()], 0
-    most = max(JUDGED_BYTES, bytes_of(reads.model) // 2)
+    """Choose each ridge by the error on rows that were held out, spread over all of the samples."""
+    fitted = {}
     for reader, layer in layers.items():
-        if columns_kept(reader, reads.model, typical) is None:
-            continue
-        if layer.moments.sketch_rows is None or not layer.moments.finite:
-            continue
-        own = matrix_of(reads.model.get_parameter(reader.name), reader).nbytes
-        for i in range(len(RIDGES) + 1):
-            if pairs[-1] and used + own > most:
-                pairs.append([])
-                used = 0
-            pairs[-1].append((reader, i))
-            used += own
-    means = {reader: layers[reader].moments.mean for part in pairs for reader, _ in part if centred(layers[reader])}
-    errors: dict[Reader, dict[int, Tensor]] = defaultdict(dict)
-    for part in pairs:
-        lost = _lost(reads, layers, part, typical, centred)
-        judged: Counter[Reader] = Counter()
-
-        def see(
-            reader: Reader,
-            parts: Callable[[], Iterator[Tensor]],
-            lost: dict[Reader, dict[int, Tensor]] = lost,
-            judged: Counter[Reader] = judged,
-            last: bool = part is pairs[-1],
-        ) -> None:
-            if reader not in layers or not (last or reader in lost):
-                return
-            layer = layers[reader]
-            mean = means.get(reader)
-            for rows in parts():
-                if reader in lost and judged[reader] < _JUDGED:
-                    x = rows[: _JUDGED - judged[reader]]
-                    judged[reader] += len(x)
-                    x = x if mean is None else x - mean.to(x.dtype)
-                    for i, weight in lost[reader].items():
-                        each = (x.to(weight.dtype) @ weight.T).square().sum().double()
-                        errors[reader][i] = errors[reader].get(i, torch.zeros_like(each)) + each
-                if last:
-                    layer.moments.add(rows)
-
-        watch(reads.model, reads.structure, batches, reads.forward, see)
-    for reader, by_ridge in errors.items():
-        found = torch.stack([by_ridge[i] for i in range(len(RIDGES) + 1)])
-        best = int(found.argmin()) if found.isfinite().all() else len(RIDGES)
-        layers[reader].ridge = RIDGES[best] if best < len(RIDGES) else float("inf")
-
-
-def _lost(
-    reads: Reads,
-    layers: Mapping[Reader, Layer],
-    pairs: Sequence[tuple[Reader, int]],
-    typical: Edit,
-    centred: Callable[[Layer], bool],
-) -> dict[Reader, dict[int, Tensor]]:
-    """What to multiply inputs with for what a layer loses by pruning, with some ridges; the last stands for no fit."""
-    lost: dict[Reader, dict[int, Tensor]] = defaultdict(dict)
-    for reader, i in pairs:
-        lost[reader][i] = matrix_of(reads.model.get_parameter(reader.name).detach(), reader).clone()
-    for reader, by_ridge in lost.items():
         kept = columns_kept(reader, reads.model, typical)
-        assert kept is not None
-        weight = matrix_of(reads.model.get_parameter(reader.name).detach(), reader)
-        fits = [i for i in by_ridge if i < len(RIDGES)]
-        changes = Normal(layers[reader].moments, centred(layers[reader])).changes(
-            weight, kept, [RIDGES[i] for i in fits]
-        )
-        for i, change in zip(fits, changes, strict=True):
-            by_ridge[i][:, kept] = -change.to(weight.dtype)
-        if len(RIDGES) in by_ridge:
-            by_ridge[len(RIDGES)][:, kept] = 0
-    return lost
+        if kept is not None and layer.moments.sketch_rows is not None and layer.moments.finite:
+            fitted[reader] = kept
+    if not fitted:
+        return
+    width = 4 * sum(reader.columns for reader in fitted)
+    most = max(JUDGED_BYTES, bytes_of(reads.model) // 2) // width
+    judged = max(_FEWEST_JUDGED, min(_JUDGED, most))
+    samples = {reader: Sample(max(1.0, layers[reader].rows * share / judged)) for reader in fitted}
+
+    def see(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
+        if reader in samples:
+            for rows in parts():
+                samples[reader].add(rows)
+
+    watch(reads.model, reads.structure, batches, reads.forward, see)
+    for reader, kept in fitted.items():
+        layer, rows = layers[reader], samples.pop(reader).rows
+        if len(rows):
+            layer.ridge = _best_ridge(
+                layer, matrix_of(reads.model.get_parameter(reader.name), reader), kept, rows, centred
+            )
+
+
+def _best_ridge(layer: Layer, weight: Tensor, kept: Tensor, rows: Tensor, centred: Callable[[Layer], bool]) -> float:
+    """The ridge whose fit errs least on rows (n, columns); infinite where none is better than no fit."""
+    if centred(layer):
+        rows = rows - layer.moments.mean.to(rows.dtype)
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    gone[kept] = False
+    weight, stay = weight.detach().to(rows.dtype), rows[:, kept]
+    lost = rows[:, gone] @ weight[:, gone].T
+    fits = Normal(layer.moments, centred(layer)).changes(weight, kept, RIDGES)
+    errors = torch.stack([lost - stay @ fit.to(rows.dtype).T for fit in fits] + [lost]).double().square().sum((1, 2))
+    best = int(errors.argmin())
+    return RIDGES[best] if errors.isfinite().all() and best < len(RIDGES) else float("inf")
 
 
 def matrix_of(parameter: Tensor, reader: Reader) -> Tensor:

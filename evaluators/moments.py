@@ -13,6 +13,33 @@ PRECISE = 512
 _MIX = 2654435761  # Knuth's multiplicative hash: scatters row numbers, so that no stride meets the width of an image
 
 
+def scattered(numbers: Tensor, every: float) -> Tensor:
+    """Which of the rows of these numbers are taken, where about one of `every` is; bool, shape (n,)."""
+    return (numbers * _MIX) % 2**32 < 2**32 / every
+
+
+@dataclass
+class Sample:
+    """About one of `every` rows, however they are divided into chunks."""
+
+    every: float
+    _seen: int = 0
+    _parts: list[Tensor] = field(default_factory=list, repr=False)
+
+    def add(self, rows: Tensor) -> None:
+        """Take from rows, shape (n, columns)."""
+        numbers = self._seen + torch.arange(len(rows), dtype=torch.int64, device=rows.device)
+        self._seen += len(rows)
+        taken = rows[scattered(numbers, self.every)]
+        if len(taken):
+            self._parts.append(taken.to(torch.promote_types(taken.dtype, torch.float32)))
+
+    @property
+    def rows(self) -> Tensor:
+        """What was taken, at least in float32, shape (n, columns)."""
+        return torch.cat(self._parts) if self._parts else torch.zeros(0, 0)
+
+
 @dataclass
 class Moments:
     """Moments of rows that a weight multiplies, added up chunk by chunk; they do not depend on how rows are divided.
@@ -45,7 +72,7 @@ class Moments:
         numbers = self._seen + torch.arange(len(rows), dtype=torch.int64, device=rows.device)
         self._seen += len(rows)
         if self.every > 1:
-            chosen = (numbers * _MIX) % 2**32 < 2**32 / self.every
+            chosen = scattered(numbers, self.every)
             rows, numbers = rows[chosen], numbers[chosen]
         if not len(rows):
             return

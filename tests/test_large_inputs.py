@@ -19,7 +19,8 @@ from autoprune.costs import StructuralCosts
 from autoprune.evaluators import layers as layers_module
 from autoprune.evaluators import room
 from autoprune.evaluators.cuts import flow_of
-from autoprune.evaluators.layers import Reads, find_layers
+from autoprune.evaluators.layers import Layer, Reads, find_layers
+from autoprune.evaluators.moments import Sample
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
 from autoprune.structure.known_shapes import KnownShapes
@@ -246,28 +247,49 @@ class TestMemory:
         assert of(400) == 100 * 2**20
         assert of(100) == room.ROOM_BYTES - 400 * 2**20
 
-    def test_ridges_are_the_same_when_few_weights_are_judged_at_once(self, monkeypatch: pytest.MonkeyPatch):
+    def test_rows_that_judge_ridges_are_few_where_memory_is_and_spread_over_all_held_out_samples(
+        self, monkeypatch: pytest.MonkeyPatch
+    ):
         model = seeded_chain()
         structure = analyse(model, (torch.ones(2, 4),))
         draw = torch.Generator().manual_seed(1)
-        batches = [(torch.randn(32, 4, generator=draw), None) for _ in range(4)]
+        batches = [(torch.randn(1024, 4, generator=draw), None) for _ in range(4)]
         half = {group.name: tuple(range(0, group.size, 2)) for group in structure.groups}
         typical = structure.edit(Pruning(half))
         passes: list[int] = []
+        judged: list[int] = []
+        best_ridge = layers_module._best_ridge
 
         def forward(module: nn.Module, batch: Any) -> Any:
             passes.append(len(batch[0]))
             return module(batch[0])
 
-        def found() -> list[tuple[float, Tensor]]:
-            passes.clear()
-            layers = find_layers(Reads(model, structure, batches, forward), 2**20, None, typical, lambda _: True)
-            return [(layer.ridge, layer.moments.products(True)) for layer in layers]
+        def counting(layer: Layer, weight: Tensor, kept: Tensor, rows: Tensor, centred: Any) -> float:
+            judged.append(len(rows))
+            return best_ridge(layer, weight, kept, rows, centred)
 
-        at_once, usual = found(), len(passes)
+        monkeypatch.setattr(layers_module, "_best_ridge", counting)
+
+        def found() -> int:
+            passes.clear()
+            judged.clear()
+            find_layers(Reads(model, structure, batches, forward), 2**20, None, typical, lambda _: True)
+            return sum(passes)
+
+        usual = found()
+        assert usual == layers_module.COUNTED + 3 * 1024 + 2 * 1024  # judged, and then taken in
+        assert set(judged) == {1024}
         monkeypatch.setattr(layers_module, "JUDGED_BYTES", 1)
         monkeypatch.setattr(layers_module, "bytes_of", lambda _: 0)
-        one_by_one = found()
-        assert len(passes) == usual + 6 * len(at_once) - 1
-        assert [ridge for ridge, _ in one_by_one] == [ridge for ridge, _ in at_once]
-        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one_by_one, at_once, strict=True))
+        assert found() == usual
+        assert all(40 <= rows <= 90 for rows in judged), judged
+
+    def test_a_sample_does_not_depend_on_how_rows_are_divided_and_reaches_all_of_them(self):
+        rows = torch.arange(1000.0)[:, None]
+        whole, parts = Sample(10), Sample(10)
+        whole.add(rows)
+        for part in rows.split(7):
+            parts.add(part)
+        assert torch.equal(whole.rows, parts.rows)
+        assert 70 <= len(whole.rows) <= 130
+        assert all(int(((whole.rows >= low) & (whole.rows < low + 100)).sum()) >= 1 for low in range(0, 1000, 100))
