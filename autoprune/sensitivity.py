@@ -88,6 +88,7 @@ def output_changes(
     handles = [copied.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True) for name in read]
     generator = torch.Generator().manual_seed(seed)
     sums: dict[int, FloatArray] = defaultdict(lambda: np.zeros(1))
+    steps = [_steps(options) for _, options in removals]
     samples = draws = 0
     try:
         for part in _parts(batches, affordable(structure, FEWEST_SAMPLES, MOST_SAMPLES)):
@@ -97,10 +98,12 @@ def output_changes(
                 loss, drawn = sampled_loss(forward(copied, part), part, generator)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             samples, draws = samples + batch_size(part), draws + drawn
-            for i, (group, options) in enumerate(removals):
-                for (name, _), each in products.items():
-                    if name == group:
-                        sums[i] = sums[i] + _energies(each, options)
+            seen: dict[str, list[Tensor]] = defaultdict(list)
+            for (name, _), each in products.items():
+                seen[name].append(each)
+            for i, (group, _) in enumerate(removals):
+                for each in seen[group]:
+                    sums[i] = sums[i] + _energies(each, steps[i])
             products.clear()
     finally:
         for handle in handles:
@@ -109,17 +112,25 @@ def output_changes(
     return [each if each is not None and np.isfinite(each).all() else None for each in found]
 
 
-def _energies(products: Tensor, options: Sequence[IntArray]) -> FloatArray:
-    """Sum over rows (n, units) of the squared sum over the units of each option, shape (options,)."""
-    total, seen, energies = products.new_zeros(len(products)), np.zeros(0, dtype=np.int64), []
+def _steps(options: Sequence[IntArray]) -> list[tuple[bool, Tensor]]:
+    """For each option whether it has all units of the one before, and the units that it has besides."""
+    steps, seen = [], np.zeros(0, dtype=np.int64)
     for units in options:
-        if not np.isin(seen, units).all():
-            total, seen = torch.zeros_like(total), seen[:0]
-        new = np.setdiff1d(units, seen)
-        total = total + products[:, torch.from_numpy(new).to(products.device)].sum(1)
-        energies.append(float(total.double().square().sum()))
+        more = bool(np.isin(seen, units).all())
+        steps.append((more, torch.from_numpy(np.setdiff1d(units, seen) if more else np.unique(units))))
         seen = units
-    return np.array(energies)
+    return steps
+
+
+def _energies(products: Tensor, steps: Sequence[tuple[bool, Tensor]]) -> FloatArray:
+    """Sum over rows (n, units) of the squared sum over the units of each option, shape (options,)."""
+    total, sums = products.new_zeros(len(products)), []
+    for more, units in steps:
+        new = products[:, units.to(products.device)].sum(1)
+        total = total + new if more else new
+        sums.append(total)
+    energies: FloatArray = torch.stack(sums).double().square().sum(1).cpu().numpy()
+    return energies
 
 
 def _parts(batches: Sequence[Batch], samples: int) -> list[Batch]:

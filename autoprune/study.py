@@ -19,6 +19,7 @@ from autoprune.arguments import is_number, said, shown, whole_number, why_no_fun
 from autoprune.budget import ALIASES, THROUGHPUT, Budget
 from autoprune.checking import Choice, check, ranking, unchecked
 from autoprune.costs import CostFunction, Latency, make_costs
+from autoprune.costs.changes import Changes, LimitedCosts
 from autoprune.costs.memory.peak import PeakMemory, measure_memory
 from autoprune.costs.operations.allocations import MEASURABLE
 from autoprune.costs.profiling.profile import profile_structure, with_batch
@@ -35,10 +36,11 @@ from autoprune.mapped import own_copy
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.prior import PRIORS, expected_losses
-from autoprune.protocols import FloatArray, IntArray, Measurement, SearchSpace
+from autoprune.protocols import IntArray, Measurement, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, meets
 from autoprune.search_spaces import Channels, Settings, make_space, why_no_less
+from autoprune.search_spaces.channels import ChannelSpace
 from autoprune.sources import seeded
 from autoprune.stopping import Deadline, planned
 from autoprune.structure.analysis import analyse, require_supported
@@ -178,7 +180,7 @@ def prepare(
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     limits = limits or _cost_to_minimise(bound, named, not structure.terms.uncounted)
     minimise = bool(wanted.score_limits)
-    lay_out = partial(_problem, bound, named, start=starts, minimise=minimise)
+    lay_out = partial(_problem, structure, bound, named, start=starts, minimise=minimise)
     try:
         problem = _within_upper(lay_out, limits, None if minimise else source)
     except InfeasibleBudgetError as error:
@@ -487,6 +489,7 @@ def _dense(space: SearchSpace) -> IntArray:
 
 
 def _problem(
+    structure: Structure,
     space: SearchSpace,
     costs: Mapping[str, CostFunction],
     limits: Mapping[str, float],
@@ -495,15 +498,11 @@ def _problem(
 ) -> Problem:
     """Lay out the problem; to minimise the cost, the whole of what can be reached is of interest."""
     names = tuple(limits)
-
-    def limited(candidates: IntArray) -> FloatArray:
-        return np.column_stack([costs[name](candidates) for name in names])
-
     problem = Problem(
         sizes=space.sizes,
         cost_names=names,
         limits=np.array([limits[name] for name in names]),
-        cost_function=limited,
+        cost_function=LimitedCosts(costs, names, _changes(structure, space, names)),
         ordered=np.array([dimension.ordered for dimension in space.dimensions]),
         canonical=space.canonical,
     )
@@ -514,6 +513,14 @@ def _problem(
     given = [candidate for item in start for candidate in candidates_of(item, space)]
     seeds = [np.array(given, dtype=np.int64).reshape(-1, len(space.sizes)), uniform_seeds(problem, fractions)]
     return replace(problem, seeds=np.concatenate(seeds))
+
+
+def _changes(structure: Structure, space: SearchSpace, names: tuple[str, ...]) -> Changes | None:
+    """What knows what single changes add to the limited costs; None where costs or space are of another kind."""
+    if not (isinstance(space, ChannelSpace) and set(names) <= set(Changes.SUMS)):
+        return None
+    changes = Changes(structure, names, *space.choices)
+    return changes if changes.exact else None
 
 
 def _starts(start: Start | Sequence[Start]) -> list[Start]:

@@ -215,6 +215,11 @@ class ChannelSpace:
         out[:, self._columns] = kept
         return out
 
+    @property
+    def choices(self) -> tuple[IntArray, FloatArray]:
+        """Position in `groups` of each dimension's group, (d,), and units kept by each option, padded, (d, most)."""
+        return self._columns, self._table.reshape(len(self.dimensions), -1)
+
     def zeroed(self, candidates: IntArray) -> FloatArray:
         """None: units go as a whole."""
         return np.zeros(len(candidates))

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.optimizers.archive import Archive
+from autoprune.optimizers.position import position_of
 from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.random import draw, fill_up, move_to_costs
 from autoprune.protocols import Evaluations, FloatArray, IntArray
@@ -152,11 +153,14 @@ def _pay(problem: Problem, children: IntArray, raised: NDArray[np.bool_], order:
     """Lower dimensions that were not raised, in order (n, d), in place, each as far as it takes to meet the limits."""
     rows, last = np.arange(len(children)), problem.sizes - 1
     over = ~problem.feasible(children, limits)
+    position = position_of(problem, children)
     for dim in order.T:
         able = problem.ordered[dim] & ~raised[rows, dim]
         while (move := np.flatnonzero(over & able & (children[rows, dim] < last[dim]))).size:
-            children[move, dim[move]] += 1
-            over[move] = ~problem.feasible(children[move], limits[move])
+            lower = children[move, dim[move]] + 1
+            over[move] = (position.after(move, dim[move], lower) > limits[move]).any(axis=1)
+            position.move(move, dim[move], lower)
+            children[move, dim[move]] = lower
 
 
 def _steps(last: IntArray, rng: np.random.Generator) -> IntArray:

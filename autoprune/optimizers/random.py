@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.optimizers.archive import Archive
+from autoprune.optimizers.position import position_of
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import Evaluations, FloatArray, IntArray
 
@@ -107,15 +108,14 @@ def fill_up(
     Returns:
         Canonical candidates within their limits, shape (n, d).
     """
-    filled, rows = candidates.copy(), np.arange(len(candidates))
+    position, rows = position_of(problem, candidates), np.arange(len(candidates))
+    filled = position.candidates
     order = rng.random(filled.shape) - (0 if first is None else first)
     for dim in np.argsort(order, axis=1).T:
         active = np.flatnonzero(problem.ordered[dim] & (filled[rows, dim] > 0))
         while active.size:
-            raised = filled[active]
-            raised[np.arange(len(active)), dim[active]] -= 1
-            met = problem.feasible(raised, limits[active])
-            active = active[met]
-            filled[active] = raised[met]
+            costs = position.after(active, dim[active], filled[active, dim[active]] - 1)
+            active = active[(costs <= limits[active]).all(axis=1)]
+            position.move(active, dim[active], filled[active, dim[active]] - 1)
             active = active[filled[active, dim[active]] > 0]
     return np.array(problem.canonical(filled))

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.costs.changes import Counted
 from autoprune.errors import InfeasibleBudgetError
+from autoprune.optimizers.position import counted, position_of
 from autoprune.protocols import FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ ENUMERABLE = 2**14
 _GRID = 16  # points on the way that are tried one by one, because a cost may fall and rise again
 _HALVINGS = 8  # then the first step that succeeded is halved this often
 _SWEEPS = 50
-_ENTRIES_AT_ONCE = 2**22  # bounds the memory of one cost call to tens of megabytes
 
 
 def find_cheapest(problem: Problem, limits: FloatArray) -> IntArray:
@@ -88,14 +89,15 @@ def _said(name: str, value: float) -> str:
 
 def _descend(problem: Problem, starts: IntArray, weights: FloatArray) -> IntArray:
     """Improve starts (s, d) one dimension at a time, by the largest weighted cost, then by their sum."""
-    current = starts.copy()
+    position = position_of(problem, starts)
+    current, rows = position.candidates, np.arange(len(starts))
     for _ in range(_SWEEPS):
         before = current.copy()
         for j, size in enumerate(problem.sizes.tolist()):
-            options = np.repeat(current, size, axis=0)
-            options[:, j] = np.tile(np.arange(size), len(current))
-            weighted = (problem.costs(options) * weights).reshape(len(current), size, -1)
-            current[:, j] = np.lexsort((weighted.sum(axis=2), weighted.max(axis=2)), axis=-1)[:, 0]
+            row, option = np.repeat(rows, size), np.tile(np.arange(size), len(rows))
+            weighted = (position.after(row, np.full(len(row), j), option) * weights).reshape(len(rows), size, -1)
+            best = np.lexsort((weighted.sum(axis=2), weighted.max(axis=2)), axis=-1)[:, 0]
+            position.move(rows, np.full(len(rows), j), best)
         if np.array_equal(current, before):
             break
     return current
@@ -156,6 +158,10 @@ def _steps_back(problem: Problem, moved: IntArray, home: IntArray, limits: Float
     An entry whose step broke a limit is not tried again, which is right for monotone costs; for the others
     `_jumps_back` looks again at everything.
     """
+    position = counted(problem, moved[rows])
+    if position is not None:
+        moved[rows] = _counted_steps_back(problem, position, home[rows], limits[rows])
+        return
     alive = np.zeros(moved.shape, dtype=np.bool_)
     alive[rows] = moved[rows] != home[rows]
     while alive.any():
@@ -168,6 +174,27 @@ def _steps_back(problem: Problem, moved: IntArray, home: IntArray, limits: Float
         chosen = _best_of_each_row(row, distance, met)
         moved[row[chosen], dim[chosen]] = value[chosen]
         alive &= moved != home
+
+
+def _counted_steps_back(problem: Problem, position: Counted, home: IntArray, limits: FloatArray) -> IntArray:
+    """Take the same steps, and after each look again only at those that it bears on; shape (n, d)."""
+    moved, room = position.candidates, position.room(limits)
+    alive = moved != home
+    change = np.zeros((*moved.shape, room.shape[1]))
+    row, dim = np.nonzero(alive)
+    while True:
+        change[row, dim] = position.change(row, dim, moved[row, dim] + np.sign(home[row, dim] - moved[row, dim]))
+        alive &= (change <= room[:, None]).all(axis=2)
+        if not alive.any():
+            return moved
+        distance = np.where(alive, np.abs(home - moved) / np.maximum(problem.sizes - 1, 1), 0.0)
+        row = np.flatnonzero(alive.any(axis=1))
+        dim = distance[row].argmax(axis=1)
+        room[row] -= change[row, dim]
+        position.move(row, dim, moved[row, dim] + np.sign(home[row, dim] - moved[row, dim]))
+        alive[row, dim] = moved[row, dim] != home[row, dim]
+        row, dim = position.coupled(row, dim)
+        row, dim = row[alive[row, dim]], dim[alive[row, dim]]
 
 
 def _jumps_back(problem: Problem, moved: IntArray, home: IntArray, limits: FloatArray, rows: IntArray) -> IntArray:
@@ -190,13 +217,8 @@ def _changed_feasible(
     problem: Problem, moved: IntArray, row: IntArray, dim: IntArray, value: IntArray, limits: FloatArray
 ) -> NDArray[np.bool_]:
     """Whether each candidate ``moved[row]`` stays within its limits with entry `dim` set to `value`; shape (m,)."""
-    met = np.zeros(len(row), dtype=np.bool_)
-    chunk = max(1, _ENTRIES_AT_ONCE // moved.shape[1])
-    for start in range(0, len(row), chunk):
-        part = slice(start, start + chunk)
-        changed = moved[row[part]]
-        changed[np.arange(len(changed)), dim[part]] = value[part]
-        met[part] = problem.feasible(changed, limits[row[part]])
+    within = position_of(problem, moved).after(row, dim, value) <= limits[row]
+    met: NDArray[np.bool_] = np.all(within, axis=1)
     return met
 
 

@@ -9,6 +9,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.optimizers.position import position_of
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import OK, Evaluations, FloatArray, IntArray
 
@@ -104,9 +105,9 @@ def cost_shares(problem: Problem) -> FloatArray:
     """The largest part of any limit that changing each dimension alone can save, not negative, shape (d,)."""
     dims = np.repeat(np.arange(len(problem.sizes)), problem.sizes)
     starts = np.cumsum(problem.sizes) - problem.sizes
-    singles = np.zeros((len(dims), len(problem.sizes)), dtype=np.int64)
-    singles[np.arange(len(dims)), dims] = np.arange(len(dims)) - starts[dims]
-    saved = ((problem.costs(singles[:1]) - problem.costs(singles)) / problem.limits).max(axis=1)
+    dense = position_of(problem, np.zeros((1, len(problem.sizes)), dtype=np.int64))
+    costs = dense.after(np.zeros_like(dims), dims, np.arange(len(dims)) - starts[dims])
+    saved = ((costs[:1] - costs) / problem.limits).max(axis=1)
     shares: FloatArray = np.maximum.reduceat(saved, starts)
     return shares
 

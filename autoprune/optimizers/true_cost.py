@@ -8,7 +8,9 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.costs.changes import Counted
 from autoprune.optimizers.multiple_choice import Objective
+from autoprune.optimizers.position import counted
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import FloatArray, IntArray
 
@@ -80,6 +82,9 @@ class Moves:
         To raise is to take any lower index of an ordered dimension, whatever the table says of it, or an option of
         lower loss of one without an order.
         """
+        position = counted(self._problem, candidates)
+        if position is not None:
+            return self._fill_counted(position, limits)
         filled, rows = candidates.copy(), np.arange(len(candidates))
         for _ in range(2 * len(self.dims)):
             ordered = self._problem.ordered[self.dims]
@@ -97,6 +102,41 @@ class Moves:
             filled[rows, self.dims[best]] = self.options[best]
             filled[rows] = self._problem.canonical(filled[rows])
         return filled
+
+    def _fill_counted(self, position: Counted, limits: FloatArray) -> IntArray:
+        """Do what `fill` does, and after each move look again only at those that it bears on."""
+        filled, room = position.candidates, position.room(limits)
+        for i in range(len(filled)):
+            row, left = np.full(len(self.dims), i), room[i]
+            gain = self._gains(filled[i], self.dims, self.options)
+            change = position.change(row, self.dims, self.options)
+            for _ in range(2 * len(self.dims)):
+                priority = np.where((change <= left).all(axis=1), gain, -np.inf)
+                best = int(priority.argmax())
+                if priority[best] == -np.inf:
+                    break
+                left -= change[best]
+                dim = self.dims[best : best + 1]
+                position.move(row[:1], dim, self.options[best : best + 1])
+                _, dims = position.coupled(row[:1], dim)
+                moves = self._moves_of(dims)
+                change[moves] = position.change(row[: len(moves)], self.dims[moves], self.options[moves])
+                own = self._moves_of(dim)
+                gain[own] = self._gains(filled[i], self.dims[own], self.options[own])
+        return filled
+
+    def _gains(self, candidate: IntArray, dims: IntArray, options: IntArray) -> FloatArray:
+        """What moves of a candidate (d,) lower its loss by; minus infinity for those that `fill` does not make."""
+        now = candidate[dims]
+        gain = self._losses[self._starts[dims] + now] - self._losses[self._starts[dims] + options]
+        allowed = np.where(self._problem.ordered[dims], options < now, gain > self._tiny)
+        return np.where(allowed, gain, -np.inf)
+
+    def _moves_of(self, dims: IntArray) -> IntArray:
+        """Positions of all moves in some dimensions."""
+        count = self._problem.sizes[dims]
+        moves: IntArray = np.arange(count.sum()) + np.repeat(self._starts[dims] - (np.cumsum(count) - count), count)
+        return moves
 
     def exchange(self, candidates: IntArray, limits: FloatArray) -> IntArray:
         """Raise one dimension and lower another where that lowers the loss within the limits; then fill.
@@ -123,6 +163,12 @@ class Moves:
 
     def _after(self, candidates: IntArray, row: IntArray, move: IntArray) -> tuple[FloatArray, FloatArray]:
         """True costs and steering loss of candidate ``row[i]`` after move ``move[i]``, shapes (k, c) and (k,)."""
+        position = counted(self._problem, candidates)
+        if position is not None:
+            dims, options = self.dims[move], self.options[move]
+            now = self._losses[self._starts[dims] + candidates[row, dims]]
+            steered = self._steer(candidates)[row] + (self._losses[move] - now)
+            return position.after(row, dims, options), steered
         costs, losses = np.empty((len(row), len(self._problem.limits))), np.empty(len(row))
         chunk = max(1, _ENTRIES_AT_ONCE // candidates.shape[1])
         for start in range(0, len(row), chunk):

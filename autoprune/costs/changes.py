@@ -1,0 +1,184 @@
+"""What single changes of candidates add to their costs: exact, and far faster than to count everything again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import numpy as np
+
+from autoprune.costs.structural import CostFunction, product_values
+from autoprune.protocols import FloatArray, IntArray
+from autoprune.structure.structure import Structure
+from autoprune.structure.terms import Products
+
+_EXACT = 2.0**53  # sums of integers below it have no rounding, in whatever order they are added up
+_AT_ONCE = 2**17  # products that are looked at together: what fits the cache
+
+
+@final
+class LimitedCosts:
+    """The costs that a budget limits, as one function of candidates.
+
+    Args:
+        costs: Each cost by its name.
+        names: Those that are limited.
+        changes: Knows what single changes add to all of these; None where nobody does.
+    """
+
+    def __init__(self, costs: Mapping[str, CostFunction], names: Sequence[str], changes: Changes | None = None) -> None:
+        self._costs = [costs[name] for name in names]
+        self._changes = changes
+
+    def __call__(self, candidates: IntArray) -> FloatArray:
+        """Costs of candidates (n, d), shape (n, c)."""
+        return np.column_stack([cost(candidates) for cost in self._costs])
+
+    def at(self, candidates: IntArray) -> Counted | None:
+        """Candidates (n, d) to be changed one entry at a time, with the same costs bit for bit; None if not known."""
+        return None if self._changes is None else self._changes.at(candidates)
+
+
+@final
+class Changes:
+    """Sums of products of sizes, with the products that each dimension has a part in.
+
+    Args:
+        structure: A traced model.
+        names: Costs, each of `SUMS`.
+        groups: Position in ``structure.groups`` of the one that each dimension chooses the width of, shape (d,).
+        widths: Units kept by each option of each dimension, padded, shape (d, most options).
+
+    Attributes:
+        exact: Whether all sums are exact: products of integers, below 2**53.
+    """
+
+    SUMS = ("flops", "params", "nonzero_params")
+    """The costs that are such sums, where nothing but whole units is removed."""
+
+    def __init__(self, structure: Structure, names: Sequence[str], groups: IntArray, widths: FloatArray) -> None:
+        from scipy.sparse import csr_array
+
+        terms = structure.terms
+        sums = [terms.macs if name == "flops" else terms.params for name in names]
+        self.divisors = np.array([terms.batch if name == "flops" else 1 for name in names], dtype=np.float64)
+        self.widths = widths
+        self.costs = np.repeat(np.arange(len(sums)), [len(each.coefficients) for each in sums])
+        self.products = _joined(sums)
+        shares = terms.sizes[:, 1:].astype(np.float64)
+        self.shares = np.ascontiguousarray(shares[:, groups].T)
+        dense = np.array([group.size for group in structure.groups], dtype=np.float64)
+        dense[groups] = 0.0
+        self.fixed = terms.sizes[:, 0] + shares @ dense
+
+        count, factors = self.products.factors.shape
+        reads = csr_array(
+            (np.ones(count * factors), (np.repeat(np.arange(count), factors), self.products.factors.ravel())),
+            shape=(count, len(terms.sizes)),
+        )
+        parts = csr_array(reads @ csr_array(self.shares.T != 0).astype(np.float64))
+        self.parts = csr_array(parts.T)  # dimensions x products
+        self.coupled = csr_array(self.parts @ parts)  # dimensions x dimensions
+        largest = self.at(np.zeros((1, len(groups)), dtype=np.int64)).totals
+        whole = (self.products.coefficients == np.rint(self.products.coefficients)).all()
+        self.exact = bool(whole and (largest < _EXACT).all())
+
+    def at(self, candidates: IntArray) -> Counted:
+        """Candidates (n, d) with all that is needed to change them one entry at a time."""
+        return Counted(self, candidates)
+
+
+@final
+class Counted:
+    """Candidates that are changed one entry at a time, with their exact costs.
+
+    Args:
+        changes: What knows the products.
+        candidates: Shape (n, d); copied.
+
+    Attributes:
+        candidates: Where they stand, shape (n, d).
+        totals: Their costs times `Changes.divisors`, integers, shape (n, c).
+    """
+
+    def __init__(self, changes: Changes, candidates: IntArray) -> None:
+        self._changes = changes
+        self.candidates = candidates.copy()
+        widths = changes.widths[np.arange(candidates.shape[1]), candidates]
+        self._sizes: FloatArray = changes.fixed + widths @ changes.shares
+        values = product_values(changes.products, self._sizes)
+        self.totals: FloatArray = np.stack(
+            [values[:, changes.costs == cost].sum(axis=1) for cost in range(len(changes.divisors))], axis=1
+        )
+
+    def room(self, limits: FloatArray) -> FloatArray:
+        """The largest `change` of each candidate that meets limits (n, c), shape (n, c)."""
+        divisors = self._changes.divisors
+        most = np.floor(np.minimum(limits * divisors, _EXACT))
+        # The product is rounded, and so may be one too many or too few for the quotient that costs are.
+        most += (most + 1) / divisors <= limits
+        most -= most / divisors > limits
+        room: FloatArray = most - self.totals
+        return room
+
+    def change(self, row: IntArray, dim: IntArray, option: IntArray) -> FloatArray:
+        """What `totals` of candidate ``row[i]`` grow by with entry ``dim[i]`` at ``option[i]``, shape (k, c)."""
+        changes = self._changes
+        step = changes.widths[dim, option] - changes.widths[dim, self.candidates[row, dim]]
+        starts, ends = changes.parts.indptr[dim], changes.parts.indptr[dim + 1]
+        until = np.cumsum(ends - starts)
+        out = np.empty((len(row), len(changes.divisors)))
+        first = 0
+        while first < len(row):
+            before = int(until[first - 1]) if first else 0
+            last = max(int(np.searchsorted(until, before + _AT_ONCE)), first + 1)
+            part = slice(first, last)
+            out[part] = self._changed(row[part], dim[part], step[part], starts[part], ends[part])
+            first = last
+        return out
+
+    def _changed(self, row: IntArray, dim: IntArray, step: FloatArray, starts: IntArray, ends: IntArray) -> FloatArray:
+        """`change` of a part that fits the cache, for changes of widths by `step`."""
+        changes = self._changes
+        count = ends - starts
+        of = np.repeat(np.arange(len(row)), count)
+        at = np.arange(len(of)) + np.repeat(starts - (np.cumsum(count) - count), count)
+        product = changes.parts.indices[at]
+        old = changes.products.coefficients[product]
+        new = old.copy()
+        for factor in changes.products.factors.T:
+            size = factor[product]
+            now = self._sizes[row[of], size]
+            old *= now
+            new *= now + changes.shares[dim[of], size] * step[of]
+        kinds = len(changes.divisors)
+        cell = of * kinds + changes.costs[product]
+        sums: FloatArray = np.bincount(cell, weights=new - old, minlength=len(row) * kinds).astype(np.float64)
+        return sums.reshape(len(row), kinds)
+
+    def after(self, row: IntArray, dim: IntArray, option: IntArray) -> FloatArray:
+        """Costs of candidate ``row[i]`` with entry ``dim[i]`` at ``option[i]``, shape (k, c)."""
+        costs: FloatArray = (self.totals[row] + self.change(row, dim, option)) / self._changes.divisors
+        return costs
+
+    def move(self, row: IntArray, dim: IntArray, option: IntArray) -> None:
+        """Make such changes, at most one in each candidate."""
+        changes = self._changes
+        step = changes.widths[dim, option] - changes.widths[dim, self.candidates[row, dim]]
+        self.totals[row] += self.change(row, dim, option)
+        self._sizes[row] += changes.shares[dim] * step[:, None]
+        self.candidates[row, dim] = option
+
+    def coupled(self, row: IntArray, dim: IntArray) -> tuple[IntArray, IntArray]:
+        """Rows and dimensions where `change` may be another once entry ``dim[i]`` of candidate ``row[i]`` moved."""
+        graph = self._changes.coupled
+        count = graph.indptr[dim + 1] - graph.indptr[dim]
+        at = np.arange(count.sum()) + np.repeat(graph.indptr[dim] - (np.cumsum(count) - count), count)
+        return np.repeat(row, count), graph.indices[at].astype(np.int64)
+
+
+def _joined(sums: Sequence[Products]) -> Products:
+    """Products of several sums, one after the other, padded with the constant 1."""
+    most = max(each.factors.shape[1] for each in sums)
+    factors = [np.pad(each.factors, ((0, 0), (0, most - each.factors.shape[1]))) for each in sums]
+    return Products(np.concatenate([each.coefficients for each in sums]), np.concatenate(factors))

@@ -1,0 +1,58 @@
+"""Candidates that are changed one entry at a time, under their true costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from autoprune.costs.changes import Counted, LimitedCosts
+from autoprune.protocols import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from autoprune.optimizers.problem import Problem
+
+_ENTRIES_AT_ONCE = 2**18  # of one cost call: bounds its memory to a few megabytes, which also stay in the cache
+
+
+def position_of(problem: Problem, candidates: IntArray) -> Counted | Recounted:
+    """Candidates (n, d) to be changed one entry at a time, in the fastest way that the costs allow."""
+    return counted(problem, candidates) or Recounted(problem, candidates)
+
+
+def counted(problem: Problem, candidates: IntArray) -> Counted | None:
+    """The same where costs know what single changes add to them, else None."""
+    costs = problem.cost_function
+    return costs.at(candidates) if isinstance(costs, LimitedCosts) else None
+
+
+@final
+class Recounted:
+    """A position whose costs are counted from scratch: right for any cost.
+
+    Args:
+        problem: Its costs, and what is canonical.
+        candidates: Shape (n, d); copied.
+
+    Attributes:
+        candidates: Where they stand, shape (n, d).
+    """
+
+    def __init__(self, problem: Problem, candidates: IntArray) -> None:
+        self._problem = problem
+        self.candidates = candidates.copy()
+
+    def after(self, row: IntArray, dim: IntArray, option: IntArray) -> FloatArray:
+        """Costs of candidate ``row[i]`` with entry ``dim[i]`` at ``option[i]``, shape (k, c)."""
+        costs = np.empty((len(row), len(self._problem.limits)))
+        chunk = max(1, _ENTRIES_AT_ONCE // self.candidates.shape[1])
+        for start in range(0, len(row), chunk):
+            part = slice(start, start + chunk)
+            changed = self.candidates[row[part]]
+            changed[np.arange(len(changed)), dim[part]] = option[part]
+            costs[part] = self._problem.costs(changed)
+        return costs
+
+    def move(self, row: IntArray, dim: IntArray, option: IntArray) -> None:
+        """Make such changes, at most one in each candidate."""
+        self.candidates[row, dim] = option
