@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,23 +130,25 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
 
 
 def numbers(values: Any) -> list[float]:
-    """The finite real numbers in a list, a tuple or an array; empty where there is anything else."""
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    """The finite real numbers in a list, a tuple or an array; empty where there is anything else, as in a generator."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Collection):
         return []
     found = list(values)
     return found if all(map(is_number, found)) else []
 
 
-def patterns(name: str, values: Any) -> None:
-    """Refuse what is no list of names or globs.
+def patterns(name: str, values: Any) -> tuple[str, ...]:
+    """Names or globs.
 
     Raises:
-        ValueError: If it is text, holds anything else than text, or is no list.
+        ValueError: If it is text, holds anything else than text, or is no list, such as a generator, which can be read
+            but once.
     """
     if isinstance(values, str):
         raise ValueError(f"{name} must be a list of names or globs, got the string {shown(values)}")
-    if not isinstance(values, Iterable) or not all(isinstance(value, str) for value in values):
+    if not isinstance(values, Collection) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"{name} must be a list of names or globs, got {shown(values)}")
+    return tuple(values)
 
 
 def number(name: str, value: Any, least: float, rule: str) -> float:
@@ -179,16 +182,17 @@ def why_no_function(value: Any, arguments: int, classes: bool = False) -> str:
 
 @contextmanager
 def naming(rule: str) -> Iterator[None]:
-    """Say of what a user's function raises inside which argument it was; what names it already goes on as it is.
+    """Say of what a user's function raises inside which argument it was; what autoprune itself raises goes on as it is.
 
     Raises:
         ValueError: Says the `rule`, such as ``"criterion must score group '0'"``.
     """
     try:
         yield
-    except (ValueError, TypeError, OSError):
-        raise
     except Exception as error:  # whatever the user's code raises
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == "autoprune":
+            raise
         raise ValueError(f"{rule}, but raised {said(error)}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from autoprune.protocols import OK
 from autoprune.result.trials import Trial
 from autoprune.scorers import main_output
 from autoprune.sources import seeded
+from autoprune.stopping import Deadline
 from autoprune.structure.slicing import Edit, Slicer
 from autoprune.study import Study
 
@@ -20,19 +22,26 @@ log = logging.getLogger(__name__)
 
 
 @seeded(0)  # a model may draw noise
-def note_of_no_better(study: Study, found: Sequence[Trial], dense: Trial) -> tuple[str, ...]:
+def note_of_no_better(study: Study, found: Sequence[Trial], dense: Trial, deadline: Deadline) -> tuple[str, ...]:
     """Say where only the dense model scores better than its own mean output for every sample, and no network found.
 
-    Costs one pass of the dense model over the validation samples.
+    Costs one pass of the dense model over the validation samples, for which there has to be time.
     """
+    if deadline.passed:
+        return ()
     judge = study.context.judge
     scores = [trial.score for trial in found if trial.status == OK and trial.feasible]
     if not scores:
         return ()
     try:
         constant = score_of_constant(study)
+    except KeyboardInterrupt:
+        log.warning("interrupted; the front was not compared with a constant output")
+        return ()
     except Exception as error:  # a user's metric may need more of the outputs than one tensor
         log.debug("no score of a constant output: %s", error)
+        return ()
+    if not math.isfinite(constant):  # such as a correlation, which a constant has not
         return ()
     best = max(scores) if judge.higher_is_better else min(scores)
     sign = 1 if judge.higher_is_better else -1
@@ -54,10 +63,12 @@ def score_of_constant(study: Study) -> float:
     def run(batch: Batch) -> Any:
         return context.forward(model, batch)
 
+    total, rows = torch.zeros(()), 0
     with torch.no_grad():
-        outputs = [main_output(run(batch)) for batch in batches]
-    total = torch.stack([output.double().sum(0) for output in outputs]).sum(0)
-    mean = (total / sum(len(output) for output in outputs)).to(outputs[0].dtype)
+        for batch in batches:
+            output = main_output(run(batch))
+            total, rows = total + output.double().sum(0), rows + len(output)
+    mean = (total / rows).to(output.dtype)
 
     def constant(batch: Batch) -> Any:
         return mean.expand(batch_size(batch), *mean.shape)

@@ -175,8 +175,8 @@ def require_classes(loss: Callable[..., Any], outputs: Any, batches: Sequence[Ba
     Raises:
         DataError: Names the first one.
     """
-    settings = loss.keywords if isinstance(loss, partial) else vars(loss) if isinstance(loss, nn.Module) else {}
     inner = loss.func if isinstance(loss, partial) else loss
+    settings = vars(inner) if isinstance(inner, nn.Module) else loss.keywords if isinstance(loss, partial) else {}
     output = main_output(outputs)
     if output.ndim < 2 or not (isinstance(inner, _OF_CLASSES) or inner in (F.cross_entropy, F.nll_loss)):
         return

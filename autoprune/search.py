@@ -243,7 +243,7 @@ def search(
     explained = (*in_spite, *journal.notes, *([why] if why else []), *told)
     explained = (
         *verified,
-        *note_of_no_better(study, found, dense),
+        *note_of_no_better(study, found, dense, deadline),
         *note_of_racing(settings, study, found),
         *explained,
     )

@@ -66,6 +66,7 @@ class Channels:
             options = numbers(self.options)
             if not (options and options == sorted(set(options), reverse=True) and options[0] == 1 and options[-1] > 0):
                 raise ValueError(f"options must be fractions falling from 1.0 to above 0, got {shown(self.options)}")
+            object.__setattr__(self, "options", tuple(options))
         if not isinstance(self.bounds, Mapping):
             raise ValueError(
                 f"bounds must be (least, most) by name or glob, such as {{'layer1.*': (0.5, 1.0)}}, got "
@@ -80,7 +81,7 @@ class Channels:
         patterns("bounds", self.bounds)
         if not isinstance(self.edges, Mapping):
             raise ValueError(f"edges must be widths by the name of the group, got {shown(self.edges)}")
-        patterns("ignore", self.ignore)
+        object.__setattr__(self, "ignore", patterns("ignore", self.ignore))
         named = isinstance(self.criterion, str)
         known = named and self.criterion in (*CRITERIA, "auto")
         if not known and (why := f"got {shown(self.criterion)}" if named else why_no_function(self.criterion, 1)):

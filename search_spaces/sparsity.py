@@ -46,7 +46,8 @@ class Sparsity:
         levels = numbers(self.levels)
         if not (levels and levels == sorted(set(levels)) and levels[0] == 0 and levels[-1] < 1):
             raise ValueError(f"levels must be fractions rising from 0 to below 1, got {shown(self.levels)}")
-        patterns("ignore", self.ignore)
+        object.__setattr__(self, "levels", tuple(levels))
+        object.__setattr__(self, "ignore", patterns("ignore", self.ignore))
 
     def bind(self, structure: Structure, order: Mapping[str, Sequence[int]] | None = None) -> SparsitySpace:
         """Lay the space out for a model.

@@ -155,6 +155,8 @@ class TestWhatIsRefused:
             ({"bounds": {"head": (0.5, 0.2)}}, r"bounds\['head'\] must be \(least, most\) .* got \(0.5, 0.2\)"),
             ({"bounds": {"head": (0.0, 1.0)}}, r"0 < least"),
             ({"bounds": {"head": (0.5,)}}, r"must be \(least, most\)"),
+            ({"ignore": (name for name in ["head"])}, "ignore must be a list of names or globs, got <generator"),
+            ({"options": (x for x in (1.0, 0.5))}, "falling from 1.0 to above 0, got <generator"),
             ({"ignore": "head"}, "ignore must be a list of names or globs, got the string 'head'"),
         ],
     )

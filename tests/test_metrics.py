@@ -50,6 +50,15 @@ def whole(subsets, i):
     return torch.cat([batch[i] for batch in subsets.validation])
 
 
+@pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, KeyError])
+def test_whatever_a_metric_raises_it_is_named(kind):
+    def failing(outputs, batch):
+        raise kind("no such thing")
+
+    with pytest.raises(ValueError, match=f"metric 'failing' must score the outputs .* but raised {kind.__name__}"):
+        resolve_metric(Metric(failing, higher_is_better=True), LABELLED, DENSE)
+
+
 class TestAuto:
     def test_class_labels_give_accuracy(self):
         judge = resolve_metric("auto", LABELLED, DENSE)

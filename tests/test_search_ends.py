@@ -30,6 +30,22 @@ class TestNoBetterThanAConstant:
         result = quick(digits_model, "flops <= 60%", data, trials=2)
         assert not any("constant output" in note for note in result.notes)
 
+    def test_a_constant_that_has_no_score_is_not_spoken_of(self, mlp, vectors):
+        def correlation(forward, batches):
+            outputs = torch.cat([forward(batch)[:, 0] for batch in batches])
+            pair = torch.stack([outputs, torch.cat([batch[0][:, 0] for batch in batches])])
+            return float(torch.corrcoef(pair)[0, 1])
+
+        metric = autoprune.Metric(correlation, higher_is_better=True, per_sample=False)
+        result = quick(mlp, "flops <= 60%", vectors, trials=2, metric=metric)
+        assert result.front
+        assert not any("constant output" in note for note in result.notes)
+
+    def test_without_time_left_no_further_pass_is_made(self, mlp, vectors, monkeypatch):
+        monkeypatch.setattr("autoprune.constant.score_of_constant", None)
+        result = quick(mlp, "flops <= 60%", vectors, trials=100_000, max_seconds=2.0)
+        assert result.stopped == "time"
+
 
 class TestStopping:
     def test_max_seconds_ends_the_search_early(self, digits_model, data):

@@ -292,6 +292,8 @@ class TestWhatIsRefused:
             ({"levels": (0, 0.9, 0.5)}, r"rising from 0"),
             ({"levels": (0, 0.5, 0.5)}, r"rising from 0"),
             ({"levels": (0, 0.5, 1.0)}, r"below 1"),
+            ({"ignore": (name for name in ["head"])}, "ignore must be a list of names or globs, got <generator"),
+            ({"levels": (x for x in (0, 0.5))}, "rising from 0 to below 1, got <generator"),
             ({"ignore": "head"}, "ignore must be a list of names or globs, got the string 'head'"),
         ],
     )

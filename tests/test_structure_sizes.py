@@ -1,5 +1,6 @@
 """Sizes that Python holds in any form, counts that code ties, and rounding that is no error."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,22 @@ def test_heads_are_tied_to_their_residual_channels_where_the_code_needs_it():
     structure = analyse(model, args, rewrite="off")
     assert_right(model, args, structure)
     assert sorted(group.size for group in structure.groups) == [4, 48, 48]
+
+
+def test_watching_what_is_read_leaves_no_trace_on_what_copies_share():
+    class Own:
+        def __deepcopy__(self, memo: dict[int, Any]) -> "Own":
+            return self
+
+    class Logging(Attention):
+        def __init__(self, own: Own):
+            super().__init__("plain")
+            self.own, self.log = own, logging.getLogger("tests.watched")
+
+    own, kinds = Own(), (type(logging.getLogger("tests.watched")), type(logging.getLogger()))
+    analyse(nn.Sequential(nn.Linear(6, WIDTH), Logging(own), nn.Linear(WIDTH, 3)), draw((TOKENS,)))
+    assert type(own) is Own
+    assert (type(logging.getLogger("tests.watched")), type(logging.getLogger())) == kinds
 
 
 def test_what_is_found_in_one_block_is_not_searched_for_in_the_next(monkeypatch: pytest.MonkeyPatch):

@@ -88,7 +88,7 @@ def analyse(
             untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
             checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, seed)
             dense = checker.values.dense
-        except Exception:
+        except Exception:  # whatever the user's code raises: where it also does unwatched, the inputs are to blame
             _require_runs(model, run, [(args, kwargs), *further])
             raise
         if not any(out.numel() for out in dense):

@@ -234,8 +234,9 @@ class Search:
     def _reads(self, known: Known, done: Reach) -> Reads | None:
         """What the forward reads until it goes wrong; None where watching it changes how far it gets."""
         module = self.cut(self.attributes(known))
-        reads = Reads(module)
-        return reads if self._reach(module) == done else None
+        with Reads(module) as reads:
+            again = self._reach(module)
+        return reads if again == done else None
 
     def _hinted(self, where: Where) -> bool:
         return (type(self.repeats.modules[where[0]]), where[1]) in self.hints

@@ -11,21 +11,31 @@ from autoprune.structure.held import DEEPEST, get
 
 
 class Reads:
-    """Notes what is read of the modules of a model, and of the objects that these refer to, from now on.
+    """Notes what is read of the modules of a model, and of the objects that these refer to, while inside ``with``.
+
+    Their classes are replaced by watching ones until its end: loggers, and what says itself how it is copied, are
+    shared with the user's model.
 
     Args:
-        model: A copy that nothing else uses: the classes of its modules are replaced by watching ones.
+        model: A copy of the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._seen: set[tuple[int, str]] = set()
-        self._watched: dict[int, Any] = {}  # kept alive, so that no other object takes its identity
+        self._watched: dict[int, tuple[Any, type]] = {}  # kept alive, so that no other object takes its identity
         self._kinds: dict[type, type] = {}
-        for module in list(model.modules()):
+
+    def __enter__(self) -> Reads:
+        for module in self._modules.values():
             self._watch(module)
             for value in list(vars(module).values()):
                 self._watch_inside(value, DEEPEST - 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for holder, kind in self._watched.values():
+            object.__setattr__(holder, "__class__", kind)
 
     def read(self, module: str, path: str) -> bool:
         """Whether the value at a path from a module was read, as far as that can be told."""
@@ -52,11 +62,14 @@ class Reads:
                 self._watch_inside(each, depth - 1)
 
     def _watch(self, holder: Any) -> None:
+        if id(holder) in self._watched:
+            return
+        kind = type(holder)
         try:
-            object.__setattr__(holder, "__class__", self._watching(type(holder)))
+            object.__setattr__(holder, "__class__", self._watching(kind))
         except Exception:  # of classes with another layout, or that refuse heirs, what is read cannot be told
             return
-        self._watched[id(holder)] = holder
+        self._watched[id(holder)] = holder, kind
 
     def _watching(self, kind: type) -> type:
         if kind not in self._kinds:

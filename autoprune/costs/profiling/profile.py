@@ -207,7 +207,7 @@ def profile_structure(
     families, parts = runs.parts(model, structure, args, kwargs, run, seed)
     widths = _networks(structure, networks, seed)
     progress = Progress(path, setting, parts, widths, bench)
-    tables: list[Table] = []
+    tables: list[Table] | None = None
     cut_short = ""
     try:
         tables = measure_tables(families, bench)
@@ -224,7 +224,7 @@ def profile_structure(
             f"{len(bench.known)} of {len(families)} kinds of operations and {len(progress.networks)} of {len(widths)} "
             "networks were measured"
         )
-        if len(progress.networks) < FEWEST_NETWORKS:
+        if tables is None or len(progress.networks) < FEWEST_NETWORKS:
             raise TimeOverError(cut_short) from error
         widths = widths[: len(progress.networks)]
     ratio, uncertainty = np.array(progress.networks, dtype=np.float64).T
