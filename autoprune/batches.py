@@ -4,6 +4,9 @@ A batch is what a loader yields: a tensor (inputs without labels), a tuple or li
 single entry is an input without labels), or a mapping whose ``"labels"`` or ``"label"`` entry, or the one that
 ``Data(labels=)`` names, is the target and whose other entries are keyword inputs. Entries may nest tensors in mappings,
 lists, tuples and named tuples.
+
+A batch is cut by samples where a part will do. One of graphs is not: its edges number its nodes, so that it is used
+as a whole (see `divisible`), and its samples are those of its target.
 """
 
 from __future__ import annotations
@@ -33,19 +36,22 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
+def map_leaves(fn: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> Any:
     """Rebuild nested mappings, lists and tuples with `fn` applied to every leaf.
 
-    A list or tuple without any tensor is a leaf: it holds something for each sample, like names, or a setting.
+    A list or tuple without any tensor is a leaf: it holds something for each sample, like names, or a setting. So is
+    what `is_leaf` says.
     """
+    if is_leaf(tree):
+        return fn(tree)
     if isinstance(tree, Mapping):
         # A copy keeps the class, so that `batch.input_ids` goes on working in a user's forward.
         rebuilt = copy.copy(tree) if isinstance(tree, MutableMapping) else dict(tree)
         for key, value in tree.items():
-            rebuilt[key] = map_leaves(fn, value)
+            rebuilt[key] = map_leaves(fn, value, is_leaf)
         return rebuilt
     if isinstance(tree, list | tuple) and any(True for _ in tensors(tree)):
-        values = [map_leaves(fn, value) for value in tree]
+        values = [map_leaves(fn, value, is_leaf) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return fn(tree)
 
@@ -58,9 +64,48 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def batch_size(batch: Batch) -> int:
     """Number of samples in a batch: the leading size of its first tensor that has dimensions.
 
+    Of a batch that is not `divisible` that of its target, where it has one.
+
     Raises:
         DataError: If the batch holds no such tensor.
     """
+    size, target = _leading(batch), targets(batch)
+    return len(target) if isinstance(target, Tensor) and target.ndim and not divisible(batch) else size
+
+
+def divisible(batch: Batch) -> bool:
+    """Whether a batch can be cut by samples.
+
+    It cannot where a tensor has another leading size than the first, and holds whole numbers, which may be numbers of
+    rows in another, lies in a list, or is the target: so do the edges of graphs, the offsets of bags, and boxes in
+    images. Floats with another leading size are taken for something that all samples share otherwise, as is whatever
+    has a leading size of 1.
+    """
+    size, target = _leading(batch), targets(batch)
+    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    if isinstance(target, Tensor) and _apart(target, size, listed=True):
+        return False
+    return not any(_apart(entry, size, listed=False) for entry in entries)
+
+
+def _apart(tree: Any, size: int, listed: bool) -> bool:
+    """Whether something in an entry has rows that are no samples, and that others may depend on."""
+    if isinstance(tree, Tensor):
+        shared = tree.is_floating_point() or tree.is_complex() or tree.dtype == torch.bool
+        return tree.ndim > 0 and len(tree) not in (1, size) and (listed or not shared)
+    if isinstance(tree, Mapping):
+        return any(_apart(value, size, listed) for value in tree.values())
+    if isinstance(tree, list | tuple) and not _one_each(tree, size):
+        return any(_apart(value, size, listed=True) for value in tree)
+    return False
+
+
+def _one_each(tree: Any, size: int) -> bool:
+    """Whether it is a list of a mapping for each sample, as the targets of detectors are."""
+    return isinstance(tree, list) and len(tree) == size and all(isinstance(entry, Mapping) for entry in tree)
+
+
+def _leading(batch: Batch) -> int:
     for tensor in tensors(batch):
         if tensor.ndim:
             return len(tensor)
@@ -73,9 +118,18 @@ def batch_size(batch: Batch) -> int:
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Samples `start` to `stop` of a batch; tensors are views.
 
-    Tensors, arrays and tensor-free lists as long as the batch are sliced, everything else passes through.
+    Tensors, arrays, tensor-free lists and lists of mappings as long as the batch are sliced, everything else passes
+    through.
+
+    Raises:
+        DataError: If the batch is not `divisible`.
     """
-    size = batch_size(batch)
+    size = _leading(batch)
+    if not divisible(batch):
+        raise DataError(
+            f"a batch must hold one row for each sample to be cut, got tensors of {[*map(_shape, tensors(batch))]}; "
+            "use smaller batches"
+        )
 
     def cut(leaf: Any) -> Any:
         if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim == 0:
@@ -83,7 +137,29 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
         long = isinstance(leaf, Tensor | np.ndarray | list | tuple) and len(leaf) == size
         return leaf[start:stop] if long else leaf
 
-    return map_leaves(cut, batch)
+    return map_leaves(cut, batch, lambda tree: _one_each(tree, size))
+
+
+def pieces(batch: Batch, most: int) -> list[Batch]:
+    """The batch in parts of at most `most` samples; as a whole where it is no larger, or cannot be cut."""
+    size = batch_size(batch)
+    if size <= most or not divisible(batch):
+        return [batch]
+    return [slice_batch(batch, start, start + most) for start in range(0, size, most)]
+
+
+def beginning(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """The first so many samples of some batches; a batch that cannot be cut is taken or left as a whole."""
+    found: list[Batch] = []
+    for batch in batches:
+        if samples > 0:
+            found.append(pieces(batch, samples)[0])
+            samples -= batch_size(found[-1])
+    return found
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
 
 
 def fresh(batch: Batch) -> Batch:

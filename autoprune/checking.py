@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import Batch, batch_size, slice_batch
+from autoprune.batches import Batch, batch_size, beginning
 from autoprune.criteria import affordable, order_units, private_copy, score_units_by
 from autoprune.evaluators import Compensated, Context
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
@@ -178,7 +178,7 @@ class _Trial:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._batches = _first(context.subsets.validation, SAMPLES)
+        self._batches = tuple(beginning(context.subsets.validation, SAMPLES))
         self.samples = sum(map(batch_size, self._batches))
         self._slicer = Slicer(context.model)
         dense = self._slicer.cut(Edit({}, {})).eval()
@@ -243,7 +243,7 @@ def ranking(context: Context, criterion: str, seed: int) -> dict[str, Tensor]:
 
 def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
     model, structure = private_copy(context.model), context.structure
-    batches = _first(context.subsets.calibration, affordable(structure, FEWEST_RANKED, RANKED))
+    batches = beginning(context.subsets.calibration, affordable(structure, FEWEST_RANKED, RANKED))
 
     def score(parts: Sequence[Batch]) -> Sequence[dict[str, Tensor]]:
         with seeded(0), torch.enable_grad():
@@ -261,12 +261,3 @@ def _tried(context: Context, criteria: Sequence[str], seed: int) -> dict[str, di
     except Exception as error:  # gradients may not exist, or not fit into memory
         log.info("calibration check without %s: %s: %s", ", ".join(criteria), type(error).__name__, error)
         return {}
-
-
-def _first(batches: tuple[Batch, ...], samples: int) -> tuple[Batch, ...]:
-    found = []
-    for batch in batches:
-        if samples > 0:
-            found.append(batch if batch_size(batch) <= samples else slice_batch(batch, 0, samples))
-            samples -= batch_size(batch)
-    return tuple(found)

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoprune.arguments import naming, shown
-from autoprune.batches import Batch, batch_size, slice_batch, targets, to_device
+from autoprune.batches import Batch, pieces, targets, to_device
 from autoprune.protocols import IntArray
 from autoprune.scorers import class_dimension, drawn_cross_entropy, main_output
 from autoprune.structure.skeleton import skeleton
@@ -367,7 +367,7 @@ def _state_of(copied: nn.Module) -> dict[str, Tensor]:
 
 
 def _parts(batch: Batch) -> list[Batch]:
-    return [slice_batch(batch, start, start + DRAWN) for start in range(0, batch_size(batch), DRAWN)]
+    return pieces(batch, DRAWN)
 
 
 def _loss(outputs: Tensor, target: Any) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoprune.arguments import shown, whole_number, why_no_function
-from autoprune.batches import Batch, batch_size, labelled, map_tensors, to_device
+from autoprune.batches import Batch, batch_size, divisible, labelled, map_tensors, tensors, to_device
 from autoprune.errors import DataError
 from autoprune.sources import draw, drawn_at_random, even_chunks, seeded
 
@@ -37,7 +37,8 @@ class Data:
     A missing part is taken from another source, without overlap: calibration and test from the validation source,
     validation from the calibration source. A source that holds fewer samples than its parts want is divided in
     proportion to what they want: with the defaults 1/5 calibration, 2/5 validation and 2/5 test, but at least 4 samples
-    each.
+    each. Batches that cannot be cut by samples, such as ``(nodes, edges, graph of each node, labels)``, are dealt out
+    and used as they are (`autoprune.batches.divisible` says which these are).
 
     Attributes:
         calibration: Samples that statistics and compensation are fitted on; training data as a rule.
@@ -177,7 +178,7 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
 
     Floats are normal with the mean and spread of the example (standard normal where it is constant), integers uniform
     from 0 to its largest value, booleans fair coins. Constant integers and booleans, such as an attention mask of
-    ones, stay as they are.
+    ones, stay as they are. Of inputs that cannot be cut by samples, such as graphs, floats alone are random.
 
     Args:
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs, batch dimension first.
@@ -188,7 +189,10 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
     if isinstance(example_inputs, list | tuple) and len(example_inputs) > 1:
         example_inputs = (*example_inputs, None)  # the last entry of a batch is its target: here there is none
     generator = torch.Generator().manual_seed(seed)
-    sizes = [len(chunk) for chunk in even_chunks(np.arange(samples), batch_size)]
+    cut = divisible(example_inputs)
+    own = next((len(tensor) for tensor in tensors(example_inputs) if tensor.ndim), 1)
+    chunks = even_chunks(np.arange(samples), batch_size if cut else own)
+    sizes = [len(chunk) if cut else None for chunk in chunks]
     batches = {
         part: tuple(map_tensors(partial(_random_like, size, generator), example_inputs) for size in sizes)
         for part in PARTS
@@ -241,10 +245,11 @@ def _clone(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _random_like(samples: int, generator: torch.Generator, example: Tensor) -> Tensor:
-    if example.ndim == 0:
+def _random_like(samples: int | None, generator: torch.Generator, example: Tensor) -> Tensor:
+    """Random values for so many samples; None for as many rows as there are, and whole numbers as they are."""
+    if example.ndim == 0 or (samples is None and not example.is_floating_point()):
         return example
-    shape = (samples, *example.shape[1:])
+    shape = (len(example) if samples is None else samples, *example.shape[1:])
     example = example.detach().cpu()
     constant = bool((example == example.flatten()[0]).all())
     if example.is_floating_point():

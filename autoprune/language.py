@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoprune.batches import Batch, map_tensors, slice_batch, targets, token_ids
+from autoprune.batches import Batch, map_tensors, pieces, targets, token_ids
 from autoprune.scorers import NO_LABEL, main_output, unpadded
 
 
@@ -59,7 +59,7 @@ def foresees(forward: Callable[[Batch], Any], batch: Batch) -> bool:
 
     A masked language model, which sees all tokens, has the same inputs and outputs, and no next token to foresee.
     """
-    few = slice_batch(batch, 0, 2)
+    few = pieces(batch, 2)[0]
     ids = token_ids(few)
     assert ids is not None
     kept = unpadded(few, main_output(forward(few)))

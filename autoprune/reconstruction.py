@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import Batch, batch_size, slice_batch
+from autoprune.batches import Batch, beginning
 from autoprune.criteria import input_dim, private_copy, readers
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.structure import Structure
@@ -69,7 +69,7 @@ def reconstruction_errors(
 
     handles = [copied.get_submodule(n).register_forward_pre_hook(watch(n), with_kwargs=True) for n in read]
     with torch.no_grad():
-        for batch in _first(batches, SAMPLES):
+        for batch in beginning(batches, SAMPLES):
             forward(copied, batch)
     for handle in handles:
         handle.remove()
@@ -126,13 +126,3 @@ def _part(module: nn.Module, inputs: Tensor | None = None) -> Callable[[Tensor],
 
 def _energy(output: Tensor) -> float:
     return float(torch.linalg.vector_norm(output.float()).double().square())
-
-
-def _first(batches: Sequence[Batch], samples: int) -> list[Batch]:
-    """The first so many samples."""
-    found = []
-    for batch in batches:
-        if samples > 0:
-            found.append(slice_batch(batch, 0, samples))
-            samples -= batch_size(found[-1])
-    return found

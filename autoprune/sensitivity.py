@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import Batch, batch_size, slice_batch
+from autoprune.batches import Batch, batch_size, beginning, pieces
 from autoprune.criteria import affordable, private_copy, readers
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.reconstruction import Removal, reads
@@ -135,9 +135,4 @@ def _energies(products: Tensor, steps: Sequence[tuple[bool, Tensor]]) -> FloatAr
 
 def _parts(batches: Sequence[Batch], samples: int) -> list[Batch]:
     """The first so many samples, a few at a time."""
-    parts, left = [], samples
-    for batch in batches:
-        for start in range(0, min(batch_size(batch), left), _AT_ONCE):
-            parts += [slice_batch(batch, start, min(start + _AT_ONCE, left))]
-        left -= min(batch_size(batch), left)
-    return parts
+    return [part for batch in beginning(batches, samples) for part in pieces(batch, _AT_ONCE)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
-from autoprune.batches import Batch, batch_size, slice_batch
+from autoprune.batches import Batch, batch_size, divisible, slice_batch
 from autoprune.errors import DataError
 from autoprune.protocols import IntArray
 
@@ -284,11 +284,29 @@ def _draw_first(source: Any, wanted: Mapping[str, int], seed: int, name: str) ->
                 )
             if read >= total:
                 break
+    if not all(map(divisible, batches)):
+        return _dealt(batches, wanted, name)
     parts, start = {}, 0
     for part, count in allocate(read, wanted, name).items():
         parts[part] = _cut(batches, start, start + count)
         start += count
     return parts
+
+
+def _dealt(batches: Sequence[Batch], wanted: Mapping[str, int], name: str) -> dict[str, list[Batch]]:
+    """Consecutive batches that cannot be cut, at least one for each part."""
+    if len(batches) < len(wanted):
+        raise DataError(
+            f"{name} data must hold at least {len(wanted)} batches to serve as {', '.join(wanted)}, because such "
+            f"batches cannot be cut, but it has {len(batches)}; give more, or a source for each part with "
+            "autoprune.Data(calibration=, validation=, test=)"
+        )
+    goal = np.array([*wanted.values()])
+    counts = _shares(len(batches), goal)
+    if not counts.all():
+        counts = 1 + _shares(len(batches) - len(wanted), goal)
+    left = iter(batches)
+    return {part: list(islice(left, count)) for part, count in zip(wanted, counts.tolist(), strict=True)}
 
 
 def _cut(batches: Sequence[Batch], start: int, stop: int) -> list[Batch]:

@@ -143,7 +143,7 @@ def prepare(
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
     plain_run = selecting(forward or batches.default_forward, outputs)
     run = batches.Guarded(plain_run)
-    example = batches.fresh(batches.slice_batch(subsets.calibration[0], 0, 2))
+    example = batches.fresh(batches.pieces(subsets.calibration[0], 2)[0])
     further: list[Inputs] = [(batches.opened(batch), {}) for batch in _branches(model, example_inputs)]
     stated = subsets.calibration[0]  # what costs are stated for
     if data is not None and example_inputs is not None and not further:
@@ -215,6 +215,11 @@ def prepare(
         notes.append(f"what only training runs was not followed, and may not fit a pruned model: {structure.untrained}")
     if structure.terms.uncounted:
         notes.append(f"flops leave out {', '.join(structure.terms.uncounted[:3])}, whose cost nothing says")
+    if not batches.divisible(stated):
+        notes.append(
+            "batches are used as a whole, because they cannot be cut by samples, as those of graphs: costs are of one "
+            f"batch, with tensors of {sizes_of([*batches.tensors(stated)])}"
+        )
     if source is not None:
         notes += [f"latency: {source}", *source.notes]
     if peak is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import Batch, batch_size, slice_batch
+from autoprune.batches import Batch, batch_size, divisible, slice_batch
 from autoprune.criteria import private_copy
 from autoprune.evaluators.least_squares import RIDGES, Normal
 from autoprune.evaluators.memory import Halving
@@ -122,15 +122,20 @@ def _find(
 
 
 def _divided(batches: Sequence[Batch], samples: int) -> tuple[list[Batch], list[Batch]]:
-    """The first so many samples, and the others."""
+    """The first so many samples, and the others; a batch that cannot be cut goes to those that lack most of it."""
     first: list[Batch] = []
     rest: list[Batch] = []
     for batch in batches:
         size = batch_size(batch)
-        if samples > 0:
-            first.append(batch if size <= samples else slice_batch(batch, 0, samples))
-        if size > samples:
-            rest.append(batch if samples <= 0 else slice_batch(batch, samples, size))
+        if samples >= size:
+            first.append(batch)
+        elif samples <= 0:
+            rest.append(batch)
+        elif divisible(batch):
+            first.append(slice_batch(batch, 0, samples))
+            rest.append(slice_batch(batch, samples, size))
+        else:
+            (first if not first or 2 * samples >= size else rest).append(batch)
         samples -= size
     return first, rest
 

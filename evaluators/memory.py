@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from autoprune.batches import Batch, batch_size, slice_batch, tensors
+from autoprune.batches import Batch, batch_size, divisible, pieces, tensors
 from autoprune.sources import cuda_is_used
 
 log = logging.getLogger(__name__)
@@ -41,14 +41,15 @@ class Halving:
         """Call `run` with the batches, or with the parts of them that fit, in order.
 
         Raises:
-            RuntimeError: The error of `run`, if even single samples do not fit.
+            RuntimeError: The error of `run`, if even single samples do not fit, or batches that cannot be cut.
         """
         while True:
             parts = [part for batch in batches for part in split(batch, self._most)]
             try:
                 return run(parts)
             except Exception as error:  # torch has several types for it; what is none of them goes on
-                if not is_out_of_memory(error) or (most := max(map(batch_size, parts))) == 1:
+                most = max((batch_size(part) for part in parts if divisible(part)), default=1)
+                if not is_out_of_memory(error) or most == 1:
                     raise
                 message = str(error).partition("\n")[0]
             # Here and not above, because the error holds on to what filled the memory.
@@ -59,10 +60,8 @@ class Halving:
 
 
 def split(batch: Batch, most: int | None) -> list[Batch]:
-    """The batch in parts of at most `most` samples; the batch itself where it is no larger."""
-    if most is None or batch_size(batch) <= most:
-        return [batch]
-    return [slice_batch(batch, start, start + most) for start in range(0, batch_size(batch), most)]
+    """The batch in parts of at most `most` samples; the batch itself where it is no larger, or cannot be cut."""
+    return [batch] if most is None else pieces(batch, most)
 
 
 def fitting(forward: Callable[[Batch], Any]) -> Callable[[Batch], Any]:

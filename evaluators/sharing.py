@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from autoprune.arguments import said, whole_number
-from autoprune.batches import Batch, batch_size, slice_batch
+from autoprune.batches import Batch, batch_size, pieces
 from autoprune.evaluators.cuts import Cut, NothingToShareError, choose_cuts, flow_of
 from autoprune.evaluators.digests import WHOLE, Mark, digests_of, first_operations, marks_of
 from autoprune.evaluators.memory import is_out_of_memory
@@ -256,7 +256,7 @@ class Sharing:
     @torch.no_grad()
     def _rehearse(self) -> None:
         """Resume the dense model at every cut, on a few samples: a dependence that no trace shows must show here."""
-        batch = slice_batch(self._context.subsets.validation[0], 0, _FEW)
+        batch = pieces(self._context.subsets.validation[0], _FEW)[0]
         whole = _Pass(REHEARSAL, 0, 0, None, None, {})
         try:
             expected = tensors(self._run(whole, batch))

@@ -122,7 +122,7 @@ class Record:
         values: Tensors that the passes met.
         inputs: Values that are inputs.
         outputs: Values that are outputs.
-        batch: Samples of the first example.
+        batch: Samples of the first example; 1 where it cannot be cut by samples.
         first: Number of operations that the first example ran; costs are its own.
         device: ``"meta"``, or that of the real values.
         foreseen: Operations that need not be computed to know what they return; none where the pass reads values, or

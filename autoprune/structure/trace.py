@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.batches import divisible
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.containers import map_tensors, tensors_in
 from autoprune.structure.record import Foreseen, Forward, Inputs, Record
@@ -102,7 +103,8 @@ def _trace(
     leaves = tensors_in(moved_examples, objects=True)
     record = recorder.record
     record.inputs = [recorder.add(leaf, "input", "", born=-1) for leaf in leaves]
-    record.batch = next((leaf.shape[0] for leaf in leaves if leaf.ndim), 1)
+    own = [leaf for leaf in tensors_in(moved_examples[0], objects=True) if leaf.ndim]
+    record.batch = len(own[0]) if own and divisible((*own, None)) else 1
     record.device = "meta" if meta else str(leaves[0].device if leaves else "cpu")
     state = {f"model.{name}": tensor for name, tensor in tensors.items()}
     outputs = []

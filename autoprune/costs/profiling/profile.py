@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.arguments import MOST_SEED, shown, whole_number
-from autoprune.batches import on_call
+from autoprune.batches import divisible, of_call, on_call
 from autoprune.costs.allocator import keeping_freed_memory
 from autoprune.costs.correction import Evidence
 from autoprune.costs.latency import Latency
@@ -30,6 +30,7 @@ from autoprune.files import as_path
 from autoprune.protocols import IntArray
 from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
+from autoprune.structure.containers import sizes_of
 from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
 from autoprune.structure.record import Forward
 from autoprune.structure.slicing import build
@@ -109,8 +110,10 @@ def profile(
     (args, kwargs), *others = examples_of(model, example_inputs)
     require_selecting(forward, outputs)
     run = selecting(None if forward is None else on_call(forward), outputs)
-    further = [with_batch(*inputs, 2) for inputs in others]
-    structure = analyse(model, *with_batch(args, kwargs, 2), forward=run, further=further)
+    (args_of_two, kwargs_of_two), *further = [
+        with_batch(*inputs, 2) if divisible(of_call(*inputs)) else inputs for inputs in ((args, kwargs), *others)
+    ]
+    structure = analyse(model, args_of_two, kwargs_of_two, forward=run, further=further)
     return profile_structure(
         model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path, runtime=runtime
     )
@@ -131,12 +134,22 @@ def with_batch(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs with `n` samples: those of the given ones, over and over; what does not hold samples stays.
 
+    Inputs that cannot be cut, such as graphs, count as one sample.
+
     Raises:
-        ValueError: If they hold no samples, or so many do not fit into memory; `name` is what `n` is called.
+        ValueError: If they hold no samples, cannot be cut, or so many do not fit into memory; `name` is what `n` is
+            called.
     """
     leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.ndim]
     if not leaves or not (size := len(leaves[0])):
         raise ValueError("example_inputs must hold a tensor with a dimension for samples and at least one, got none")
+    if not divisible((*leaves, None)):
+        if n == 1:
+            return args, dict(kwargs)
+        raise ValueError(
+            f"{name} must be 1 for inputs that cannot be cut by samples, with tensors of {sizes_of(leaves)}, got {n}; "
+            "such inputs count as one, so give as many as shall be measured at once"
+        )
     wanted = n * sum(leaf.nbytes / size for leaf in leaves if len(leaf) == size)
     require_fits(f"{name} must be a number of samples", n, wanted)
 
