@@ -315,9 +315,24 @@ def labelled(batch: Batch, key: str) -> Batch:
     return marked
 
 
-def _label_keys(batch: Mapping[str, Any]) -> tuple[str, ...]:
+def like_labelled(batch: Batch, other: Batch) -> Batch:
+    """The batch with its target under the key that `labelled` gave another, if it did.
+
+    Raises:
+        DataError: If it has no such entry.
+    """
+    key = _own_key(other)
+    return batch if key is None else labelled(batch, key)
+
+
+def _own_key(batch: Batch) -> str | None:
     own = getattr(batch, "label_key", None)
-    return (own,) if isinstance(own, str) else LABEL_KEYS
+    return own if isinstance(own, str) else None
+
+
+def _label_keys(batch: Mapping[str, Any]) -> tuple[str, ...]:
+    own = _own_key(batch)
+    return LABEL_KEYS if own is None else (own,)
 
 
 def inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -66,7 +66,8 @@ class Supernet:
     Args:
         steps: Optimizer steps; each takes 2 + `subnets` forward and backward passes.
         data: What to train on: your training data, augmented as usual, as a DataLoader, a Dataset, arrays ``(X, y)``,
-            or an iterable of batches that can be iterated again. By default the calibration samples of the search:
+            or an iterable of batches that can be iterated again; ``Data(labels=)`` of the search holds for dict batches
+            here, too. By default the calibration samples of the search:
             they are few, and while ``Data(calibration_samples=...)`` gives more, all that you have is better. It must
             not hold validation or test samples.
         loss: ``loss(outputs, batch)``, a scalar, for the largest candidate, in place of the metric's loss on labels;

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from autoprune.arguments import MOST_SEED, flag, positive, whole_number, why_no_function
-from autoprune.batches import Batch, to_device
+from autoprune.batches import Batch, like_labelled, to_device
 from autoprune.evaluators.adaptive_bn import statistics
 from autoprune.evaluators.checkpoints import read_checkpoint, write_checkpoint
 from autoprune.evaluators.protocol import Context
@@ -112,12 +112,12 @@ class Training:
             RecipeError: If the checkpoint is damaged.
         """
         recipe, space = self._recipe, self._context.space
-        rounds = self._resume()
+        rounds, searched = self._resume(), self._context.subsets.calibration[0]
         smallest = space.canonical(space.sizes[None] - 1)
         modes = [(part, part.training) for part in self._model.modules()]
         log.info("training the supernet: %d of %d steps to go", recipe.steps - self._step, recipe.steps)
         while self._step < recipe.steps:
-            batch = to_device(next(rounds), self._device)
+            batch = to_device(like_labelled(next(rounds), searched), self._device)
             seed = mixed(recipe.seed, self._step)
             with seeded(seed), torch.enable_grad():
                 drawn = random_candidates(space, recipe.subnets, np.random.default_rng(seed))

@@ -86,6 +86,25 @@ CONTEXTS = {
 }
 
 
+class Keyword(Plain):
+    """Takes its input by name, and nothing else."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_the_key_of_the_target_holds_for_the_training_data_too():
+    x, y = rows()
+    batches = [{"x": x[i : i + 15], "kind": y[i : i + 15]} for i in range(0, 90, 15)]
+    named = [{"x": batch["x"], "labels": batch["kind"]} for batch in batches]
+    data = autoprune.Data(validation=batches, labels="kind")
+    found = weights(prepared(context_of(Keyword, data), steps=3, data=batches))
+    expected = weights(prepared(context_of(Keyword, autoprune.Data(validation=named)), steps=3, data=named))
+    assert_equal(found, expected)
+    with pytest.raises(DataError, match="labels='kind' must be a key of every batch"):
+        prepared(context_of(Keyword, data), steps=3, data=named)
+
+
 @pytest.mark.parametrize("name", CONTEXTS, scope="class")
 class TestSupernet(EvaluatorContract):
     @pytest.fixture(autouse=True)
