@@ -105,9 +105,10 @@ def search(
         trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained
             next to nothing (see `autoprune.stopping.why_converged`), at 1,000 at the latest; a note says how it knew.
         max_seconds: When to come to the end, counted from the call: what is being evaluated is dropped, and what was
-            not measured, checked, verified or scored on held-out data by then is not; notes say so. Tracing and scoring
-            the dense model come first, whatever they take. Latencies that are measured first need all operations and 6
-            networks: less is an error, which says how to go on from what was measured.
+            not measured, checked, verified or scored on held-out data by then is not; notes say so. Scoring the dense
+            model comes first, whatever it takes. So does finding out what can be removed, and for a limit on latency a
+            table of all operations and 6 networks: if the time is over before (10 seconds at least for the former),
+            that is an error, which says how far it came.
         seed: The same seed, data and threads give the same front.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
         forward: ``forward(model, batch)``, where calling the model with the inputs of a batch is not enough.
@@ -155,7 +156,8 @@ def search(
         NothingToPruneError: If nothing can be removed; says why.
         DataError: If the data is empty, or lacks what the metric needs.
         OSError: If `run_dir` cannot be written, or is in use by another search.
-        TimeoutError: If `max_seconds` was over before there was a table of latencies for a limit on them.
+        TimeoutError: If `max_seconds` was over before it was known what can be removed, or before there was a table
+            of latencies for a limit on them.
         ValueError: If another argument is out of range or an unknown name, or not what the resumed search had.
 
     Example:

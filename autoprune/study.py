@@ -58,6 +58,9 @@ Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
 SYNTHETIC_SAMPLES = 256
 """Samples of each part when no data is given."""
 
+LEAST_ANALYSIS_SECONDS = 10.0
+"""What the analysis of a model may take even if ``max_seconds`` is less."""
+
 TIMED = ("latency_ms", "ms_per_sample")
 """Costs that are predicted, and measured on the networks that are offered."""
 
@@ -153,14 +156,17 @@ def prepare(
         example = batches.fresh(stated)
     whole = batches.closing(plain_run)
     inputs = batches.opened(example)
-    structure = analyse(model, inputs, forward=whole, further=further, checks=checks, rewrite=rewrite, seed=seed)
+    until = deadline or Deadline(time.monotonic())
+    structure = _analysed(
+        until,
+        partial(analyse, model, inputs, forward=whole, further=further, checks=checks, rewrite=rewrite, seed=seed),
+    )
     _require_counted(wanted, structure)
     at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
     needed = at_edges or any(limit.name in TIMED for limit in wanted.limits)
     measured = needed or latency is not None or any(limit.name == "memory_bytes" for limit in wanted.limits)
     priced = with_batch(batches.opened(stated), {}, cost_batch, "cost_batch")[0] if measured else ()
     plain = forward is None
-    until = deadline or Deadline(time.monotonic())
     source = _latency_of(latency, needed, costs, model, structure, priced, whole, cost_batch, run_dir, plain, until)
     if source is not None and isinstance(settings, Channels) and at_edges:
         settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
@@ -248,6 +254,23 @@ def prepare(
         peak,
         choice,
     )
+
+
+def _analysed(deadline: Deadline, analysis: Callable[..., Structure]) -> Structure:
+    """The structure, for which there are `LEAST_ANALYSIS_SECONDS` at least: without it a search has nothing to say.
+
+    Raises:
+        TimeoutError: If that takes longer than the search may.
+    """
+    if deadline.seconds is None:
+        return analysis()
+    try:
+        return analysis(until=max(deadline.began + deadline.seconds, time.monotonic() + LEAST_ANALYSIS_SECONDS))
+    except TimeoutError as error:
+        raise TimeoutError(
+            f"max_seconds={deadline.seconds:g} was over before it was known what can be removed from the model: "
+            f"{error}; give more time, or shorter inputs as example_inputs="
+        ) from error
 
 
 def _copied(evaluator: Evaluator) -> Evaluator:

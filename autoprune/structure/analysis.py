@@ -23,6 +23,7 @@ from autoprune.structure.record import Forward, Inputs, Record
 from autoprune.structure.rewrite import find_rewrites, rewritten
 from autoprune.structure.slicing import Edit, build
 from autoprune.structure.structure import Structure, assemble
+from autoprune.structure.time_limit import doing, limited
 from autoprune.structure.trace import trace
 from autoprune.structure.units import Units, find_units
 
@@ -46,6 +47,7 @@ def analyse(
     checks: str = "on",
     rewrite: str = "auto",
     seed: int = 0,
+    until: float | None = None,
 ) -> Structure:
     """Find out what can be removed from a model, and check it.
 
@@ -61,10 +63,12 @@ def analyse(
         rewrite: ``"auto"`` delivers modules whose code does not follow the widths as graphs of what they ran;
             ``"off"`` freezes what they stop.
         seed: Draws the units that the checks remove.
+        until: When to give up, by `time.monotonic`; None for never. Seen between operations.
 
     Raises:
         UnsupportedModelError: If the model is scripted, quantised, spread over devices, or cannot be copied.
         StructureCheckError: If a group fails and `checks` is ``"strict"``, or the process of ``"isolated"`` dies.
+        TimeoutError: If it took longer than `until`; says what was being done.
         ValueError: If the model returns NaN or infinity for the inputs, or `checks` or `rewrite` is unknown.
     """
     one_of("checks", checks, ("on", "strict", "isolated"))
@@ -72,13 +76,21 @@ def analyse(
     import_late_ones()
     device = require_supported(model)
     if checks == "isolated":
-        settings = {"forward": forward, "further": further, "rewrite": rewrite, "seed": seed}
+        settings = {"forward": forward, "further": further, "rewrite": rewrite, "seed": seed, "until": until}
         return _isolated(model, args, kwargs, settings)
-    run = forward or (lambda m, *a, **k: m(*a, **k))
-    (args, kwargs), *further = [
+    examples = [
         map_tensors(lambda tensor: tensor.to(device), (a, dict(k))) for a, k in ((args, kwargs or {}), *further)
     ]
+    with limited(until):
+        return _analysed(model, examples, forward or (lambda m, *a, **k: m(*a, **k)), checks, rewrite, seed)
+
+
+def _analysed(
+    model: nn.Module, examples: Sequence[Inputs], run: Forward, checks: str, rewrite: str, seed: int
+) -> Structure:
+    (args, kwargs), *further = examples
     with seeded(seed), torch.inference_mode(False):  # which would record layers that PyTorch did not decompose
+        doing("the forward pass was traced")
         try:
             record = trace(model, args, kwargs, run, further, training=True)
             flow = _followed(record)
@@ -89,7 +101,7 @@ def analyse(
             checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, seed)
             dense = checker.values.dense
         except Exception:  # whatever the user's code raises: where it also does unwatched, the inputs are to blame
-            _require_runs(model, run, [(args, kwargs), *further])
+            _require_runs(model, run, examples)
             raise
         if not any(out.numel() for out in dense):
             raise UnsupportedModelError(
@@ -101,9 +113,11 @@ def analyse(
                 "model must return finite outputs for the example inputs, got NaN or infinity; "
                 "check its weights and pass example_inputs= that look like real data"
             )
+        doing("it was found out how far the code follows smaller widths")
         graphs = find_rewrites(checker) if rewrite == "auto" else {}
         if graphs:
             checker = checker.on(rewritten(model, graphs), graphs)
+        doing(f"smaller models were compared with the dense one, of {len(find_units(flow).groups)} groups in all")
         failures = checker.failures()
     if failures and checks == "strict":
         details = "; ".join(f"{name}: {reason}" for name, reason in failures.items())

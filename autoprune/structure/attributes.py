@@ -26,6 +26,7 @@ from autoprune.structure.record import Op
 from autoprune.structure.repeats import Place, Repeats
 from autoprune.structure.replay import Replay
 from autoprune.structure.structure import Attribute
+from autoprune.structure.time_limit import look
 from autoprune.structure.units import AffineSize, Group, Units
 
 MOST_SUSPECTS = 40
@@ -106,6 +107,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, wi
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        look()
         out = func(*args, **(kwargs or {}))
         self.since += 1
         if func.overloadpacket.__name__ in REARRANGING:
@@ -173,6 +175,7 @@ class Search:
 
     def reach(self, known: Known) -> Reach:
         """How far the forward gets with these sizes rewritten."""
+        look()
         try:
             module = self.cut(self.attributes(known))
         except Exception:  # whatever a user's class says to a size, or to being copied

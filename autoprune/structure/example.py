@@ -15,6 +15,7 @@ from autoprune.structure.containers import map_tensors, tensors_in
 from autoprune.structure.record import Forward, Inputs
 from autoprune.structure.replay import widened
 from autoprune.structure.skeleton import Call, call_with
+from autoprune.structure.time_limit import look
 from autoprune.structure.training import run_in_training
 from autoprune.structure.wide import Widening
 
@@ -72,6 +73,7 @@ class Example:
             mode: Watches the operations.
             wide: Run in float64, tensors made on the way included; raises where the forward insists on another type.
         """
+        look()
         model.eval()
         call = Call(model, self.forward)
         tensors = dict((*call.named_parameters(), *call.named_buffers()))

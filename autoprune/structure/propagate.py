@@ -18,6 +18,7 @@ import torch
 
 from autoprune.protocols import IntArray
 from autoprune.structure.record import Op, Record
+from autoprune.structure.time_limit import look
 
 Labels = IntArray | None
 """Labels of one tensor dimension, shape (size,); None where every index is fixed."""
@@ -164,6 +165,7 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
         if known.name and i not in flow.read:
             flow.labels[i] = [None] * len(known.shape)  # nothing says what may go, so all of it stays
     for op in ran:
+        look()
         apply = rule_of(op)
         results = _without_rule(flow, op, "has no rule") if apply is None else _apply(flow, op, apply)
         read = set(op.inputs())

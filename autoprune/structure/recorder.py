@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.structure.foreseen import foresee, stand_in
 from autoprune.structure.record import Foreseen, ModuleCall, Op, Record, Ref, Value
+from autoprune.structure.time_limit import look
 
 
 @contextmanager
@@ -89,6 +90,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        look()
         kwargs = kwargs or {}
         read = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         reshaped = torch.Tag.inplace_view in func.tags  # transpose_ and the like: the same object, other dimensions

@@ -20,6 +20,7 @@ from autoprune.structure.known_shapes import KnownShapes
 from autoprune.structure.propagate import INNER, Propagation
 from autoprune.structure.record import Op, Ref
 from autoprune.structure.strides import contiguous_strides, strided_steps
+from autoprune.structure.time_limit import look
 from autoprune.structure.units import BoolArray, Units
 
 log = logging.getLogger(__name__)
@@ -191,6 +192,7 @@ class Replay:
         last = self._last_use()
         with torch.no_grad():
             for op in self.record.ops:
+                look()
                 for i in op.inputs():
                     fetch(i)
                 results = _tensors(run(op, env))

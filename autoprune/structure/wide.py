@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from autoprune.structure.replay import widened
+from autoprune.structure.time_limit import look
 
 
 class Widening(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
@@ -20,4 +21,5 @@ class Widening(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        look()
         return func(*tree_map(widened, args), **tree_map(widened, kwargs or {}))
