@@ -1,4 +1,4 @@
-"""Evaluators: score candidates without training, with a little, or after one for all of them."""
+"""Evaluators: they score candidates without training, after a short one, or after one shared by all candidates."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     "finetune": FineTune,
     "supernet": Supernet,
 }
-"""``"auto"`` re-fits weights, biases and statistics: without, many candidates score at chance, and none is better than
-another (`benchmarks.compensation`). A search first checks which of these parts help (`autoprune.checking`)."""
+"""``"auto"`` re-fits weights, biases and statistics: without a re-fit, many candidates score at chance, and none is
+better than another (`benchmarks.compensation`). A search first checks which of these parts help (`autoprune.checking`).
+"""
 
 
 def make_evaluator(spec: str | Evaluator) -> Evaluator:

@@ -46,7 +46,7 @@ class AdaptiveBN:
         self._adapted = Adapted(context, adapt, share_bytes=self._share_bytes)
 
     def order(self, candidates: IntArray) -> IntArray:
-        """The order of evaluation in which candidates share most."""
+        """Return the order of evaluation in which candidates share most."""
         return self._adapted.order(candidates)
 
     def release(self) -> None:
@@ -70,8 +70,8 @@ def recalibrate(module: nn.Module, batches: Sequence[Batch], forward: Callable[[
     """Replace batch-norm statistics by their exact average over `batches`; training modes come back as they were.
 
     A batch of n of the samples that a layer has seen so far weighs n / seen, so running averages end as averages over
-    samples, and over its calls where a layer is called several times. What has one value a channel has no variance: a
-    single sample without positions, which a layer normalises with the statistics that it has and does not count.
+    samples, and over its calls where a layer is called several times. A single sample without positions has one value
+    a channel, and so no variance: a layer normalises it with its present statistics and does not count it.
 
     Args:
         module: Changed in place: running means and variances only.
@@ -136,7 +136,7 @@ def averaging(module: nn.Module, passes: Passes | None = None) -> Iterator[None]
 
 
 def moments_of(x: Tensor, dtype: torch.dtype) -> BatchMoments:
-    """Of each channel of x (samples, channels, ...), to 1e-6 of the standard deviation and 1e-5 of the variance."""
+    """Moments per channel of x (samples, channels, ...), to 1e-6 of the standard deviation and 1e-5 of the variance."""
     count = x.numel() // x.shape[1]
     if count == 0:
         return BatchMoments(len(x), 0, x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype))

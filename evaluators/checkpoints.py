@@ -15,7 +15,7 @@ from autoprune.tensor_file import HASH, content_hash, read_tensors, require_whol
 FORMAT = "autoprune-training"
 VERSION = 1
 MOST_BYTES = 2**20 * MIB
-"""What no checkpoint is larger than, where the model is not known."""
+"""Largest size of a checkpoint where the model is not known, in bytes."""
 
 
 def write_checkpoint(path: Path, state: Any) -> None:
@@ -39,7 +39,7 @@ def read_checkpoint(path: Path, most_bytes: int = MOST_BYTES) -> Any:
 
     Args:
         path: The file.
-        most_bytes: What no sound file is larger than.
+        most_bytes: Largest size of a sound file.
 
     Raises:
         FileFormatError: If the file is corrupted, foreign or of another version.
@@ -58,7 +58,7 @@ def read_checkpoint(path: Path, most_bytes: int = MOST_BYTES) -> Any:
 
 
 def _encoded(tree: Any, tensors: dict[str, Tensor], path: tuple[Any, ...]) -> Any:
-    """Plain values as they are, tensors and containers as an object with one key that says which it is."""
+    """Encode a state: plain values as they are, tensors and containers as an object whose only key names the kind."""
     if isinstance(tree, Tensor):
         name = "/".join(map(str, path)) or "/"
         tensors[name] = tree.detach().cpu().contiguous().clone()

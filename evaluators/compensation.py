@@ -1,4 +1,4 @@
-"""Compensation: change what reads the removed units so that it gives nearly what it gave before, without training."""
+"""Compensation: adjust the layers that read removed units so that their outputs stay close, without training."""
 
 from __future__ import annotations
 
@@ -34,24 +34,25 @@ class Compensated:
     """Scores a candidate after re-fitting its layers to the dense model: weights, biases and batch-norm statistics.
 
     Every weight that reads units is re-fitted, whatever calls it: linear layers, ungrouped convolutions, recurrent
-    cells, projections of attention, parameters that a forward passes to a function itself; transposed convolutions,
-    weights that two places share, and what is computed from a parameter before it is used are left out. What they read
-    is looked at once, in the dense model on the calibration samples without their padding, so the weights of a
-    candidate cost one linear system each, of a size in proportion to a pass over these samples, and none where another
-    candidate had it. Everything is a difference from the dense model: where nothing was removed, nothing changes. The
-    dense candidate stays as it is. `build` delivers what was scored; parameters keep their names and shapes.
+    cells, projections of attention, parameters that a forward passes to a function itself. Transposed convolutions,
+    weights that two places share, and values computed from a parameter before use are left out. The inputs of these
+    weights are collected once, in the dense model on the calibration samples without their padding. Each weight of a
+    candidate then costs one linear system, of a size in proportion to a pass over these samples, and none if another
+    candidate has solved it. Every part is a difference from the dense model: where nothing was removed, nothing
+    changes, and the dense candidate stays as it is. `build` delivers the module that was scored; parameters keep their
+    names and shapes.
 
     Args:
-        bn: Correct batch-norm statistics by what pruning changed, in one pass over the calibration samples.
-        bias: Make up in biases for the mean of what is removed. A layer without a bias is left alone: adding one would
-            change the keys of its state dict, and behind batch norm, where most such layers are, it would have no
-            effect.
+        bn: Correct batch-norm statistics for the change by pruning, in one pass over the calibration samples.
+        bias: Add the mean contribution of the removed inputs to biases. A layer without a bias is left alone: adding
+            one would change the keys of its state dict, and before batch norm, where most such layers are, it would
+            have no effect.
         least_squares: Fit the weights on the inputs that stay to the outputs of the dense layer; about the mean where a
             bias or batch norm takes care of that. Weights with elements set to zero keep them.
         ridge: How strongly the fit is held to the inherited weights, as a share of the mean square of the inputs; None
             chooses it for each layer by its error on a quarter of the calibration samples, which then count, too.
-        renew: Re-estimate the batch-norm statistics of the dense model first, and fit to what it is then: for a model
-            whose running statistics do not suit the data.
+        renew: Re-estimate the batch-norm statistics of the dense model first, and fit to that model: for one whose
+            running statistics do not suit the data.
         memory_bytes: Most memory for the products of inputs, columns squared times 8 (from 513 columns on 4) for each
             layer; of larger layers fewer rows are kept, or none, so that they keep their weights, which the log says.
             None: 1 GiB; less for large models, but at least what the model takes.
@@ -82,18 +83,18 @@ class Compensated:
         self._bn, self._bias, self._least_squares, self._renew = bn, bias, least_squares, renew
         self._ridge, self._memory_bytes, self._share_bytes = ridge, memory_bytes, checked_bytes(share_bytes)
         self._collected = False
-        self._whole = {"bn": bn, "bias": bias, "least_squares": least_squares}  # what is collected serves these parts
+        self._whole = {"bn": bn, "bias": bias, "least_squares": least_squares}  # the parts that `collect` serves
         self._typical: Pruning | None = None
 
     def prepare(self, context: Context) -> None:
-        """Look at what layers read, and make the skeleton that every candidate is cut from."""
+        """Collect the inputs of layers, and make the skeleton that every candidate is cut from."""
         if not self._collected:
             self.collect(context)
         self._context, self._collected = context, False  # another `prepare` may be for another model
         self._adapted = Adapted(context, self.adapt, share_bytes=self._share_bytes)
 
     def collect(self, context: Context) -> None:
-        """Look at what layers and norms read; the first part of `prepare`, which is not repeated then."""
+        """Collect the inputs of layers and norms: the first part of `prepare`, which then does not repeat it."""
         self._context = context
         calibration, whole = context.subsets.calibration, self.with_parts(**self._whole)
         self._reference = private_copy(context.model)
@@ -118,9 +119,9 @@ class Compensated:
         self._collected = True
 
     def with_parts(self, **parts: bool) -> Compensated:
-        """The same with other parts of the re-fit (`bn`, `bias`, `least_squares`), from what was or will be collected.
+        """Copy with other parts of the re-fit on or off (`bn`, `bias`, `least_squares`); it shares collected inputs.
 
-        What is collected, ridges included, stays that of the evaluator as it was made.
+        The moments and ridges stay those of the parts that the original evaluator was made with.
         """
         other = copy.copy(self)
         other._bn, other._bias = parts.get("bn", self._bn), parts.get("bias", self._bias)
@@ -129,19 +130,19 @@ class Compensated:
         return other
 
     def judged_on(self, typical: Pruning) -> Compensated:
-        """The same, not prepared yet, with ridges chosen for this pruning and not for the middle of the space."""
+        """Copy, not prepared yet, that chooses ridges for this pruning instead of for the middle of the space."""
         other = self.with_parts()
         other._typical, other._collected = typical, False
         return other
 
     @property
     def settings(self) -> dict[str, bool]:
-        """The parts that are on, as arguments of the class."""
+        """Parts that are on, as arguments of the class."""
         return {"bn": self._bn, "bias": self._bias, "least_squares": self._least_squares, "renew": self._renew}
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Parts that are on and have something to do in this model, once collected."""
+        """Parts that are on and change something in this model; known after `collect`."""
         layers = [layer for each in self._layers.values() for layer in each]
         busy = {
             "least_squares": any(layer.moments.sketch_rows is not None for layer in layers),
@@ -151,7 +152,7 @@ class Compensated:
         return tuple(name for name, has_work in busy.items() if has_work and self.settings[name])
 
     def order(self, candidates: IntArray) -> IntArray:
-        """The order of evaluation in which candidates share most."""
+        """Return the order of evaluation in which candidates share most."""
         return self._adapted.order(candidates)
 
     def release(self) -> None:
@@ -181,16 +182,16 @@ class Compensated:
         return self._adapted.build(candidate)
 
     def _centred(self, layer: Layer) -> bool:
-        """Whether the mean of what a layer gives is taken care of."""
+        """Return whether a bias or batch norm corrects the mean of a layer's output."""
         return (self._bn and layer.normalised) or self._shifted(layer)
 
     def _shifted(self, layer: Layer) -> bool:
-        """Whether the bias of a layer is corrected."""
+        """Return whether the bias of a layer is corrected."""
         return self._bias and layer.bias is not None and not (self._bn and layer.normalised)
 
     @torch.no_grad()
     def adapt(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
-        """Re-fit what was cut from the model, in place; ``run(batch)`` runs it on calibration data."""
+        """Re-fit a pruned module in place; ``run(batch)`` runs it on calibration data."""
         for name, layers in self._layers.items():
             if name in edit.zeroed or layers[0].reader.dim in edit.slices.get(name, {}):
                 for layer in layers:
@@ -223,9 +224,10 @@ class Compensated:
             _replace(module, layer.bias, bias)
 
     def _change(self, layer: Layer, whole: Tensor, kept: Tensor) -> Tensor:
-        """What least squares add to the columns that stay, for all rows of the dense weight, because others need some.
+        """Change of the columns that stay by least squares, for all rows of the dense weight.
 
-        The latest are kept: most layers of a candidate read what they read in another.
+        All rows, because another candidate may keep other rows. The latest solutions are cached: most layers read the
+        same units in several candidates.
         """
         key = layer.reader.name, layer.reader.start, kept.cpu().numpy().tobytes()
         if key not in self._solved:
@@ -241,12 +243,12 @@ class Compensated:
 
 
 def middle_of(space: SearchSpace) -> Pruning:
-    """What stays with the option in the middle of every dimension."""
+    """Pruning with the middle option of every dimension."""
     return space.pruning((np.array(space.sizes) // 2).tolist())
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give a module a new parameter, never new values: it may share the one that it has."""
+    """Replace a parameter of a module, never its values: another module may share them."""
     owner = module.get_submodule(name.rpartition(".")[0])
     key = name.rpartition(".")[2]
     setattr(owner, key, nn.Parameter(value, requires_grad=owner.get_parameter(key).requires_grad))

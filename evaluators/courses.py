@@ -1,4 +1,4 @@
-"""How fine-tuning trains one candidate: by the default recipe, which can pause and go on, or by the user's."""
+"""Training of one candidate in fine-tuning: by the default recipe, which can pause and continue, or by the user's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from autoprune.evaluators.protocol import Context
 from autoprune.sources import Randomness, seeded
 
 TrainFn = Callable[[nn.Module, int], None]
-"""``train_fn(model, steps)`` trains a model in place for so many optimizer steps."""
+"""``train_fn(model, steps)`` trains a model in place for `steps` optimizer steps."""
 
 Masks = Mapping[nn.Parameter, Tensor]
-"""Where elements of a parameter may differ from zero."""
+"""Elements of each parameter that may differ from zero."""
 
 MOST_NORM = 1.0
 """Gradients are clipped to this norm: the first steps of a network just cut may be steep."""
@@ -27,7 +27,7 @@ class Course(Protocol):
     """The training of one module, in place.
 
     Attributes:
-        module: What is trained.
+        module: The module in training.
         taken: Steps so far.
     """
 
@@ -35,21 +35,23 @@ class Course(Protocol):
     taken: int
 
     def go_on(self, steps: int) -> None:
-        """Train until so many steps are taken in all."""
+        """Train until `steps` steps are taken in total."""
         ...
 
 
 class Distillation:
-    """The default recipe; batches in an order drawn anew for each round. The same in one part or in several.
+    """Default recipe, with the batches in a new random order in each round.
+
+    A training in several parts gives the same weights as one without a pause.
 
     Args:
         context: Says how to run the module, and what its loss is.
         module: Trained in place.
         masks: Elements that stay zero.
-        lessons: Batches, each with what the dense model gives for it.
-        steps: Of the whole course: the learning rate falls linearly to 0.
-        lr: Where it begins.
-        seed: Of everything drawn.
+        lessons: Batches, each with the outputs of the dense model.
+        steps: Steps of the whole training; the learning rate falls linearly to 0.
+        lr: Initial learning rate.
+        seed: Seed of all random draws.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Distillation:
         self._order: list[int] = []
 
     def go_on(self, steps: int) -> None:
-        """Train until so many steps are taken in all."""
+        """Train until `steps` steps are taken in total."""
         self.module.train()
         with self._randomness.resumed(), torch.enable_grad():
             while self.taken < steps:
@@ -92,14 +94,14 @@ class Distillation:
 
 
 class Given:
-    """The recipe of the user, once."""
+    """Recipe of the user; it runs once."""
 
     def __init__(self, module: nn.Module, masks: Masks, train_fn: TrainFn, seed: int) -> None:
         self.module, self.taken = module, 0
         self._masks, self._train_fn, self._seed = masks, train_fn, seed
 
     def go_on(self, steps: int) -> None:
-        """Train for so many steps, the only time."""
+        """Train for `steps` steps; called once."""
         with seeded(self._seed), torch.enable_grad():
             self._train_fn(self.module, steps)
         self.taken = steps

@@ -1,4 +1,4 @@
-"""Where the forward pass of a model may resume: module calls whose output replaces everything that ran before."""
+"""Resume points of a forward pass: module calls whose output replaces everything that ran before."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from autoprune.structure.trace import trace
 _LEAST_GAIN = 1e-3  # of all multiply-accumulates, on average over dimensions: less is not worth a place
 _MOST_SHAPES = 8  # forms of batches that are traced; more of them, and nothing is shared
 _MOST_CUTS = 256  # calls that are looked at: more of them would hardly share more
-_MOST_ROUNDS = 256  # in which a cut finds what it must keep
+_MOST_ROUNDS = 256  # in which a cut finds the modules it must keep
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Cut:
     Attributes:
         name: The module; its output is kept.
         end: Number of operations that have run when it returns.
-        skipped: Modules that return placeholders when its output is at hand; none lies inside another.
+        skipped: Modules that return placeholders when its output is available; none lies inside another.
         hidden: Modules that do not run then: these, this one, and all inside them.
         macs: Multiply-accumulates that do not run then, for the traced batch.
         sample_bytes: Memory that the output of the dense model takes, for one sample.
@@ -55,7 +55,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Flow:
-    """In which order a forward pass reads tensors and enters modules, and where it may resume.
+    """Order in which a forward pass reads tensors and enters modules, with its resume points.
 
     Attributes:
         cuts: By rising `Cut.end`.
@@ -71,7 +71,7 @@ class Flow:
 
 
 class NothingToShareError(Exception):
-    """Why no part of a forward pass may be skipped."""
+    """Raised where no part of a forward pass may be skipped; says why."""
 
 
 def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flow:
@@ -111,7 +111,7 @@ def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flo
 
 
 def choose_cuts(flow: Flow, firsts: IntArray, samples: int, memory_bytes: int) -> tuple[Cut, ...]:
-    """The cuts to keep outputs at: the most saved per byte, for dimensions that change with equal chance.
+    """Choose the cuts whose outputs are kept, by saved work per byte; every dimension changes with equal chance.
 
     Args:
         flow: With all cuts.
@@ -136,21 +136,21 @@ def choose_cuts(flow: Flow, firsts: IntArray, samples: int, memory_bytes: int) -
 
 
 def _form(batch: Batch) -> str:
-    """What of a batch Python code can see without reading values."""
+    """Form of a batch: everything that Python code can see without reading values."""
     leaves, tree = tree_flatten(batch)
     seen = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor | np.ndarray) else type(x) for x in leaves]
     return f"{tree} {seen}"
 
 
 def _order(record: Record) -> list[Any]:
-    """What must agree between passes: what ran, on which parameters, in which modules."""
+    """Operations, their parameters and the module calls of a pass: these must agree between passes."""
     names = [[record.values[i].name for i in op.inputs()] for op in record.ops]
     ran = [(op.func, op.module, named) for op, named in zip(record.ops, names, strict=True)]
     return [ran, [(call.name, call.first, call.last) for call in record.calls]]
 
 
 def _watching(forward: Forward, written: list[str]) -> Forward:
-    """The forward, which notes the attributes of modules that it writes."""
+    """Wrap a forward to note the attributes of modules that it writes."""
 
     def run(model: nn.Module, batch: Batch) -> Any:
         before = _attributes(model)
@@ -169,7 +169,7 @@ def _noting_writes(written: list[str]) -> Iterator[None]:
     original: Callable[[nn.Module, str, Any], None]
 
     def note(module: nn.Module, name: str, value: Any) -> None:
-        # Not what tracing itself refreshes, nor what other threads do to modules of their own.
+        # Without the writes of tracing itself, and without those of other threads to modules of their own.
         if not name.startswith("_flat_weights") and get_ident() == here:
             written.append(f"{type(module).__name__}.{name}")
         original(module, name, value)
@@ -184,7 +184,7 @@ def _noting_writes(written: list[str]) -> Iterator[None]:
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
-    """What modules hold in Python: objects by identity, the contents of containers by identity too."""
+    """Python attributes of all modules: objects by identity, the contents of containers by identity too."""
     found = {}
     for prefix, module in model.named_modules():
         for name, value in vars(module).items():
@@ -236,7 +236,7 @@ class _Finder:
         self._made_by = {call.name: self._outputs(call) for call in self._calls}  # none of them is repeated
 
     def flow(self) -> Flow:
-        """Everything that `Flow` says."""
+        """Return the flow of the record, with its cuts."""
         record, values = self._record, self._record.values
         reads: dict[str, int] = {}
         for op in record.ops:
@@ -250,7 +250,7 @@ class _Finder:
         return Flow(tuple(sorted(cuts, key=lambda cut: cut.end)), reads, enters, sum(self._macs))
 
     def _considered(self) -> list[ModuleCall]:
-        """The calls to cut behind: of more than enough, the outermost, evenly over the multiply-accumulates."""
+        """Calls to cut after; of too many, the outermost, spread evenly over the multiply-accumulates."""
         levels: list[list[ModuleCall]] = []
         ends: list[int] = []  # of the calls around the present one
         for call in self._calls:
@@ -280,7 +280,7 @@ class _Finder:
         return {self._base[leaf.id] for leaf in call.outputs if isinstance(leaf, Ref)}
 
     def _inside(self, covered: Sequence[ModuleCall]) -> set[str]:
-        """Names of modules whose calls run none but the operations of some calls."""
+        """Names of modules that run only operations of the covered calls."""
         hidden = np.zeros(len(self._record.ops), dtype=bool)
         for call in covered:
             hidden[call.first : call.last] = True
@@ -288,7 +288,7 @@ class _Finder:
         return {self._ran[i] for i in np.flatnonzero(inside)}
 
     def _replaceable(self, call: ModuleCall, always: Sequence[ModuleCall]) -> bool:
-        """Whether the outputs are all that the call does, as far as the rest of the pass can tell."""
+        """Return whether the rest of the pass sees nothing of a call but its outputs."""
         inside = range(call.first, call.last)
         if not call.name or call.name in self._repeated:
             return False
@@ -304,7 +304,7 @@ class _Finder:
         return bool(outputs) and outputs <= made | changed and leaves | changed <= outputs and older
 
     def _cut(self, call: ModuleCall) -> Cut | None:
-        """The cut behind a call: skip all that can be before it, and keep what the rest needs.
+        """Cut after a call: it skips every call before it that it can, and keeps those that the rest needs.
 
         None where that takes too many rounds, as inside residual blocks, where in the end next to nothing is skipped.
         """
@@ -329,7 +329,7 @@ class _Finder:
         )
 
     def _skipped(self, cut: ModuleCall, kept: set[str]) -> list[ModuleCall]:
-        """The outermost replaceable calls before that of a cut, but for those to be kept."""
+        """Outermost replaceable calls before that of a cut, without the kept ones."""
         found: list[ModuleCall] = []
         for call in self._calls:
             if call.first >= cut.last:
@@ -339,7 +339,7 @@ class _Finder:
         return found
 
     def _needed(self, cut: ModuleCall, skipped: Sequence[ModuleCall]) -> set[str]:
-        """Skipped modules whose outputs an operation needs that runs all the same, after the cut or on real values."""
+        """Skipped modules whose outputs are needed by an operation that still runs, after the cut or on real values."""
         missing: dict[int, set[str]] = {}  # storages that hold no values, and the skipped modules that this is due to
         done = 0
         for call in (*skipped, cut):
@@ -357,7 +357,7 @@ class _Finder:
             missing.update((base, {call.name}) for base in self._made_by[call.name])
             done = call.last
         missing = {base: due for base, due in missing.items() if cut.name not in due}
-        # What runs after the cut runs on real values, and what it writes to it reads, too.
+        # An operation after the cut runs on real values, and it also reads the storages that it writes to.
         later = {base: self._next_reader(base, cut.last) for base in missing}
         first = min(later.values(), default=len(self._record.ops))
         if first < len(self._record.ops):
@@ -366,13 +366,13 @@ class _Finder:
         return set[str]().union(*(missing[base] for base in missing.keys() & results))
 
     def _next_reader(self, base: int, start: int) -> int:
-        """The first operation from `start` on that reads a storage; their number if none does."""
+        """First operation from `start` on that reads a storage; the number of operations if there is none."""
         readers = self._readers.get(base, [])
         place = bisect_left(readers, start)
         return readers[place] if place < len(readers) else len(self._record.ops)
 
 
 def _plain(tree: tuple[Any, ...]) -> bool:
-    """Whether arguments or outputs are tensors that the pass has met, and values that hold no state."""
+    """Return whether arguments or outputs hold only tensors of the pass and values without state."""
     scalars = (Ref, bool, int, float, str, type(None), torch.dtype, torch.device)
     return all(isinstance(leaf, scalars) for leaf in tree)

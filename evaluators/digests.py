@@ -1,4 +1,4 @@
-"""What of a candidate a forward pass has read by when: candidates of one digest compute the same up to there."""
+"""Hash what a candidate changes before each resume point: candidates with equal digests compute the same up to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NEVER = np.iinfo(np.int64).max - 1
 
 
 def digests_of(edit: Edit, marks: Sequence[Mark], cuts: Sequence[Cut]) -> dict[str, bytes]:
-    """For each cut a digest of what the candidate reads up to there, and under `WHOLE` one of all that it is."""
+    """Digest of what the candidate changes before each cut, by its name; that of the whole candidate under `WHOLE`."""
     digests, digest, left = {}, hashlib.blake2b(digest_size=16), iter(marks)
     mark = next(left, None)
     for cut, end in (*((cut.name, cut.end) for cut in cuts), (WHOLE, _NEVER + 1)):
@@ -30,7 +30,7 @@ def digests_of(edit: Edit, marks: Sequence[Mark], cuts: Sequence[Cut]) -> dict[s
 
 
 def first_operations(context: Context, flow: Flow) -> IntArray:
-    """The first operation that each dimension changes, shape (d,)."""
+    """First operation that each dimension changes, shape (d,)."""
     sizes = context.space.sizes
     candidates = np.vstack([np.zeros_like(sizes), np.diag(sizes - 1)])
     dense, *changed = (context.structure.edit(context.space.pruning(c)) for c in candidates.tolist())
@@ -45,7 +45,7 @@ def first_operations(context: Context, flow: Flow) -> IntArray:
 
 
 def marks_of(context: Context, flow: Flow) -> list[Mark]:
-    """When what candidates may change matters first: operation, name, and whether it is a tensor or a module."""
+    """First use of each tensor and module that candidates may change: operation, name, and whether it is a tensor."""
     structure = context.structure
     tensors = ((flow.reads.get(name, _NEVER), name, True) for name in {*structure.units_of, *structure.weights})
     modules = ((flow.enters.get(name, -1), name, False) for name in {each.module for each in structure.attributes})
@@ -53,7 +53,7 @@ def marks_of(context: Context, flow: Flow) -> list[Mark]:
 
 
 def _describe(edit: Edit, name: str, tensor: bool, write: Callable[[bytes], None]) -> None:
-    """Write down what an edit does to a tensor or a module."""
+    """Feed the change that an edit makes to a tensor or a module to a hash."""
     if not tensor:
         write(repr((name, sorted(edit.attributes.get(name, {}).items()))).encode())
     elif name in edit.slices or name in edit.zeroed:

@@ -1,4 +1,4 @@
-"""Fine-tuning: train a candidate briefly before judging it, the dearest and most faithful of the cheap scores."""
+"""Fine-tuning: train a candidate briefly before scoring it, the dearest and most faithful of the cheap scores."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from autoprune.sources import seeded
 
 
 class FineTune:
-    """Scores a candidate after a short training that starts from what another evaluator builds.
+    """Scores a candidate after a short training that starts from the module of another evaluator.
 
     Each candidate is a copy of its own, trained from the same seed for the same number of steps, so a score depends on
-    nothing but the candidate, nor on whether it was scored on the way (`autoprune.Rungs`). Batch-norm statistics are
-    re-estimated afterwards, elements set to zero stay zero, and the dense candidate, the teacher, stays as it is.
+    nothing but the candidate, nor on whether it was scored after fewer steps (`autoprune.Rungs`). Batch-norm statistics
+    are re-estimated afterwards, elements set to zero stay zero, and the dense candidate, the teacher, stays as it is.
     `build` trains again unless the candidate is the one trained last; on a GPU that repeats as exactly as its kernels.
 
     Without a `train_fn`, AdamW with a learning rate that falls linearly to 0 learns the outputs of the dense model on
@@ -36,9 +36,9 @@ class FineTune:
         steps: The budget: optimizer steps for each candidate, one batch of the calibration data each.
         train_fn: ``train_fn(model, steps)`` trains a model in place; for your own data and recipe. It pickles to
             workers, and should take its randomness from PyTorch's, NumPy's or Python's global state, which is seeded.
-        start: Builds what is trained; `Compensated` by default.
+        start: Evaluator that builds the module to train; `Compensated` by default.
         lr: Largest learning rate of the default recipe.
-        seed: Of everything drawn in training.
+        seed: Seed of all random draws in training.
 
     Reference:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, at temperature 1.
@@ -61,7 +61,7 @@ class FineTune:
         self._start: Evaluator = Compensated() if start is None else start
 
     def prepare(self, context: Context) -> None:
-        """Compute what the dense model gives on the calibration samples.
+        """Compute the outputs of the dense model on the calibration samples.
 
         Raises:
             ValueError: If there is nothing to train, or the default recipe finds nothing to learn.
@@ -92,13 +92,13 @@ class FineTune:
 
     @property
     def continues(self) -> bool:
-        """Whether a training can be gone on with: the default recipe can, that of the user begins anew."""
+        """True if a training can be continued: one by the default recipe can, one by the user's recipe starts again."""
         return self._train_fn is None
 
     def on_the_way(self, candidate: IntArray, steps: int) -> Measurement | Failure:
         """Score a candidate on the validation samples after the first steps of its training.
 
-        With a `train_fn`, after a training of so many steps: what its learning rate would be halfway, only it knows.
+        With a `train_fn`, after a whole training of `steps` steps: only the `train_fn` knows its schedule.
         """
         return self._measure(partial(self._trained, candidate, steps), "validation")
 
@@ -107,30 +107,30 @@ class FineTune:
         return self._measure(partial(self._trained, candidate), "test")
 
     def build(self, candidate: IntArray) -> nn.Module:
-        """The trained module that was scored."""
+        """Return the trained module that was scored."""
         return self._trained(candidate)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the start has to say of the dense network."""
+        """Notes of the evaluator that builds the start."""
         return getattr(self._start, "notes", ())
 
     @property
     def identity(self) -> str:
-        """With how it trains, and that of a start that has learned something."""
+        """Name with the settings of the training, and the identity of a start that has learned something."""
         start = getattr(self._start, "identity", "")
         return f"FineTune(steps={self.steps}, lr={self._lr:g}, seed={self._seed})" + (f" of {start}" if start else "")
 
     def _trained(self, candidate: IntArray, steps: int | None = None) -> nn.Module:
-        """A copy of the trained candidate, for its caller to keep; chunks of one candidate share a training."""
+        """Copy of the trained candidate, for its caller to keep; chunks of one candidate share a training."""
         key = candidate.tobytes(), steps or self.steps
         if self._last is None or self._last[0] != key:
-            self._last = None  # whatever happens next, this one is not needed beside it
+            self._last = None  # freed before the next training, so that two modules are never held together
             self._last = key, self._train(candidate, key[1])
         return copy.deepcopy(self._last[1])
 
     def _train(self, candidate: IntArray, steps: int) -> nn.Module:
-        """A candidate after so many steps; if it was scored on the way, from there."""
+        """Train a candidate for `steps` steps, from where it was last scored if it was."""
         if not candidate.any():
             return self._start.build(candidate)
         context, course = self._context, self._course(candidate, steps)
@@ -148,11 +148,11 @@ class FineTune:
         return module
 
     def _course(self, candidate: IntArray, steps: int) -> Course:
-        """The training that was begun, if it is this candidate's and not further than wanted, else a new one."""
-        begun, self._begun = self._begun, None  # what fails is not gone on with
+        """Training of this candidate that was begun, unless it is past `steps`; else a new one."""
+        begun, self._begun = self._begun, None  # a training that fails is not continued
         if begun is not None and begun[0] == candidate.tobytes() and begun[1].taken <= steps:
             return begun[1]
-        begun = None  # so that what is not needed is gone before the next is made
+        begun = None  # frees the old training before a new one is made
         context, module = self._context, self._start.build(candidate)
         zeroed = context.structure.edit(context.space.pruning(candidate.tolist())).zeroed
         parameters = dict(module.named_parameters())

@@ -1,4 +1,4 @@
-"""The layers that a re-fit changes: what each reads in the dense model, and how its equations are solved."""
+"""Layers that a re-fit changes, with the inputs of each in the dense model and the form of its equations."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 Forward = Callable[[nn.Module, Batch], Any]
 
 COUNTED = 16
-"""Samples that tell how many rows each weight reads."""
+"""Samples on which the rows that each weight reads are counted."""
 LEAST_WORK = 2**28
-"""Multiply-accumulates for the equations of a candidate that nobody would notice: some hundredths of a second."""
+"""Multiply-accumulates for the equations of a candidate that are always allowed: some hundredths of a second."""
 _SHARE = 0.5  # of the products of one calibration pass, for the equations of a candidate
 _SETUP = 8  # such passes, for the products of inputs
 _FEWEST = 16  # rows for each column that are taken even beyond that
@@ -42,16 +42,16 @@ _DEFAULT_RIDGE = 1e-2  # where no sample can be held out
 
 @dataclass
 class Layer:
-    """A weight that reads units, and what it reads.
+    """Weight that reads units, with the moments of its inputs.
 
     Attributes:
         reader: The weight.
-        moments: Of what it multiplies, padding of convolutions included and of batches not.
-        bias: The parameter that is added to what it gives, or None.
-        normalised: Whether batch norm reads what it gives, and so takes any constant off it.
+        moments: Of its inputs, with the padding of convolutions and without that of batches.
+        bias: The parameter that is added to its output, or None.
+        normalised: Whether batch norm reads its output, and so subtracts any constant.
         ridge: How strongly the fit is held to the inherited weights; infinite where no fit does better on held-out
             samples.
-        rows: How many it reads of all samples, as a few let expect.
+        rows: Number of rows that it reads of all samples, as estimated from a few.
     """
 
     reader: Reader
@@ -64,7 +64,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a model, its structure and the calibration samples give.
+    """Source of the inputs that layers read: the model, its structure and the calibration samples.
 
     Attributes:
         model: The dense model.
@@ -82,7 +82,7 @@ class Reads:
 def find_layers(
     reads: Reads, memory_bytes: int, ridge: float | None, typical: Edit, centred: Callable[[Layer], bool]
 ) -> list[Layer]:
-    """The layers that can be re-fitted, with the moments of what they read in the dense model.
+    """Find the layers that can be re-fitted, with the moments of their inputs in the dense model.
 
     One pass over the calibration samples, and a few samples more. Equations whose work would be out of proportion to
     that pass, or that would not fit into memory, are solved from a sketch of their rows.
@@ -92,15 +92,15 @@ def find_layers(
         memory_bytes: Most memory for moments; of the largest only means are kept, with a warning in the log. 0 for
             means alone.
         ridge: For all layers, or None to choose it for each by held-out samples.
-        typical: The edit that it is chosen with.
-        centred: Whether a bias or batch norm takes care of the mean of a layer.
+        typical: The edit that it is chosen for.
+        centred: Whether a bias or batch norm corrects the mean of a layer.
     """
     copied = private_copy(reads.model)
 
     def attempt(parts: list[Batch]) -> list[Layer]:
         return _find(Reads(copied, reads.structure, parts, reads.forward), memory_bytes, ridge, typical, centred)
 
-    # All of it again for smaller batches where memory runs out, because part of one was averaged.
+    # Where memory runs out, everything is repeated with smaller batches, because part of one was already averaged.
     return Halving()(attempt, reads.batches)
 
 
@@ -122,7 +122,7 @@ def _find(
 
 
 def _divided(batches: Sequence[Batch], samples: int) -> tuple[list[Batch], list[Batch]]:
-    """The first so many samples, and the others; a batch that cannot be cut goes to those that lack most of it."""
+    """Split batches into the first `samples` samples and the others; a batch that cannot be cut goes to one of them."""
     first: list[Batch] = []
     rest: list[Batch] = []
     for batch in batches:
@@ -160,7 +160,7 @@ def _laid_out(reads: Reads, memory_bytes: int) -> dict[Reader, Layer]:
 
 
 def _separate(readers: Mapping[Reader, int]) -> list[Reader]:
-    """Those of weights whose readers are about different rows."""
+    """Readers of the weights whose readers cover disjoint rows."""
     by_name: dict[str, list[Reader]] = defaultdict(list)
     for reader in readers:
         by_name[reader.name].append(reader)
@@ -173,7 +173,7 @@ def _separate(readers: Mapping[Reader, int]) -> list[Reader]:
 
 
 def _plan(rows: Mapping[Reader, int], memory_bytes: int) -> dict[Reader, Moments]:
-    """How to keep the moments of each weight, given the rows that it reads of all samples."""
+    """Choose whole or sketched moments for each weight, given the number of rows that it reads of all samples."""
     work = {reader: n * reader.columns * reader.outputs for reader, n in rows.items()}
     left, memory = float(max(LEAST_WORK, _SHARE * sum(work.values()))), memory_bytes
     found = {}
@@ -206,7 +206,7 @@ def _whole(reader: Reader) -> float:
 
 
 def _sketched(reader: Reader, rows: int) -> float:
-    """Multiply-accumulates of the equations of so many rows."""
+    """Multiply-accumulates of the equations of a sketch with this number of rows."""
     return rows**3 / 3 + rows**2 * reader.columns + 2.0 * rows * reader.columns * reader.outputs
 
 
@@ -257,7 +257,7 @@ def _choose_ridges(
 
 
 def _best_ridge(layer: Layer, weight: Tensor, kept: Tensor, rows: Tensor, centred: Callable[[Layer], bool]) -> float:
-    """The ridge whose fit errs least on rows (n, columns); infinite where none is better than no fit."""
+    """Ridge whose fit has the least error on rows (n, columns); infinite where none is better than no fit."""
     if centred(layer):
         rows = rows - layer.moments.mean.to(rows.dtype)
     gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)

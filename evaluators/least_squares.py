@@ -1,4 +1,4 @@
-"""Least squares: weights on the inputs that stay that make up for those that go."""
+"""Least squares: fit the weights of the inputs that stay to the outputs of all inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from autoprune.evaluators.moments import Moments
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""What `ridge` is chosen from."""
+"""Ridges to choose from, as shares of the mean square of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class Normal:
     """The normal equations of one layer, from its moments.
 
     Attributes:
-        moments: Of what it reads.
-        centred: Whether a bias, or batch norm, takes care of the mean.
+        moments: Of its inputs.
+        centred: Whether a bias, or batch norm, corrects the mean.
     """
 
     moments: Moments
     centred: bool
 
     def change(self, weight: Tensor, kept: Tensor, ridge: float) -> Tensor:
-        """What to add to the weights that stay, float of the moments, shape (outputs, k); see `changes`."""
+        """Change of the weights that stay, float of the moments, shape (outputs, k); see `changes`."""
         return next(self.changes(weight, kept, [ridge]))
 
     def changes(self, weight: Tensor, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
@@ -41,7 +41,7 @@ class Normal:
             yield from least_squares(weight, self.moments.products(self.centred), kept, ridges)
 
     def _from_sketch(self, lost: Tensor, gone: Tensor, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
-        """The same from few rows R: D^T = R_S^T (R_S R_S^T + r)^-1 R_gone W_gone^T, of which the inverse is small."""
+        """Changes from few rows R: D^T = R_S^T (R_S R_S^T + r)^-1 R_gone W_gone^T, where the inverse is small."""
         rows = self.moments.factor(self.centred)
         stay, wanted = rows[:, kept], rows[:, gone] @ lost.to(rows.dtype).T
         scale = len(rows) / max(len(kept), 1)  # `_factors` takes the ridge from the mean of the diagonal

@@ -1,4 +1,4 @@
-"""What training in an evaluator learns: the outputs of a better network, and labels where the metric has a loss."""
+"""Targets of training in an evaluator: the outputs of a better network, and labels where the metric has a loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoprune.scorers import main_output
 
 
 def learns_labels(judge: Judge) -> bool:
-    """Whether the signal is a loss on labels, and no measure of the user's, which may have no useful slope."""
+    """Return whether the signal is a loss on labels; a measure of the user's may have no useful gradient."""
     return judge.per_sample and not judge.needs_dense and judge.proportion is not None
 
 

@@ -1,4 +1,4 @@
-"""What evaluators share: cut candidates from a model, and score them on the samples of the search."""
+"""Common parts of evaluators: cut candidates from a model, and score them on the samples of the search."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ DENSE_BYTES = 256 * 2**20
 
 
 class Measuring:
-    """Scores modules beside the outputs of the dense model, which are computed once.
+    """Scores modules and compares them with the outputs of the dense model, which are computed once.
 
     Args:
-        context: The samples, and what they are judged by.
+        context: The samples, and the judge that scores them.
         dense: The dense model in evaluation mode, with buffers of its own.
     """
 
@@ -64,7 +64,7 @@ class Measuring:
         return Measurement(signal, metric, seconds, distortion, weights=weights)
 
     def _weigh(self, part: str, rows: slice) -> Weighing | None:
-        """How much the samples of some batches count in the whole part, which is found out once."""
+        """Weights of the samples of some batches within the whole part; computed once a part."""
         if part not in self._weighing:
             batches, judge = getattr(self._context.subsets, part), self._context.judge
             self._weighing[part] = judge.weigh(self._run_dense, batches, self._dense[part])
@@ -78,13 +78,13 @@ class Adapted:
     Args:
         context: With the model whose weights candidates inherit; it stays as it is.
         adapt: ``adapt(module, edit, run)`` changes what was cut before it is scored or delivered, by swapping
-            parameters and not by writing to them, because what does not shrink is shared. ``run(batch)`` runs the
-            module on calibration data. What a layer becomes may depend on the edit of what is read up to there and on
-            what the layer sees in these runs, and on nothing behind it. The dense candidate is left as it is.
-        reference: What outputs are compared with, in evaluation mode, with buffers of its own; the dense candidate by
+            parameters and not by writing to them, because parameters that do not shrink are shared. ``run(batch)`` runs
+            the module on calibration data. The new values of a layer may depend on the edit of everything before it
+            and on its inputs in these runs, and on nothing after it. The dense candidate is left as it is.
+        reference: Module to compare outputs with, in evaluation mode, with buffers of its own; the dense candidate by
             default.
         share_bytes: Most memory for what candidates share, see `autoprune.evaluators.sharing`; 0 for none,
-            None for what suits the size of the model.
+            None for a limit that suits the size of the model.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Adapted:
         self._measure = Measuring(replace(context, forward=self._sharing.forward), reference or dense)
 
     def order(self, candidates: IntArray) -> IntArray:
-        """The order of evaluation in which candidates, shape (n, d), share most; positions, shape (n,)."""
+        """Return the order of evaluation in which candidates, shape (n, d), share most; positions, shape (n,)."""
         try:
             order = self._sharing.order([self._edit(candidate) for candidate in candidates])
         except Exception:  # a candidate that cannot be cut fails when it is scored, alone
@@ -126,14 +126,14 @@ class Adapted:
         return self._measure(lambda: module, "validation")
 
     def build(self, candidate: IntArray) -> nn.Module:
-        """The module that is scored, with state of its own, in the training mode of the model."""
+        """Return the module that is scored, with state of its own, in the training mode of the model."""
         with seeded(0):
             return self._cut(candidate, private=True)
 
     def _kept(self, candidate: IntArray) -> nn.Module:
-        """What `_cut` gives; consecutive chunks of one candidate are adapted once.
+        """Module of a candidate from `_cut`; consecutive chunks of one candidate are adapted once.
 
-        With sharing, what the calibration gave is remembered there, and the chunk may resume.
+        With sharing, the calibrated values are remembered there, and the chunk may resume.
         """
         held = self._held == candidate.tobytes() and not self._sharing.on
         return self._slicer.skeleton if held else self._cut(candidate)
@@ -142,7 +142,7 @@ class Adapted:
         edit = self._edit(candidate)
         if not private:
             self._held = b""
-            self._slicer.cut(Edit({}, {}))  # which lets go of the candidate before
+            self._slicer.cut(Edit({}, {}))  # releases the candidate before
             give_back(self._context.model)
         module = build(self._context.model, edit) if private else self._slicer.cut(edit)
         if candidate.any():

@@ -22,7 +22,7 @@ _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the machine has no memory left; PyTorch has no one class for that."""
+    """Return whether an error says that memory ran out; PyTorch has no single class for that."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Halving:
     """Runs a function on batches, and again on their halves as often as memory runs out.
 
-    What is learned of how much fits is kept for the batches to come.
+    The size that fits is kept for later batches.
     """
 
     def __init__(self) -> None:
@@ -47,12 +47,12 @@ class Halving:
             parts = [part for batch in batches for part in split(batch, self._most)]
             try:
                 return run(parts)
-            except Exception as error:  # torch has several types for it; what is none of them goes on
+            except Exception as error:  # torch has several types for it; all others are raised again
                 most = max((batch_size(part) for part in parts if divisible(part)), default=1)
                 if not is_out_of_memory(error) or most == 1:
                     raise
                 message = str(error).partition("\n")[0]
-            # Here and not above, because the error holds on to what filled the memory.
+            # Here and not above, because the error holds references to the tensors that filled the memory.
             if cuda_is_used():
                 torch.cuda.empty_cache()
             self._most = (most + 1) // 2
@@ -113,7 +113,7 @@ def joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
 
 
 def _is_rows(output: Any, n: int) -> bool:
-    """Whether it is a tensor with a row for each of n samples."""
+    """Return whether an output is a tensor with a row for each of n samples."""
     return isinstance(output, Tensor) and output.ndim > 0 and len(output) == n
 
 
@@ -152,14 +152,14 @@ class BatchMoments:
 
 
 class _NextPart(BaseException):
-    """Ends the forward of a part where moments of the whole batch are needed; no user's ``except`` takes it."""
+    """Ends the forward of a part where moments of the whole batch are needed; no ``except Exception`` catches it."""
 
 
 class Passes:
     """Runs forwards whose hooks act on moments of the whole batch, in parts where it does not fit into memory.
 
-    Then there is a pass over the parts for each such layer, up to that layer: what comes after it depends on what the
-    parts have in common. That is slow, and the only way for which it does not matter how a batch was divided.
+    Then there is a pass over the parts for each such layer, up to that layer: the rest depends on the moments of the
+    whole batch. That is slow, and the only way for which it does not matter how a batch was divided.
     """
 
     def __init__(self) -> None:
@@ -178,10 +178,10 @@ class Passes:
             self._known = None
 
     def moments(self, measure: Callable[[], BatchMoments]) -> tuple[BatchMoments, bool]:
-        """For a hook: the moments of the whole batch at this call, and whether they are handed out the first time.
+        """Moments of the whole batch at this call of a hook, and whether they are returned for the first time.
 
         Args:
-            measure: Takes those of what the hook sees. Outside `run` that is the whole batch.
+            measure: Takes the moments of the input of the hook. Outside `run` that is the whole batch.
         """
         if self._known is None:
             return measure(), True
@@ -197,7 +197,7 @@ class Passes:
         return self._known[place], fresh
 
     def _run_parts(self, forward: Callable[[Batch], object], parts: list[Batch]) -> None:
-        """Pass over the parts until each gets to its end; what an attempt on larger parts has found out still holds."""
+        """Pass over the parts until each gets to its end; moments found with larger parts still hold."""
         assert self._known is not None
         self._divided = len(parts) > 1
         while True:

@@ -1,4 +1,4 @@
-"""What the layers of the dense model read: means and covariances of their unfolded inputs, whole or sketched."""
+"""Moments of the inputs of layers: means and covariances of unfolded rows, whole or sketched."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MIX = 2654435761  # Knuth's multiplicative hash: scatters row numbers, so that 
 
 
 def scattered(numbers: Tensor, every: float) -> Tensor:
-    """Which of the rows of these numbers are taken, where about one of `every` is; bool, shape (n,)."""
+    """Select about one of `every` rows by their numbers; bool, shape (n,)."""
     return (numbers * _MIX) % 2**32 < 2**32 / every
 
 
 @dataclass
 class Sample:
-    """About one of `every` rows, however they are divided into chunks."""
+    """Sample of about one of `every` rows, the same for any division into chunks."""
 
     every: float
     _seen: int = 0
@@ -36,7 +36,7 @@ class Sample:
 
     @property
     def rows(self) -> Tensor:
-        """What was taken, at least in float32, shape (n, columns)."""
+        """Rows of the sample, at least in float32, shape (n, columns)."""
         return torch.cat(self._parts) if self._parts else torch.zeros(0, 0)
 
 
@@ -46,11 +46,11 @@ class Moments:
 
     Attributes:
         columns: Length of a row.
-        sketch_rows: 0 for the products of any two columns; else the rows are hashed, with random signs, to so many
-            sums, whose products have the same mean. Exact as long as there are no more rows than that. None for means
-            alone.
-        every: Of so many rows about one is taken.
-        rows: How many were taken.
+        sketch_rows: 0 for the products of any two columns; else the number of sums that rows are hashed to, with random
+            signs; their products have the same mean. Exact as long as there are no more rows than that. None for
+            means alone.
+        every: About one of this number of rows is taken.
+        rows: Number of rows taken.
 
     Reference:
         Sketch: Clarkson and Woodruff, "Low Rank Approximation and Regression in Input Sparsity Time", STOC 2013,
@@ -105,7 +105,7 @@ class Moments:
         self._weights.index_add_(0, places, signs.double())
 
     def large(self) -> list[Tensor]:
-        """What takes memory in proportion to the products."""
+        """Tensors that take memory in proportion to the products."""
         return [] if self._matrix is None else [self._matrix]
 
     @property
@@ -117,7 +117,7 @@ class Moments:
 
     @property
     def finite(self) -> bool:
-        """Whether there are rows, and all that was taken is finite."""
+        """True if there are rows, and all of their sums are finite."""
         if self._matrix is None or self._total is None:
             return False
         return bool(self._total.isfinite().all() and self._matrix.isfinite().all())
@@ -140,6 +140,6 @@ class Moments:
 
     @property
     def _offset(self) -> Tensor:
-        """The mean from the origin."""
+        """Mean relative to the origin."""
         assert self._total is not None
         return self._total / self.rows

@@ -1,4 +1,4 @@
-"""Batch-norm statistics corrected by what pruning changed: nothing where nothing was removed, whatever the samples."""
+"""Correction of batch-norm statistics for the change by pruning: none where nothing was removed, for any samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autoprune.evaluators.memory import BatchMoments, Passes
 from autoprune.evaluators.padding import kept_positions, positions_of
 from autoprune.structure.slicing import Edit
 
-_MOST = 1e6  # the variance of a channel is corrected by at most so much, in either direction
+_MOST = 1e6  # the variance of a channel is corrected by at most this factor, in either direction
 _DEAD = 1e-12  # of the running variance: less is no variance to compare with
 
 
@@ -27,7 +27,7 @@ class _Norm:
     Attributes:
         mean: Running mean, float64, shape (channels,).
         var: Running variance.
-        calls: What it reads in each batch and call.
+        calls: Moments of its inputs in each batch and call.
         whole: The same over all of them.
     """
 
@@ -42,9 +42,10 @@ class Correction:
 
     A running mean m and variance v with which the dense model normalises inputs of mean a and variance b become
     c + (m - a) sqrt(d / b) and v d / b where the inputs of the pruned model have mean c and variance d on the same
-    samples. Where the running statistics are those of the samples, these are c and d, as re-estimation gives; where
-    they are not, what the dense model makes of the samples stays. Moments are of all samples, and paired: on the way,
-    each batch is normalised by how it differs from the same batch in the dense model, so that small batches do no harm.
+    samples. Where the running statistics are those of the samples, these are c and d, as in re-estimation; where they
+    are not, the outputs have the moments that the dense model gives them. Moments are of all samples, and paired:
+    during the pass, each batch is normalised by its difference from the same batch in the dense model, so that small
+    batches do no harm.
 
     Args:
         dense: The dense model in evaluation mode, with buffers of its own.
@@ -72,7 +73,7 @@ class Correction:
 
         Args:
             module: Cut from the dense model.
-            edit: How it was cut.
+            edit: The edit that it was cut by.
             run: Runs it on a batch; norms that do not run are left as they are.
         """
         names = {part: name for name, part in module.named_modules()}
@@ -101,7 +102,7 @@ def _measured(
     run: Callable[[Batch], object],
     act: Callable[[_BatchNorm, int, BatchMoments], None],
 ) -> dict[_BatchNorm, list[BatchMoments]]:
-    """What norms read in each of their calls; `act` is told before each call, with its number."""
+    """Moments of the inputs of norms in each of their calls; `act` is called before each, with its number."""
     passes, seen, within = Passes(), defaultdict[_BatchNorm, list[BatchMoments]](list), Counter[_BatchNorm]()
 
     def measure(norm: _BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -128,7 +129,7 @@ def _measured(
 
 
 def _real(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The values at positions that are no padding, of sequences (samples, channels, positions)."""
+    """Values at positions that are no padding, of sequences (samples, channels, positions)."""
     kept = kept_positions(mask, (len(x), *x.shape[2:])) if x.ndim == 3 else None
     return x if kept is None else x.movedim(1, -1)[kept]
 

@@ -1,4 +1,4 @@
-"""Padding: which positions of a batch are real, as its mask says, so that the others do not count in averages."""
+"""Padding: find the real positions of a batch from its mask, so that the others do not count in averages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autoprune.batches import Batch, inputs, tensors
 
 
 def positions_of(batch: Batch) -> Tensor | None:
-    """Positions of a batch that are no padding, bool, shape (samples, positions); None where nothing says so.
+    """Positions of a batch that are no padding, bool, shape (samples, positions); None without a mask.
 
     A mask is a tensor of two dimensions that holds zeros and ones and goes with another input of this form: the entry
     of a mapping whose key ends in "mask", or an input on its own. ``"attention_mask"`` has ones where something is.
@@ -33,7 +33,7 @@ def positions_of(batch: Batch) -> Tensor | None:
 
 
 def kept_positions(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """The mask laid out like rows of a given shape: (samples, positions) or (positions, samples); None for others."""
+    """Lay a mask out like rows of a given shape, (samples, positions) or (positions, samples); None for others."""
     if mask is None:
         return None
     if tuple(shape) == tuple(mask.shape) or tuple(shape) == (mask.numel(),):
@@ -52,7 +52,7 @@ def _is_mask(value: object) -> TypeGuard[Tensor]:
 
 
 def _one_run(kept: Tensor) -> bool:
-    """Whether each row is a run of one value and then of the other, in the same order."""
+    """Return whether each row is a run of one value and then of the other, in the same order."""
     steps = kept.int().diff(dim=1)
     return bool((steps >= 0).all() or (steps <= 0).all())
 

@@ -1,4 +1,4 @@
-"""What an evaluator promises, and what it gets to work with."""
+"""Protocol of evaluators, and the context that they work in."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Forward = Callable[[nn.Module, Batch], Any]
 
 @dataclass(frozen=True)
 class Context:
-    """Everything that a worker holds.
+    """Context of an evaluator: everything that a worker holds.
 
     Attributes:
         model: The dense model. Nobody changes it.
         structure: What can be removed from it.
-        space: What candidates mean.
+        space: Gives candidates their meaning.
         subsets: The samples of the search, on the model's device.
         judge: The metric, and the signal that steers the search.
         forward: Runs a model on a batch.
@@ -42,24 +42,25 @@ class Context:
 class Evaluator(Protocol):
     """Scores candidates. Pickles before `prepare`, which runs once on each worker.
 
-    Of one that learns something, two properties are read after `prepare`: ``notes``, a tuple of sentences for the
-    result, and ``identity``, a string that a resumed search must find again; by default the name of the class.
+    Two optional properties are read after `prepare`, for evaluators that learn something: ``notes``, a tuple of
+    sentences for the result, and ``identity``, a string that a resumed search must find again; by default the name of
+    the class.
     """
 
     def prepare(self, context: Context) -> None:
-        """Keep what scoring needs; the model of the context stays untouched."""
+        """Set up scoring; the model of the context stays untouched."""
         ...
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on the validation batches of `chunk`, all by default; never raises for one.
 
-        Racing asks for one batch after the other, so what was made for a candidate is worth keeping for its next chunk.
+        Racing asks for one batch after the other, so keep the module of a candidate for its next chunk.
         Two calls agree bit for bit. A candidate that raises, runs out of memory or scores NaN is a `Failure`.
         """
         ...
 
     def build(self, candidate: IntArray) -> nn.Module:
-        """The module that `evaluate` scores for a candidate, shape (d,); shares no state with the model."""
+        """Return the module that `evaluate` scores for a candidate, shape (d,); it shares no state with the model."""
         ...
 
     def test(self, candidate: IntArray) -> Measurement | Failure:
@@ -69,7 +70,7 @@ class Evaluator(Protocol):
 
 @runtime_checkable
 class Trains(Protocol):
-    """An evaluator that trains every candidate, and can score it on the way; none has to."""
+    """Optional protocol: evaluators that train every candidate, and can score it before the training is complete."""
 
     @property
     def steps(self) -> int:
@@ -78,28 +79,28 @@ class Trains(Protocol):
 
     @property
     def continues(self) -> bool:
-        """Whether a training goes on from where it was scored last; else every score needs one from the start."""
+        """True if a training continues from where it was last scored; else every score needs one from the start."""
         ...
 
     def on_the_way(self, candidate: IntArray, steps: int) -> Measurement | Failure:
-        """Score a candidate, shape (d,), on all validation batches after the first so many steps of its training.
+        """Score a candidate, shape (d,), on all validation batches after the first `steps` steps of its training.
 
-        What `evaluate` gives does not depend on whether this was called before.
+        The result of `evaluate` does not depend on whether this was called before.
         """
         ...
 
 
 @runtime_checkable
 class Orders(Protocol):
-    """An evaluator that is faster when related candidates follow each other; none has to be."""
+    """Optional protocol: evaluators that are faster when related candidates follow each other."""
 
     def order(self, candidates: IntArray) -> IntArray:
-        """The order in which to evaluate candidates, shape (n, d), as positions, shape (n,): neighbours are related.
+        """Return an order of candidates, shape (n, d), with related ones next to each other: positions, shape (n,).
 
         Depends on the candidates alone. Several workers do well to take consecutive parts of it.
         """
         ...
 
     def release(self) -> None:
-        """Let go of what is kept for candidates to come, because none will; it may still be used."""
+        """Free the memory that is kept for later candidates; the evaluator may still be used."""
         ...

@@ -1,4 +1,4 @@
-"""Find the weights that read units among the operations of a model, and see the rows that each multiplies."""
+"""Find the weights that read units among the operations of a model, and observe the rows that each multiplies."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class Reader:
 
 
 See = Callable[[Reader, Callable[[], Iterator[Tensor]]], None]
-"""``see(reader, rows)``: rows of columns come in chunks, (n, columns) each, where they are asked for."""
+"""``see(reader, rows)``: ``rows()`` yields the rows that the reader multiplies in chunks, (n, columns) each."""
 
 
 class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its parent has it
-    """Sees every product of rows with a weight that reads units.
+    """Observes every product of rows with a weight that reads units.
 
-    Seen are ungrouped convolutions and matrix products, whatever Python code calls them: layers, recurrent cells,
-    projections of attention, functions with bare parameters. A weight is left out where two places hold it, where it
-    goes through anything else on its way, and where it is a part of columns only.
+    It observes ungrouped convolutions and matrix products, whatever Python code calls them: layers, recurrent cells,
+    projections of attention, functions with bare parameters. A weight is left out where two modules hold it, where
+    another operation reads it before the product, and where the product takes only some of its columns.
 
     Args:
         model: Runs inside; in evaluation mode.
@@ -92,7 +92,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
 
     @contextmanager
     def batch(self, mask: Tensor | None) -> Iterator[None]:
-        """See one forward pass; `mask` says which positions are no padding, bool, shape (samples, positions)."""
+        """Observe one forward pass; `mask` is True at real positions, bool, shape (samples, positions)."""
         fused = torch.backends.mha.get_fastpath_enabled()
         self._mask = mask
         with ExitStack() as stack:
@@ -112,7 +112,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation, and look at it."""
+        """Run the operation, and observe it."""
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "bmm", "convolution"):
@@ -126,7 +126,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         return out
 
     def bias_of(self, reader: Reader) -> str | None:
-        """The parameter that every product of this matrix, and nothing else, has added to it; None without one."""
+        """Parameter that is added to every product of this matrix and to nothing else; None without one."""
         found = self._biases[reader]
         (name,) = found if len(found) == 1 else (None,)
         others = [other for other, names in self._biases.items() if name in names and other.name != reader.name]
@@ -138,7 +138,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
             self._awaiting[out] = self._awaiting[x]
 
     def _else(self, name: str, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
-        """Take note of parameters that an operation reads; a copy in another type stands for what it is a copy of."""
+        """Note the parameters that an operation reads; a copy in another type stands for its original."""
         if name in ("add", "add_") and not kwargs and all(isinstance(each, Tensor) for each in args):
             for product, bias in (args, args[::-1]):
                 reader, added = self._awaiting.get(product), self._name(bias)
@@ -184,7 +184,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         self._see(reader, lambda: self._rows(kind, x, args))
 
     def _reader(self, kind: str, name: str, weight: Tensor, args: tuple[Any, ...]) -> Reader | None:
-        """The matrix that a product multiplies with, or None where it is none of a parameter's rows."""
+        """Matrix that a product multiplies with; None where it is not made of a parameter's rows."""
         parameter = self._parameters[name]
         if kind == "convolution":
             transposed, groups = args[6], args[8]
@@ -228,7 +228,7 @@ def unfolded(
     dilation: Sequence[int],
     mask: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """The inputs of a convolution as rows that its flattened weight multiplies, (n, columns) each."""
+    """Unfold the inputs of a convolution into rows that its flattened weight multiplies, (n, columns) each."""
     space = len(kernel)
     x = F.pad(x, [each for size in reversed(padding) for each in (size, size)])
     for dim in range(space):
@@ -252,7 +252,7 @@ def watch(
     forward: Callable[[nn.Module, Batch], Any],
     see: See,
 ) -> Reading:
-    """Run the model on batches, and let `see` look at every product with a weight that reads units."""
+    """Run the model on batches, and call `see` for every product with a weight that reads units."""
     reading = Reading(model, structure, see)
     for batch in batches:
         mask = positions_of(batch)

@@ -1,4 +1,4 @@
-"""How much memory evaluators fill with what saves them work: the larger the model, the less."""
+"""Limits on the memory of caches in evaluators: the larger the model, the smaller the limit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 ROOM_BYTES = 2**30
-"""For a model and all that is kept of it."""
+"""Memory for a model and all of its caches."""
 
 LARGE_BYTES = 2**26
-"""Parameters from which on a model counts as large."""
+"""Bytes of parameters from which on a model counts as large."""
 
 
 def is_large(model: nn.Module) -> bool:
-    """Whether memory matters more than what saving it takes."""
+    """Return whether saving memory is worth its time for this model."""
     return bytes_of(model) >= LARGE_BYTES
 
 
@@ -26,7 +26,7 @@ def bytes_of(model: nn.Module) -> int:
 
 
 def room_beside(model: nn.Module) -> int:
-    """Bytes for one kind of thing that is kept: what four copies of the model leave of `ROOM_BYTES`.
+    """Limit on one cache, in bytes: the part of `ROOM_BYTES` that four copies of the model leave.
 
     A quarter of the model at least, so that the memory of a search stays in proportion to it.
     """
@@ -35,9 +35,9 @@ def room_beside(model: nn.Module) -> int:
 
 
 def give_back(model: nn.Module) -> None:
-    """Return memory that is free to the system, if the model is large: the C library keeps tensors of up to 32 MiB.
+    """Return free memory to the system if the model is large: the C library keeps tensors of up to 32 MiB.
 
-    What a search cuts and drops would else add up to several times the model, in pieces that fit no later tensor.
+    The freed candidates of a search would else add up to several times the model, in pieces that fit no later tensor.
     """
     if is_large(model) and (trim := _trim()) is not None:
         trim(0)

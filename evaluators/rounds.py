@@ -1,4 +1,4 @@
-"""Training batches that can be taken up where an earlier process stopped."""
+"""Training batches that can be resumed where an earlier process stopped."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from autoprune.sources import generators_of, seeded
 class Rounds:
     """Goes over a source of batches round after round, without end.
 
-    What the source draws is seeded anew for each batch, so a batch depends on the seed and its position alone, as long
-    as the source keeps no state of its own between rounds.
+    The random draws of the source are seeded again for each batch, so a batch depends on the seed and its position
+    alone, as long as the source keeps no state of its own between rounds.
 
     Args:
         source: An iterable of batches that can be iterated again, see `autoprune.sources.training_loader`.
-        seed: Of whatever the source draws.
-        position: Where to begin: a `position` of an earlier process. What lies before it in its round is read again.
-        least: Smaller batches are passed over.
+        seed: Seed of the random draws of the source.
+        position: Start: a `position` of an earlier process. The batches before it in its round are read again.
+        least: Smaller batches are skipped.
 
     Attributes:
         position: The round, and how many of its batches were read.

@@ -21,7 +21,7 @@ Loss = Callable[[Any, Batch], Tensor]
 """``loss(outputs, batch)``: a scalar, lower is better."""
 
 SPREAD = 0.25
-"""How far a dimension strays from the common level of a random candidate, as a share of its options."""
+"""Spread of a dimension around the common level of a random candidate, as a share of its options."""
 
 
 class Sandwich:
@@ -56,7 +56,7 @@ class Sandwich:
             candidates: The others, shape (n, d).
 
         Returns:
-            Their losses, the largest's first. Gradients are worth something only if all are finite.
+            Their losses, the largest's first. Gradients are usable only if all are finite.
 
         Raises:
             ValueError: If there is nothing to learn.
@@ -97,7 +97,7 @@ class Sandwich:
 
     @torch.no_grad()
     def _collect(self, module: nn.Module, edit: Edit) -> None:
-        """Add the gradients of what was cut to those of what it was cut from; what is shared has them already."""
+        """Add the gradients of a pruned module to those of the shared model; shared parameters have them already."""
         for name, part in module.named_parameters():
             whole = self._parameters[name]
             if part is whole or part.grad is None:

@@ -1,9 +1,9 @@
-"""Shared computation: candidates that agree up to some module compute everything up to there once.
+"""Shared computation: candidates that agree up to some module compute everything up to it once.
 
-What is kept are outputs of whole modules, for each batch, found again by a digest of everything that the model had read
-by then: which slices of which parameters, and which sizes of which modules. A candidate resumes at the last module
-whose output is at hand; modules before it return placeholders on the meta device, which hold a shape but no values, so
-that a mistake raises instead of scoring wrongly.
+The cache holds outputs of whole modules, for each batch. Its key is a digest of everything that the model has read
+before: the slices of parameters and the sizes of modules. A candidate resumes at the last module whose output is
+cached; modules before it return placeholders on the meta device, which hold a shape but no values, so that a mistake
+raises instead of scoring wrongly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Outcome = Measurement | Failure
 
 
 def checked_bytes(share_bytes: int | None) -> int | None:
-    """The limit on memory that an evaluator was given; None for one that goes by the size of the model.
+    """Check the memory limit given to an evaluator; None for a limit by the size of the model.
 
     Raises:
         ValueError: If it is negative.
@@ -52,15 +52,15 @@ def checked_bytes(share_bytes: int | None) -> int | None:
 
 @dataclass
 class _Candidate:
-    """The candidate that is being scored.
+    """Candidate that is being scored.
 
     Attributes:
-        digests: Of what the model has read by the end of each cut, by the name of the cut.
-        known: What the calibration gave this very candidate before, if that is known.
+        digests: Of everything that the model has read up to each cut, by the name of the cut.
+        known: Result of an earlier calibration of this candidate, if there is one.
         before: The tensors before the calibration, and how often each had been written to; None without one.
         resumed: The cut that the calibration resumes at.
-        touched: What is used or filled, which must not be evicted.
-        refused: What found no room.
+        touched: Entries in use or being filled, which must not be evicted.
+        refused: Entries that found no room.
     """
 
     digests: dict[str, bytes]
@@ -76,11 +76,11 @@ class _Pass:
     """One forward pass of a batch.
 
     Attributes:
-        cut: Where it resumes; None to run everything.
-        kept: What is kept there.
-        shapes: What modules have returned so far, on the meta device.
+        cut: Cut that it resumes at; None to run everything.
+        kept: Cache entry of that cut.
+        shapes: Outputs of modules so far, on the meta device.
         called: Modules called so far.
-        rehearsed: What a rehearsal has kept so far, by the name of the cut.
+        rehearsed: Outputs kept by a rehearsal so far, by the name of the cut.
     """
 
     part: str
@@ -94,10 +94,10 @@ class _Pass:
 
 
 class Sharing:
-    """Runs candidates cut from one skeleton, resuming where an earlier one has been.
+    """Runs candidates cut from one skeleton, resuming from the cached outputs of earlier ones.
 
-    Every cut is rehearsed on the dense model. The first score that comes out of a resumed pass is computed once more
-    without, and so is whatever fails. Where anything differs, nothing is shared any more, with a warning.
+    Every cut is rehearsed on the dense model. The first score of a resumed pass is computed again without sharing, and
+    so is every score that fails. If anything differs, sharing ends with a warning.
 
     Args:
         context: With the dense model.
@@ -125,14 +125,14 @@ class Sharing:
         self._pass: _Pass | None = None
         for name in self._watched:
             part = module.get_submodule(name)
-            # Whole calls, hooks included: those that take statistics must not see placeholders.
+            # Whole calls, hooks included: hooks that take statistics must not see placeholders.
             part._call_impl = partial(self._call, name, part._call_impl)  # type: ignore[method-assign]  # as said
         if self.on:
             with seeded(0):
                 self._rehearse()
 
     def order(self, edits: Sequence[Edit]) -> list[int]:
-        """The order in which candidates share most with the one before, as positions; takes note of what they share."""
+        """Return the order in which candidates share most with the one before, as positions; note what they share."""
         digests = [digests_of(edit, self._marks, self.cuts) for edit in edits]
         for each in digests:
             for cut in self.cuts:
@@ -140,7 +140,7 @@ class Sharing:
         return sorted(range(len(edits)), key=lambda i: (*digests[i].values(), i))
 
     def score(self, measure: Callable[[], Outcome]) -> Outcome:
-        """Run what scores a candidate, with sharing as long as that is known to change nothing."""
+        """Run the scoring of a candidate, with sharing unless it was found to change a score."""
         if not self.on:
             return measure()
         self._active, self._resumed = True, False
@@ -163,13 +163,13 @@ class Sharing:
         return plain
 
     def begin(self, edit: Edit) -> None:
-        """Say which candidate the skeleton is now."""
+        """Set the candidate that the skeleton now is."""
         if self._active:
             digests = digests_of(edit, self._marks, self.cuts)
             self._now = _Candidate(digests, self._calibrated.get(digests[WHOLE]))
 
     def settle(self) -> None:
-        """Say that the candidate is calibrated: modules that did not run get what an earlier calibration gave them."""
+        """Finish the calibration of a candidate: modules that did not run get the values of an earlier calibration."""
         now = self._now
         if now is None or now.before is None:
             return
@@ -203,9 +203,9 @@ class Sharing:
                     self.store.drop((cut.name, now.digests[cut.name], "calibration"))
 
     def forward(self, module: nn.Module, batch: Batch) -> Any:
-        """Run a model on a batch, from where an earlier candidate has been if it is the skeleton.
+        """Run a model on a batch; the skeleton resumes from the cached output of an earlier candidate.
 
-        Where memory runs out, sharing ends: what is kept may be why, and a batch that is divided cannot resume.
+        Where memory runs out, sharing ends: the cache may be the reason, and a batch that is divided cannot resume.
         """
         try:
             return self._forward(module, batch)
@@ -232,13 +232,13 @@ class Sharing:
                 self._resumed = True
                 return None
             found = now.resumed
-        self._resumed |= found is not None  # before it runs: a placeholder may raise on the way to the cut
+        self._resumed |= found is not None  # before it runs: a placeholder may raise before the cut
         cut, kept = found or (None, None)
         shapes = {} if kept is None else dict(kept.shapes[index])
         return self._run(_Pass(part, index, batch_size(batch), cut, kept, shapes), batch)
 
     def _lay_out(self, memory_bytes: int) -> tuple[tuple[Cut, ...], list[Mark]]:
-        """Find the cuts, and when what candidates change matters first; nothing where nothing can be shared."""
+        """Find the cuts, and the first use of all that candidates change; nothing where sharing is impossible."""
         context, subsets = self._context, self._context.subsets
         if not memory_bytes:
             return (), []
@@ -255,7 +255,7 @@ class Sharing:
 
     @torch.no_grad()
     def _rehearse(self) -> None:
-        """Resume the dense model at every cut, on a few samples: a dependence that no trace shows must show here."""
+        """Resume the dense model at every cut, on a few samples, to find dependences that no trace shows."""
         batch = pieces(self._context.subsets.validation[0], _FEW)[0]
         whole = _Pass(REHEARSAL, 0, 0, None, None, {})
         try:
@@ -269,7 +269,7 @@ class Sharing:
             self._stop(said(error))
 
     def _run(self, run: _Pass, batch: Batch) -> Any:
-        """One forward pass of the skeleton."""
+        """Run one forward pass of the skeleton."""
         self._pass = run
         try:
             outputs = self._context.forward(self._module, batch)
@@ -283,7 +283,7 @@ class Sharing:
         return outputs
 
     def _find(self, now: _Candidate, part: str, index: int | None) -> tuple[Cut, Kept] | None:
-        """The last cut whose output is at hand: for one batch, or for a whole calibration."""
+        """Last cut whose output is cached: for one batch, or for a whole calibration."""
         best = None
         for cut in self.cuts:
             key = (cut.name, now.digests[cut.name], part)

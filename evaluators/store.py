@@ -1,4 +1,4 @@
-"""What candidates share, within a limit on memory: outputs of modules, and what calibration gave these modules."""
+"""Cache of outputs of modules, and of the calibrated values of these modules, within a limit on memory."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ State = dict[tuple[str, str], Tensor]
 
 @dataclass
 class Kept:
-    """What is kept of one cut and one digest, for the batches of one part of the data.
+    """Cache entry of one cut and one digest, for the batches of one part of the data.
 
     Attributes:
         room: Memory set aside for the outputs, in bytes.
         nbytes: Memory that they take.
         outputs: Of the module, by index of the batch.
-        versions: How often each tensor of these had been written to, by index of the batch.
-        shapes: What the skipped modules return, on the meta device, by index of the batch.
-        state: Tensors that calibration gave to the modules that are hidden; None until it is through.
+        versions: Number of writes to each of these tensors, by index of the batch.
+        shapes: Outputs of the skipped modules, on the meta device, by index of the batch.
+        state: Calibrated tensors of the hidden modules; None until the calibration is complete.
     """
 
     room: int
@@ -38,10 +38,10 @@ class Kept:
 
 
 class Store:
-    """Outputs within a limit on memory; the least recently used go first.
+    """Cache of outputs within a limit on memory; the least recently used are evicted first.
 
-    As long as there is room, everything is taken. Then only what was asked for before, or by several candidates that
-    were announced together: most outputs belong to one candidate and are never asked for again.
+    As long as there is room, everything is admitted. Then only outputs that were asked for before, or by several
+    candidates that were announced together: most outputs belong to one candidate and are never asked for again.
 
     Args:
         limit: In bytes.
@@ -55,19 +55,19 @@ class Store:
         self.peak = 0
 
     def find(self, key: Key) -> Kept | None:
-        """What is kept, now the most recently used."""
+        """Return an entry, if there is one, and mark it as the most recently used."""
         if key in self.kept:
             self.kept.move_to_end(key)
         return self.kept.get(key)
 
     def ask(self, name: str, digest: bytes) -> None:
-        """Take note that a candidate could use the output of a module."""
+        """Note that a candidate could use the output of a module."""
         self._asked[name, digest] = self._asked.pop((name, digest), 0) + 1
         if len(self._asked) > _REMEMBERED:
             self._asked.popitem(last=False)
 
     def admit(self, key: Key, nbytes: int, guarded: Set[Key]) -> Kept | None:
-        """Set memory aside, at the cost of what was used least recently and is not `guarded`; None without room."""
+        """Reserve memory, evicting the least recently used entries that are not `guarded`; None without room."""
         wanted = self._asked.get(key[:2], 0) > 1
         while self.used + nbytes > self._limit:
             oldest = next((other for other in self.kept if other not in guarded), None)
@@ -101,17 +101,17 @@ def nbytes(tree: Any) -> int:
 
 
 def versions(tree: Any) -> list[int]:
-    """How often each tensor has been written to."""
+    """Number of writes to each tensor."""
     return [tensor._version for tensor in tensors(tree)]
 
 
 def placeholder(leaf: Any) -> Any:
-    """A tensor without values in the place of one."""
+    """Return a tensor without values in place of a tensor."""
     if not isinstance(leaf, Tensor):
         return leaf
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
 
 
 def copied(leaf: Any) -> Any:
-    """A tensor of its own in the place of a tensor."""
+    """Return a copy in place of a tensor."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf

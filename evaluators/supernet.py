@@ -33,10 +33,10 @@ from autoprune.structure.slicing import Edit, Slicer, build
 
 @dataclass
 class _Learned:
-    """What a training left: shared by the copies of an evaluator, so that one of them trains for all.
+    """Result of a training: shared by the copies of an evaluator, so that one of them trains for all.
 
     Attributes:
-        identity: What it is a function of; empty until there is something.
+        identity: Everything that it is a function of; empty until there is a result.
         weights: On the CPU.
     """
 
@@ -50,26 +50,25 @@ class Supernet:
     `prepare` trains a copy of the model. Every step runs the largest candidate, the smallest and some random ones on
     the same batch, the sandwich rule; the largest learns from the labels, where the metric has a loss on them, and from
     the model given, the others from the largest. Each candidate uses its slice of the weights: the units that matter
-    most, as ranked on the model given; where elements are set to zero, those of least magnitude at that step. Then any
-    candidate is scored with what it shares and batch-norm statistics of its own, as `AdaptiveBN` does. `build` delivers
-    just that: a network that starts well trained.
+    most, as ranked on the model given; where elements are set to zero, those of least magnitude at that step. Any
+    candidate is then scored with its slice and batch-norm statistics of its own, as `AdaptiveBN` does. `build` delivers
+    that network, which is already trained.
 
     The dense network of the search, which limits such as ``accuracy drop <= 1pp`` refer to, is the largest candidate
-    with the trained weights, no longer the model given; `notes` puts both side by side. Agreement is the exception: it
+    with the trained weights, no longer the model given; `notes` gives both scores. Agreement is the exception: it
     always compares with the model given.
 
-    Training happens once: copies of the evaluator share what was learned, workers get it sent, and one evaluator used
-    for several searches of the same model, space, metric and samples is trained by the first. A `checkpoint` does the
-    same for other processes, and lets a training that was killed go on; it ends with the weights it would have had, bit
-    for bit on a CPU with as many threads.
+    Training happens once: copies of the evaluator share the trained weights, workers receive them, and one evaluator
+    used for several searches of the same model, space, metric and samples is trained by the first. A `checkpoint` does
+    the same for other processes, and lets a killed training continue; it ends with the same weights as without the
+    interruption, bit for bit on a CPU with as many threads.
 
     Args:
         steps: Optimizer steps; each takes 2 + `subnets` forward and backward passes.
-        data: What to train on: your training data, augmented as usual, as a DataLoader, a Dataset, arrays ``(X, y)``,
-            or an iterable of batches that can be iterated again; ``Data(labels=)`` of the search holds for dict batches
-            here, too. By default the calibration samples of the search:
-            they are few, and while ``Data(calibration_samples=...)`` gives more, all that you have is better. It must
-            not hold validation or test samples.
+        data: Your training data, augmented as usual, as a DataLoader, a Dataset, arrays ``(X, y)``, or an iterable of
+            batches that can be iterated again; ``Data(labels=)`` of the search holds for dict batches here, too. By
+            default the calibration samples of the search: they are few, and while ``Data(calibration_samples=...)``
+            gives more, all of your training data is better. It must not hold validation or test samples.
         loss: ``loss(outputs, batch)``, a scalar, for the largest candidate, in place of the metric's loss on labels;
             for all candidates where outputs cannot be compared with each other.
         subnets: Random candidates in each step.
@@ -78,10 +77,10 @@ class Supernet:
         schedule: Makes a schedule from the optimizer and the number of steps; the rate falls linearly to 0 by default.
         lr: Largest learning rate of the default optimizer.
         batch_size: For arrays and datasets.
-        checkpoint: A safetensors file to write now and then and in the end, and to go on from if there is one.
-        checkpoint_steps: How often to write it.
-        mixed_precision: Run forward passes in bfloat16; None for where the model is on a GPU that has it.
-        seed: Of everything drawn in training.
+        checkpoint: A safetensors file to write regularly and at the end, and to continue from if it exists.
+        checkpoint_steps: Steps between two writes of it.
+        mixed_precision: Run forward passes in bfloat16; None: if the model is on a GPU that supports it.
+        seed: Seed of all random draws in training.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -126,13 +125,13 @@ class Supernet:
         self._learned = _Learned()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Supernet:
-        """Shares what is learned: a search copies its evaluator for the workers before it trains it."""
+        """Share the trained weights: a search copies its evaluator for the workers before it trains it."""
         copied = object.__new__(Supernet)
         copied.__dict__.update(self.__dict__)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Not prepared; once trained, with the weights in place of what training needs, such as the data."""
+        """Pickle unprepared; once trained, with the weights and without the inputs of training, such as the data."""
         recipe = self._recipe
         if self._learned.weights:
             recipe = replace(recipe, data=None, loss=None, optimizer=None, schedule=None, checkpoint=None)
@@ -166,7 +165,7 @@ class Supernet:
         self._adapted = Adapted(self._context, adapt, self._given if context.judge.needs_dense else None)
 
     def _training_identity(self, context: Context) -> dict[str, Any]:
-        """What the weights are a function of, as far as it can be compared."""
+        """Everything that the weights are a function of and that can be compared."""
         settings = {name: getattr(self._recipe, name) for name in ("steps", "subnets", "lr", "batch_size", "seed")}
         return {
             **settings,
@@ -185,17 +184,17 @@ class Supernet:
         return self._adapted.test(candidate)
 
     def build(self, candidate: IntArray) -> nn.Module:
-        """A plain module with the weights and statistics that were scored."""
+        """Return a plain module with the weights and statistics that were scored."""
         return self._adapted.build(candidate)
 
     @property
     def identity(self) -> str:
-        """Which weights scores are from: a search resumed with others would mix what cannot be compared."""
+        """Fingerprint of the weights that scores are from: scores with other weights cannot be compared."""
         return f"{type(self).__name__} with weights {fingerprint(self._learned.weights)[:12]}"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The score of the largest candidate beside that of the model given, once prepared."""
+        """Score of the largest candidate next to that of the model given, once prepared."""
         judge, space = self._context.judge, self._context.space
         (largest,) = self.evaluate(np.zeros((1, len(space.sizes)), dtype=np.int64))
         given = self._adapted.score(self._given)

@@ -35,7 +35,7 @@ Weights = Mapping[str, Tensor]
 """Parameters and buffers by name, shared ones once."""
 
 MOST_TIMES_MODEL = 16
-"""How much larger than the model a checkpoint may be: optimizers keep several numbers of each weight."""
+"""Largest size of a checkpoint in multiples of the model: optimizers keep several numbers of each weight."""
 
 _FORM = {"identity": {str: object}, "step": int, "position": [int], "weights": {str: object}}
 
@@ -45,7 +45,7 @@ MOST_NORM = 1.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train a supernet; the fields are the arguments of `Supernet`."""
+    """Recipe of training a supernet; the fields are the arguments of `Supernet`."""
 
     steps: int
     data: Any
@@ -80,14 +80,14 @@ class Recipe:
 class Training:
     """Trains the weights of a model for all candidates of a space.
 
-    Whatever a step draws is seeded by the number of the step, so nothing of a random state needs to be kept: steps go
-    on after a checkpoint as if nothing had happened.
+    The random draws of a step are seeded by its number, so no random state needs to be kept: after a checkpoint,
+    training continues as if it had not stopped.
 
     Args:
         context: With the model given, which stays as it is.
         model: A private copy of it, trained in place.
-        recipe: How.
-        identity: What a checkpoint must have been made with to be taken up, JSON-ready.
+        recipe: Settings of the training.
+        identity: A checkpoint is resumed only if it was made with the same identity; JSON-ready.
     """
 
     def __init__(self, context: Context, model: nn.Module, recipe: Recipe, identity: Mapping[str, Any]) -> None:
@@ -105,7 +105,7 @@ class Training:
         self._step = 0
 
     def run(self) -> None:
-        """Train what is left to train.
+        """Run the remaining steps.
 
         Raises:
             ValueError: If there is nothing to learn from, a loss is not finite, or the checkpoint is another's.
@@ -150,7 +150,7 @@ class Training:
                 )
 
     def _resume(self) -> Rounds:
-        """Take up the checkpoint if there is one."""
+        """Resume from the checkpoint if there is one."""
         recipe, position = self._recipe, (0, 0)
         if recipe.checkpoint is not None and recipe.checkpoint.exists():
             trained = sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers()))

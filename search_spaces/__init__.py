@@ -1,4 +1,4 @@
-"""Search spaces: what a candidate means for the model."""
+"""Search spaces: they give a candidate its meaning for the model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from autoprune.structure.structure import Structure
 
 
 class Settings(Protocol):
-    """What a user says about a space before the model is known."""
+    """Settings of a space, as a user gives them before the model is known."""
 
     @property
     def criterion(self) -> str | Criterion | None:
-        """What ranks the units of the groups; None where no unit goes."""
+        """Criterion that ranks the units of each group; None where no unit is removed."""
         ...
 
     def bind(self, structure: Structure, order: Mapping[str, Sequence[int]]) -> SearchSpace:
@@ -48,7 +48,7 @@ def make_space(spec: str | Settings) -> Settings:
 
 
 def why_no_less(settings: Settings) -> str:
-    """The settings that keep the smallest network of a space from being smaller, in words."""
+    """Name the settings that keep the smallest network of a space from being smaller."""
     if not isinstance(settings, Channels):
         return "the options of the space"
     stops = {name: getattr(settings, name) for name in ("min_fraction", "min_width", "round_to", "ignore", "bounds")}

@@ -22,7 +22,7 @@ from autoprune.structure.units import Group
 
 @dataclass(frozen=True)
 class Channels:
-    """How to lay out a search over widths; `bind` turns it into a space for one model.
+    """Settings of a search over widths; `bind` turns them into a space for one model.
 
     Attributes:
         step: Distance between options: a fraction of each group (float in (0, 1)) or a number of units (int >= 1).
@@ -33,8 +33,8 @@ class Channels:
         options: Fractions to keep, falling from 1.0, instead of equal steps.
         bounds: For groups whose name, or one of whose modules, matches a glob: (least, most) fraction to keep.
         ignore: Modules to leave as they are, by name or glob: every group that touches one keeps all its units.
-        criterion: What ranks the units of a group: a name in ``autoprune.criteria.CRITERIA``, or a callable. ``"auto"``
-            is what a calibration check finds best (see `autoprune.checking`) with ``evaluator="auto"``, else ``"l2"``.
+        criterion: Ranks the units of a group: a name in ``autoprune.criteria.CRITERIA``, or a callable. ``"auto"`` is
+            the best in a calibration check (see `autoprune.checking`) with ``evaluator="auto"``, else ``"l2"``.
         edges: The right edges, ascending, for each group by name; a search with ``round_to="auto"`` fills them in.
 
     Raises:
@@ -148,7 +148,7 @@ class Channels:
                     "round_to='auto' needs measured latencies: a latency budget without costs=, or latency="
                 )
             rounded = {min((edge for edge in self.edges[group.name] if edge >= w), default=w) for w in rounded}
-        # Option 0 is dense whatever the bounds say: it is what every candidate is measured against.
+        # Option 0 is dense whatever the bounds say: every candidate is compared with it.
         smaller = sorted((w for w in rounded if lowest <= w <= highest and w < group.size), reverse=True)
         return (group.size, *smaller)
 
@@ -192,7 +192,7 @@ class ChannelSpace:
         return np.array([len(dimension.options) for dimension in self.dimensions], dtype=np.int64)
 
     def canonical(self, candidates: IntArray) -> IntArray:
-        """No dimension makes another irrelevant here."""
+        """Return the candidates as they are: no dimension makes another irrelevant here."""
         return candidates
 
     def decode(self, candidate: Sequence[int]) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class ChannelSpace:
         return self._columns, self._table.reshape(len(self.dimensions), -1)
 
     def zeroed(self, candidates: IntArray) -> FloatArray:
-        """None: units go as a whole."""
+        """Zeros, shape (n,): whole units are removed, and no single elements."""
         return np.zeros(len(candidates))
 
     def to_json(self) -> dict[str, Any]:

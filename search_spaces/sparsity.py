@@ -22,7 +22,7 @@ LEVELS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How to lay out a search over the sparsity of weights; `bind` turns it into a space for one model.
+    """Settings of a search over the sparsity of weights; `bind` turns them into a space for one model.
 
     The weights are the parameters that convolutions and matrix products multiply with: no biases, norms, or tables
     that are only looked up; a shared one counts once. The elements of least magnitude within a weight are set to zero,
@@ -40,7 +40,7 @@ class Sparsity:
     ignore: Sequence[str] = ()
 
     criterion = None
-    """No unit goes, so none is ranked."""
+    """None: no unit is removed, so none is ranked."""
 
     def __post_init__(self) -> None:
         levels = numbers(self.levels)
@@ -53,8 +53,8 @@ class Sparsity:
         """Lay the space out for a model.
 
         Args:
-            structure: Its weights are what is searched; what is frozen there may still be sparse.
-            order: Not used, because no unit goes.
+            structure: Its weights are searched; a frozen group may still be sparse.
+            order: Not used, because no unit is removed.
 
         Raises:
             NothingToPruneError: If no weight has a choice left.
@@ -83,7 +83,7 @@ class Sparsity:
 
 
 def zeros_at(level: float, elements: int) -> int:
-    """How many elements a level sets to zero: rounded down, the level taken as the decimal fraction that it reads."""
+    """Number of elements that a level sets to zero, rounded down; the level counts as its decimal notation."""
     return math.floor(Fraction(str(level)) * elements)
 
 
@@ -119,7 +119,7 @@ class SparsitySpace:
         return np.array([len(dimension.options) for dimension in self.dimensions], dtype=np.int64)
 
     def canonical(self, candidates: IntArray) -> IntArray:
-        """No dimension makes another irrelevant here."""
+        """Return the candidates as they are: no dimension makes another irrelevant here."""
         return candidates
 
     def decode(self, candidate: Sequence[int]) -> dict[str, Any]:
