@@ -51,6 +51,13 @@ Example = Annotated[
     str | None,
     typer.Option(metavar="FILE.py:NAME", help="Example input: a tensor, a tuple, or a dict of keyword inputs."),
 ]
+Rewrite = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off",
+        help="Modules whose code ties sizes: auto delivers them as graphs of what they ran, off leaves them.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -125,6 +132,7 @@ def search(
         Path | None, typer.Option(metavar="FILE.json", help="Latencies measured by autoprune profile.")
     ] = None,
     cost_batch: Annotated[int, typer.Option(help="Samples that latency and memory are of.")] = 1,
+    rewrite: Rewrite = "auto",
     input_shape: InputShape = None,
     example: Example = None,
     debug: Debug = False,
@@ -165,6 +173,7 @@ def search(
             resume="anyway" if resume_anyway else resume,
             latency=latency,
             cost_batch=cost_batch,
+            rewrite=rewrite,
         )
         result.save(run_dir, replace=resume)  # of the search before it was resumed
         typer.echo(result)
@@ -230,6 +239,7 @@ def build(
 @app.command()
 def inspect(
     model: Model,
+    rewrite: Rewrite = "auto",
     input_shape: InputShape = None,
     example: Example = None,
     as_json: AsJson = False,
@@ -241,7 +251,7 @@ def inspect(
         from autoprune.loading import load_model
 
         dense = load_model(model)
-        found = inspect_model(dense, _example_inputs(dense, input_shape, example))
+        found = inspect_model(dense, _example_inputs(dense, input_shape, example), rewrite=rewrite)
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found)
 
 

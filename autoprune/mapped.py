@@ -1,8 +1,9 @@
 """Keep the weights of a large model in a file that the system reads when it needs them, and not in memory.
 
 A search needs the weights of the user's model, and its result needs them as they were, even if the user trains on. For
-small models a copy is made at once. Large ones are borrowed during the search, and written to an unnamed file at its
-end, which goes with the result: pages of it come into memory when a network is built, and leave it when it is short.
+small models a copy is made at once. Large ones are borrowed during the search, unless code of the user's gets at them,
+and written to an unnamed file at its end, which goes with the result: pages of it come into memory when a network is
+built, and leave it when it is short.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Holds(Protocol):
         ...
 
 
-def own_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model with tensors of its own; the parameters of a large one share memory until `settle`."""
-    if not is_large(model):
+def own_copy(model: nn.Module, borrow: bool = True) -> nn.Module:
+    """A copy of a model with tensors of its own; parameters of a large one may `borrow` their memory until `settle`."""
+    if not (borrow and is_large(model)):
         return build(model, Edit({}, {}))
     copied, made = skeleton(model), dict[int, Tensor]()
     for owner in list(owners(copied)):

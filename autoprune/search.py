@@ -302,7 +302,9 @@ def _run(
                         stopped, why = "refused", refused
                 if asked >= total:
                     stopped = "trials"
-                for trial, returned, worker in executor.gather():
+                gathered = executor.gather()
+                study.untouched.require()
+                for trial, returned, worker in gathered:
                     outcome = same_samples(study.evaluator, returned, dense)
                     journal.record_evaluation(trial, outcome, dense=dense, worker=worker)
                     candidate, fate, reason = pending.pop(trial), status_of(outcome), reason_of(outcome)
@@ -354,6 +356,7 @@ def _measure_dense(study: Study) -> Measurement:
         ValueError: If even the dense model cannot be scored.
     """
     outcome = evaluate_one(study.evaluator, np.zeros(len(study.problem.sizes), dtype=np.int64))
+    study.untouched.require()
     if isinstance(outcome, Failure):
         raise ValueError(
             f"model cannot be scored on the validation data: {outcome.reason} (the metric is "

@@ -31,6 +31,7 @@ from autoprune.errors import AutopruneError, BudgetError, DataError, InfeasibleB
 from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
 from autoprune.evaluators.compensation import middle_of
 from autoprune.evaluators.memory import fitting
+from autoprune.evaluators.untouched import Untouched, is_ours
 from autoprune.files import brief, make_folder
 from autoprune.mapped import own_copy
 from autoprune.metrics import Metric, resolve_metric
@@ -85,6 +86,7 @@ class Study:
         notes: What was decided, in plain words.
         given: What the user said of how models run and are judged, by the argument.
         timed: Runs a model on what `batches.opened` gives, without the copy that the forward of the context makes.
+        untouched: Sees whether an evaluator of the user's writes to the dense model.
         worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
             and until the dense model is measured.
         latency: What predicts latencies; None if they are not limited, or a function of the user's says them.
@@ -103,6 +105,7 @@ class Study:
     notes: tuple[str, ...]
     given: Mapping[str, Any]
     timed: Forward
+    untouched: Untouched
     worst_score: float | None = None
     latency: Latency | None = None
     priced: tuple[Any, ...] = ()
@@ -171,7 +174,8 @@ def prepare(
     if source is not None and isinstance(settings, Channels) and at_edges:
         settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
     peak, without = _memory_of(wanted, model, structure, priced, whole, cost_batch)
-    model = own_copy(model)  # what is built later is what was scored, even if the user trains theirs on
+    trusted = is_ours(chosen) and (isinstance(settings.criterion, str) or settings.criterion is None)
+    model = own_copy(model, borrow=trusted)  # what is built later is what was scored, even if the user trains theirs on
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
         criterion = "l2" if settings.criterion == "auto" else settings.criterion
@@ -212,7 +216,9 @@ def prepare(
     with seeded(0):
         expected = expected_losses(prior, context.space, scores, criterion, scored, structure, subsets.calibration, run)
     problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
+    untouched = Untouched(model, chosen)
     chosen.prepare(context)
+    untouched.require()
     traced = "" if structure.device == "meta" else f"; traced on real values ({structure.device})"
     notes = [f"search over {bound.describe()}{traced}"]
     if structure.graphs:
@@ -238,21 +244,21 @@ def prepare(
     given = {"metric": metric, "forward": forward, "outputs": outputs}
     given |= {f"costs[{name!r}]": function for name, function in (costs or {}).items()}
     return Study(
-        context,
-        chosen,
-        fresh,
-        problem,
-        named,
-        wanted,
-        limits,
-        ordered,
-        given,
-        whole,
-        None,
-        source,
-        priced,
-        peak,
-        choice,
+        context=context,
+        evaluator=chosen,
+        fresh=fresh,
+        problem=problem,
+        costs=named,
+        budget=wanted,
+        limits=limits,
+        notes=ordered,
+        given=given,
+        timed=whole,
+        untouched=untouched,
+        latency=source,
+        priced=priced,
+        memory=peak,
+        choice=choice,
     )
 
 

@@ -562,14 +562,15 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
             "--budget": "flops <= 60%", "--run-dir": "run", "--data": "m.py:data", "--weights": "", "--trials": "1",
             "--max-seconds": "", "--seed": "0", "--metric": "", "--optimizer": "random", "--evaluator": "adaptive_bn",
             "--criterion": "l2", "--round-to": "", "--ignore": "", "--executor": "local", "--workers": "",
-            "--gpus-per-worker": "", "--latency": "", "--cost-batch": "", "--input-shape": "", "--example": "",
+            "--gpus-per-worker": "", "--latency": "", "--cost-batch": "", "--rewrite": "", "--input-shape": "",
+            "--example": "",
         },
     ),
     "front": (["RUN_DIR"], {"--plot": ""}),
     "build": (
         ["RUN_DIR"], {"--model": "m.py:model", "--output": "built.safetensors", "--budget": "", "--trial": ""}
     ),
-    "inspect": (["MODEL"], {"--input-shape": "2,8", "--example": ""}),
+    "inspect": (["MODEL"], {"--rewrite": "", "--input-shape": "2,8", "--example": ""}),
     "profile": (
         ["MODEL"],
         {

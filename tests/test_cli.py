@@ -53,6 +53,19 @@ def wide(width):
 def broken():
     raise ValueError("a bug of the user")
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, 4, C // 4).permute(2, 0, 3, 1, 4)
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+def tied():
+    return nn.Sequential(nn.Linear(6, 16), Tied(), nn.Linear(16, 3))
+
 model = build(4)
 """
 MODEL, DATA = "cli_example.py:build", "cli_example.py:load"
@@ -364,6 +377,15 @@ def test_bugs_keep_their_traceback_and_mistakes_do_with_debug():
     assert str(bug.exception) == "a bug of the user"
     mistake = run("inspect", "elsewhere.py:build", "--debug")
     assert isinstance(mistake.exception, FileNotFoundError)
+
+
+@pytest.mark.parametrize(("rewrite", "graphs"), [("auto", ["1"]), ("off", [])])
+def test_code_that_ties_sizes_is_rewritten_unless_told_otherwise(rewrite, graphs, tmp_path):
+    shape = ("--input-shape", "2,5,6", "--rewrite", rewrite)
+    assert json.loads(ok("inspect", "cli_example.py:tied", *shape, "--json"))["graphs"] == graphs
+    budget = ("--budget", "params <= 90%", "--trials", 2, "--run-dir", tmp_path / "run")
+    said = ok("search", "cli_example.py:tied", *shape, *budget)
+    assert ("rewrite='off' leaves them as they are" in " ".join(said.split())) == bool(graphs)
 
 
 def test_help_lists_the_commands_and_their_options():

@@ -16,12 +16,12 @@ import autoprune
 from autoprune import mapped
 from autoprune.batches import default_forward
 from autoprune.costs import StructuralCosts
+from autoprune.evaluators import AdaptiveBN, Context, room
 from autoprune.evaluators import layers as layers_module
-from autoprune.evaluators import room
 from autoprune.evaluators.cuts import flow_of
 from autoprune.evaluators.layers import Layer, Reads, find_layers
 from autoprune.evaluators.moments import Sample
-from autoprune.protocols import Pruning
+from autoprune.protocols import Failure, IntArray, Measurement, Pruning
 from autoprune.structure.analysis import analyse
 from autoprune.structure.known_shapes import KnownShapes
 from autoprune.structure.propagate import Edge, propagate
@@ -175,10 +175,10 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapped, "_SMALL", 1)
 
 
-def searched(model: nn.Module) -> autoprune.SearchResult:
+def searched(model: nn.Module, **options: Any) -> autoprune.SearchResult:
     draw = torch.Generator().manual_seed(0)
     data = torch.randn(64, 4, generator=draw), torch.randint(0, 2, (64,), generator=draw)
-    return autoprune.search(model, "flops <= 60%", data, trials=6, progress=False)
+    return autoprune.search(model, "flops <= 60%", data, trials=6, progress=False, **options)
 
 
 def seeded_chain() -> nn.Module:
@@ -199,6 +199,46 @@ class TestMemory:
             for parameter in model.parameters():
                 parameter.zero_()
         assert all(torch.equal(value, before[name]) for name, value in copied.state_dict().items())
+
+    @pytest.mark.parametrize("large", [True, False])
+    @pytest.mark.parametrize("where", ["prepare", "evaluate"])
+    def test_an_evaluator_that_writes_to_the_model_is_named_and_does_not_reach_that_of_the_user(
+        self, large: bool, where: str, request: pytest.FixtureRequest
+    ):
+        if large:
+            request.getfixturevalue("small_is_large")
+
+        class Writing(AdaptiveBN):
+            def prepare(self, context: Context) -> None:
+                self.model = context.model
+                super().prepare(context)
+                self.write("prepare")
+
+            def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
+                self.write("evaluate")
+                return super().evaluate(candidates, chunk)
+
+            def write(self, here: str) -> None:
+                if here == where:
+                    with torch.no_grad():
+                        next(self.model.parameters()).mul_(0.5)
+
+        model = seeded_chain()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"evaluator must leave the model .* but Writing changed '0\.weight'"):
+            searched(model, evaluator=Writing())
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_what_leaves_no_trace_does_not_reach_the_model_of_the_user_either(self, small_is_large: None):
+        def halving(tensors: Any) -> torch.Tensor:
+            for weight in tensors.weights:
+                weight.data.mul_(0.5)
+            return torch.arange(len(tensors.weights[0]), dtype=torch.float32)
+
+        model = seeded_chain()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        searched(model, space=autoprune.Channels(criterion=halving))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     def test_without_room_for_a_file_weights_are_copied(self, small_is_large: None, monkeypatch: pytest.MonkeyPatch):
         def full(**_: Any) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from autoprune.evaluators import Context, Evaluator, Orders
+from autoprune.evaluators.untouched import Untouched
 from autoprune.execution.local import Outcome, evaluate_one
-from autoprune.protocols import IntArray
+from autoprune.protocols import Failure, IntArray
 from autoprune.racing import Contest
 
 
@@ -31,7 +32,9 @@ class Actor:
         gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
         self._evaluator, context = shipped
         context = replace(context, subsets=context.subsets.received())
-        self._evaluator.prepare(context_on(context, "cuda" if gpu else "cpu"))
+        context = context_on(context, "cuda" if gpu else "cpu")
+        self._untouched = Untouched(context.model, self._evaluator)
+        self._evaluator.prepare(context)
 
     def where(self) -> tuple[str, str]:
         """Host and process, for people, and the id of the node; comes back once the evaluator is prepared."""
@@ -43,7 +46,12 @@ class Actor:
         """Score one candidate, shape (d,), which may lose its race before it has seen all samples."""
         if isinstance(self._evaluator, Orders):
             self._evaluator.order(candidate[None])  # it takes note of what comes again and is worth keeping
-        return evaluate_one(self._evaluator, candidate, race)
+        outcome = evaluate_one(self._evaluator, candidate, race)
+        try:
+            self._untouched.require()
+        except ValueError as error:
+            return Failure(str(error), outcome.seconds)
+        return outcome
 
 
 def context_on(context: Context, device: str) -> Context:
