@@ -202,9 +202,10 @@ class ChannelSpace:
     def pruning(self, candidate: Sequence[int]) -> Pruning:
         """Keep the most important units of each group."""
         kept = {}
-        for dimension, i in zip(self.dimensions, candidate, strict=True):
-            if int(i):
-                kept[dimension.name] = tuple(sorted(self.order[dimension.name][: dimension.options[int(i)]]))
+        options = np.asarray(candidate, dtype=np.int64)
+        for j in np.flatnonzero(options).tolist():
+            dimension = self.dimensions[j]
+            kept[dimension.name] = tuple(sorted(self.order[dimension.name][: dimension.options[options[j]]]))
         return Pruning(kept)
 
     def widths(self, candidates: IntArray) -> FloatArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,38 @@ def test_costs_of_a_deep_network_are_exact_and_take_work_in_proportion_to_it():
         assert params == sum(p.numel() for p in small.parameters())
         assert flops == sum(layer.weight.numel() for layer in layers)
     assert costs._each.size < 10 * len(structure.groups)
+
+
+class CountingLookUps(dict):  # type: ignore[type-arg]  # of tensors
+    """Counts how often it is asked for an entry, and how many it gives one after the other."""
+
+    asked = 0
+
+    def items(self) -> Any:
+        for item in super().items():
+            self.asked += 1
+            yield item
+
+
+def test_an_edit_of_one_group_looks_at_its_tensors_and_modules_alone():
+    structure = analyse(chain(60), (torch.ones(2, 4),), checks="on")
+    halves = [Pruning({group.name: tuple(range(0, group.size, 2))}) for group in structure.groups]
+    whole = Pruning({name: kept for each in halves for name, kept in each.kept.items()})
+    together = structure.edit(whole)
+    tensors = CountingLookUps(structure.units_of)
+    watched = replace(structure, units_of=tensors)
+    for half in halves:
+        edit = watched.edit(half)
+        (group,) = half.kept
+        assert {name.rpartition(".")[0] for name in edit.slices} == {group, f"{int(group) + 2}"}
+        for name, dims in edit.slices.items():
+            for dim, index in dims.items():
+                np.testing.assert_array_equal(index, together.slices[name][dim])
+        changed = {
+            name for name, values in edit.attributes.items() if values != watched.edit(Pruning({})).attributes[name]
+        }
+        assert changed <= {group, f"{int(group) + 2}"}
+    assert tensors.asked <= 2 * len(tensors)
 
 
 @pytest.fixture

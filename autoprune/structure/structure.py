@@ -95,6 +95,48 @@ class Structure:
     def _by_name(self) -> dict[str, Group]:
         return {group.name: group for group in self.groups}
 
+    @cached_property
+    def _tensors_of(self) -> dict[str, list[int]]:
+        """Positions in `units_of` of the tensors that hold units of each group."""
+        group_of = np.repeat(np.arange(len(self.groups)), self.sizes)
+        found: dict[int, IntArray] = {}
+        tensors: dict[str, list[int]] = {group.name: [] for group in self.groups}
+        for i, dims in enumerate(self.units_of.values()):
+            own = set()
+            for units in dims:
+                if units is not None:
+                    if id(units) not in found:
+                        found[id(units)] = np.unique(group_of[units[units >= 0]])
+                    own.update(found[id(units)].tolist())
+            for group in own:
+                tensors[self.groups[group].name].append(i)
+        return tensors
+
+    @cached_property
+    def _named_units(self) -> list[tuple[str, tuple[IntArray | None, ...]]]:
+        return list(self.units_of.items())
+
+    @cached_property
+    def _modules_of(self) -> dict[str, set[str]]:
+        """Modules that keep a size of each group."""
+        modules: dict[str, set[str]] = {group.name: set() for group in self.groups}
+        for attribute in self.attributes:
+            for group, _, _ in attribute.shares:
+                modules.setdefault(group, set()).add(attribute.module)
+        return modules
+
+    @cached_property
+    def _sizes_in(self) -> dict[str, list[Attribute]]:
+        """The sizes that each module keeps."""
+        attributes: dict[str, list[Attribute]] = {}
+        for attribute in self.attributes:
+            attributes.setdefault(attribute.module, []).append(attribute)
+        return attributes
+
+    @cached_property
+    def _dense_attributes(self) -> dict[str, dict[str, int]]:
+        return {module: {each.path: each.value({}) for each in own} for module, own in self._sizes_in.items()}
+
     def keep(self, pruning: Pruning) -> BoolArray:
         """Which units stay, bool, shape (units,).
 
@@ -129,7 +171,8 @@ class Structure:
             return found[id(units)]
 
         slices = {}
-        for name, dims in self.units_of.items():
+        touched = {i for group in pruning.kept for i in self._tensors_of[group]}
+        for name, dims in (self._named_units[i] for i in sorted(touched)):
             own = {
                 dim: index for dim, units in enumerate(dims) if units is not None if (index := kept(units)) is not None
             }
@@ -139,9 +182,9 @@ class Structure:
             self._require_elements(name, count, slices.get(name, {}))
         zeroed = {name: count for name, count in pruning.zeroed.items() if count}
         widths = {name: len(units) for name, units in pruning.kept.items()}
-        attributes: dict[str, dict[str, int]] = {}
-        for attribute in self.attributes:
-            attributes.setdefault(attribute.module, {})[attribute.path] = attribute.value(widths)
+        attributes = dict(self._dense_attributes)
+        for module in {module for group in pruning.kept for module in self._modules_of[group]}:
+            attributes[module] = {each.path: each.value(widths) for each in self._sizes_in[module]}
         # The dense model is the user's own, module by module.
         return Edit(slices, attributes, zeroed, self.graphs if slices else {})
 
