@@ -203,12 +203,12 @@ def dimensions() -> dict[str, float]:
 
 PARTS: dict[str, Callable[[], dict[str, float]]] = {
     "front": front,
+    "dimensions": dimensions,
     "memory-linear": lambda: memory("linear", wide_linear, data(64, 64)),
     "memory-convolutions": lambda: memory("convolutions", wide_convolutions, data(32, 3, 4, 4)),
     "layers-plain": lambda: deep("plain", plain, data(128, 8)),
     "layers-residual": lambda: deep("residual", residual, data(128, 8)),
     "layers-convolutional": lambda: deep("convolutional", convolutional, data(64, 3, 8, 8)),
-    "dimensions": dimensions,
 }
 
 
@@ -269,7 +269,8 @@ def main() -> int:
     ]
     text = (
         f"{table(('figure', *codes, 'at most'), rows)}\n\nSeconds are processor time. *Not reached*: not within "
-        f"{options.limit:.0f} s, or the run was ended before. Targets {'met' if not missed else 'NOT met: ' + ', '.join(missed)}."
+        f"{options.limit:.0f} s, or the run was ended before. Targets "
+        f"{'met' if not missed else 'NOT met: ' + ', '.join(missed)}."
     )
     if options.only == list(PARTS):
         write("large_inputs", "Large inputs", {"environment": where, "missed": missed, **found}, text)
