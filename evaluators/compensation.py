@@ -203,7 +203,8 @@ class Compensated:
         """Give a weight that reads removed units, and its bias, new values."""
         reader, name = layer.reader, layer.reader.name
         dense = self._context.model.get_parameter(name).detach()
-        whole = matrix_of(dense, reader).double()
+        whole = matrix_of(dense, reader)
+        whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
         left = edit.slices.get(name, {}).get(1 - reader.dim, np.arange(dense.shape[1 - reader.dim]))
         places = np.flatnonzero((left >= reader.start) & (left < reader.start + reader.outputs))
         rows = torch.from_numpy(left[places] - reader.start).to(dense.device)
@@ -212,13 +213,13 @@ class Compensated:
         matrix = value.flatten(1) if reader.dim else value.T
         kept = columns_kept(reader, self._context.model, edit)
         if kept is not None and self._least_squares:
-            fitted = whole[rows][:, kept] + self._change(layer, whole, kept)[rows].double()
+            fitted = whole[rows][:, kept] + self._change(layer, whole, kept)[rows]
             matrix[into] = fitted.to(matrix.dtype)
             _replace(module, name, value)
         if self._shifted(layer):
             assert layer.bias is not None
             mean = layer.moments.mean
-            lost = whole[rows] @ mean - matrix[into].double() @ (mean if kept is None else mean[kept])
+            lost = whole[rows].double() @ mean - matrix[into].double() @ (mean if kept is None else mean[kept])
             bias = module.get_parameter(layer.bias).detach().clone()
             bias[into] = (bias[into].double() + lost).to(bias.dtype)
             _replace(module, layer.bias, bias)

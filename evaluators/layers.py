@@ -35,6 +35,7 @@ _SETUP = 8  # such passes, for the products of inputs
 _FEWEST = 16  # rows for each column that are taken even beyond that
 _SKETCHES = (4096, 2048, 1024, 512, 256, 128, 64)
 _JUDGED, _FEWEST_JUDGED = 1024, 64  # held-out rows that a ridge is judged on
+_OUTPUTS = 64  # of a layer that are enough for that, because each is fitted on its own
 JUDGED_BYTES = 2**27
 """Most memory for rows that ridges are judged on; half of the model where that is more."""
 _DEFAULT_RIDGE = 1e-2  # where no sample can be held out
