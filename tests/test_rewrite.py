@@ -17,6 +17,8 @@ from autoprune.protocols import Pruning
 from autoprune.result.recipe import ATTRIBUTE, attach
 from autoprune.structure.analysis import analyse
 from autoprune.structure.graph_module import RecordedModule, is_method
+from autoprune.structure.skeleton import skeleton
+from autoprune.structure.slicing import Edit, build
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, state_of
 
 WIDTH, HEADS = 16, 4
@@ -172,6 +174,26 @@ class TestWhatIsDelivered:
     def test_follows_its_users_half_precision(self, built):
         half = built.to(torch.bfloat16)
         assert half(tokens()[0].to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+class TestCopies:
+    def test_share_the_compiled_forward_until_one_is_changed(self, built):
+        before = built(*tokens())
+        lent = skeleton(built)[1].attention
+        assert type(lent) is type(built[1].attention)
+        assert lent.graph is built[1].attention.graph
+        zeros = torch.fx.Graph()
+        x = zeros.placeholder("x")
+        zeros.output(zeros.call_function(torch.zeros_like, (x,)))
+        lent.graph = zeros
+        assert not lent(torch.ones(2, 3)).any()
+        assert torch.equal(built(*tokens()), before)
+
+    def test_that_are_delivered_share_nothing(self, built):
+        other = build(built, Edit({}, {}))[1].attention
+        assert type(other) is not type(built[1].attention)
+        assert other.graph is not built[1].attention.graph
+        assert torch.equal(build(built, Edit({}, {}))(*tokens()), built(*tokens()))
 
 
 class TestRecipes:

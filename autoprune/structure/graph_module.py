@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx, nn
@@ -68,16 +69,39 @@ class RecordedModule(fx.GraphModule):
         self.description = description
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._state(), self.description)
+        return _restore, (self.state(), self.description)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordedModule:
-        return _restore(copy.deepcopy(self._state(), memo), self.description)
+        return _restore(copy.deepcopy(self.state(), memo), self.description)
 
     def __copy__(self) -> RecordedModule:
-        return _restore(self._state(), self.description)
+        return _restore(self.state(), self.description)
 
-    def _state(self) -> dict[str, Any]:
+    def recompile(self) -> Any:
+        """Make the forward from the graph, for this module alone even where copies share its class."""
+        if type(self) in _LENT:
+            self.__class__ = type(type(self).__name__, type(self).__bases__, {"__qualname__": "GraphModuleImpl"})
+        return super().recompile()
+
+    def own(self) -> None:
+        """Give a module a graph and a class of its own, if it shares them."""
+        if type(self) in _LENT:
+            self.graph = _graph(self.description)
+
+    def state(self) -> dict[str, Any]:
+        """Attributes that are the module's, and not those of its graph."""
         return {key: value for key, value in vars(self).items() if key not in _GRAPH_STATE}
+
+
+_LENT: WeakSet[type] = WeakSet()
+
+
+def lend(module: RecordedModule) -> RecordedModule:
+    """An empty module that shares the graph and the compiled forward, because compiling takes longer than a copy."""
+    _LENT.add(type(module))
+    made = object.__new__(type(module))
+    made.__dict__.update({key: value for key, value in vars(module).items() if key in _GRAPH_STATE})
+    return made
 
 
 # What a graph module holds besides what every module does; the rest is the user's.

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.adapters import adapter_of, refresh_flat_weights
 from autoprune.structure.containers import map_tensors
+from autoprune.structure.graph_module import RecordedModule, lend
 from autoprune.structure.known_shapes import KnownShapes
 from autoprune.structure.record import Forward
 
@@ -52,17 +53,21 @@ def skeleton(model: nn.Module) -> nn.Module:
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """What `copy.deepcopy` gives, in a fraction of the time where no class says how it is copied."""
     kind: Any = type(module)
-    if id(module) in memo or not _copies_plainly(kind):
+    if id(module) in memo or not (isinstance(module, RecordedModule) or _copies_plainly(kind)):
         for part in module.modules():
             # Every module has a dozen empty ones, which take `deepcopy` most of its time.
             empty = (value for value in vars(part).values() if type(value) in _EMPTY and not value)
             memo.update((id(value), type(value)()) for value in empty if id(value) not in memo)
         copied: nn.Module = copy.deepcopy(module, memo)
         return copied
-    made: nn.Module = kind.__new__(kind)
+    made: nn.Module
+    if isinstance(module, RecordedModule):
+        made, given = lend(module), module.state()
+    else:
+        made, given = kind.__new__(kind), module.__getstate__()  # type: ignore[no-untyped-call]  # as torch has it
     memo[id(module)] = made
     state: dict[str, Any] = {}
-    for key, value in module.__getstate__().items():  # type: ignore[no-untyped-call]  # torch does not annotate it
+    for key, value in given.items():
         if type(value) in _ATOMS:
             state[key] = value
         elif type(value) in _EMPTY and not value:

@@ -144,7 +144,11 @@ def build(model: nn.Module, edit: Edit) -> nn.Module:
     Returns:
         A module of the same class, in the same training mode, on the same device.
     """
-    return Slicer(model).cut(edit, private=True)
+    built = Slicer(model).cut(edit, private=True)
+    for module in built.modules():
+        if isinstance(module, RecordedModule):
+            module.own()
+    return built
 
 
 def _parents(name: str) -> list[str]:
