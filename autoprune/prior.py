@@ -63,6 +63,7 @@ def expected_losses(
     removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
     if {j for j, _ in removals} != set(range(d)):
         return None
+    removals = [(j, removal) for j, removal in removals if removal[0] not in structure.unread]
     if kind == "auto":
         kind = "reconstruction" if any(isinstance(m, _BatchNorm) for m in model.modules()) else "sensitivity"
     errors: list[FloatArray | None] = [None] * len(removals)

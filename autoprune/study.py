@@ -225,6 +225,9 @@ def prepare(
         notes.append(f"{delivered_as_graphs(structure)}; rewrite='off' leaves them as they are")
     if structure.untrained:
         notes.append(f"what only training runs was not followed, and may not fit a pruned model: {structure.untrained}")
+    if unread := [dimension.name for dimension in bound.dimensions if dimension.name in structure.unread]:
+        others = " and others" if len(unread) > 3 else ""
+        notes.append(f"no output depends on {', '.join(unread[:3])}{others}, which go first")
     if structure.terms.uncounted:
         notes.append(f"flops leave out {', '.join(structure.terms.uncounted[:3])}, whose cost nothing says")
     if not batches.divisible(stated):
@@ -545,8 +548,11 @@ def _problem(
         least = (1 + _ROUNDING) * problem.costs(problem.cheapest[None])[0]
         problem = replace(problem, budget_range=np.stack([least, problem.budget_range[:, 1]], axis=1))
     given = [candidate for item in start for candidate in candidates_of(item, space)]
-    seeds = [np.array(given, dtype=np.int64).reshape(-1, len(space.sizes)), uniform_seeds(problem, fractions)]
-    return replace(problem, seeds=np.concatenate(seeds))
+    unread = np.array([dimension.name in structure.unread for dimension in space.dimensions])
+    uniform = uniform_seeds(problem, fractions, unread)
+    return replace(
+        problem, seeds=np.concatenate([np.array(given, dtype=np.int64).reshape(-1, len(space.sizes)), uniform])
+    )
 
 
 def _changes(structure: Structure, space: SearchSpace, names: tuple[str, ...]) -> Changes | None:

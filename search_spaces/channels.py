@@ -105,6 +105,8 @@ class Channels:
         dimensions = []
         for group in structure.groups:
             widths = self._widths(group)
+            if group.name in structure.unread:  # nothing speaks for any other width
+                widths = (widths[0], *widths[1:][-1:])
             if len(widths) > 1:
                 dimensions.append(Dimension(group.name, widths))
         if not dimensions:

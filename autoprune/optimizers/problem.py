@@ -174,12 +174,15 @@ class Problem:
         return np.stack(columns[::-1], axis=1)
 
 
-def uniform_seeds(problem: Problem, fractions: Sequence[float] = (1.0,)) -> IntArray:
+def uniform_seeds(
+    problem: Problem, fractions: Sequence[float] = (1.0,), least: NDArray[np.bool_] | None = None
+) -> IntArray:
     """Prune every ordered dimension alike: the baseline that a search has to beat.
 
     Args:
         problem: Its limits are what `fractions` refer to; its seeds are ignored.
         fractions: Where to meet the limits, in (0, 1]: 1 just meets them, 0.5 just meets half of each.
+        least: Dimensions that are at their last option in all but the dense candidate, shape (d,); none by default.
 
     Returns:
         Feasible candidates without duplicates, int64, shape (<= 1 + number of fractions, d): the dense one if it is
@@ -188,13 +191,17 @@ def uniform_seeds(problem: Problem, fractions: Sequence[float] = (1.0,)) -> IntA
     """
     positions = np.linspace(0.0, 1.0, 4 * int(problem.sizes.max()) + 1)[:, None]
     diagonal = np.rint(positions * (problem.sizes - 1) * problem.ordered).astype(np.int64)
+    first = 0
+    if least is not None and least.any():
+        diagonal[1:, least] = problem.sizes[least] - 1
+        first = 1  # which may meet the limits as it is
     reachable = problem.costs(problem.cheapest[None])[0]
     found = [diagonal[:1]] if problem.feasible(diagonal[:1])[0] else []
     for fraction in fractions:
         limits = np.maximum(fraction * problem.limits, reachable)
         met = problem.feasible(diagonal, limits)
         first_met = int(met.argmax()) if met.any() else len(diagonal)
-        found.append(problem.repair(diagonal[[max(first_met - 1, 0)]], limits))
+        found.append(problem.repair(diagonal[[max(first_met - 1, first)]], limits))
     seeds = np.concatenate(found)
-    _, first = np.unique(seeds, axis=0, return_index=True)
-    return seeds[np.sort(first)]
+    _, places = np.unique(seeds, axis=0, return_index=True)
+    return seeds[np.sort(places)]

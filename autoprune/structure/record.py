@@ -80,6 +80,11 @@ class Op:
         """Values returned, in order."""
         return self._results
 
+    @cached_property
+    def writes(self) -> bool:
+        """Whether it changes one of its arguments."""
+        return any(arg.alias_info is not None and arg.alias_info.is_write for arg in self.func._schema.arguments)
+
     def where(self) -> str:
         """The operation and its module, for messages."""
         return f"{self.name} in {self.module}" if self.module else self.name

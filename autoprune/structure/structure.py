@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from torch import nn
 from autoprune.protocols import IntArray, Pruning
 from autoprune.structure.graph_module import Description
 from autoprune.structure.propagate import Propagation
+from autoprune.structure.record import Record
 from autoprune.structure.replay import kept_groups
 from autoprune.structure.slicing import Edit, build
 from autoprune.structure.terms import Terms, cost_terms, multiplied_parameters
@@ -61,6 +62,7 @@ class Structure:
         device: Where the pass was traced: ``"meta"``, or the device of the model's real values.
         graphs: Modules that are delivered as graphs of what they ran, because their code does not follow the widths.
         untrained: Why what only training runs was not followed, in words; empty where it was.
+        unread: Groups that no output depends on, and none in training.
     """
 
     groups: tuple[Group, ...]
@@ -73,6 +75,7 @@ class Structure:
     device: str
     graphs: Mapping[str, Description] = field(default_factory=dict, repr=False)
     untrained: str = ""
+    unread: frozenset[str] = frozenset()
 
     @cached_property
     def sizes(self) -> IntArray:
@@ -230,7 +233,20 @@ def assemble(
         terms=units.derived["terms"],
         weights=multiplied_parameters(flow.record),
         device=flow.record.device,
+        unread=_unread(flow.record, units.groups),
     )
+
+
+def _unread(record: Record, groups: Sequence[Group]) -> frozenset[str]:
+    """Names of the groups none of whose parameters reaches an output, as far as storage tells."""
+    values = record.values
+    wanted = {values[value].base for value in (*record.outputs, *record.trained)}
+    for op in reversed((*record.ops, *record.training)):
+        written = op.results() if not op.writes else [*op.results(), *op.inputs()]
+        if any(values[value].base in wanted for value in written):
+            wanted.update(values[value].base for value in op.inputs())
+    read = {values[base].name for base in wanted}
+    return frozenset(group.name for group in groups if read.isdisjoint(slot.tensor for slot in group.slots))
 
 
 def _group_counts(flow: Propagation, units: Units) -> list[Attribute]:
