@@ -1,4 +1,4 @@
-"""Plain arguments: numbers and flags are checked here, and values and errors put into words for messages."""
+"""Plain arguments: check numbers and flags, and put values and errors into words for messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_SAID = 500
 """Characters of an error of the user's code that are kept."""
 
 MOST_SEED = 2**63 - 1
-"""What the generators of PyTorch take."""
+"""Largest seed that the generators of PyTorch take."""
 
 _ENTRIES = 8  # of a container
 _FEW = 16  # elements of an array that is shown as it is
@@ -41,7 +41,7 @@ def _shown(value: Any, depth: int) -> str:
         return _entries(value, depth)
     try:
         return repr(value)
-    except Exception:  # a user's class may raise anything here, and a message must come about
+    except Exception:  # a user's class may raise anything here, and there must be a message
         return f"an object of type {type(value).__name__}"
 
 
@@ -58,7 +58,7 @@ def _entries(values: Any, depth: int) -> str:
 
 
 def said(error: BaseException) -> str:
-    """Type and message of an error that a user's code raised, cut where it goes on and on."""
+    """Type and message of an error that a user's code raised, shortened where they are long."""
     try:
         message = str(error)
     except Exception:  # even this may be the user's code
@@ -68,14 +68,14 @@ def said(error: BaseException) -> str:
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None, why: str = "") -> int:
-    """An integer that may come from NumPy, but not from a bool or a float.
+    """Check an integer, which may come from NumPy, but not from a bool or a float.
 
     Args:
         name: The argument.
         value: What was given.
         least: The smallest allowed.
         most: The largest allowed, if any.
-        why: What to say behind the rule.
+        why: Text after the rule.
 
     Raises:
         ValueError: If it is none, or out of range.
@@ -88,12 +88,12 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None, why
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is an integer of Python or NumPy; no bool."""
+    """Return whether a value is an integer of Python or NumPy; no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite real number, of Python or NumPy; no bool."""
+    """Return whether a value is a finite real number of Python or NumPy; no bool."""
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     try:
         return real and math.isfinite(value)
@@ -102,12 +102,12 @@ def is_number(value: Any) -> bool:
 
 
 def positive(name: str, value: Any, or_else: str = "") -> float:
-    """A finite number above 0.
+    """Check a finite number above 0.
 
     Args:
         name: The argument.
         value: What was given.
-        or_else: What else the argument may be, such as ``" or None"``.
+        or_else: Other values allowed, such as ``" or None"``, for the message.
 
     Raises:
         ValueError: If it is none, or not above 0.
@@ -118,7 +118,7 @@ def positive(name: str, value: Any, or_else: str = "") -> float:
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> str:
-    """One of a few words.
+    """Check that a value is one of the known words.
 
     Raises:
         ValueError: If it is anything else; lists those known.
@@ -130,7 +130,7 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
 
 
 def numbers(values: Any) -> list[float]:
-    """The finite real numbers in a list, a tuple or an array; empty where there is anything else, as in a generator."""
+    """Finite real numbers of a list, a tuple or an array; empty if it holds anything else, or is a generator."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Collection):
         return []
     found = list(values)
@@ -138,11 +138,11 @@ def numbers(values: Any) -> list[float]:
 
 
 def patterns(name: str, values: Any) -> tuple[str, ...]:
-    """Names or globs.
+    """Check a list of names or globs.
 
     Raises:
-        ValueError: If it is text, holds anything else than text, or is no list, such as a generator, which can be read
-            but once.
+        ValueError: If it is text, holds anything else than text, or is no list, such as a generator, which can only be
+            read once.
     """
     if isinstance(values, str):
         raise ValueError(f"{name} must be a list of names or globs, got the string {shown(values)}")
@@ -152,7 +152,7 @@ def patterns(name: str, values: Any) -> tuple[str, ...]:
 
 
 def number(name: str, value: Any, least: float, rule: str) -> float:
-    """A finite number of at least `least`.
+    """Check a finite number of at least `least`.
 
     Raises:
         ValueError: If it is none, or too small; says the `rule`, such as ``"at least 0"``.
@@ -163,9 +163,9 @@ def number(name: str, value: Any, least: float, rule: str) -> float:
 
 
 def why_no_function(value: Any, arguments: int, classes: bool = False) -> str:
-    """What was given in place of a function of so many positional arguments, for a message; empty where it is one.
+    """Describe a value that is no function of this number of positional arguments, for a message; empty if it is one.
 
-    A class is none, unless `classes` are wanted too. Builtins that do not say what they take are believed.
+    A class is none, unless `classes` are allowed. Builtins without a signature count as fitting.
     """
     if not callable(value) or (isinstance(value, type) and not classes):
         return f"got {shown(value)}"
@@ -182,7 +182,7 @@ def why_no_function(value: Any, arguments: int, classes: bool = False) -> str:
 
 @contextmanager
 def naming(rule: str) -> Iterator[None]:
-    """Say of what a user's function raises inside which argument it was; what autoprune itself raises goes on as it is.
+    """Name the argument in errors of a user's function that is called inside; errors of autoprune stay as they are.
 
     Raises:
         ValueError: Says the `rule`, such as ``"criterion must score group '0'"``.
@@ -197,7 +197,7 @@ def naming(rule: str) -> Iterator[None]:
 
 
 def flag(name: str, value: Any, why: str = "") -> bool:
-    """True or False, and nothing that merely counts as such.
+    """Check that a value is True or False, and no other type.
 
     Raises:
         ValueError: If it is neither.

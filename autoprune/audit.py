@@ -44,12 +44,12 @@ def audit(
     seed: int = 0,
     run_dir: str | None = None,
 ) -> SearchResult:
-    """Train some candidates of a search by your own recipe, and compare what comes out with their cheap scores.
+    """Train some candidates of a search by your own recipe, and compare the trained scores with the cheap ones.
 
-    Trained are `k` candidates: the best one, a third from the front, a third that cost nearly the same as the best, and
+    It trains `k` candidates: the best one, a third from the front, a third that cost nearly the same as the best, and
     others spread over cost and score. Each is scored on the held-out samples of the search, which chose none of them.
-    Then, with the same training, networks like the best one: with new weights, with units kept at random, and uniform
-    widths at equal cost, which says what its widths, its units and its weights are worth.
+    Then it trains control networks of the best one in the same way: with new weights, with random units, and with
+    uniform widths at equal cost. They measure the value of its widths, its units and its weights.
 
     Args:
         result: What `autoprune.search` returned. After a restart, get it by searching with ``resume=True``.
@@ -59,19 +59,19 @@ def audit(
         k: Candidates to train, at least 4; all there are if the search has fewer.
         steps: The budget that `train_fn` gets.
         evaluators: Names or instances of further evaluators, whose scores of the same candidates are compared too.
-        repeats: Trainings of the best one and of each network like it, with other seeds; 0 leaves the latter out.
+        repeats: Trainings of the best one and of each control network, with other seeds; 0 omits the control networks.
         initialise: ``initialise(model)`` gives a pruned model new weights in place. By default ``reset_parameters`` of
             every module; without it in one of the modules, new weights are left out.
         seed: Of trainings and of the units drawn.
-        run_dir: Where finished trainings are kept, in ``audit.jsonl``; with the same search and settings an interrupted
-            audit goes on there. It may be the `run_dir` of the search.
+        run_dir: Folder for finished trainings, in ``audit.jsonl``; with the same search and settings, an interrupted
+            audit continues there. It may be the `run_dir` of the search.
 
     Returns:
-        The result with the report in ``result.audit``, which `SearchResult.save` keeps. Ctrl-C gives a report on what
-        was trained so far.
+        The result with the report in ``result.audit``, which `SearchResult.save` keeps. Ctrl-C gives a report on the
+        trainings so far.
 
     Raises:
-        RecipeError: If `result` was loaded from disk, because what it was scored on is needed.
+        RecipeError: If `result` was loaded from disk, because the model and the samples are needed.
         ValueError: If an argument is out of range or an unknown name, there are fewer than 4 candidates, or `run_dir`
             holds an audit of something else.
 
@@ -115,7 +115,7 @@ def audit(
 
 
 def spread(result: SearchResult, k: int) -> list[Trial]:
-    """The candidates to train, by cost: the best, some of the front, some of equal cost, some far from all of these.
+    """Candidates to train, by cost: the best, some of the front, some of equal cost, some far from all of these.
 
     Raises:
         ValueError: If there are fewer than 4 candidates.
@@ -147,7 +147,7 @@ def _best(result: SearchResult, pool: Sequence[Trial]) -> Trial:
 
 
 def _ranks(values: FloatArray) -> FloatArray:
-    """Places from 0 to 1; equal values share one."""
+    """Ranks from 0 to 1; equal values share one."""
     places: FloatArray = np.unique(values, return_inverse=True)[1] / max(len(np.unique(values)) - 1, 1)
     return places
 
@@ -181,7 +181,7 @@ def _named(own: Evaluator, others: Sequence[str | Evaluator]) -> dict[str, Evalu
 
 @dataclass
 class _Work:
-    """What the trainings of an audit share."""
+    """Common state of the trainings of an audit."""
 
     builder: FromEvaluator
     train_fn: Callable[[nn.Module], None]
@@ -197,7 +197,7 @@ class _Work:
         self._measure = Measuring(context, dense.eval())
 
     def train(self, kind: str, candidate: IntArray, repeat: int, make: Callable[[], nn.Module]) -> None:
-        """Make a module, train it and score it on the held-out samples, unless that was done before."""
+        """Make a module, train it and score it on the held-out samples, unless it is in the log already."""
         context = self.builder.context
         zeroed = context.structure.edit(context.space.pruning(candidate.tolist())).zeroed
 
@@ -217,7 +217,7 @@ class _Work:
             self._keep(key, lambda: self._measure(trained, "test"))
 
     def score(self, name: str, evaluator: Evaluator, candidates: IntArray) -> None:
-        """Score candidates by another evaluator, prepared only where that was not all done before."""
+        """Score candidates by another evaluator, which is prepared only if some scores are missing in the log."""
         keys = [(name, *candidate) for candidate in candidates.tolist()]
         try:
             if not all(key in self.trainings for key in keys):
@@ -232,7 +232,7 @@ class _Work:
             evaluator.release()
 
     def like(self, candidate: IntArray, limited: tuple[str, ...], initialise: Initialise | None) -> None:
-        """Plan the trainings of networks like a candidate."""
+        """Plan the trainings of the control networks of a candidate."""
         build, builder, seed = self.builder.evaluator.build, self.builder, self.seed
         zeroed = builder.context.space.pruning(candidate.tolist()).zeroed
         self.kinds[FOUND] = candidate, lambda repeat: build(candidate)
@@ -269,7 +269,7 @@ def _run(
     repeats: int,
     initialise: Initialise | None,
 ) -> None:
-    """Score and train the candidates, then what is like the best one: a training of each kind before the next round."""
+    """Score and train the candidates, then the control networks: one training of each kind before the next round."""
     for name, evaluator in named.items():
         if evaluator is not None:
             work.score(name, evaluator, np.array([trial.candidate for trial in chosen], dtype=np.int64))
@@ -287,7 +287,7 @@ def _run(
 def _report(
     work: _Work, result: SearchResult, chosen: Sequence[Trial], named: Sequence[str], steps: int | None, repeats: int
 ) -> Audit:
-    """Put together what was trained."""
+    """Assemble the report from the trainings."""
     cost = next(iter(result.limits))
 
     def found(*key: str | int) -> Record:

@@ -1,4 +1,4 @@
-"""What a batch is: its samples, its inputs and its targets.
+"""Batches: their samples, inputs and targets.
 
 A batch is what a loader yields: a tensor (inputs without labels), a tuple or list whose last entry is the target (a
 single entry is an input without labels), or a mapping whose ``"labels"`` or ``"label"`` entry, or the one that
@@ -28,7 +28,7 @@ LABEL_KEYS = ("labels", "label")
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in a nested structure, in order."""
+    """Tensors in a nested structure, in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping | list | tuple):
@@ -39,13 +39,13 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 def map_leaves(fn: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> Any:
     """Rebuild nested mappings, lists and tuples with `fn` applied to every leaf.
 
-    A list or tuple without any tensor is a leaf: it holds something for each sample, like names, or a setting. So is
+    A list or tuple without any tensor is a leaf: it holds one entry a sample, such as names, or a setting. So is
     what `is_leaf` says.
     """
     if is_leaf(tree):
         return fn(tree)
     if isinstance(tree, Mapping):
-        # A copy keeps the class, so that `batch.input_ids` goes on working in a user's forward.
+        # A copy keeps the class, so that `batch.input_ids` still works in a user's forward.
         rebuilt = copy.copy(tree) if isinstance(tree, MutableMapping) else dict(tree)
         for key, value in tree.items():
             rebuilt[key] = map_leaves(fn, value, is_leaf)
@@ -74,12 +74,12 @@ def batch_size(batch: Batch) -> int:
 
 
 def divisible(batch: Batch) -> bool:
-    """Whether a batch can be cut by samples.
+    """Return whether a batch can be cut by samples.
 
     It cannot where a tensor has another leading size than the first, and holds whole numbers, which may be numbers of
     rows in another, lies in a list, or is the target: so do the edges of graphs, the offsets of bags, and boxes in
-    images. Floats with another leading size are taken for something that all samples share otherwise, as is whatever
-    has a leading size of 1.
+    images. Other floats with another leading size count as shared by all samples, and so does any tensor with a leading
+    size of 1.
     """
     size, target = _leading(batch), targets(batch)
     entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
@@ -89,7 +89,7 @@ def divisible(batch: Batch) -> bool:
 
 
 def _apart(tree: Any, size: int, listed: bool) -> bool:
-    """Whether something in an entry has rows that are no samples, and that others may depend on."""
+    """Return whether an entry holds a tensor whose rows are no samples, and that others may depend on."""
     if isinstance(tree, Tensor):
         shared = tree.is_floating_point() or tree.is_complex() or tree.dtype == torch.bool
         return tree.ndim > 0 and len(tree) not in (1, size) and (listed or not shared)
@@ -101,7 +101,7 @@ def _apart(tree: Any, size: int, listed: bool) -> bool:
 
 
 def _one_each(tree: Any, size: int) -> bool:
-    """Whether it is a list of a mapping for each sample, as the targets of detectors are."""
+    """Return whether an entry is a list with a mapping for each sample, such as the targets of detectors."""
     return isinstance(tree, list) and len(tree) == size and all(isinstance(entry, Mapping) for entry in tree)
 
 
@@ -141,7 +141,7 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def pieces(batch: Batch, most: int) -> list[Batch]:
-    """The batch in parts of at most `most` samples; as a whole where it is no larger, or cannot be cut."""
+    """Divide a batch into parts of at most `most` samples; it stays whole where it is no larger, or cannot be cut."""
     size = batch_size(batch)
     if size <= most or not divisible(batch):
         return [batch]
@@ -149,7 +149,7 @@ def pieces(batch: Batch, most: int) -> list[Batch]:
 
 
 def beginning(batches: Sequence[Batch], samples: int) -> list[Batch]:
-    """The first so many samples of some batches; a batch that cannot be cut is taken or left as a whole."""
+    """Take the first `samples` samples of batches; a batch that cannot be cut is taken or left as a whole."""
     found: list[Batch] = []
     for batch in batches:
         if samples > 0:
@@ -163,7 +163,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def fresh(batch: Batch) -> Batch:
-    """The batch with containers, tensors and arrays of its own, so that whoever gets it may write to it."""
+    """Copy a batch with its containers, tensors and arrays, so that its reader may write to it."""
     return map_leaves(_own, batch)
 
 
@@ -178,10 +178,10 @@ def _own(leaf: Any) -> Any:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A forward that gets a copy of each batch: a model that normalises its input in place must not wear it out.
+    """Forward that gets a copy of each batch: a model may normalise its input in place.
 
-    Always a copy, because writes through NumPy or ``.data`` leave no trace and some depend on the candidate. It takes
-    one reading and writing of the inputs. What is timed runs `plain`.
+    It always copies, because writes through NumPy or ``.data`` leave no trace and some depend on the candidate. A copy
+    costs one reading and writing of the inputs. Timed runs use `plain`.
 
     Attributes:
         plain: Runs a model on a batch.
@@ -190,12 +190,12 @@ class Guarded:
     plain: Callable[[nn.Module, Batch], Any]
 
     def __call__(self, model: nn.Module, batch: Batch) -> Any:
-        """The outputs of the model for the batch, which stays as it is."""
+        """Return the outputs of the model for the batch, which stays as it is."""
         return self.plain(model, fresh(batch))
 
 
 class Lent(Sequence[Batch]):
-    """Batches that are handed out as copies, one at a time.
+    """Batches that are returned as copies, one at a time.
 
     Args:
         batches: Stay as they are.
@@ -226,16 +226,16 @@ class Lent(Sequence[Batch]):
         return lent
 
     def original(self, batch: Batch) -> Batch:
-        """The batch that was handed out as this one, unless it was changed since; else what is given.
+        """Return the original of a copy, unless the copy was changed since; else the given batch.
 
-        An address may have come to another batch by now, so contents decide.
+        The address of a copy may belong to another batch by now, so contents decide.
         """
         known = self._lent.get(id(batch))
         return batch if known is None or not same(known, batch) else known
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether nested structures hold equal values."""
+    """Return whether nested structures hold equal values."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, np.ndarray):
@@ -248,15 +248,15 @@ def same(one: Any, other: Any) -> bool:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with its tensors on `device`."""
+    """Move the tensors of a batch to `device`."""
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 class Shell:
-    """The containers of a batch, apart from the tensors in them, which code that knows fewer containers can then see.
+    """Containers of a batch, apart from the tensors in them, for code that knows fewer kinds of containers.
 
-    What traces and exports models looks into dicts, lists and tuples, and would take the tensors in other mappings,
-    such as those of Hugging Face tokenizers, for constants. Slots keep those who look into objects out of the shell.
+    Tracers and exporters look into dicts, lists and tuples, and would take the tensors in other mappings, such as those
+    of Hugging Face tokenizers, for constants. Slots hide the shell from code that looks into objects.
     """
 
     __slots__ = ("batch",)
@@ -265,7 +265,7 @@ class Shell:
         self.batch = batch
 
     def filled(self, given: Sequence[Tensor]) -> Batch:
-        """The batch with other tensors, as many as it holds."""
+        """Rebuild the batch with other tensors, as many as it holds."""
         left = iter(given)
         return map_tensors(lambda _: next(left), self.batch)
 
@@ -276,14 +276,14 @@ def opened(batch: Batch) -> tuple[Any, ...]:
 
 
 def closing(forward: Callable[[nn.Module, Batch], Any]) -> Callable[..., Any]:
-    """A forward that takes what `opened` gives in place of the batch."""
+    """Wrap a forward to take the result of `opened` in place of the batch."""
     return lambda model, shell, *given: forward(model, shell.filled(given))
 
 
 def of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-    """The inputs of one call as a batch: keyword inputs as a dict, one input as it is, several with None for a target.
+    """Turn the inputs of one call into a batch: keyword inputs as a dict, one input as it is, several plus None.
 
-    This is what ``forward(model, batch)`` gets where example inputs stand in for data.
+    None stands in place of the target. ``forward(model, batch)`` gets such a batch where example inputs replace data.
     """
     if kwargs:
         return dict(kwargs)
@@ -291,7 +291,7 @@ def of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
 
 
 def on_call(forward: Callable[[nn.Module, Batch], Any]) -> Callable[..., Any]:
-    """A forward of batches as one that takes the inputs of a call."""
+    """Wrap a forward of batches to take the inputs of a call."""
     return lambda model, *args, **kwargs: forward(model, of_call(args, kwargs))
 
 
@@ -302,7 +302,7 @@ class Labelled(dict[str, Any]):
 
 
 def labelled(batch: Batch, key: str) -> Batch:
-    """A copy of a dict batch whose target is what it has under `key`.
+    """Copy a dict batch whose target is its entry under `key`.
 
     Raises:
         DataError: If it is no dict, or has no such entry.

@@ -1,4 +1,4 @@
-"""What comes back from a user's optimizer or evaluator, checked once before anything relies on it."""
+"""Checks of the values that a user's optimizer or evaluator returns, made once before anything relies on them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Outcome = Measurement | Failure
 
 
 def proposals(optimizer: Optimizer, returned: Any, asked: int, sizes: IntArray) -> IntArray:
-    """What an optimizer proposed, as int64, shape (<= asked, d); without rows if it has nothing more to propose.
+    """Check the proposals of an optimizer: int64, shape (<= asked, d); without rows if it has no more.
 
     Args:
-        optimizer: Who proposed.
+        optimizer: The optimizer, for messages.
         returned: What ``optimizer.ask(asked)`` returned.
         asked: The most rows allowed.
         sizes: Number of options of each dimension, shape (d,).
@@ -46,7 +46,7 @@ def proposals(optimizer: Optimizer, returned: Any, asked: int, sizes: IntArray) 
 
 
 def only(evaluator: Any, returned: Any) -> Outcome:
-    """The outcome of a single candidate in what ``evaluator.evaluate`` returned.
+    """Take the outcome of a single candidate from the return value of ``evaluator.evaluate``.
 
     Raises:
         TypeError: If it is no list of one outcome, or the outcome is damaged; names the evaluator.
@@ -61,7 +61,7 @@ def only(evaluator: Any, returned: Any) -> Outcome:
 
 
 def checked(evaluator: Any, returned: Any, method: str) -> Outcome:
-    """What an evaluator said of one candidate, with float64 values.
+    """Check the outcome of one candidate, and convert its values to float64.
 
     Raises:
         TypeError: If it is neither a Measurement nor a Failure, or a field has another type; names the evaluator.
@@ -106,9 +106,9 @@ def _values(who: str, measured: Measurement, name: str) -> FloatArray:
 
 
 def same_samples(evaluator: Any, measured: Outcome, dense: Measurement) -> Outcome:
-    """The outcome, or a failure that names the evaluator if it scored other samples than the dense model was scored on.
+    """Return the outcome, or a failure that names the evaluator if the dense model was scored on other samples.
 
-    Costs the trial: its mean could not be compared with that of any other.
+    The trial fails, because its mean could not be compared with that of any other.
     """
     if isinstance(measured, Failure) or measured.raced or len(measured.signal) == len(dense.signal):
         return measured

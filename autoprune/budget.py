@@ -1,4 +1,4 @@
-"""The budget grammar: what a pruned model may cost, and how much score it may lose."""
+"""Budget grammar: limits on the costs of a pruned model, and on its loss of score."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from autoprune.errors import BudgetError
 
 ALIASES = {"latency": "latency_ms", "memory": "memory_bytes"}
 _SAME_METRIC = {"cross_entropy": "loss"}  # `search` takes either name
-_ROUNDING = 1e-9  # a score of 387/400 meets 395/400 - 2pp, whatever floats make of that
+_ROUNDING = 1e-9  # a score of 387/400 meets 395/400 - 2pp, in spite of rounding in floats
 BUILT_IN_COSTS = ("flops", "params", "nonzero_params", "memory_bytes", "latency_ms", "ms_per_sample")
 THROUGHPUT = "throughput"
-"""At least so many samples a second: an upper limit on ``ms_per_sample``."""
+"""Name of a lower limit on samples a second, which is an upper limit on ``ms_per_sample``."""
 FORMS = (
     "'flops <= 50%' (of the dense model), 'params <= 1.2M', 'memory_bytes <= 200MB', 'latency_ms <= 4', "
     "'throughput >= 900/s', "
@@ -33,7 +33,7 @@ _CLAUSE = re.compile(
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that a model may cost.
+    """Upper limit on a cost of a model.
 
     Attributes:
         name: The cost, for example ``"flops"``; ``"latency"`` and ``"memory"`` mean ``latency_ms``, ``memory_bytes``,
@@ -65,7 +65,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class ScoreLimit:
-    """The least that a model must score.
+    """Limit on the score of a model.
 
     Attributes:
         name: The metric, for example ``"accuracy"``.
@@ -89,7 +89,7 @@ class ScoreLimit:
         return f"{self.name}{' drop' * self.drop} {'<=' if self.drop or self.at_most else '>='} {self.value:.15g}"
 
     def worst(self, dense_score: float, higher_is_better: bool) -> float:
-        """The worst score allowed, in the metric's own direction, where the dense model scores `dense_score`."""
+        """Worst score allowed, in the metric's own direction, where the dense model scores `dense_score`."""
         return dense_score + (-self.value if higher_is_better else self.value) if self.drop else self.value
 
 
@@ -130,7 +130,7 @@ class Budget:
         """Read a budget from text, a list of texts or budgets, or a budget.
 
         Raises:
-            BudgetError: If a part cannot be read; the message shows what can.
+            BudgetError: If a part cannot be read; the message shows valid forms.
         """
         if isinstance(budget, Budget):
             return budget
@@ -180,7 +180,7 @@ class Budget:
         return Budget(tuple(limits), tuple(score_limits))
 
     def worst_score(self, dense_score: float, higher_is_better: bool) -> float | None:
-        """The worst score that meets every limit on it, up to rounding, in the metric's own direction; None without."""
+        """Worst score that meets every limit on it, up to rounding, in the metric's own direction; None without."""
         worst = [limit.worst(dense_score, higher_is_better) for limit in self.score_limits]
         if not worst:
             return None
@@ -191,13 +191,13 @@ class Budget:
         """Turn the limits on costs into absolute numbers.
 
         Args:
-            dense_costs: What the dense model costs, by name: every cost there is.
+            dense_costs: Every cost of the dense model, by name.
 
         Returns:
             The largest cost allowed, by name, in the order of `limits`; empty if only the score is limited.
 
         Raises:
-            BudgetError: If a limit names no cost of `dense_costs`, or a cost is asked to be at least something.
+            BudgetError: If a limit names no cost of `dense_costs`, or is a lower limit on a cost.
         """
         for score_limit in self.score_limits:
             if score_limit.name in dense_costs:
@@ -243,14 +243,14 @@ def _parse_clause(text: str) -> Limit | ScoreLimit:
 
 
 def _cost_name(name: str) -> str:
-    """The cost that is meant, however it is spelled: ``FLOPs``, and ``MACs``, which are what FLOPs count here."""
+    """Normalise the name of a cost: ``FLOPs`` in any spelling, and ``MACs``, which equal FLOPs here."""
     known = {"macs": "flops", "parameters": "params", **ALIASES}
     found = known.get(name.lower(), name.lower())
     return found if found in (*BUILT_IN_COSTS, THROUGHPUT) else name
 
 
 def _throughput(text: str, at_least: bool, unit: str, value: float) -> Limit:
-    """Samples a second, or a percentage of the dense model's, as milliseconds a sample."""
+    """Convert samples a second, or a percentage of the dense model's, to a limit on milliseconds a sample."""
     if not at_least or value <= 0 or unit not in ("", "/s", "%"):
         raise BudgetError(f"throughput takes a lower limit (>=) in samples a second, such as '900/s', got {text!r}")
     if unit == "%" and value < 100:
@@ -261,7 +261,7 @@ def _throughput(text: str, at_least: bool, unit: str, value: float) -> Limit:
 
 
 def _unit(name: str, unit: str) -> float:
-    """How many of the cost's own unit one `unit` is; ``4 ms`` is right for a cost whose name ends in ``_ms``."""
+    """Factor from `unit` to the cost's own unit; ``ms`` fits any cost whose name ends in ``_ms``."""
     known = _MULTIPLIERS | (_BYTES if name.endswith("_bytes") else {})
     factor = known.get("K" if unit == "k" else unit)
     if factor is None and unit and name.lower().endswith(f"_{unit.lower()}"):

@@ -1,7 +1,7 @@
-"""A calibration check: which parts of the re-fit, and which criterion, help this model on this data.
+"""Calibration check: choose the parts of the re-fit and the criterion that help this model on this data.
 
 Before a search, uniform pruning at the budget is scored with each criterion and without each part of the re-fit, on
-validation samples. What costs the model anything there is off; what was chosen is said with its figures.
+validation samples. Parts that make the score worse there are switched off; a note gives the choice with its figures.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ log = logging.getLogger(__name__)
 SAMPLES = 256
 """Most validation samples of the check."""
 RANKED = 128
-"""Most calibration samples that criteria look at in the check; of a large model no more than `FEWEST_RANKED`."""
+"""Most calibration samples for criteria in the check; at most `FEWEST_RANKED` for a large model."""
 FEWEST_RANKED = 16
 CRITERIA = (("taylor",), ("fluctuation", "contribution"))
-"""Tried next to l2; those that look at the same together."""
+"""Criteria tried in addition to l2; those that share a pass over the samples are grouped."""
 FILE_NAME = "refit.json"
 
 _MOST_BYTES = 2**20
@@ -52,12 +52,12 @@ _FORM = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What a check decided, as plain settings.
+    """Outcome of a check, as plain settings.
 
     Attributes:
-        criterion: What ranks the units.
+        criterion: Ranks the units.
         parts: Arguments of `Compensated`.
-        note: Why, with figures.
+        note: The reason, with figures.
     """
 
     criterion: str
@@ -65,14 +65,14 @@ class Choice:
     note: str
 
     def save(self, run_dir: str | None) -> None:
-        """Keep it beside the journal, where a resumed search finds it."""
+        """Write the choice next to the journal, where a resumed search finds it."""
         if run_dir is not None:
             kept = {"criterion": self.criterion, "parts": dict(self.parts), "note": self.note}
             write_text(make_folder(run_dir, "run_dir") / FILE_NAME, json.dumps(kept), "run_dir")
 
     @classmethod
     def load(cls, run_dir: str | None) -> Choice | None:
-        """What an earlier call of the same search decided; None if there is nothing.
+        """Read the choice of an earlier call of the same search; None if there is none.
 
         Raises:
             FileFormatError: If the file is damaged.
@@ -88,17 +88,17 @@ class Choice:
             return cls(data["criterion"], data["parts"], data["note"])
 
     def refit(self, typical: Pruning) -> Compensated:
-        """The evaluator, not prepared yet, that scores to the last bit what the one of the check does.
+        """Make an evaluator, not prepared yet, whose scores equal those of the check to the last bit.
 
         Args:
-            typical: What the check chose ridges for; the importance of units, and so the space, was another then.
+            typical: The pruning that the check chose ridges for: the space has another order of units by now.
         """
         parts = dict(self.parts)
         return Compensated(renew=parts.pop("renew")).judged_on(typical).with_parts(**parts)
 
 
 def unchecked(settings: Settings) -> Choice:
-    """What holds where there is no time for a check."""
+    """Choice where there is no time for a check."""
     criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
     note = f"the calibration check was left out, because max_seconds was over: {criterion}, and the whole re-fit"
     return Choice(criterion, Compensated().settings, note)
@@ -113,19 +113,19 @@ def check(
     error of the paired difference.
 
     Args:
-        context: With a space bound to the order by l2; in its middle ridges are chosen.
+        context: With a space bound to the order by l2; ridges are chosen for the middle of that space.
         settings: Of the space; with the criterion ``"auto"`` others than l2 are tried.
-        scores: Importance of units by l2; empty where no unit goes.
-        candidate: What is scored, shape (d,).
-        seed: For what criteria draw.
+        scores: Importance of units by l2; empty where no unit is removed.
+        candidate: The candidate to score, shape (d,).
+        seed: For criteria that draw.
 
     Returns:
-        The choice, the evaluator that has collected what it needs, and the importance of units that goes with it.
+        The choice, an evaluator that has collected its inputs, and the importance of units by the chosen criterion.
     """
     trial = _Trial(context)
     renew, told = _renewed(context, trial)
     ranked = {}
-    if settings.criterion == "auto" and scores:  # before anything is kept, because gradients take as much as the model
+    if settings.criterion == "auto" and scores:  # first, because gradients take as much memory as the model
         ranked = {name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()}
     refit = Compensated(renew=renew).judged_on(middle_of(context.space))
     refit.collect(context)
@@ -154,7 +154,7 @@ def check(
             continue
         if _better(without[part], base[""]):
             off.append(part)
-    if len(off) > 1:  # parts may stand in for each other: off goes the one that is missed least
+    if len(off) > 1:  # parts may replace each other: only the one with the least effect is switched off
         off = [min(off, key=lambda part: without[part].mean())]
     if without:
         figures.append(
@@ -201,17 +201,17 @@ class _Trial:
             with seeded(0):
                 refit.adapt(module, edit, bound_forward(context, module))
             return self.measure(module)
-        except Exception as error:  # what a user's model or metric raises speaks against this way alone
+        except Exception as error:  # an error of a user's model or metric rules out this choice alone
             log.info("calibration check: %s: %s", type(error).__name__, error)
             return np.full(1, np.inf)
         finally:
-            self._slicer.cut(Edit({}, {}))  # so that nothing holds on to the candidate
+            self._slicer.cut(Edit({}, {}))  # so that nothing holds references to the candidate
             refit.forget()
             give_back(context.model)
 
 
 def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
-    """Whether the dense model is better with statistics of the calibration samples; said with figures."""
+    """Return whether the dense model is better with statistics of the calibration samples, and a note with figures."""
     dense = private_copy(context.model)
     if not statistics(dense):
         return False, ""
@@ -228,7 +228,7 @@ def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
 
 
 def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:
-    """Whether signal a is lower than b by more than so many standard errors of the paired difference."""
+    """Return whether signal a is lower than b by more than this number of standard errors of the paired difference."""
     if len(a) != len(b) or not np.isfinite(a).all() or not np.isfinite(b).all():
         return float(a.mean()) < float(b.mean())
     gain = b - a
@@ -237,7 +237,7 @@ def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:
 
 
 def ranking(context: Context, criterion: str, seed: int) -> dict[str, Tensor]:
-    """Importance by a criterion, as the check finds it on few samples."""
+    """Importance by a criterion on the few samples of the check."""
     return _ranked(context, (criterion,), seed)[criterion]
 
 
@@ -255,7 +255,7 @@ def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, d
 
 
 def _tried(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
-    """The same for several, none where the model does not let it be computed."""
+    """Importance by several criteria, without those that cannot be computed for the model."""
     try:
         return _ranked(context, criteria, seed)
     except Exception as error:  # gradients may not exist, or not fit into memory

@@ -148,7 +148,7 @@ def search(
         saved = as_path(run_dir, "run-dir") / "result.json"
         if saved.exists() and not (
             resume or resume_anyway
-        ):  # the search itself minds the journal; this must not show at its end
+        ):  # the search itself reports on the journal; this must not show at its end
             raise FileExistsError(
                 f"run-dir must be a folder of its own, but {run_dir} holds a result; name another, or add --resume"
             )
@@ -245,7 +245,7 @@ def inspect(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what can be pruned from a model, what it is worth, and why the rest stays."""
+    """Report the prunable groups of a model with their costs, and the reasons why the rest stays."""
     with _errors_on_one_line(debug):
         from autoprune.inspection import inspect as inspect_model
         from autoprune.loading import load_model
@@ -320,14 +320,14 @@ def _errors_on_one_line(debug: bool) -> Iterator[None]:
 
 
 def _raised_by_autoprune(error: BaseException) -> bool:
-    """Whether autoprune raised it, directly or in the standard library, and not the user's model or data."""
+    """Return whether autoprune raised an error, directly or in the standard library, and not the user's code."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     tops = [name.partition(".")[0] for name in modules]
     return [top for top in tops if top not in sys.stdlib_module_names][-1] == "autoprune"
 
 
 def _example_inputs(model: nn.Module, shape: str | None, example: str | None, needed: bool = True) -> Any:
-    """The example named, noise of a shape, or None for that which the model carries, which is `needed` otherwise."""
+    """Example inputs: those named, noise of a shape, or None for those of the model, which must exist if `needed`."""
     import torch
 
     from autoprune.costs.profiling.profile import require_fits
@@ -362,7 +362,7 @@ def _example_inputs(model: nn.Module, shape: str | None, example: str | None, ne
 
 
 def _read(run_dir: Path) -> SearchResult:
-    """The saved result, or what the journal holds so far."""
+    """Read the saved result, or the trials in the journal so far."""
     from autoprune.result import SearchResult
     from autoprune.result.from_journal import result_from_journal
 
@@ -378,7 +378,7 @@ def _read(run_dir: Path) -> SearchResult:
 
 
 def _watch(run_dir: Path) -> SearchResult:
-    """Show what the journal holds until its search has all trials, saves what it found, or was killed; or Ctrl-C."""
+    """Show the trials in the journal until the search has all of them, saves its result or was killed, or Ctrl-C."""
     from rich.live import Live
     from rich.text import Text
 
@@ -402,7 +402,7 @@ def _watch(run_dir: Path) -> SearchResult:
 
 
 def _executor(name: str, workers: int | None, gpus_per_worker: float) -> str | Executor:
-    """What runs the evaluations: by name, or Ray with what was said about its workers."""
+    """Executor by name, or Ray with the options for its workers."""
     if workers is None and not gpus_per_worker:
         return name
     if name != "ray":

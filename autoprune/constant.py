@@ -1,4 +1,4 @@
-"""Whether what a search found knows more than one answer for all inputs."""
+"""Check whether the networks that a search found are better than a constant output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @seeded(0)  # a model may draw noise
 def note_of_no_better(study: Study, found: Sequence[Trial], dense: Trial, deadline: Deadline) -> tuple[str, ...]:
-    """Say where only the dense model scores better than its own mean output for every sample, and no network found.
+    """Note that only the dense model scores better than its own mean output for every sample, and no network found.
 
     Costs one pass of the dense model over the validation samples, for which there has to be time.
     """
@@ -55,7 +55,7 @@ def note_of_no_better(study: Study, found: Sequence[Trial], dense: Trial, deadli
 
 
 def score_of_constant(study: Study) -> float:
-    """The metric of a model that returns the dense model's mean output over the validation samples for each of them."""
+    """Metric of a model that returns the dense model's mean output over the validation samples for each of them."""
     context, judge = study.context, study.context.judge
     batches = context.subsets.validation
     model = Slicer(context.model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to

@@ -16,7 +16,7 @@ class InfeasibleBudgetError(AutopruneError, ValueError):
 
 
 class NothingToPruneError(AutopruneError, ValueError):
-    """A model in which no group of units can be removed; the message lists the reasons."""
+    """A model without a group of units that can be removed; the message lists the reasons."""
 
 
 class UnsupportedModelError(AutopruneError, TypeError):
@@ -34,7 +34,7 @@ class DataError(AutopruneError, ValueError):
 class FileFormatError(AutopruneError, ValueError):
     """A file that is corrupted, of a foreign format or another version, or was made for another model.
 
-    The message is cut in its middle to 500 characters: what was wrong in a file may be as long as the file.
+    The message is cut in its middle to 500 characters: the wrong entry of a file may be as long as the file.
     """
 
     def __init__(self, message: str) -> None:
@@ -42,4 +42,4 @@ class FileFormatError(AutopruneError, ValueError):
 
 
 RecipeError = FileFormatError
-"""The former name, from when only recipes were checked."""
+"""Former name of `FileFormatError`, from when only recipes were checked."""

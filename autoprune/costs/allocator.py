@@ -14,15 +14,15 @@ _MIB = 2**20
 
 @contextmanager
 def keeping_freed_memory() -> Iterator[None]:
-    """Let glibc keep what is freed, and take no block from the system that it would hand back at once.
+    """Let glibc keep freed memory, and take no block from the system that it would return at once.
 
-    Else it gives the memory of large activations back after each of them, or after each pass, and asks for it again
-    page by page, depending on what ran before. A ResNet-20 at batch 32 took 38 ms in place of 24 ms; a MobileNetV2
-    with activations of 75 MB took 1,364 ms in place of 453 ms, and pruned ones were slowed down by other factors,
-    which differed by a third from one process to the next.
+    Otherwise it returns the memory of large activations after each of them, or after each pass, and requests it again
+    page by page, depending on earlier runs. A ResNet-20 at batch 32 took 38 ms in place of 24 ms; a MobileNetV2 with
+    activations of 75 MB took 1,364 ms in place of 453 ms, and pruned ones were slowed down by other factors, which
+    differed by a third from one process to the next.
 
-    Afterwards what is free goes back to the system, and the thresholds are those of any process that has freed one
-    large tensor, the highest that glibc gives itself: 32 MiB for blocks of their own, 64 MiB for what it keeps. An
+    Afterwards free memory returns to the system, and the thresholds are those of any process that has freed one large
+    tensor, the highest that glibc sets itself: 32 MiB for separate blocks, 64 MiB for memory that it keeps. An
     allocator that the user has set up by environment variables stays as it is; so do those of other C libraries.
     """
     glibc = _glibc()

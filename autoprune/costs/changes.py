@@ -1,4 +1,4 @@
-"""What single changes of candidates add to their costs: exact, and far faster than to count everything again."""
+"""Changes of costs by single changes of candidates: exact, and far faster than computing all costs again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products
 
 _EXACT = 2.0**53  # sums of integers below it have no rounding, in whatever order they are added up
-_AT_ONCE = 2**17  # products that are looked at together: what fits the cache
+_AT_ONCE = 2**17  # products computed together: they fit the cache
 
 
 @final
@@ -23,7 +23,7 @@ class LimitedCosts:
     Args:
         costs: Each cost by its name.
         names: Those that are limited.
-        changes: Knows what single changes add to all of these; None where nobody does.
+        changes: Computes the change of all of these by single changes; None where that is not possible.
     """
 
     def __init__(self, costs: Mapping[str, CostFunction], names: Sequence[str], changes: Changes | None = None) -> None:
@@ -35,7 +35,7 @@ class LimitedCosts:
         return np.column_stack([cost(candidates) for cost in self._costs])
 
     def at(self, candidates: IntArray) -> Counted | None:
-        """Candidates (n, d) to be changed one entry at a time, with the same costs bit for bit; None if not known."""
+        """Make candidates (n, d) to change one entry at a time, with the same costs bit for bit; None if impossible."""
         return None if self._changes is None else self._changes.at(candidates)
 
 
@@ -54,7 +54,7 @@ class Changes:
     """
 
     SUMS = ("flops", "params", "nonzero_params")
-    """The costs that are such sums, where nothing but whole units is removed."""
+    """Costs that are such sums, in a space that removes only whole units."""
 
     def __init__(self, structure: Structure, names: Sequence[str], groups: IntArray, widths: FloatArray) -> None:
         from scipy.sparse import csr_array
@@ -97,7 +97,7 @@ class Counted:
         candidates: Shape (n, d); copied.
 
     Attributes:
-        candidates: Where they stand, shape (n, d).
+        candidates: The candidates after all moves so far, shape (n, d).
         totals: Their costs times `Changes.divisors`, integers, shape (n, c).
     """
 
@@ -122,7 +122,7 @@ class Counted:
         return room
 
     def change(self, row: IntArray, dim: IntArray, option: IntArray) -> FloatArray:
-        """What `totals` of candidate ``row[i]`` grow by with entry ``dim[i]`` at ``option[i]``, shape (k, c)."""
+        """Growth of the `totals` of candidate ``row[i]`` with entry ``dim[i]`` at ``option[i]``, shape (k, c)."""
         changes = self._changes
         step = changes.widths[dim, option] - changes.widths[dim, self.candidates[row, dim]]
         starts, ends = changes.parts.indptr[dim], changes.parts.indptr[dim + 1]
@@ -162,7 +162,7 @@ class Counted:
         return costs
 
     def move(self, row: IntArray, dim: IntArray, option: IntArray) -> None:
-        """Make such changes, at most one in each candidate."""
+        """Apply such changes, at most one in each candidate."""
         changes = self._changes
         step = changes.widths[dim, option] - changes.widths[dim, self.candidates[row, dim]]
         self.totals[row] += self.change(row, dim, option)
@@ -170,7 +170,7 @@ class Counted:
         self.candidates[row, dim] = option
 
     def coupled(self, row: IntArray, dim: IntArray) -> tuple[IntArray, IntArray]:
-        """Rows and dimensions where `change` may be another once entry ``dim[i]`` of candidate ``row[i]`` moved."""
+        """Rows and dimensions whose `change` may differ after entry ``dim[i]`` of candidate ``row[i]`` has moved."""
         graph = self._changes.coupled
         count = graph.indptr[dim + 1] - graph.indptr[dim]
         at = np.arange(count.sum()) + np.repeat(graph.indptr[dim] - (np.cumsum(count) - count), count)

@@ -1,4 +1,4 @@
-"""From times of parts to the time of whole networks: what is fitted to some that were measured."""
+"""Correction from the times of parts to the time of a whole network, fitted to measured networks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from autoprune.protocols import FloatArray, IntArray
 
-_TOWARDS_ONE_FACTOR = 0.2  # expected error of a network over how far factors of kinds are expected to be apart
-_SURE = 0.8  # share of networks that the upper limit is to hold for; what is offered is measured
+_TOWARDS_ONE_FACTOR = 0.2  # expected error of a network over the expected spread of the factors of kinds
+_SURE = 0.8  # share of networks that the upper limit should hold for; the networks of a result are measured
 _FOLDS = 3
 
 
@@ -22,7 +22,7 @@ class Evidence:
     Attributes:
         widths: Units kept in each group, shape (m, groups).
         ratio: Their time over the dense network's, shape (m,).
-        uncertainty: How far the 95 % interval of each reaches, as a fraction of it, shape (m,).
+        uncertainty: Half width of the 95 % interval of each, as a fraction of it, shape (m,).
     """
 
     widths: IntArray
@@ -32,17 +32,17 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Correction:
-    """What turns times of parts into the time of the whole: fitted to whole networks.
+    """Conversion of the times of parts to the time of a whole network, fitted to measured networks.
 
-    How good it is, is said by fits to two thirds of the networks that predict the last third, each third in turn.
+    Its errors are those of cross-validation: fits to two thirds of the networks predict the last third, in turn.
 
     Attributes:
-        constant_ms: What every network takes: Python, launches, and what has no part.
-        factors: What the parts of each kind are multiplied by; running alone, they find all they read in the cache.
+        constant_ms: Time of every network: Python, launches, and operations without a part.
+        factors: Factor of the parts of each kind; running alone, they find all of their inputs in the cache.
         median_error: Median of the distance of predicted / measured from 1.
         p95_error: 95th percentile of it.
         spearman: Rank correlation of predicted and measured.
-        margin: By how much predictions must be raised so that four of five networks take no longer, as a fraction.
+        margin: Increase of predictions after which four of five networks take no longer, as a fraction.
         networks: Number of networks.
     """
 
@@ -56,7 +56,7 @@ class Correction:
 
 
 def fit(kinds: Mapping[str, FloatArray], measured: FloatArray, uncertainty: FloatArray) -> Correction:
-    """Least squares of relative errors with factors of at least 0, held near the best common factor.
+    """Fit least squares of relative errors with factors of at least 0, held near the best common factor.
 
     Args:
         kinds: Milliseconds of the parts of each kind, by its name, shape (m,) each.
@@ -89,7 +89,7 @@ def _factors(columns: FloatArray, weights: FloatArray) -> FloatArray:
 
     common = np.stack([columns[:, 0], columns[:, 1:].sum(axis=1)], axis=1) * weights[:, None]
     constant, factor = nnls(common, weights)[0]
-    # Rows that ask for the common factor: heard where a kind is small in all networks, so that noise would decide.
+    # Rows that ask for the common factor: they decide where a kind is small in all networks, and noise would otherwise.
     hold = np.diag([0.0, *[_TOWARDS_ONE_FACTOR] * (columns.shape[1] - 1)])
     wanted = hold @ np.array([constant, *[factor] * (columns.shape[1] - 1)])
     solved: FloatArray = nnls(np.concatenate([columns * weights[:, None], hold]), np.concatenate([weights, wanted]))[0]

@@ -1,4 +1,4 @@
-"""Latency of pruned models, predicted from what their operations and some whole networks were measured to take."""
+"""Latency of pruned models, predicted from measured times of their operations and of some whole networks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VERSION = 1
 UNITS = {"ms": "milliseconds of one forward pass of the whole batch", "ratio": "of the dense network's time"}
 
 MOST_BYTES = 256 * MIB
-"""What no table is larger than."""
+"""Largest size of the file of a table."""
 
 _FORM = {
     "format": frozenset({FORMAT}),
@@ -54,23 +54,23 @@ _FORM = {
     ],
     "networks": {"widths": [[int]], "ratio": [float], "uncertainty": [float]},
 }
-_ALIGNED = 8  # kernels compute channels in blocks of as many, or of a multiple; what is left over costs more in a whole
+_ALIGNED = 8  # kernels compute channels in blocks of this number, or of a multiple; a remainder costs more in a whole
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Latency:
-    """A latency model of one network on one machine; measured by `autoprune.profile`.
+    """Latency model of one network on one machine; measured by `autoprune.profile`.
 
     Attributes:
-        setting: What it holds for.
+        setting: The conditions that it holds for.
         dense_ms: Milliseconds of the dense network.
         groups: Name and size of every group of the network's structure.
         tables: Measured times of families of operations.
-        parts: Which operations the network runs, and their sizes as functions of the widths.
+        parts: Operations of the network, with their sizes as functions of the widths.
         evidence: Whole networks that were measured.
         correction: From the parts to the whole.
-        notes: What was left out, and how noisy the machine was, in plain words.
+        notes: Omitted operations, and the noise of the machine, in plain words.
     """
 
     setting: Setting
@@ -97,12 +97,12 @@ class Latency:
         return total
 
     def right_edges(self, multiples: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """For each group its widths, ascending, beyond which the next wider ones take noticeably more time.
+        """Widths of each group, ascending, beyond which the next wider ones take noticeably more time.
 
-        All other groups are dense. Noticeably is half of what a unit costs on average.
+        All other groups are dense. Noticeable is half of the average time of a unit.
 
         Args:
-            multiples: What the width of each group is a multiple of, length (groups,).
+            multiples: Number that the width of each group is a multiple of, length (groups,).
         """
         sizes = np.array([size for _, size in self.groups], dtype=np.float64)
         found = {}
@@ -119,7 +119,7 @@ class Latency:
     def by_kind(self, widths: FloatArray) -> dict[str, FloatArray]:
         """Sums of measured parts by kind, uncorrected, in milliseconds, shape (n,) each.
 
-        Those that have a size that is no multiple of 8 are a kind of their own.
+        Parts with a size that is no multiple of 8 are a separate kind.
         """
         values = part_values(self.parts, widths)
         whole = {size: value % _ALIGNED == 0 for size, value in values.items()}
@@ -144,23 +144,23 @@ class Latency:
         return {table.key: table for table in self.tables}
 
     def refitted(self, widths: IntArray, ratio: FloatArray, uncertainty: FloatArray) -> Latency:
-        """The same model with more whole networks, widths (m, groups), added to what it is fitted to."""
+        """Fit the model again with more whole networks, widths (m, groups), added to its evidence."""
         old = self.evidence
         evidence = Evidence(
             np.concatenate([old.widths, widths]),
             np.concatenate([old.ratio, ratio]),
             np.concatenate([old.uncertainty, uncertainty]),
         )
-        return replace(self, evidence=evidence, correction=None)  # type: ignore[arg-type]  # fitted anew
+        return replace(self, evidence=evidence, correction=None)  # type: ignore[arg-type]  # fitted again
 
     def require_match(self, structure: Structure, batch: int, model: str, example: Batch = None) -> None:
         """Refuse another model, batch size or size of inputs.
 
         Args:
-            structure: Of the model that latencies are wanted of.
-            batch: Samples that they are wanted at.
+            structure: Of the model to predict latencies of.
+            batch: Samples of a pass to predict.
             model: Its class.
-            example: So many samples as the model gets them; None if a function of the user's turns them into inputs.
+            example: Input of the model with this number of samples; None if a function of the user's makes the inputs.
 
         Raises:
             ValueError: If they are others; names what differs.
@@ -180,7 +180,7 @@ class Latency:
         if not differing and example is not None:
             own = Counter(given.partition(" ")[2] for given in self.setting.inputs)
             needed, all_here = map(_shapes, (inputs(example), example))
-            if own - all_here and needed - own:  # either may count what the other leaves out, such as targets
+            if own - all_here and needed - own:  # either may count tensors that the other omits, such as targets
                 differing.append(f"its inputs are {', '.join(own)}, and these are {', '.join(needed)}")
         if differing:
             raise ValueError(
@@ -216,7 +216,7 @@ class Latency:
         return found
 
     def _require_sound(self) -> None:
-        """Refuse tables and evidence of other shapes than belong together, and figures that are no times."""
+        """Refuse tables and evidence whose shapes do not match, and figures that are no times."""
         seen = self.evidence
         widths = np.array([[size for _, size in self.groups], *seen.widths.tolist()], dtype=np.float64)
         whole = all(
@@ -227,7 +227,7 @@ class Latency:
             raise ValueError("its numbers do not fit together")
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready, with everything that a prediction needs."""
+        """JSON-ready dictionary with everything that a prediction needs."""
         seen = self.evidence
         return {
             "format": FORMAT,

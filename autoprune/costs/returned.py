@@ -1,4 +1,4 @@
-"""Which outputs of a model matter, and which parameters each of them keeps."""
+"""Outputs of a model that matter, and the parameters that each of them keeps."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from autoprune.structure.trace import trace
 from autoprune.structure.units import find_units
 
 MOST_OUTPUTS = 16
-"""Outputs told apart; a model with more is asked for what matters without a list of them."""
+"""Most outputs that are told apart; for a model with more, messages do not list them."""
 
 
 def require_selecting(forward: Any, outputs: Any) -> None:
-    """Refuse what neither runs a model nor says which of its outputs matter.
+    """Check the arguments that run a model and choose its outputs.
 
     Raises:
         TypeError: Names the argument.
@@ -39,11 +39,11 @@ def require_selecting(forward: Any, outputs: Any) -> None:
 
 
 def selecting(forward: Forward | None, outputs: Any) -> Forward:
-    """Reduce what a model returns to the outputs that matter.
+    """Reduce the return value of a model to the outputs that matter.
 
     Args:
         forward: Runs the model; None calls it.
-        outputs: A key, an index, several of these, a function of what the model returns, or None for everything.
+        outputs: A key, an index, several of these, a function of the model's return value, or None for everything.
 
     Returns:
         A forward that raises DataError for a key or an index that the model does not return.
@@ -78,7 +78,7 @@ def _selected(made: Any, key: str | int) -> Any:
 def frozen_by_output(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Forward
 ) -> dict[str | int, set[tuple[str, int]]]:
-    """Parameter dimensions (name, dimension) that stay because of each output alone.
+    """Find the parameter dimensions (name, dimension) that stay because of each output alone.
 
     Returns:
         Empty where the model returns a single output, or too many to tell apart.
@@ -108,7 +108,7 @@ def frozen_by_output(
 
 
 def _tensors_by_key(made: Any) -> dict[str | int, int]:
-    """How many tensors there are under each key or index, in the order in which they are recorded."""
+    """Number of tensors under each key or index, in the order in which they are recorded."""
     pairs = made.items() if isinstance(made, Mapping) else enumerate(made) if isinstance(made, list | tuple) else ()
     counts = {key: len(tensors_in(value)) for key, value in pairs}
     return {key: count for key, count in counts.items() if count}

@@ -1,4 +1,4 @@
-"""What measured latencies hold for."""
+"""Setting that measured latencies hold for: model, inputs, machine and runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autoprune.costs.operations.runtimes import Runtime
 
 @dataclass(frozen=True)
 class Setting:
-    """What latencies hold for.
+    """Conditions that latencies hold for.
 
     Attributes:
         model: Class of the model.
@@ -27,9 +27,9 @@ class Setting:
         device: ``"cpu"`` or ``"cuda"``.
         machine: Name of the processor or GPU.
         threads: Threads of PyTorch.
-        runtime: What runs the model: as `autoprune.profile` takes it, or a name of the user's.
+        runtime: Name of the runtime, as `autoprune.profile` takes it, or a name of the user's.
         versions: Of Python, PyTorch, autoprune and the runtime.
-        date: When it was measured, UTC.
+        date: Date of the measurement, UTC.
     """
 
     model: str
@@ -43,7 +43,7 @@ class Setting:
     date: str
 
     def elsewhere(self, here: Setting) -> list[str]:
-        """What differs `here` in what times depend on, as ``"threads 1, here 2"``."""
+        """Differences to `here` in the conditions that times depend on, as ``"threads 1, here 2"``."""
         names = ("device", "machine", "threads", "runtime")
         found = [
             f"{n} {getattr(self, n)}, here {getattr(here, n)}" for n in names if getattr(self, n) != getattr(here, n)
@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def library(self) -> str:
-        """The runtime without its provider."""
+        """Name of the runtime without its provider."""
         return self.runtime.partition(":")[0]
 
     @property
@@ -66,7 +66,7 @@ class Setting:
 def setting_of(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, runtime: Runtime
 ) -> Setting:
-    """What latencies measured here and now hold for."""
+    """Return the conditions of latencies that are measured here and now."""
     from autoprune import __version__
 
     device = next(model.parameters()).device

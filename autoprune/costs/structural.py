@@ -20,13 +20,13 @@ PRODUCT = 500_000
 """Most multiplications of one matrix product: beyond, NumPy starts threads that cost more than they save here."""
 
 _SMALL = 10_000  # entries of a matrix that are multiplied faster than looked up
-_SPARSE = 8  # of so many entries at most one is not zero where the others are left out
+_SPARSE = 8  # a matrix with at most one nonzero entry in this number is stored sparse
 
 
 class StructuralCosts:
-    """Costs as functions of widths, shape (n, groups): how many units of each group stay.
+    """Costs as functions of widths, shape (n, groups): the number of units that each group keeps.
 
-    Sums of products of integers, exact in float64 up to 2**53.
+    They are sums of products of integers, exact in float64 up to 2**53.
 
     Args:
         structure: A traced model.
@@ -57,7 +57,7 @@ class StructuralCosts:
     def memory_bytes(self, widths: FloatArray) -> FloatArray:
         """Bytes of parameters and buffers plus the largest sum of tensors alive at once, shape (n,).
 
-        Exact for the tensors of a pass. What kernels allocate besides, `PeakMemory` learns by running them.
+        Exact for the tensors of a pass. `PeakMemory` adds the scratch memory of kernels, which it measures.
         """
 
         def peak(sizes: FloatArray) -> FloatArray:
@@ -69,7 +69,7 @@ class StructuralCosts:
     def _blocks(
         self, cost: Callable[[FloatArray], FloatArray], widths: FloatArray, matrix: int | None = None
     ) -> FloatArray:
-        """Apply a cost to as many rows at once as a product with a matrix of that many entries allows."""
+        """Apply a cost to blocks of rows, as large as a product with a matrix of that number of entries allows."""
         out = np.empty(len(widths), dtype=np.float64)
         rows = max(PRODUCT // max(matrix or self._each.size, 1), 1)
         for start in range(0, len(widths), rows):
@@ -79,7 +79,7 @@ class StructuralCosts:
 
 
 class _Matrix:
-    """Multiplies rows with a matrix, of which only what is not zero is kept where that is little.
+    """Multiplies rows with a matrix, which is stored sparse where few of its entries are nonzero.
 
     Attributes:
         size: Multiplications for one row.
@@ -102,7 +102,7 @@ class _Matrix:
 
 
 class _Sum:
-    """Sum of products of at most two sizes as a quadratic form, of more as they are."""
+    """Sum of products of sizes: a quadratic form for products of at most two, and the longer ones as they are."""
 
     def __init__(self, products: Products, sizes: int) -> None:
         count = (products.factors > 0).sum(axis=1)
@@ -136,7 +136,7 @@ class _Sum:
 
 
 def product_values(products: Products, sizes: FloatArray) -> FloatArray:
-    """Each product at sizes (n, s), shape (n, p)."""
+    """Values of each product at sizes (n, s), shape (n, p)."""
     out = np.broadcast_to(products.coefficients, (len(sizes), len(products.coefficients))).copy()
     for column in products.factors.T:
         out *= sizes[:, column]
@@ -151,14 +151,14 @@ def live_tensors(
     Args:
         sizes: Bytes of each tensor.
         born: Operation that makes each.
-        died: Number of operations that have run when it is let go.
+        died: Number of operations that have run when each is released.
         further: Operations during which there may be a peak for another reason.
         before: Operations right before which to count, too: a column for each at the end.
 
     Returns:
         Sizes, shape (s,); numbers of tensors, shape (s, moments); the operation of each moment, those of `before` not.
     """
-    died = np.maximum(died, born + 1)  # what is never kept still exists while it is made
+    died = np.maximum(died, born + 1)  # a tensor that is never kept still exists while it is made
     moments = np.union1d(_peaks(born, died), np.array(further, dtype=np.int64))
     starts = np.array(before, dtype=np.int64)
     alive = np.hstack([born[:, None] <= moments, born[:, None] < starts])
@@ -171,7 +171,7 @@ def live_tensors(
 
 
 def _peaks(born: IntArray, died: IntArray) -> IntArray:
-    """Moments that can be the peak: something goes after them, and something came since the last such moment."""
+    """Moments that can be the peak: a tensor is released after them, and one was made since the last such moment."""
     last, peaks = -2, []
     births = np.unique(born)
     for death in np.unique(died).tolist():
@@ -189,16 +189,15 @@ def make_costs(
     latency: Latency | None = None,
     memory: Callable[[FloatArray], FloatArray] | None = None,
 ) -> dict[str, CostFunction]:
-    """Every cost that a budget may limit, as functions of candidates.
+    """Make every cost that a budget may limit, as functions of candidates.
 
     Args:
         structure: A traced model.
-        space: Says which widths a candidate keeps, and how many elements it sets to zero.
+        space: Gives the widths of a candidate, and the number of elements that it sets to zero.
         user: Further costs by name, each ``(n, d) int64 -> (n,)``; they need be neither monotone nor products.
         batch: Samples that `memory_bytes` and `latency_ms` are stated at.
         latency: Predicts `latency_ms`; without it, and without a user's cost of that name, there is none.
-        memory: Predicts `memory_bytes` of widths, with what operations allocate while they run; without it they count
-            for nothing.
+        memory: Predicts `memory_bytes` of widths, with the scratch memory of operations; without it none is counted.
 
     Raises:
         ValueError: If a user's cost takes the name of a built-in one, or its result has the wrong shape.
@@ -236,7 +235,7 @@ def _of_widths(cost: Callable[[FloatArray], FloatArray], space: SearchSpace, can
 
 
 def _nonzero_params(exact: StructuralCosts, space: SearchSpace, candidates: IntArray) -> FloatArray:
-    """Elements of the parameters that are not set to zero; those that happen to be zero count."""
+    """Elements of the parameters that are not set to zero; other zeros count."""
     return exact.params(space.widths(candidates)) - space.zeroed(candidates)
 
 

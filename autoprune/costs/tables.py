@@ -1,4 +1,4 @@
-"""Times of families of operations on grids of sizes, and between their points."""
+"""Tables of times of families of operations on grids of sizes, with interpolation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Table:
         key: Of the family.
         kind: Of the family.
         axes: Values of each variable, ascending.
-        aligned: Between multiples of this, the grid has other points than at them, see
+        aligned: Multiples of this and the values between them have separate points in the grid, see
             `autoprune.costs.operations.parts.Family`.
         ms: Milliseconds at each point, shape of the grid; extrapolated where no layer of the network comes near.
         low: Lower ends of the 95 % intervals.
@@ -37,11 +37,11 @@ class Table:
 
 
 Place = tuple[IntArray, IntArray, FloatArray]
-"""Which points of an axis values lie between, and where between them, in [0, 1]."""
+"""Points of an axis to the left and right of each value, and the position between them, in [0, 1]."""
 
 
 def place(axis: Sequence[int], aligned: int, values: FloatArray) -> Place:
-    """Between points that are multiples of `aligned` for values that are, and between the others for the others."""
+    """Find the neighbours of values on an axis: aligned points for multiples of `aligned`, else the other points."""
     points = np.array(axis, dtype=np.int64)
     left, right = np.zeros((2, len(values)), dtype=np.int64)
     t: FloatArray = np.zeros(len(values))
@@ -57,7 +57,7 @@ def place(axis: Sequence[int], aligned: int, values: FloatArray) -> Place:
 
 
 def interpolate(table: Table, places: Sequence[Place]) -> FloatArray | float:
-    """Multilinear interpolation, shape (n,); a number for an operation of constant size."""
+    """Interpolate multilinearly, shape (n,); a number for an operation of constant size."""
     if not places:
         return float(table.ms)
     total: FloatArray = np.zeros(len(places[0][0]))

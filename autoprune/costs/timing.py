@@ -1,8 +1,8 @@
 """Honest timing: calls interleaved with a reference, so that a machine that drifts or is shared cancels out.
 
-A block of a few repeats of each call is timed between two blocks of the reference, in rounds whose order is shuffled,
-and what is kept of a block is its ratio to the mean of the two. A machine that slows down slows down both. The median
-over rounds forgives single blocks that another program disturbed; a bootstrap over rounds says how well it is known.
+A block of a few repeats of each call is timed between two blocks of the reference, in rounds whose order is shuffled.
+The measurement of a block is its ratio to the mean of the two: a slower machine slows both. The median over rounds is
+robust to single blocks that another program disturbed; a bootstrap over rounds gives its interval.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOISY = 0.05
 """A median whose 95 % interval is wider than this on either side, as a fraction of it, is reported as noisy."""
 
 Over = Callable[[], bool]
-"""Whether the time for measuring is over."""
+"""``over()`` returns whether the time for measuring is over."""
 
 _OUTLIER = 6.0  # scaled median absolute deviations from the median
 _RESAMPLES = 200
@@ -35,17 +35,17 @@ _WARM = 3  # calls before a block, if it has as many
 
 
 class TimeOverError(TimeoutError):
-    """The time for measuring was over; what was measured before is kept."""
+    """The time for measuring was over; earlier measurements are kept."""
 
 
 def never() -> bool:
-    """There is time without end."""
+    """Return False: there is no limit on time."""
     return False
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """A call that does the same several times, where calling takes too much beside what is called."""
+    """Call that repeats another several times, for calls that are short compared with the overhead of a call."""
 
     call: Call
     times: int
@@ -59,12 +59,12 @@ class Clock(Protocol):
     """Times a call; a protocol so that tests need no real time."""
 
     def seconds(self, call: Call, repeats: int) -> float:
-        """Seconds that `repeats` calls in a row take, all work that they started included."""
+        """Time `repeats` calls in a row, in seconds, with all work that they started."""
         ...
 
 
 class CpuClock:
-    """Time on the CPU: with one thread the time that it ran, without other programs' turns; else wall time.
+    """Clock of the CPU: with one thread the time that it ran, without that of other programs; else wall time.
 
     Torch's number of threads is read when the clock is made.
 
@@ -85,7 +85,7 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between two events on a GPU's stream, which is idle when the first is recorded."""
+    """Clock by two events on a GPU's stream, which is idle when the first is recorded."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -104,7 +104,7 @@ class CudaClock:
 
 
 def clock_for(device: torch.device, elsewhere: bool = False) -> Clock:
-    """The clock of a device; `elsewhere` as `CpuClock` takes it.
+    """Make the clock of a device; `elsewhere` as in `CpuClock`.
 
     Raises:
         ValueError: If the device is neither a CPU nor a CUDA GPU.
@@ -116,7 +116,7 @@ def clock_for(device: torch.device, elsewhere: bool = False) -> Clock:
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a call takes.
+    """Time of a call.
 
     Attributes:
         ms: Milliseconds of one call, at the speed that the reference had on the median.
@@ -136,7 +136,7 @@ class Timing:
 
     @property
     def uncertainty(self) -> float:
-        """How far the interval reaches from the median, as a fraction of it, on the wider side."""
+        """Distance of the interval's farther end from the median, as a fraction of the median."""
         return max(self.high - self.ratio, self.ratio - self.low) / self.ratio
 
 
@@ -156,20 +156,20 @@ def compare(
 ) -> list[Timing]:
     """Time calls against a reference in one interleaved run.
 
-    Meanwhile the C library keeps what is freed, so that times do not depend on what ran before; see
+    Meanwhile the C library keeps freed memory, so that times do not depend on earlier runs; see
     `autoprune.costs.allocator`.
 
     Args:
-        calls: What to time.
-        reference: What every call is compared with.
+        calls: Calls to time.
+        reference: Call that every other one is compared with.
         clock: Takes the time.
         rounds: Blocks of each call; 5 are enough where they took longer than `most_seconds` in all.
         most_rounds: Blocks of a call whose interval stays wider than `tolerance` on either side.
         tolerance: Fraction of the median.
-        block_seconds: What a block takes at least; a call that is shorter is repeated.
+        block_seconds: Least time of a block; a shorter call is repeated.
         most_seconds: A call whose blocks took longer than this in all gets no more of them.
         seed: Orders the calls within rounds, so that periodic disturbances hit all alike, and draws the resamples.
-        over: Looked at between calls and rounds: once it says so, 5 rounds are enough.
+        over: Checked between calls and rounds: once it returns True, 5 rounds are enough.
 
     Returns:
         One timing for each call, in their order.
@@ -225,10 +225,10 @@ def _timing_of(timing: Timing | None) -> Timing:
 def _block(call: Call, repeats: int, clock: Clock) -> float:
     """Seconds of one call in a row of repeats, after up to three that are not timed.
 
-    The calls before have emptied the caches: the processor's, and that of oneDNN, which keeps 1,024 kernels, less than
-    a few dozen networks run. A network that had to make its own anew took up to twice its time. One call is not enough
-    for those of a few milliseconds: among twelve others, pruned networks looked 4 % faster beside the dense one, which
-    needs longer to get warm, than alone with it; after three calls they are within 1 %.
+    Earlier calls have emptied the caches: the processor's, and that of oneDNN, which keeps 1,024 kernels, fewer than a
+    few dozen networks run. A network that had to compile its kernels again took up to twice its time. One call is not
+    enough for networks of a few milliseconds: among twelve others, pruned networks looked 4 % faster relative to the
+    dense one, which needs longer to warm up, than alone with it; after three calls they are within 1 %.
     """
     for _ in range(min(_WARM, repeats)):
         call()
@@ -236,7 +236,7 @@ def _block(call: Call, repeats: int, clock: Clock) -> float:
 
 
 def _warm_up(call: Call, clock: Clock, block_seconds: float) -> int:
-    """Run a call until it has its memory and its kernels, and say how often to repeat it in a block."""
+    """Run a call until its memory and kernels are ready, and return the number of repeats in a block."""
     clock.seconds(call, 1)
     seconds = clock.seconds(call, 2) / 2
     if seconds < block_seconds / 10:
@@ -255,7 +255,7 @@ def _timing(ratios: FloatArray, reference_seconds: float, rng: np.random.Generat
 
 
 def note_of_noise(timings: Sequence[Timing]) -> str:
-    """Say in plain words how well timings are known; empty where there is nothing to say."""
+    """Note in plain words how noisy timings are; empty where they are not."""
     noisy = sum(timing.uncertainty > NOISY for timing in timings)
     blocks, outliers = sum(timing.rounds for timing in timings), sum(timing.outliers for timing in timings)
     said = []

@@ -9,7 +9,7 @@ from autoprune.execution.local import Executor, Finished, LocalExecutor, Outcome
 from autoprune.execution.ray import RayExecutor
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {"local": LocalExecutor, "ray": RayExecutor}
-"""What `search(executor=)` knows by name."""
+"""Executors of `search(executor=)` by name."""
 
 
 def make_executor(spec: str | Executor) -> Executor:

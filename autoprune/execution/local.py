@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 Outcome = Measurement | Failure
 
 GENERATION = 8
-"""Candidates asked for at once where results must not depend on who is faster."""
+"""Candidates asked for at once where results must not depend on the speed of workers."""
 
 
 class Finished(NamedTuple):
-    """What came back: the trial's number, what was seen or why nothing was, and the name of the worker."""
+    """Result of an evaluation: the trial's number, its outcome, and the name of the worker."""
 
     trial: int
     outcome: Outcome
@@ -32,12 +32,12 @@ class Finished(NamedTuple):
 
 
 def evaluate_one(evaluator: Evaluator, candidate: IntArray, race: Contest | None = None) -> Outcome:
-    """Score one candidate, shape (d,), which may lose its race before it has seen all samples; come what may."""
+    """Score one candidate, shape (d,), which may lose its race before it has seen all samples; never raises."""
     return attempt(lambda: evaluate(evaluator, candidate, race))
 
 
 def attempt(measure: Callable[[], Outcome]) -> Outcome:
-    """An outcome whatever happens: what a user's evaluator raises, or gives that is no number, costs one trial."""
+    """Measure an outcome; an error of a user's evaluator, or a value that is no number, is a failure of one trial."""
     began = time.perf_counter()
     try:
         outcome = measure()
@@ -51,10 +51,10 @@ def attempt(measure: Callable[[], Outcome]) -> Outcome:
 
 
 class Executor(Protocol):
-    """Runs evaluations somewhere. Receives integers only; results come back in any order.
+    """Runs evaluations, here or elsewhere. Receives integers only; results come back in any order.
 
     Attributes:
-        name: What the journal calls this kind of execution.
+        name: Name of this kind of execution in the journal.
         threads: PyTorch threads of each worker; None where evaluations run in this process.
     """
 
@@ -62,7 +62,7 @@ class Executor(Protocol):
     threads: int | None
 
     def start(self, evaluator: Evaluator, context: Context, fresh: Evaluator) -> None:
-        """Bring the evaluator and its context to the workers, once.
+        """Send the evaluator and its context to the workers, once.
 
         Args:
             evaluator: Prepared on the context in this process.
@@ -72,7 +72,7 @@ class Executor(Protocol):
         ...
 
     def room(self) -> int:
-        """How many more candidates to submit now; 0 while all workers have enough to do, or before `start`."""
+        """Number of further candidates to submit now; 0 while all workers have enough to do, or before `start`."""
         ...
 
     def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Contest | None]) -> None:
@@ -84,7 +84,7 @@ class Executor(Protocol):
         ...
 
     def stop(self) -> None:
-        """Let go of whatever `start` took."""
+        """Release everything that `start` acquired."""
         ...
 
 
@@ -109,11 +109,11 @@ class LocalExecutor:
         self._evaluator = evaluator
 
     def room(self) -> int:
-        """A whole generation once the last one is done, so that runs with one seed agree."""
+        """Return a whole generation once the last one is done, so that runs with one seed agree."""
         return 0 if self._queue or self._evaluator is None else self._generation
 
     def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Contest | None]) -> None:
-        """Queue candidates, related ones behind each other where the evaluator has a wish."""
+        """Queue candidates, in the order of the evaluator if it has one."""
         evaluator = self._evaluator
         order = evaluator.order(candidates.copy()) if isinstance(evaluator, Orders) else np.arange(len(trials))
         self._queue.extend((trials[i], candidates[i], races[i]) for i in order.tolist())

@@ -27,13 +27,13 @@ from autoprune.sources import process_state
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 1.0  # how soon a hanging worker is noticed
-_LOOK_SECONDS = 5.0  # between looks at what nodes there are
+_POLL_SECONDS = 1.0  # within this time a hanging worker is noticed
+_LOOK_SECONDS = 5.0  # between checks for new nodes
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _FIRST_WITH_TOKENS = (2, 52)
 _LOOPBACK = "127.0.0.1"
-_STRIKES = 2  # workers that a candidate may take down before it counts as failed
-_CONSIDERED = 64  # candidates waiting that a worker's next one is chosen from
+_STRIKES = 2  # a candidate counts as failed once it has taken down this number of workers
+_CONSIDERED = 64  # waiting candidates among which a worker's next one is chosen
 
 
 @contextmanager
@@ -49,9 +49,9 @@ def _random_as_before() -> Iterator[None]:
 
 @contextmanager
 def _on_loopback(alone: bool) -> Iterator[None]:
-    """Start Ray on the loopback, by the switch that it has for systems whose firewalls would ask the user.
+    """Start Ray on the loopback, by its switch for systems whose firewalls would ask the user.
 
-    Nothing public does: an address of the loopback given to ``ray.init`` is replaced by one that others reach.
+    No public option does: ``ray.init`` replaces an address of the loopback by one that other machines reach.
     """
     from ray._private import ray_constants
 
@@ -64,10 +64,10 @@ def _on_loopback(alone: bool) -> Iterator[None]:
 
 
 def _require_authentication(version: str) -> None:
-    """Refuse a Ray whose ports take commands from whoever reaches them.
+    """Refuse a Ray whose ports take commands without authentication.
 
     Raises:
-        ImportError: If it is older than the first that asks for a token.
+        ImportError: If it is older than the first version with a token.
     """
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers < _FIRST_WITH_TOKENS:
@@ -83,28 +83,28 @@ class RayExecutor:
     """Evaluates on Ray actors, each of which holds model, data and caches, and is sent option indices only.
 
     A worker that dies or hangs is replaced and its candidate tried again; a candidate that takes down two is recorded
-    as failed. A lost node counts against no candidate: its workers start anew where and when there is room.
+    as failed. A lost node counts against no candidate: its workers start again where and when there is room.
 
     Args:
-        address: ``"auto"``, ``"ray://host:port"`` or ``"host:port"`` of a running cluster. By default what
-            ``RAY_ADDRESS`` says, as it does within a Ray job, or a Ray of its own on this machine. A Ray that this
-            process is connected to already is used as it is. Only a Ray connected here is shut down in the end.
-        workers: How many; None for as many as the nodes have room for, which follows nodes that join. With a number,
-            workers without room wait for a node.
+        address: ``"auto"``, ``"ray://host:port"`` or ``"host:port"`` of a running cluster. By default the address in
+            ``RAY_ADDRESS``, which a Ray job sets, or a new Ray on this machine. A Ray that this process is connected to
+            already is used as it is. Only a Ray connected here is shut down in the end.
+        workers: Number of workers; None for as many as the nodes have room for, which follows nodes that join. With a
+            number, workers without room wait for a node.
         cpus_per_worker: Cores reserved for each.
         gpus_per_worker: GPUs reserved for each; several share one with a fraction. Without any, a worker runs on the
-            CPU, wherever the model is.
+            CPU, even if the model is on a GPU.
         threads_per_worker: PyTorch threads of each. Sums differ in the last digits between numbers of threads.
-        runtime_env: What Ray prepares on the nodes, such as ``{"working_dir": ".", "pip": ["autoprune"]}``.
-        max_restarts: How often in a row a worker may die before it is ready, until it is given up.
-        timeout_seconds: What evaluates one candidate for longer hangs, and is replaced; None for never.
+        runtime_env: Environment that Ray prepares on the nodes, such as ``{"working_dir": ".", "pip": ["autoprune"]}``.
+        max_restarts: A worker that dies more often than this in a row before it is ready is given up.
+        timeout_seconds: A worker that evaluates one candidate for longer hangs, and is replaced; None for never.
         synchronous: Ask for a generation, wait for all of it, and tell in the order asked. The same seed then gives the
             same trials as a local search with as many threads, but fast workers wait for slow ones.
         generation: Candidates asked for at once if synchronous.
-        listen: Where a Ray of its own listens: ``"loopback"``, which only this machine reaches, or ``"network"``, for
-            nodes that shall join it.
-        ahead: Candidates waiting on each worker beside the one that it evaluates, so that it need not wait for the
-            driver. 0 lets optimizers learn sooner, and is better where evaluations take many seconds.
+        listen: Interface of a new Ray: ``"loopback"``, which only this machine reaches, or ``"network"``, for nodes
+            that join it.
+        ahead: Candidates waiting on each worker in addition to the one that it evaluates, so that it need not wait for
+            the driver. 0 lets optimizers learn sooner, and is better where evaluations take many seconds.
 
     Raises:
         ValueError: If a number is out of range.
@@ -176,9 +176,9 @@ class RayExecutor:
 
         Raises:
             ImportError: If Ray is older than its token authentication.
-            RuntimeError: If a Ray of its own would listen to more than this machine.
+            RuntimeError: If a new Ray would listen to more than this machine.
             TypeError: If something that workers need cannot be pickled; names the argument.
-            ValueError: If no node has room for a worker, or a Ray of its own for as many as asked for.
+            ValueError: If no node has room for a worker, or a new Ray for the number asked for.
         """
         with importing():
             import ray
@@ -202,7 +202,7 @@ class RayExecutor:
         self._add_workers(self._wanted or room)
 
     def _connect(self, address: str) -> None:
-        """Connect to a Ray, or start one; what it does to the environment is undone by `stop`."""
+        """Connect to a Ray, or start one; `stop` undoes its changes of the environment."""
         local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         alone = bool(local) and self._listen == "loopback"
         before = dict(os.environ)
@@ -216,10 +216,10 @@ class RayExecutor:
             )
 
     def _store(self, fresh: Evaluator, context: Context) -> Any:
-        """Put what workers need into the object store, once."""
+        """Put the evaluator and the context for the workers into the object store, once."""
         try:
             return self._ray.put((fresh, context))
-        except Exception as error:  # whatever a user's object raises when it is pickled
+        except Exception as error:  # a user's object may raise anything when it is pickled
             parts = {"evaluator": fresh, "metric": context.judge, "data": context.subsets, "forward": context.forward}
             for name, part in {**parts, "space": context.space, "model": context.model}.items():
                 if (why := self._why_unpicklable(part)) is not None:
@@ -237,15 +237,15 @@ class RayExecutor:
         return None
 
     def room(self) -> int:
-        """A generation once the last one is done if synchronous, else what workers have slots for."""
+        """Return a generation once the last one is done if synchronous, else the number of free slots."""
         if self._synchronous:
             return self._generation if self._workers and not self._unreleased else 0
         return max(len(self._workers) * (1 + self._ahead) - len(self._unreleased), 0)
 
     def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Contest | None]) -> None:
-        """Queue candidates; a generation with their places in the order in which they share most, if there is one.
+        """Queue candidates; those of a generation with their places in the evaluator's order, if it has one.
 
-        Of other candidates hardly any wait, so that there is no choice that would be worth the driver's time.
+        Hardly any other candidates wait, so that a choice among them is not worth the driver's time.
         """
         tasks = list(map(Task, trials, candidates, races))
         if self._synchronous and isinstance(self._evaluator, Orders):
@@ -294,7 +294,7 @@ class RayExecutor:
         return released
 
     def _step(self) -> None:
-        """Wait until something happens, or for a second, and deal with it."""
+        """Wait for an event, or for a second, and handle it."""
         self._follow_nodes()
         self._dispatch()
         refs = [ref for worker in self._workers for ref in worker.refs()]
@@ -343,7 +343,7 @@ class RayExecutor:
             self._replace(worker, f"did not answer within timeout_seconds={self._timeout:g}", blames=True)
 
     def _replace(self, worker: Worker, why: str, blames: bool) -> None:
-        """Start the worker anew; what it evaluated gets a strike, what waited behind that is merely sent again."""
+        """Replace the worker; its current task gets a strike if it is to blame, and waiting tasks are sent again."""
         if blames:
             worker.tasks[0].strikes += 1
         log.warning(
@@ -363,14 +363,14 @@ class RayExecutor:
         self._launch(worker)
 
     def _blames(self, worker: Worker, error: Exception) -> bool:
-        """Whether a worker died of what it did, and not with its node."""
+        """Return whether a worker died of its task, and not with its node."""
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         return "node has died" not in str(error) and (not worker.node or worker.node in alive)
 
     def _dispatch(self) -> None:
-        """Send what waits to the workers with the least to do, to each what shares most with what it was sent last.
+        """Send waiting tasks to the workers with the fewest, to each the one that shares most with its last task.
 
-        What has a strike goes first and alone, to be sure who dies of it.
+        A task with a strike is sent first and alone, so that the cause of another death is certain.
         """
         if not self._waiting:
             return
@@ -396,7 +396,7 @@ class RayExecutor:
                 heappush(free, (held + 1, i, worker))
 
     def _next(self, worker: Worker) -> Task:
-        """The next in order after what the worker was sent last; each begins with a part of its own."""
+        """Next task in order after the worker's last one; each worker begins with a separate part."""
         at = worker.number % len(self._workers) / len(self._workers) if worker.at is None else worker.at
         near = islice(self._waiting, _CONSIDERED)
         return min(near, key=lambda task: (not task.strikes, (task.place - at) % 1))
@@ -428,7 +428,7 @@ class RayExecutor:
             self._add_workers(more)
 
     def _capacity(self) -> int:
-        """How many workers the nodes have room for when nothing else runs on them."""
+        """Number of workers that the nodes have room for when nothing else runs on them."""
         rooms = []
         for node in self._ray.nodes():
             has, needs = node["Resources"], {"CPU": self._cpus, "GPU": self._gpus}
@@ -446,7 +446,7 @@ def _changed(name: str, before: Mapping[str, str]) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """What happened, without the traceback that Ray puts before an exception of ours and after one of its own."""
+    """Message of an error without the traceback that Ray puts before an exception of ours and after one of its own."""
     lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
     told = lines[-1] if "creation task" in lines[0] else " ".join(lines)
     return told[:500]

@@ -1,4 +1,4 @@
-"""What runs in a Ray worker, and what the driver knows of it."""
+"""Actor that runs in a Ray worker, and the state that the driver keeps of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Actor:
         self._evaluator.prepare(context)
 
     def where(self) -> tuple[str, str]:
-        """Host and process, for people, and the id of the node; comes back once the evaluator is prepared."""
+        """Return host and process, for people, and the id of the node, once the evaluator is prepared."""
         import ray
 
         return f"{socket.gethostname()}:{os.getpid()}", ray.get_runtime_context().get_node_id()
@@ -45,7 +45,7 @@ class Actor:
     def evaluate(self, candidate: IntArray, race: Contest | None) -> Outcome:
         """Score one candidate, shape (d,), which may lose its race before it has seen all samples."""
         if isinstance(self._evaluator, Orders):
-            self._evaluator.order(candidate[None])  # it takes note of what comes again and is worth keeping
+            self._evaluator.order(candidate[None])  # the evaluator counts shared prefixes to know which to cache
         outcome = evaluate_one(self._evaluator, candidate, race)
         try:
             self._untouched.require()
@@ -55,7 +55,7 @@ class Actor:
 
 
 def context_on(context: Context, device: str) -> Context:
-    """The context with model and samples on a device; the model of the one given stays where it is."""
+    """Copy a context with model and samples on a device; the model of the one given stays where it is."""
     here = next(context.model.parameters()).device
     model = context.model if here == torch.device(device) else copy.deepcopy(context.model).to(device)
     return replace(context, model=model, subsets=context.subsets.to(device))
@@ -63,12 +63,12 @@ def context_on(context: Context, device: str) -> Context:
 
 @dataclass(eq=False)
 class Task:
-    """A candidate on its way.
+    """Candidate that was submitted and not gathered yet.
 
     Attributes:
-        race: What it has to stand up to, if anything.
-        place: Where it comes among those submitted with it if neighbours shall share most, in [0, 1).
-        strikes: How many workers died or hung while they evaluated it.
+        race: The race that it runs, if any.
+        place: Its place in the order in which neighbours share most, among those submitted with it, in [0, 1).
+        strikes: Number of workers that died or hung while they evaluated it.
     """
 
     trial: int
@@ -81,17 +81,17 @@ class Task:
 
 @dataclass(eq=False)
 class Worker:
-    """One actor as the driver sees it; it keeps its number when it is replaced.
+    """Driver's state of one actor; it keeps its number when it is replaced.
 
     Attributes:
         handle: Of the actor.
         starting: A reference that is ready once the actor is; None afterwards.
         tasks: Sent to it, in the order in which it works; the first one is being evaluated.
-        since: When that one began, by the monotonic clock.
+        since: Start of that one, by the monotonic clock.
         place: Host and process; empty until known.
         node: Id of its node; empty until known.
-        at: The place of what it was sent last; None before that.
-        lost_starts: How often in a row it died before it was ready.
+        at: The place of its last task; None before that.
+        lost_starts: Deaths in a row before it was ready.
     """
 
     number: int
@@ -106,9 +106,9 @@ class Worker:
 
     @property
     def name(self) -> str:
-        """What logs and the journal call it."""
+        """Name in logs and in the journal."""
         return f"ray-{self.number} {self.place}".strip()
 
     def refs(self) -> list[Any]:
-        """What the driver waits for: a worker ends its tasks in their order, so the first one is enough."""
+        """References that the driver waits for: a worker ends its tasks in order, so the first one is enough."""
         return [self.starting] if self.starting is not None else [task.ref for task in self.tasks[:1]]

@@ -1,1 +1,1 @@
-"""Peak memory of inference, predicted from what is alive and from what operations take while they run."""
+"""Peak memory of inference, predicted from live tensors and the scratch memory of operations."""

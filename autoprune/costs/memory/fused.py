@@ -1,9 +1,9 @@
-"""Modules that run as one fused operation while nothing that they need whole is pruned.
+"""Modules that run as one fused operation as long as the groups that it needs whole are not pruned.
 
-`nn.TransformerEncoderLayer` and `nn.MultiheadAttention` leave their own code for a fused operation in inference, and
-take less memory. Pruned heads or embeddings keep them off it, so a traced pass never takes it: it shows what runs in
-pruned layers. Here the dense model runs as inference runs it, and each call that does otherwise than the trace is run
-alone. Nothing is known of these classes: any module that autoprune prepares for pruning may run otherwise unpruned.
+`nn.TransformerEncoderLayer` and `nn.MultiheadAttention` replace their own code by a fused operation in inference, and
+take less memory. Pruned heads or embeddings disable it, so a traced pass never takes it: it shows the operations of
+pruned layers. Here the dense model runs as in inference, and each call that differs from the trace is run alone.
+Nothing is specific to these classes: any module that autoprune prepares for pruning may run differently unpruned.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fused:
-    """A call that is run otherwise than traced where all of some groups is kept.
+    """Call that runs other operations than traced where some groups are whole.
 
     Attributes:
         first: Its first operation in the trace.
         last: The operation after its last.
         whole: Groups by number, and their sizes, that must be whole.
-        part: Its other groups, as the variables of what it takes.
-        taken: Bytes at its peak, its results among them.
+        part: Its other groups, as the variables of its memory.
+        taken: Bytes at its peak, with its results.
     """
 
     first: int
@@ -50,7 +50,7 @@ class Fused:
     taken: Scratch
 
     def runs(self, widths: FloatArray) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Whether it is run so at widths (n, groups), shape (n,)."""
+        """Return whether it runs fused at widths (n, groups), shape (n,)."""
         groups, sizes = ([pair[side] for pair in self.whole] for side in (0, 1))
         whole: np.ndarray[Any, np.dtype[np.bool_]] = (widths[:, groups] == sizes).all(axis=1)
         return whole
@@ -64,7 +64,7 @@ def find_fused(
     run: Forward,
     record: Record,
 ) -> list[Fused]:
-    """The calls of a dense model that inference runs otherwise than they were traced.
+    """Find the calls of a dense model that run other operations in inference than were traced.
 
     Args:
         model: The dense model; comes back unchanged.
@@ -78,7 +78,7 @@ def find_fused(
     seen = _calls_of(slicer.cut(structure.edit(prefixes(structure, structure.sizes))).eval(), args, kwargs, run)
     traced = dict(zip(_numbered(record.calls), record.calls, strict=True))
     found: list[tuple[_Seen, ModuleCall]] = []
-    for key, own in zip(_numbered(seen), seen, strict=True):  # what is inside returns first
+    for key, own in zip(_numbered(seen), seen, strict=True):  # inner modules return first
         call = traced.get(key)
         inside = call is not None and any(call.first <= other.first < call.last for _, other in found)
         if call is None or not call.name or inside:
@@ -111,7 +111,7 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, wi
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
-    """Names of operations, without what tells apart an addition in place: watched passes have none."""
+    """Names of operations, with additions in place named like others: watched passes have none in place."""
     return [name.replace("aten.add_.", "aten.add.") for name in names]
 
 
@@ -126,9 +126,9 @@ def _numbered(calls: Sequence[ModuleCall] | Sequence[_Seen]) -> list[tuple[str, 
 
 
 def _calls_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Forward) -> list[_Seen]:
-    """What each module of a model runs in inference, in the order in which they return; `model` is a private copy.
+    """Operations of each module of a model in inference, in the order in which they return; `model` is a private copy.
 
-    Methods are watched, because a module that has hooks stays off its fused operation.
+    Methods are wrapped, because hooks would disable the fused operation of a module.
     """
     mode, seen = _Names(), list[_Seen]()
 
@@ -165,7 +165,7 @@ class _Alone:
         self.seen = seen
 
     def fused(self, call: ModuleCall) -> Fused | None:
-        """What the call takes, as traced at operations of `call`."""
+        """Memory of the fused call that was traced as `call`; None if it cannot be run alone or takes nothing."""
         structure = self.structure
         touching = [g for g, group in enumerate(structure.groups) if self._touches(g)]
         whole = [g for g in touching if not self._runs_with_less_of(g)]
@@ -176,7 +176,7 @@ class _Alone:
         family = Family(key, "elementwise", (highest,), tuple(least), tuple(least))
         try:
             taken = fit_scratch(family, partial(self._taken, free))
-        except Exception as error:  # whatever a module needs of the one around it
+        except Exception as error:  # a module may depend on the one around it
             log.warning("counted as traced, because it cannot be run alone (%s): %s", error, self.seen.name)
             return None
         if taken is None:
@@ -190,13 +190,13 @@ class _Alone:
         return any(name.startswith(f"{self.seen.name}.") for name in edit.slices)
 
     def _runs_with_less_of(self, group: int) -> bool:
-        """Whether it runs the same operations with fewer units of a group, on the inputs of the dense model."""
+        """Return whether it runs the same operations with fewer units of a group, on the inputs of the dense model."""
         module = self._cut(self._less({group: None}))
         mode = _Names()
         try:
             with torch.no_grad(), mode:
                 module(*self.seen.args, **self.seen.kwargs)
-        except Exception as error:  # its input changes with the group: what it needs whole, as far as can be told
+        except Exception as error:  # its input changes with the group, which so counts as needed whole
             log.debug("%s wants other inputs with less of group %d: %s", self.seen.name, group, error)
             return False
         return tuple(mode.names) == self.seen.ran

@@ -1,4 +1,4 @@
-"""Peak memory of pruned models: what is alive at each moment of a real pass, and what operations take besides."""
+"""Peak memory of pruned models: live tensors at each moment of a real pass, and the scratch memory of operations."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from autoprune.structure.terms import Products, tensor_lives
 log = logging.getLogger(__name__)
 
 _ROWS = 4096  # candidates at once: bounds what a prediction holds
-_GRANULE = {"cuda": 512}  # bytes that an allocator hands out multiples of; the CPU's are counted as asked for
+_GRANULE = {"cuda": 512}  # the allocator rounds up to multiples of these bytes; on the CPU requests count as they are
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class PeakMemory:
-    """Bytes that inference takes at its peak, at any widths; made by `measure_memory`.
+    """Peak memory of inference in bytes, at any widths; made by `measure_memory`.
 
-    Parameters and buffers, the inputs, the activations alive at the moment, and what the running operation allocates
-    for itself. What libraries take from the system by themselves, and Python, are not in it.
+    It counts parameters and buffers, the inputs, the live activations, and the scratch memory of the running operation.
+    It leaves out Python and memory that libraries take from the system by themselves.
 
     Attributes:
-        sizes: Affine sizes, shape (s, 1 + groups): fixed part, then what each unit of each group adds.
+        sizes: Affine sizes, shape (s, 1 + groups): fixed part, then the share of each unit of each group.
         state: Bytes of each parameter and buffer.
         tensors: Distinct sizes of activations, in bytes.
         alive: How many of each are alive at each moment that can be the peak, shape (tensors, moments).
         parts: Operations that take scratch, each with the moments at which it runs.
-        scratch: What each family of them takes.
-        fused: Calls that run otherwise where nothing of them is pruned, each with the moments that this replaces. The
+        scratch: Scratch memory of each family of them.
+        fused: Calls that run fused where nothing of them is pruned, each with the moments that this replaces. The
             last columns of `alive` are for these, in this order.
         device: ``"cpu"`` or ``"cuda"``, where it was measured.
         inputs: Bytes of the inputs that the model reads.
@@ -72,7 +72,7 @@ class PeakMemory:
         return np.concatenate(blocks) if blocks else np.empty(0)
 
     def measure(self, module: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-        """Bytes that one forward pass of a built network takes, counted as they are predicted."""
+        """Measure the bytes of one forward pass of a built network, counted as in predictions."""
         state = np.array([[tensor.nbytes for tensor in (*module.parameters(), *module.buffers())]], dtype=np.float64)
         device = next(module.parameters()).device
         top = allocation_of(lambda: run(module, *args, **kwargs), device).peak
@@ -122,10 +122,10 @@ def measure_memory(
     *,
     batch: int,
 ) -> PeakMemory:
-    """Learn what a model and its pruned versions take at the peak of a forward pass here.
+    """Measure the peak memory of a model and its pruned versions on this device.
 
-    The model runs dense, and once more for each group with a few of its units gone, which gives every size as a
-    function of the widths; then each kind of operation runs alone at some sizes. The model comes back unchanged.
+    The model runs dense, and once more for each group without a few of its units, which gives every size as a function
+    of the widths; then each kind of operation runs alone at some sizes. The model comes back unchanged.
 
     Args:
         model: The dense model.
@@ -140,7 +140,7 @@ def measure_memory(
         ValueError: If the model is on a device whose memory cannot be measured, or a profiler runs.
     """
     device = next(model.parameters()).device
-    allocation_of(lambda: None, device)  # what cannot be measured at all must not pass for operations that cannot
+    allocation_of(lambda: None, device)  # raises here where nothing can be measured, and not once for each operation
     record, calls, rows = sized_calls(model, structure, args, kwargs, run, seed=0, values=True)
     numbers, dims = rows[: len(calls)], rows[len(calls) :]
     families, _ = families_of(calls, numbers, structure)
@@ -175,13 +175,13 @@ def measure_memory(
 
 
 def _between(moments: IntArray, fused: Fused) -> list[int]:
-    """Numbers of the moments at which the operations run that a call takes the place of."""
+    """Numbers of the moments at which the operations run that a fused call replaces."""
     inside: list[int] = np.flatnonzero((moments >= fused.first) & (moments < fused.last)).tolist()
     return inside
 
 
 def _scratch_of(families: Sequence[Family], device: torch.device) -> tuple[dict[str, Scratch], list[str]]:
-    """What families take besides their results, for those that take anything; and those that cannot be run alone."""
+    """Scratch memory of the families that take any, and the families that cannot be run alone."""
     found, left_out = {}, []
     for family in families:
 

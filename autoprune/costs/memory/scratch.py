@@ -1,8 +1,8 @@
-"""Memory that an operation takes only while it runs, as a function of its sizes, found by running it.
+"""Scratch memory of an operation as a function of its sizes, found by running it.
 
-Kernels allocate unseen: a convolution may unfold its input, or copy it and its weight into blocks of channels. What
-they take has no noise. Between the widths at which a kernel gives way to another, it is a sum of products of sizes and
-of sizes rounded up, to a block or to steps of no rule, so a few runs determine it, and a few more check it.
+Kernels allocate memory of their own: a convolution may unfold its input, or copy it and its weight into blocks of
+channels. Its amount has no noise. Between the widths at which another kernel is chosen, it is a sum of products of
+sizes and of sizes rounded up, to a block or to irregular steps, so a few runs determine it, and a few more check it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 
 Values = tuple[int, ...]
 Rounding = int | Values
-"""Up to the next multiple of a number, or up to the next of these, ascending."""
+"""Rounding up to the next multiple of a number, or to the next of these values, ascending."""
 
 BLOCKS = (16, 8, 1, 4, 32, 64)
-"""What sizes may be rounded up to a multiple of: channels of one register, of one tile."""
+"""Numbers whose multiples sizes may be rounded up to: channels of one register, of one tile."""
 
 _CHECKS = 4  # runs that a fit is judged on
-_TOLERANCE = 0.01  # of what the operation takes in all: a fit that is further off is refined
-_SMALL = 32  # sizes of a box that are all looked at
+_TOLERANCE = 0.01  # of all memory of the operation: a fit with a larger error is refined
+_SMALL = 32  # a box of at most this number of sizes is measured as a whole
 _MOST_RUNS = 160  # of one family
-_MOST_STEPS = 16  # of what is rounded up to steps of no rule: beyond, finding them takes too many runs
-_MOST_BLOCKS = 2  # variables that are rounded each in its own way; more share one block, as there are too many ways
+_MOST_STEPS = 16  # irregular steps of a variable: beyond, finding them takes too many runs
+_MOST_BLOCKS = 2  # variables with separate roundings; more share one block, as there are too many combinations
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cell:
     Attributes:
         low: Least value of each variable, length v.
         end: The value of each variable beyond the last, length v.
-        blocks: What each variable is rounded up to, length v.
+        blocks: Rounding of each variable, length v.
         coefficients: Of `_features`, for each moment that can be the peak, shape (moments, features).
     """
 
@@ -56,11 +56,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Bytes that a family of operations takes while it runs, besides its arguments and results.
+    """Scratch memory of a family of operations: bytes in addition to its arguments and results.
 
     Attributes:
         cells: Formulas; they share no sizes and leave none out.
-        error: How far they are off at worst in runs that they are not fitted to, as a fraction of all it allocates.
+        error: Largest error in runs that they are not fitted to, as a fraction of all that it allocates.
     """
 
     cells: tuple[Cell, ...]
@@ -81,7 +81,7 @@ class Scratch:
 
 
 def fit_scratch(family: Family, run: Callable[[Values], Allocation]) -> Scratch | None:
-    """Find what a family takes at any sizes; None if it takes nothing besides its results.
+    """Find the scratch memory of a family at any sizes; None if it takes none.
 
     Args:
         family: Operations alike.
@@ -99,7 +99,7 @@ def fit_scratch(family: Family, run: Callable[[Values], Allocation]) -> Scratch 
 
 @dataclass(frozen=True)
 class _Box:
-    """Sizes from `low` to before `end`: how far a formula is off there, or where to split and no formula."""
+    """Sizes from `low` to before `end`, with the error of a formula there, or without one and with a place to split."""
 
     low: Values
     end: Values
@@ -123,7 +123,7 @@ class _Fitter:
         self._stairs: list[Values] | None = None
 
     def box(self) -> tuple[Values, Values]:
-        """Least value of each variable, and the first beyond the largest."""
+        """Lowest value of each variable, and the first beyond the largest."""
         family = self.family
         low = tuple(max(least // step, 1) * step for least, step in zip(family.lowest, family.steps, strict=True))
         return low, tuple(most + step for most, step in zip(family.highest, family.steps, strict=True))
@@ -143,7 +143,7 @@ class _Fitter:
         return [tuple(row) for row in drawn.tolist()]
 
     def cells(self) -> list[Cell]:
-        """Formulas for all sizes; the worst box is split first."""
+        """Fit formulas for all sizes; the worst box is split first."""
         open_, ended = [self._judged(*self.box())], []
         while open_:
             worst = max(open_, key=lambda box: box.error)
@@ -164,7 +164,7 @@ class _Fitter:
         return self._fitted(low, end)
 
     def _fitted(self, low: Values, end: Values) -> _Box:
-        """The formula that is off least in a box."""
+        """Fit the formula with the least error in a box."""
         corners = self.corners(low, end)
         drawn = [point for point in self._points(low, end) if point not in corners]
         fitted, checks = [*corners, *drawn[:-_CHECKS]], drawn[-_CHECKS:]
@@ -178,7 +178,7 @@ class _Fitter:
         return _Box(low, end, min(errors), None, Cell(low, end, blocks, self._fit(fitted, blocks, alike)))
 
     def _points(self, low: Values, end: Values) -> list[Values]:
-        """Where a box is looked at: all of it if it is small, else what is known there and enough besides."""
+        """Points of a box to measure: all of it if it is small, else the known ones and enough others."""
         ranges = [range(a, e, step) for a, e, step in zip(low, end, self.family.steps, strict=True)]
         if math.prod(map(len, ranges)) <= _SMALL:
             return list(product(*ranges))
@@ -191,7 +191,7 @@ class _Fitter:
         return box.split or self._drop(self.corners(box.low, box.end)) or self._middle(box.low, box.end)
 
     def _choices(self, *, stairs: bool = False) -> list[tuple[Rounding, ...]]:
-        """Ways to round each variable; with steps for those that have them, if told."""
+        """Ways to round each variable; with `stairs`, by steps where a variable has them."""
         v = len(self.family.steps)
         known = self.stairs() if stairs else [()] * v
         if v > _MOST_BLOCKS:
@@ -200,14 +200,14 @@ class _Fitter:
         return list(product(*ways))
 
     def stairs(self) -> list[Values]:
-        """The last values of the steps that each variable is rounded up to; empty where it moves in no steps."""
+        """Last values of the steps that each variable is rounded up to; empty for a variable without steps."""
         if self._stairs is None:
             low, end = self.box()
             self._stairs = [self._steps(low, end, axis) for axis in range(len(low))]
         return self._stairs
 
     def _steps(self, low: Values, end: Values, axis: int) -> Values:
-        """Along one variable, while the others are at their most; values that agree at both ends agree in between."""
+        """Steps along one variable, with the others at their largest; equal ends of a range mean no step within."""
         top = tuple(value - step for value, step in zip(end, self.family.steps, strict=True))
         step, ends = self.family.steps[axis], [top[axis]]
 
@@ -232,7 +232,7 @@ class _Fitter:
         return tuple(sorted(ends)) if len(ends) > 1 else ()
 
     def _drop(self, corners: Sequence[Values]) -> tuple[int, int] | None:
-        """A variable, and its least value behind a drop: what takes less for more is another kernel."""
+        """Variable, and its least value after a drop: less memory at a larger size means another kernel."""
         for a, b in combinations(corners, 2):  # in ascending order
             axes = [axis for axis in range(len(a)) if a[axis] != b[axis]]
             peak = self.at(a).peak
@@ -244,7 +244,7 @@ class _Fitter:
         return self.at(point).peak >= peak
 
     def _middle(self, low: Values, end: Values) -> tuple[int, int] | None:
-        """The variable of the widest range, as a ratio, and its geometric mean; None if it has one value."""
+        """Variable of the widest range, as a ratio, and its geometric mean; None if it has one value."""
         ratios = [(e - step) / a for a, e, step in zip(low, end, self.family.steps, strict=True)]
         if max(ratios, default=1) == 1:
             return None
@@ -257,14 +257,14 @@ class _Fitter:
         return len(self.known) > _MOST_RUNS
 
     def _unlike(self, points: Sequence[Values]) -> Values | None:
-        """The first point where the operation takes another way than at the first of all."""
+        """First point where the operation allocates in another pattern than at the first point of all."""
         if self._spent():
             return None
         first = self.at(points[0]).pattern
         return next((point for point in points if self.at(point).pattern != first), None)
 
     def _boundary(self, a: Values, b: Values) -> tuple[int, int]:
-        """A variable, and its least value behind a change between two points that are unlike."""
+        """Variable, and its least value after a change between two points that are unlike."""
         for axis in range(len(a)):
             moved = (*a[:axis], b[axis], *a[axis + 1 :])
             if self.at(moved).pattern != self.at(a).pattern:
@@ -275,7 +275,7 @@ class _Fitter:
         return axis, self._bisect(a, b, axis, lambda point: self.at(point).pattern == pattern)
 
     def _bisect(self, a: Values, b: Values, axis: int, holds: Callable[[Values], bool]) -> int:
-        """The least value of a variable between points `a` and `b` for which what holds at `a` no longer does."""
+        """Least value of a variable between points `a` and `b` at which `holds` is no longer true."""
         low, high, step = a[axis], b[axis], self.family.steps[axis]
         while high - low > step:
             middle = (low + high) // 2 // step * step
@@ -299,7 +299,7 @@ class _Fitter:
     def _error(
         self, fitted: Sequence[Values], checks: Sequence[Values], blocks: tuple[Rounding, ...], alike: bool
     ) -> float:
-        """How far a fit is off at worst, as a fraction of the peak, where it was fitted and where not."""
+        """Largest error of a fit, as a fraction of the peak, on the fitted points and on the others."""
         judged = (*fitted, *checks)
         predicted = (self._features(judged, blocks) @ self._fit(fitted, blocks, alike).T).max(axis=1)
         measured = [max(self.at(point).scratch) for point in judged]

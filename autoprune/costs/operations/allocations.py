@@ -1,4 +1,4 @@
-"""What one call allocates, as PyTorch's own counters see it."""
+"""Allocations of one call, by PyTorch's own counters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 MEASURABLE = ("cpu", "cuda")
-"""Types of devices whose allocations can be seen."""
+"""Types of devices whose allocations can be measured."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a call took.
+    """Allocations of a call.
 
     Attributes:
         pattern: A sign for each allocation (+) and release (-), in order; empty where only the peak is counted.
@@ -35,19 +35,19 @@ class Allocation:
 
     @property
     def scratch(self) -> tuple[int, ...]:
-        """`tops` without what the call kept."""
+        """`tops` without the results of the call."""
         return tuple(top - self.kept for top in self.tops)
 
 
 def allocation_of(call: Callable[[], Any], device: torch.device) -> Allocation:
     """Run a call under ``torch.inference_mode``, and note what it allocates on a device.
 
-    Seen are tensors and scratch that come from PyTorch's allocator: on the CPU by its profiler, on CUDA by
-    ``torch.cuda.max_memory_allocated``, after a call that makes what libraries keep for good. Not seen is what a
-    library takes from the system by itself.
+    It counts tensors and scratch memory from PyTorch's allocator: on the CPU by its profiler, on CUDA by
+    ``torch.cuda.max_memory_allocated``, after a first call for the memory that libraries keep permanently. It leaves
+    out memory that a library takes from the system by itself.
 
-    On CUDA this begins PyTorch's count of the most memory allocated anew (``reset_peak_memory_stats``), which has no
-    way back: a program that reads that count afterwards does not see what came before.
+    On CUDA this resets PyTorch's peak of allocated memory (``reset_peak_memory_stats``), which cannot be undone: a
+    program that reads the peak afterwards does not see earlier allocations.
 
     Raises:
         ValueError: If the device is neither a CPU nor CUDA, or a profiler runs already on a CPU.
@@ -73,9 +73,9 @@ def _on_cuda(call: Callable[[], Any], device: torch.device) -> Allocation:
 
 
 def _on_cpu(call: Callable[[], Any]) -> Allocation:
-    """By the older of PyTorch's profilers: the newer one writes to the terminal unless it is silenced for good.
+    """Measure by the older of PyTorch's profilers: the newer one writes to the terminal unless permanently silenced.
 
-    The older one also takes an eighth of the time. It may be gone some day, so nothing else here depends on it.
+    The older one also takes an eighth of the time. It may be removed one day, so nothing else here depends on it.
     """
     from torch._C._autograd import _profiler_enabled
 
@@ -91,7 +91,7 @@ def _on_cpu(call: Callable[[], Any]) -> Allocation:
 def operations_of(call: Callable[[], Any]) -> list[str]:
     """Names of the operations that a call runs, those inside others too, as ``"aten::add_"``; empty under a profiler.
 
-    Unlike what a dispatch mode sees: PyTorch takes care, where one watches, to write into no result of its own.
+    A dispatch mode sees others: while one is active, PyTorch does not write into its own results.
     """
     from torch._C._autograd import _profiler_enabled
 
@@ -114,7 +114,7 @@ def _profiled(call: Callable[[], Any], *, memory: bool) -> list[Any]:
         experimental_config=_ExperimentalConfig(),
     )
     collects = gc.isenabled()
-    gc.disable()  # what it frees in between, of calls before, would count as released by this one
+    gc.disable()  # memory of earlier calls that it frees meanwhile would count as released by this one
     _enable_profiler_legacy(config)
     try:
         results = call()

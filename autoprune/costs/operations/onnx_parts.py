@@ -1,10 +1,10 @@
 """Nodes of an ONNX graph as parts of a latency model.
 
 The graph is taken after onnxruntime has folded and fused it (batch norm into convolutions, scales into products), but
-before it chooses memory layouts, because which it chooses depends on widths: blocks of channels for a convolution,
-plain rows for a depthwise one whose channels fill no whole number of blocks. So the graph has the same nodes at all
-widths, and the layout is chosen for each node alone, when it is timed. A convolution is timed with the change of layout
-that the next convolution asks for.
+before it chooses memory layouts, because that choice depends on widths: blocks of channels for a convolution, plain
+rows for a depthwise one whose channels fill no whole number of blocks. So the graph has the same nodes at all widths,
+and the layout is chosen for each node alone, when it is timed. A convolution is timed with the change of layout that
+the next convolution needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONVOLUTIONS = frozenset({"Conv", "FusedConv"})
 _PASSED = frozenset({"Add", "BatchNormalization", "Clip", "Concat", "HardSigmoid", "Mul", "Relu", "Sigmoid"})
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Constant", "Shape"})
 _PRODUCTS = ("MatMul", "Gemm", "Attention")
-_ALIGNED = 4  # channels that blocked layouts take come in fours, whatever the block
+_ALIGNED = 4  # blocked layouts take multiples of four channels, whatever the block
 _LONGEST = 64  # whole numbers in a constant that are sizes, and not data
 _MOST_COPIES = 8
 _COPIED_ELEMENTS = 2**20  # data that copies of a node may read and write; they drown what calling a session takes
@@ -36,7 +36,7 @@ _COPIED_ELEMENTS = 2**20  # data that copies of a node may read and write; they 
 
 @dataclass(frozen=True)
 class _Input:
-    """An input of a node: data that comes in, a weight, or whole numbers such as the sizes of a reshape."""
+    """Input of a node: data, a weight, or whole numbers such as the sizes of a reshape."""
 
     name: str
     role: str
@@ -51,10 +51,10 @@ class _Input:
 
 @dataclass(frozen=True)
 class _Node:
-    """A node of a graph, as `autoprune.costs.operations.parts.Operation` asks for."""
+    """Node of a graph; implements `autoprune.costs.operations.parts.Operation`."""
 
     runtime: OnnxRuntime
-    shell: ModelProto  # the graph without anything in it: its versions are left
+    shell: ModelProto  # an empty graph with the versions of the model
     node: NodeProto
     inputs: tuple[_Input, ...]
     reader: str = ""  # the kind of convolution that reads what a convolution writes
@@ -98,7 +98,7 @@ class _Node:
         return f"{self.node.op_type}({', '.join(said)}){read}"
 
     def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
-        """Sessions are made at once, so that what they cost falls outside of the timing."""
+        """Make the sessions of a call at once, so that their set-up is not timed."""
         alone, feed = self._alone(numbers)
         if self.reader:
             chosen = _without_reader(self.runtime.optimised(self._read(alone).SerializeToString(), whole=True))
@@ -111,7 +111,7 @@ class _Node:
         return Repeated(lambda: session.run(None, feed), copies)
 
     def _alone(self, numbers: Iterator[int]) -> tuple[ModelProto, dict[str, Array]]:
-        """A graph of this node only with other numbers, and noise to feed it."""
+        """Make a graph of this node only with other numbers, and noise as its inputs."""
         feed: dict[str, Array] = {}
         weights: dict[str, Array] = {}
         rng = np.random.default_rng(0)
@@ -135,7 +135,7 @@ class _Node:
         return _model_like(self.shell, [node], _infos(feed), outputs, kept), feed
 
     def _read(self, alone: ModelProto) -> ModelProto:
-        """A graph of this convolution with a small one after it."""
+        """Make a graph of this convolution with a small one after it."""
         (weight,) = (tensor for tensor in alone.graph.initializer if tensor.name == self.node.input[1])
         channels, places = weight.dims[0], [1] * (len(weight.dims) - 2)
         grouped = self.reader == "grouped convolution"
@@ -152,7 +152,7 @@ class _Node:
 
 
 def _without_reader(model: ModelProto) -> ModelProto:
-    """The optimised graph of `_Node._read` up to what the reader reads."""
+    """Cut the optimised graph of `_Node._read` before the reader."""
     made_by = {name: node for node in model.graph.node for name in node.output}
     end = made_by["read"]
     dropped = [end]
@@ -166,7 +166,7 @@ def _without_reader(model: ModelProto) -> ModelProto:
 
 
 def node_operations(runtime: OnnxRuntime, model: ModelProto, inputs: Mapping[str, Array]) -> list[_Node]:
-    """The nodes of a fused graph that compute, in order of execution."""
+    """Nodes of a fused graph that compute, in order of execution."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     feed = {given.name: inputs[given.name] for given in model.graph.input if given.name not in constants}
     values = {**feed, **values_of(runtime, model, feed)}
@@ -188,7 +188,7 @@ def node_operations(runtime: OnnxRuntime, model: ModelProto, inputs: Mapping[str
 
 
 def _reader(model: ModelProto, node: NodeProto) -> str:
-    """The kind of the first convolution that what a convolution writes comes to, through what leaves layouts alone."""
+    """Kind of the first convolution that reads the output of a convolution, also through nodes that keep layouts."""
     if node.op_type not in _CONVOLUTIONS:
         return ""
     reached = set(node.output)
@@ -207,7 +207,7 @@ def _kind_of_convolution(node: NodeProto) -> str:
 
 
 def values_of(runtime: OnnxRuntime, model: ModelProto, feed: Mapping[str, Array]) -> dict[str, Array]:
-    """Everything that the nodes of a graph compute, by name."""
+    """Compute the outputs of all nodes of a graph, by name."""
     names = [name for node in model.graph.node for name in node.output if name]
     shown = ModelProto()
     shown.CopyFrom(model)
@@ -220,7 +220,7 @@ def values_of(runtime: OnnxRuntime, model: ModelProto, feed: Mapping[str, Array]
 def _without_reordering(
     runtime: OnnxRuntime, model: ModelProto, feed: Mapping[str, Array]
 ) -> tuple[ModelProto, dict[str, Array]]:
-    """A graph without the change of layout at its beginning, which is a matter of what comes before it."""
+    """Remove the change of layout at the beginning of a graph, which depends on the node before it."""
     first = [n for n in model.graph.node if n.op_type == "ReorderInput" and n.input[0] in feed]
     rest = [node for node in model.graph.node if node not in first]
     if not first or not rest:
@@ -233,7 +233,7 @@ def _without_reordering(
 
 
 def _copied(model: ModelProto, copies: int) -> ModelProto:
-    """A graph that runs its nodes so many times; the outputs are those of the last."""
+    """Make a graph that runs its nodes `copies` times; the outputs are those of the last."""
     made = {name for node in model.graph.node for name in node.output if name}
     nodes = []
     for k in range(copies - 1):

@@ -57,17 +57,17 @@ class OnnxRuntime:
         self.elsewhere = self._provider != _DEFAULT
 
     def network(self, model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Export a module, compare what the session returns with what the module does, and time the session.
+        """Export a module, compare the outputs of the session with those of the module, and return the session's call.
 
         Raises:
-            UnsupportedModelError: If the module cannot be exported or run, or gives other outputs then.
+            UnsupportedModelError: If the module cannot be exported or run, or the outputs differ.
         """
         exported, inputs, expected = export(model, run, args, kwargs)
         try:
             session = self.session(exported)
             feed = {node.name: inputs[node.name] for node in session.get_inputs()}
             found = session.run(None, feed)
-        except Exception as error:  # onnxruntime has a type of its own for each way to fail
+        except Exception as error:  # onnxruntime has a separate type for each failure
             raise UnsupportedModelError(
                 f"{type(model).__name__} exported to ONNX cannot be run by onnxruntime: {error}"
             ) from error
@@ -92,7 +92,7 @@ class OnnxRuntime:
         """Nodes of the optimised graph.
 
         Raises:
-            UnsupportedModelError: If the module cannot be exported, or other nodes are left once it is pruned.
+            UnsupportedModelError: If the module cannot be exported, or pruned ones have other nodes.
         """
         slicer = Slicer(model)
 
@@ -118,7 +118,7 @@ class OnnxRuntime:
         return lambda: session.run(None, {"x": matrix})
 
     def session(self, model: bytes, optimise: bool = True) -> onnxruntime.InferenceSession:
-        """A session as a user would make it, or one that takes the graph as it is."""
+        """Make a session as a user would, or one that takes the graph as it is."""
         levels = onnxruntime.GraphOptimizationLevel
         options = self._options(levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL)
         return onnxruntime.InferenceSession(model, options, providers=[self._provider])
@@ -137,7 +137,7 @@ class OnnxRuntime:
         options.graph_optimization_level = level
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # it warns that layouts written to a file are this machine's, as is meant
+        options.log_severity_level = 3  # it warns that layouts written to a file are this machine's, as intended
         # Many sessions live at once, and threads of one that spin would slow down the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return options
@@ -146,10 +146,11 @@ class OnnxRuntime:
 def export(
     model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[bytes, dict[str, np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
-    """A module as ONNX of these very sizes, its inputs by name, and the outputs that PyTorch computes from them.
+    """Export a module to ONNX at these sizes, with its inputs by name and the outputs of PyTorch for them.
 
-    By the exporter that traces TorchScript: a table needs some fifty exports, and the one of ``torch.export`` takes 10
-    to 20 times as long for each. What onnxruntime makes of both has the same nodes, but for reshapes and pooling.
+    It uses the exporter that traces TorchScript: a table needs some fifty exports, and the one of ``torch.export``
+    takes 10 to 20 times as long for each. Optimised by onnxruntime, both have the same nodes, except for reshapes and
+    pooling.
 
     Raises:
         UnsupportedModelError: If it cannot be exported.
@@ -177,7 +178,7 @@ def export(
             torch.onnx.export(
                 whole, tuple(whole.tensors), file, input_names=names, opset_version=_OPSET, dynamo=False, verbose=False
             )
-        except Exception as error:  # the exporter raises whatever an operation or a user's forward gives it cause for
+        except Exception as error:  # the exporter raises many types, and so may a user's forward
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be exported to ONNX for runtime='onnxruntime': {error}"
             ) from error
@@ -186,7 +187,7 @@ def export(
 
 
 class _Whole(nn.Module):
-    """A module that takes and returns nothing but tensors."""
+    """Module that takes and returns only tensors."""
 
     def __init__(self, model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]):
         super().__init__()

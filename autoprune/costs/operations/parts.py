@@ -1,11 +1,11 @@
-"""The operations that a model executes, with every size in their arguments as a function of the widths of its groups.
+"""Operations of a model, with every size in their arguments as a function of the widths of its groups.
 
-The model is run dense, and once more for each group with a few of its units gone. Every integer of an operation, in a
+The model is run dense, and once more for each group without a few of its units. Every integer of an operation, in a
 shape or in an argument such as ``groups``, is an affine function of the widths, so these runs determine it; a run at
 random widths then checks it. No run is at a single unit, such as one head: PyTorch then leaves out copies that it makes
-at all other widths. A group of two is run with a third that repeats the second. This needs no rule for any operation,
-and holds for any batch size. Operations that differ in nothing but the names of their groups make a *family*: whatever
-it costs, it is measured once.
+at all other widths. A group of two is run with a third unit that repeats the second. This needs no rule for any
+operation, and holds for any batch size. Operations that differ only in the names of their groups form a *family*, which
+is measured once.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from autoprune.structure.slicing import Edit
 from autoprune.structure.structure import Structure
 
 Size = tuple[int, tuple[tuple[int, int], ...]]
-"""A size as a function of widths: its fixed part, then numbers of groups with what each unit adds, ascending."""
+"""Size as a function of widths: its fixed part, then numbers of groups with the share of each unit, ascending."""
 
 Row = tuple[Fraction, tuple[tuple[int, Fraction], ...]]
-"""A number as a function of widths: its fixed part, then numbers of groups with what each unit adds."""
+"""Number as a function of widths: its fixed part, then numbers of groups with the share of each unit."""
 
 
 class Operation(Protocol):
-    """Something that a model executes, in any runtime.
+    """Operation that a model executes, in any runtime.
 
     Attributes:
         template: Everything about it except its numbers; equal where two operations differ in their sizes only.
@@ -50,15 +50,15 @@ class Operation(Protocol):
     def aligned(self) -> int: ...  # noqa: D102
 
     def where(self) -> str:
-        """Its name and place in the model, for messages."""
+        """Return its name and place in the model, for messages."""
         ...
 
     def describe(self, numbers: Iterator[str]) -> str:
-        """A line of text that says what it is, with these words for its numbers."""
+        """Describe it in one line of text, with these words for its numbers."""
         ...
 
     def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
-        """What runs it alone with these numbers, on data of its own."""
+        """Make a call that runs it alone with these numbers, on data of its own."""
         ...
 
 
@@ -74,8 +74,8 @@ class Family:
         kind: ``"convolution"``, ``"grouped convolution"``, ``"matmul"``, ``"norm"`` or ``"elementwise"``.
         dense: The variable sizes, length v, of each of them in the dense network.
         lowest: The smallest value of each that can occur, length v.
-        steps: What values of each variable are multiples of, length v.
-        aligned: Multiples of this may run on other code than the values between them, and are a grid of their own.
+        steps: Number that the values of each variable are multiples of, length v.
+        aligned: Multiples of this may run on other code than the values between them, and have a separate grid.
         make: Values, length v, to a call that runs the operation on tensors of its own; None once loaded from a file.
     """
 
@@ -89,7 +89,7 @@ class Family:
 
     @property
     def highest(self) -> tuple[int, ...]:
-        """The largest value of each variable that occurs, in one operation or another, length v."""
+        """Largest value of each variable over all operations, length v."""
         return tuple(map(max, zip(*self.dense, strict=True)))
 
 
@@ -111,7 +111,7 @@ class Part:
 def parts_of(
     run: Callable[[IntArray], Sequence[Operation]], structure: Structure, seed: int = 0
 ) -> tuple[list[Family], list[Part]]:
-    """Families and parts of what a model executes: `run` takes widths (groups,) to its operations in order.
+    """Find the families and parts of a model: `run` maps widths (groups,) to its operations in order.
 
     Raises:
         UnsupportedModelError: If other widths give other operations, or sizes that are not affine in them.
@@ -123,7 +123,7 @@ def parts_of(
 def sizes_of(
     run: Callable[[IntArray], tuple[Sequence[AnyOperation], Sequence[tuple[int, ...]]]], structure: Structure, seed: int
 ) -> tuple[Sequence[AnyOperation], list[list[Row]]]:
-    """All sizes as functions of the widths: `run` takes these (groups,) to operations in order, and to other shapes.
+    """Find all sizes as functions of the widths: `run` maps widths (groups,) to operations in order and other shapes.
 
     Returns:
         The dense operations; the numbers of each, followed by the dimensions of each of the other shapes.
@@ -166,7 +166,7 @@ def sizes_of(
 
 
 def prefixes(structure: Structure, widths: Sequence[int] | IntArray) -> Pruning:
-    """Keep the first units of every group, as many as `widths` (groups,) says: which ones matters for no size."""
+    """Keep the first units of every group, as many as `widths` (groups,) says: sizes do not depend on which ones."""
     return Pruning(
         {
             group.name: tuple(range(int(width)))
@@ -177,9 +177,9 @@ def prefixes(structure: Structure, widths: Sequence[int] | IntArray) -> Pruning:
 
 
 def edit_to(structure: Structure, widths: IntArray) -> Edit:
-    """What brings a model to widths (groups,), which may be up to twice the dense ones: last units then come again.
+    """Edit of a model to widths (groups,), which may be up to twice the dense ones: the last units are then repeated.
 
-    For shapes, not for values: units that come again stand behind all others, wherever the model has them.
+    It is right for shapes, not for values: repeated units stand after all others, wherever the model has them.
     """
     edit = structure.edit(prefixes(structure, np.minimum(widths, structure.sizes)))
     more = np.maximum(widths - structure.sizes, 0)
@@ -201,7 +201,7 @@ def edit_to(structure: Structure, widths: IntArray) -> Edit:
 
 
 def draw_widths(structure: Structure, n: int, rng: np.random.Generator) -> IntArray:
-    """Random widths, shape (n, groups): every other row around a common level, the rest each group for itself."""
+    """Random widths, shape (n, groups): every other row around a common level, the rest independent in each group."""
     sizes = structure.sizes
     multiples = np.array([group.multiple for group in structure.groups], dtype=np.int64)
     level = rng.uniform(0.1, 1.0, (n, 1)) + rng.normal(0.0, 0.15, (n, len(sizes)))
@@ -221,7 +221,7 @@ def _require_same(dense: Sequence[Operation], other: Sequence[Operation], *numbe
 
 
 def _row(fixed: int, slopes: Any, sizes: IntArray) -> Row:
-    """A number as an affine function, from its dense value and what each unit of each group adds."""
+    """Number as an affine function, from its dense value and the share of each unit of each group."""
     shares = tuple((g, Fraction(slope)) for g, slope in enumerate(slopes) if slope)
     return Fraction(int(fixed)) - sum((slope * int(sizes[g]) for g, slope in shares), Fraction(0)), shares
 
@@ -231,7 +231,7 @@ def _value(row: Row, widths: IntArray) -> Fraction:
 
 
 def _primitive(row: Row) -> tuple[Size, Fraction]:
-    """The least whole-numbered size that a row is a multiple of, and that multiple."""
+    """Smallest whole-numbered size that a row is a multiple of, and that multiple."""
     entries = [row[0], *(slope for _, slope in row[1])]
     whole = math.lcm(*(entry.denominator for entry in entries))
     scale = Fraction(math.gcd(*(int(entry * whole) for entry in entries)), whole)
@@ -241,7 +241,7 @@ def _primitive(row: Row) -> tuple[Size, Fraction]:
 def families_of(
     calls: Sequence[Operation], rows: Sequence[Sequence[Row]], structure: Structure
 ) -> tuple[list[Family], list[Part]]:
-    """Families of operations, and where they occur; `rows` holds the numbers of each call."""
+    """Families of operations, and the parts where they occur; `rows` holds the numbers of each call."""
     families: dict[str, Family] = {}
     counts: dict[tuple[str, tuple[Size, ...]], int] = {}
     least = np.array([group.multiple for group in structure.groups], dtype=np.int64)
@@ -279,7 +279,7 @@ def _at(size: Size, widths: IntArray) -> int:
 
 
 def _letter(slot: int | tuple[int, Fraction]) -> str:
-    """A number in a key: itself, or the letter of a variable with its multiple."""
+    """Number in a key: itself, or the letter of a variable with its multiple."""
     if isinstance(slot, int):
         return str(slot)
     at, scale = slot
@@ -289,7 +289,7 @@ def _letter(slot: int | tuple[int, Fraction]) -> str:
 def _maker(
     call: Operation, slots: tuple[int | tuple[int, Fraction], ...]
 ) -> Callable[[Sequence[int]], Callable[[], Any]]:
-    """What makes the operation at given values of its variables, on tensors of its own."""
+    """Function that makes the operation at given values of its variables, on tensors of its own."""
 
     def make(values: Sequence[int]) -> Callable[[], Any]:
         return call.make(slot if isinstance(slot, int) else int(slot[1] * int(values[slot[0]])) for slot in slots)
@@ -298,7 +298,7 @@ def _maker(
 
 
 def part_values(parts: Sequence[Part], widths: FloatArray) -> dict[Size, FloatArray]:
-    """Every variable size that occurs, at widths (n, groups), shape (n,) each."""
+    """Values of every variable size that occurs, at widths (n, groups), shape (n,) each."""
     found: dict[Size, FloatArray] = {}
     for part in parts:
         for size in part.sizes:

@@ -1,4 +1,4 @@
-"""What runs a model when its latency is measured: PyTorch itself, or onnxruntime."""
+"""Runtimes whose latency can be measured: PyTorch itself, or onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TORCH = "torch"
 ONNXRUNTIME = "onnxruntime"
 
 YARDSTICK = 192
-"""Rows of the square matrices whose product operations are compared with."""
+"""Rows of the square matrices of the reference product for operations."""
 
 
 class Runtime(Protocol):
@@ -36,7 +36,7 @@ class Runtime(Protocol):
     elsewhere: bool
 
     def network(self, model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """One forward pass as a user would run it."""
+        """Make a call of one forward pass as a user would run it."""
         ...
 
     def parts(
@@ -48,16 +48,16 @@ class Runtime(Protocol):
         run: Forward,
         seed: int,
     ) -> tuple[list[Family], list[Part]]:
-        """What it executes for a model, as `autoprune.costs.operations.torch_parts.find_parts` says it of PyTorch."""
+        """Find the families and parts of a model; see `autoprune.costs.operations.torch_parts.find_parts`."""
         ...
 
     def yardstick(self, device: torch.device) -> Call:
-        """Work of constant cost that operations are compared with."""
+        """Make a reference call of constant cost for comparison with operations."""
         ...
 
 
 def runtime_of(name: str) -> Runtime:
-    """The runtime of a name: ``"torch"``, ``"onnxruntime"`` or ``"onnxruntime:SomeExecutionProvider"``.
+    """Make a runtime by name: ``"torch"``, ``"onnxruntime"`` or ``"onnxruntime:SomeExecutionProvider"``.
 
     Raises:
         ValueError: If it is another name, or a provider that is not installed.

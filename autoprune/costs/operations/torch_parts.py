@@ -1,4 +1,4 @@
-"""The operations of PyTorch that a model executes, as parts that can be run alone."""
+"""PyTorch operations of a model, as parts that can be run alone."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from autoprune.structure.structure import Structure
 from autoprune.structure.trace import trace
 
 _NOISE = 2**16  # numbers drawn, and repeated for larger tensors: drawing takes longer than many operations
-_LARGE = 1e4  # what an operation that writes into its argument may halve again and again without reaching denormals
+_LARGE = 1e4  # an operation that writes into its argument may halve this many times without reaching denormals
 
 
 @dataclass(frozen=True)
 class _Spec:
-    """A tensor among the arguments, without its sizes: they are among the numbers."""
+    """Tensor among the arguments, without its sizes, which are among the numbers."""
 
     dims: int
     dtype: str
@@ -43,7 +43,7 @@ def find_parts(
     forward: Forward,
     seed: int = 0,
 ) -> tuple[list[Family], list[Part]]:
-    """Take a model apart into families of operations and where they occur.
+    """Divide a model into families of operations and the parts where they occur.
 
     Views are left out: they move no data.
 
@@ -72,7 +72,7 @@ def sized_calls(
     *,
     values: bool = False,
 ) -> tuple[Record, Sequence[Call], list[list[Row]]]:
-    """The dense pass, the operations of it that compute, and all sizes as functions of the widths.
+    """Trace the dense pass, and find its computing operations with all sizes as functions of the widths.
 
     Returns:
         The pass; its operations; the numbers of each operation, followed, for `values`, by the dimensions of each value
@@ -88,7 +88,7 @@ def sized_calls(
 
     def run(widths: IntArray) -> tuple[list[Call], list[tuple[int, ...]]]:
         cut = slicer.cut(edit_to(structure, widths)).eval()
-        one_off = len(records) and (widths != structure.sizes).sum() == 1  # the run at random widths is to check all
+        one_off = len(records) and (widths != structure.sizes).sum() == 1  # the run at random widths must check all
         record = trace(cut, args, kwargs, forward, values=True, foreseen=records[0].foreseen if one_off else None)
         if not records:
             records.append(record)
@@ -103,7 +103,7 @@ def sized_calls(
 def _additions_in_place(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward, record: Record
 ) -> list[bool]:
-    """Whether each addition of a pass writes into its argument where nobody watches, as that of a bias may."""
+    """Return whether each addition of a pass writes into its argument in inference, as that of a bias may."""
     seen = [op.name for op in record.ops if op.name in ("add", "add_")]
     run = call_of(model, args, kwargs, forward)
     names = [name.removeprefix("aten::") for name in operations_of(run)]
@@ -112,7 +112,7 @@ def _additions_in_place(
 
 
 def _write_in_place(record: Record, in_place: Sequence[bool]) -> None:
-    """Turn additions of a pass into those that inference runs."""
+    """Turn additions of a pass into the additions in place that inference runs."""
     additions = [op for op in record.ops if op.name in ("add", "add_")]
     if len(additions) != len(in_place):
         return
@@ -125,7 +125,7 @@ def _write_in_place(record: Record, in_place: Sequence[bool]) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """An operation of PyTorch, as `Operation` asks for."""
+    """Operation of PyTorch; implements `Operation`."""
 
     op: Op
     template: str
@@ -165,7 +165,7 @@ class Call:
         return f"{self.op.func}({', '.join(said)})"
 
     def make(self, numbers: Iterator[int]) -> Callable[[], Any]:
-        """What runs it alone, on tensors of its own."""
+        """Make a call that runs it alone, on tensors of its own."""
         func = self.op.func
         names = [a for a in func._schema.arguments if a.name in self.op.args]
         leaves: list[Any] = []
@@ -182,7 +182,7 @@ class Call:
 
 
 def _calls(record: Record, device: torch.device) -> list[Call]:
-    """The operations that compute, each with its numbers apart from everything else."""
+    """Operations that compute, each with its numbers separated from everything else."""
     found = []
     for op in record.ops[: record.first]:
         results, read = op.results(), set(op.inputs())
@@ -224,7 +224,7 @@ def _names(call: Call) -> list[str]:
 
 
 def _tensor(spec: _Spec, shape: list[int], device: torch.device, writes: bool, first: bool) -> torch.Tensor:
-    """A tensor laid out in memory as the model's own: ones where an operation writes, else positive noise."""
+    """Make a tensor in the memory layout of the model's own: ones where an operation writes, else positive noise."""
     dtype = getattr(torch, spec.dtype)
     own = [1 if dim in spec.broadcast else size for dim, size in enumerate(shape)]
     stored = [own[dim] for dim in spec.order]

@@ -1,4 +1,4 @@
-"""Time families of operations at a grid of sizes that is denser where their time has a step."""
+"""Time families of operations on a grid of sizes that is denser near steps in their time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Points = dict[Values, tuple[float, float, float]]
 """Milliseconds at values of the variables, with the 95 % interval."""
 
 _FIRST = 5  # points of an axis before steps are looked for
-_MOST_POINTS = {1: 65, 2: 17, 3: 7}  # of an axis, by the number of variables; what one leaves, later ones may take
+_MOST_POINTS = {1: 65, 2: 17, 3: 7}  # of an axis, by the number of variables; later axes may take unused points
 _TOLERANCE = 0.04  # a point further from the line between its neighbours, as a fraction of it, is a step
 _SHARE = 0.003  # families that take a smaller part of the dense network keep the first points
 _AT_ONCE = 24  # calls whose tensors exist at once
@@ -36,10 +36,10 @@ class Bench:
 
     Attributes:
         clock: Takes the time.
-        reference: What all operations are compared with: of constant cost, so that a drifting machine cancels out.
-        reference_ms: What it takes at the machine's usual speed; that of the first comparison if not given.
+        reference: Call of constant cost that all operations are compared with, so that a drifting machine cancels out.
+        reference_ms: Its time at the machine's usual speed; that of the first comparison if not given.
         known: Points of each family measured so far, by its key.
-        save: Called after each batch of measurements, so that an interrupted run can go on.
+        save: Called after each batch of measurements, so that an interrupted run can continue.
         timings: Everything timed by this object.
         over: Whether time is over, so that nothing more is measured.
     """
@@ -56,7 +56,7 @@ class Bench:
         """Time a family at values that are not known yet.
 
         Raises:
-            TimeOverError: If time was over before; what was measured until then is saved.
+            TimeOverError: If time was over before; the measurements until then are saved.
         """
         known = self.known.setdefault(family.key, {})
         missing = [point for point in dict.fromkeys(values) if point not in known]
@@ -101,7 +101,7 @@ def measure_tables(families: Sequence[Family], bench: Bench) -> list[Table]:
     for family in families:
         try:
             bench.measure(family, family.dense)
-        except OSError:  # of the file that keeps what is measured, or because time is over
+        except OSError:  # of the file of measurements, or because time is over
             raise
         except Exception as error:  # an operation may need arguments that random tensors are not
             log.warning("left out of the latency model, because it cannot be run alone (%s): %s", error, family.key)
@@ -129,7 +129,7 @@ def measure_tables(families: Sequence[Family], bench: Bench) -> list[Table]:
 
 
 def _reached(family: Family, axes: Sequence[Values]) -> NDArray[np.bool_]:
-    """Which points of a grid lie around sizes that some operation can have: none is larger than the dense one.
+    """Points of a grid around sizes that some operation can have: none is larger than the dense one.
 
     One family may hold convolutions of 16 to 96, 96 to 24 and 24 to 144 channels, but none of 144 to 144.
     """
@@ -141,7 +141,7 @@ def _reached(family: Family, axes: Sequence[Values]) -> NDArray[np.bool_]:
 
 
 def _up_to(axis: Values, most: int, aligned: int) -> NDArray[np.bool_]:
-    """The points of an axis below a value, and the next one of each kind that has one."""
+    """Points of an axis below a value, and the next one of each kind, aligned or not."""
     found = np.zeros(len(axis), dtype=np.bool_)
     for kind in (True, False):
         own = [i for i, value in enumerate(axis) if (value % aligned == 0) == kind]
@@ -150,8 +150,8 @@ def _up_to(axis: Values, most: int, aligned: int) -> NDArray[np.bool_]:
 
 
 def _filled(grid: FloatArray) -> FloatArray:
-    """A grid whose gaps go on as their neighbours do, so that it is whole; nothing that occurs lies at them."""
-    for point in np.argwhere(np.isnan(grid)):  # in an order in which what lies before a point is known
+    """Fill the gaps of a grid by extrapolation from their neighbours; no operation has sizes there."""
+    for point in np.argwhere(np.isnan(grid)):  # in an order in which the points before each one are known
         a, b = np.flatnonzero(point)[:2]
         one, other, both = point.copy(), point.copy(), point.copy()
         one[a] -= 1
@@ -162,7 +162,7 @@ def _filled(grid: FloatArray) -> FloatArray:
 
 
 def _axis(family: Family, a: int, bench: Bench, refine: bool, most: int) -> Values:
-    """At most so many values of one variable, those that are aligned first."""
+    """Choose at most `most` values of one variable, aligned ones first."""
     step = family.steps[a]
     lowest, highest = max(family.lowest[a] // step, 1) * step, family.highest[a]
     values = sorted({*range(lowest, highest, step), highest})
@@ -175,14 +175,15 @@ def _axis(family: Family, a: int, bench: Bench, refine: bool, most: int) -> Valu
 
 
 def _widest(family: Family, a: int) -> Values:
-    """The dense operation with the largest value of one variable; of several, the one with the largest others."""
+    """Dense operation with the largest value of one variable; of several, the one with the largest others."""
     return max(family.dense, key=lambda values: (values[a], math.prod(values)))
 
 
 def _points(family: Family, a: int, values: Sequence[int], bench: Bench, refine: bool, most: int) -> Values:
-    """At most so many of some values: evenly spread, then halving intervals whose middle is off the line.
+    """Choose at most `most` of some values: evenly spread, then halving intervals whose middle is off the line.
 
-    The other variables are those of the dense operation that has most of this one; they become points of their axes.
+    The other variables are those of the dense operation with the largest value of this one; these values become points
+    of their axes.
     """
     even = np.linspace(max(values[-1] / 16, values[0]), values[-1], _FIRST)
     nearest = {int(np.abs(np.subtract(values, x)).argmin()) for x in even}

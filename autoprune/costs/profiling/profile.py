@@ -1,4 +1,4 @@
-"""Measure a model on this machine: its operations at many sizes, and some whole pruned networks."""
+"""Measure the latency of a model on this machine: its operations at many sizes, and some whole pruned networks."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from autoprune.structure.structure import Structure
 log = logging.getLogger(__name__)
 
 NETWORKS = 36
-"""Whole networks that the correction is fitted to, and judged on by leaving some out."""
+"""Whole networks that the correction is fitted to and cross-validated on."""
 
 MOST_NETWORKS = 10_000
 
 FEWEST_NETWORKS = 6
-"""To fit to some and judge on others."""
+"""Least number of networks, so that a fit to some can be judged on others."""
 
 _PASSES = 5  # of the dense network, to see what the allocator costs
-_SLOWED = 1.2  # by it, what is worth a word
+_SLOWED = 1.2  # slow-down by it from which on there is a note
 _AT_ONCE = 12  # networks that exist at once
-_ALIGNED_EVERY = 4  # of the networks drawn, one has widths that are multiples of 8, as random ones never do throughout
+_ALIGNED_EVERY = 4  # one of this number of networks has multiples of 8 as widths, which random ones never have all
 
 
 def profile(
@@ -66,24 +66,24 @@ def profile(
 ) -> Latency:
     """Measure how long a model and its pruned versions take here, as a table that `autoprune.search` takes.
 
-    On the model's device, with PyTorch's current number of threads, in the memory format of the model. The model comes
-    back unchanged.
+    Times are taken on the model's device, with PyTorch's current number of threads, in the memory format of the model.
+    The model comes back unchanged.
 
     Args:
         model: Any module that runs on the inputs.
         example_inputs: A tensor, a tuple or a dict of inputs; None for the example that the model carries. Repeated or
-            cut to `batch` samples. Of a list of these the first is timed; the others cover further branches.
+            cut to `batch` samples. In a list of these the first is timed; the others cover further branches.
         batch: Samples of one forward pass.
-        forward: ``forward(model, batch)`` as in `autoprune.search`, where calling the model is not enough; returns what
-            matters. The batch is the example: a tensor or dict as given, several inputs as a tuple with None at its
-            end, in the place of the target.
-        outputs: Which outputs matter, as in `autoprune.search`.
+        forward: ``forward(model, batch)`` as in `autoprune.search`, where calling the model is not enough; returns the
+            outputs that matter. The batch is the example: a tensor or dict as given, several inputs as a tuple with
+            None at its end, in place of the target.
+        outputs: Outputs that matter, as in `autoprune.search`.
         networks: Whole networks to measure, at least 6.
         seed: Draws their widths.
-        path: Where to save the table. What is measured is kept beside it meanwhile, and an interrupted run goes on.
-        runtime: What runs the model: ``"torch"``; or ``"onnxruntime"``, on the CPU, for networks exported to ONNX, with
-            ``"onnxruntime:CUDAExecutionProvider"`` for another provider. A search that takes the table measures the
-            networks that it offers under the same.
+        path: File of the table. Measurements are kept next to it meanwhile, and an interrupted run continues.
+        runtime: ``"torch"``; or ``"onnxruntime"``, on the CPU, for networks exported to ONNX, with
+            ``"onnxruntime:CUDAExecutionProvider"`` for another provider. A search with the table measures its result
+            under the same runtime.
 
     Raises:
         ImportError: If the libraries of the runtime are not installed.
@@ -102,7 +102,7 @@ def profile(
         "networks", networks, FEWEST_NETWORKS, MOST_NETWORKS, why=", to fit to some and judge on others"
     )
     seed = whole_number("seed", seed, 0, MOST_SEED)
-    runtime_of(runtime)  # what cannot be measured or written must show before minutes of measuring
+    runtime_of(runtime)  # mistakes must show before minutes of measuring
     if path is not None:
         _require_writable(as_path(path))
     model = unwrap(model)
@@ -132,13 +132,13 @@ def _require_writable(path: Path) -> None:
 def with_batch(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int, name: str = "batch"
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs with `n` samples: those of the given ones, over and over; what does not hold samples stays.
+    """Resize inputs to `n` samples by repeating the given ones; values without samples stay.
 
     Inputs that cannot be cut, such as graphs, count as one sample.
 
     Raises:
-        ValueError: If they hold no samples, cannot be cut, or so many do not fit into memory; `name` is what `n` is
-            called.
+        ValueError: If they hold no samples, cannot be cut, or `n` do not fit into memory; `name` is the argument of
+            `n`.
     """
     leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.ndim]
     if not leaves or not (size := len(leaves[0])):
@@ -163,12 +163,12 @@ def with_batch(
 
 
 def require_fits(rule: str, given: Any, wanted_bytes: float) -> None:
-    """Refuse inputs that are larger than the memory of this machine, where the system says how much that is.
+    """Refuse inputs that are larger than the memory of this machine, where the system tells its size.
 
     Args:
-        rule: What the argument must be, such as ``"batch must be a number of samples"``.
-        given: What it is.
-        wanted_bytes: What the inputs take.
+        rule: The rule for the argument, such as ``"batch must be a number of samples"``.
+        given: The value given.
+        wanted_bytes: Size of the inputs.
 
     Raises:
         ValueError: Says both.
@@ -201,12 +201,12 @@ def profile_structure(
     runtime: str = TORCH,
     over: Over = never,
 ) -> Latency:
-    """`profile` for a model that is traced already; `clock` stands in for that of the device.
+    """Profile a model that is traced already; `clock` replaces that of the device.
 
-    Once `over` says so, a table is made of what was measured by then, if that is all operations and 6 networks.
+    Once `over` returns True, the table is made of the measurements so far, if these are all operations and 6 networks.
 
     Raises:
-        TimeOverError: If it is less; says how much.
+        TimeOverError: If there are fewer; says how many.
     """
     require_prunable(structure)
     runs = runtime_of(runtime)
@@ -261,7 +261,7 @@ def profile_structure(
 
 
 def note_on_memory(dense: Callable[[], Any], clock: Clock) -> str:
-    """How much slower a network is in a process that hands memory back to the system; empty if it hardly is."""
+    """Note on how much slower a network is in a process that returns memory to the system; empty if it hardly is."""
 
     def ms() -> float:
         clock.seconds(dense, 2)
@@ -288,7 +288,7 @@ def _networks(structure: Structure, n: int, seed: int) -> IntArray:
 
 
 def _aligned(structure: Structure, widths: IntArray) -> IntArray:
-    """The nearest widths (n, groups) that are multiples of 8, in groups that have two or more of them."""
+    """Round widths (n, groups) to the nearest multiples of 8, in groups that have two or more of them."""
     multiples = np.lcm([group.multiple for group in structure.groups], 8)
     nearest = np.maximum(np.rint(widths / multiples).astype(np.int64), 1) * multiples
     return np.where(structure.sizes >= 2 * multiples, np.minimum(nearest, structure.sizes), widths)
@@ -299,8 +299,8 @@ def time_networks(
 ) -> list[Timing]:
     """Time whole networks against the dense one in one interleaved run.
 
-    Blocks are long enough for several passes of a small network: between single passes, threads fall asleep and others'
-    data fills the caches, which costs small networks more than large ones.
+    Blocks are long enough for several passes of a small network: between single passes, threads fall asleep and the
+    data of other networks fills the caches, which costs small networks more than large ones.
     """
     return compare(
         calls, dense, clock, rounds=9, most_rounds=60, tolerance=0.01, block_seconds=1e-2, most_seconds=2.0, over=over

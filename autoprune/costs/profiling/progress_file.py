@@ -1,4 +1,4 @@
-"""What is measured of a latency table so far, in a file beside it, so that an interrupted run goes on."""
+"""Measurements of an unfinished latency table, in a file next to it, so that an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autoprune.schema import require_form
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 256 * MIB
-"""What no file of progress is larger than."""
+"""Largest size of a file of progress."""
 
 _FORM = {
     "setting": object,
@@ -36,12 +36,12 @@ _FORM = {
 
 
 class Progress:
-    """What is measured so far, kept in a file beside the table, and read from it if the run goes on.
+    """Measurements so far, kept in a file next to the table, and read from it if the run is resumed.
 
     Args:
         path: Of the table; None keeps nothing.
-        setting: What times hold for.
-        parts: What the model executes.
+        setting: The conditions that times hold for.
+        parts: Operations of the model.
         widths: Of the networks to measure, shape (n, groups).
         bench: Measures the parts.
     """
@@ -62,7 +62,7 @@ class Progress:
             self._read(self._file)
 
     def save(self) -> None:
-        """Write everything; a kill leaves the old file or the new one."""
+        """Write all measurements; a kill leaves the old file or the new one."""
         if self._file is None:
             return
         known = {key: [[list(at), *ms] for at, ms in points.items()] for key, points in self._bench.known.items()}
@@ -101,7 +101,7 @@ class Progress:
             networks = [(ratio, uncertainty) for ratio, uncertainty in data["networks"]]
             timings = [Timing(*row) for row in data["timings"]]
             reference_ms, dense_ms, widths = data["reference_ms"], data["dense_ms"], data["widths"]
-        except FileFormatError:  # no file at all, which replacing it would say, too
+        except FileFormatError:  # no regular file; replacing it would raise for that, too
             raise
         except DAMAGE as error:
             log.warning("%s cannot be read, and is replaced: %s", file, brief(error))
