@@ -1,11 +1,11 @@
-"""Files: replaced as a whole or not at all, and read only if they are regular, of bounded size and sound.
+"""Atomic file replacement, and reading of files that are regular, of bounded size and sound.
 
-All that autoprune writes goes through `replacing`, but for the journal and the audit log, which grow.
+Everything that autoprune writes goes through `replacing`, except for the journal and the audit log, which grow.
 
-- A file appears under its name when it is whole; a kill, a full disk or an error before that leaves the old one.
-- What is not a regular file, such as a device or a FIFO, is refused. A symbolic link is followed: the file that it
+- A file appears under its name when it is complete; a kill, a full disk or an error before that leaves the old one.
+- Devices, FIFOs and other paths that are no regular files are refused. A symbolic link is followed: the file that it
   leads to is replaced, and the link stays.
-- A new file gets the permissions that the umask leaves; a replaced one keeps its own, and must be writable.
+- A new file gets the permissions of the umask; a replaced one keeps its own, and must be writable.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from autoprune.errors import FileFormatError
 
 MIB = 2**20
 UNFINISHED = ".autoprune-*.part"
-"""What files are called while they are written; a kill may leave one."""
+"""Names of files while they are written; a kill may leave one."""
 
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError)
-"""What reading a damaged file may raise."""
+"""Errors that reading a damaged file may raise."""
 
 _SHOWN = 200
 _LONGEST = 255  # bytes of a name, in nearly all file systems
@@ -44,14 +44,14 @@ _KINDS = {
 
 @contextmanager
 def replacing(path: str | Path, what: str = "path") -> Iterator[Path]:
-    """Give a name to write to, which takes the place of a file once the block is through.
+    """Yield a name to write to, which replaces a file at the end of the block.
 
     Args:
         path: The file to write.
         what: The argument that named it, for messages.
 
     Raises:
-        OSError: If it cannot be written; one sentence that says why, of the type that the system gave.
+        OSError: If it cannot be written; one sentence with the reason, of the type that the system raised.
     """
     given = as_path(path, what)
     with explaining(given, what):
@@ -63,10 +63,10 @@ def replacing(path: str | Path, what: str = "path") -> Iterator[Path]:
             mode = os.fstat(descriptor).st_mode if before is None else before
             os.close(descriptor)
             yield fresh
-            os.chmod(fresh, stat.S_IMODE(mode))  # here, because libraries put a file of their own in its place
+            os.chmod(fresh, stat.S_IMODE(mode))  # here, because libraries replace it by a file of their own
             _flush(fresh)
             os.replace(fresh, target)
-        except BaseException:  # raised again: no half of a file is left, not even after Ctrl-C
+        except BaseException:  # raised again: no partial file is left, not even after Ctrl-C
             fresh.unlink(missing_ok=True)
             raise
 
@@ -83,11 +83,11 @@ def write_text(path: str | Path, text: str, what: str = "path") -> Path:
 
 
 def as_path(path: str | Path, what: str = "path") -> Path:
-    """The path that a user gave.
+    """Check the path that a user gave.
 
     Raises:
         TypeError: If it is none.
-        ValueError: If it is empty, or holds what no path may.
+        ValueError: If it is empty, or holds characters that no path may.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{what} must be a path, got {type(path).__name__}; pass text or a pathlib.Path")
@@ -112,7 +112,7 @@ def make_folder(path: str | Path, what: str = "path") -> Path:
 
 @contextmanager
 def explaining(path: Path, what: str) -> Iterator[None]:
-    """Turn errors of the system while a file is written into one sentence with the argument and the way out."""
+    """Turn system errors while a file is written into one sentence with the argument and the way out."""
     try:
         yield
     except OSError as error:
@@ -137,7 +137,7 @@ def _refuse(error: OSError, path: Path, what: str) -> NoReturn:
 
 
 def _regular_or_missing(target: Path) -> int | None:
-    """The mode of a file that may be replaced; None if there is none."""
+    """Mode of a file that may be replaced; None if there is none."""
     try:
         found = target.stat()
     except FileNotFoundError:
@@ -160,16 +160,16 @@ def _flush(path: Path) -> None:
 
 
 def require_file(path: str | Path, expected: str, most_bytes: int) -> Path:
-    """A regular file of bounded size, before anything opens it: a FIFO would hang, and a device never ends.
+    """Check for a regular file of bounded size before it is opened: a FIFO would hang, and a device never ends.
 
     Args:
         path: The file; a link is followed.
-        expected: The argument and what it must be, such as ``"path must be a file written by autoprune.save"``.
-        most_bytes: What no sound file is larger than.
+        expected: The argument with its rule, such as ``"path must be a file written by autoprune.save"``.
+        most_bytes: Largest size of a sound file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        FileFormatError: If it is something else than a file, or too large.
+        FileFormatError: If it is no regular file, or too large.
     """
     file = as_path(path, expected.partition(" ")[0])
     try:
@@ -187,10 +187,10 @@ def require_file(path: str | Path, expected: str, most_bytes: int) -> Path:
 
 
 def read_json(path: str | Path, most_bytes: int) -> Any:
-    """Parse a file of JSON, without the NaN and Infinity that JSON has not.
+    """Parse a file of JSON, without NaN and Infinity, which JSON does not have.
 
     Raises:
-        ValueError: If it is none, and what else is in `DAMAGE`.
+        ValueError: If it is no JSON; other errors in `DAMAGE` are possible, too.
     """
     with Path(path).open("rb") as file:
         content = file.read(most_bytes + 1)
@@ -200,7 +200,7 @@ def read_json(path: str | Path, most_bytes: int) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON, without the NaN and Infinity that JSON has not; raises what is in `DAMAGE`."""
+    """Parse JSON, without NaN and Infinity, which JSON does not have; raises errors in `DAMAGE`."""
     return json.loads(text, parse_constant=_refuse_constant)
 
 
@@ -210,11 +210,11 @@ def _refuse_constant(name: str) -> NoReturn:
 
 @contextmanager
 def sound(told: str, way_out: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes its reader raise into one error.
+    """Turn all errors of reading a damaged file into one.
 
     Args:
-        told: The file and what it should have been, such as ``"a.json is not a result, or is damaged"``.
-        way_out: What to do about it.
+        told: The file with the format expected, such as ``"a.json is not a result, or is damaged"``.
+        way_out: Advice to the user.
 
     Raises:
         FileFormatError: ``"<told>: <what was wrong>; <way out>"``.
@@ -228,7 +228,7 @@ def sound(told: str, way_out: str) -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """What went wrong, in one line of at most 200 characters."""
+    """Summarise an error in one line of at most 200 characters."""
     text = " ".join(str(error).split())
     if isinstance(error, RecursionError):
         text = "it is nested too deeply"
@@ -240,13 +240,13 @@ def brief(error: BaseException) -> str:
 
 
 def shortened(path: str | Path) -> str:
-    """A path for a message: its end, if it is long."""
+    """Shorten a path for a message: to its end, if it is long."""
     text = str(path)
     return text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}"
 
 
 def kind_of(path: Path) -> str:
-    """What is at a path, in words."""
+    """Name the kind of file at a path."""
     try:
         return _KINDS.get(stat.S_IFMT(path.stat().st_mode), "a file")
     except OSError:

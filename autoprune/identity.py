@@ -1,4 +1,4 @@
-"""What identifies a run: what must agree for it to be resumed, and what should."""
+"""Identity of a run: settings that must agree for it to be resumed, and settings that should."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ MUST_AGREE = (
     "seed",
     "evaluator",
 )
-"""What scores and proposals are a function of."""
+"""Settings that scores and proposals are a function of."""
 
 HANDED_IN = ("settings", "code")
-"""The same, of which the journal keeps a dictionary: settings of the evaluator, and digests of the user's functions."""
+"""Further ones, kept as dictionaries: settings of the evaluator, and digests of the user's functions."""
 
 SHOULD_AGREE = ("versions", "threads", "device", "optimizer", "racing")
-"""What may change scores in their last digits, or what is proposed next."""
+"""Settings that may change the last digits of scores, or the next proposals."""
 
 MEASURED = ("memory_bytes", "latency_ms", "ms_per_sample")
-"""Costs that may come out otherwise under other threads, or of a table that was corrected since."""
+"""Costs that may differ under another number of threads, or with a table that was corrected since."""
 
 _DRIFT = 1e-2  # by which scores may differ under other threads or versions, relative
 _ROUNDING = 1e-9  # by which a cost may differ with the number of candidates that it is asked for at once
@@ -62,7 +62,7 @@ def identity_of(
     executor: Executor,
     racing: Racing | Rungs | None,
 ) -> dict[str, Any]:
-    """What the journal keeps of a run, JSON-ready."""
+    """Identity of a run for the journal, JSON-ready."""
     context = study.context
     return {
         "budget": str(study.budget),
@@ -93,7 +93,7 @@ def identity_of(
 
 
 def _settings_of(evaluator: Any, prefix: str = "") -> dict[str, str]:
-    """How an evaluator of ours was set, with what it starts from; what another one keeps may be anything."""
+    """Settings of an evaluator of autoprune, with those of its start; empty for others, which may hold anything."""
     if not type(evaluator).__module__.startswith("autoprune.") or isinstance(evaluator, Supernet):
         return {}  # weights of a supernet are compared already
     found = settings_of(evaluator)
@@ -105,7 +105,7 @@ def _settings_of(evaluator: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _code_of(study: Study) -> dict[str, str]:
-    """Digests of the functions that the user handed in, and of how the model runs."""
+    """Digests of the functions that the user passed, and of the forward."""
     given = {f"{name}=": digest_of(value) for name, value in study.given.items()}
     evaluator = type(study.fresh)
     return {
@@ -118,16 +118,16 @@ def _code_of(study: Study) -> dict[str, str]:
 def require_same(
     recorded: Mapping[str, Any], now: Mapping[str, Any], others: Sequence[str] = (), anyway: bool = False
 ) -> list[str]:
-    """Compare what the journal says of a run with what is about to go on with it.
+    """Compare the identity in the journal with that of the search that resumes it.
 
     Args:
-        recorded: What the journal keeps.
-        now: The same of this search.
+        recorded: Identity in the journal.
+        now: Identity of this search.
         others: Further differences that were found.
-        anyway: Go on in spite of them, with a warning; in another space nothing in the journal would mean anything.
+        anyway: Continue in spite of them, with a warning; not in another space, where the journal has no meaning.
 
     Returns:
-        What differs and must agree; empty unless `anyway`.
+        Differences in settings that must agree; empty unless `anyway`.
 
     Raises:
         ValueError: If the model, space, data, budget, metric, seed, evaluator, or a function of the user's differ;
@@ -153,7 +153,7 @@ def require_same(
 
 
 def _inner_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Settings and functions that differ, by name; code only of one Python, because each compiles in its own way."""
+    """Settings and functions that differ, by name; code only within one version of Python, as bytecode differs."""
     found = []
     for kind in HANDED_IN:
         before, after = recorded.get(kind, {}), now[kind]
@@ -171,7 +171,7 @@ def _python(identity: Mapping[str, Any]) -> list[str]:
 
 
 def _dense_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How the dense model scored before and now: to the last bit where nothing but the search can make a difference."""
+    """Differences in the score of the dense model; to the last bit on the same machine, versions and threads."""
     before, after = _scores(recorded.get("dense")), _scores(now["dense"])
     alike = all(recorded.get(name) == now[name] for name in ("threads", "device", "versions", "machine"))
     slack = 0.0 if alike and now["device"] == "cpu" else _DRIFT
@@ -191,7 +191,7 @@ def _scores(dense: Any) -> dict[str, float]:
 
 
 def cost_differences(costs: Mapping[str, CostFunction], candidates: IntArray, recorded: Sequence[Any]) -> list[str]:
-    """Costs that now give something else for candidates of the journal, (n, d), than it keeps of them."""
+    """Costs that differ from the journal for its candidates, (n, d)."""
     found = []
     for name, cost in costs.items():
         pairs = [(i, row[name]) for i, row in enumerate(recorded) if name in row]
@@ -205,10 +205,10 @@ def cost_differences(costs: Mapping[str, CostFunction], candidates: IntArray, re
 
 
 def _differences(names: tuple[str, ...], recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names that differ, with what was and is where that is short."""
+    """Names that differ, with the values before and now where these are short."""
     found = []
     for name in names:
-        before, after = recorded.get(name, now[name]), now[name]  # what an older version did not note may agree
+        before, after = recorded.get(name, now[name]), now[name]  # entries that an older version lacks count as equal
         if before != after:
             short = max(len(str(before)), len(str(after))) <= _SHOWN and name != "weights"
             found.append(f"{name} ({before} before, {after} now)" if short else name)

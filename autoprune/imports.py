@@ -1,4 +1,4 @@
-"""Imports of libraries that change the process on the way: their warning filters and environment variables."""
+"""Imports of libraries that change warning filters or environment variables of the process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cache
 from importlib import import_module
 
 _LOCK = threading.RLock()
-_LATE = ("torch._dynamo", "scipy.special", "scipy.sparse")  # what tracing and its checks import anyway
+_LATE = ("torch._dynamo", "scipy.special", "scipy.sparse")  # imported by tracing and its checks anyway
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def importing() -> Iterator[None]:
 
 @cache
 def import_late_ones() -> None:
-    """Import what PyTorch and SciPy would import during the first search."""
+    """Import the modules that PyTorch and SciPy would import during the first search."""
     with importing():
         for name in _LATE:
             import_module(name)

@@ -1,4 +1,4 @@
-"""The journal: every ask, evaluation and tell of a search, on disk the moment it happens.
+"""Journal: every ask, evaluation and tell of a search, on disk as soon as it happens.
 
 ``run_dir/journal.sqlite`` is an ordinary SQLite file that any SQLite tool can read while the search writes it (on the
 same machine: write-ahead logging shares memory)::
@@ -11,9 +11,9 @@ its version.
 - Candidates and costs are JSON text, so that people and ``json_extract`` read them; 10,000 trials of 100 dimensions
   take about 4 MB. Only values per sample are blobs.
 - Each event is one transaction. With ``synchronous=NORMAL`` it survives ``kill -9`` as soon as the method returns; a
-  power cut may undo the last few, never corrupt the file, and costs their evaluation anew. FULL would wait for the disk
+  power cut may undo the last few, which are evaluated again, but never corrupt the file. FULL would wait for the disk
   three times a trial to save those.
-- One search writes at a time: it holds a lock on ``journal.lock``, which the system lets go of when the process ends,
+- One search writes at a time: it holds a lock on ``journal.lock``, which the system releases when the process ends,
   however that happens.
 """
 
@@ -69,15 +69,15 @@ class Journal:
         self._watch = None if lock is None or path is None else Watch(path, connection)
         self._last: dict[str, int] = {}  # rows may be lost with the file, and numbers must not come twice
         self.notes: tuple[str, ...] = ()
-        """What happened to the file while it was written, in plain words."""
+        """Damage to the file while it was written, in plain words."""
 
     @classmethod
     def create(cls, run_dir: str | Path | None, meta: Mapping[str, Any]) -> Self:
-        """Start a journal in `run_dir`, made if missing; ``None`` keeps it in memory, behind the same methods.
+        """Start a journal in `run_dir`, made if missing; ``None`` keeps it in memory, with the same methods.
 
         Args:
             run_dir: The folder of this run and of no other.
-            meta: What identifies the run, such as space, limits, seed and versions; JSON-ready values.
+            meta: Identity of the run, such as space, limits, seed and versions; JSON-ready values.
 
         Raises:
             FileExistsError: If `run_dir` already holds a journal.
@@ -90,7 +90,7 @@ class Journal:
             return cls(connection)
         path = Path(run_dir) / FILE_NAME
         lock = reserve(path)
-        unfinished = path.with_suffix(".new")  # renamed when it is whole, so that a kill leaves no half of a journal
+        unfinished = path.with_suffix(".new")  # renamed when complete, so that a kill leaves no partial journal
         try:
             unfinished.unlink(missing_ok=True)
             connection = sqlite3.connect(unfinished)
@@ -113,7 +113,7 @@ class Journal:
 
     @classmethod
     def resume(cls, run_dir: str | Path) -> Self:
-        """Open the journal in `run_dir` to go on writing it.
+        """Open the journal in `run_dir` to continue it.
 
         Raises:
             FileNotFoundError: If `run_dir` holds no journal.
@@ -159,13 +159,13 @@ class Journal:
         worker: str = "local",
         started: float | None = None,
     ) -> None:
-        """Add what was measured of `trial`, and settle the trial's fate: ok, or raced or failed with the reason.
+        """Add the measurements of `trial`, and set the trial's status: ok, or raced or failed with the reason.
 
         Args:
             trial: An id that `record_ask` returned.
-            outcome: Values per sample, or why there are none; with a row for each rung on the way.
-            dense: What an evaluation of the dense model saw on the same samples.
-            worker: Where it ran.
+            outcome: Values per sample, or the reason of a failure; with a row for each rung that it passed.
+            dense: Measurement of the dense model on the same samples.
+            worker: The worker that ran it.
             started: Unix time; None if it ended just now.
         """
         stages, first = stages_of(outcome), self._next("evaluations", "id")
@@ -190,11 +190,11 @@ class Journal:
         self._last |= {"tells.tell": tell, "tells.id": first + len(rows) - 1}
 
     def record_meta(self, key: str, value: Any) -> None:
-        """Replace what identifies the run under `key`, such as the number of trials wanted by now."""
+        """Replace an entry of the run's identity, such as the number of trials wanted by now."""
         self._write("REPLACE INTO meta VALUES (?, ?)", [(key, json.dumps(value, allow_nan=False))])
 
     def meta(self) -> dict[str, Any]:
-        """What `create` was given, and `record_meta` after it.
+        """Identity of the run, from `create` and `record_meta`.
 
         Raises:
             FileFormatError: If it is damaged.
@@ -211,7 +211,7 @@ class Journal:
         """
         with self._sound():
             with self._connection:
-                self._connection.execute("BEGIN")  # both queries see the same moment of a search that goes on writing
+                self._connection.execute("BEGIN")  # both queries see the same state while a search writes
                 rows = self._connection.execute(
                     "SELECT id, ask, candidate, costs, status, reason FROM trials ORDER BY id"
                 ).fetchall()
@@ -221,7 +221,7 @@ class Journal:
             return [trial_row(row, tuple(evaluations[row[0]])) for row in rows]
 
     def metrics(self, evaluation: int) -> FloatArray:
-        """The metric of each sample in an evaluation, rounded to float32, shape (n,); empty if it failed."""
+        """Metric of each sample in an evaluation, rounded to float32, shape (n,); empty if it failed."""
         query = "SELECT metrics FROM evaluations WHERE id = ?"
         with self._sound():
             (blob,) = self._connection.execute(query, (evaluation,)).fetchone()
@@ -236,13 +236,13 @@ class Journal:
             return signals, metrics
 
     def first_of_ask(self, trial: int) -> int:
-        """The first trial of those proposed together with `trial`."""
+        """Find the first trial of those proposed together with `trial`."""
         query = "SELECT min(id) FROM trials WHERE ask = (SELECT ask FROM trials WHERE id = ?)"
         (first,) = self._connection.execute(query, (trial,)).fetchone()
         return trial if first is None else int(first)
 
     def told(self) -> set[int]:
-        """The trials that were told to the optimizer."""
+        """Return the trials that were told to the optimizer."""
         return {trial for (trial,) in self._connection.execute("SELECT trial FROM tells")}
 
     def close(self) -> None:
@@ -253,7 +253,7 @@ class Journal:
             self._lock.close()
 
     def _write(self, statement: str, rows: Sequence[tuple[Any, ...]], *then: tuple[str, tuple[Any, ...]]) -> None:
-        """All of it or nothing, even when the process is killed in between; a lock of another program is waited for."""
+        """Write in one transaction, also if the process is killed meanwhile; wait for a lock of another program."""
 
         def transaction() -> None:
             with self._connection:
@@ -278,14 +278,14 @@ class Journal:
             self._watch.settle()
 
     def _ruined(self, error: Exception) -> str:
-        """What happened to the file if an error is due to that; empty otherwise."""
+        """Describe the damage to the file if it caused an error; empty otherwise."""
         code = getattr(error, "sqlite_errorcode", 0)
         if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return "was overwritten"
         return self._watch.lost() if self._watch is not None else ""
 
     def _go_on_in_memory(self, happened: str) -> None:
-        """Let a search end whose file is gone: nothing that it found so far is worth less."""
+        """Continue in memory if the file is gone, so that the search keeps its trials so far."""
         note = (
             f"the journal {self._path} {happened} while the search was writing it; what came after that is in this "
             "result alone, so save it, and the search cannot be resumed there"
@@ -294,13 +294,13 @@ class Journal:
         self.notes = (note,)
         lost = self._connection
         self._connection = rescued(lost)
-        with suppress(sqlite3.Error):  # what it would still write has no place any more
+        with suppress(sqlite3.Error):  # pending writes have no file any more
             lost.close()
         self._watch = None
 
     @contextmanager
     def _sound(self) -> Iterator[None]:
-        """Turn whatever is wrong with what was read into one error."""
+        """Turn all errors of damaged rows into one."""
         told = f"run_dir must hold a journal of autoprune, but {shortened(self._path or 'this one')} is damaged"
         with sound(told, "name another run_dir"):
             try:

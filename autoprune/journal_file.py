@@ -1,4 +1,4 @@
-"""The file behind a journal: its schema, and how it is made, opened, locked and checked."""
+"""File of a journal: its schema, and functions to make, open, lock and check it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ LOCK_NAME = "journal.lock"
 APPLICATION_ID = int.from_bytes(b"aupr")
 SCHEMA_VERSION = 2
 BUSY_SECONDS = 1.0
-"""How long SQLite itself waits for a lock, during which Ctrl-C must wait too."""
+"""Seconds that SQLite itself waits for a lock, during which Ctrl-C must wait too."""
 MOST_BUSY_SECONDS = 600.0
-"""How long a lock of another program is waited for in all."""
+"""Seconds to wait in total for a lock of another program."""
 _TRIES, _WAIT_SECONDS = 20, 0.05
 SCHEMA = """
 CREATE TABLE meta (
@@ -75,7 +75,7 @@ CREATE TABLE tells (
 
 
 def lay_out(connection: sqlite3.Connection, entries: Sequence[tuple[str, str]]) -> None:
-    """Make the tables, and fill that of what identifies the run."""
+    """Make the tables, and fill the one with the identity of the run."""
     connection.executescript(
         f"BEGIN; PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; {SCHEMA}"
     )
@@ -101,7 +101,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def patiently(action: Callable[[], T], path: str | Path, most_seconds: float = MOST_BUSY_SECONDS) -> T:
-    """Do something again until no other program holds a lock on the file, and say that it is waited for.
+    """Repeat an action until no other program holds a lock on the file, and log that it waits.
 
     Raises:
         OSError: If the lock is still held after `most_seconds`.
@@ -127,7 +127,7 @@ def patiently(action: Callable[[], T], path: str | Path, most_seconds: float = M
 
 @contextmanager
 def explaining_failures(path: str | Path) -> Iterator[None]:
-    """Say which file could not be written, and that the rest of it is safe."""
+    """Name the file that could not be written, and say that its contents are safe."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -140,7 +140,7 @@ def explaining_failures(path: str | Path) -> Iterator[None]:
 
 
 def reserve(path: Path) -> IO[bytes]:
-    """Make the folder of a file that is not there yet and lock it, so that two searches can never share one.
+    """Make the folder of a new file and lock it, so that two searches can never share one.
 
     Raises:
         FileExistsError: If there is such a file, or the folder is a file.
@@ -183,7 +183,7 @@ def _taken(run_dir: Path) -> FileExistsError:
 
 @contextmanager
 def writable(run_dir: Path) -> Iterator[None]:
-    """Say which folder could not be written."""
+    """Name the folder that could not be written."""
     try:
         yield
     except (FileExistsError, BlockingIOError):
@@ -195,16 +195,16 @@ def writable(run_dir: Path) -> Iterator[None]:
 
 
 def acquire(path: Path) -> IO[bytes]:
-    """Lock the folder of a file until what is returned is closed.
+    """Lock the folder of a file until the returned lock is closed.
 
     Raises:
         BlockingIOError: If another search holds the lock.
-        FileExistsError: If something else than a file has the name of the lock.
+        FileExistsError: If the name of the lock belongs to something other than a file.
     """
     name = path.with_name(LOCK_NAME)
     if name.exists() and not name.is_file():
         raise FileExistsError
-    for _ in range(_TRIES):  # a reader holds it for an instant, to see whether a search does
+    for _ in range(_TRIES):  # a reader holds it for an instant, to check whether a search does
         lock = name.open("ab")
         try:
             if fcntl is not None:
@@ -222,7 +222,7 @@ def acquire(path: Path) -> IO[bytes]:
 
 
 def _is_open(lock: IO[bytes], name: Path) -> bool:
-    """Whether a lock is that of the file which has the name now: its folder may have been deleted and made again."""
+    """Return whether a lock belongs to the file that has the name now: its folder may have been made again."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), name.stat())
     except FileNotFoundError:
@@ -230,7 +230,7 @@ def _is_open(lock: IO[bytes], name: Path) -> bool:
 
 
 def is_written(path: Path) -> bool:
-    """Whether a search is writing the file now."""
+    """Return whether a search is writing the file now."""
     name = path.with_name(LOCK_NAME)
     if fcntl is None:
         return True
@@ -241,13 +241,13 @@ def is_written(path: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # another user's: what is written meanwhile shows as damage, and is read again
+    except OSError:  # another user's: writes meanwhile show as damage, and the file is read again
         return False
     return False
 
 
 def check(connection: sqlite3.Connection, path: Path) -> None:
-    """Refuse what is no whole journal of this version, before anything that it defines is run.
+    """Check for a complete journal of this version, before any of its definitions is run.
 
     Raises:
         FileFormatError: If it is corrupted, of another program, or of another version.
@@ -257,10 +257,10 @@ def check(connection: sqlite3.Connection, path: Path) -> None:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         problem = _problem(application, version, set(connection.execute("SELECT type, name, sql FROM sqlite_master")))
-        # Only once the tables are known to be ours: this one evaluates what they define.
+        # Only once the tables are known to be ours: this check evaluates their definitions.
         if not problem and (state := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             problem = f"cannot be read: {state}"
-    except (sqlite3.Error, ValueError) as error:  # such as what is no UTF-8 in a definition or a message
+    except (sqlite3.Error, ValueError) as error:  # such as invalid UTF-8 in a definition or a message
         problem = f"cannot be read: {brief(error)}"
     if problem:
         raise FileFormatError(

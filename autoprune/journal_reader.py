@@ -1,4 +1,4 @@
-"""Opening a journal to read: also while a search writes it, in a folder that cannot be written, and without a trace."""
+"""Reading of a journal: also while a search writes it, or in a folder that cannot be written; it leaves no files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from autoprune.files import MIB, require_file
 from autoprune.journal_file import BUSY_SECONDS, FILE_NAME, check, is_written, patiently
 
 MOST_BYTES = 64 * 1024 * MIB
-"""What no journal is larger than."""
+"""Largest size of a journal."""
 MOST_VALUE_BYTES = 256 * MIB
-"""What no single value in it is larger than."""
+"""Largest size of a single value in it."""
 
 _TRIES, _WAIT_SECONDS = 20, 0.1
 _MOST_BUSY_SECONDS = 60.0
 
 
 def open_to_read(run_dir: str | Path) -> tuple[sqlite3.Connection, ExitStack]:
-    """A connection that cannot write, with what closes it.
+    """Open a connection that cannot write, with a stack that closes it.
 
     SQLite's readers of a write-ahead log share memory through a file next to it, which they make and leave behind. So
-    where nobody writes and the log is empty the file is opened as immutable, which needs none; where a killed search
-    left a log in a folder that has no such file or cannot be written, a copy is read.
+    a file without a writer and with an empty log is opened as immutable, which needs none. Where a killed search left a
+    log in a folder that has no such file or cannot be written, a copy is read.
 
     Raises:
         FileNotFoundError: If there is no journal.
@@ -41,8 +41,8 @@ def open_to_read(run_dir: str | Path) -> tuple[sqlite3.Connection, ExitStack]:
         raise FileNotFoundError(f"run_dir must be the folder of an earlier search, got {run_dir}: no {FILE_NAME} there")
     require_file(path, "run_dir must hold a journal of autoprune", MOST_BYTES)
     for last in [False] * (_TRIES - 1) + [True]:
-        # A search that begins makes the file first and lays it out an instant later; one that another user runs may
-        # write while the file is opened as if nobody did.
+        # A search that begins makes the file first and its tables an instant later; one that another user runs may
+        # write while the file is opened as immutable.
         stack = ExitStack()
         try:
             connection = _connect(path, stack)

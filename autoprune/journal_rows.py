@@ -1,4 +1,4 @@
-"""Rows of a journal as they are read, checked."""
+"""Rows of a journal, checked when they are read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class EvaluationRow:
 
     Attributes:
         started: Unix time.
-        samples: How many samples `signal` is the mean of; 0 if the evaluation failed.
+        samples: Number of samples that `signal` is the mean of; 0 if the evaluation failed.
         signal: Lower is better; None if the evaluation failed.
         signal_change_stderr: Standard error of the mean difference to the dense model on the same samples.
         metric: In the metric's own direction; None if the evaluation failed.
         distortion: Mean distance to the outputs of the dense model; None if it was not measured.
-        reason: Why the evaluation failed or was stopped early, else empty.
+        reason: Reason why the evaluation failed or was stopped early, else empty.
     """
 
     id: int
@@ -65,13 +65,13 @@ _TRIAL_FORM = {"id": int, "ask": int, "candidate": [int], "costs": {str: float},
 
 
 def evaluation_row(row: tuple[Any, ...]) -> EvaluationRow:
-    """A row of `EVALUATION_COLUMNS`, once its form is checked: SQLite keeps text where it was told of numbers."""
+    """Make a row from `EVALUATION_COLUMNS` and check its form: SQLite keeps text in columns of numbers."""
     require_form(dict(zip(_EVALUATION_FORM, row, strict=True)), _EVALUATION_FORM, "an evaluation")
     return EvaluationRow(*row)
 
 
 def trial_row(row: tuple[Any, ...], evaluations: tuple[EvaluationRow, ...]) -> TrialRow:
-    """A row of id, ask, candidate, costs, status and reason, once its form is checked."""
+    """Make a row from id, ask, candidate, costs, status and reason, and check its form."""
     names = ("id", "ask", "candidate", "costs", "status", "reason")
     found = dict(zip(names, row, strict=True))
     found |= {name: parse_json(found[name]) for name in ("candidate", "costs")}

@@ -1,4 +1,4 @@
-"""Notices that the file of a journal was moved, deleted or overwritten by someone else while a search writes it."""
+"""Detection of a journal file that was moved, deleted or overwritten by someone else while a search writes it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _MARKS = "SELECT key, value FROM meta WHERE key != 'trials' UNION ALL SELECT 'as
 
 
 class Watch:
-    """Compares a file with what it was when this process last wrote it.
+    """Compares a file with its state when this process last wrote it.
 
     Args:
         path: The file, open for writing in this process.
-        connection: What writes it.
+        connection: Connection that writes it.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -25,12 +25,12 @@ class Watch:
         self._state = os.stat(path)
 
     def settle(self) -> None:
-        """Take what the file is now for what it should be, after a write of ours."""
+        """Record the state of the file after a write of this process."""
         if not self.lost():
             self._state = os.stat(self._path)
 
     def lost(self) -> str:
-        """What happened to the file, in words; empty if it is the one that is open here."""
+        """Describe what happened to the file; empty if it is still the one that is open here."""
         try:
             now = os.stat(self._path)
         except OSError:
@@ -40,7 +40,7 @@ class Watch:
         return ""
 
     def overwritten(self) -> bool:
-        """Whether someone else wrote something else into the file; a checkpoint of another program is no harm."""
+        """Return whether someone else changed the contents of the file; a checkpoint of another program does not."""
         now, before = os.stat(self._path), self._state
         if (now.st_mtime_ns, now.st_size) == (before.st_mtime_ns, before.st_size):
             return False
@@ -58,14 +58,14 @@ class Watch:
 
 
 def rescued(connection: sqlite3.Connection) -> sqlite3.Connection:
-    """A journal in memory with everything that can still be read through a connection, or an empty one."""
+    """Make a journal in memory with everything that can still be read through a connection, or an empty one."""
     memory = sqlite3.connect(":memory:")
     try:
         connection.backup(memory)
         if memory.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
             return memory
     except sqlite3.Error:
-        pass  # what is left is not whole
+        pass  # the file is incomplete
     memory.close()
     memory = sqlite3.connect(":memory:")
     lay_out(memory, [])

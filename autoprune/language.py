@@ -1,4 +1,4 @@
-"""Scores of language models: how well each next token is foreseen."""
+"""Scores of language models: the prediction of each next token."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def next_token(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor
 
 
 def foreseen_tokens(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Tokens of each sample that count, shape (n,), twice: what `next_token` averages over."""
+    """Tokens of each sample that count, shape (n,), twice: the denominators of `next_token`."""
     count = (next_tokens(outputs, batch) != NO_LABEL).sum(1).double()
     return count, count
 
 
 def next_tokens(outputs: Any, batch: Batch) -> Tensor:
-    """What each position but the last has to foresee, int64, shape (n, positions - 1).
+    """Target token of each position but the last, int64, shape (n, positions - 1).
 
-    The labels where these are tokens, else the inputs, one position on; `NO_LABEL` where they say so, and wherever
-    ``attention_mask`` says that the token or the one before it is padding.
+    These are the labels where they are tokens, else the inputs, shifted by one position; `NO_LABEL` where they hold it,
+    and wherever ``attention_mask`` says that the token or the one before it is padding.
     """
     logits, ids = main_output(outputs), token_ids(batch)
     assert ids is not None
@@ -43,7 +43,7 @@ def next_tokens(outputs: Any, batch: Batch) -> Tensor:
 
 
 def why_no_language_model(outputs: Any, batch: Batch) -> str:
-    """Say what is missing for outputs to be logits of the next token; empty where nothing is."""
+    """Say what is missing for outputs to be logits of the next token; empty if nothing is."""
     ids, logits = token_ids(batch), main_output(outputs)
     if ids is None:
         return "whole numbers of shape (n, positions) as input_ids or as the first input"
@@ -55,9 +55,9 @@ def why_no_language_model(outputs: Any, batch: Batch) -> str:
 
 
 def foresees(forward: Callable[[Batch], Any], batch: Batch) -> bool:
-    """Whether outputs depend on earlier tokens alone: another last token must change nothing before it.
+    """Return whether outputs depend on earlier tokens alone: another last token must change nothing before it.
 
-    A masked language model, which sees all tokens, has the same inputs and outputs, and no next token to foresee.
+    A masked language model, which sees all tokens, has the same inputs and outputs, but predicts no next token.
     """
     few = pieces(batch, 2)[0]
     ids = token_ids(few)

@@ -17,14 +17,14 @@ from autoprune.files import as_path, shortened
 
 
 def load_object(target: str, option: str) -> Any:
-    """The object that `target` names; a function or class is called without arguments.
+    """Load the object that `target` names; a function or class is called without arguments.
 
     The folder of a file, or the current folder for a module, goes to the front of ``sys.path`` and stays there, as with
     ``python FILE.py``: user code may import its neighbours as late as in a forward pass.
 
     Args:
         target: ``"FILE.py:NAME"`` or ``"package.module:NAME"``.
-        option: Where it was named, for messages.
+        option: Option that named it, for messages.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -53,16 +53,16 @@ def load_object(target: str, option: str) -> Any:
 
 
 def load_model(target: str, weights: Path | None = None, option: str = "MODEL") -> nn.Module:
-    """The model that `target` names, with a state dict loaded into it.
+    """Load the model that `target` names, and a state dict into it.
 
     Args:
         target: See `load_object`.
         weights: A ``.safetensors`` file, or a state dict saved by ``torch.save`` (read without unpickling objects).
-        option: Where the model was named, for messages.
+        option: Option that named the model, for messages.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If `target` gives something else than a module, or the weights cannot be read or do not fit it.
+        ValueError: If `target` gives no module, or the weights cannot be read or do not fit it.
     """
     model = load_object(target, option)
     if not isinstance(model, nn.Module):
@@ -83,7 +83,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             load_safetensors(model, path)  # knows the tied weights that its writer left out
         else:
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:  # its message advises to unpickle whatever the file holds
+    except pickle.UnpicklingError as error:  # its message advises to unpickle any contents
         raise ValueError(
             f"weights must be a state dict, but {path} is no file of torch.save, or holds more than tensors"
         ) from error
@@ -123,7 +123,7 @@ def _put_first(folder: Path) -> None:
 
 
 def _defined_in(module: ModuleType) -> list[str]:
-    """Names that a user may have meant: what the module defines, without what it imports."""
+    """Names that a user may have meant: those that the module defines, without imported ones."""
     return [
         name
         for name, value in vars(module).items()

@@ -1,8 +1,9 @@
-"""Losses that users give: scored sample by sample, so that the whole says what the loss itself says of the set.
+"""Losses of users: scored sample by sample, so that the samples together give the loss of the set.
 
 A loss that averages is a quotient: class weights, ignored labels and padding make some samples count more than others,
 and the mean of samples is another number. So each sample's part of the numerator and of the denominator is found by
-asking the loss, with its own reduction, about each sample alone. What is no such quotient is asked about the whole set.
+calling the loss, with its own reduction, on each sample alone. A loss that is no such quotient is called on the whole
+set.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from autoprune.batches import Batch, batch_size, fresh, slice_batch, targets
 from autoprune.errors import DataError
 from autoprune.scorers import NO_LABEL, describe, main_output, sample_means
 
-_ROUNDING = 1e-3  # relative, between a loss of a batch and what its samples say of it; single precision is far below
+_ROUNDING = 1e-3  # relative, between a loss of a batch and that computed from its samples; float32 is far more precise
 _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 _AT_ONCE_BYTES = 2**30  # outputs of a whole set that are held for one call of a loss
 
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """A loss with a value for each sample, and how these make up the value of a set.
+    """Loss with a value for each sample, and the rule that combines these to the value of a set.
 
     Attributes:
         name: For messages.
@@ -46,12 +47,12 @@ class SampleLoss:
     total: bool = False
 
     def __call__(self, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The values averaged over all but the first dimension, shape (n,), twice."""
+        """Average the values over all but the first dimension, shape (n,), twice."""
         means = sample_means(self.each(main_output(outputs), batch))
         return means, means
 
     def each(self, output: Tensor, batch: Batch) -> Tensor:
-        """Values of shape (n, ...)."""
+        """Compute values of shape (n, ...)."""
         values = _called(self.values, output, targets(batch))
         samples = batch_size(batch)
         if not isinstance(values, Tensor) or values.is_complex() or values.ndim == 0 or len(values) != samples:
@@ -62,7 +63,7 @@ class SampleLoss:
         return values
 
     def parts(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """For each sample the number of its values and its part of the denominator, float64, shape (n,) each.
+        """Number of values of each sample and its part of the denominator, float64, shape (n,) each.
 
         They depend on the targets alone; `outputs` only have to have the right form.
         """
@@ -77,11 +78,11 @@ class SampleLoss:
         return counts, torch.tensor(parts, dtype=torch.float64)
 
     def _part(self, output: Tensor, batch: Batch, i: int, values: Tensor) -> float:
-        """The denominator of sample i: its sum over its mean."""
+        """Denominator of sample i: its sum over its mean."""
         assert self.own is not None
         target = _sample(targets(batch), i)
         total = float(values[i].sum())
-        for row in (i, (i + 1) % len(values)):  # a sample without any loss says nothing of its denominator
+        for row in (i, (i + 1) % len(values)):  # a sample without any loss does not show its denominator
             one = output[row : row + 1]
             if row != i:
                 total = float(_called(self.values, one, target).double().sum())
@@ -95,7 +96,7 @@ class SampleLoss:
 
 @dataclass(frozen=True)
 class SingleSamples:
-    """Asks a loss that knows no reduction about one sample at a time."""
+    """Calls a loss without a reduction on one sample at a time."""
 
     loss: Callable[..., Any]
 
@@ -106,12 +107,12 @@ class SingleSamples:
 
 @dataclass(frozen=True)
 class WholeLoss:
-    """Asks a loss about all samples at once, because its value of a set is no mean of values of samples."""
+    """Calls a loss on all samples at once, because its value of a set is no mean of values of samples."""
 
     loss: Callable[..., Any]
 
     def __call__(self, forward: Callable[[Batch], Any], batches: Sequence[Batch]) -> float:
-        """One call where the outputs fit into 1 GiB; else the mean over batches, weighted by their samples."""
+        """Call it once where the outputs fit into 1 GiB; else average over batches, weighted by their samples."""
         outputs: list[Tensor] = []
         wanted: list[Any] = []
         done: list[tuple[float, int]] = []
@@ -132,7 +133,7 @@ class WholeLoss:
 
 
 def sample_loss(loss: Callable[..., Any], outputs: Any, batches: Sequence[Batch]) -> tuple[SampleLoss | None, str]:
-    """Take a loss apart into samples, where that gives what it says of batches itself.
+    """Split a loss into values of samples, if these give its value of batches.
 
     Args:
         loss: ``loss(outputs, targets)``: a module with a ``reduction``, a function that takes one, or any other.
@@ -140,7 +141,7 @@ def sample_loss(loss: Callable[..., Any], outputs: Any, batches: Sequence[Batch]
         batches: With targets; those as large as the first are tried with its outputs.
 
     Returns:
-        The loss of samples, or None if it has to be asked about the whole set; and in words what was found.
+        The loss of samples, or None if it has to be called on the whole set; and the reason in words.
 
     Raises:
         ValueError: If the loss returns no number.
@@ -164,7 +165,7 @@ def sample_loss(loss: Callable[..., Any], outputs: Any, batches: Sequence[Batch]
     try:
         if all(_agrees(found, whole, output, batch) for batch in tried):
             return found, ""
-    except Exception as error:  # a user's loss may raise anything for a single sample, and then has to see them all
+    except Exception as error:  # a user's loss may raise anything for a single sample, and then needs the whole set
         return None, f"; it cannot score single samples ({type(error).__name__}), so the whole set is scored at once"
     return None, "; its value of a batch is no mean of values of samples, so the whole set is scored at once"
 
@@ -191,7 +192,7 @@ def require_classes(loss: Callable[..., Any], outputs: Any, batches: Sequence[Ba
 
 
 def label_out_of_range(labels: Sequence[Tensor], classes: int, left_out: int | None) -> str:
-    """What labels would have to be, and the first that is something else; empty where all are classes."""
+    """Describe valid labels and the first invalid one; empty where all are classes."""
     for label in labels:
         bad = label[((label < 0) | (label >= classes)) & (label != left_out if left_out is not None else True)]
         if len(bad):
@@ -200,13 +201,13 @@ def label_out_of_range(labels: Sequence[Tensor], classes: int, left_out: int | N
 
 
 def name_of(fn: Any) -> str:
-    """What results call a loss or a metric."""
+    """Name of a loss or a metric in results."""
     inner = fn.func if isinstance(fn, partial) else fn
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
 def _reduced(loss: Callable[..., Any]) -> tuple[str | None, Callable[[str], Callable[..., Any]]]:
-    """The reduction that a loss has, if it has one, and what makes the same loss with another."""
+    """Reduction of a loss, if it has one, and a function that makes the same loss with another."""
 
     def module(reduction: str) -> Callable[..., Any]:
         copied = copy.deepcopy(loss)
@@ -225,7 +226,7 @@ def _reduced(loss: Callable[..., Any]) -> tuple[str | None, Callable[[str], Call
 
 
 def _agrees(found: SampleLoss, whole: Callable[..., Any], output: Tensor, batch: Batch) -> bool:
-    """Whether samples say of a batch what the loss says of it."""
+    """Return whether the values of samples give the loss of a batch."""
     said = float(_called(whole, output, targets(batch)))
     counts, parts = found.parts(output, batch)
     if not parts.any():

@@ -1,9 +1,9 @@
-"""Keep the weights of a large model in a file that the system reads when it needs them, and not in memory.
+"""Weights of a large model in a memory-mapped file that the system reads on demand.
 
-A search needs the weights of the user's model, and its result needs them as they were, even if the user trains on. For
-small models a copy is made at once. Large ones are borrowed during the search, unless code of the user's gets at them,
-and written to an unnamed file at its end, which goes with the result: pages of it come into memory when a network is
-built, and leave it when it is short.
+A search needs the weights of the user's model, and its result needs them as they were, even if the user trains it
+further. Small models are copied at once. Large ones share memory during the search, unless code of the user can reach
+them, and are written to an unnamed file at its end, which lives as long as the result: its pages come into memory when
+a network is built, and are dropped when memory is short.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from autoprune.structure.slicing import Edit, build, owners
 
 log = logging.getLogger(__name__)
 
-_ALIGNMENT = 64  # of PyTorch's own memory: kernels may take other ways where it is less
-_SMALL = 2**16  # tensors that are not worth it
+_ALIGNMENT = 64  # of PyTorch's own memory: kernels may run other code where it is less
+_SMALL = 2**16  # smaller tensors stay in memory
 
 
 @runtime_checkable
 class Holds(Protocol):
-    """An evaluator that holds large tensors between evaluations."""
+    """Optional protocol: evaluators that hold large tensors between evaluations."""
 
     def held(self) -> list[Tensor]:
-        """What it holds, of which `Tensor.data` may be replaced by the same values."""
+        """Tensors that it holds, whose `Tensor.data` may be replaced by the same values."""
         ...
 
 
 def own_copy(model: nn.Module, borrow: bool = True) -> nn.Module:
-    """A copy of a model with tensors of its own; parameters of a large one may `borrow` their memory until `settle`."""
+    """Copy a model with its tensors; with `borrow`, the parameters of a large one share memory until `settle`."""
     if not (borrow and is_large(model)):
         return build(model, Edit({}, {}))
     copied, made = skeleton(model), dict[int, Tensor]()
@@ -55,7 +55,7 @@ def own_copy(model: nn.Module, borrow: bool = True) -> nn.Module:
 
 
 def settle(model: nn.Module, evaluator: object) -> None:
-    """Give what `own_copy` returned memory of its own, and move what the evaluator holds out of memory, too."""
+    """Move the shared parameters of `own_copy` and the tensors that the evaluator holds into a file."""
     if isinstance(evaluator, Orders):
         evaluator.release()
     parameters = list(model.parameters())
@@ -78,7 +78,7 @@ def settle(model: nn.Module, evaluator: object) -> None:
 
 
 def _storable(tensor: Tensor) -> bool:
-    """Whether a tensor is a block of the machine's memory."""
+    """Return whether a tensor is a large enough block of main memory."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     return plain and tensor.nbytes >= _SMALL and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
 

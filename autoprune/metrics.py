@@ -1,4 +1,4 @@
-"""What candidates are judged by: the user's metric, and the finer signal that steers the search.
+"""Metrics: the user's metric that judges candidates, and the finer signal that steers the search.
 
 Accuracy on a few hundred samples ties too often to steer a search, so optimizers see a smooth per-sample signal, lower
 is better, while the metric judges in its own direction; both are recorded.
@@ -48,14 +48,14 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Metric:
-    """A user's own measure of a model.
+    """Measure of a model given by the user.
 
     Attributes:
         fn: ``fn(outputs, batch)`` gives one value a sample, a tensor of shape (n,). With ``per_sample=False``,
             ``fn(forward, batches)`` gives one number for the whole set, and ``forward(batch)`` the outputs.
         higher_is_better: The direction of the values.
         per_sample: Whether `fn` scores samples one by one; only then can bad candidates be stopped early.
-        name: What results call it; the name of `fn` if empty.
+        name: Name in results; the name of `fn` if empty.
         needs_dense: Whether `fn` takes the outputs of the dense model as a third argument:
             ``fn(outputs, batch, dense)`` with its main output for the same samples, a tensor (n, ...); with
             ``per_sample=False``, ``fn(forward, batches, dense)`` with one such tensor for each batch.
@@ -83,20 +83,20 @@ class Metric:
 
 @dataclass(frozen=True)
 class Judge:
-    """A metric made ready for one model and its data. Pickles when the user's function does.
+    """Metric prepared for one model and its data. Pickles when the user's function does.
 
     Attributes:
-        name: What results call the metric.
+        name: Name of the metric in results.
         higher_is_better: The direction of the metric; the signal is always lower-is-better.
-        note: Which metric was chosen and why, in plain words.
+        note: The metric chosen and the reason, in plain words.
         needs_dense: Whether scoring compares with the outputs of the dense model.
         proportion: Whether values are 0 or 1; None if only the values can tell.
         scorer: Scores samples one by one; None for a metric of the whole set.
         whole_set: ``whole_set(forward, batches)`` scores all at once; None for a per-sample metric.
-        distance: How far outputs are from dense ones, the distortion; None where there is no such measure.
-        parts: Where samples count differently in the value of a set, how much each does; None where all count the same.
+        distance: Distance of outputs to dense ones, the distortion; None where there is no such measure.
+        parts: Weight of each sample in the value of a set, where they differ; None where all count the same.
         total: Whether that value is a sum and no mean.
-        signal_is_distortion: Whether the signal says how far outputs are from dense ones.
+        signal_is_distortion: Whether the signal is the distance of outputs to dense ones.
     """
 
     name: str
@@ -113,16 +113,16 @@ class Judge:
 
     @property
     def per_sample(self) -> bool:
-        """Whether samples are scored one by one."""
+        """True if samples are scored one by one."""
         return self.scorer is not None
 
     def dense_outputs(
         self, forward: Forward, batches: Sequence[Batch], memory_bytes: int = 0
     ) -> tuple[Tensor | None, ...]:
-        """What the dense model gives for the samples of each batch, to be computed once and kept.
+        """Compute the outputs of the dense model for the samples of each batch, to be kept.
 
-        All of it where scores compare with it, which no limit may change. Else, for the distortion, the first samples
-        that fit into `memory_bytes`, the same for every candidate; None for the batches behind them.
+        All outputs where scores compare with them, which no limit may change. Else, for the distortion, those of the
+        first samples that fit into `memory_bytes`, the same for every candidate; None for the batches after them.
         """
         if self.needs_dense:
             with torch.no_grad():
@@ -150,12 +150,12 @@ class Judge:
     def weigh(
         self, forward: Forward, batches: Sequence[Batch], dense: Sequence[Tensor | None] | None = None
     ) -> Weighing | None:
-        """How much each sample of a set counts, to be computed once and kept; None where all count the same.
+        """Compute the weight of each sample of a set, to be kept; None where all count the same.
 
         Args:
             forward: Gives outputs of the form that is scored, such as those of the dense model.
             batches: The whole set.
-            dense: The entries of `dense_outputs`; what they hold is not computed again.
+            dense: The entries of `dense_outputs`, which are not computed again.
 
         Raises:
             DataError: If no sample counts at all.
@@ -177,7 +177,7 @@ class Judge:
         )
 
     def score_set(self, forward: Forward, batches: Sequence[Batch], dense: Sequence[Tensor | None] = ()) -> float:
-        """A metric of the whole set, in its own direction."""
+        """Compute a metric of the whole set, in its own direction."""
         if self.whole_set is None:
             raise ValueError(f"metric {self.name!r} scores samples one by one; use score_batch or measure")
         lent = Lent(batches)
@@ -201,13 +201,13 @@ class Judge:
         dense: Sequence[Tensor | None],
         weighing: Weighing | None = None,
     ) -> Scores:
-        """Signal, metric and distortion over batches.
+        """Measure signal, metric and distortion over batches.
 
         Args:
             forward: Gives the outputs of the model under test for a batch.
-            batches: What to score on.
+            batches: Samples to score on.
             dense: The entries of `dense_outputs` for `batches`.
-            weighing: What `weigh` gave for these batches; None takes them for a whole set.
+            weighing: Result of `weigh` for these batches; None takes them for a whole set.
         """
         watched = _Watched(forward, self.distance, dict(zip(map(id, batches), dense, strict=True)))
         if not self.per_sample:
@@ -226,10 +226,10 @@ class Judge:
 
 
 class Weighing(NamedTuple):
-    """How samples make up the value of a set, for each of its batches float64 of shape (n,).
+    """Weights of samples in the value of a set, float64 of shape (n,) for each of its batches.
 
     Attributes:
-        scale: What the value of each sample is multiplied by, so that the mean over the set is the value of the set.
+        scale: Factor of the value of each sample, so that the mean over the set is the value of the set.
         weights: The parts of the denominator, with a mean of 1 over the set, which standard errors need.
     """
 
@@ -237,19 +237,19 @@ class Weighing(NamedTuple):
     weights: tuple[FloatArray, ...]
 
     def of(self, rows: slice) -> Weighing:
-        """That of some of the batches."""
+        """Select some of the batches."""
         return Weighing(self.scale[rows], self.weights[rows])
 
 
 class Scores(NamedTuple):
-    """What a judge measures, float64.
+    """Measurements of a judge, float64.
 
     Attributes:
-        signal: What steers the search, lower is better: one value a sample, or a single one for the whole set. Their
-            mean over the set is the value of the set.
+        signal: Steers the search, lower is better: one value a sample, or a single one for the whole set. Their mean
+            over the set is the value of the set.
         metric: In its own direction, as many values.
-        distortion: Distance to the dense outputs, one value for each sample that these were kept of; may be empty.
-        weights: How much each sample counts, as in `Weighing`; empty where all count the same.
+        distortion: Distance to the dense outputs, one value for each sample with kept dense outputs; may be empty.
+        weights: Weight of each sample, as in `Weighing`; empty where all count the same.
     """
 
     signal: FloatArray
@@ -259,10 +259,10 @@ class Scores(NamedTuple):
 
 
 class _Watched:
-    """A forward that compares outputs with the dense ones as they pass by.
+    """Forward that compares its outputs with the dense ones.
 
-    So a metric of the whole set, which calls it as it likes, costs no second pass. Where a batch is missing or its
-    outputs do not compare, nothing is said of the candidate at all: candidates must be seen on equal samples.
+    So a metric of the whole set, which may call it in any way, needs no second pass. Where a batch is missing or its
+    outputs do not compare, the candidate has no distortion: candidates must be compared on the same samples.
     """
 
     def __init__(self, forward: Forward, distance: scorers.Distance | None, dense: Mapping[int, Tensor | None]) -> None:
@@ -280,7 +280,7 @@ class _Watched:
         return outputs
 
     def distortion(self) -> FloatArray:
-        """One value for each sample that dense outputs were kept of, or none."""
+        """Return one value for each sample with kept dense outputs, or none."""
         if not self._dense or self._seen.keys() != self._dense.keys():
             return np.empty(0)
         return torch.cat([self._seen[key].double() for key in self._dense]).cpu().numpy()
@@ -291,7 +291,7 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
 
     ``"auto"`` is accuracy if the labels are classes of the outputs, the loss if they are classes of each position
     (segmentation), the mean squared error if they are floats shaped like the outputs, the loss of the next token if
-    the outputs foresee ``input_ids`` and there are no other labels, else agreement.
+    the outputs predict ``input_ids`` and there are no other labels, else agreement.
 
     Args:
         metric: A name from `METRICS`, a `Metric`, or a loss like ``nn.MSELoss()`` or ``F.cross_entropy``, called with
@@ -344,7 +344,7 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Jud
 
 
 class Summary(NamedTuple):
-    """Mean over samples, its standard error and its 95 % interval; NaN where a single value cannot tell."""
+    """Mean over samples, its standard error and its 95 % interval; NaN for a single value."""
 
     mean: float
     stderr: float
@@ -356,10 +356,10 @@ def summary(values: FloatArray, proportion: bool | None = None, weights: FloatAr
 
     Args:
         values: One value a sample, shape (n,), or a single one for a metric of the whole set.
-        proportion: Whether values are 0 or 1, which asks for the Wilson interval in place of the normal one; None
-            looks at the values.
-        weights: How much each sample counts, with a mean of 1, where the mean is a quotient; None or empty where all
-            count the same.
+        proportion: Whether values are 0 or 1, for which the interval is Wilson's in place of the normal one; None
+            decides by the values.
+        weights: Weight of each sample, with a mean of 1, where the mean is a quotient; None or empty where all count
+            the same.
     """
     values = np.asarray(values, np.float64)
     n, mean = len(values), float(values.mean())
@@ -386,7 +386,7 @@ def _judge_metric(metric: Metric) -> Judge:
 
 
 def _judge_loss(loss: Callable[..., Any], outputs: Any, batches: Sequence[Batch]) -> Judge:
-    """Judge by a loss: by samples where these say what it says of the set, else by the whole set."""
+    """Judge by a loss: by samples where these give its value of the set, else by the whole set."""
     name = name_of(loss)
     found, how = sample_loss(loss, outputs, batches)
     note = f"loss {name!r} was given{how}"
@@ -450,7 +450,7 @@ def _note_of_void(output: Tensor, batches: Sequence[Batch]) -> str:
 
 
 def _choose(outputs: Any, batches: Sequence[Batch], forward: Forward) -> tuple[str, str]:
-    """The metric that ``"auto"`` stands for, and the reason."""
+    """Choose the metric of ``"auto"``, with the reason."""
     reasons = {
         "accuracy": "the labels are classes of the outputs",
         "loss": "the labels are classes of each position of the outputs",
@@ -473,7 +473,7 @@ def _choose(outputs: Any, batches: Sequence[Batch], forward: Forward) -> tuple[s
 
 
 def _is_language_model(outputs: Any, batches: Sequence[Batch], forward: Forward) -> bool:
-    """Whether outputs are logits of each next one of the ``input_ids``, and labels, if any, are such tokens."""
+    """Return whether outputs are logits of each next one of the ``input_ids``, and labels, if any, are such tokens."""
     first = batches[0]
     if not isinstance(first, Mapping) or "input_ids" not in first or language.why_no_language_model(outputs, first):
         return False
@@ -483,7 +483,7 @@ def _is_language_model(outputs: Any, batches: Sequence[Batch], forward: Forward)
 
 
 def _misfit(name: str, made: Any, batches: Sequence[Batch]) -> str:
-    """What a metric needs of labels and outputs but does not find; empty if all is well."""
+    """Describe the labels or outputs that a metric needs and does not find; empty if all fit."""
     if name == "next_token":
         return language.why_no_language_model(made, batches[0])
     outputs = scorers.main_output(made)

@@ -1,4 +1,4 @@
-"""What can be pruned from a model, why the rest stays, and the pages that say so."""
+"""Inspection of a model: its prunable groups, the reasons why the rest stays, and reports of them."""
 
 from autoprune.inspection.inspection import Inspection, inspect
 

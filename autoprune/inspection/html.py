@@ -1,4 +1,4 @@
-"""An `Inspection` as one web page: all groups and all reasons, readable on light and on dark screens."""
+"""Web page of an `Inspection`: all groups and all reasons, readable on light and on dark screens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 
 
 def as_html(found: Inspection) -> str:
-    """A page without scripts that loads nothing; every name in it is escaped."""
+    """Make a page without scripts that loads nothing; every name in it is escaped."""
     title = escape(headline(found))
     parts = [
         f"<h1>{title}</h1>",
@@ -106,7 +106,7 @@ def _share(share: float) -> tuple[str, str]:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML already."""
+    """Make a table whose cells are HTML already."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"

@@ -1,4 +1,4 @@
-"""What can be pruned from a model, what each part of it is worth, and why the rest stays."""
+"""Inspection of a model: its prunable groups with their share of the costs, and the reasons why the rest stays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from autoprune.structure.structure import Structure
 from autoprune.structure.units import Frozen, Group
 
 Outputs: TypeAlias = str | int | Sequence[str | int] | Callable[[Any], Any]
-"""Which outputs matter: a key, an index, several of these, or a function of what the model returns."""
+"""Choice of outputs: a key, an index, several of these, or a function of the model's return value."""
 
 SIZES = "its forward needs a size that no attribute holds: write -1 or x.shape in views, or register_adapter()"
 RETURNED = "returned by the model"
@@ -44,19 +44,19 @@ REMEDIES = {
     "part of constant size": "padding adds a constant number of channels; a learned projection would leave them free",
     "indexed by position": "numbers in Python choose these; chunk, split and learned projections leave a choice",
 }
-"""What a user can do, by a part of the reason."""
+"""Advice to the user, by a part of the reason."""
 
 
 @dataclass(frozen=True)
 class GroupShare:
-    """What a group is worth: the shares of the dense model that go when this group alone keeps as little as it may.
+    """Worth of a group: the shares of the dense model that are removed if this group alone is as small as allowed.
 
     A layer between two groups shrinks with either, and so counts for both: shares of groups add up to at least the
     share that is reachable with all of them.
 
     Attributes:
         name: Name of the group.
-        units: How many units it has.
+        units: Number of its units.
         layers: Modules whose parameters or buffers shrink with it.
         flops_share: Share of the FLOPs, in [0, 1).
         params_share: Share of the parameters, in [0, 1).
@@ -74,11 +74,11 @@ class FrozenPart:
     """Parameters that cannot shrink along some dimension, all for one reason.
 
     Attributes:
-        reason: Why, in words.
+        reason: The reason, in words.
         tensors: The parameters, in forward order.
-        params_share: Share of the dense model's parameters, in [0, 1], that lie in what stays along that dimension.
-            They may still go along another one: the first layer reads the model's inputs, but can lose outputs.
-        remedy: What a user can do about it; empty where nothing is known.
+        params_share: Share of the dense model's parameters, in [0, 1], in the slices that stay along that dimension.
+            They may be removed along another one: the first layer reads the model's inputs, but can lose outputs.
+        remedy: Advice to the user; empty where there is none.
     """
 
     reason: str
@@ -89,21 +89,21 @@ class FrozenPart:
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What can be pruned and why the rest cannot; ``print`` it.
+    """Prunable groups of a model, and the reasons why the rest stays; ``print`` it.
 
     Attributes:
         model: Class of the model.
-        structure: What `inspect` found, for more detail.
+        structure: Structure that `inspect` found, for more detail.
         dense: Costs of the dense model: ``flops`` (multiply-accumulates of one sample), ``params`` and
             ``memory_bytes`` (parameters, buffers and the peak of activations, batch size 1).
-        removable: Share of each cost, in [0, 1), that goes when every group keeps as little as it may: what a search
-            with the same `space` can reach at the most.
+        removable: Share of each cost, in [0, 1), that is removed if every group is as small as allowed: the most that a
+            search with the same `space` can reach.
         groups: In forward order.
         frozen: Largest share of the parameters first.
         untouched: Parameters that the forward pass did not read, with their number of elements; they stay.
         attributes: Sizes that modules keep in Python and that follow the units, such as ``"h.0.attn.num_heads"``.
-        graphs: Modules that are delivered as graphs of what they ran, because their code does not follow the widths.
-        limits: What the space lets each group keep at least, in words; empty where that is one unit.
+        graphs: Modules that are delivered as graphs of their operations, because their code does not follow the widths.
+        limits: Smallest groups of the space, in words; empty where these are single units.
     """
 
     model: str
@@ -118,7 +118,7 @@ class Inspection:
     limits: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: all but `structure`, of which it says where the pass was traced and in how much memory."""
+        """JSON-ready dictionary of everything but `structure`, of which it has the device and memory of the trace."""
         return {
             "model": self.model,
             "traced_on": self.structure.device,
@@ -135,7 +135,7 @@ class Inspection:
 
     @property
     def trace_bytes(self) -> int:
-        """Most bytes that inputs and results of the traced pass took at once; 0 on the meta device."""
+        """Peak bytes of inputs and results of the traced pass; 0 on the meta device."""
         if self.structure.device == "meta":
             return 0
         batch, dense = self.structure.terms.batch, self.structure.sizes[None].astype(np.float64)
@@ -144,14 +144,14 @@ class Inspection:
         return int(all_of_it - one)
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """A page of its own that loads nothing from elsewhere, written to `path` if one is given."""
+        """Make a web page that loads nothing from elsewhere, and write it to `path` if one is given."""
         page = as_html(self)
         if path is not None:
             write_text(path, page)
         return page
 
     def __str__(self) -> str:
-        """Plain text of at most 100 columns."""
+        """Format as plain text of at most 100 columns."""
         return as_text(self)
 
 
@@ -165,29 +165,29 @@ def inspect(
     checks: str = "on",
     rewrite: str = "auto",
 ) -> Inspection:
-    """Say what can be pruned from a model, what each group is worth, and why the rest stays.
+    """Report the prunable groups of a model with their share of the costs, and the reasons why the rest stays.
 
-    The model comes back unchanged. A model in which nothing can be pruned gives an inspection that says why.
+    The model comes back unchanged. For a model in which nothing can be pruned, the inspection gives the reasons.
 
     Args:
         model: Any module that runs on the inputs; DataParallel, DDP and compiled wrappers are looked through.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs; None for the example that
             the model carries (``example_input_array``, ``dummy_inputs``, timm's ``pretrained_cfg``). A list of these
-            covers the branches of a forward: only what every example allows can be pruned, and costs are the first's.
-        forward: ``forward(model, batch)`` as in `autoprune.search`, where calling the model is not enough; returns what
-            matters. The batch is the example: a tensor or dict as given, several inputs as a tuple with None at its
-            end, in the place of the target.
-        outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns. What
-            reaches others alone can be pruned.
-        space: As in `autoprune.search`: what a group keeps at least. ``Channels(step=1, min_fraction=1e-9)`` lets each
-            keep a single unit.
+            covers the branches of a forward: a group must be prunable in all of them, and costs are the first's.
+        forward: ``forward(model, batch)`` as in `autoprune.search`, where calling the model is not enough; returns the
+            outputs that matter. The batch is the example: a tensor or dict as given, several inputs as a tuple with
+            None at its end, in place of the target.
+        outputs: Outputs that matter: a key, an index, several of these, or a function of the model's return value.
+            Units that reach only other outputs can be pruned.
+        space: As in `autoprune.search`; it limits how small groups may be. ``Channels(step=1, min_fraction=1e-9)`` lets
+            each keep a single unit.
         checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead.
-        rewrite: ``"auto"`` delivers modules whose code ties sizes as graphs of what they ran; ``"off"`` freezes or ties
-            what such code stops.
+        rewrite: ``"auto"`` delivers modules whose code ties sizes as graphs of their operations; ``"off"`` freezes or
+            ties the groups that such code stops.
 
     Raises:
         ValueError: If there are no example inputs, or the model returns NaN or infinity for them, or `outputs`
-            selects nothing from what it returns.
+            selects nothing from its return value.
         UnsupportedModelError: If the model is scripted, quantised, spread over devices, or cannot be copied.
         StructureCheckError: If a group fails and `checks` is ``"strict"``.
 
@@ -207,8 +207,8 @@ def inspect(
     groups = structure.groups
     widths = np.tile(structure.sizes.astype(np.float64), (len(groups) + 2, 1))
     least = _least(settings, structure)
-    np.fill_diagonal(widths[: len(groups)], least)  # row i: group i alone keeps as little as it may
-    widths[-1] = least  # every group does; the row before is dense
+    np.fill_diagonal(widths[: len(groups)], least)  # row i: group i alone is as small as allowed
+    widths[-1] = least  # every group is; the row before is dense
     table = {name: getattr(costs, name)(widths) for name in ("flops", "params", "memory_bytes")}
     shares = {name: ((cost[-2] - cost) / max(cost[-2], 1.0)).tolist() for name, cost in table.items()}
     parameters = dict(model.named_parameters())
@@ -230,7 +230,7 @@ def inspect(
 
 
 def _least(settings: Settings, structure: Structure) -> FloatArray:
-    """The fewest units of each group that a space offers, shape (groups,)."""
+    """Smallest width of each group in a space, shape (groups,)."""
     if not structure.groups:
         return np.zeros(0)
     order = {group.name: tuple(range(group.size)) for group in structure.groups}
@@ -243,7 +243,7 @@ def _least(settings: Settings, structure: Structure) -> FloatArray:
 
 
 def _limits(settings: Settings, structure: Structure, least: FloatArray) -> str:
-    """Which settings keep groups from giving up more; empty where none does."""
+    """Name the settings that keep groups from being smaller; empty where none does."""
     if all(width <= group.multiple for width, group in zip(least, structure.groups, strict=True)):
         return ""
     kept = f"the smallest network of the space keeps {least.sum():.0f} of {structure.sizes.sum()} units"
@@ -262,7 +262,7 @@ def _by_output(
     run: Forward,
     outputs: Outputs | None,
 ) -> list[tuple[Frozen, str]]:
-    """What stays, each with what a user can do; what a model returns, by the key or index of the output."""
+    """Frozen slices, each with advice to the user; those of outputs by the key or index of the output."""
     told_apart = outputs is None and any(part.reason == RETURNED for part in structure.frozen)
     by_output = frozen_by_output(model, args, kwargs, run) if told_apart else {}
     found = []

@@ -1,4 +1,4 @@
-"""An `Inspection` as plain text for a terminal."""
+"""Plain text of an `Inspection` for a terminal."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ STAYS = "What stays, and the share of the params there (which may still shrink a
 
 
 def as_text(found: Inspection) -> str:
-    """At most `WIDTH` columns; long lists are cut short."""
+    """Format in at most `WIDTH` columns; long lists are shortened."""
     return "\n".join([headline(found), "", *_costs(found), *_groups(found), *_stays(found), *_notes(found)])
 
 
 def headline(found: Inspection) -> str:
-    """One line: how many units in how many groups."""
+    """Summarise in one line: the numbers of units and of groups."""
     units, groups = sum(group.units for group in found.groups), len(found.groups)
     what = f"{units} removable units in {groups} group{'s' * (groups > 1)}" if units else "nothing can be pruned"
     return f"{found.model}: {what}"
@@ -79,7 +79,7 @@ def _notes(found: Inspection) -> list[str]:
 
 
 def notes(found: Inspection) -> list[str]:
-    """What else a user should know: sizes that follow, and where the pass was traced."""
+    """Further remarks: sizes that follow the units, and the device of the trace."""
     lines = []
     if found.limits:
         lines.append(f"Removable is what a search can reach: {found.limits}.")
@@ -102,18 +102,18 @@ def notes(found: Inspection) -> list[str]:
 
 
 def unread(found: Inspection) -> str:
-    """Which parameters the forward pass did not read."""
+    """Name the parameters that the forward pass did not read."""
     count = human(sum(found.untouched.values()))
     return f"{count} params that the forward pass did not read: {some(list(found.untouched))}"
 
 
 def amount(cost: str, value: float) -> str:
-    """A cost with its unit."""
+    """Format a cost with its unit."""
     return f"{human(value).upper()}B" if cost == "memory_bytes" else human(value)
 
 
 def human(number: float) -> str:
-    """Three digits and a decimal prefix, as budgets take them: 2580000 is ``2.58M``."""
+    """Format a number with three digits and a decimal prefix, as in budgets: 2580000 is ``2.58M``."""
     power = 0
     while number >= 999.5 and power < 4:
         number, power = number / 1000, power + 1
@@ -122,18 +122,18 @@ def human(number: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1] for people."""
+    """Format a share in [0, 1] as a percentage."""
     return f"{100 * share:.1f} %"
 
 
 def some(names: Sequence[str], count: int = 3) -> str:
-    """The first few names, and how many more there are."""
+    """List the first few names, and the number of the others."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
 
 def _shorten(name: str, width: int) -> str:
-    """Leave out the middle of a name that is too long: both ends tell names apart."""
+    """Leave out the middle of a name that is too long: its ends identify it."""
     half = (width - 3) // 2
     return name if len(name) <= width else f"{name[:half]}...{name[-half:]}"
 
