@@ -38,11 +38,11 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "nsga2": NSGA2,
     "random": RandomSearch,
 }
-"""What `search(optimizer=)` knows by name."""
+"""Optimizers of `search(optimizer=)` by name."""
 
 
 def find_optimizer(spec: str | MakeOptimizer | Optimizer) -> MakeOptimizer:
-    """The function of (problem, seed) meant by `spec`: a name, such a function or class, or an optimizer made already.
+    """Find the function of (problem, seed) for `spec`: a name, such a function or class, or a finished optimizer.
 
     Raises:
         ValueError: If the name is unknown.

@@ -1,4 +1,4 @@
-"""What an optimizer knows: the candidates told and pending, in an order that does not depend on their arrival."""
+"""Archive of an optimizer: the candidates told and pending, in an order that does not depend on their arrival."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Propose = Callable[[int, np.random.Generator], IntArray]
 
 @final
 class Archive:
-    """Remembers candidates, and turns a way of proposing into `ask` without duplicates.
+    """Remembers candidates, and turns a proposing function into `ask` without duplicates.
 
     Each `ask` draws from a generator seeded by the seed and the number of candidates known, and the rows it shows are
     sorted: a history told in bulk, in any order, leads to the same next proposals.
@@ -64,7 +64,7 @@ class Archive:
         return self._feasible()[:2]
 
     def acceptable(self) -> NDArray[np.bool_]:
-        """Whether each row of `ok` meets the limits on the score, shape (n,)."""
+        """Return whether each row of `ok` meets the limits on the score, shape (n,)."""
         return self._feasible()[2]
 
     def _feasible(self) -> tuple[IntArray, FloatArray, NDArray[np.bool_]]:
@@ -80,7 +80,7 @@ class Archive:
         return self._ok
 
     def _insert(self, keys: list[bytes], rows: Evaluations, feasible: IntArray) -> None:
-        """Put new rows where they belong: to sort all of them at every ask takes longer the more there are."""
+        """Insert new rows in order: sorting all rows at every ask would take longer the more there are."""
         added = rows.candidates[feasible], rows.objectives[feasible], rows.acceptable[feasible]
         if self._ok is None or not self._ok_keys:
             self._ok, self._ok_keys = added, keys
@@ -93,7 +93,7 @@ class Archive:
             self._ok_keys = sorted(self._ok_keys + keys)
 
     def probes(self) -> Evaluations:
-        """What was told of candidates that change at most one dimension, feasible or not, sorted."""
+        """Evaluations of candidates that change at most one dimension, feasible or not, sorted."""
         told = self._unpack(list(self._told))
         return self._rows([key for key, probing in zip(self._told, self._problem.probes(told), strict=True) if probing])
 
@@ -130,7 +130,7 @@ class Archive:
         times.
 
         Args:
-            n: How many.
+            n: Most candidates.
             propose: Returns feasible candidates, int64, shape (any, d); duplicates are dropped here.
         """
         rng = np.random.default_rng([self._seed, len(self)])

@@ -1,4 +1,4 @@
-"""The default: the knapsack's front on measured tables, refined on assembled candidates and screened by a surrogate."""
+"""Default optimizer: the knapsack's front of measured tables, refined by evolution and screened by a surrogate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FEWEST = 4  # trials to breed from
 _PROPOSALS = 80  # of each kind, for every ask
 _KNAPSACKS = 400  # dimensions times budgets of the knapsacks solved for one ask
 _AT_LIMIT = 1.3  # stretches the budgets aimed at, so that about a quarter of them are the limit itself
-_UNSCREENED = 4  # one in so many is not screened, so that the surrogate learns where it errs
+_UNSCREENED = 4  # one in this number is not screened, so that the surrogate learns where it errs
 _GREED = 0.7  # probability of taking the best prediction; else the next one, and so on
 _BELOW = 0.7  # of the cost at which a limit on the score is known to be missed: how far below it may yet be met
 _WINDOW = 0.1  # of the budget range: how near to its budget every second choice must come
@@ -35,22 +35,23 @@ _WINDOW = 0.1  # of the budget range: how near to its budget every second choice
 
 @final
 class Auto:
-    """Composes the other optimizers; what is told of any candidate serves all of them.
+    """Composes the other optimizers; every evaluation serves all of them.
 
-    1. The problem's seeds: dense, uniform pruning, and what the user starts from.
-    2. A scan: what each dimension costs alone, for at most 40 % of the trials (`sensitivity.next_probes`).
-    3. The front that the knapsack finds best by that table, for at most a quarter of the trials; for 5 budgets if sums
-       of the table turn out to rank assembled candidates badly.
-    4. Proposals of four kinds until the trials end: knapsacks on tables corrected by what assembled candidates have
-       shown (`corrected_tables`), children of `NSGA2` and of `LevelSwitch`, and one or two changes at random to the
+    1. The problem's seeds: dense, uniform pruning, and the user's start.
+    2. A scan: the loss of each dimension alone, for at most 40 % of the trials (`sensitivity.next_probes`).
+    3. The knapsack's front of that table, for at most a quarter of the trials; for 5 budgets if sums of the table turn
+       out to rank assembled candidates badly.
+    4. Proposals of four kinds until the trials end: knapsacks on tables corrected by evaluations of assembled
+       candidates (`corrected_tables`), children of `NSGA2` and of `LevelSwitch`, and one or two random changes to the
        best candidate of a budget. A surrogate screens them for budgets spread over the budget range, a quarter at the
        limit itself, while its cross-validated rank correlation is good; otherwise the kinds take turns.
 
-    Once a candidate turns out unacceptable, the last two look for the cheapest acceptable one: where the front is known
-    to be unacceptable up to the cheapest candidate that is not, instead of over the whole budget range.
+    Once a candidate misses a limit on the score, the last two phases look for the cheapest one that meets it: between
+    the costs at which the front is known to miss it and the cheapest candidate that meets it, instead of over the whole
+    budget range.
 
     Args:
-        problem: What to search.
+        problem: The problem to search.
         seed: Not negative; the same seed gives the same proposals for the same history.
     """
 
@@ -70,12 +71,12 @@ class Auto:
 
     @property
     def phase(self) -> str:
-        """What the last candidates asked for were meant for."""
+        """Purpose of the last candidates asked for."""
         return self._phase
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How many candidates each phase asked for, and how far the surrogate could be trusted."""
+        """Number of candidates of each phase, and the rank correlations of the surrogate."""
         phases = ", ".join(f"{count} {phase}" for phase, count in self._asked.items())
         notes = [f"candidates by the phase that began their batch: {phases}"] if phases else []
         if history := self.surrogate_history:
@@ -103,7 +104,7 @@ class Auto:
         self._archive.pend(candidates)
 
     def _propose(self, n: int, rng: np.random.Generator) -> IntArray:
-        """Probes, then the table's front, then refinements, shape (any, d)."""
+        """Propose probes, then the table's front, then refinements, shape (any, d)."""
         table, known = table_of(self._problem, self._archive.probes()), self._archive.known()
         found = [next_probes(self._problem, known, n, lambda: self._front(table, _FRONTS[-1], _QUICK_ROUNDS))]
         self._phase = _SCAN if len(found[0]) else _REFINE
@@ -116,11 +117,11 @@ class Auto:
         return np.concatenate([*found, self._refine(missing, table, known, rng)] if missing > 0 else found)
 
     def _aim(self) -> FloatArray:
-        """Where the candidates looked for cost, shape (c, 2): the budget range, or where a limit on the score is met.
+        """Range of the costs to search, shape (c, 2): the budget range, or the part where a limit on the score is met.
 
-        Nobody tells an optimizer of such a limit, so there is none until a candidate misses it. The cheapest one that
-        meets it, by the first cost, is the upper end. Of those that cost less, all miss it, and the best shows how far
-        the front is known to do so; better candidates may move it some way down from there.
+        An optimizer does not know such a limit until a candidate misses it. The cheapest candidate that meets it, by
+        the first cost, is the upper end. All cheaper ones miss it; the lower end is somewhat below the cost of the best
+        of them, because better candidates may meet the limit there.
         """
         wanted = self._problem.budget_range.copy()
         (_, objectives), acceptable = self._archive.ok(), self._archive.acceptable()
@@ -132,14 +133,14 @@ class Auto:
         return wanted
 
     def _within_aim(self, candidates: IntArray) -> IntArray:
-        """Those that cost what is looked for; all where there is no limit on the score."""
+        """Candidates whose costs are within the aim; all without a limit on the score."""
         low, high = self._aim()[0]
         first = self._problem.costs(candidates)[:, 0]
         aimed: IntArray = candidates[((low <= first) & (first < high)) | self._archive.acceptable().all()]
         return aimed
 
     def _adds_up(self, table: Table) -> bool:
-        """Whether sums of the table rank the assembled candidates, or too few are known to tell."""
+        """Return whether sums of the table rank the assembled candidates well, or too few are known to tell."""
         from scipy.stats import spearmanr
 
         candidates, objectives = self._archive.ok()
@@ -173,9 +174,10 @@ class Auto:
         return np.concatenate([screened[: n - unscreened], proposals])
 
     def _screen(self, problem: Problem, proposals: IntArray, budgets: FloatArray, rng: np.random.Generator) -> IntArray:
-        """For each budget a proposal within it that is predicted to be good, shape (<= budgets, d).
+        """Choose a proposal with a good prediction within each budget, shape (<= budgets, d).
 
-        What costs little may be predicted best for every budget. So every second choice must come close to its own.
+        A cheap candidate may have the best prediction within every budget, so every second choice must cost nearly as
+        much as its budget allows.
         """
         predicted, costs = self._surrogate.predict(proposals), problem.costs(proposals)
         low, high = problem.budget_range.T
@@ -191,7 +193,7 @@ class Auto:
         return proposals[np.array(chosen, dtype=np.int64)]
 
     def _front(self, table: Table, n: int, rounds: int = 6) -> IntArray:
-        """The front of a table for `n` budgets, kept until the table changes."""
+        """Front of a table for `n` budgets, cached until the table changes."""
         key = b"".join(row.tobytes() for row in table.losses)
         if self._fronts.get(n, (b"",))[0] != key:
             self._fronts[n] = (
@@ -202,7 +204,7 @@ class Auto:
 
 
 def _elites(candidates: IntArray, objectives: FloatArray, budgets: FloatArray) -> IntArray:
-    """The best candidate within each budget, the best of all where none is, shape (budgets, d)."""
+    """Best candidate within each budget, or the best of all where none is, shape (budgets, d)."""
     ranked = np.argsort(objectives[:, 0], kind="stable")
     within = (objectives[ranked, None, 1:] <= budgets).all(axis=2)
     elites: IntArray = candidates[ranked[within.argmax(axis=0)]]
@@ -212,7 +214,7 @@ def _elites(candidates: IntArray, objectives: FloatArray, budgets: FloatArray) -
 def _vary(problem: Problem, elites: IntArray, n: int, rng: np.random.Generator) -> IntArray:
     """Set one or two entries of elites to any option, repaired; shape (n, d).
 
-    These are not filled up to their budget, as the others are: where a loss is not monotone, less can be better.
+    Unlike the others, these are not filled up to their budget: where a loss is not monotone, smaller can be better.
     """
     varied = rng.choice(elites, n)
     for share in (1.0, 0.5):
@@ -223,14 +225,14 @@ def _vary(problem: Problem, elites: IntArray, n: int, rng: np.random.Generator) 
 
 
 def _new(candidates: IntArray, known: IntArray) -> IntArray:
-    """Those not known, each once, in their order."""
+    """Candidates that are not known, each once, in their order."""
     seen = {row.tobytes() for row in known}
     fresh = [key for key in dict.fromkeys(row.tobytes() for row in candidates) if key not in seen]
     return np.frombuffer(b"".join(fresh), dtype=np.int64).reshape(-1, candidates.shape[1])
 
 
 def _in_turn(kinds: list[IntArray]) -> IntArray:
-    """One of each kind in turn, each once."""
+    """Merge proposals, one of each kind in turn, without duplicates."""
     rows = [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
     merged = np.array(rows, dtype=np.int64).reshape(-1, kinds[0].shape[1])
     return _new(merged, merged[:0])

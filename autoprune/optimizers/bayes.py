@@ -22,13 +22,13 @@ _START = 10  # candidates known before the sampler is asked; random ones where t
 class Bayes:
     """Multi-objective Bayesian optimisation of the signal and the limited costs.
 
-    A fresh study is told everything that was evaluated in full, sorted, at every ask, so that nothing depends on the
-    order of arrival. Each sampled candidate is repaired, what is left of its budget is filled up, and the study gets to
-    know it as the one that runs, so that a batch and what is pending repel the next (constant liar). Costs below the
-    budget range count as its lower end.
+    A new study is told all full evaluations, sorted, at every ask, so that nothing depends on the order of arrival.
+    Each sampled candidate is repaired and filled up to its budget, and the study records the result as running, so that
+    the batch and the pending candidates repel the next (constant liar). Costs below the budget range count as its lower
+    end.
 
     Args:
-        problem: What to search.
+        problem: The problem to search.
         seed: Not negative; the same seed gives the same proposals for the same history.
         sampler: ``"tpe"``, multi-objective TPE, or ``"gp"``, Gaussian processes with the expected hypervolume
             improvement: on one core about 10 s for each candidate of 24 dimensions, so for trials that take minutes.
@@ -65,7 +65,7 @@ class Bayes:
         self._pending.update({candidate.tobytes(): candidate for candidate in self._problem.canonical(candidates)})
 
     def _sample(self, n: int, rng: np.random.Generator) -> IntArray:
-        """Return `n` feasible candidates that the sampler likes, shape (n, d); some may be known already."""
+        """Return `n` feasible candidates from the sampler, shape (n, d); some may be known already."""
         with _quiet() as optuna:
             study = self._study(optuna, rng)
             space, found = _distributions(optuna, self._problem), []
@@ -79,7 +79,7 @@ class Bayes:
         return np.array(found)
 
     def _study(self, optuna: Any, rng: np.random.Generator) -> Any:
-        """A study that knows what was told and what is pending; shuffled, because TPE weighs late trials more."""
+        """Make a study of all trials told and pending; shuffled, because TPE weighs late trials more."""
         candidates, objectives = self._archive.ok()
         order, seed = rng.permutation(len(candidates)), int(rng.integers(2**31))
         candidates, values = candidates[order], objectives[order]
@@ -97,7 +97,7 @@ class Bayes:
 
 
 def _distributions(optuna: Any, problem: Problem) -> dict[str, Any]:
-    """An integer for every dimension with an order, a category for every other one."""
+    """Distributions of Optuna: an integer for every dimension with an order, a category for every other one."""
     integer, category = optuna.distributions.IntDistribution, optuna.distributions.CategoricalDistribution
     return {
         str(j): integer(0, size - 1) if ordered else category(list(range(size)))
@@ -106,7 +106,7 @@ def _distributions(optuna: Any, problem: Problem) -> dict[str, Any]:
 
 
 def _trial(optuna: Any, space: dict[str, Any], candidate: IntArray, values: list[float] | None) -> Any:
-    """A finished trial, or a running one without values."""
+    """Make a finished trial, or a running one without values."""
     state = optuna.trial.TrialState.RUNNING if values is None else optuna.trial.TrialState.COMPLETE
     params = dict(zip(space, candidate.tolist(), strict=True))
     return optuna.trial.create_trial(state=state, values=values, params=params, distributions=space)
@@ -114,7 +114,7 @@ def _trial(optuna: Any, space: dict[str, Any], candidate: IntArray, values: list
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """Optuna without messages and warnings about its experimental features; its settings come back afterwards."""
+    """Silence Optuna's messages and warnings about experimental features; its settings are restored afterwards."""
     import optuna
 
     verbosity = optuna.logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Tables of single losses corrected by what assembled candidates have shown."""
+"""Correction of tables of single losses by evaluations of assembled candidates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from autoprune.optimizers.sensitivity import Table
 from autoprune.protocols import FloatArray, IntArray
 
-_DOUBT = 0.5  # standard deviation of a coefficient before anything is known, as a share of their common value
+_DOUBT = 0.5  # prior standard deviation of a coefficient, as a share of their common value
 _LEAST = 0.05  # a coefficient of zero would empty the dimension at any saving
 _FEWEST = 4
 _CAP = 0.9  # quantile of the signals: collapsed candidates say little about the good ones
@@ -20,14 +20,14 @@ def corrected_tables(
 
     The signal of assembled candidates is taken as a common multiple of the sum of coefficient times loss, each
     coefficient as normal around 1: Bayesian linear regression in closed form. Drawing, instead of taking the mean,
-    tries what is uncertain in proportion to the chance that it is right (Thompson sampling; Russo et al., "A Tutorial
+    tries uncertain options in proportion to the chance that they are best (Thompson sampling; Russo et al., "A Tutorial
     on Thompson Sampling", 2018, arXiv:1707.02038). SPDY (arXiv:2201.13096) searches such coefficients at random.
 
     Args:
         table: Loss of each option alone.
-        candidates: What was evaluated in full, shape (n, d).
+        candidates: Candidates evaluated in full, shape (n, d).
         objectives: Of the candidates, the signal first, lower is better, shape (n, m).
-        rng: Where chance comes from.
+        rng: Source of randomness.
 
     Returns:
         Losses, d arrays of shape (sizes[j],), in the unit of the table. Nothing is learnt from fewer than four

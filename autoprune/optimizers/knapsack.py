@@ -1,4 +1,4 @@
-"""Knapsack search: a table of what each option costs alone, and the best sums of it for every budget."""
+"""Knapsack search: a table of the loss of each option alone, and the best sums of it for every budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autoprune.optimizers.sensitivity import SHARE, Table, next_probes, table_of
 from autoprune.protocols import Evaluations, FloatArray, IntArray
 
 _BUDGETS = (33, 17, 9, 5, 3, 2, 1)  # numbers of budgets that leave equal gaps
-_SCAN_BUDGETS = 5  # what the scan refines around: recomputed after every probe, so few
+_SCAN_BUDGETS = 5  # budgets that the scan refines around: recomputed after every probe, so few
 _QUICK_ROUNDS = 2
 _NOISE_MEASURED, _NOISE_FILLED, _MOST_NOISE = 0.1, 0.3, 0.5  # relative spread of losses in perturbed tables
 
@@ -25,13 +25,12 @@ class Knapsack:
     """Measures options alone, then proposes the knapsack's front over the budget range, then variants of it.
 
     After the problem's seeds it asks for single changes (`sensitivity.next_probes`), for at most 40 % of the trials;
-    these may be over the limits. Then it proposes what `front_of` finds best by the table, for the largest budget
-    first and then always for the one in the widest gap; then the fronts of tables perturbed by their noise. It never
-    waits: while probes are pending, the table holds what is known. Of evaluations of assembled candidates it learns
-    nothing but that they are known.
+    these may be over the limits. Then it proposes the table's front (`front_of`), for the largest budget first and then
+    always for the one in the widest gap; then the fronts of tables perturbed by their noise. It never waits: while
+    probes are pending, the table holds the results so far. It does not learn from the scores of assembled candidates.
 
     Args:
-        problem: What to search.
+        problem: The problem to search.
         seed: Not negative; the same seed gives the same proposals for the same history.
         table: ``"scan"`` measures; ``"prior"`` takes `Problem.prior` as it is and spends no trial on it.
         objective: ``"sum"`` minimises the sum of losses, ``"minimax"`` the largest one.
@@ -76,7 +75,7 @@ class Knapsack:
         self._archive.pend(candidates)
 
     def table(self) -> Table:
-        """What is known of the losses so far."""
+        """Table of losses from the evaluations so far."""
         if self._scan:
             return table_of(self._problem, self._archive.probes())
         prior = self._problem.prior or ()
@@ -84,7 +83,7 @@ class Knapsack:
         return Table(prior, tuple(np.arange(len(row)) == 0 for row in prior), unknown)
 
     def _propose(self, n: int, rng: np.random.Generator) -> IntArray:
-        """Probes, then the front, then perturbed fronts, shape (any, d); some may be known already."""
+        """Propose probes, then the front, then perturbed fronts, shape (any, d); some may be known already."""
         table, known = self.table(), self._archive.known()
         found: list[IntArray] = []
         if self._scan:
@@ -99,12 +98,12 @@ class Knapsack:
         return np.concatenate(found)
 
     def _count(self) -> int:
-        """How many budgets fit into the trials that the scan leaves."""
+        """Number of budgets that fit into the trials left by the scan."""
         room = self._problem.trials - (int(SHARE * self._problem.trials) if self._scan else 0)
         return next(n for n in _BUDGETS if n <= max(room, 1))
 
     def _front(self, table: Table, n: int, rounds: int = 6) -> IntArray:
-        """The front of a table for `n` budgets, kept until the table changes."""
+        """Front of a table for `n` budgets, cached until the table changes."""
         key = b"".join(row.tobytes() for row in table.losses)
         if self._fronts.get(n, (b"",))[0] != key:
             budgets = spread_budgets(self._problem, n)
@@ -113,7 +112,7 @@ class Knapsack:
 
 
 def _perturbed(table: Table, rng: np.random.Generator) -> list[FloatArray]:
-    """Losses multiplied by what their noise allows, log-normally."""
+    """Multiply losses by log-normal factors of the size of their noise."""
     noisy = []
     for loss, measured, stderr in zip(table.losses, table.measured, table.stderr, strict=True):
         positive = np.isfinite(stderr) & (loss > 0)

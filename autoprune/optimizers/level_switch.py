@@ -1,4 +1,4 @@
-"""Evolution that pays for what it raises: some dimensions move towards dense, others lose what that costs."""
+"""Evolution by exchange within a budget: some dimensions move towards dense, and others are lowered to pay for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autoprune.optimizers.random import draw, fill_up, move_to_costs
 from autoprune.protocols import Evaluations, FloatArray, IntArray
 
 _START = 12  # candidates known before evolution starts, random ones where there are fewer seeds
-_EXCHANGE = 0.7  # of the parents come from any niche: what is good for one budget mostly is for its neighbours
+_EXCHANGE = 0.7  # of the parents come from any niche: a good candidate for one budget mostly suits its neighbours
 _MOST_SWITCHES = 3
 _STEP = 0.25  # mean step, as a share of a dimension's options: a few hundred trials have no time for small steps
 
@@ -23,18 +23,18 @@ _STEP = 0.25  # mean step, as a share of a dimension's options: a few hundred tr
 class LevelSwitch:
     """(1 + lambda) or small-population evolution in several budgets at once, by trading one dimension for another.
 
-    The budget range holds `niches` budgets. The elites of each are the `population` best trials that it can afford,
-    whatever they were made for, so what is found for one budget serves all dearer ones at once. A child is made for one
+    The budget range holds `niches` budgets. The elites of each are the `population` best trials within it, whatever
+    niche they were made for, so a good candidate for one budget serves all larger ones at once. A child is made for one
     niche. Its parent is an elite of that niche, or of any, then shifted as a whole to this niche's cost. The child
     raises few dimensions and lowers others until it is within the budget again (`switch_levels`). The search starts
     from the problem's seeds, and from random candidates while fewer than 12 are known.
 
     Departures from the paper: it switches levels of equal cost one for one, where here the true cost decides how far
     others must fall; steps may be longer than one level; one search serves many budgets; and every child is scored at
-    the same fidelity, because stopping early is not an optimizer's business here.
+    the same fidelity, because here early stopping is not a task of optimizers.
 
     Args:
-        problem: What to search.
+        problem: The problem to search.
         seed: Not negative; the same seed gives the same proposals for the same history.
         population: Elites that each niche breeds from; 1 is the paper's (1 + lambda).
         niches: Budgets, evenly spaced over the budget range.
@@ -78,14 +78,14 @@ def evolve(
     population: int = 1,
     niches: int = 16,
 ) -> IntArray:
-    """Make children of the elites of each budget: what `LevelSwitch` does after its start.
+    """Make children of the elites of each budget; `LevelSwitch` does this after its start.
 
     Args:
         problem: The space and its costs.
-        candidates: What was evaluated in full, shape (k, d), k >= 1.
+        candidates: Candidates evaluated in full, shape (k, d), k >= 1.
         objectives: Of the candidates: the signal, then the costs, lower is better, shape (k, m).
-        n: How many children.
-        rng: Where chance comes from.
+        n: Number of children.
+        rng: Source of randomness.
         population: Elites of each niche.
         niches: Budgets, evenly spaced over the budget range.
 
@@ -109,23 +109,23 @@ def evolve(
 
 
 def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: np.random.Generator) -> IntArray:
-    """Raise one to three dimensions of every parent, and lower as few others as make it affordable again.
+    """Raise one to three dimensions of every parent, and lower as few others as needed to meet the limits again.
 
     Few switches are more likely than many: their number is the lesser of two uniform draws, as in EvoPress. A dimension
     without an order takes another option at random, which may raise or lower the cost. The first of the others, in
-    random order, pays alone if it can. What the last step down freed in excess goes back to those that paid, then to
-    dimensions in random order, as far as it reaches. So children stay near their parents, and resume late where
-    candidates share computation, although no place in the network is preferred.
+    random order, is lowered alone if that is enough. The excess that the last step down freed is returned to the
+    lowered ones, then to dimensions in random order, as far as it goes. So children stay near their parents, and resume
+    late where candidates share computation, although no place in the network is preferred.
 
     Args:
         problem: The space and its costs.
         parents: Shape (n, d), feasible within `limits`.
-        limits: The most that each child may cost, shape (n, c).
-        rng: Where chance comes from.
+        limits: Largest costs of each child, shape (n, c).
+        rng: Source of randomness.
 
     Returns:
-        One child for each parent, canonical and within its limits, shape (n, d); rarely the parent itself, where the
-        way back is all that is affordable.
+        One child for each parent, canonical and within its limits, shape (n, d); rarely the parent itself, where no
+        other exchange meets the limits.
     """
     children, order = parents.copy(), np.argsort(rng.random(parents.shape), axis=1)
     raised = _raise_some(problem, children, order, rng)
@@ -150,7 +150,7 @@ def _raise_some(problem: Problem, children: IntArray, order: IntArray, rng: np.r
 
 
 def _pay(problem: Problem, children: IntArray, raised: NDArray[np.bool_], order: IntArray, limits: FloatArray) -> None:
-    """Lower dimensions that were not raised, in order (n, d), in place, each as far as it takes to meet the limits."""
+    """Lower dimensions that were not raised, in order (n, d), in place, each as far as needed to meet the limits."""
     rows, last = np.arange(len(children)), problem.sizes - 1
     over = ~problem.feasible(children, limits)
     position = position_of(problem, children)
@@ -164,6 +164,6 @@ def _pay(problem: Problem, children: IntArray, raised: NDArray[np.bool_], order:
 
 
 def _steps(last: IntArray, rng: np.random.Generator) -> IntArray:
-    """How many options to move at once, at least one, for dimensions of last + 1 options; shape (n,)."""
+    """Draw the number of options to move at once, at least one, for dimensions of last + 1 options; shape (n,)."""
     steps: IntArray = 1 + np.floor(rng.exponential(_STEP, len(last)) * last).astype(np.int64)
     return steps

@@ -13,7 +13,7 @@ from autoprune.protocols import FloatArray, IntArray
 
 Objective = Literal["sum", "minimax"]
 
-_FUZZ = 1e-9  # of a bin: what division may add to a whole number of bins
+_FUZZ = 1e-9  # of a bin: rounding error of a division that gives a whole number of bins
 
 
 def choose_options(
@@ -23,7 +23,7 @@ def choose_options(
     objective: Objective = "sum",
     bins: int = 10_000,
 ) -> IntArray:
-    """Choose one option of each dimension, with the least loss that each of many budgets allows.
+    """Choose one option of each dimension, with the least loss within each of many budgets.
 
     ``"sum"`` minimises the sum of the losses by dynamic programming over costs in `bins` equal steps between the
     cheapest choice and the largest budget: O(d k bins) time for all budgets together, d bins bytes of memory. Costs
@@ -32,8 +32,8 @@ def choose_options(
     is the exact optimum. Among equal losses the cheaper option wins.
 
     ``"minimax"`` minimises the largest loss, exactly, and among those choices the cost: every dimension takes the
-    cheapest option whose loss is within the largest. What is left of the budget stays unspent, because the least sum
-    as second objective would need one table for each largest loss.
+    cheapest option whose loss is within the largest. The rest of the budget stays unspent, because the least sum as
+    second objective would need one table for each largest loss.
 
     Args:
         losses: Loss of each option, lower is better, finite; d arrays of any positive lengths.
@@ -41,7 +41,7 @@ def choose_options(
             options, and may be negative where they are differences.
         budgets: The largest total cost allowed, shape (n,).
         objective: ``"sum"`` or ``"minimax"``.
-        bins: How finely costs are told apart; unused by ``"minimax"``.
+        bins: Resolution of costs; unused by ``"minimax"``.
 
     Returns:
         The option chosen in each dimension for each budget, int64, shape (n, d).
@@ -74,7 +74,7 @@ def choose_options(
 
 
 def total(tables: Sequence[FloatArray], options: IntArray) -> FloatArray:
-    """Sum over the dimensions of what tables hold for options (n, d), shape (n,)."""
+    """Sum the entries of tables for options (n, d) over the dimensions, shape (n,)."""
     summed = np.zeros(len(options))
     for table, chosen in zip(tables, options.T, strict=True):
         summed += table[chosen]
@@ -122,7 +122,7 @@ def _least_sum(
 
 
 def _unit(above: FloatArray, span: float, bins: int) -> float:
-    """The size of a bin: exact for whole numbers where `bins` suffice."""
+    """Size of a bin: exact for whole numbers where `bins` suffice."""
     if span <= 0:
         return 1.0
     if (above == np.rint(above)).all() and above.max() < 2**53:
@@ -133,7 +133,7 @@ def _unit(above: FloatArray, span: float, bins: int) -> float:
 
 
 def _fill_table(losses: list[FloatArray], steps: list[IntArray], last: int) -> NDArray[np.signedinteger]:
-    """The option of each dimension in the best choice for each number of bins up to `last`, shape (d, last + 1)."""
+    """Option of each dimension in the best choice for each number of bins up to `last`, shape (d, last + 1)."""
     most = max(len(row) for row in losses)
     back = np.empty((len(losses), last + 1), dtype=np.int8 if most <= 2**7 else np.int16 if most <= 2**15 else np.int32)
     value, spare = np.zeros(last + 1), np.empty(last + 1)
@@ -163,7 +163,7 @@ def _trace_back(back: NDArray[np.signedinteger], steps: list[IntArray], at: IntA
 
 
 def _least_maximum(losses: list[FloatArray], costs: list[FloatArray], limits: FloatArray) -> IntArray:
-    """Cost only falls as the largest loss allowed grows, so the answer is where it first meets the budget."""
+    """Find the smallest largest loss whose cost meets the budget: the cost only falls as the loss allowed grows."""
     records = [_cheaper_and_cheaper(loss, cost) for loss, cost in zip(losses, costs, strict=True)]
     at = np.concatenate([loss[kept] for kept, loss in zip(records, losses, strict=True)])
     change = np.concatenate([np.diff(cost[kept], prepend=0.0) for kept, cost in zip(records, costs, strict=True)])
@@ -195,7 +195,7 @@ def _cheaper_and_cheaper(loss: FloatArray, cost: FloatArray) -> IntArray:
 
 
 def _falling(values: FloatArray, order: IntArray) -> IntArray:
-    """Of positions in an order those whose value is below all before, the first one always."""
+    """Positions in an order whose value is below all before; the first one always is."""
     ranked = values[order]
     kept = np.ones(len(order), dtype=np.bool_)
     kept[1:] = ranked[1:] < np.minimum.accumulate(ranked)[:-1]

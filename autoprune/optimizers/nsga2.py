@@ -31,7 +31,7 @@ class NSGA2:
     costs couple.
 
     Args:
-        problem: What to search.
+        problem: The problem to search.
         seed: Not negative; the same seed gives the same proposals for the same history.
         population: Number of parents; a tenth of the trials serves well.
 
@@ -78,7 +78,7 @@ def breed(
     population: int = 20,
     coupled: IntArray | None = None,
 ) -> IntArray:
-    """Breed children from the best of the candidates evaluated: what `NSGA2` does after its start.
+    """Breed children from the best of the candidates evaluated; `NSGA2` does this after its start.
 
     The parents are the best by dominance and then by crowding, where costs below the budget range count as its lower
     end. Half of the children are shifted as a whole to a cost drawn from the budget range; the others are repaired.
@@ -86,11 +86,11 @@ def breed(
 
     Args:
         problem: The space and its costs.
-        candidates: What was evaluated in full, shape (k, d), k >= 2.
+        candidates: Candidates evaluated in full, shape (k, d), k >= 2.
         objectives: Of the candidates: the signal, then the costs, lower is better, shape (k, m).
-        n: How many children.
-        rng: Where chance comes from.
-        population: How many of the candidates become parents, at most.
+        n: Number of children.
+        rng: Source of randomness.
+        population: Most candidates that become parents.
         coupled: Pairs of dimensions that tend to be inherited together, from `find_coupled`; None for no such pairs.
 
     Returns:
@@ -140,8 +140,8 @@ def find_coupled(problem: Problem) -> IntArray:
     """Find the pairs of dimensions whose savings depend on each other, as in products of neighbouring widths.
 
     Each dimension goes half-way down its options, alone and together with each other one; where the two savings do not
-    add up in some cost, the pair is coupled. Takes d^2 / 2 costs; above 256 dimensions that is too many, and none is
-    said to be.
+    add up in some cost, the pair is coupled. Takes d^2 / 2 costs; above 256 dimensions that is too many, and no pair is
+    returned.
 
     Returns:
         Pairs of dimensions, int64, shape (pairs, 2).
@@ -159,10 +159,10 @@ def find_coupled(problem: Problem) -> IntArray:
 
 
 def _blocks(coupled: IntArray, n: int, d: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Which entries change places in n crossovers, shape (n, d): half of the blocks of coupled dimensions.
+    """Draw the entries that n crossovers exchange, shape (n, d): half of the blocks of coupled dimensions.
 
-    Each coupling holds with probability a half, anew in every crossover, so that blocks of all sizes occur; dimensions
-    without couplings are blocks of one, as in uniform crossover.
+    Each coupling holds with probability a half, drawn again in every crossover, so that blocks of all sizes occur;
+    dimensions without couplings are blocks of one, as in uniform crossover.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

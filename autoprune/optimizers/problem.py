@@ -1,4 +1,4 @@
-"""What an optimizer may know: the options, the costs, the limits. Never the model or the data."""
+"""Problem of an optimizer: the options, the costs and the limits, without the model or the data."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def _identity(candidates: IntArray) -> IntArray:
 @final
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Options, costs and limits, with the repair that makes any candidate respect them.
+    """Options, costs and limits, with a repair that makes any candidate feasible.
 
-    Nothing is assumed of the costs: they may be products of sizes, staircases, or tables that are not monotone.
+    There are no assumptions about the costs: they may be products of sizes, staircases, or tables that are not
+    monotone.
 
     Attributes:
         sizes: Number of options of each dimension, int64, shape (d,).
@@ -36,10 +37,10 @@ class Problem:
         budget_range: Costs between which candidates are wanted, rows of (low, high), shape (c, 2). By default from half
             the limit up to the limit, or to the dense cost if that is positive and lower.
         canonical: Sets entries made irrelevant by others to 0; shape (n, d) in and out, idempotent.
-        seeds: What to propose first, in this order, shape (s, d); repaired where over a limit.
-        trials: How many candidates the search will evaluate, for optimizers that plan ahead.
-        prior: What each option of each dimension is expected to cost in score, known before any evaluation: d arrays
-            of shape (sizes[j],), 0 for dense, in any unit common to all. None if nothing is known.
+        seeds: First proposals, in this order, shape (s, d); repaired where over a limit.
+        trials: Number of candidates that the search will evaluate, for optimizers that plan ahead.
+        prior: Expected loss of each option of each dimension alone, known before any evaluation: d arrays of shape
+            (sizes[j],), 0 for dense, in any unit common to all. None if nothing is known.
 
     Raises:
         InfeasibleBudgetError: If no candidate was found within the limits; names the cheapest cost reachable.
@@ -102,7 +103,7 @@ class Problem:
 
     @cached_property
     def cheapest(self) -> IntArray:
-        """A candidate as far within the limits as could be found, shape (d,); certain where it can be enumerated."""
+        """Candidate furthest within the limits of those found, shape (d,); exact where the space can be enumerated."""
         return find_cheapest(self, self.limits)
 
     def costs(self, candidates: IntArray) -> FloatArray:
@@ -110,25 +111,25 @@ class Problem:
         return self.cost_function(self.canonical(candidates))
 
     def feasible(self, candidates: IntArray, limits: FloatArray | None = None) -> NDArray[np.bool_]:
-        """Whether candidates (n, d) meet every limit, shape (n,); `limits` as in `repair`."""
+        """Return whether candidates (n, d) meet every limit, shape (n,); `limits` as in `repair`."""
         within = self.costs(candidates) <= (self.limits if limits is None else limits)
         met: NDArray[np.bool_] = np.all(within, axis=1)
         return met
 
     def aimed(self, budget_range: FloatArray) -> Problem:
-        """The same problem with candidates wanted between other costs, rows of (low, high), shape (c, 2).
+        """Copy the problem with another budget range, rows of (low, high), shape (c, 2).
 
-        Costs nothing, unlike `dataclasses.replace`, which looks for the cheapest candidate again.
+        It takes no time, unlike `dataclasses.replace`, which looks for the cheapest candidate again.
         """
         other = copy.copy(self)
         object.__setattr__(other, "budget_range", np.array(budget_range, dtype=np.float64))
         return other
 
     def probes(self, candidates: IntArray) -> NDArray[np.bool_]:
-        """Whether candidates (n, d) change at most one dimension of the dense model, shape (n,).
+        """Return whether candidates (n, d) change at most one dimension of the dense model, shape (n,).
 
-        Such a candidate may be proposed to learn what its dimension costs in score even where it is over a limit. It
-        is evaluated and recorded like any other, and never on the front.
+        Such a candidate may be proposed to measure the loss of its dimension even if it is over a limit. It is
+        evaluated and recorded like any other, and never on the front.
         """
         probing: NDArray[np.bool_] = (candidates != 0).sum(axis=1) <= 1
         return probing
@@ -158,7 +159,7 @@ class Problem:
         return repaired
 
     def _anchors(self, limits: FloatArray) -> IntArray:
-        """A feasible candidate for every row of limits (n, c), shape (n, d)."""
+        """Find a feasible candidate for every row of limits (n, c), shape (n, d)."""
         anchors = np.tile(self.cheapest, (len(limits), 1))
         unmet = ~self.feasible(anchors, limits)
         for row in np.unique(limits[unmet], axis=0):
@@ -177,17 +178,17 @@ class Problem:
 def uniform_seeds(
     problem: Problem, fractions: Sequence[float] = (1.0,), least: NDArray[np.bool_] | None = None
 ) -> IntArray:
-    """Prune every ordered dimension alike: the baseline that a search has to beat.
+    """Prune every ordered dimension uniformly: the baseline that a search has to beat.
 
     Args:
-        problem: Its limits are what `fractions` refer to; its seeds are ignored.
-        fractions: Where to meet the limits, in (0, 1]: 1 just meets them, 0.5 just meets half of each.
+        problem: `fractions` refer to its limits; its seeds are ignored.
+        fractions: Shares of the limits to meet, in (0, 1]: 1 just meets them, 0.5 just meets half of each.
         least: Dimensions that are at their last option in all but the dense candidate, shape (d,); none by default.
 
     Returns:
         Feasible candidates without duplicates, int64, shape (<= 1 + number of fractions, d): the dense one if it is
         feasible, then for every fraction the last one that lies at the same relative position in all ordered
-        dimensions and is over the limits, repaired. A fraction out of reach gives what lies nearest to it.
+        dimensions and is over the limits, repaired. A fraction out of reach gives the nearest candidate.
     """
     positions = np.linspace(0.0, 1.0, 4 * int(problem.sizes.max()) + 1)[:, None]
     diagonal = np.rint(positions * (problem.sizes - 1) * problem.ordered).astype(np.int64)

@@ -20,7 +20,7 @@ class RandomSearch:
     """Proposes random candidates at random costs within the budget range; learns nothing from evaluations.
 
     Args:
-        problem: What to search.
+        problem: The problem to search.
         seed: Not negative; the same seed gives the same proposals.
     """
 
@@ -33,7 +33,7 @@ class RandomSearch:
         return self._archive.ask(n, lambda k, rng: draw(self._problem, k, rng))
 
     def tell(self, evaluations: Evaluations) -> None:
-        """Remember what is known, so that it is not proposed again."""
+        """Remember the candidates, so that they are not proposed again."""
         self._archive.tell(evaluations)
 
     def pend(self, candidates: IntArray) -> None:
@@ -44,8 +44,8 @@ class RandomSearch:
 def draw(problem: Problem, n: int, rng: np.random.Generator) -> IntArray:
     """Draw feasible candidates whose costs spread over the budget range; shape (n, d), duplicates possible.
 
-    Each has its own profile, from all dimensions alike to every dimension at random, because where the dimensions
-    matter alike, uniform pruning is hard to beat, and where they do not, it is poor.
+    Each has its own profile, from uniform over all dimensions to independent in each: uniform pruning is hard to beat
+    where the dimensions matter equally, and poor where they do not.
     """
     heterogeneity = rng.random((n, 1))
     levels = heterogeneity * rng.random((n, len(problem.sizes)))
@@ -53,19 +53,19 @@ def draw(problem: Problem, n: int, rng: np.random.Generator) -> IntArray:
 
 
 def draw_costs(problem: Problem, n: int, rng: np.random.Generator) -> FloatArray:
-    """Draw what candidates shall cost at most, uniform over the budget range; shape (n, c)."""
+    """Draw the largest costs of candidates, uniform over the budget range; shape (n, c)."""
     low, high = problem.budget_range.T
     costs: FloatArray = low + rng.random((n, len(low))) * (high - low)
     return costs
 
 
 def move_to_costs(problem: Problem, levels: FloatArray, costs: FloatArray) -> IntArray:
-    """Shift whole profiles, up or down, to where they just cost what they may.
+    """Shift whole profiles, up or down, until they just meet their limits.
 
     Args:
         problem: The space.
-        levels: How far each entry lies along its options, in [0, 1], shape (n, d).
-        costs: The most that each candidate may cost, shape (n, c); raised to what the problem's cheapest one costs.
+        levels: Relative position of each entry along its options, in [0, 1], shape (n, d).
+        costs: Largest costs of each candidate, shape (n, c); raised to those of the problem's cheapest one.
 
     Returns:
         Feasible candidates, shape (n, d).
@@ -82,7 +82,7 @@ def move_to_costs(problem: Problem, levels: FloatArray, costs: FloatArray) -> In
         middle = (over + within) / 2
         met = problem.feasible(shifted(middle), limits)
         within, over = np.where(met, middle, within), np.where(met, over, middle)
-    # The last profile over the limits, not the first within: the repair then fills up what the common shift left.
+    # The last profile over the limits, not the first within: the repair then uses the rest of the budget.
     return problem.repair(shifted(over), limits)
 
 
@@ -93,15 +93,15 @@ def fill_up(
     rng: np.random.Generator,
     first: NDArray[np.bool_] | None = None,
 ) -> IntArray:
-    """Raise dimensions towards dense while the limits allow, because what the budget has left is lost otherwise.
+    """Raise dimensions towards dense while the limits allow, so that no budget is left unused.
 
-    Every candidate takes its dimensions in a random order of its own, and each as far as it goes one option at a time.
-    Dimensions without an order stay.
+    Every candidate takes its dimensions in its own random order, and raises each as far as possible, one option at a
+    time. Dimensions without an order stay.
 
     Args:
         problem: The space and its costs.
         candidates: Feasible within `limits`, shape (n, d).
-        limits: The most that each candidate may cost, shape (n, c).
+        limits: Largest costs of each candidate, shape (n, c).
         rng: Draws the orders.
         first: Dimensions that come before all others, shape (n, d).
 

@@ -12,9 +12,9 @@ from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.true_cost import Moves
 from autoprune.protocols import FloatArray, IntArray
 
-_SHARPNESS = 8.0  # how fast the weight of a limit follows how binding it is
+_SHARPNESS = 8.0  # power of a limit's tightness in its weight
 _LEAST_WEIGHT = 1e-3
-_ROUNDING = 1e-9  # of a limit: sums of differences must not miss what just fits; true costs decide anyway
+_ROUNDING = 1e-9  # of a limit: sums of differences must not miss a candidate that just fits; true costs decide anyway
 
 
 def front_of(
@@ -22,7 +22,7 @@ def front_of(
 ) -> IntArray:
     """Find the candidate of least additive loss within each budget, under the true cost.
 
-    Around an incumbent the cost is replaced by what changing each dimension alone adds to it. That is additive, so
+    Around an incumbent the cost is replaced by the sum of its changes by each dimension alone. That is additive, so
     `choose_options` is exact for it; its answer is lowered and raised under the true cost and becomes the next
     incumbent, until nothing changes. The best of all rounds is kept, improved by exchanging pairs, and shared with the
     budgets that allow it too. Heuristic where costs are not additive.
@@ -33,9 +33,9 @@ def front_of(
     multiplies time and memory by the number of bins, for every further limit again.
 
     Args:
-        problem: The space, its true costs, and what is canonical.
+        problem: The space, its true costs and its canonical form.
         losses: Loss of each option, lower is better, d arrays of shape (sizes[j],).
-        budgets: The most that each candidate may cost, shape (m, c); the problem's own limits are not used.
+        budgets: Largest costs of each candidate, shape (m, c); the problem's own limits are not used.
         objective: ``"sum"`` of the losses, or the largest of them, ``"minimax"``.
         rounds: The most incumbents for each budget.
 
@@ -62,9 +62,9 @@ def front_of(
 
 
 def spread_budgets(problem: Problem, n: int) -> FloatArray:
-    """Budgets over the budget range, from its top on and then always in the widest gap, shape (n, c).
+    """Spread budgets over the budget range, from its top on and then always in the widest gap, shape (n, c).
 
-    What cannot be reached is raised to what the problem's cheapest candidate costs.
+    Budgets below the cost of the problem's cheapest candidate are raised to it.
     """
     places, gaps = [1.0, 0.0], 1
     while len(places) < n:
@@ -76,14 +76,14 @@ def spread_budgets(problem: Problem, n: int) -> FloatArray:
 
 
 def reachable(problem: Problem, budgets: FloatArray) -> FloatArray:
-    """Raise budgets (n, c) to what the problem's cheapest candidate costs, and lower them to the limits."""
+    """Raise budgets (n, c) to the costs of the problem's cheapest candidate, and lower them to the limits."""
     return np.minimum(np.maximum(budgets, problem.costs(problem.cheapest[None])), problem.limits)
 
 
 def _relinearise(
     problem: Problem, moves: Moves, tables: list[FloatArray], limits: FloatArray, objective: Objective, rounds: int
 ) -> IntArray:
-    """The best incumbent seen for each row of limits (m, c), shape (m, d)."""
+    """Find the best incumbent for each row of limits (m, c), shape (m, d)."""
     current = _start(problem, moves, limits)
     level = (current / np.maximum(problem.sizes - 1, 1)).mean(axis=1, keepdims=True)
     memory = np.rint(level * problem.ordered * (problem.sizes - 1)).astype(np.int64)
@@ -114,7 +114,7 @@ def _start(problem: Problem, moves: Moves, limits: FloatArray) -> IntArray:
     dense = np.zeros((len(limits), len(problem.sizes)), dtype=np.int64)
     start = moves.fill(problem.repair(dense, limits), limits)
     costs, losses = moves.after(start)
-    # The repair moves all dimensions alike, which drops every block at once; single moves choose, but take longer.
+    # The repair lowers all dimensions together, which drops every block at once; single moves choose, but take longer.
     gated = (moves.idle(costs) & moves.idle(losses)).any(axis=1)
     start[gated] = moves.settle(dense[gated], limits[gated])
     return start
@@ -130,12 +130,12 @@ def _solve(
     scale: FloatArray,
     objective: Objective,
 ) -> tuple[IntArray, IntArray]:
-    """The knapsack's answers under costs linearised around feasible incumbents, and the memory, both (n, d).
+    """Solve the knapsack under costs linearised around feasible incumbents; return answers and memory, both (n, d).
 
     `scale` (n, c) turns the costs into the one that the knapsack limits.
 
-    What an option costs that makes dimensions relevant, such as keeping a block after all, depends on their options.
-    So the memory holds what each dimension was when it last mattered.
+    The cost of an option that makes other dimensions relevant, such as keeping a block, depends on their options. So
+    the memory holds the last option of each dimension while it was relevant.
     """
     costs, losses = moves.after(current)
     idle = moves.idle(costs) & moves.idle(losses)

@@ -1,9 +1,9 @@
-"""Feasibility under the true cost, whatever its shape: the cheapest candidate, and the shortest way below the limits.
+"""Feasibility under true costs of any shape: the cheapest candidate, and the smallest change that meets the limits.
 
 The repair has two phases, each for a whole population at once. First a candidate moves straight towards a candidate
-known to be feasible, until it is feasible itself: all dimensions fall in proportion, where stepping down the most
-expensive layer again and again would steer every search to the same shapes. Then every entry that was moved is put back
-as far as the limits allow, the one furthest from home first.
+known to be feasible, until it is feasible itself: all dimensions fall in proportion, whereas lowering the most
+expensive layer in every step would steer every search to the same shapes. Then every entry that was moved is put back
+as far as the limits allow, the one furthest from its original value first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ENUMERABLE = 2**14
 """Spaces of at most this many candidates are listed where that makes an answer exact."""
 
-_GRID = 16  # points on the way that are tried one by one, because a cost may fall and rise again
+_GRID = 16  # points between start and goal that are tried one by one, because a cost may fall and rise again
 _HALVINGS = 8  # then the first step that succeeded is halved this often
 _SWEEPS = 50
 
@@ -50,7 +50,7 @@ def find_cheapest(problem: Problem, limits: FloatArray) -> IntArray:
     else:
         d = len(problem.sizes)
         pool = _descend(problem, _spread(problem, np.repeat([[0.0], [0.5], [1.0]], d, axis=1)), 1 / limits)
-        if not problem.feasible(pool, limits).any():  # look harder, also for the least of each cost alone
+        if not problem.feasible(pool, limits).any():  # search further, also for the least of each cost alone
             starts = [pool, _spread(problem, np.random.default_rng(0).random((8, d)))]
             starts += [_descend(problem, pool, alone) for alone in np.diag(1 / limits)]
             pool = np.concatenate([*starts, _descend(problem, np.concatenate(starts), 1 / limits)])
@@ -64,7 +64,7 @@ def find_cheapest(problem: Problem, limits: FloatArray) -> IntArray:
 
 
 def _spread(problem: Problem, levels: FloatArray) -> IntArray:
-    """The options that lie nearest to levels in [0, 1], shape (n, d)."""
+    """Options nearest to levels in [0, 1], shape (n, d)."""
     return np.rint(levels * (problem.sizes - 1)).astype(np.int64)
 
 
@@ -83,7 +83,7 @@ def _explain(names: tuple[str, ...], limits: FloatArray, least: FloatArray, near
 
 
 def _said(name: str, value: float) -> str:
-    """A cost; of the time of a sample also the throughput, because that is what users limit."""
+    """Format a cost; for the time of a sample also the throughput, because users limit that."""
     return f"{value:.6g}" + (f" ({1e3 / value:.6g}/s)" if name == "ms_per_sample" and value > 0 else "")
 
 
@@ -115,12 +115,12 @@ def move_within(problem: Problem, candidates: IntArray, anchors: IntArray, limit
         canonical = problem.canonical(moved)
         if np.array_equal(canonical, moved):
             return moved
-        # Indices only fall from here on, so this ends: entries that became irrelevant stay at 0.
+        # Indices only fall from here on, so the loop ends: entries that became irrelevant stay at 0.
         moved, home = np.array(canonical), np.minimum(home, canonical)
 
 
 def _approach(problem: Problem, start: IntArray, goal: IntArray, limits: FloatArray) -> IntArray:
-    """Go from start to a feasible goal, both (n, d), and stop at the first feasible point seen."""
+    """Go from start to a feasible goal, both (n, d), and stop at the first feasible point found."""
     reached = np.ones(len(start))
     waiting = np.arange(len(start))
     for t in np.arange(1, _GRID) / _GRID:
@@ -137,7 +137,7 @@ def _approach(problem: Problem, start: IntArray, goal: IntArray, limits: FloatAr
 
 
 def _between(problem: Problem, start: IntArray, goal: IntArray, t: FloatArray) -> IntArray:
-    """The point at t (n,) on the way; a dimension without an order jumps half-way, as it has nothing in between."""
+    """Point at t (n,) between start and goal; a dimension without an order jumps half-way."""
     steps = np.rint(t[:, None] * (goal - start)).astype(np.int64)
     return np.where(problem.ordered, start + steps, np.where(t[:, None] < 0.5, start, goal))
 
@@ -216,7 +216,7 @@ def _jumps_back(problem: Problem, moved: IntArray, home: IntArray, limits: Float
 def _changed_feasible(
     problem: Problem, moved: IntArray, row: IntArray, dim: IntArray, value: IntArray, limits: FloatArray
 ) -> NDArray[np.bool_]:
-    """Whether each candidate ``moved[row]`` stays within its limits with entry `dim` set to `value`; shape (m,)."""
+    """Return whether each candidate ``moved[row]`` meets its limits with entry `dim` set to `value`; shape (m,)."""
     within = position_of(problem, moved).after(row, dim, value) <= limits[row]
     met: NDArray[np.bool_] = np.all(within, axis=1)
     return met

@@ -1,4 +1,4 @@
-"""Which single changes to measure, coarse to fine, and the table of losses that they give."""
+"""Scan of single changes, coarse to fine, and the table of losses that they give."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from autoprune.optimizers.problem import Problem
 from autoprune.protocols import OK, Evaluations, FloatArray, IntArray
 
 SHARE = 0.4
-"""Of the trials, the most that a scan may take."""
+"""Largest share of the trials that a scan may take."""
 
-_USUAL_BEND = 2.0  # losses rise faster and faster along the options; fitted where two of a dimension are measured
+_USUAL_BEND = 2.0  # losses are convex along the options; fitted where two of a dimension are measured
 _BENDS = (0.5, 6.0)
 
 
 @dataclass(frozen=True)
 class Table:
-    """What each option of each dimension costs in score when it alone changes.
+    """Loss of each option of each dimension when it alone changes.
 
     Attributes:
         losses: 0 for dense and never negative, d arrays of shape (sizes[j],): measured, or filled in. Along ordered
@@ -37,14 +37,14 @@ class Table:
 
 
 def table_of(problem: Problem, probes: Evaluations) -> Table:
-    """Read the table from evaluations of single changes, in any order, and fill in what was not measured or failed.
+    """Make the table from evaluations of single changes, in any order; fill in options not measured or failed.
 
     A loss is the distortion where any row has one; else the signal above that of the dense model, or above the least
     one while the dense model was not told. Along an ordered dimension they are interpolated monotonically (PCHIP),
     not over the options but over a curve of the expected shape, and extrapolated in proportion to it: the dimension's
     prior, or a power of the position that fits the dimensions measured twice. A dimension without any measurement
-    takes its prior, scaled by least squares to what was measured, or the average curve of the others. When nothing is
-    known at all, losses follow the share of the cost, which makes the knapsack prune nearly uniformly.
+    takes its prior, scaled by least squares to the measurements, or the average curve of the others. When nothing is
+    known, losses follow the share of the cost, which makes the knapsack prune nearly uniformly.
 
     Args:
         problem: The space, and its prior.
@@ -71,19 +71,19 @@ def table_of(problem: Problem, probes: Evaluations) -> Table:
 def next_probes(
     problem: Problem, known: IntArray, n: int, choose: Callable[[], IntArray], share: float = SHARE
 ) -> IntArray:
-    """Choose what to measure next: the same whatever the order in which results came.
+    """Choose the next measurements, independent of the order in which results came.
 
     First the middle option of every ordered dimension, then the last one, and every option of those without an order;
     always the dimensions with the largest share of the cost first. Then the options that `choose` picks, and those
-    next to them, the most often picked first. Nothing where the scan could not measure every dimension once and a
-    prior is known: it tells more of how dimensions compare than measurements of some.
+    next to them, the most often picked first. Nothing if the scan could not measure every dimension once and a prior is
+    known: it compares all dimensions, which measurements of some cannot.
 
     Args:
         problem: Its `trials` bound the scan.
         known: Everything evaluated or pending, shape (m, d).
         n: The most wanted.
         choose: Returns the knapsack's candidates by the table so far, shape (any, d); called only for the second part.
-        share: Of `problem.trials`, the most that all single changes together may take.
+        share: Largest share of `problem.trials` for all single changes together.
 
     Returns:
         Canonical candidates that change one dimension, not known yet, shape (<= n, d).
@@ -102,7 +102,7 @@ def next_probes(
 
 
 def cost_shares(problem: Problem) -> FloatArray:
-    """The largest part of any limit that changing each dimension alone can save, not negative, shape (d,)."""
+    """Largest share of any limit that changing each dimension alone can save, not negative, shape (d,)."""
     dims = np.repeat(np.arange(len(problem.sizes)), problem.sizes)
     starts = np.cumsum(problem.sizes) - problem.sizes
     dense = position_of(problem, np.zeros((1, len(problem.sizes)), dtype=np.int64))
@@ -119,7 +119,7 @@ def _probe(problem: Problem, j: int, option: int) -> IntArray:
 
 
 def _only_new(problem: Problem, wanted: list[tuple[int, int]], taken: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Leave out what is known, and what is canonically no change or another one."""
+    """Leave out known changes, and those that are canonically none or another one."""
     new = [pair for pair in wanted if pair not in taken]
     if not new:
         return new
@@ -179,7 +179,7 @@ def _positions(size: int) -> FloatArray:
 
 
 def _fit_bend(problem: Problem, values: list[FloatArray]) -> float:
-    """The power of the position that losses follow, the median over dimensions with two of them."""
+    """Fit the power of the position that losses follow, the median over dimensions with two measurements."""
     bends = []
     for row, ordered in zip(values, problem.ordered, strict=True):
         positive = np.flatnonzero(row > 0)
@@ -190,7 +190,7 @@ def _fit_bend(problem: Problem, values: list[FloatArray]) -> float:
 
 
 def _shape(problem: Problem, j: int, bend: float) -> FloatArray:
-    """How the loss of a dimension is expected to rise, strictly if ordered, from 0 to 1."""
+    """Expected shape of the loss of a dimension, from 0 to 1, strictly rising if ordered."""
     position = _positions(int(problem.sizes[j]))
     if not problem.ordered[j]:
         return np.asarray(position > 0, dtype=np.float64)
@@ -207,13 +207,13 @@ def _rising(problem: Problem, j: int, prior: FloatArray) -> FloatArray:
 
 
 def _prior_scale(problem: Problem, values: list[FloatArray]) -> float:
-    """What turns the prior into the unit of the measurements, by least squares; 1 without either."""
+    """Factor from the prior to the unit of the measurements, by least squares; 1 without either."""
     if problem.prior is None:
         return 1.0
     seen, expected = np.concatenate(values), np.concatenate(problem.prior)
     both = np.isfinite(seen) & (expected > 0)
     scale = float(seen[both] @ expected[both] / (expected[both] @ expected[both])) if both.any() else 1.0
-    return scale or 1.0  # nothing but zeros measured: the order of the prior is still worth something
+    return scale or 1.0  # only zeros measured: the order of the prior is still useful
 
 
 def _complete(problem: Problem, j: int, row: FloatArray, shape: FloatArray, prior_scale: float) -> FloatArray:

@@ -1,4 +1,4 @@
-"""A model of the signal, learnt from trials, that screens many cheap proposals once it has shown skill."""
+"""Surrogate model of the signal, learnt from trials, that screens proposals once its predictions are good enough."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from autoprune.optimizers.problem import Problem
 from autoprune.protocols import FloatArray, IntArray
 
 THRESHOLD = 0.4
-"""The least rank correlation at which predictions are trusted."""
+"""Least rank correlation at which predictions are trusted."""
 
 _FEWEST = 16
 _MOST = 300  # more would take longer to learn from than they save
 _FOLDS = 4
-_PAIRS = 2**20  # compared at once: what fits the cache
-_CLIP = 10.0  # interquartile ranges: one collapsed network must not bend the model for all others
+_PAIRS = 2**20  # compared at once: they fit the cache
+_CLIP = 10.0  # interquartile ranges: one collapsed network must not distort the model for all others
 
 
 @final
@@ -27,14 +27,14 @@ class Surrogate:
 
     The models are ridge regression on levels, their squares and the costs; Gaussian processes with a Matérn kernel of
     few fixed scales; and extremely randomised trees. A fit is a function of the rows that it is given, in any order, so
-    that an optimizer may fit anew at every ask and still continue a history told in bulk.
+    that an optimizer may fit again at every ask and still continue a history told in bulk.
 
-    What costs less nearly always scores worse, and a model that knows only this helps nobody choose among candidates
-    of equal cost. So `tau` is taken after a quadratic trend in the costs is removed from signal and prediction alike.
+    Cheaper candidates nearly always score worse, and a model of only this trend cannot choose among candidates of equal
+    cost. So `tau` is computed after a quadratic trend in the costs is removed from both signal and prediction.
 
     Args:
         problem: The space and its costs.
-        threshold: The least `tau` at which predictions are trusted.
+        threshold: Least `tau` at which predictions are trusted.
 
     Attributes:
         tau: Kendall's rank correlation of cross-validated predictions with the signal, at equal cost; 0 before a fit.
@@ -55,14 +55,14 @@ class Surrogate:
 
     @property
     def trusted(self) -> bool:
-        """Whether predictions are good enough to choose by."""
+        """True if predictions are good enough to choose by."""
         return self._fitted is not None and self.tau >= self._threshold
 
     def fit(self, candidates: IntArray, objectives: FloatArray) -> None:
         """Learn from feasible candidates (n, d) with objectives (n, m), the signal first.
 
         With fewer than 16 candidates, or signals all equal, nothing is learnt and nothing trusted. Of more than 300,
-        those that the fewest others dominate are used. The same rows told again cost nothing.
+        those that the fewest others dominate are used. A repeated call with the same rows takes no time.
         """
         order = np.lexsort((*objectives.T, *candidates.T))
         candidates, objectives = candidates[order], objectives[order]
@@ -80,7 +80,7 @@ class Surrogate:
         """Predict the signal of candidates (n, d), shape (n,); lower is better.
 
         Raises:
-            RuntimeError: If there is no model, because `fit` saw too little.
+            RuntimeError: If there is no model, because `fit` had too few candidates.
         """
         if self._fitted is None:
             raise RuntimeError(
@@ -90,7 +90,7 @@ class Surrogate:
         return predicted
 
     def _features(self, candidates: IntArray) -> FloatArray:
-        """Relative levels, one column for each option of a dimension without an order, and relative costs."""
+        """Features: relative levels, a column for each option of a dimension without an order, and relative costs."""
         candidates = np.asarray(self._problem.canonical(candidates))
         ordered, sizes = self._problem.ordered, self._problem.sizes
         levels = candidates[:, ordered] / np.maximum(sizes[ordered] - 1, 1)
@@ -141,14 +141,14 @@ def _with_squares(x: FloatArray) -> FloatArray:
 
 
 def _without_trend(values: FloatArray, costs: FloatArray) -> FloatArray:
-    """What is left of values (n,) after a quadratic in each of the costs (n, c)."""
+    """Residuals of values (n,) after a quadratic fit in each of the costs (n, c)."""
     basis = np.hstack([np.ones((len(values), 1)), costs, costs**2])
     rest: FloatArray = values - basis @ np.linalg.lstsq(basis, values, rcond=None)[0]
     return rest
 
 
 def _clipped(signal: FloatArray) -> FloatArray:
-    """The signal (n,) without the height of its outliers."""
+    """Clip the outliers of the signal (n,)."""
     low, middle, high = np.quantile(signal, [0.25, 0.5, 0.75])
     return np.minimum(signal, middle + _CLIP * (high - low)) if high > low else signal
 
@@ -164,7 +164,7 @@ def _least_dominated(objectives: FloatArray, n: int) -> IntArray:
 
 
 def _count_dominating(objectives: FloatArray, rows: FloatArray) -> IntArray:
-    """How many of the objectives (n, m) are no worse than each row (k, m) in all, shape (k,)."""
+    """Count the objectives (n, m) that are no worse in all columns than each row (k, m), shape (k,)."""
     no_worse = np.ones((len(rows), len(objectives)), dtype=np.bool_)
     for column, values in zip(objectives.T, rows.T, strict=True):
         no_worse &= column <= values[:, None]

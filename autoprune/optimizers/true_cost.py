@@ -20,17 +20,17 @@ _EXCHANGES = 64  # pairs of each candidate that are priced under the true cost, 
 _PARTNERS = 128  # raises and lowerings of each candidate that pairs are made of
 _ROUNDS = 8
 _POWER = 4
-_DIMS_PER_STEP = 32  # so many dimensions allow one more lowering by the same prices, which take the time to make
+_DIMS_PER_STEP = 32  # every 32 dimensions allow one more lowering by the same prices, which are slow to compute
 
 
 @final
 class Moves:
-    """Every single option of every dimension, M in all, as a move from wherever a candidate stands.
+    """Moves: every option of every dimension, M in all, as a single change of any candidate.
 
     Args:
         problem: The space and its true costs.
         losses: Loss of each option, d arrays of shape (sizes[j],).
-        objective: What the losses of a candidate make together: their sum, or the largest.
+        objective: Combination of the losses of a candidate: their sum, or the largest.
 
     Attributes:
         dims: The dimension of each move, shape (M,).
@@ -55,7 +55,7 @@ class Moves:
         return np.split(values, self._starts[1:])
 
     def loss(self, candidates: IntArray) -> FloatArray:
-        """What to minimise of canonical candidates (n, d), shape (n,): the sum of losses, or the largest."""
+        """Return the objective of canonical candidates (n, d), shape (n,): the sum of losses, or the largest."""
         chosen = self._raw[self._starts + candidates]
         best: FloatArray = chosen.max(axis=1) if self._minimax else chosen.sum(axis=1)
         return best
@@ -126,7 +126,7 @@ class Moves:
         return filled
 
     def _gains(self, candidate: IntArray, dims: IntArray, options: IntArray) -> FloatArray:
-        """What moves of a candidate (d,) lower its loss by; minus infinity for those that `fill` does not make."""
+        """Gain in loss of moves of a candidate (d,); minus infinity for those that `fill` does not make."""
         now = candidate[dims]
         gain = self._losses[self._starts[dims] + now] - self._losses[self._starts[dims] + options]
         allowed = np.where(self._problem.ordered[dims], options < now, gain > self._tiny)
@@ -141,8 +141,8 @@ class Moves:
     def exchange(self, candidates: IntArray, limits: FloatArray) -> IntArray:
         """Raise one dimension and lower another where that lowers the loss within the limits; then fill.
 
-        The pairs priced are those that gain most among those that nearly fit if the two changes of cost just added
-        up; in products of sizes, raising one factor and lowering another costs less than that.
+        It prices the pairs with the largest gain among those that nearly fit if the two changes of cost are added; in
+        products of sizes, raising one factor and lowering another costs less than that.
         """
         best = candidates.copy()
         rows = np.arange(len(best))
@@ -157,7 +157,7 @@ class Moves:
         return best
 
     def _steer(self, canonical: IntArray) -> FloatArray:
-        """The sum of (powers of) losses that single moves are compared by, shape (n,)."""
+        """Sum of (powers of) losses that single moves are compared by, shape (n,)."""
         summed: FloatArray = self._losses[self._starts + canonical].sum(axis=1)
         return summed
 
@@ -180,7 +180,7 @@ class Moves:
         return costs, losses
 
     def _lower(self, candidates: IntArray, limits: FloatArray) -> IntArray:
-        """Take the move with the least loss for each unit of excess removed, again and again; shape (n, d)."""
+        """Repeat the move with the least loss per unit of excess removed, until the limits are met; shape (n, d)."""
         lowered = candidates
         rows = np.flatnonzero(~self._problem.feasible(lowered, limits))
         for _ in range(4 * candidates.shape[1]):
@@ -211,7 +211,7 @@ class Moves:
         return lowered
 
     def _swap(self, candidates: IntArray, limits: FloatArray) -> IntArray:
-        """The best exchange found of each candidate, or the candidate itself; shape (n, d)."""
+        """Find the best exchange of each candidate, or return the candidate itself; shape (n, d)."""
         cost = self._problem.costs(candidates)
         costs, losses = self.after(candidates)
         change, slack = (costs - cost[:, None]) / limits[:, None], 1 - cost / limits
@@ -228,7 +228,7 @@ class Moves:
         return swapped
 
     def _pairs(self, gain: FloatArray, change: FloatArray, slack: FloatArray) -> tuple[IntArray, IntArray]:
-        """Moves to raise, and for each one to lower; at most `_EXCHANGES` pairs."""
+        """Choose at most `_EXCHANGES` pairs of a move to raise and one to lower."""
         ups, downs = np.flatnonzero(gain > self._tiny), np.flatnonzero((gain <= 0) & (change < 0).any(axis=1))
         ups = ups[np.argsort(-gain[ups], kind="stable")[:_PARTNERS]]
         downs = downs[np.argsort(-gain[downs], kind="stable")[:_PARTNERS]]
@@ -242,6 +242,6 @@ class Moves:
 
 
 def _excess(costs: FloatArray, limits: FloatArray) -> FloatArray:
-    """By how much costs (..., c) are over limits, relative to each and summed, shape (...)."""
+    """Excess of costs (..., c) over limits, relative to each and summed, shape (...)."""
     over: NDArray[np.float64] = np.maximum(costs / limits - 1, 0.0).sum(axis=-1)
     return over
