@@ -1,4 +1,4 @@
-"""Dominance between points whose every objective is minimised."""
+"""Dominance between points, where every objective is minimised."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def _survivors(points: FloatArray) -> NDArray[np.bool_]:
         block = np.arange(start, min(start + _BLOCK, len(points)))
         before = np.flatnonzero(keep[:start])
         block = block[~_dominated(points[block], points[before])]
-        # What dominates is not equal, because points are distinct, so only a point itself has to be left out.
+        # A dominating point is not equal, because points are distinct, so only a point itself has to be left out.
         keep[block] = np.logical_not(_dominated(points[block], points[block], itself=True))
     return keep
 
 
 def _dominated(points: FloatArray, others: FloatArray, itself: bool = False) -> NDArray[np.bool_]:
-    """Whether one of `others` is no worse in every objective, shape (n,); with `itself`, other than the same row."""
+    """Mark points for which one of `others` is no worse in every objective, shape (n,); with `itself`, another row."""
     no_worse = np.ones((len(points), len(others)), dtype=np.bool_)
     for mine, theirs in zip(points.T, others.T, strict=True):
         no_worse &= theirs <= mine[:, None]
@@ -76,7 +76,7 @@ def _dominated(points: FloatArray, others: FloatArray, itself: bool = False) -> 
 
 
 def hypervolume(objectives: ArrayLike, reference: ArrayLike) -> float:
-    """Volume dominated by the points, shape (n, m), and bounded by `reference`, shape (m,); larger is better.
+    """Compute the volume that points (n, m) dominate, bounded by `reference`, shape (m,); larger is better.
 
     Points that are not better than `reference` in every objective add nothing.
     """

@@ -1,4 +1,4 @@
-"""What each option is expected to cost in score before anything was evaluated."""
+"""Prior of the search: the expected loss of each option before any evaluation."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def expected_losses(
         kind: ``"reconstruction"``: the squared error of the layers that read a group, relative to what they compute,
             in one forward pass over a few samples; where no such layer is seen, as ``"criterion"``.
             ``"sensitivity"``: the change of the outputs of the whole model, see `output_changes`; as
-            ``"reconstruction"`` where the model has no gradients. ``"criterion"``: sums over the units removed of what
-            ranked them, see `criterion_losses`. ``"auto"``: ``"reconstruction"`` for models with batch norm, which
-            makes up for much of what an error does further on, else ``"sensitivity"``.
-        space: What the options remove.
+            ``"reconstruction"`` where the model has no gradients. ``"criterion"``: sums of the scores of the units
+            removed, see `criterion_losses`. ``"auto"``: ``"reconstruction"`` for models with batch norm, which corrects
+            much of the effect of an error on later layers, else ``"sensitivity"``.
+        space: Gives the units or weights that each option removes.
         scores: Importance of the units of each group.
-        criterion: What gave the scores; None where no unit goes.
+        criterion: Criterion of the scores; None where no unit is removed.
         model: The dense model; comes back unchanged.
         structure: Its structure.
         batches: Calibration data.
         forward: Runs the model on a batch.
 
     Returns:
-        None if a dimension neither removes units nor sets weights to zero, so that nothing is known of it. Weights set
-        to zero lose a share of their squared sum, of either kind, see `criterion_losses`.
+        None if a dimension neither removes units nor sets weights to zero, so that it has no prior. Weights set to zero
+        lose a share of their squared sum, for every kind, see `criterion_losses`.
     """
     d = len(space.sizes)
     if criterion is None:
@@ -83,7 +83,7 @@ def _measured(
     batches: Sequence[Batch],
     forward: Callable[[nn.Module, Batch], Any],
 ) -> list[FloatArray | None]:
-    """Errors in one unit: no group is measured by its sensitivity where another one that layers read cannot be."""
+    """Measure errors in one unit: by sensitivity only if all groups that layers read have one."""
     changes: list[FloatArray | None] | None = None
     if kind == "sensitivity":
         try:
@@ -98,10 +98,10 @@ def _measured(
 def criterion_losses(removal: Removal, scores: Mapping[str, Tensor], criterion: str | Criterion) -> FloatArray:
     """Sums of unit scores, made comparable between groups, shape (options,).
 
-    Taylor scores are squared changes of the loss, and add up as they are. Others have a scale of their own in each
-    group, so they give the share f of the group's energy that goes (of squares for magnitudes), as the ratio
-    f / (1 - f) of what is lost to what is left: re-estimated batch norm scales the rest up again, and the ratio grows
-    without bound as a layer empties, where a bare share lets a cheap layer vanish.
+    Taylor scores are squared changes of the loss, and add up as they are. Others have a different scale in each group,
+    so they give the share f of the group's energy that is removed (of squares for magnitudes), as the ratio f / (1 - f)
+    of the lost to the remaining energy: re-estimated batch norm scales the rest up again, and the ratio grows without
+    bound as a layer empties, whereas the share alone lets a cheap layer vanish.
     """
     group, options = removal
     values = scores[group].double().cpu().numpy()
@@ -116,7 +116,7 @@ def _lost(share: FloatArray) -> FloatArray:
 
 
 def _zeroed_losses(space: SearchSpace, parameters: Mapping[str, Tensor]) -> tuple[FloatArray, ...] | None:
-    """What is lost of the squares of the weights whose least elements each option sets to zero."""
+    """Loss in the squared sum of weights whose least elements each option sets to zero."""
     losses = tuple(np.zeros(size) for size in space.sizes)
     energies: dict[str, FloatArray] = {}
     for j, row in enumerate(losses):
@@ -134,7 +134,7 @@ def _zeroed_losses(space: SearchSpace, parameters: Mapping[str, Tensor]) -> tupl
 
 
 def _removals(space: SearchSpace, structure: Structure, dimension: int) -> list[Removal]:
-    """What the options of a dimension, dense left out, remove from each group that they touch."""
+    """Units that the options of a dimension, without the dense one, remove from each group that they touch."""
     alone = np.zeros((space.sizes[dimension] - 1, len(space.sizes)), dtype=np.int64)
     alone[:, dimension] = np.arange(1, space.sizes[dimension])
     kept = [space.pruning(candidate).kept for candidate in alone.tolist()]

@@ -1,4 +1,4 @@
-"""What a search shows while it runs: a line with ETA in a terminal, log records elsewhere."""
+"""Progress of a search: a line with ETA in a terminal, log records elsewhere."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Progress:
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
         self._updated = self._began = time.monotonic()
-        self._first: int | None = None  # trials there were when the first of this process came
+        self._first: int | None = None  # number of trials before the first of this process
         self._tenths = 0
 
     def __enter__(self) -> Self:
@@ -51,7 +51,7 @@ class Progress:
         return self
 
     def due(self, done: int) -> bool:
-        """Whether it is time to `update`: to find the front after every trial would take longer the more there are."""
+        """Return whether it is time to `update`: finding the front after every trial would be slow."""
         self._first = done - 1 if self._first is None else self._first
         if self._bar is not None:
             return done == self._total or time.monotonic() - self._updated > DRAW_EVERY_SECONDS
@@ -61,14 +61,14 @@ class Progress:
         return 10 * done // self._total
 
     def _left(self, done: int) -> str:
-        """How long the rest takes at the pace so far."""
+        """Time for the rest at the pace so far, in words."""
         if done >= self._total or self._first is None:
             return ""
         seconds = (time.monotonic() - self._began) / (done - self._first) * (self._total - done)
         return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
 
     def update(self, done: int, failed: int, best: Trial | None, front: int, phase: str = "") -> None:
-        """Say how far the search is."""
+        """Show the state of the search."""
         state = f"front {front}, {phase}" if phase else f"front {front}"
         if best is not None:
             state = f"{self._metric} {best.score:.4f}, {state}"

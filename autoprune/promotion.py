@@ -1,4 +1,4 @@
-"""Which rungs each candidate has to pass, by what others scored there, and what stopping saved."""
+"""Promotion at rungs: the bars that each candidate must pass, by the scores of others, and a note on saved steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autoprune.study import Study
 
 
 def require_training(study: Study, rungs: Rungs) -> Trains:
-    """The evaluator of a search with rungs.
+    """Check the evaluator of a search with rungs.
 
     Raises:
         ValueError: If it trains no candidates, or not for long enough.
@@ -34,7 +34,7 @@ class Promotion:
     """Sets the bars of every rung by the trials that reached it.
 
     Only trials of earlier asks count, as in a race, so that local, synchronous and resumed searches decide alike; and
-    only those that cost no more. Probes of single dimensions pass everywhere, because what is planned from them needs
+    only those that cost no more. Probes of single dimensions pass everywhere, because the tables made from them need
     full scores.
 
     Args:
@@ -47,7 +47,7 @@ class Promotion:
         self._steps = rungs.steps(require_training(study, rungs).steps)
 
     def ladders(self, candidates: IntArray, found: Sequence[Trial]) -> list[Ladder]:
-        """What each of the candidates (n, d) has to pass, by the trials found before they were asked for."""
+        """Make the rungs of each of the candidates (n, d), from the trials found before they were asked for."""
         problem, below = self._study.problem, self._steps[:-1]
         costs, probes = problem.costs(candidates), problem.probes(candidates)
         columns = [self._rung(steps, costs, probes, found) for steps in below]
@@ -69,7 +69,7 @@ class Promotion:
 
 
 def note_of_rungs(rungs: Rungs, study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
-    """How many candidates were stopped on the way and how many steps that saved, in plain words."""
+    """Note on the number of candidates stopped at rungs and the steps saved, in plain words."""
     done = [trial for trial in found if trial.status in (OK, RACED)]
     if not done:
         return ()
@@ -87,6 +87,6 @@ def note_of_rungs(rungs: Rungs, study: Study, found: Sequence[Trial]) -> tuple[s
 
 
 def _spent(trial: Trial, total: int, continues: bool) -> int:
-    """Training steps that a trial took, of so many for all of it."""
+    """Training steps that a trial took, of `total` for a whole training."""
     taken = [steps_before(one.fidelity) or total for one in trial.evaluations]
     return max(taken) if continues else sum(taken)

@@ -1,4 +1,4 @@
-"""The interfaces between the parts, and the plain data that crosses them.
+"""Interfaces between the parts, and the plain data that crosses them.
 
 A *candidate* is a vector of option indices, int64, shape (d,): entry i picks one of ``sizes[i]`` options of dimension
 i, and option 0 is dense. Every objective is minimised.
@@ -26,7 +26,7 @@ class Dimension:
     """One choice that a search makes.
 
     Attributes:
-        name: What is chosen for, for example the group ``"layer1.0.conv1"``.
+        name: Name of the group or weight, for example ``"layer1.0.conv1"``.
         options: The meaning of each option, option 0 dense; for channels the number of units kept, falling.
         ordered: Whether later options remove more, so that steps along the options are meaningful.
     """
@@ -38,12 +38,12 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What to remove from a model, independent of the space it came from.
+    """Units and elements to remove from a model, independent of the space they came from.
 
     Attributes:
         kept: Unit indices that stay, ascending, for each group that loses units; other groups stay whole.
-        zeroed: How many elements of each parameter are set to zero, those of least magnitude first: among the elements
-            that stay, where units go too.
+        zeroed: Number of elements of each parameter that are set to zero, those of least magnitude first: among the
+            elements that stay, where units are removed too.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Pruning:
 
 @runtime_checkable
 class SearchSpace(Protocol):
-    """Dimensions with their options, and what a candidate means for the model."""
+    """Dimensions with their options, and the meaning of a candidate for the model."""
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
@@ -73,7 +73,7 @@ class SearchSpace(Protocol):
         ...
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
-        """Say which units of which groups a candidate keeps, and how many elements of which parameters it zeroes."""
+        """Return the units of groups that a candidate keeps, and the numbers of elements that it sets to zero."""
         ...
 
     def widths(self, candidates: IntArray) -> FloatArray:
@@ -89,13 +89,13 @@ class SearchSpace(Protocol):
         ...
 
     def describe(self) -> str:
-        """One line for people: how many dimensions, options and candidates."""
+        """Describe it in one line for people: the numbers of dimensions, options and candidates."""
         ...
 
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Rows of what was measured, in arrival order.
+    """Rows of measurements, in arrival order.
 
     Attributes:
         candidates: Shape (n, d), int64.
@@ -103,10 +103,10 @@ class Evaluations:
         stderr: Standard error of each objective, shape (n, m); 0 for exact costs.
         samples: Samples that the signal was averaged over, shape (n,), int64.
         status: ``"ok"``, ``"raced"`` (stopped early: carries its estimate) or ``"failed"``, length n.
-        reasons: Why a row failed, else the empty string, length n.
-        distortion: How far the outputs are from those of the dense model, mean over samples, shape (n,): KL divergence
-            in nats or relative squared difference. What dimensions cost in this adds up better than the signal does.
-            NaN where it was not measured.
+        reasons: Reason of each failed row, else the empty string, length n.
+        distortion: Distance of the outputs to those of the dense model, mean over samples, shape (n,): KL divergence in
+            nats or relative squared difference. It adds up better over dimensions than the signal does. NaN where it
+            was not measured.
         acceptable: Whether the metric meets the limits of the search on the score, shape (n,), bool; by default all do.
     """
 
@@ -138,15 +138,15 @@ class Evaluations:
 class Optimizer(Protocol):
     """Proposes candidates and learns from their evaluations. Knows a `Problem`, never a model.
 
-    A proposal depends only on the seed, on what was told and on what is pending, so that a history can be told in
-    bulk, in any order, and the search goes on from there.
+    A proposal depends only on the seed, on the evaluations told and on the pending candidates, so that a history can be
+    told in bulk, in any order, and the search continues from there.
     """
 
     def ask(self, n: int) -> IntArray:
         """Return up to `n` new candidates, int64, shape (<= n, d). An empty array ends the search.
 
-        All are feasible, but for probes: candidates that change at most one dimension of the dense model may be over a
-        limit, to learn what that dimension costs in score.
+        All are feasible, except probes: candidates that change at most one dimension of the dense model may be over a
+        limit, to measure the loss of that dimension.
         """
         ...
 
@@ -157,22 +157,22 @@ class Optimizer(Protocol):
 
 @runtime_checkable
 class Explains(Protocol):
-    """An optimizer that says what it is doing; none has to."""
+    """Optional protocol: optimizers that explain their proposals."""
 
     @property
     def phase(self) -> str:
-        """What the last candidates asked for were meant for, in a word or two."""
+        """Purpose of the last candidates asked for, in a word or two."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What it did and how it decided, in plain words, for the result."""
+        """Explanation of its decisions, in plain words, for the result."""
         ...
 
 
 @runtime_checkable
 class Pends(Protocol):
-    """An optimizer that can be told what an earlier process asked for; else a resumed search may propose it again."""
+    """Optional protocol: optimizers that can be told of pending candidates; others may propose these again."""
 
     def pend(self, candidates: IntArray) -> None:
         """Take candidates, shape (n, d), as proposed already, with their evaluations still to come."""
@@ -181,7 +181,7 @@ class Pends(Protocol):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one evaluation of one candidate saw.
+    """Measurement of one candidate in one evaluation.
 
     Attributes:
         signal: The quantity that steers the search, one value a sample, lower is better, float64, shape (n,). The mean
@@ -189,15 +189,14 @@ class Measurement:
         metric: The user's metric in its own direction: one value a sample, shape (n,), or shape (1,) for a metric of
             the whole set.
         seconds: Wall time of the evaluation.
-        distortion: How far the outputs are from those of the dense model, one value a sample, for as many samples as
-            dense outputs are kept of, the same for every candidate; empty where it was not measured. See `Evaluations`.
-        raced: Why the evaluation ended early: after the first n samples, or on the way through a training; empty if it
+        distortion: Distance of the outputs to those of the dense model, one value for each sample with kept dense
+            outputs, the same for every candidate; empty where it was not measured. See `Evaluations`.
+        raced: Reason why the evaluation ended early: after the first n samples, or at a rung of a training; empty if it
             did not.
-        steps: Training steps after which it was made on the way through a training; 0 for one of what is built.
-        rungs: What was measured earlier on that way, in order.
-        weights: How much each sample counts where the score of a set is a quotient, such as a loss with ignored
-            labels: its part of the denominator, with a mean of 1 over the whole set, shape (n,); empty where all count
-            the same.
+        steps: Training steps after which it was made, at a rung; 0 for one of the module that is built.
+        rungs: Measurements at earlier rungs of the same training, in order.
+        weights: Weight of each sample where the score of a set is a quotient, such as a loss with ignored labels: its
+            part of the denominator, with a mean of 1 over the whole set, shape (n,); empty where all count the same.
     """
 
     signal: FloatArray
@@ -212,7 +211,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a candidate could not be evaluated; costs one trial, never the run."""
+    """Failed evaluation of a candidate, with the reason; costs one trial, never the run."""
 
     reason: str
     seconds: float = 0.0

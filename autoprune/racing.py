@@ -1,9 +1,9 @@
 """Racing: a candidate is scored batch by batch, and dropped as soon as a rival is known to be better.
 
-The rival is a finished trial that costs no more in any limited cost. What is compared is the mean signal on the whole
-validation subset, a fixed and finite set of samples, so what is left of a race knows no error: after the last sample
-nothing is estimated. The test needs no normal distribution, holds at every sample at once, and pays for a race only,
-not for each look at it (`log_evidence`).
+The rival is a finished trial that costs no more in any limited cost. The test compares the mean signal on the whole
+validation subset, a fixed and finite set of samples, so after the last sample there is no error of estimation. It
+assumes no normal distribution, holds at every sample at once, and spends its error probability once a race, not once a
+look (`log_evidence`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
 from autoprune.rungs import Ladder, climb
 
 FRACTIONS = np.array([0.1, 0.2, 0.4, 0.6, 0.8])
-"""Of the largest bet that cannot lose more than it has; how much is best depends on the candidate."""
+"""Bets, as fractions of the largest one that cannot lose more than the capital; the best depends on the candidate."""
 
 QUANTILE = 0.9
-"""What the rival scores is capped here before it is compared: large bets need small losses. See `log_evidence`."""
+"""Quantile at which the signals of the rival are capped: large bets need small losses. See `log_evidence`."""
 
 _FIRST_BLOCK = 256
-_SLACK = 1e-6  # by which rounding may take a loss below zero
+_SLACK = 1e-6  # rounding may take a loss below zero by this much
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Racing:
             raise ValueError(f"delta must be a probability between 0 and 1, got {shown(self.delta)}")
 
     def share(self, trial: int) -> float:
-        """How much of `delta` a trial may spend, by its number from 0.
+        """Share of `delta` that a trial may spend, by its number from 0.
 
         Half of it for the first 256 trials, a quarter for the next 512, and so on, so that any number of trials may
         be added to a search.
@@ -55,14 +55,14 @@ class Racing:
 
 @dataclass(frozen=True)
 class Race:
-    """What a candidate has to stand up to. Travels to workers: 8 bytes a sample.
+    """Race of a candidate against a rival. It is sent to workers: 8 bytes a sample.
 
     Attributes:
         rival: The trial to beat, which costs no more.
         signal: Its signal on each validation sample, float32 as in the journal, shape (N,).
         metric: Its metric on each, float32, shape (N,).
         higher_is_better: Direction of the metric.
-        floor: What no sample of any candidate scores below.
+        floor: Lower bound of the signal of any candidate on any sample.
         distances: Samples that the distortion is measured on.
         error: Largest probability of dropping the candidate although it is no worse.
     """
@@ -76,10 +76,10 @@ class Race:
     error: float
 
     def lost(self, signal: FloatArray, metric: FloatArray) -> bool:
-        """Whether a candidate is known to be worse, by its values on the first n samples, shape (n,) each.
+        """Return whether a candidate is known to be worse, by its values on the first n samples, shape (n,) each.
 
-        One that is ahead in the metric so far is not dropped: that is what users choose by, though it is too coarse
-        for a test of its own. Nor is one that has gone below the floor.
+        A candidate that is ahead in the metric so far is not dropped: users choose by the metric, though it is too
+        coarse for a separate test. Nor is one with a signal below the floor.
         """
         gained = (metric - self.metric[: len(metric)]).mean()
         ahead = gained > 0 if self.higher_is_better else gained < 0
@@ -89,18 +89,18 @@ class Race:
 
 
 def log_evidence(seen: FloatArray, rival: FloatArray, floor: float) -> FloatArray:
-    """Logarithm of how much a bettor has made of 1 who bets that a candidate is worse than its rival on all samples.
+    """Logarithm of the capital of a bettor who starts with 1 and bets that a candidate is worse than its rival.
 
-    If the candidate is no worse, the capital is a nonnegative supermartingale, so the probability that it ever comes to
-    1 / p is at most p (Ville's inequality), at whatever moments one looks. Assumed is that samples come in a random
-    order, all orders being equally likely and independent of the candidate; and that none of its signals is below
-    `floor`. Nothing is assumed of how signals are distributed, and none above is too large.
+    If the candidate is no worse on all samples, the capital is a nonnegative supermartingale, so the probability that
+    it ever reaches 1 / p is at most p (Ville's inequality), however often one looks. The assumptions are that samples
+    come in a random order, all orders being equally likely and independent of the candidate, and that none of its
+    signals is below `floor`. There is no assumption about the distribution of signals, and no upper bound.
 
-    Each sample is a bet at fair odds on what the null hypothesis expects of it: the candidate's mean over the samples
-    left, if its mean over all were the rival's. Bets are made on the difference to a known value for each sample, the
-    rival's signal up to its 0.9 quantile, because hard samples are hard for both. The most that a bet can lose is
-    known, as the rival's samples and the floor are; the capital is spread over five `FRACTIONS` of the bet that would
-    risk all.
+    Each sample is a bet at fair odds on its expectation under the null hypothesis: the candidate's mean over the
+    samples left, if its mean over all were the rival's. Bets are made on the difference to a known value for each
+    sample, the rival's signal up to its 0.9 quantile, because hard samples are hard for both. The largest loss of a bet
+    is known, because the rival's samples and the floor are; the capital is spread over five `FRACTIONS` of the bet that
+    would risk all.
 
     Args:
         seen: Signals of the candidate, lower is better, shape (..., n).
@@ -130,14 +130,14 @@ def log_evidence(seen: FloatArray, rival: FloatArray, floor: float) -> FloatArra
 
 
 Contest = Race | Ladder
-"""What may end the evaluation of a candidate early."""
+"""Contest that may end the evaluation of a candidate early."""
 
 
 def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = None) -> Measurement | Failure:
     """Score a candidate, shape (d,), on all validation batches, or on one after the other until it has lost its race.
 
-    Or at one rung of its training after the other, until it stays behind. What survives is what an evaluation of all at
-    once gives, to the last bit.
+    With rungs, score it at one rung of its training after the other, until it is behind. The score of a candidate that
+    survives is that of an evaluation of all at once, to the last bit.
     """
     if isinstance(race, Ladder):
         return climb(evaluator, candidate, race)
@@ -159,7 +159,7 @@ def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = N
 
 
 def _joined(parts: list[Measurement], distances: int) -> Measurement:
-    """One measurement of consecutive chunks; without a distortion unless all of it is there."""
+    """Join measurements of consecutive chunks; without a distortion unless it is complete."""
     signal, metric, distortion, weights = (
         np.concatenate([getattr(part, name) for part in parts])
         for name in ("signal", "metric", "distortion", "weights")

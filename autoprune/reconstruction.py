@@ -1,4 +1,4 @@
-"""How much of what the next layers compute goes with the units that are removed, measured on the dense model."""
+"""Reconstruction error: the part of the next layers' outputs that removed units contribute, on the dense model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autoprune.structure.structure import Structure
 
 SAMPLES = 32
 MOST_VALUES = 2**24
-"""Values of one layer's output that are looked at in a batch, 64 MiB: a language model's logits are far more."""
+"""Most values of one layer's output that are used of a batch, 64 MiB: a language model's logits are far more."""
 
 Removal = tuple[str, Sequence[IntArray]]
 """A group, and the units of it that each option removes."""
@@ -31,22 +31,22 @@ def reconstruction_errors(
     batches: Sequence[Batch],
     forward: Callable[[nn.Module, Batch], Any],
 ) -> list[FloatArray | None]:
-    """Squared error of the outputs of the layers that read a group, relative to their energy, summed over the layers.
+    """Compute the squared error of the layers that read a group, relative to their energy, summed over the layers.
 
-    Exact, with all cross terms between units: what an option removes beyond the one before passes through the layer on
-    its own and is added up, so the options of a growing removal cost one forward pass together, however many they are.
-    Biases are left out on both sides. Seen are ungrouped convolutions and linear layers that the model calls.
+    Exact, with all cross terms between units: the units that an option removes in addition to the one before pass
+    through the layer alone and are added up, so all options of a growing removal cost one forward pass together. Biases
+    are left out on both sides. It covers ungrouped convolutions and linear layers that the model calls.
 
     Args:
         model: The dense model; comes back unchanged.
         structure: Its structure.
-        removals: What to remove.
+        removals: Groups with the units that each option removes.
         batches: Calibration data, of which the first `SAMPLES` samples are used.
         forward: Runs the model on a batch.
 
     Returns:
         For each removal the error of each option, shape (options,), finite, at least 0, not always monotone, because
-        units may cancel each other; None where no layer was seen to read the group.
+        units may cancel each other; None where no layer reads the group.
     """
     copied = private_copy(model)
     axes, read = readers(copied, structure), reads(copied, structure)
@@ -82,9 +82,9 @@ def reconstruction_errors(
 
 
 def reads(model: nn.Module, structure: Structure) -> dict[str, dict[str, IntArray]]:
-    """For each layer and each group that it reads: the inputs that every unit owns, shape (units, members).
+    """Find the inputs that every unit owns, shape (units, members), for each layer and each group that it reads.
 
-    Ungrouped convolutions, transposed ones too, and linear layers.
+    It covers ungrouped convolutions, transposed ones too, and linear layers.
     """
     found: dict[str, dict[str, IntArray]] = defaultdict(dict)
     layers = readers(model, structure)
@@ -100,7 +100,7 @@ def reads(model: nn.Module, structure: Structure) -> dict[str, dict[str, IntArra
 
 
 def _errors(module: nn.Module, x: Tensor, axis: int, options: Sequence[IntArray]) -> FloatArray:
-    """Energy of what the inputs of each option contribute to the output of a layer, shape (options,)."""
+    """Energy of the contribution of each option's inputs to the output of a layer, shape (options,)."""
     total, seen, energies = torch.zeros((), device=x.device), np.zeros(0, dtype=np.int64), []
     for inputs in options:
         if not np.isin(seen, inputs).all():
@@ -114,7 +114,7 @@ def _errors(module: nn.Module, x: Tensor, axis: int, options: Sequence[IntArray]
 
 
 def _part(module: nn.Module, inputs: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """The forward of a layer without its bias and hooks, of some of its inputs only."""
+    """Make the forward of a layer without its bias and hooks, for some of its inputs only."""
     part, weight, dim = copy.copy(module), module.get_parameter("weight"), input_dim(module)
     assert dim is not None
     part.__dict__["_parameters"] = {

@@ -1,4 +1,4 @@
-"""From what was measured to what is told, kept and returned: evaluations, trials, the result."""
+"""Conversion of measurements to evaluations for the optimizer, trials and the result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def evaluations_of(
     status: Sequence[str],
     reasons: Sequence[str],
 ) -> Evaluations:
-    """Rows for the optimizer, one for each of the candidates (n, d): the signal, then the limited costs."""
+    """Make rows for the optimizer, one for each of the candidates (n, d): the signal, then the limited costs."""
     costs = study.problem.costs(candidates)
     failed = np.array([fate == FAILED for fate in status])
     worst, higher_is_better = study.worst_score, study.context.judge.higher_is_better
@@ -59,7 +59,7 @@ def _column(measured: Sequence[Statistics], name: str, missing: float = math.nan
 def trial_of(
     study: Study, number: int, candidate: IntArray, outcome: Outcome, dense: Measurement | None = None
 ) -> Trial:
-    """A record of a candidate and what was measured of it; `dense` is what an evaluation of the dense model saw."""
+    """Make a trial from a candidate and its outcome; `dense` is the measurement of the dense model."""
     interval = (math.nan, math.nan)
     if isinstance(outcome, Measurement) and not outcome.raced:
         interval = summary(outcome.metric, study.context.judge.proportion, outcome.weights).interval
@@ -92,7 +92,7 @@ def result_of(
     seed: int,
     explained: Sequence[str] = (),
 ) -> SearchResult:
-    """Score the front once on held-out samples, as far as there is time, and put everything together."""
+    """Score the front once on held-out samples, as far as there is time, and make the result."""
     judge = study.context.judge
     front = find_front(found, tuple(study.limits), judge.higher_is_better)
     tests: dict[int, Measurement] = {}
@@ -132,7 +132,7 @@ def result_of(
 
 
 def _best_first(dense: Trial, front: Sequence[Trial], higher_is_better: bool) -> list[Trial]:
-    """The dense model, then the front by falling score: what `SearchResult.best` gives comes first."""
+    """Order the trials to test: the dense model, then the front by falling score, which `SearchResult.best` takes."""
     sign = -1.0 if higher_is_better else 1.0
     return [dense, *sorted(front, key=lambda trial: (sign * trial.score, trial.signal))]
 
@@ -147,7 +147,7 @@ def _tested(trial: Trial, tests: Mapping[int, Measurement]) -> Trial:
 
 
 def _notes_of_score(study: Study, result: SearchResult, tests: Mapping[int, Measurement]) -> list[str]:
-    """Whether the limits on the score hold for the trial that `SearchResult.best` gives, and on held-out data."""
+    """Note whether the best trial meets the limits on the score on validation and on held-out data."""
     if study.worst_score is None:
         return []
     try:

@@ -1,4 +1,4 @@
-"""Going on with an earlier search: what its journal knows becomes what the loop begins with."""
+"""Resume of an earlier search: its journal gives the trials that the loop begins with."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from autoprune.study import Study
 log = logging.getLogger(__name__)
 
 ANYWAY = "anyway"
-"""Where the journal keeps in which respects it was resumed although they differed."""
+"""Key in the journal of the differences in spite of which it was resumed."""
 
 _COMPARED = 64  # trials whose costs are computed again
 
 
 @dataclass(frozen=True)
 class History:
-    """What a search knows when it begins; nothing, unless it is resumed.
+    """Trials known when a search begins; none, unless it is resumed.
 
     Attributes:
         found: Finished trials in the order in which their results came.
@@ -53,13 +53,13 @@ def open_journal(
     resume: bool | str,
     study: Study,
 ) -> Journal:
-    """The journal to write: a new one, also where a search to be resumed was killed before it had one.
+    """Open the journal to write: a new one, also if the search to resume was killed before it had one.
 
     Args:
-        run_dir: Where it is; None for memory.
-        identity: What the search is, see `autoprune.identity`.
-        resume: Whether to go on; ``"anyway"`` in spite of differences, which the journal then keeps in its notes.
-        study: The search, whose costs are compared with what the journal keeps.
+        run_dir: Its folder; None for memory.
+        identity: Identity of the search, see `autoprune.identity`.
+        resume: Whether to resume; ``"anyway"`` in spite of differences, which the journal then keeps in its notes.
+        study: The search, whose costs are compared with those in the journal.
 
     Raises:
         ValueError: If the search in `run_dir` is another one; names what differs.
@@ -87,7 +87,7 @@ def open_journal(
 def _cost_differences(
     journal: Journal, recorded: Mapping[str, Any], identity: Mapping[str, Any], study: Study
 ) -> list[str]:
-    """Costs that differ for the first candidates of the journal; in another space they cannot be compared."""
+    """Costs that differ for the first candidates of the journal; none in another space, which cannot be compared."""
     rows = journal.trials()[:_COMPARED]
     if not rows or recorded.get("space") != identity["space"]:
         return []
@@ -97,9 +97,9 @@ def _cost_differences(
 
 
 def recall(journal: Journal, study: Study, optimizer: Optimizer, weights: FloatArray) -> History:
-    """Tell an optimizer all that the journal knows, at once, and say what is left to do.
+    """Tell an optimizer the whole journal at once, and return the finished and the pending trials.
 
-    `weights` says how much each validation sample counts, as in a `Measurement` of the dense model.
+    `weights` are those of the validation samples, as in a `Measurement` of the dense model.
     """
     rows = journal.trials()
     if not rows:
@@ -122,7 +122,7 @@ def recall(journal: Journal, study: Study, optimizer: Optimizer, weights: FloatA
 
 
 def _require_candidates(rows: Sequence[TrialRow], study: Study) -> None:
-    """Refuse trials that are none of the space, and have other costs than the search."""
+    """Refuse trials outside of the space, or with other costs than the search."""
     sizes = study.problem.sizes.tolist()
     for row in rows:
         ends = zip(row.candidate, sizes, strict=False)
@@ -138,7 +138,7 @@ def _statistics(row: TrialRow) -> Statistics:
 
 
 def _trial(journal: Journal, study: Study, row: TrialRow, weights: FloatArray) -> Trial:
-    """The trial with its interval, which the journal leaves to the values of its samples."""
+    """Make a trial with its interval, which is computed from the values of its samples in the journal."""
     trial, judge = trial_from(row, study.context.space, study.limits), study.context.judge
     metrics = journal.metrics(row.evaluations[-1].id)
     return (

@@ -1,4 +1,4 @@
-"""Which candidate is raced against which finished trial, and what racing saved."""
+"""Rivals: the finished trials that candidates are raced against, and a note on saved samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autoprune.study import Study
 
 
 def find_racing(spec: bool | Racing | Rungs) -> Racing | Rungs | None:
-    """The settings meant by ``search(racing=)``; None for no racing.
+    """Make the settings of ``search(racing=)``; None for no racing.
 
     Raises:
         ValueError: If it is neither a bool nor a `Racing` nor `Rungs`.
@@ -32,7 +32,7 @@ def find_racing(spec: bool | Racing | Rungs) -> Racing | Rungs | None:
 
 
 def applicable(racing: Racing | Rungs | None, study: Study) -> tuple[Racing | Rungs | None, Study]:
-    """The settings if racing can work in this search, else None and the study with a note that says why.
+    """Return the settings if this search allows racing, else None and the study with a note that gives the reason.
 
     Raises:
         ValueError: If there are rungs, but no trainings for them.
@@ -57,18 +57,18 @@ def applicable(racing: Racing | Rungs | None, study: Study) -> tuple[Racing | Ru
 
 @final
 class Rivals:
-    """Finds the trial that each candidate must not be worse than.
+    """Finds the rival of each candidate: the trial that it must not be worse than.
 
     A candidate is dominated if any trial that costs no more in every limited cost has a better signal, so it is
     compared with the best of these alone. Only trials of earlier asks count: then a synchronous search on many workers
     decides as one on a single worker does, and a resumed one as if it had never stopped. Probes of single dimensions
-    run no race, because what is planned from them needs full scores.
+    run no race, because the tables made from them need full scores.
 
     Args:
         study: The search.
         racing: Its settings; None pairs nobody.
-        journal: Where values per sample are read.
-        dense: What an evaluation of the dense model saw.
+        journal: Source of the values per sample.
+        dense: Measurement of the dense model.
     """
 
     def __init__(self, study: Study, racing: Racing | Rungs | None, journal: Journal, dense: Measurement) -> None:
@@ -77,7 +77,7 @@ class Rivals:
         self._promotion = Promotion(study, racing) if isinstance(racing, Rungs) else None
 
     def races(self, trials: Sequence[int], candidates: IntArray, found: Sequence[Trial]) -> Sequence[Contest | None]:
-        """What each of the candidates (n, d), asked for under these numbers, runs; None where there is no rival."""
+        """Make the contest of each of the candidates (n, d) with these trial numbers; None without a rival."""
         if self._promotion is not None:
             return self._ladders(self._promotion, trials, candidates, found)
         if self._racing is None:
@@ -104,7 +104,7 @@ class Rivals:
     ) -> list[Ladder]:
         first = np.array([self._journal.first_of_ask(trial) for trial in trials])
         ladders: dict[int, Ladder] = {}
-        for ask in np.unique(first).tolist():  # several only where a resumed search takes up what was pending
+        for ask in np.unique(first).tolist():  # several only where a resumed search evaluates pending candidates
             rows, earlier = np.flatnonzero(first == ask), [trial for trial in found if trial.id < ask]
             ladders.update(zip(rows.tolist(), promotion.ladders(candidates[rows], earlier), strict=True))
         return [ladders[row] for row in range(len(trials))]
@@ -125,7 +125,7 @@ class Rivals:
 
 
 def note_of_racing(racing: Racing | Rungs | None, study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
-    """How many candidates were dropped and how many samples that saved, in plain words; nothing without racing."""
+    """Note on the number of dropped candidates and the samples saved, in plain words; empty without racing."""
     if isinstance(racing, Rungs):
         return note_of_rungs(racing, study, found)
     done = [trial for trial in found if trial.status in (OK, RACED)]

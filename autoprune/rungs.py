@@ -1,9 +1,9 @@
-"""Rungs: a candidate is scored on its way through a training, and stopped where others did better by then.
+"""Rungs: a candidate is scored at intermediate steps of its training, and stopped where others were better there.
 
-Asynchronous successive halving in its stopping form: a candidate trains on at once if it is good enough so far, and
-one that was stopped is never taken up again, so a worker holds one training and decides alone. "Good enough" is a
-matter of fronts, as there is a best candidate for every budget. Unlike a race this is a heuristic: which network is
-ahead after a ninth of the training need not be ahead after all of it, and no error probability is known.
+Asynchronous successive halving in its stopping form: a candidate continues at once if it is good enough so far, and one
+that was stopped is never resumed, so a worker holds one training and decides alone. "Good enough" is decided by fronts,
+as there is a best candidate for every budget. Unlike a race this is a heuristic: the network that is ahead after a
+ninth of the training need not be ahead at its end, and no error probability is known.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rungs:
 
     Attributes:
         count: Rungs, the whole training among them.
-        reduction: By how much each rung is shorter than the next, and one over the share that is to pass it.
+        reduction: Ratio of the steps of consecutive rungs, and one over the share of trials that may pass a rung.
 
     Reference:
         Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020, arXiv:1810.05934; by fronts:
@@ -53,7 +53,7 @@ class Rungs:
         """Training steps of each rung, ascending, up to `total`.
 
         Raises:
-            ValueError: If these are too few for so many rungs.
+            ValueError: If these are too few for the number of rungs.
         """
         steps = tuple(round(total / self.reduction**i) for i in reversed(range(self.count)))
         if steps[0] < 1 or len(set(steps)) < self.count:
@@ -66,12 +66,12 @@ class Rungs:
 
 @dataclass(frozen=True)
 class Rung:
-    """What a candidate is held against on the way.
+    """Threshold for a candidate at one intermediate step of its training.
 
     Attributes:
-        steps: After so many.
-        bar: It is stopped if its mean signal is above; infinite where nobody is.
-        rival: The trial whose signal that is; -1 where there is none.
+        steps: Training steps before it.
+        bar: A candidate is stopped if its mean signal is above; infinite where none is stopped.
+        rival: The trial with that signal; -1 where there is none.
     """
 
     steps: int
@@ -81,16 +81,16 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """The rungs below the whole training, for one candidate, and the steps of that. Travels to workers."""
+    """Rungs below the whole training, for one candidate, and the steps of the whole. It is sent to workers."""
 
     rungs: tuple[Rung, ...]
     total: int
 
 
 def climb(evaluator: Evaluator, candidate: IntArray, ladder: Ladder) -> Measurement | Failure:
-    """Train and score a candidate, shape (d,), until it stays behind at a rung.
+    """Train and score a candidate, shape (d,), until it is behind at a rung.
 
-    What passes all of them is scored as an evaluation without rungs does, to the last bit.
+    A candidate that passes all of them has the score of an evaluation without rungs, to the last bit.
     """
     assert isinstance(evaluator, Trains)
     passed: list[Measurement] = []
@@ -114,8 +114,8 @@ def _failed(failure: Failure, passed: Sequence[Measurement]) -> Failure:
 def behind(objectives: FloatArray, reduction: float) -> NDArray[np.bool_]:
     """Mark the points that are not among the best, by fronts.
 
-    Fronts are taken off one after the other as long as one over `reduction` of the points, and of one to come, has room
-    for them.
+    Whole fronts count as the best, one after the other, as long as together they hold less than one over `reduction` of
+    the points and one to come, rounded up.
 
     Args:
         objectives: Shape (n, m), lower is better.

@@ -1,4 +1,4 @@
-"""The form that parsed JSON must have, stated as data and checked before anything relies on it."""
+"""Schema of parsed JSON, stated as data and checked before anything relies on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Form = Any
-"""What a value must be:
+"""Form of a value:
 
 - ``bool``, ``int`` (no bool), ``float`` (any finite number), ``str``, ``None``, or ``object`` for anything;
 - ``[form]``, a list of it; ``{str: form}``, an object with any keys;
@@ -20,15 +20,15 @@ _MOST = 2.0**1023
 
 
 def require_form(value: Any, form: Form, at: str = "it") -> None:
-    """Refuse a value of another form.
+    """Check the form of a value.
 
     Args:
-        value: What was parsed.
-        form: What it must be.
-        at: Where it is, for messages.
+        value: The parsed value.
+        form: The form required.
+        at: Its place, for messages.
 
     Raises:
-        ValueError: Names the first place that differs, and what is there.
+        ValueError: Names the first place that differs, with the value there.
     """
     if isinstance(form, list):
         _require_list(value, form[0], at)
@@ -47,7 +47,7 @@ def require_form(value: Any, form: Form, at: str = "it") -> None:
 def _require_list(value: Any, form: Form, at: str) -> None:
     if not isinstance(value, list):
         _refuse(value, "a list", at)
-    if form is int and all(type(each) is int for each in value):  # long lists of numbers are most of some files
+    if form is int and all(type(each) is int for each in value):  # some files are mostly long lists of numbers
         return
     for i, each in enumerate(value):
         require_form(each, form, f"{at}[{i}]")

@@ -1,6 +1,6 @@
 """Per-sample scores: each function turns (outputs, batch, dense outputs) into (signal, metric), shape (n,) both.
 
-The signal steers the search, lower is better; the metric is what users read, in its own direction.
+The signal steers the search, lower is better; the metric is for users, in its own direction.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from autoprune.batches import Batch, batch_size, fresh, targets, tensors, token_
 from autoprune.errors import DataError
 
 NO_LABEL = -100  # torch's default ignore_index
-VOID = 255  # what segmentation data writes where there is no label
+VOID = 255  # value of unlabelled positions in segmentation data
 
 Distance: TypeAlias = Callable[[Any, Any], Tensor]
-"""How far (outputs, dense outputs) are apart, one value a sample, shape (n,); 0 where they agree."""
+"""Distance of (outputs, dense outputs), one value a sample, shape (n,); 0 where they agree."""
 
 
 def main_output(outputs: Any) -> Tensor:
-    """The tensor that metrics look at: ``"logits"`` where outputs have it, else the first tensor.
+    """Find the tensor that metrics use: ``"logits"`` where outputs have it, else the first tensor.
 
     Raises:
         DataError: If there is no tensor.
@@ -57,14 +57,14 @@ def cross_entropy(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Ten
 
 
 def labelled_positions(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Positions of each sample that have a label, shape (n,), twice: what `cross_entropy` averages over."""
+    """Number of labelled positions of each sample, shape (n,), twice: the denominators of `cross_entropy`."""
     labels = known_labels(targets(batch), main_output(outputs).shape[1])
     count = (labels != NO_LABEL).reshape(len(labels), -1).sum(1).double()
     return count, count
 
 
 def known_labels(labels: Tensor, classes: int) -> Tensor:
-    """Labels as int64, with `NO_LABEL` where the labels of positions say 255, unless that is a class."""
+    """Labels as int64, with `NO_LABEL` where the labels of positions are 255, unless that is a class."""
     labels = labels.long()
     return labels.masked_fill(labels == VOID, NO_LABEL) if labels.ndim > 1 and classes <= VOID else labels
 
@@ -90,8 +90,8 @@ def relative_error(scale: float, outputs: Any, batch: Batch, dense: Tensor | Non
 def cosine(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
     """One minus the cosine to the dense outputs, and that cosine.
 
-    Of outputs (n, positions, features) the mean over the positions that are no padding; of others, of all that a sample
-    has.
+    For outputs (n, positions, features) it is the mean over the positions that are no padding; for others, the cosine
+    of all outputs of a sample.
     """
     ours, theirs = _main(outputs), _main(dense)
     if ours.ndim == 3:
@@ -103,7 +103,7 @@ def cosine(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Te
 
 
 def unpadded(batch: Batch, outputs: Tensor) -> Tensor:
-    """True for the positions (n, positions) of outputs that ``attention_mask`` calls no padding; all without it."""
+    """Mask of the positions (n, positions) of outputs that are no padding by ``attention_mask``; all without it."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.shape == outputs.shape[:2]:
         return mask.to(outputs.device) != 0
@@ -122,14 +122,14 @@ def squared_difference(scale: float, outputs: Any, dense: Any) -> Tensor:
 
 
 def distance_of(outputs: Any, batch: Batch) -> Distance | None:
-    """What to measure the distance to dense outputs like these by; None where no output has a row for each sample.
+    """Choose the distance to dense outputs like these; None where no output has a row for each sample.
 
-    KL divergence where the outputs are logits: the labels are classes of the samples or of each position (dimension 1
-    holds the classes, or the last one, as in language models), or there are none and the outputs have two dimensions,
-    or are the ``"logits"`` of each position, shape (n, positions, classes), or are of this shape for token ids of shape
-    (n, positions) that are all below the number of classes. Else the squared difference relative to
-    the mean square of the outputs, on one scale for all samples: one whose outputs are near zero must not outweigh
-    the others.
+    It is the KL divergence where the outputs are logits: the labels are classes of the samples or of each position
+    (dimension 1 holds the classes, or the last one, as in language models), or there are none and the outputs have two
+    dimensions, or are the ``"logits"`` of each position, shape (n, positions, classes), or are of this shape for token
+    ids of shape (n, positions) that are all below the number of classes. Else it is the squared difference relative to
+    the mean square of the outputs, on one scale for all samples: one whose outputs are near zero must not outweigh the
+    others.
     """
     if next(tensors(outputs), None) is None:
         return None
@@ -143,14 +143,14 @@ def distance_of(outputs: Any, batch: Batch) -> Distance | None:
 
 
 def sampled_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
-    """A loss whose gradients have the curvature of the distance to the dense outputs, and how many draws it adds up.
+    """Loss whose gradients have the curvature of the distance to the dense outputs, and the number of draws in it.
 
-    Where the outputs are logits, the cross-entropy of a label that is drawn from them for every sample or position;
-    else their product with normal noise, of variance 2 over the sum of squares of the whole batch's mean sample.
+    If the outputs are logits, it is the cross-entropy of a label drawn from them for every sample or position; else
+    their product with normal noise, of variance 2 over the sum of squares of the whole batch's mean sample.
 
     Args:
-        outputs: What the dense model gives, with gradients.
-        batch: Tells logits from other outputs, see `distance_of`; labels are not used.
+        outputs: Outputs of the dense model, with gradients.
+        batch: Distinguishes logits from other outputs, see `distance_of`; labels are not used.
         generator: On the CPU.
     """
     output = _main(outputs)
@@ -170,7 +170,7 @@ def drawn_cross_entropy(output: Tensor, classes: int, generator: torch.Generator
 
 
 def class_dimension(outputs: Any, batch: Batch) -> int | None:
-    """The dimension of the main output that holds the classes, 1 or -1; None where it is not taken for logits."""
+    """Dimension of the main output that holds the classes, 1 or -1; None if it does not count as logits."""
     output, label = main_output(outputs), targets(batch)
     for dim in (1, -1):
         if output.ndim < 2 or output.shape[dim] < 2:
@@ -188,7 +188,7 @@ def class_dimension(outputs: Any, batch: Batch) -> int | None:
 
 
 def _are_of_tokens(output: Tensor, batch: Batch) -> bool:
-    """Whether there is an output of each word of a vocabulary at the position of every token of the batch."""
+    """Return whether outputs have a value for each word of a vocabulary at every token of the batch."""
     ids = token_ids(batch)
     return ids is not None and output.shape[:2] == ids.shape and 0 <= int(ids.min()) <= int(ids.max()) < output.shape[2]
 
@@ -202,7 +202,7 @@ def user_metric(
     batch: Batch,
     dense: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """A user's values, turned to lower-is-better and as they are."""
+    """Compute a user's values, turned to lower-is-better and as they are."""
     values = fn(outputs, fresh(batch), fresh(dense)) if asks_dense else fn(outputs, fresh(batch))
     if not isinstance(values, Tensor) or values.is_complex() or values.shape != (batch_size(batch),):
         raise ValueError(
@@ -214,23 +214,23 @@ def user_metric(
 
 
 def align(output: Tensor, target: Tensor) -> Tensor:
-    """Drop or add a last dimension of one where that is all that sets outputs and targets apart."""
+    """Drop or add a last dimension of one if that is the only difference between outputs and targets."""
     if output.ndim == target.ndim + 1 and output.shape[-1] == 1:
         return output.squeeze(-1)
     return output.unsqueeze(-1) if output.ndim == target.ndim - 1 else output
 
 
 def describe(value: Any) -> str:
-    """A value for a message: dtype and shape of a tensor, never its contents."""
+    """Describe a value for a message: dtype and shape of a tensor, never its contents."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
 
 
 def _main(outputs: Any) -> Tensor:
-    """The main output in at least single precision."""
+    """Return the main output in at least single precision."""
     output = main_output(outputs)
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def sample_means(values: Tensor) -> Tensor:
-    """Averages over all but the first dimension, shape (n,)."""
+    """Average over all but the first dimension, shape (n,)."""
     return values.reshape(len(values), -1).mean(1)

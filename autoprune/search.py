@@ -79,74 +79,74 @@ def search(
 
     Args:
         model: Any ``nn.Module``; it comes back unchanged: weights, mode, hooks, device.
-        budget: What a pruned model may cost, for example ``"flops <= 50%"`` (of the dense model), ``"params <= 1.2M"``,
+        budget: Limits on costs, for example ``"flops <= 50%"`` (of the dense model), ``"params <= 1.2M"``,
             ``"latency <= 60%"``, ``"throughput >= 900/s"``, ``"nonzero_params <= 10%"``, a list, or a `Budget`. Every
-            candidate respects it, under the exact or measured cost. Or how much score must stay,
+            candidate respects them, under the exact or measured cost. Or a limit on the score,
             ``"accuracy drop <= 1pp"`` or ``"accuracy >= 0.98"`` (``"loss <= 0.3"`` where lower is better): the search
-            then looks for the cheapest model that keeps it on the validation data, and a note says whether it does on
-            held-out data. What is minimised is the first cost that the budget also limits, else ``flops``, or
-            ``nonzero_params`` where the space leaves the FLOPs alone.
+            then minimises cost subject to that limit on the validation data, and a note says whether it also holds on
+            held-out data. It minimises the first cost that the budget also limits, else ``flops``, or
+            ``nonzero_params`` where the space does not change the FLOPs.
         data: `Data`, a DataLoader, or (X, y) arrays. Without data, seeded random inputs shaped like `example_inputs`
             stand in, and the score is agreement with the dense model on them.
         metric: ``"auto"`` (accuracy for class labels, else a loss that fits, the loss of the next token for language
             models, else agreement), another name, a loss module or function, or a `Metric`. By name also
             ``"next_token"`` (nats, padding left out), ``"miou"``, and against the dense outputs ``"cosine"`` and
             ``"relative_error"``, which need no labels. A loss keeps its reduction, class weights and ignored labels:
-            the score is what it says of the whole set. One without a ``reduction`` is asked about single samples if
-            their mean is what it says of a batch, else about the whole set at once, and then bad candidates cannot be
-            stopped early.
+            the score is its value of the whole set. One without a ``reduction`` is called on single samples if their
+            mean is its value of a batch, else on the whole set at once, and then bad candidates cannot be stopped
+            early.
         space: ``"channels"``, ``"sparsity"``, or settings: ``Channels(round_to=8, ignore=["head*"], ...)``,
             ``Sparsity(levels=(0, 0.5, 0.9), ...)``.
         evaluator: ``"auto"`` is ``"compensated"`` (layers re-fitted by least squares, with biases and statistics);
             or ``"adaptive_bn"`` (statistics alone), ``"finetune"`` (a short training), ``"supernet"`` (one training of
-            weights that all share), or an `Evaluator`.
+            weights that all candidates share), or an `Evaluator`.
         optimizer: ``"auto"``, ``"knapsack"``, ``"level_switch"``, ``"nsga2"``, ``"bayes"`` or ``"random"``, an
             `Optimizer`, or a function of (problem, seed).
         trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained
-            next to nothing (see `autoprune.stopping.why_converged`), at 1,000 at the latest; a note says how it knew.
-        max_seconds: When to come to the end, counted from the call: what is being evaluated is dropped, and what was
-            not measured, checked, verified or scored on held-out data by then is not; notes say so. Scoring the dense
-            model comes first, whatever it takes. So does finding out what can be removed, and for a limit on latency a
-            table of all operations and 6 networks: if the time is over before (10 seconds at least for the former),
-            that is an error, which says how far it came.
+            next to nothing (see `autoprune.stopping.why_converged`), at 1,000 at the latest; a note gives the reason.
+        max_seconds: Time limit, counted from the call: running evaluations are dropped, and remaining measurements,
+            checks and scores on held-out data are skipped; notes say so. Scoring the dense model comes first, without
+            a limit. So does the analysis of the model, and for a limit on latency a table of all operations and 6
+            networks: if the time is over before (10 seconds at least for the analysis), that is an error, which says
+            how far it came.
         seed: The same seed, data and threads give the same front.
         start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
         forward: ``forward(model, batch)``, where calling the model with the inputs of a batch is not enough.
-        example_inputs: A tensor, a tuple or a dict of inputs; needed only without data. With data they say at what size
-            costs are stated, such as the length of a sequence. A list of these covers branches of the forward that the
-            data may not take.
-        outputs: Which outputs matter: a key, an index, several of these, or a function of what the model returns.
+        example_inputs: A tensor, a tuple or a dict of inputs; needed only without data. With data they give the size
+            that costs are stated at, such as the length of a sequence. A list of these covers branches of the forward
+            that the data may not take.
+        outputs: Outputs that matter: a key, an index, several of these, or a function of the model's return value.
         executor: ``"local"``, ``"ray"`` (workers on this machine, or on the cluster of the job that this runs in), or
             an `Executor`, such as ``RayExecutor(address="auto", gpus_per_worker=0.5)``.
-        run_dir: A folder of its own for the journal of the run; kept in memory without.
-        resume: Go on with the search in `run_dir`, or begin it if there is none yet. No finished trial is repeated, and
-            what was being evaluated is evaluated again. The other arguments must be those of that search, but `trials`
-            may be more or ``"auto"``, and `executor` and `optimizer` others: functions are compared by their code, and
-            the dense model must score as it did. ``"anyway"`` goes on in spite of differences, which a note then names.
+        run_dir: A separate folder for the journal of the run; without it the journal is in memory.
+        resume: Continue the search in `run_dir`, or begin it if there is none yet. No finished trial is repeated;
+            pending ones are evaluated again. The other arguments must be those of that search, but `trials` may be more
+            or ``"auto"``, and `executor` and `optimizer` others: functions are compared by their code, and the dense
+            model must have the same score. ``"anyway"`` continues in spite of differences, which a note then names.
         progress: Show a progress line in a terminal.
         checks: ``"on"`` freezes groups that fail a check of the traced structure, ``"strict"`` raises, ``"isolated"``
-            checks in a process of its own.
+            checks in a separate process.
         rewrite: ``"auto"`` delivers modules whose code ties sizes, such as ``reshape(B, N, C)`` with ``C`` from the
-            input's shape, as an ``fx.GraphModule`` of what they ran; a note names them. ``"off"`` leaves every module
-            its own class, and freezes or ties what such code stops.
+            input's shape, as an ``fx.GraphModule`` of their operations; a note names them. ``"off"`` keeps the class of
+            every module, and freezes or ties the groups that such code stops.
         costs: Further costs by name, each a function of candidates (n, d) giving (n,), which the budget may limit.
         cost_batch: Samples that ``memory_bytes`` and ``latency_ms`` are stated at.
-        prior: What optimizers that plan expect of each option before any evaluation: ``"reconstruction"``, the error
-            of the next layers' outputs, in a few forward passes over 32 samples; ``"sensitivity"``, the change of the
-            outputs of the whole model, with a backward pass too; or ``"criterion"``, sums of what ranks the units,
-            without any. ``"auto"``: reconstruction for models with batch norm, else sensitivity.
+        prior: Expected loss of each option before any evaluation, for optimizers that plan: ``"reconstruction"``, the
+            error of the next layers' outputs, in a few forward passes over 32 samples; ``"sensitivity"``, the change of
+            the outputs of the whole model, with a backward pass too; or ``"criterion"``, sums of the scores of units,
+            without any pass. ``"auto"``: reconstruction for models with batch norm, else sensitivity.
         racing: Score candidates batch by batch, and drop those that are known to be dominated (see `Racing` and
             docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as trials. Or `Rungs`,
             which stop the trainings of ``"finetune"`` early.
         latency: A table from `autoprune.profile`, or its file, for budgets on ``latency_ms`` or ``throughput``; without
-            it, latencies are measured here first. Searches stay within the limit by the upper end of what the table
-            predicts; the networks on the front are then measured against the dense one, as far as this is the machine
-            of the table. For a device out of reach, pass ``costs={"latency_ms": function}`` instead.
+            it, latencies are measured here first. Candidates must meet the limit at the upper end of their predicted
+            interval; the networks on the front are then measured against the dense one, if this is the machine of the
+            table. For a device out of reach, pass ``costs={"latency_ms": function}`` instead.
         labels: The key of the target in dict batches, as in `Data`.
 
     Returns:
-        The front and everything measured; ``result.build()`` gives a plain pruned module. Ctrl-C returns what was
-        found so far.
+        The front and all measurements; ``result.build()`` gives a plain pruned module. Ctrl-C returns the trials so
+        far.
 
     Raises:
         BudgetError: If the budget cannot be read, names an unknown cost or another metric, or asks for more score than
@@ -154,11 +154,11 @@ def search(
         InfeasibleBudgetError: If no candidate can meet it; names the cheapest that can be reached.
         UnsupportedModelError: If the model is scripted, quantised, or on several devices.
         NothingToPruneError: If nothing can be removed; says why.
-        DataError: If the data is empty, or lacks what the metric needs.
+        DataError: If the data is empty, or lacks labels that the metric needs.
         OSError: If `run_dir` cannot be written, or is in use by another search.
-        TimeoutError: If `max_seconds` was over before it was known what can be removed, or before there was a table
-            of latencies for a limit on them.
-        ValueError: If another argument is out of range or an unknown name, or not what the resumed search had.
+        TimeoutError: If `max_seconds` was over before the model was analysed, or before there was a table of latencies
+            for a limit on them.
+        ValueError: If another argument is out of range or an unknown name, or differs from the resumed search.
 
     Example:
         >>> result = autoprune.search(model, "flops <= 50%", (images, labels))  # doctest: +SKIP
@@ -270,7 +270,7 @@ def _run(
     history: History,
     adaptive: bool,
 ) -> tuple[list[Trial], str, str]:
-    """The loop: ask, evaluate, record, tell. Returns the trials, the word for why it stopped, and how it knew."""
+    """Loop: ask, evaluate, record, tell. Returns the trials, the reason why it stopped in a word, and in full."""
     pending: dict[int, IntArray] = dict(history.pending)
     found: list[Trial] = list(history.found)
     asked = len(history)
@@ -321,7 +321,7 @@ def _run(
 
 
 def _proposed(optimizer: Optimizer, room: int, study: Study, found: Sequence[Trial]) -> tuple[IntArray, str]:
-    """Candidates asked for, shape (<= room, d), and why they were refused: then none, and the search ends.
+    """Ask for candidates, shape (<= room, d); none and the reason if they are refused, which ends the search.
 
     Raises:
         TypeError: If they are refused before anything was found; names the optimizer.
@@ -330,7 +330,7 @@ def _proposed(optimizer: Optimizer, room: int, study: Study, found: Sequence[Tri
     returned = optimizer.ask(room)
     try:
         return proposals(optimizer, returned, room, study.problem.sizes), ""
-    except (TypeError, ValueError) as error:  # of the border: what was found so far must not be lost
+    except (TypeError, ValueError) as error:  # of the border: the trials so far must not be lost
         if not found:
             raise
         log.warning("the search ends here: %s", error)
@@ -350,7 +350,7 @@ def _show(bar: Progress, study: Study, found: list[Trial], optimizer: Optimizer)
 
 
 def _measure_dense(study: Study) -> Measurement:
-    """Score the unpruned model, so that drops have something to refer to.
+    """Score the unpruned model, which drops refer to.
 
     Raises:
         ValueError: If even the dense model cannot be scored.

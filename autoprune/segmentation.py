@@ -1,4 +1,4 @@
-"""Scores of dense prediction: how well predicted classes cover labelled ones."""
+"""Scores of dense prediction: overlap of predicted and labelled classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autoprune.scorers import NO_LABEL, known_labels, main_output
 
 
 def mean_iou(forward: Callable[[Batch], Any], batches: Sequence[Batch]) -> float:
-    """Mean over classes of intersection over union, in [0, 1], of all positions that have a label.
+    """Compute the mean over classes of intersection over union, in [0, 1], over all positions that have a label.
 
     A class that is neither labelled nor predicted anywhere is left out. Labels of 255 and -100 are none. Logits of
     another size than the labels are interpolated, as is usual.

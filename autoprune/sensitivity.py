@@ -1,4 +1,4 @@
-"""How much the outputs of the dense model change when units go, from one backward pass and without labels."""
+"""Sensitivity: expected change of the dense model's outputs without units, by one backward pass and without labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autoprune.structure.structure import Structure
 FEWEST_SAMPLES = 8
 MOST_SAMPLES = 32
 DRAWS = 1024
-"""Independent draws from the outputs that are enough: a language model gives one a token, others one a sample."""
+"""Number of independent draws from the outputs that is enough: one a token of a language model, else one a sample."""
 
 _AT_ONCE = 4  # samples in one backward pass, which bounds its memory
 
@@ -33,26 +33,26 @@ def output_changes(
     forward: Callable[[nn.Module, Batch], Any],
     seed: int = 0,
 ) -> list[FloatArray | None]:
-    """Expected change of the outputs of the whole model when units are set to zero in what reads them.
+    """Estimate the change of the outputs of the whole model when units are set to zero in the layers that read them.
 
-    In nats where the outputs are logits (the divergence from the dense distribution), else the squared difference
-    relative to the mean square of the outputs. Of second order: half of E[(g . d)^2], where d is what a layer no longer
-    reads at one position, and g the gradient there of a loss with a label drawn from the dense outputs, so that
-    E[g g^T] is their Fisher information. What several layers read of one group is added up before it is squared.
-    Different positions of a sample are taken as independent. One forward and one backward pass over at most 32 samples,
-    fewer of a large model, serve every option, however many there are.
+    The change is in nats where the outputs are logits (the divergence from the dense distribution), else the squared
+    difference relative to the mean square of the outputs. It is of second order: half of E[(g . d)^2], where d is the
+    removed input of a layer at one position, and g the gradient there of a loss with a label drawn from the dense
+    outputs, so that E[g g^T] is their Fisher information. The terms of several layers that read one group are added
+    before they are squared. Different positions of a sample are taken as independent. One forward and one backward pass
+    over at most 32 samples, fewer of a large model, serve all options.
 
     Args:
         model: The dense model; comes back unchanged.
         structure: Its structure.
-        removals: What to remove.
+        removals: Groups with the units that each option removes.
         batches: Calibration data; labels are not used.
         forward: Runs the model on a batch.
         seed: For the labels drawn.
 
     Returns:
         For each removal the change for each option, shape (options,), finite and at least 0; None where no ungrouped
-        convolution or linear layer is seen to read the group, or no gradient arrives there.
+        convolution or linear layer reads the group, or no gradient arrives there.
 
     Reference:
         Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, arXiv:1801.05787, and
@@ -60,7 +60,7 @@ def output_changes(
         drawn labels, and for every option of a group with all products between its units.
     """
     copied = private_copy(model)
-    for module in copied.modules():  # gradients are wanted of what layers read alone
+    for module in copied.modules():  # only gradients of the inputs of layers are needed
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[key] = parameter.detach()  # type: ignore[assignment]  # a plain tensor serves too
@@ -71,7 +71,7 @@ def output_changes(
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = next(iter((*args, *kwargs.values())))
             branch = x.view_as(x) if x.requires_grad else x.detach().requires_grad_().view_as(x)
-            seen = x.detach().clone()  # what comes later may write to it
+            seen = x.detach().clone()  # later operations may write to it
 
             def receive(gradient: Tensor) -> None:
                 rows = (gradient * seen).movedim(axes[layer], -1)
@@ -113,7 +113,7 @@ def output_changes(
 
 
 def _steps(options: Sequence[IntArray]) -> list[tuple[bool, Tensor]]:
-    """For each option whether it has all units of the one before, and the units that it has besides."""
+    """Difference of each option to the one before: whether it holds all units of that, and its new units."""
     steps, seen = [], np.zeros(0, dtype=np.int64)
     for units in options:
         more = bool(np.isin(seen, units).all())
@@ -134,5 +134,5 @@ def _energies(products: Tensor, steps: Sequence[tuple[bool, Tensor]]) -> FloatAr
 
 
 def _parts(batches: Sequence[Batch], samples: int) -> list[Batch]:
-    """The first so many samples, a few at a time."""
+    """Divide the first `samples` samples into parts of a few."""
     return [part for batch in beginning(batches, samples) for part in pieces(batch, _AT_ONCE)]

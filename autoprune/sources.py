@@ -1,4 +1,4 @@
-"""Reading samples from arrays, datasets, loaders and any iterable of batches, the same for the same seed."""
+"""Reading of samples from arrays, datasets, loaders and any iterable of batches, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from autoprune.protocols import IntArray
 
 SMALLEST_PART = 4
 MOST_EMPTY = 1000
-"""Batches without samples in a row, after which a stream is taken for one that never ends."""
+"""Number of empty batches in a row after which a stream counts as endless."""
 
 _process_state = threading.RLock()
 
 
 def _renew_lock() -> None:
-    """In a child, as a loader makes, the thread that held the lock is not there to release it."""
+    """Replace the lock in a child process of a loader, where the thread that held it does not exist."""
     global _process_state
     _process_state = threading.RLock()
 
@@ -40,7 +40,7 @@ Load = Callable[[Sequence[IntArray]], list[Batch]]
 
 @contextlib.contextmanager
 def process_state() -> Iterator[None]:
-    """Hold what threads of a process share, such as random states and the hooks of modules, for this thread alone."""
+    """Reserve the state that threads share, such as random states and hooks of modules, for this thread."""
     with _process_state:
         yield
 
@@ -49,8 +49,8 @@ def process_state() -> Iterator[None]:
 def seeded(seed: int, *generators: torch.Generator | None) -> Iterator[None]:
     """Seed the random states of Python, NumPy, torch and `generators` inside, and restore them afterwards.
 
-    They belong to the process, so of several threads one at a time is inside: two searches in two threads draw what
-    each draws alone. Draws of the user's own threads may come in between, and should use generators of their own.
+    They belong to the process, so only one thread at a time is inside: two searches in two threads draw the same
+    numbers as each does alone. Draws of the user's own threads may interfere, and should use separate generators.
     """
     with process_state(), _seeded(seed, generators):
         yield
@@ -80,15 +80,15 @@ def _seeded(seed: int, generators: Sequence[torch.Generator | None]) -> Iterator
 
 
 def cuda_is_used() -> bool:
-    """Whether this process has initialised CUDA."""
+    """Return whether this process has initialised CUDA."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 class Randomness:
-    """Random states for work that is done in parts: each part goes on where the one before ended.
+    """Random states for work that is done in parts: each part continues where the one before ended.
 
     Args:
-        seed: Where the first part begins, as inside `seeded`.
+        seed: Seed of the first part, as inside `seeded`.
     """
 
     def __init__(self, seed: int) -> None:
@@ -97,7 +97,7 @@ class Randomness:
 
     @contextlib.contextmanager
     def resumed(self) -> Iterator[None]:
-        """The random states of the work inside, those of the caller again afterwards."""
+        """Set the random states of the work inside, and restore those of the caller afterwards."""
         with seeded(self._seed):
             if self._states is not None:
                 python_state, numpy_state, torch_state, cuda_states = self._states
@@ -116,10 +116,10 @@ def draw(source: Any, wanted: Mapping[str, int], size: int, seed: int, name: str
 
     Args:
         source: Arrays, a Dataset, a DataLoader or an iterable of batches.
-        wanted: Samples wanted of each part; see `allocate` for what a smaller source gives.
+        wanted: Samples wanted of each part; `allocate` divides a smaller source.
         size: Batch size for arrays and datasets.
         seed: Seed of the choice of samples and of the source's own randomness.
-        name: What to call the source in messages.
+        name: Name of the source in messages.
 
     Raises:
         DataError: If the source is empty, too small to be divided, or of an unknown form.
@@ -142,14 +142,14 @@ def draw(source: Any, wanted: Mapping[str, int], size: int, seed: int, name: str
 
 
 def drawn_at_random(source: Any) -> bool:
-    """Whether `draw` takes samples of a source at random; of a stream it takes the first."""
+    """Return whether `draw` takes samples of a source at random; of a stream it takes the first."""
     if isinstance(source, Dataset) or hasattr(source, "__getitems__"):
         return not isinstance(source, IterableDataset)
     return _is_table(source) or _has_random_access(source)
 
 
 def allocate(samples: int, wanted: Mapping[str, int], name: str) -> dict[str, int]:
-    """Divide samples among parts in proportion to what they want, none below 4 or below a smaller wish.
+    """Divide samples among parts in proportion to the numbers wanted, each at least 4 or its smaller wanted number.
 
     Raises:
         DataError: If there are too few samples for that.
@@ -170,12 +170,12 @@ def allocate(samples: int, wanted: Mapping[str, int], name: str) -> dict[str, in
 
 
 def even_chunks(rows: IntArray, size: int) -> list[IntArray]:
-    """Split rows into as few chunks of at most `size` as possible, equally long up to one, so that none is tiny."""
+    """Split rows into as few chunks of at most `size` as possible, whose lengths differ by at most one."""
     return np.array_split(rows, -(-len(rows) // size))
 
 
 def _shares(samples: int, weights: IntArray) -> IntArray:
-    """Whole shares of `samples` in proportion to `weights`, each rounded down or up, that add up to `samples`."""
+    """Divide `samples` into whole shares in proportion to `weights`, each rounded down or up."""
     edges = samples * np.cumsum(weights) // weights.sum()
     shares: IntArray = np.diff(edges, prepend=0)
     return shares
@@ -222,7 +222,7 @@ def _rows(arrays: Any, rows: IntArray) -> Batch:
 
 
 def _has_random_access(loader: Any) -> bool:
-    """Whether samples can be taken by number, leaving nothing of the loader's behaviour out."""
+    """Return whether samples can be taken by number without changing the loader's behaviour."""
     return (
         type(loader) is DataLoader
         and not isinstance(loader.dataset, IterableDataset)
@@ -232,7 +232,7 @@ def _has_random_access(loader: Any) -> bool:
 
 
 def generators_of(loader: Any) -> list[torch.Generator | None]:
-    """The generators of its own that a loader draws from."""
+    """Generators that belong to a loader and that it draws from."""
     return [getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))]
 
 
@@ -294,7 +294,7 @@ def _draw_first(source: Any, wanted: Mapping[str, int], seed: int, name: str) ->
 
 
 def _dealt(batches: Sequence[Batch], wanted: Mapping[str, int], name: str) -> dict[str, list[Batch]]:
-    """Consecutive batches that cannot be cut, at least one for each part."""
+    """Divide consecutive batches that cannot be cut, with at least one for each part."""
     if len(batches) < len(wanted):
         raise DataError(
             f"{name} data must hold at least {len(wanted)} batches to serve as {', '.join(wanted)}, because such "
@@ -310,7 +310,7 @@ def _dealt(batches: Sequence[Batch], wanted: Mapping[str, int], name: str) -> di
 
 
 def _cut(batches: Sequence[Batch], start: int, stop: int) -> list[Batch]:
-    """Samples `start` to `stop` of consecutive batches."""
+    """Take samples `start` to `stop` of consecutive batches."""
     cut, offset = [], 0
     for batch in batches:
         size = batch_size(batch)
@@ -322,12 +322,12 @@ def _cut(batches: Sequence[Batch], start: int, stop: int) -> list[Batch]:
 
 
 def training_loader(source: Any, size: int, name: str) -> Iterable[Batch]:
-    """Batches to train on: what gives them in another order, or otherwise augmented, each time that it is iterated.
+    """Make an iterable of batches to train on; each iteration may have another order or augmentation.
 
     Args:
         source: Arrays or a Dataset, which are shuffled; a loader or any other iterable of batches is taken as it is.
         size: Batch size for arrays and datasets; the samples that do not fill a last batch are left out of a round.
-        name: What to call the source in messages.
+        name: Name of the source in messages.
 
     Raises:
         DataError: If it is none of these.

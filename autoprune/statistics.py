@@ -1,4 +1,4 @@
-"""What is kept of the values per sample of an evaluation: means and how sure they are."""
+"""Statistics of the values per sample of an evaluation: means and their standard errors."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from autoprune.protocols import FAILED, OK, RACED, Failure, FloatArray, Measurem
 
 
 class Statistics(NamedTuple):
-    """Means over samples and their standard errors; None where there is nothing to tell from, for JSON and SQLite.
+    """Means over samples and their standard errors; None where undefined, for JSON and SQLite.
 
-    Means of an evaluation that was stopped early are estimates for all samples: what the dense model has on all of them
-    and the mean difference to it on those seen, which leaves aside how hard these are.
+    Means of an evaluation that was stopped early are estimates for all samples: the mean of the dense model on all of
+    them plus the mean difference to it on those scored, which does not depend on the difficulty of these.
 
     Attributes:
         samples: Samples scored; 0 if the evaluation failed.
-        signal: Mean of what steers the search, lower is better.
+        signal: Mean of the signal that steers the search, lower is better.
         signal_stderr: Its standard error.
-        signal_change_stderr: Standard error of the mean difference to the dense model on the same samples. Which
-            samples are hard is common to both, so it is smaller than that of either mean.
+        signal_change_stderr: Standard error of the mean difference to the dense model on the same samples. Both find
+            the same samples hard, so it is smaller than that of either mean.
         metric: Mean of the metric, in its own direction.
         metric_change_stderr: The same for the metric.
         distortion: Mean distance to the outputs of the dense model.
@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
 
 
 def statistics_of(outcome: Measurement | Failure, dense: Measurement | None = None) -> Statistics:
-    """Summarise an evaluation; `dense` is what one of the dense model saw on the same samples."""
+    """Summarise an evaluation; `dense` is the measurement of the dense model on the same samples."""
     if isinstance(outcome, Failure):
         return Statistics()
     if outcome.raced and not outcome.steps:
@@ -57,34 +57,34 @@ def statistics_of(outcome: Measurement | Failure, dense: Measurement | None = No
 
 
 def status_of(outcome: Measurement | Failure) -> str:
-    """The fate of a trial whose evaluation ended like this."""
+    """Status of a trial with this outcome."""
     return FAILED if isinstance(outcome, Failure) else RACED if outcome.raced else OK
 
 
 def reason_of(outcome: Measurement | Failure) -> str:
-    """Why it failed or was dropped; empty if neither."""
+    """Reason why it failed or was dropped; empty if neither."""
     return outcome.reason if isinstance(outcome, Failure) else outcome.raced
 
 
 def fidelity_of(outcome: Measurement | Failure) -> str:
-    """What it is a measurement of: ``"full"``, ``"part"`` of the data because it was dropped, or `after` some steps."""
+    """Fidelity of an outcome: ``"full"``, ``"part"`` of the data because it was dropped, or `after` some steps."""
     if isinstance(outcome, Measurement) and outcome.steps:
         return after(outcome.steps)
     return "part" if status_of(outcome) == RACED else "full"
 
 
 def stages_of(outcome: Measurement | Failure) -> tuple[Measurement | Failure, ...]:
-    """All that was measured of a candidate, in order: on the way through its training, and in the end."""
+    """All measurements of a candidate, in order: at the rungs of its training, and at the end."""
     return (outcome,) if isinstance(outcome, Failure) else (*outcome.rungs, outcome)
 
 
 def after(steps: int) -> str:
-    """The fidelity of what is scored after so many training steps, and would be trained on."""
+    """Fidelity of a score after this number of steps of a longer training."""
     return f"{steps} steps"
 
 
 def steps_before(fidelity: str) -> int:
-    """The opposite of `after`; 0 for what is scored once it is built."""
+    """Inverse of `after`; 0 for the score of a built module."""
     number, _, unit = fidelity.partition(" ")
     return int(number) if unit == "steps" else 0
 
@@ -97,7 +97,7 @@ def _estimated(outcome: Measurement, dense: Measurement | None) -> Statistics:
         seen, whole = getattr(outcome, name), getattr(dense, name)
         change = seen - whole[: len(seen)]
         weights = outcome.weights if outcome.weights.shape == change.shape else np.ones(len(change))
-        # What is left out counts as its weights say; where all count the same this is the mean change.
+        # Samples not scored count by their weights; where all count the same this is the mean change.
         per_weight = float(change.sum() / weights.sum()) if weights.any() else 0.0
         values[name] = float(whole.mean() + per_weight)
         spread = _stderr(change, weights)
@@ -121,7 +121,7 @@ def standard_error(values: FloatArray, weights: FloatArray | None = None) -> flo
         weights: The denominators, over their mean; None or empty where all are the same.
 
     Reference:
-        Cochran, "Sampling Techniques", 1977, section 2.11: what varies is each value less its share of the quotient.
+        Cochran, "Sampling Techniques", 1977, section 2.11: the variance of each value less its share of the quotient.
     """
     if weights is not None and weights.shape == values.shape and weights.any():
         ratio = float(values.sum() / weights.sum())

@@ -1,4 +1,4 @@
-"""When ``trials="auto"`` has seen enough: more of the same is not expected to find anything better."""
+"""Stopping rules: convergence for ``trials="auto"``, and the deadline of a search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autoprune.protocols import OK, RACED, FloatArray
 from autoprune.result.trials import Trial, meets
 
 MOST_TRIALS = 1_000
-"""Candidates that ``trials="auto"`` evaluates at most."""
+"""Most candidates that ``trials="auto"`` evaluates."""
 
 _PLANNED = 200  # trials that optimizers plan for, or more in proportion to the dimensions
 _PLANNED_A_DIMENSION = 8
@@ -25,11 +25,11 @@ _WINDOW = 40  # assembled candidates that gains are counted over, or this share 
 _WINDOW_SHARE = 0.25
 _LEAST_GROWTH = 0.001  # of the hypervolume of the front
 _LEAST_SAVING = 0.005  # of the cost of the cheapest acceptable candidate
-_MARGIN = 0.1  # of the extent of the front: where its ends lie inside of what is counted
+_MARGIN = 0.1  # of the extent of the front: distance of its ends from the reference point
 
 
 def most(trials: int | str) -> int:
-    """How many candidates a search evaluates at most.
+    """Most candidates that a search evaluates.
 
     Raises:
         ValueError: If `trials` is neither a positive integer nor ``"auto"``.
@@ -41,11 +41,11 @@ def most(trials: int | str) -> int:
 
 @dataclass(frozen=True)
 class Deadline:
-    """When a search has to come to its end: ``max_seconds`` after the call of `autoprune.search`.
+    """Deadline of a search: ``max_seconds`` after the call of `autoprune.search`.
 
     Attributes:
-        began: When it was called, by `time.monotonic`.
-        seconds: How long it may take; None for as long as it likes.
+        began: Time of the call, by `time.monotonic`.
+        seconds: Time that it may take; None for no limit.
     """
 
     began: float
@@ -53,7 +53,7 @@ class Deadline:
 
     @property
     def passed(self) -> bool:
-        """Whether the time is over."""
+        """True if the time is over."""
         return self.seconds is not None and self.spent > self.seconds
 
     @property
@@ -62,7 +62,7 @@ class Deadline:
         return time.monotonic() - self.began
 
     def note_of_setup(self, setup: float, trials: int) -> tuple[str, ...]:
-        """Say in words that the time was over before any trial, and what took it; nothing else."""
+        """Note that the time was over before any trial, and the part that took it; otherwise empty."""
         if trials or not self.passed:
             return ()
         return (
@@ -73,24 +73,24 @@ class Deadline:
 
 
 def planned(trials: int | str, dimensions: int) -> int:
-    """How many candidates an optimizer shall plan for."""
+    """Number of candidates that an optimizer plans for."""
     if trials == "auto":
         return min(max(_PLANNED, _PLANNED_A_DIMENSION * dimensions), MOST_TRIALS)
     return most(trials)
 
 
 def why_converged(found: Sequence[Trial], problem: Problem, worst_score: float | None, higher_is_better: bool) -> str:
-    """Say how it is known that further trials are not expected to gain anything; empty while they are.
+    """Give the evidence that further trials are not expected to gain anything; empty while they are.
 
     Gains are counted over the last quarter of the feasible candidates that change two dimensions or more, at least 40
-    of them: single changes teach an optimizer, but rarely gain anything themselves. Before these come at least 40,
-    or 4 for each dimension up to 200, so that every optimizer is past its opening. What counts is the hypervolume of
-    the front, within the budget range and scaled to its own extent; under a limit on the score, the cost of the
-    cheapest candidate that meets it.
+    of them: single changes inform an optimizer, but rarely gain anything themselves. Before these come at least 40, or
+    4 for each dimension up to 200, so that every optimizer is past its initial phase. The gain is that of the
+    hypervolume of the front, within the budget range and scaled to its own extent; under a limit on the score, that of
+    the cost of the cheapest candidate that meets it.
 
     Args:
         found: The trials so far, in order of arrival.
-        problem: What is searched.
+        problem: The problem searched.
         worst_score: The worst score allowed, if any.
         higher_is_better: Direction of the score.
     """
@@ -117,7 +117,7 @@ def why_converged(found: Sequence[Trial], problem: Problem, worst_score: float |
 
 
 def why_not_converged(stopped: str, trials: int) -> str:
-    """Say why a search under ``trials="auto"`` ended before gains did; empty where its user knows."""
+    """Say why a search under ``trials="auto"`` ended before it converged; empty where its user knows."""
     return {
         "exhausted": f"stopped after {trials} trials: the optimizer found no further candidate within the budget",
         "trials": f"stopped at {trials} trials, the most that trials='auto' takes, while there still were gains",
@@ -126,13 +126,13 @@ def why_not_converged(stopped: str, trials: int) -> str:
 
 def _points(trials: Sequence[Trial], problem: Problem) -> FloatArray:
     """Signal and limited costs, where costs below the budget range count as its lower end, shape (n, 1 + c)."""
-    trials = [trial for trial in trials if trial.status == OK]  # those dropped early were tried, and gained nothing
+    trials = [trial for trial in trials if trial.status == OK]  # trials dropped early count as tried, without a gain
     costs = np.array([[trial.costs[name] for name in problem.cost_names] for trial in trials])
     return np.column_stack([[trial.signal for trial in trials], np.maximum(costs, problem.budget_range[:, 0])])
 
 
 def _growth(before: FloatArray, after: FloatArray) -> float:
-    """By how much the hypervolume grew, as a share of what it was."""
+    """Growth of the hypervolume, as a share of its value before."""
     before, after = before[non_dominated(before)], after[non_dominated(after)]
     low, high = np.minimum(before.min(axis=0), after.min(axis=0)), before.max(axis=0)
     extent = np.where(high > low, high - low, 1.0)

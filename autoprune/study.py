@@ -1,4 +1,4 @@
-"""From what the user passes to what the loop works with; mistakes in the arguments show here, before any trial."""
+"""Set up a search: validate the arguments, trace the model, draw the data, and build the `Problem`."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ from autoprune.structure.structure import Structure, delivered_as_graphs
 log = logging.getLogger(__name__)
 
 Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
-"""A candidate to begin from: option indices, ``{dimension: option}``, a trial, or the front of a result."""
+"""Candidate to begin from: option indices, ``{dimension: option}``, a trial, or the front of a result."""
 
 SYNTHETIC_SAMPLES = 256
 """Samples of each part when no data is given."""
 
 LEAST_ANALYSIS_SECONDS = 10.0
-"""What the analysis of a model may take even if ``max_seconds`` is less."""
+"""Time that the analysis of a model may take even if ``max_seconds`` is less."""
 
 TIMED = ("latency_ms", "ms_per_sample")
-"""Costs that are predicted, and measured on the networks that are offered."""
+"""Costs that are predicted, and measured on the networks of the front."""
 
 _STARTS = "results, trials, dictionaries of {dimension: option}, or lists of option indices"
 
@@ -75,24 +75,24 @@ class Study:
     """One search, ready to run.
 
     Attributes:
-        context: What evaluators and workers get.
+        context: Context of evaluators and workers.
         evaluator: Prepared on the context.
         fresh: The same evaluator before that, for workers.
-        problem: What the optimizer gets.
+        problem: Problem of the optimizer.
         costs: Every cost by name, of candidates (n, d).
         budget: As parsed.
-        limits: The limited costs, absolute, in the order of the budget. One of score limits alone leaves the cost of
-            the dense model as the limit of what is minimised.
-        notes: What was decided, in plain words.
-        given: What the user said of how models run and are judged, by the argument.
-        timed: Runs a model on what `batches.opened` gives, without the copy that the forward of the context makes.
+        limits: The limited costs, absolute, in the order of the budget. A budget of score limits alone limits the
+            minimised cost to that of the dense model.
+        notes: Decisions, in plain words.
+        given: The user's arguments that run and judge models, by name.
+        timed: Runs a model on the result of `batches.opened`, without the copy that the forward of the context makes.
         untouched: Sees whether an evaluator of the user's writes to the dense model.
         worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
             and until the dense model is measured.
-        latency: What predicts latencies; None if they are not limited, or a function of the user's says them.
-        priced: What a latency is of, and a peak of memory: a batch of the size that costs are stated at, opened.
-        memory: What predicts the peak of memory; None if it is not limited, or cannot be measured.
-        choice: What the calibration check decided, to be kept once the search begins; None without one.
+        latency: Predicts latencies; None if they are not limited, or the user gives a function for them.
+        priced: Batch of the size that costs are stated at, opened: the input of measured latencies and memory.
+        memory: Predicts the peak of memory; None if it is not limited, or cannot be measured.
+        choice: Choice of the calibration check, to be written once the search begins; None without one.
     """
 
     context: Context
@@ -151,10 +151,10 @@ def prepare(
     run = batches.Guarded(plain_run)
     example = batches.fresh(batches.pieces(subsets.calibration[0], 2)[0])
     further: list[Inputs] = [(batches.opened(batch), {}) for batch in _branches(model, example_inputs)]
-    stated = subsets.calibration[0]  # what costs are stated for
+    stated = subsets.calibration[0]  # costs are stated for this batch
     if data is not None and example_inputs is not None and not further:
         stated = batches.to_device(_like(model, example_inputs, stated), device)
-        if not _same_sizes(stated, example):  # the data may take other ways through the forward
+        if not _same_sizes(stated, example):  # the data may take other branches of the forward
             further.append((batches.opened(example), {}))
         example = batches.fresh(stated)
     whole = batches.closing(plain_run)
@@ -175,7 +175,7 @@ def prepare(
         settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
     peak, without = _memory_of(wanted, model, structure, priced, whole, cost_batch)
     trusted = is_ours(chosen) and (isinstance(settings.criterion, str) or settings.criterion is None)
-    model = own_copy(model, borrow=trusted)  # what is built later is what was scored, even if the user trains theirs on
+    model = own_copy(model, borrow=trusted)  # builds equal the scored models, even if the user trains theirs meanwhile
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     with seeded(0):
         criterion = "l2" if settings.criterion == "auto" else settings.criterion
@@ -201,7 +201,7 @@ def prepare(
     choice: Choice | None = None
     if evaluator == "auto":
         uniform = uniform_seeds(problem, (0.5,) if minimise else (1.0,))[-1]
-        middle = middle_of(context.space)  # by l2: what is chosen for it must not depend on what the check chooses
+        middle = middle_of(context.space)  # by l2: its ridges must not depend on the choice of the check
         choice = Choice.load(run_dir) or (unchecked(settings) if until.passed else None)
         if choice is None:
             choice, chosen, scores = check(context, settings, scores, uniform, seed)
@@ -266,7 +266,7 @@ def prepare(
 
 
 def _analysed(deadline: Deadline, analysis: Callable[..., Structure]) -> Structure:
-    """The structure, for which there are `LEAST_ANALYSIS_SECONDS` at least: without it a search has nothing to say.
+    """Run the analysis within the deadline, but at least `LEAST_ANALYSIS_SECONDS`: there is no result without it.
 
     Raises:
         TimeoutError: If that takes longer than the search may.
@@ -283,14 +283,14 @@ def _analysed(deadline: Deadline, analysis: Callable[..., Structure]) -> Structu
 
 
 def _copied(evaluator: Evaluator) -> Evaluator:
-    """The evaluator as it is before it is prepared, for workers.
+    """Copy the evaluator before it is prepared, for workers.
 
     Raises:
         TypeError: If it cannot be copied.
     """
     try:
         return copy.deepcopy(evaluator)
-    except Exception as error:  # whatever a user's object raises when it is copied
+    except Exception as error:  # a user's object may raise anything when it is copied
         raise TypeError(
             f"evaluator must be something that can be copied before it is prepared, but {type(evaluator).__name__} "
             f"cannot ({brief(error)}); keep locks, files, sockets and generators out of it, or give it a __deepcopy__"
@@ -298,7 +298,7 @@ def _copied(evaluator: Evaluator) -> Evaluator:
 
 
 def _ordered(notes: Sequence[str], metric: str, subsets: Subsets) -> tuple[str, ...]:
-    """Notes for the reader of the result; that its scores are of random inputs comes first."""
+    """Order notes for the reader of the result; the one that its scores are of random inputs comes first."""
     return (*subsets.notes, *notes, metric) if subsets.synthetic else (*notes, metric, *subsets.notes)
 
 
@@ -329,7 +329,7 @@ def _latency_of(
     plain: bool,
     deadline: Deadline,
 ) -> Latency | None:
-    """The table given, that of the run being resumed, or one measured now if it is `needed`.
+    """Return the table given, that of the resumed run, or one measured now if it is `needed`.
 
     Unless the model is called with batches as they are (`plain`), the table may be of inputs of other sizes.
     """
@@ -381,7 +381,7 @@ def _require_functions(costs: Mapping[str, CostFunction]) -> None:
 
 
 def _require_steady(costs: Mapping[str, CostFunction], space: SearchSpace) -> None:
-    """Costs of the user must be functions of a candidate: the same again, and whatever it is asked for with."""
+    """Check that a user's cost depends on the candidate alone, and neither on the call nor on the other candidates."""
     ends = np.concatenate([_dense(space), space.canonical(space.sizes[None] - 1)])
     for name, cost in costs.items():
         seen = [np.concatenate([cost(ends[:1]), cost(ends[1:])]), cost(ends), cost(ends)]
@@ -401,7 +401,7 @@ def _memory_of(
     run: Forward,
     size: int,
 ) -> tuple[PeakMemory | None, list[str]]:
-    """What predicts the peak of memory if the budget limits it, or a note that says why nothing does."""
+    """Make the predictor of peak memory if the budget limits it, or a note with the reason why there is none."""
     if all(limit.name != "memory_bytes" for limit in wanted.limits):
         return None, []
     device = next(model.parameters()).device.type
@@ -417,7 +417,7 @@ def _memory_of(
 def _within_upper(
     lay_out: Callable[[Mapping[str, float]], Problem], limits: Mapping[str, float], latency: Latency | None
 ) -> Problem:
-    """The problem whose candidates stay within the limits by the upper ends of predicted latencies, where they can."""
+    """Lay out the problem so that candidates meet limits at the upper ends of predicted latencies, if possible."""
     slack = 1.0 if latency is None else 1 / (1 + latency.correction.margin)
     tight = {name: limit * slack if name in TIMED else limit for name, limit in limits.items()}
     try:
@@ -431,7 +431,7 @@ def _within_upper(
 def _why_no_less(
     settings: Settings, space: SearchSpace, costs: Mapping[str, CostFunction], limits: Mapping[str, float]
 ) -> str:
-    """How much the space leaves at least, in percent of the dense model, and the settings that stop it there."""
+    """Describe the smallest network of the space, in percent of the dense model, and the settings that limit it."""
     ends = np.concatenate([_dense(space), space.canonical(space.sizes[None] - 1)])
     shares = {name: costs[name](ends)[1] / costs[name](ends)[0] for name in limits if costs[name](ends)[0] > 0}
     told = ", ".join(f"{share:.2%} of the dense {name}" for name, share in shares.items())
@@ -440,7 +440,7 @@ def _why_no_less(
 
 
 def hold_score(study: Study, dense: Measurement) -> Study:
-    """The study with its limit on the score as a number, once the dense model is measured.
+    """Fill in the limit on the score as a number, once the dense model is measured.
 
     Raises:
         BudgetError: If even the dense model is beyond it.
@@ -456,7 +456,7 @@ def hold_score(study: Study, dense: Measurement) -> Study:
 
 
 def _cost_to_minimise(space: SearchSpace, costs: Mapping[str, CostFunction], counted: bool) -> dict[str, float]:
-    """The dense model's cost as the limit of what a search under score limits alone minimises: FLOPs where they differ.
+    """Choose the cost to minimise under score limits alone, with the dense model's as its limit: FLOPs if they differ.
 
     They do not where elements are set to zero, nor in a model without multiplications.
     """
@@ -482,14 +482,14 @@ def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed
 
 
 def _blaming_data(forward: Callable[[batches.Batch], Any]) -> Callable[[batches.Batch], Any]:
-    """The forward of a model that ran on other inputs before: what it raises now says on which it did not."""
+    """Wrap the forward of a model that ran on other inputs before, to name the inputs in its errors."""
 
     def run(batch: batches.Batch) -> Any:
         try:
             return forward(batch)
         except AutopruneError:
             raise
-        except Exception as error:  # whatever the user's forward raises
+        except Exception as error:  # the user's forward may raise anything
             sizes = sizes_of([*batches.tensors(batch)])
             raise DataError(
                 f"data must hold batches that the model takes, but with tensors of {sizes} its forward raises "
@@ -500,7 +500,7 @@ def _blaming_data(forward: Callable[[batches.Batch], Any]) -> Callable[[batches.
 
 
 def _branches(model: nn.Module, example_inputs: Any) -> list[batches.Batch]:
-    """The batches in a list of examples, which take branches that the data may not."""
+    """Batches of a list of examples, which take branches that the data may not."""
     if not isinstance(example_inputs, list):
         return []
     return [kwargs or (*args, None) for args, kwargs in examples_of(model, example_inputs)]
@@ -513,7 +513,7 @@ def _like(model: nn.Module, example_inputs: Any, batch: batches.Batch) -> batche
 
 
 def _same_sizes(one: batches.Batch, other: batches.Batch) -> bool:
-    """Whether the inputs in two batches differ in the number of samples at most."""
+    """Return whether the inputs in two batches differ at most in the number of samples."""
     sizes = [
         [(tensor.shape[1:], tensor.dtype) for tensor in batches.tensors(batches.inputs(batch))]
         for batch in (one, other)
@@ -533,7 +533,7 @@ def _problem(
     start: Sequence[Start],
     minimise: bool,
 ) -> Problem:
-    """Lay out the problem; to minimise the cost, the whole of what can be reached is of interest."""
+    """Lay out the problem; the budget range is the whole reachable one if the cost is minimised."""
     names = tuple(limits)
     problem = Problem(
         sizes=space.sizes,
@@ -556,7 +556,7 @@ def _problem(
 
 
 def _changes(structure: Structure, space: SearchSpace, names: tuple[str, ...]) -> Changes | None:
-    """What knows what single changes add to the limited costs; None where costs or space are of another kind."""
+    """Make the fast update of limited costs by single changes; None where costs or space are of another kind."""
     if not (isinstance(space, ChannelSpace) and set(names) <= set(Changes.SUMS)):
         return None
     changes = Changes(structure, names, *space.choices)
@@ -564,7 +564,7 @@ def _changes(structure: Structure, space: SearchSpace, names: tuple[str, ...]) -
 
 
 def _starts(start: Start | Sequence[Start]) -> list[Start]:
-    """What to begin from, one after the other."""
+    """Make a list of the candidates to begin from."""
     if isinstance(start, SearchResult | Trial | Mapping):
         return [start]
     if isinstance(start, str | bytes) or not isinstance(start, Iterable):
@@ -573,7 +573,7 @@ def _starts(start: Start | Sequence[Start]) -> list[Start]:
 
 
 def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
-    """Option indices of what a search is asked to begin from.
+    """Option indices of the candidates that a search begins from.
 
     Raises:
         ValueError: If it names a dimension or an option that the space does not have.
@@ -601,7 +601,7 @@ def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
 
 
 def _indices(start: Any, sizes: list[int]) -> list[int]:
-    """One candidate given by option indices; neither floats nor bools are indices."""
+    """Check one candidate given by option indices; neither floats nor bools are indices."""
     rule = f"start must hold {_STARTS} below {shown(sizes)}"
     if isinstance(start, str | bytes) or not isinstance(start, Iterable):
         raise ValueError(f"{rule}, got {shown(start)}; a single candidate is a list in a list: start=[[...]]")

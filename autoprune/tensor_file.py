@@ -1,4 +1,4 @@
-"""Tensors with a JSON text in one safetensors file, and a hash over both that tells damage and mistaken files."""
+"""Tensors with a JSON text in one safetensors file, and a hash over both that detects damage and mistaken files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SYSTEM = re.compile(r"os error (\d+)")
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], what: str = "path"
 ) -> None:
-    """Replace a file by tensors, tied ones included, and a header of texts.
+    """Replace a file by one of tensors, including tied ones, and a header of texts.
 
     Raises:
         OSError: If it cannot be written; says why, and names the argument `what`.
@@ -41,12 +41,12 @@ def write_tensors(
 
 
 def read_tensors(path: str | Path, expected: str, most_bytes: int) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors, on the CPU, of any safetensors file.
+    """Read header and tensors of any safetensors file, on the CPU.
 
     Args:
         path: The file.
         expected: As in `autoprune.files.require_file`.
-        most_bytes: What no sound file is larger than.
+        most_bytes: Largest size of a sound file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -65,7 +65,7 @@ def read_tensors(path: str | Path, expected: str, most_bytes: int) -> tuple[dict
 
 
 def require_whole(metadata: Mapping[str, str], text: str, tensors: Mapping[str, Tensor]) -> str:
-    """The hash of the content, if it is the one that the header has under `HASH`.
+    """Return the hash of the content, after comparing it with the one in the header under `HASH`.
 
     Raises:
         ValueError: If it is another one, or the header has none.

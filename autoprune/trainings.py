@@ -1,4 +1,4 @@
-"""Finished trainings of an audit, kept so that none is repeated: in memory, or in a file with a line for each."""
+"""Log of the finished trainings of an audit, so that none is repeated: in memory, or in a file with a line for each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 FILE = "audit.jsonl"
 MOST_BYTES = 256 * MIB
-"""What no log is larger than."""
+"""Largest size of a log."""
 Key = tuple[str | int, ...]
 _IDENTITY = {"weights": str, "data": str, "space": str, "metric": str, "evaluator": str, "seed": int}
 _LINE = {"key": [(str, int)], "record": {"score": float, "signal": float, "seconds": float, "reason": str}}
@@ -32,13 +32,13 @@ _LINE = {"key": [(str, int)], "record": {"score": float, "signal": float, "secon
 
 @dataclass(frozen=True)
 class Record:
-    """What is kept of a training, or of a cheap score.
+    """Record of a training, or of a cheap score.
 
     Attributes:
         score: Mean of the metric; NaN if it failed.
         signal: Mean of the signal; NaN if it failed.
         seconds: Wall time.
-        reason: Why it failed.
+        reason: Reason of a failure.
     """
 
     score: float = math.nan
@@ -48,7 +48,7 @@ class Record:
 
 
 class Trainings:
-    """Records by key. Failures are not written, so that they are tried again when an audit goes on."""
+    """Records by key. Failures are not written, so that a resumed audit tries them again."""
 
     def __init__(self, known: Mapping[Key, Record], file: IO[str] | None = None) -> None:
         self._known = dict(known)
@@ -57,7 +57,7 @@ class Trainings:
     @classmethod
     @contextmanager
     def open(cls, run_dir: str | None, identity: Mapping[str, Any]) -> Iterator[Trainings]:
-        """Go on with the file in a folder, or begin it; without a folder keep records in memory.
+        """Continue the file in a folder, or begin it; without a folder keep records in memory.
 
         Raises:
             ValueError: If the file is of another audit; names what differs.
@@ -81,7 +81,7 @@ class Trainings:
             yield cls(known, file)
 
     def recall(self, key: Key, measure: Callable[[], Outcome]) -> Record:
-        """The record under a key, measured and written if there is none yet."""
+        """Return the record under a key, which is measured and written if there is none yet."""
         if key not in self._known:
             outcome = measure()
             found = statistics_of(outcome)
@@ -97,7 +97,7 @@ class Trainings:
 
 
 def audit_identity(context: Context, evaluator: str, steps: int | None, seed: int) -> dict[str, Any]:
-    """What trained scores are a function of, besides the recipe, which cannot be compared; JSON-ready."""
+    """Identity of trained scores, without the recipe, which cannot be compared; JSON-ready."""
     return {
         "weights": fingerprint(context.model.state_dict()),
         "data": context.subsets.fingerprint,
@@ -110,7 +110,7 @@ def audit_identity(context: Context, evaluator: str, steps: int | None, seed: in
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, Record]]:
-    """The audit that a log is of, and what it holds; lines that are damaged, as the last may be, are left out."""
+    """Read the identity and the records of a log; damaged lines, such as the last one after a crash, are left out."""
     file = require_file(path, "run_dir must hold a log of autoprune.audit", MOST_BYTES)
     lines = [line for line in file.read_bytes().splitlines() if line]
     with sound(f"{shortened(path)} is no log of an audit, or is damaged", "remove it, or pass another run_dir"):
@@ -129,7 +129,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, Record]]:
 
 def _append(file: IO[str], line: Mapping[str, Any]) -> None:
     with explaining(Path(file.name), "run_dir"):
-        file.write("\n" + json.dumps(line))  # begun anew, because a crash may have cut the last line short
+        file.write("\n" + json.dumps(line))  # on a new line, because a crash may have cut the last one short
         file.flush()
         os.fsync(file.fileno())
 

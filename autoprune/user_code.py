@@ -1,8 +1,9 @@
-"""What a user's function computes, as far as that can be read: its code, what it closes over, and its settings.
+"""Digests of user code: compiled code of a function, the values that it refers to, and its settings.
 
-Compared is compiled code, so that comments, names of files and line numbers do not matter, with what it refers to:
-other functions of the user's, numbers, text and tensors. Lists, dictionaries and what the code itself assigns are left
-out, because counters and logs of calls live there. Functions of installed packages count by their name.
+The digest covers compiled code, so that comments, names of files and line numbers do not matter, and the values that it
+refers to: other functions of the user's, numbers, text and tensors. Lists, dictionaries and variables that the code
+itself assigns are left out, because counters and logs of calls live there. Functions of installed packages count by
+their name.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _ASSIGNS = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"}
 
 
 def digest_of(value: Any) -> str:
-    """A short digest of a function, a callable object or a plain setting; equal in every process of one Python."""
+    """Compute a short digest of a function, a callable or a plain setting; equal in every process of one Python."""
     described = json.dumps(_described(value, []), default=str)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def forward_of(model: nn.Module) -> str:
-    """A digest of how a model runs: the forwards of its classes that are the user's, and the methods that they call."""
+    """Compute a digest of the forwards of a model's classes that are the user's, and of the methods that they call."""
     found: dict[str, Any] = {}
     for module in model.modules():
         kind = type(module)
@@ -47,17 +48,17 @@ def forward_of(model: nn.Module) -> str:
 
 
 def settings_of(value: Any) -> dict[str, str]:
-    """The settings of an object of ours, by name: plain ones as text, others as digests; sizes of memory left out."""
+    """Settings of an object of autoprune, by name: plain ones as text, others as digests; memory sizes are left out."""
     found = {}
     for name, setting in vars(value).items():
-        if not name.endswith("bytes"):  # which change no score
+        if not name.endswith("bytes"):  # memory sizes change no score
             own = setting if isinstance(setting, PLAIN) else None
             found[name.lstrip("_")] = repr(own) if own is not None or setting is None else digest_of(setting)
     return found
 
 
 def _described(value: Any, seen: list[int]) -> Any:
-    """A JSON-ready description; `seen` are the objects that it is part of."""
+    """Describe a value, JSON-ready; `seen` are the objects that it is part of."""
     if isinstance(value, PLAIN):
         return repr(value)
     if isinstance(value, Tensor | np.ndarray):
@@ -114,14 +115,14 @@ def _is_set(cell: Any) -> bool:
 
 
 def _lasts(value: Any) -> bool:
-    """Whether it is of a kind that says what a function does, and is not where it keeps count."""
+    """Return whether a value is of a kind that defines a function, and not one that holds counters."""
     if isinstance(value, tuple):
         return all(map(_lasts, value))
     return isinstance(value, (*PLAIN, Tensor, np.ndarray, FunctionType, MethodType, partial, type, nn.Module))
 
 
 def _code(code: CodeType) -> Any:
-    """What is compiled, without where it was written; the docstring is left out."""
+    """Describe compiled code, without its position and docstring."""
     constants = code.co_consts[1:] if code.co_consts and isinstance(code.co_consts[0], str) else code.co_consts
     return [
         code.co_code.hex(),
@@ -179,7 +180,7 @@ def _plain(value: Any) -> FunctionType | None:
 
 
 def _object(value: Any, seen: list[int]) -> Any:
-    """An object by its class and its plain attributes; a module with its weights."""
+    """Describe an object by its class and its plain attributes; a module with its weights."""
     kind = _class(type(value), seen)
     if isinstance(value, nn.Module):
         plain = {name: repr(each) for name, each in sorted(vars(value).items()) if isinstance(each, PLAIN)}
@@ -191,7 +192,7 @@ def _object(value: Any, seen: list[int]) -> Any:
 
 
 def _installed(module: str | None) -> bool:
-    """Whether a module comes with Python or an installed package, and so changes with its version only."""
+    """Return whether a module belongs to Python or an installed package, and so changes only with its version."""
     if module is None or module.partition(".")[0] in ("torch", "autoprune", "builtins"):
         return True
     file = getattr(sys.modules.get(module), "__file__", None)

@@ -1,4 +1,4 @@
-"""Networks like one that a search found, each with one of its merits taken away."""
+"""Control networks for an audit: the found network with one property removed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Initialise = Callable[[nn.Module], None]
 
 
 def uniform_widths(builder: FromEvaluator, candidate: IntArray, limited: tuple[str, ...]) -> IntArray:
-    """A candidate that prunes every dimension alike and costs as much as another one, or little less; shape (d,)."""
+    """Make a candidate that prunes every dimension uniformly at the cost of another one, or little less; shape (d,)."""
     space = builder.context.space
 
     def costs(candidates: IntArray) -> Any:
@@ -44,7 +44,7 @@ def with_new_weights(
     """Give a module new weights, in place; elements that were set to zero stay zero.
 
     Raises:
-        ValueError: If there is no `initialise`, and a module cannot be initialised without.
+        ValueError: If there is no `initialise`, and a module has no ``reset_parameters``.
     """
     masks = {name: module.get_parameter(name).detach() != 0 for name in zeroed}
     with seeded(seed):
@@ -73,7 +73,7 @@ def reset_parameters(module: nn.Module) -> None:
 
 
 def with_random_units(builder: FromEvaluator, candidate: IntArray, seed: int) -> nn.Module:
-    """What the evaluator of a search would build, were the units that stay drawn at random; zeros likewise."""
+    """Build a candidate by the evaluator of a search with randomly drawn units; zeros are drawn likewise."""
     context, evaluator = builder.context, copy.deepcopy(builder.fresh)
     generator = np.random.default_rng(seed)
     orders = {group.name: generator.permutation(group.size) for group in context.structure.groups}
@@ -89,7 +89,7 @@ def with_random_units(builder: FromEvaluator, candidate: IntArray, seed: int) ->
 
 
 class _RandomUnits:
-    """A space whose groups keep as many units as before, but others, and whose weights are not zeroed."""
+    """Space whose groups keep as many units as before, but others, and whose weights are not zeroed."""
 
     def __init__(self, space: SearchSpace, orders: Mapping[str, IntArray]) -> None:
         self._space = space

@@ -1,4 +1,4 @@
-"""Measure the networks that a search offers under limits on latency or memory, and correct what was predicted."""
+"""Measure the networks of a front under limits on latency or memory, and correct the predictions."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from autoprune.study import TIMED, Study
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 12  # networks that exist, and are compared, at once
-_DRIFT = 0.1  # a dense network that is slower or faster by more than this is worth a word
+_DRIFT = 0.1  # a dense network that is slower or faster by more than this is noted
 
 
 @seeded(0)  # a model may draw noise
 def verify(study: Study, found: Sequence[Trial], deadline: Deadline) -> tuple[list[Trial], tuple[str, ...]]:
     """Measure every trial on the front against the dense network, until the front holds measured trials only.
 
-    What is measured replaces what was predicted: the peak of memory where the budget limits it, and latencies wherever
-    there is a table of them, so that `SearchResult.best` finds measured networks under a limit that comes later, too.
-    The latency model is fitted again with the new evidence, and predicts the rest again; where a trial misses a limit,
-    the next one takes its place on the front, and is measured too.
+    Measurements replace predictions: the peak of memory if the budget limits it, and latencies if there is a table of
+    them, so that `SearchResult.best` finds measured networks under a later limit, too. The latency model is fitted
+    again with the new evidence, and predicts the rest again; where a trial misses a limit, the next one takes its place
+    on the front, and is measured too.
 
     Args:
         study: The search.
         found: Its trials.
-        deadline: When to stop measuring; a note then says what is left as predicted.
+        deadline: Ends the measurements; a note then names the costs that stay predicted.
 
     Returns:
-        The trials with corrected costs, and notes that say what was measured.
+        The trials with corrected costs, and notes on the measurements.
     """
     trials, latency, notes = list(found), study.latency, list[str]()
     if latency is not None and (why := _why_not_here(study, latency)):
@@ -75,7 +75,7 @@ def _predicted(latency: Latency | None, study: Study) -> str:
 
 
 def _why_not_here(study: Study, latency: Latency) -> str:
-    """What differs here from where the table was measured; empty if nothing does."""
+    """Differences between this machine and that of the table; empty if there are none."""
     setting = latency.setting
     try:
         runtime = runtime_of(setting.runtime)
@@ -86,13 +86,13 @@ def _why_not_here(study: Study, latency: Latency) -> str:
 
 
 class _Seen:
-    """What was measured of trials, by their ids.
+    """Measurements of trials, by their ids.
 
     Attributes:
-        latency: The model, fitted to all that was measured; None if latencies are not measured.
+        latency: The model, fitted to all measurements; None if latencies are not measured.
         timings: Times against the dense network.
         peaks: Bytes at the peak of memory.
-        untimed: Why no further trials are timed; empty as long as all can be.
+        untimed: Reason why no further trials are timed; empty as long as all can be.
     """
 
     def __init__(self, latency: Latency | None) -> None:
@@ -105,7 +105,7 @@ class _Seen:
         return trial in self.timings or trial in self.peaks
 
     def measure(self, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> None:
-        """Measure trials, given as built."""
+        """Measure trials, given with their built modules."""
         if study.memory is not None:
             peaks = [study.memory.measure(module, study.timed, study.priced, {}) for module in modules]
             self.peaks.update(zip((trial.id for trial in trials), peaks, strict=True))
@@ -113,7 +113,7 @@ class _Seen:
             try:
                 self.latency = self._timed(self.latency, study, trials, modules)
             except (UnsupportedModelError, RuntimeError) as error:  # out of memory, say: the search must not be lost
-                self.untimed = str(error).partition("\n")[0]  # exporters print whole graphs behind it
+                self.untimed = str(error).partition("\n")[0]  # exporters print whole graphs after it
 
     def _timed(self, latency: Latency, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> Latency:
         """Time trials, and fit the model to them, too."""
@@ -169,7 +169,7 @@ def _corrected(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Trial
 
 
 def _notes_on_latency(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[str]:
-    """How predictions compare with what was measured, in plain words."""
+    """Notes that compare predictions with measurements, in plain words."""
     measured, latency = [trial for trial in trials if "latency_ms" in trial.predicted], seen.latency
     if not measured or latency is None:
         return []
@@ -190,7 +190,7 @@ def _notes_on_memory(study: Study, trials: Sequence[Trial]) -> list[str]:
 
 
 def _comparison(study: Study, measured: Sequence[Trial], names: Sequence[str]) -> str:
-    """How far predictions of the first of some costs were off, and how many trials missed a limit on any of them."""
+    """Error of the predictions of the first of some costs, and the number of trials that missed a limit on any."""
     cost, limits = names[0], {name: limit for name, limit in study.limits.items() if name in names}
     errors = np.array([abs(trial.predicted[cost] / trial.costs[cost] - 1) for trial in measured])
     missed = sum(not within(trial.upper_costs, limits) for trial in measured)
