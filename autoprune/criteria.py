@@ -1,6 +1,6 @@
-"""Rank the units of a group: which ones matter least.
+"""Rank the units of a group by importance.
 
-A criterion sees every parameter slice that goes with a unit, and returns one score a unit, higher more important.
+A criterion gets every parameter slice that is removed with a unit, and returns one score a unit, higher more important.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ DRAWN = 8
 
 @dataclass(frozen=True)
 class GroupTensors:
-    """What a criterion may look at: everything that goes when a unit of the group goes.
+    """Input of a criterion: everything that is removed with each unit of a group.
 
     Attributes:
         name: The group.
         weights: Parameter slices, float, each of shape (units, elements).
         gradients: Gradients of the same slices, or empty if the criterion did not ask for them.
         scales: Slices of normalisation weights only, each of shape (units, elements).
-        activations: Statistics of the units as seen by each layer that reads them, or empty if not asked for.
+        activations: Statistics of the units in the inputs of each layer that reads them, or empty if not asked for.
         generator: For criteria that draw.
     """
 
@@ -63,7 +63,7 @@ class GroupTensors:
 
 @dataclass(frozen=True)
 class Activation:
-    """How units look to one layer that reads them, over samples and positions.
+    """Statistics of units in the inputs of one layer that reads them, over samples and positions.
 
     Attributes:
         mean_magnitude: Mean absolute value, shape (units, members).
@@ -112,8 +112,8 @@ def bn_scale(group: GroupTensors) -> Tensor:
 def taylor(group: GroupTensors) -> Tensor:
     """First-order estimate of the squared change of the loss, summed over the weights of a unit.
 
-    Without labels, of the distortion, whose own gradient is zero: its curvature is the expected square of gradients
-    towards outputs drawn from what the model says, see `distortion_gradients`.
+    Without labels, it is the change of the distortion, whose own gradient is zero: its curvature is the expected square
+    of gradients towards outputs drawn from the model's distribution, see `distortion_gradients`.
 
     Reference:
         Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, arXiv:1906.10771. Without
@@ -133,9 +133,9 @@ def activation_mean(group: GroupTensors) -> Tensor:
 
 
 def fluctuation(group: GroupTensors) -> Tensor:
-    """Variance of the activations that the next layers read, weighted by the squared norm of what reads them.
+    """Variance of the activations that the next layers read, weighted by the squared norm of their weights.
 
-    What does not vary can be folded into a bias, so it costs little to remove.
+    A constant activation can be folded into a bias, so its removal costs little.
 
     Reference:
         An et al., "Fluctuation-based Adaptive Structured Pruning", AAAI 2024, arXiv:2312.11983.
@@ -144,20 +144,20 @@ def fluctuation(group: GroupTensors) -> Tensor:
 
 
 def contribution(group: GroupTensors) -> Tensor:
-    """Mean square of the activations that the next layers read, weighted by the squared norm of what reads them.
+    """Mean square of the activations that the next layers read, weighted by the squared norm of their weights.
 
-    It is what the outputs of these layers lose with the unit, apart from what others cancel. For layers without a bias
-    or batch norm behind them, as in most language models, where the mean cannot be made up for.
+    It is the change of the outputs of these layers without the unit, apart from cancellation by others. It suits layers
+    without a bias or batch norm after them, as in most language models, where the mean cannot be corrected.
 
     Reference:
         Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), ICLR 2024,
-        arXiv:2306.11695, who score single weights so; here summed over all that read a unit, in squares.
+        arXiv:2306.11695, for single weights; here summed over all weights that read a unit, in squares.
     """
     return torch.stack([(a.mean_square * a.column_norm).sum(1) for a in group.activations]).sum(0)
 
 
 def random(group: GroupTensors) -> Tensor:
-    """A random order: the baseline that every criterion must beat."""
+    """Random order: the baseline that every criterion must beat."""
     return torch.rand(group.units, generator=group.generator)
 
 
@@ -187,7 +187,7 @@ def rank_units(
 
 
 def affordable(structure: Structure, least: int, most: int) -> int:
-    """How many samples a ranking looks at: fewer of a large model, whose samples are long or tell much each."""
+    """Number of samples for a ranking: fewer for a large model, whose samples are long or hold much information."""
     return int(min(most, max(least, WORK // max(structure.macs, 1.0))))
 
 
@@ -219,16 +219,16 @@ def score_units_by(
 ) -> list[dict[str, Tensor]]:
     """Score the units of every group by each criterion, shape (units,) each, higher more important.
 
-    Criteria that look at the same share a pass over the batches.
+    Criteria with the same inputs share a pass over the batches.
 
     Args:
         model: The dense model; comes back unchanged.
         structure: Its structure.
         criteria: Names in `CRITERIA`, or callables, which get everything; gradients only where there are labels.
-        batches: Calibration data, for criteria that look at activations or gradients.
+        batches: Calibration data, for criteria that use activations or gradients.
         forward: Runs the model on a batch.
         seed: For criteria that draw.
-        level: Of the log line that says where a criterion found nothing to look at, and l2 stands in.
+        level: Level of the log line that names groups without the inputs of a criterion, where l2 is used.
 
     Raises:
         ValueError: If the name is unknown, or a callable returns the wrong shape or NaN.
@@ -312,9 +312,10 @@ def _slice(tensor: Tensor, dim: int, indices: IntArray) -> Tensor:
 def loss_gradients(
     model: nn.Module, batches: Sequence[Batch], forward: Callable[[nn.Module, Batch], Any], seed: int = 0
 ) -> dict[str, Tensor]:
-    """Gradient of the mean loss over the batches, in evaluation mode: cross-entropy for classes, else squared error.
+    """Compute the gradient of the mean loss, in evaluation mode: cross-entropy for classes, else squared error.
 
-    Where labels are missing, or are neither classes of the outputs nor floats shaped like them, that of the distortion.
+    If labels are missing, or are neither classes of the outputs nor floats shaped like them, it is that of the
+    distortion.
     """
     copied = _Forward(private_copy(model), forward)
     state = _state_of(copied)
@@ -331,7 +332,7 @@ def loss_gradients(
 def distortion_gradients(
     model: nn.Module, batches: Sequence[Batch], forward: Callable[[nn.Module, Batch], Any], seed: int = 0
 ) -> dict[str, Tensor]:
-    """Root mean square of gradients towards outputs that are drawn from what the model says, in place of labels.
+    """Compute the root mean square of gradients towards outputs drawn from the model's distribution, without labels.
 
     At the dense model the gradient of any distance to its outputs is zero. The expected square over labels drawn from
     its softmax is the diagonal of its Fisher information, the curvature of the divergence; where outputs are no
@@ -347,7 +348,7 @@ def distortion_gradients(
     parts = [part for batch in batches for part in _parts(batch)]
 
     def take(name: str, parameter: Tensor) -> None:
-        """Add a gradient where it is made, so that no two are there at once."""
+        """Add a gradient as soon as it is computed, so that no two are in memory at once."""
         assert parameter.grad is not None
         squares[name] += parameter.grad.square() / len(parts)
         parameter.grad = None
@@ -371,7 +372,7 @@ def _parts(batch: Batch) -> list[Batch]:
 
 
 def _loss(outputs: Tensor, target: Any) -> Tensor | None:
-    """The loss that labels mean; None where they do not fit."""
+    """Compute the loss for the kind of labels; None where they do not fit."""
     if not isinstance(target, Tensor):
         return None
     if target.is_floating_point():
@@ -381,7 +382,7 @@ def _loss(outputs: Tensor, target: Any) -> Tensor | None:
 
 
 def _drawn_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Mean loss towards labels drawn from logits, else towards normal noise around the outputs."""
+    """Compute the mean loss towards labels drawn from logits, else towards normal noise around the outputs."""
     output, classes = main_output(outputs).float(), class_dimension(outputs, batch)
     if classes is None:
         noise = torch.randn(output.shape, generator=generator).to(output.device)
@@ -391,7 +392,7 @@ def _drawn_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> Tenso
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose forward may write to its buffers; parameters are shared."""
+    """Copy a model in evaluation mode, so that its forward may write to its buffers; parameters are shared."""
     copied = skeleton(model).eval()
     for module in copied.modules():
         module._buffers.update({key: None if x is None else x.clone() for key, x in module._buffers.items()})
@@ -414,7 +415,7 @@ def activation_statistics(
     batches: Sequence[Batch],
     forward: Callable[[nn.Module, Batch], Any],
 ) -> dict[str, list[Activation]]:
-    """Watch the inputs of every ungrouped convolution and linear layer that reads a group."""
+    """Collect statistics of the inputs of every ungrouped convolution and linear layer that reads a group."""
     copied = private_copy(model)
     sums: dict[str, list[Tensor]] = {}
 
@@ -460,7 +461,7 @@ def _activation(sums: list[Tensor], weight: Tensor, dim: int, indices: IntArray)
 
 
 def readers(model: nn.Module, structure: Structure) -> dict[str, int]:
-    """Layers whose inputs are units: name, and the axis of their input that holds the channels."""
+    """Find the layers whose inputs are units: name, and the axis of their input that holds the channels."""
     found = {}
     for name, module in model.named_modules():
         if f"{name}.weight" in structure.units_of and input_dim(module) is not None:

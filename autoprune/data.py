@@ -1,4 +1,4 @@
-"""Data, fixed once: seeded subsets for calibration, validation and test, kept in memory.
+"""Data of a search: seeded subsets for calibration, validation and test, drawn once and kept in memory.
 
 Shuffling and augmenting loaders never repeat, and two candidates must see the same samples; so the samples are drawn
 once, before the search, and every evaluation uses them.
@@ -29,16 +29,16 @@ PARTS = ("calibration", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Where samples come from, and how many a search uses.
+    """Sources of samples, and the numbers that a search uses.
 
     A source is a DataLoader, a Dataset, any iterable of batches, a tuple ``(X, y)`` or an array ``X`` (NumPy, pandas
     or torch; NumPy's float64 becomes torch's default dtype), None, or a function without arguments that returns one of
-    these. Where all that are given are such functions, Ray workers call them for themselves, and samples do not travel.
+    these. If all given sources are such functions, Ray workers call them themselves, and no samples are sent.
     A missing part is taken from another source, without overlap: calibration and test from the validation source,
-    validation from the calibration source. A source that holds fewer samples than its parts want is divided in
-    proportion to what they want: with the defaults 1/5 calibration, 2/5 validation and 2/5 test, but at least 4 samples
-    each. Batches that cannot be cut by samples, such as ``(nodes, edges, graph of each node, labels)``, are dealt out
-    and used as they are (`autoprune.batches.divisible` says which these are).
+    validation from the calibration source. A source with fewer samples than its parts want is divided in proportion to
+    the numbers wanted: with the defaults 1/5 calibration, 2/5 validation and 2/5 test, but at least 4 samples each.
+    Batches that cannot be cut by samples, such as ``(nodes, edges, graph of each node, labels)``, are divided among the
+    parts and used as they are; see `autoprune.batches.divisible`.
 
     Attributes:
         calibration: Samples that statistics and compensation are fitted on; training data as a rule.
@@ -71,17 +71,17 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Subsets:
-    """The samples that a search uses, drawn once.
+    """Samples that a search uses, drawn once.
 
     Attributes:
         calibration: Batches that statistics and compensation are fitted on.
         validation: Batches that candidates are compared on.
         test: Batches that only the finished front is scored on.
-        notes: What was decided about the data, in plain words.
+        notes: Decisions about the data, in plain words.
         fingerprint: SHA-256 of the contents, so that a resumed search can refuse other data.
-        recipe: What `materialise` was given, where that draws the same samples on any machine; None elsewhere.
+        recipe: Arguments of `materialise`, if they draw the same samples on any machine; else None.
         shuffled: Whether validation samples were drawn at random, and so come in a random order.
-        synthetic: Whether random inputs stand in for data.
+        synthetic: Whether random inputs replace data.
     """
 
     calibration: tuple[Batch, ...]
@@ -99,18 +99,18 @@ class Subsets:
         return {part: sum(map(batch_size, getattr(self, part))) for part in PARTS}
 
     def to(self, device: torch.device | str) -> Subsets:
-        """The same samples on `device`."""
+        """Move the samples to `device`."""
         calibration, validation, test = (
             tuple(to_device(batch, device) for batch in getattr(self, part)) for part in PARTS
         )
         return replace(self, calibration=calibration, validation=validation, test=test)
 
     def to_send(self) -> Subsets:
-        """What a process elsewhere needs for `received`: without the samples, if it can draw them itself."""
+        """Reduce to the parts that another process needs for `received`: no samples, if it can draw them itself."""
         return self if self.recipe is None else replace(self, calibration=(), validation=(), test=())
 
     def received(self) -> Subsets:
-        """The samples again, from what `to_send` gave.
+        """Restore the samples from the result of `to_send`.
 
         Raises:
             DataError: If the functions that give the data gave others here.
@@ -135,8 +135,8 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
 
     Args:
         data: A `Data`, or a single source to be divided into calibration, validation and test.
-        seed: Seed of the samples and of whatever randomness the loader uses.
-        device: Where the batches are kept.
+        seed: Seed of the samples and of the randomness of the loader.
+        device: Device of the batches.
 
     Raises:
         DataError: If a source is empty, too small to be divided, or of an unknown form.
@@ -178,7 +178,7 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
 
     Floats are normal with the mean and spread of the example (standard normal where it is constant), integers uniform
     from 0 to its largest value, booleans fair coins. Constant integers and booleans, such as an attention mask of
-    ones, stay as they are. Of inputs that cannot be cut by samples, such as graphs, floats alone are random.
+    ones, stay as they are. In inputs that cannot be cut by samples, such as graphs, only floats are random.
 
     Args:
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs, batch dimension first.
@@ -208,12 +208,12 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
 
 
 def _is_factory(source: Any) -> bool:
-    """Whether a source is a function that makes one, or a class; what holds samples may be callable too."""
+    """Return whether a source is a function that makes one, or a class; a dataset or loader may be callable too."""
     return callable(source) and (isinstance(source, type) or not isinstance(source, Iterable | Dataset))
 
 
 def _homes(data: Data) -> dict[str, str]:
-    """The part whose source each part is drawn from; the same for parts that share a source."""
+    """Find the part whose source each part is drawn from; the same for parts that share a source."""
     sources = {part: getattr(data, part) for part in PARTS if getattr(data, part) is not None}
     if not sources:
         raise DataError(
@@ -246,7 +246,7 @@ def _clone(tensor: Tensor) -> Tensor:
 
 
 def _random_like(samples: int | None, generator: torch.Generator, example: Tensor) -> Tensor:
-    """Random values for so many samples; None for as many rows as there are, and whole numbers as they are."""
+    """Draw values for `samples` samples; None keeps the number of rows, and whole numbers as they are."""
     if example.ndim == 0 or (samples is None and not example.is_floating_point()):
         return example
     shape = (len(example) if samples is None else samples, *example.shape[1:])
@@ -261,7 +261,7 @@ def _random_like(samples: int | None, generator: torch.Generator, example: Tenso
 
 
 def fingerprint(tree: Any) -> str:
-    """SHA-256 of the tensors, keys and plain values in nested lists, tuples and mappings; the same in any process."""
+    """Compute the SHA-256 of tensors, keys and plain values in nested containers; the same in any process."""
     digest = hashlib.sha256()
 
     def add(tree: Any) -> None:

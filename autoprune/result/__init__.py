@@ -1,4 +1,4 @@
-"""What a search found: trials, the front, built and saved modules, tables and pictures."""
+"""Results of a search: trials, the front, built and saved modules, tables and pictures."""
 
 from autoprune.result.search_result import SearchResult
 from autoprune.result.trials import Evaluation, Trial

@@ -1,4 +1,4 @@
-"""Whether losses of single dimensions add up to those of whole candidates, which decides how far to trust their sum."""
+"""Additivity: fit of the losses of whole candidates to sums of the losses of single dimensions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from autoprune.result import SearchResult
 
 FEWEST = 5
-"""Trials below which nothing is said."""
+"""Least number of trials for a fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class Fit:
     """Joint losses against sums of single ones.
 
     Attributes:
-        summed: For each trial the sum of what its options lose alone, shape (n,).
-        joint: What the trial loses, shape (n,).
+        summed: Sum of the losses of each trial's options alone, shape (n,).
+        joint: Loss of each trial, shape (n,).
     """
 
     summed: FloatArray
@@ -45,7 +45,7 @@ class Fit:
 
     @property
     def spearman(self) -> float:
-        """Rank correlation; 1 if the sums order candidates right, which is all that choosing one of them needs."""
+        """Rank correlation; 1 if the sums order candidates right, which is enough to choose one of them."""
         from scipy.stats import spearmanr
 
         return float(spearmanr(self.summed, self.joint).statistic) if self._defined else np.nan
@@ -57,7 +57,7 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class Additivity:
-    """How well losses of single dimensions add up; ``additivity["distortion"].r2``.
+    """Additivity of the losses of single dimensions; ``additivity["distortion"].r2``.
 
     Attributes:
         fits: For ``"distortion"``, ``"signal"`` and ``"metric"``.
@@ -69,7 +69,7 @@ class Additivity:
         return self.fits[table]
 
     def to_frame(self) -> DataFrame:
-        """A row for each table: its name, trials, r2, slope, spearman.
+        """Make a row for each table: its name, trials, r2, slope, spearman.
 
         Raises:
             ImportError: If pandas is missing.

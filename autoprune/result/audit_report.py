@@ -1,4 +1,4 @@
-"""What an audit found: how cheap scores compare with trained ones, and what made the best network good."""
+"""Report of an audit: cheap scores compared with trained ones, and the origin of the best network's quality."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 FOUND, NEW_WEIGHTS, RANDOM_UNITS, UNIFORM = "as found", "new weights", "random units", "uniform widths"
 ORIGINS = {"widths": UNIFORM, "units": RANDOM_UNITS, "weights": NEW_WEIGHTS}
-"""What each origin of quality is measured against."""
+"""Control network that each origin of quality is measured against."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One candidate that was trained.
+    """Candidate that was trained.
 
     Attributes:
         trial: Its number in the result.
         cost: The first limited cost.
         trained: The metric on the held-out samples after training; NaN if that failed.
         scores: By evaluator the metric on the validation samples before training; NaN if that failed.
-        signals: By evaluator what steers a search, lower is better.
-        reason: Why training failed.
+        signals: By evaluator the signal that steers a search, lower is better.
+        reason: Reason why training failed.
     """
 
     trial: int
@@ -48,7 +48,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Variant:
-    """Trainings of networks like the best one found.
+    """Trainings of one control network.
 
     Attributes:
         cost: The first limited cost.
@@ -60,13 +60,13 @@ class Variant:
 
     @property
     def mean(self) -> float:
-        """Over the trainings; NaN without any."""
+        """Mean over the trainings; NaN without any."""
         return float(np.mean(self.trained)) if self.trained else math.nan
 
 
 @dataclass(frozen=True)
 class Audit:
-    """How far cheap scores can be trusted; see `autoprune.audit`.
+    """Reliability of cheap scores; see `autoprune.audit`.
 
     Attributes:
         rows: The candidates that were trained, by cost.
@@ -80,7 +80,7 @@ class Audit:
         variants: By name, of ``"as found"``, ``"new weights"``, ``"random units"`` and ``"uniform widths"`` those that
             were trained.
         seconds: Wall time, that of trainings read from `run_dir` included.
-        notes: What was left out and why, in plain words.
+        notes: Omitted parts with the reasons, in plain words.
     """
 
     rows: tuple[Trained, ...]
@@ -97,31 +97,31 @@ class Audit:
 
     @cached_property
     def rankings(self) -> Mapping[str, Ranking]:
-        """How well each evaluator's score orders the candidates as training does."""
+        """Rank agreement of each evaluator's score with the trained score."""
         return {name: rank(self._cheap(name), self._trained, self._costs) for name in self.evaluators}
 
     @cached_property
     def signal_rankings(self) -> Mapping[str, Ranking]:
-        """The same of what steers a search, which ties less than most metrics."""
+        """Rank agreement of each evaluator's signal with the trained score; it ties less than most metrics."""
         return {name: rank(-self._column("signals", name), self._trained, self._costs) for name in self.evaluators}
 
     @cached_property
     def cost_ranking(self) -> Ranking:
-        """What would be known without any score: that the costlier network is the better one."""
+        """Rank agreement of the cost with the trained score, as a baseline without any evaluation."""
         return rank(self._costs, self._trained, self._costs)
 
     @property
     def best_evaluator(self) -> str:
-        """The one whose score orders the candidates best, by tau; the first of the search's where none can be told."""
+        """Name of the evaluator with the best tau; that of the search if none has a value."""
         return max(self.evaluators, key=lambda name: np.nan_to_num(self.rankings[name].tau.value, nan=-2.0))
 
     @cached_property
     def effects(self) -> Mapping[str, Estimate]:
-        """By how much the best network is better than without its ``"widths"``, ``"units"`` and ``"weights"``.
+        """Advantage of the best network over control networks without its ``"widths"``, ``"units"`` and ``"weights"``.
 
-        In units of the metric, positive where what was found is better. One is replaced at a time, so they need not add
-        up. Intervals are those of Student's t, with the variance of repeated trainings pooled over the variants; they
-        say nothing about other samples. NaN where trainings were not repeated.
+        It is in units of the metric, positive where the found network is better. One property is replaced at a time, so
+        effects need not add up. Intervals are those of Student's t, with the variance of repeated trainings pooled over
+        the variants; they do not cover other samples. NaN where trainings were not repeated.
         """
         known = {name: variant for name, variant in self.variants.items() if variant.trained}
         freedom = sum(len(v.trained) - 1 for v in known.values())
@@ -147,7 +147,7 @@ class Audit:
         return float(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom) ** 0.5 if freedom else math.nan
 
     def verdict(self) -> str:
-        """What the comparison means, in one sentence."""
+        """Conclusion of the comparison, in one sentence."""
         name = self.evaluators[0]
         ranking = self.rankings[name]
         if math.isnan(ranking.tau.value):
@@ -177,7 +177,7 @@ class Audit:
         return f"it can be chosen by, and its first choice comes within {loss:.4f} of the best of {len(self.rows)}"
 
     def comparison(self) -> str:
-        """Which evaluator did best, and whether that is beyond chance; empty where there is but one."""
+        """Best evaluator and the significance of its lead, in one sentence; empty if there is only one."""
         best = self.best_evaluator
         others = [name for name in self.evaluators if name != best and np.isfinite(self.rankings[name].tau.value)]
         if not others:
@@ -189,7 +189,7 @@ class Audit:
         return f"{best} did best; difference in tau, with its 95 % interval: {', '.join(ahead)}"
 
     def origin(self) -> str:
-        """How much of the best network's quality came from widths, units and weights, in one sentence."""
+        """Contributions of widths, units and weights to the best network's quality, in one sentence."""
         if not self.effects:
             return ""
         parts = ", ".join(
@@ -208,10 +208,10 @@ class Audit:
         return f"of {self.metric} after equal training, the network found owes {parts}; {end}"
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw trained scores against each evaluator's, coloured by cost, and the variants beside.
+        """Draw trained scores against each evaluator's, coloured by cost, and the variants next to them.
 
         Args:
-            path: Where to write the picture; its ending says the format.
+            path: File of the picture; its ending gives the format.
 
         Raises:
             ImportError: If matplotlib is missing.
@@ -221,7 +221,7 @@ class Audit:
         return plot_audit(self, path)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready; NaN becomes null."""
+        """JSON-ready dictionary; NaN becomes null."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         rows = [asdict(row) for row in self.rows]
         for row in rows:
@@ -308,7 +308,7 @@ _PLAIN = ("metric", "higher_is_better", "samples", "cost", "steps", "winner", "s
 
 
 def _share(tau: Estimate) -> str:
-    """A tau as a share of pairs."""
+    """Format a tau as a share of pairs."""
     return f"{50 * (1 + tau.value):.0f} % of cases (tau {tau.value:.2f}, 95 % interval {tau.low:.2f} to {tau.high:.2f})"
 
 

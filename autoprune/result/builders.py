@@ -1,4 +1,4 @@
-"""Where built modules come from: the evaluator that scored them, or the weights that were saved with a result."""
+"""Builders of modules: from the evaluator that scored them, or from the weights saved with a result."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Builder(Protocol):
     """Builds the module of a trial."""
 
     def build(self, trial: Trial) -> nn.Module:
-        """A plain module that remembers its recipe and shares no state with anything."""
+        """Return a plain module that remembers its recipe and shares no state with anything."""
         ...
 
     def shared(self, trials: Sequence[Trial]) -> SharedTensors | None:
-        """What these trials' modules have in common; None where it cannot be told."""
+        """Return the tensors that these trials' modules have in common; None where it is not known."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class FromEvaluator:
-    """Builds what an evaluator scored; holds what a search worked with.
+    """Builds the modules that an evaluator scored; holds the context of the search.
 
     Attributes:
         evaluator: Prepared on the context.
@@ -55,7 +55,7 @@ class FromEvaluator:
         return attach(module, self._edit(trial), self.context.model)
 
     def shared(self, trials: Sequence[Trial]) -> SharedTensors | None:
-        """The tensors of the model, unless it was pruned before: then recipes are of what it was."""
+        """Return the tensors of the model, unless it was pruned before: recipes then refer to the original one."""
         if hasattr(self.context.model, ATTRIBUTE):
             return None
         return SharedTensors(self.context.model, [slices_of(self._edit(trial)) for trial in trials])
@@ -66,7 +66,7 @@ class FromEvaluator:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """Where a saved result keeps the weights of a trial.
+    """File with the weights of a trial in a saved result.
 
     Attributes:
         name: Of the file, in the folder of the result.
@@ -83,7 +83,7 @@ class SavedWeights:
     Args:
         folder: That of the result.
         model: A dense model of the class that was pruned; None builds nothing.
-        files: What the result says it was saved with, by trial.
+        files: Files that the result was saved with, by trial.
     """
 
     def __init__(self, folder: Path, model: nn.Module | None, files: Mapping[int, WeightsFile]) -> None:
@@ -116,7 +116,7 @@ class SavedWeights:
         return module
 
     def shared(self, trials: Sequence[Trial]) -> SharedTensors | None:
-        """What the trials are cut from, where the model given has the weights that were pruned."""
+        """Return the dense tensors that the trials are cut from; None without a model, or for one pruned before."""
         if self._model is None or hasattr(self._model, ATTRIBUTE):
             return None
         files = [self._folder / self.files[trial.id].name for trial in trials if trial.id in self.there()]
@@ -128,5 +128,5 @@ class SavedWeights:
 
 
 def weights_file(folder: Path, trial: Trial) -> Path:
-    """Where a result keeps the weights of a trial, unless other weights are there already."""
+    """Default file for the weights of a trial; another name is taken where it exists already."""
     return folder / f"trial-{trial.id:04d}.safetensors"

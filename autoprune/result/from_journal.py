@@ -1,4 +1,4 @@
-"""A result read from the journal alone: of a search that still runs, was killed, or was never saved."""
+"""Result read from the journal alone: of a search that still runs, was killed, or was never saved."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _FORM = {
 
 
 def result_from_journal(run_dir: str | Path) -> SearchResult:
-    """Read what a search has found so far; its writer goes on undisturbed.
+    """Read the result of a search so far, without disturbing the search.
 
     Trials that were proposed but not scored yet have the status ``"pending"``. The journal holds no intervals, no
-    scores on held-out data and no costs measured in the end, and models cannot be built from it. The first note says
-    how far the search is.
+    scores on held-out data and no costs measured at the end, and models cannot be built from it. The first note gives
+    the state of the search.
 
     Args:
         run_dir: The ``run_dir`` of a search.
@@ -60,7 +60,7 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
 
 
 def _result(meta: Mapping[str, Any], rows: Sequence[TrialRow]) -> SearchResult:
-    """The result, of what is no journal of a search too, if the forms happen to fit; raises what is in `DAMAGE`."""
+    """Make the result from rows of any journal whose form fits; raises errors in `DAMAGE`."""
     space = space_from_json(meta["space"])
     trials = tuple(trial_from(row, space, meta["limits"]) for row in rows)
     total = "" if meta["trials"] == "auto" else f" of {meta['trials']}"
@@ -92,7 +92,7 @@ _MEASURED = tuple(field.name for field in fields(Evaluation))
 
 
 def trial_from(row: TrialRow, space: SearchSpace, limits: Mapping[str, float]) -> Trial:
-    """A trial as its row in the journal has it: without an interval."""
+    """Make a trial from its row in the journal: without an interval."""
     last = row.evaluations[-1] if row.evaluations else None
     return Trial(
         id=row.id,
@@ -110,7 +110,7 @@ def trial_from(row: TrialRow, space: SearchSpace, limits: Mapping[str, float]) -
 
 
 def _seconds(rows: Sequence[TrialRow]) -> float:
-    """From the start of the first evaluation to the end of the last."""
+    """Seconds from the start of the first evaluation to the end of the last."""
     evaluations = [evaluation for row in rows for evaluation in row.evaluations]
     if not evaluations:
         return 0.0

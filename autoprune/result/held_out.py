@@ -1,4 +1,4 @@
-"""Whether a limit on the score, met on the data that chose the model, also holds on data that did not."""
+"""Check of a limit on the score on held-out data, which did not choose the model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _BIASED = (
 def note_of_held_out(
     limit: ScoreLimit, judge: Judge, trial: Trial, dense: Trial, tested: Measurement, dense_tested: Measurement
 ) -> str:
-    """Say in plain words what the chosen trial does under a limit on validation and on held-out data.
+    """Compare the chosen trial with a limit on validation and on held-out data, in plain words.
 
     Args:
-        limit: What it was chosen to meet.
+        limit: The limit that it was chosen to meet.
         judge: The metric.
         trial: The trial chosen, with its validation score.
         dense: The unpruned model, with the same.
-        tested: What the trial scores on the held-out samples.
-        dense_tested: What the dense model scores there.
+        tested: Measurement of the trial on the held-out samples.
+        dense_tested: Measurement of the dense model there.
     """
     here = _change_on_validation(judge, trial, dense) if limit.drop else (trial.score, trial.interval)
     there = _change(judge, tested, dense_tested) if limit.drop else _score(judge, tested)
@@ -59,10 +59,10 @@ def _change_on_validation(judge: Judge, trial: Trial, dense: Trial) -> tuple[flo
 
 
 def _interval(judge: Judge, change: float, stderr: float | None, samples: int) -> tuple[float, float]:
-    """95 % interval of a paired mean difference over samples; NaN where one value cannot tell.
+    """Compute the 95 % interval of a paired mean difference over samples; NaN for a single value.
 
-    Where samples are right or wrong, few or none may differ, and the usual interval then has no width. So a sample more
-    that is won and one that is lost are added, as by Agresti and Min, Statistics in Medicine 24(5), 2005.
+    If samples are right or wrong, few or none may differ, and the usual interval then has no width. So one sample won
+    and one lost are added, as by Agresti and Min, Statistics in Medicine 24(5), 2005.
     """
     if stderr is None:
         return math.nan, math.nan

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 INK, FRONT, LIMIT = "#9aa5b1", "#1f6feb", "#c2410c"
 MOST_BARS = 300
-"""Networks on a front whose intervals are drawn one by one; those of more are a band."""
+"""Most networks on a front whose intervals are drawn one by one; more are drawn as a band."""
 UNITS = {"flops": "MACs", "params": "parameters", "memory_bytes": "bytes"}
 
 
@@ -66,7 +66,7 @@ def plot_front(result: SearchResult, path: str | Path | None = None) -> Figure:
 
 
 def plot_audit(audit: Audit, path: str | Path | None = None) -> Figure:
-    """Draw trained scores against cheap ones, and networks like the best; see `Audit.plot`."""
+    """Draw trained scores against cheap ones, and the control networks; see `Audit.plot`."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -112,7 +112,7 @@ def plot_audit(audit: Audit, path: str | Path | None = None) -> Figure:
 
 
 def _write(figure: Figure, path: str | Path, dpi: int) -> None:
-    """Replace a picture; its ending says the format, and PNG is that of a name without."""
+    """Replace a picture; its ending gives the format, which is PNG for a name without one."""
     name = as_path(path)
     form = name.suffix.lstrip(".").lower() or "png"
     known = figure.canvas.get_supported_filetypes()

@@ -1,4 +1,4 @@
-"""How well one score orders candidates as another does: Kendall's tau, regret, and bootstrap intervals."""
+"""Rank agreement of two scores: Kendall's tau, regret, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ BAND = 0.05
 """Costs that differ by no more than this share of the larger one count as equal."""
 
 FEWEST = 4
-"""Candidates below which nothing is said."""
+"""Least number of candidates for a ranking."""
 
 FEWEST_PAIRS = 10
-"""Pairs of equal cost below which nothing is said of them."""
+"""Least number of pairs of equal cost for a tau over them."""
 
 RESAMPLES = 2000
 CHOICES = (1, 3)
-"""How many candidates of the best cheap score are trained, in the regret."""
+"""Numbers of candidates trained, by the best cheap score, in the regret."""
 
 
 class Estimate(NamedTuple):
-    """A value with its 95 % bootstrap interval; NaN where there is too little to tell."""
+    """Value with its 95 % bootstrap interval; NaN where there is too little data."""
 
     value: float
     low: float = np.nan
@@ -35,19 +35,19 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """How well a cheap score orders candidates as their trained scores do.
+    """Rank agreement of a cheap score with the trained score.
 
-    Intervals come from drawing the candidates anew, with replacement, 2,000 times. They say nothing about other models,
+    Intervals come from drawing the candidates again, with replacement, 2,000 times. They do not cover other models,
     data or recipes, and those of the regret are one-sided in effect: a drawn set may lack the best candidate.
 
     Attributes:
-        candidates: How many have both scores.
+        candidates: Number of candidates with both scores.
         tau: Kendall's tau-b over all pairs: 1 for the same order, 0 for none in common. Of (1 + tau) / 2 of the pairs
             that do not tie, the cheap score names the better candidate.
-        pairs_in_band: How many pairs differ in cost by at most `BAND`.
-        tau_in_band: The same over these pairs alone, where a higher cost cannot be what gives the order away.
-        regret: By the number of candidates trained, those of the best cheap score: how far the best trained score among
-            them stays behind the best of all, in units of the metric, at least 0.
+        pairs_in_band: Number of pairs that differ in cost by at most `BAND`.
+        tau_in_band: Tau over these pairs alone, where the cost does not determine the order.
+        regret: By the number of candidates trained, those of the best cheap score: gap between the best trained score
+            among them and the best of all, in units of the metric, at least 0.
     """
 
     candidates: int
@@ -64,7 +64,7 @@ def rank(cheap: FloatArray, trained: FloatArray, costs: FloatArray, seed: int = 
         cheap: Shape (n,).
         trained: Shape (n,).
         costs: For the band, and to choose the cheaper one where cheap scores tie, shape (n,).
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Reference:
         Kendall, "The treatment of ties in ranking problems", Biometrika 33(3), 1945, for tau-b.
@@ -100,13 +100,13 @@ def rank(cheap: FloatArray, trained: FloatArray, costs: FloatArray, seed: int = 
 
 
 def tau_difference(first: FloatArray, second: FloatArray, trained: FloatArray, seed: int = 0) -> Estimate:
-    """Kendall's tau of one cheap score less that of another, over the candidates that have all three scores.
+    """Compute Kendall's tau of one cheap score minus that of another, over candidates with all three scores.
 
     Args:
         first: Shape (n,), higher is better.
         second: The same.
         trained: The same.
-        seed: Of the bootstrap, which draws the same candidates for both.
+        seed: Seed of the bootstrap, which draws the same candidates for both.
     """
     known = np.isfinite(first) & np.isfinite(second) & np.isfinite(trained)
     a, b, y = (_signs(values[known]) for values in (first, second, trained))
@@ -126,14 +126,14 @@ def _signs(values: FloatArray) -> FloatArray:
 
 
 def _near(costs: FloatArray) -> NDArray[np.bool_]:
-    """Which pairs count as of equal cost."""
+    """Mark the pairs that count as of equal cost."""
     a, b = costs[:, None], costs[None, :]
     near: NDArray[np.bool_] = np.abs(a - b) <= BAND * np.maximum(np.abs(a), np.abs(b))
     return near
 
 
 def _tau(x: FloatArray, y: FloatArray, rows: IntArray) -> float:
-    """Tau-b from the signs of all differences. A candidate drawn twice ties with itself in both, and so drops out."""
+    """Compute tau-b from the signs of all differences. A candidate drawn twice ties with itself in both scores."""
     x, y = x[np.ix_(rows, rows)], y[np.ix_(rows, rows)]
     untied = float((x * x).sum() * (y * y).sum()) ** 0.5
     return float((x * y).sum()) / untied if untied else np.nan

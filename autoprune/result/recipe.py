@@ -1,4 +1,4 @@
-"""Save a pruned model and load it into the user's own class: one safetensors file with a JSON recipe, no pickle."""
+"""Pruned models in one safetensors file with a JSON recipe, no pickle: save, and load into the user's own class."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 FORMAT = "autoprune-model"
 VERSION = 1
 ATTRIBUTE = "_autoprune_recipe"
-"""Where a built module keeps its recipe, JSON-ready, so that it survives copying, pickling and fine-tuning."""
+"""Attribute of a built module with its recipe, JSON-ready, which survives copying, pickling and fine-tuning."""
 MOST_TIMES_DENSE = 8
-"""How much larger than the dense model a file may be: it may hold other types of numbers."""
+"""Largest size of a file in multiples of the dense model: it may hold other types of numbers."""
 MOST_RECIPE = 256 * MIB
 _GRAPH = {"name": str, "inputs": [[object]], "nodes": [[object]], "output": object}
 _FORM = {
@@ -40,7 +40,7 @@ _FORM = {
 
 
 def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
-    """Make `module`, built from `dense` by `edit`, remember how; a model pruned twice remembers both steps as one."""
+    """Attach the recipe to `module`, built from `dense` by `edit`; of a model pruned twice it joins both steps."""
     shapes = {name: list(t.shape) for name, t in (*dense.named_parameters(), *dense.named_buffers())}
     recipe = {
         "slices": slices_of(edit),
@@ -54,10 +54,10 @@ def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
 
 
 def warn_of_dense_config(module: nn.Module) -> None:
-    """Say of a pruned model of transformers what its own way to save would lose.
+    """Warn that ``save_pretrained`` of a pruned model of transformers loses the pruned sizes.
 
-    ``save_pretrained`` writes the pruned weights next to the config of the dense model, and ``from_pretrained`` then
-    makes dense layers, which the weights do not fit.
+    It writes the pruned weights next to the config of the dense model, and ``from_pretrained`` then makes dense layers,
+    which the weights do not fit.
     """
     if callable(getattr(module, "save_pretrained", None)):
         log.warning(
@@ -68,7 +68,7 @@ def warn_of_dense_config(module: nn.Module) -> None:
 
 
 def slices_of(edit: Edit) -> dict[str, dict[str, list[int]]]:
-    """The slices of an edit as a recipe holds them."""
+    """Convert the slices of an edit to the form of a recipe."""
     return {name: {str(d): index.tolist() for d, index in dims.items()} for name, dims in edit.slices.items()}
 
 
@@ -90,7 +90,7 @@ def save(module: nn.Module, path: str | Path) -> None:
     """Write a pruned model, fine-tuned or not, to one safetensors file.
 
     Args:
-        module: What ``result.build()`` returned.
+        module: Module from ``result.build()``.
         path: The file to write; an existing one is replaced as a whole. A link is followed.
 
     Raises:
@@ -103,7 +103,7 @@ def save(module: nn.Module, path: str | Path) -> None:
 def write(module: nn.Module, path: str | Path, shared: SharedTensors | None = None) -> str:
     """Write a pruned model as `save` does, and return the hash of its content.
 
-    With `shared`, without the tensors that others in the same folder have in common with it.
+    With `shared`, the tensors that it has in common with others in the same folder are left out.
     """
     module = unwrap(module) if isinstance(module, nn.Module) else module
     recipe = getattr(module, ATTRIBUTE, None)
@@ -143,7 +143,7 @@ def load(path: str | Path, fresh_model: nn.Module) -> nn.Module:
 
 
 def read(path: str | Path, fresh_model: nn.Module) -> tuple[nn.Module, str]:
-    """Load a model as `load` does; with the hash of its content."""
+    """Load a model as `load` does, and return it with the hash of its content."""
     if not isinstance(fresh_model, nn.Module):
         raise TypeError(
             f"fresh_model must be a dense nn.Module of the class that was pruned, got {type(fresh_model).__name__}"
@@ -169,19 +169,19 @@ def read(path: str | Path, fresh_model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def most_bytes_of(dense: nn.Module) -> int:
-    """What no file of a model cut from a dense one is larger than."""
+    """Largest size of a file of a model cut from a dense one."""
     return MOST_TIMES_DENSE * sum(tensor.nbytes for tensor in (*dense.parameters(), *dense.buffers())) + MOST_RECIPE
 
 
 def read_slices(path: Path, most_bytes: int) -> dict[str, dict[str, list[int]]]:
-    """The slices in the recipe of a saved model; `most_bytes` is what no sound file is larger than."""
+    """Read the slices in the recipe of a saved model; no sound file is larger than `most_bytes`."""
     metadata, _ = read_tensors(path, "path must be a file written by autoprune.save", most_bytes)
     slices: dict[str, dict[str, list[int]]] = _recipe_in(metadata, shortened(path))["slices"]
     return slices
 
 
 def _recipe_in(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    """The recipe in the header of a file."""
+    """Read the recipe in the header of a file."""
     if metadata.get("format") != FORMAT:
         raise RecipeError(
             f"{name} is a safetensors file without an autoprune recipe; was it saved by another tool? Name one that "
@@ -222,7 +222,7 @@ def _edit(recipe: Mapping[str, Any], model: nn.Module) -> Edit:
 
 
 def _require_numbers(module: nn.Module, name: str, attributes: Iterable[str]) -> None:
-    """Refuse what would put a number in the place of anything else: a method, a flag, a module."""
+    """Refuse attributes whose present value is no number, such as a method, a flag or a module."""
     for path in attributes:
         if "." not in path and not hasattr(module, path):
             continue  # which `build` leaves out, too

@@ -1,4 +1,4 @@
-"""A result in a folder: ``result.json`` says what there is, and is replaced last, so that a kill leaves old or new."""
+"""Folder of a result: ``result.json`` lists the files, and is replaced last, so that a kill leaves old or new."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMAT = "autoprune-result"
 VERSION = 1
 WEIGHTS = "trial-*.safetensors"
 MOST_BYTES = 1024 * MIB
-"""What no result is larger than: 10,000 trials of 250 dimensions take a tenth of it."""
+"""Largest size of a result: 10,000 trials of 250 dimensions take a tenth of it."""
 
 _MOST_NAME = 100
 _NUMBER = (float, None)
@@ -104,13 +104,13 @@ def write_result(
     build: Callable[[Trial], nn.Module],
     shared: SharedTensors | None = None,
 ) -> None:
-    """Write weights, then what names them; then drop what an earlier save left and nothing names any more.
+    """Write weights, then ``result.json``; then delete files of an earlier save that it does not name.
 
-    Files of an earlier save keep their names until the new ``result.json`` is there: what would take the name of one
-    gets another.
+    Files of an earlier save keep their names until the new ``result.json`` is written: a new file whose name is taken
+    gets another one.
 
     Raises:
-        OSError: If something cannot be written; the earlier save is then as it was.
+        OSError: If a file cannot be written; the earlier save is then as it was.
     """
     make_folder(folder)
     found = folder / RESULT
@@ -130,7 +130,7 @@ def write_result(
 
 
 def _as_json(content: Any) -> str:
-    """JSON, in which what is not finite is null."""
+    """Write JSON, with null for values that are not finite."""
     try:
         return json.dumps(content, indent=1, allow_nan=False)
     except ValueError:
@@ -154,7 +154,7 @@ def _named_in(file: Path) -> set[str]:
 
 
 def _free(file: Path, named: set[str]) -> Path:
-    """The name, or one like it that an earlier save does not use."""
+    """Return the name, or a similar one that an earlier save does not use."""
     number = 0
     free = file
     while free.name in named:
@@ -164,7 +164,7 @@ def _free(file: Path, named: set[str]) -> Path:
 
 
 def read_result(file: Path) -> dict[str, Any]:
-    """What a ``result.json`` holds, once its form is checked.
+    """Read a ``result.json`` and check its form.
 
     Raises:
         FileFormatError: If it is corrupted or foreign.
@@ -179,14 +179,14 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 def reading(file: Path) -> AbstractContextManager[None]:
-    """What turns the faults of a result into one error."""
+    """Make a context that turns all errors of a damaged result into one."""
     journal = (file.parent / JOURNAL).exists()
     way_out = "the journal next to it may be whole: `autoprune front` reads it" if journal else "save it again"
     return sound(f"{shortened(file)} is not a result of autoprune, or is damaged", way_out)
 
 
 def files_of(data: Mapping[str, Any]) -> dict[int, WeightsFile]:
-    """Which file holds the weights of which trial.
+    """Read the files of weights by trial.
 
     Raises:
         ValueError: If a file lies elsewhere than in the folder.
@@ -201,10 +201,10 @@ def files_of(data: Mapping[str, Any]) -> dict[int, WeightsFile]:
 
 
 def require_consistent(trials: Sequence[Trial], dense: Trial, sizes: Sequence[int], data: Mapping[str, Any]) -> None:
-    """Refuse trials that are none of the space, and limits and a budget that do not belong to them.
+    """Refuse trials outside of the space, and limits and a budget that do not belong to them.
 
     Raises:
-        ValueError: Names what does not fit.
+        ValueError: Names the mismatch.
     """
     if not data["limits"]:
         raise ValueError("limits must name a cost")

@@ -1,4 +1,4 @@
-"""What a search found: the front, the best under a budget, and how to build, save and look at it."""
+"""Result of a search: the front, the best under a budget, and methods to build, save and show it."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ _PLAIN = ("budget", "metric", "higher_is_better", "stopped", "seconds", "seed")
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The outcome of a search.
+    """Outcome of a search.
 
     Attributes:
         trials: All trials in the order proposed.
         front: Feasible trials that no other dominates in score and limited costs, by the first limited cost.
         dense: The unpruned model, scored on the same samples.
-        space: What candidates mean.
-        limits: The limited costs, absolute, in the order of the budget. After a search under score limits alone, what
-            was minimised, with the cost of the dense model.
+        space: Gives candidates their meaning.
+        limits: The limited costs, absolute, in the order of the budget. After a search under score limits alone, the
+            minimised cost, with that of the dense model.
         budget: The budget as text.
         metric: Name of the metric.
         higher_is_better: Its direction.
-        notes: What was decided about data, metric and model, in plain words.
-        stopped: Why the search ended: ``"trials"``, ``"converged"`` (see `notes`), ``"time"``, ``"interrupted"``,
-            ``"exhausted"``, ``"refused"`` (the optimizer proposed what is no candidate; see `notes`), or
-            ``"unfinished"`` when it was read from the journal of a run that goes on or was killed.
+        notes: Decisions about data, metric and model, in plain words.
+        stopped: Reason why the search ended: ``"trials"``, ``"converged"`` (see `notes`), ``"time"``,
+            ``"interrupted"``, ``"exhausted"``, ``"refused"`` (the optimizer proposed an invalid candidate; see
+            `notes`), or ``"unfinished"`` when it was read from the journal of a run that continues or was killed.
         seconds: Wall time of the search.
         seed: Its seed.
-        audit: How far its scores can be trusted, from `autoprune.audit`; None before.
+        audit: Reliability of its scores, from `autoprune.audit`; None before.
     """
 
     trials: tuple[Trial, ...]
@@ -80,14 +80,13 @@ class SearchResult:
     _builder: Builder | None = field(default=None, repr=False, compare=False)
 
     def best(self, budget: str | Budget | Sequence[str] | None = None) -> Trial:
-        """The best trial by validation score within a budget, by default the one of the search.
+        """Find the best trial by validation score within a budget, by default that of the search.
 
-        Only trials within the limits of the search count, even where `budget` is wider: what is over them was a probe.
-        Equal scores go to the better signal, then to the lower cost. Where the budget limits the score, this is the
-        cheapest trial that meets it, by the first cost that the budget limits too, else by the first of the search:
-        whoever says how good is good enough wants no better. Where a cost that this budget or that of the search limits
-        was measured on some networks, only they count: what was predicted of the others may be off. A time that was
-        measured is within a limit if the upper end of its interval is.
+        Only trials within the limits of the search count, even if `budget` is wider: the others were probes. Equal
+        scores go to the better signal, then to the lower cost. If the budget limits the score, this is the cheapest
+        trial that meets it, by the first cost that the budget limits too, else by the first of the search. If a cost
+        that this budget or that of the search limits was measured on some networks, only those count, because the
+        predictions of the others may be off. A measured time is within a limit if the upper end of its interval is.
 
         Raises:
             BudgetError: If the budget cannot be read, or limits an unknown cost or another metric.
@@ -118,7 +117,7 @@ class SearchResult:
 
     @property
     def worst_score(self) -> float | None:
-        """The worst validation score that the budget of the search allows; None if it limits costs alone."""
+        """Worst validation score that the budget of the search allows; None if it limits costs alone."""
         budget = Budget.parse(self.budget).judged_by(self.metric, self.higher_is_better, self.dense.costs)
         return budget.worst_score(self.dense.score, self.higher_is_better)
 
@@ -126,14 +125,14 @@ class SearchResult:
         return (-trial.score if self.higher_is_better else trial.score, trial.signal, *trial.costs.values())
 
     def _excess(self, trial: Trial, limits: Mapping[str, float], worst: float | None) -> float:
-        """By how much a trial misses limits on costs, as a fraction, or on the score; 0 or less if it does not."""
+        """Excess of a trial over limits on costs, as a fraction, or on the score; 0 or less if it meets them."""
         misses = [trial.upper_costs[name] / limit - 1 for name, limit in limits.items()]
         if worst is not None:
             misses.append(worst - trial.score if self.higher_is_better else trial.score - worst)
         return max(misses, default=0.0)
 
     def _why_none(self) -> str:
-        """Why no trial is on the front: the commonest reason of failures, or what else was in the way."""
+        """Reason why no trial is on the front: the commonest failure, measured costs, or too few trials."""
         if failed := note_of_failures(self.trials):
             return failed
         if missed := [trial for trial in self.trials if trial.predicted and not trial.feasible]:
@@ -147,7 +146,7 @@ class SearchResult:
     def build(self, what: Trial | str | Budget | Sequence[str] | None = None) -> nn.Module:
         """Build a plain pruned module: of a trial, of the best within a budget, or of the best.
 
-        It shares no state with the model, is in the same mode on the same device, and scores what the trial scored.
+        It shares no state with the model, is in the same mode on the same device, and has the score of the trial.
 
         Raises:
             InfeasibleBudgetError: If no trial is within the budget.
@@ -165,18 +164,18 @@ class SearchResult:
     def save(self, path: str | Path, weights: str = "front", replace: bool = False) -> Path:
         """Write the result to a folder: ``result.json``, and a safetensors file for each trial that keeps its weights.
 
-        What several of them have in common, the tensors of the dense model that they are cut from and that no re-fit
-        changed, is written once, to a file ``dense-*.safetensors``; each still builds to the last bit. Keep the folder
-        together; ``autoprune.save(result.build(trial), path)`` writes a model that needs no other file.
+        Tensors that several of them have in common, those of the dense model that no re-fit changed, are written once,
+        to a file ``dense-*.safetensors``; each trial still builds to the last bit. Keep the folder together;
+        ``autoprune.save(result.build(trial), path)`` writes a model that needs no other file.
 
         ``result.json`` is written last and holds a hash of each file, so that no other weights are taken for those of a
-        trial. Weights that an earlier save left in the folder are dropped once it is there; a process killed before
-        leaves the earlier save as it was.
+        trial. Weights of an earlier save in the folder are deleted afterwards; a process killed before leaves the
+        earlier save as it was.
 
         Args:
             path: The folder; made if missing.
             weights: ``"front"``, ``"best"`` or ``"none"``.
-            replace: Take the place of another result in the folder.
+            replace: Replace another result in the folder.
 
         Raises:
             ValueError: If `weights` is unknown.
@@ -199,7 +198,7 @@ class SearchResult:
         return folder
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but weights, JSON-ready; NaN becomes null."""
+        """JSON-ready dictionary of everything but weights; NaN becomes null."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -252,7 +251,7 @@ class SearchResult:
         )
 
     def to_frame(self) -> DataFrame:
-        """All trials as a pandas DataFrame, one row each: costs, scores, status, and one column a dimension.
+        """Make a pandas DataFrame of all trials, one row each: costs, scores, status, and one column a dimension.
 
         Rows that are not ``feasible`` are probes.
 
@@ -276,7 +275,7 @@ class SearchResult:
         return data_frame(columns, "result.to_frame()")
 
     def sensitivity(self, table: str = "distortion") -> Sensitivity:
-        """What each option costs in score alone, from the trials that change one dimension of the dense model.
+        """Collect the loss of each option alone, from the trials that change one dimension of the dense model.
 
         Args:
             table: ``"distortion"``, the distance to the outputs of the dense model, which adds up best over dimensions
@@ -288,10 +287,10 @@ class SearchResult:
         return sensitivity_of(self, table)
 
     def additivity(self) -> Additivity:
-        """How well losses of single dimensions add up to those of whole candidates: R2, slope, Spearman.
+        """Compare the losses of whole candidates with sums of those of single dimensions: R2, slope, Spearman.
 
-        Compares over the feasible, fully evaluated trials that change at least two dimensions and whose every option
-        was also measured alone; NaN for what fewer than 5 of them tell.
+        It uses the feasible, fully evaluated trials that change at least two dimensions and whose every option was also
+        measured alone; NaN for tables with fewer than 5 of them.
 
         Raises:
             ValueError: If there are fewer than 5 such trials for every table; names options not measured alone.
@@ -302,7 +301,7 @@ class SearchResult:
         """Draw score against the first limited cost: feasible trials, the front with intervals, the dense model.
 
         Args:
-            path: Where to write the picture; its ending says the format.
+            path: File of the picture; its ending gives the format.
 
         Raises:
             ImportError: If matplotlib is missing.

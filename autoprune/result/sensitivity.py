@@ -1,4 +1,4 @@
-"""What each option of each dimension costs in score when it is the only one chosen."""
+"""Sensitivity: loss of each option of each dimension when it alone is changed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sensitivity:
         options: Their options, option 0 dense.
         losses: Mean loss, shape (d, k) with k the most options of any; 0 for dense, NaN where it was not measured.
         stderr: Standard error of each loss, shape (d, k), over samples paired with those of the dense model; NaN where
-            it cannot be told.
+            it is unknown.
     """
 
     table: str
@@ -45,7 +45,7 @@ class Sensitivity:
         return float(self.losses[np.arange(len(self.names)), candidate].sum())
 
     def to_frame(self) -> DataFrame:
-        """A row for each option: dimension, index, option, loss, stderr.
+        """Make a row for each option: dimension, index, option, loss, stderr.
 
         Raises:
             ImportError: If pandas is missing.
@@ -58,7 +58,7 @@ class Sensitivity:
         return data_frame(rows, "sensitivity.to_frame()")
 
     def __str__(self) -> str:
-        """A line for each dimension: its options that were measured alone, and what each costs."""
+        """Format a line for each dimension: its options that were measured alone, with their losses."""
         found = [
             [
                 part
@@ -90,7 +90,7 @@ def sensitivity_of(result: SearchResult, table: str = "distortion") -> Sensitivi
 
 
 def loss_of(result: SearchResult, trial: Trial, table: str) -> tuple[float, float]:
-    """What a trial lost against the dense model, higher is worse, and its standard error; NaN where it is unknown."""
+    """Loss of a trial against the dense model, higher is worse, and its standard error; NaN where it is unknown."""
     if not trial.evaluations:
         return np.nan, np.nan
     measured, dense = trial.evaluations[-1], result.dense

@@ -1,8 +1,8 @@
-"""Keep once what the networks of a front have in common: the dense tensors that they are cut from.
+"""Shared tensors of the networks of a front: the dense tensors that they are cut from are stored once.
 
-A pruned network holds many tensors that are the dense model's, whole or cut by its recipe: all but the re-fitted ones.
-A folder of such networks holds these dense tensors in one file, and each network leaves out what its recipe makes of
-them. What comes back is the same to the last bit, because only what is the same to the last bit is left out.
+A pruned network holds many tensors of the dense model, whole or cut by its recipe: all but the re-fitted ones. A folder
+of such networks holds these dense tensors in one file, and each network leaves out the tensors that its recipe cuts
+from them. Loading is exact, because only tensors that are equal to the last bit are left out.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Slices = Mapping[str, Mapping[str, list[int]]]
 
 
 class SharedTensors:
-    """Finds what need not be written again, and collects what has to be written for that.
+    """Finds tensors that need not be written for each network, and collects the dense tensors to write.
 
     Args:
         dense: The model that was pruned.
-        slices: Of every network to be written. A dense tensor is referred to where all that is cut from it would take
-            more room.
+        slices: Slices of every network to be written. A dense tensor is stored if it takes less space than all tensors
+            that are cut from it.
     """
 
     def __init__(self, dense: nn.Module, slices: Iterable[Slices]) -> None:
@@ -47,7 +47,7 @@ class SharedTensors:
         self.file_name = f"dense-{secrets.token_hex(4)}.safetensors"  # of no earlier save, which may be in the folder
 
     def write(self, folder: Path) -> None:
-        """Write what networks in the folder refer to, if there is anything."""
+        """Write the dense tensors that networks in the folder refer to, if there are any."""
         if self.needed:
             metadata = {"format": FORMAT, HASH: content_hash(self.needed, FORMAT)}
             write_tensors(folder / self.file_name, self.needed, metadata)
@@ -71,13 +71,13 @@ class SharedTensors:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """The first name of each tensor in the state dictionary: another one's where both are tied."""
+    """Map each name in the state dictionary to the first name of the same tensor, which differs for tied ones."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def cut_from(dense: Tensor, dims: Mapping[str, list[int]]) -> Tensor:
-    """What stays of a dense tensor, by the indices along each dimension that shrinks."""
+    """Cut a dense tensor to the indices that stay along each dimension that shrinks."""
     for dim, index in dims.items():
         dense = dense.index_select(int(dim), torch.from_numpy(np.asarray(index, dtype=np.int64)).to(dense.device))
     return dense
@@ -86,7 +86,7 @@ def cut_from(dense: Tensor, dims: Mapping[str, list[int]]) -> Tensor:
 def restored(
     folder: Path, source: str, left_out: Mapping[str, str], slices: Slices, most_bytes: int
 ) -> dict[str, Tensor]:
-    """What a network left out, from the dense tensors in the file `source` of its folder.
+    """Restore the tensors that a network left out, from the dense tensors in the file `source` of its folder.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -111,7 +111,7 @@ def _elements(tensor: Tensor, dims: Mapping[str, Any]) -> int:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal down to the sign of zeros."""
+    """Return whether tensors are equal down to the sign of zeros."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     raw = [each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (a, b)]

@@ -19,11 +19,11 @@ WIDTH = 100
 
 
 def front_table(result: SearchResult, why_empty: str) -> str:
-    """The front as a table that fits a terminal, with the dense model for comparison and what was noted.
+    """Format the front as a table that fits a terminal, with the dense model for comparison and the notes.
 
     Args:
         result: Of a search.
-        why_empty: Why there is nothing on the front, if there is not.
+        why_empty: Reason for an empty front.
     """
     names = list(result.limits)
     header = ["trial", *names, "of dense", result.metric, "95 % interval", "held out"]
@@ -57,7 +57,7 @@ def front_table(result: SearchResult, why_empty: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length in columns as wide as they need, the first one to the left; a rule under the header."""
+    """Align rows of equal length in columns, the first one to the left, with a rule under the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
@@ -67,7 +67,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def data_frame(content: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], caller: str) -> DataFrame:
-    """Rows, or columns by name, as a pandas DataFrame.
+    """Make a pandas DataFrame of rows, or of columns by name.
 
     Raises:
         ImportError: If pandas is missing.
@@ -80,7 +80,7 @@ def data_frame(content: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]
 
 
 def _spread(front: Sequence[Trial], most: int) -> list[Trial]:
-    """At most `most` trials, evenly spread, both ends included."""
+    """Choose at most `most` trials, evenly spread, both ends included."""
     if len(front) <= most:
         return list(front)
     picks = {round(i * (len(front) - 1) / (most - 1)) for i in range(most)}
@@ -101,7 +101,7 @@ def _row(result: SearchResult, trial: Trial, names: Sequence[str]) -> list[str]:
 
 
 def engineering(value: float) -> str:
-    """A cost with three digits and a decimal prefix, for example ``"1.23M"``."""
+    """Format a cost with three digits and a decimal prefix, for example ``"1.23M"``."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= factor:
             return f"{value / factor:.3g}{prefix}" if value / factor < 999.5 else f"{value / factor:.0f}{prefix}"

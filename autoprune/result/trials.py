@@ -1,4 +1,4 @@
-"""Trials: candidates with what was measured of them, and the front among them."""
+"""Trials: candidates with their measurements, and the front among them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from autoprune.protocols import FAILED, OK
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measurement of one candidate.
+    """Measurement of one candidate.
 
     Attributes:
         fidelity: ``"full"``, or ``"part"`` if it was stopped early: then means are estimates for all samples; or
-            ``"89 steps"`` for what was scored on the way through a training, see `autoprune.Rungs`.
+            ``"89 steps"`` for a score at a rung of a training, see `autoprune.Rungs`.
         samples: Samples scored.
         seconds: Wall time.
-        signal: Mean of what steers the search, lower is better; None if it failed.
-        signal_stderr: Its standard error; None if there is but one value.
+        signal: Mean of the signal that steers the search, lower is better; None if it failed.
+        signal_stderr: Its standard error; None if there is only one value.
         metric: Mean of the metric, in its own direction; None if it failed.
         signal_change_stderr: Standard error of the mean difference of signals to the dense model on the same samples,
             which is smaller than that of either mean; None if they were not both measured.
@@ -48,24 +48,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate with all that was measured of it.
+    """Candidate with all of its measurements.
 
     Attributes:
         id: Number in the order proposed; -1 for the dense model.
         candidate: Option indices, length d.
-        decoded: What they mean: dimension name to option.
+        decoded: Their meaning: dimension name to option.
         costs: Every cost by name, limited or not.
         score: The metric on the validation samples, in its own direction; NaN if the trial failed.
-        interval: 95 % interval of the score over samples; NaN where it cannot be told.
-        signal: What steered the search, lower is better; breaks ties between equal scores.
+        interval: 95 % interval of the score over samples; NaN where it is unknown.
+        signal: The signal that steered the search, lower is better; breaks ties between equal scores.
         status: ``"ok"``, ``"raced"``, ``"failed"`` or ``"pending"``.
-        reason: Why it failed or was dropped.
+        reason: Reason why it failed or was dropped.
         test_score: The metric on held-out samples; None off the front. Reported, never used to choose.
         evaluations: The measurements in order; the last one gave the score.
-        feasible: Whether the costs, as `upper_costs` has them, are within the limits of the search. What is not is a
-            probe, measured to learn what one dimension costs in score, or was predicted to be within and measured to be
-            over; never on the front.
-        predicted: For costs that were measured on the built network, what the search went by; empty where nothing was.
+        feasible: Whether the `upper_costs` are within the limits of the search. Otherwise it is a probe, which measures
+            the loss of one dimension, or was predicted to be within and measured to be over; never on the front.
+        predicted: Predicted values of costs that were measured on the built network; empty where none was.
         cost_intervals: 95 % intervals of the costs that were measured.
     """
 
@@ -86,20 +85,20 @@ class Trial:
 
     @property
     def upper_costs(self) -> Mapping[str, float]:
-        """Every cost by name, with the upper end of the interval where it was measured: what limits are held against.
+        """Every cost by name, with the upper end of the interval if it was measured; limits are compared with these.
 
-        Of many networks that were measured, a limit lets through those that were lucky; medians just below it were over
-        it when measured again.
+        Of many measured networks, those with a favourable error meet a limit: medians just below it were over it when
+        measured again.
         """
         return {**self.costs, **{name: high for name, (_, high) in self.cost_intervals.items()}}
 
     @property
     def distortion(self) -> float:
-        """How far the outputs are from the dense model's, by the last evaluation; NaN if it was not measured."""
+        """Distance of the outputs to the dense model's, by the last evaluation; NaN if it was not measured."""
         return or_nan(self.evaluations[-1].distortion) if self.evaluations else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready; NaN becomes null."""
+        """JSON-ready dictionary; NaN becomes null."""
         return {
             **{name: getattr(self, name) for name in ("id", "status", "reason", "test_score", "feasible")},
             "candidate": list(self.candidate),
@@ -131,27 +130,27 @@ class Trial:
 
 
 def none_if_nan(value: float) -> float | None:
-    """What JSON and SQLite can hold."""
+    """Convert NaN to None, which JSON and SQLite can hold."""
     return None if math.isnan(value) else value
 
 
 def or_nan(value: float | None) -> float:
-    """The opposite of `none_if_nan`."""
+    """Convert None to NaN: the inverse of `none_if_nan`."""
     return math.nan if value is None else float(value)
 
 
 def within(costs: Mapping[str, float], limits: Mapping[str, float]) -> bool:
-    """Whether no cost is over its limit."""
+    """Return whether no cost is over its limit."""
     return all(costs[name] <= limit for name, limit in limits.items())
 
 
 def meets(score: float, worst: float | None, higher_is_better: bool) -> bool:
-    """Whether a score is no worse than the worst one allowed; NaN is not."""
+    """Return whether a score is no worse than the worst one allowed; False for NaN."""
     return worst is None or (score >= worst if higher_is_better else score <= worst)
 
 
 def note_of_failures(trials: Sequence[Trial]) -> str:
-    """How many of the trials failed, and the commonest reason; empty if none did."""
+    """Note on the number of failed trials, with the commonest reason; empty if none failed."""
     reasons = Counter(trial.reason for trial in trials if trial.status == FAILED)
     if not reasons:
         return ""
@@ -161,15 +160,15 @@ def note_of_failures(trials: Sequence[Trial]) -> str:
 
 
 def note_of_probes(trials: Sequence[Trial]) -> tuple[str, ...]:
-    """How many of the trials were probes, in plain words; nothing if none was."""
-    # Latencies that are predicted anew may put others over a limit too.
+    """Note on the number of probes, in plain words; empty if there are none."""
+    # Latencies that are predicted again may put others over a limit too.
     probes = sum(not t.feasible and not t.predicted and np.count_nonzero(t.candidate) <= 1 for t in trials)
     why = "over a limit, to learn what one dimension costs; they are never on the front"
     return (f"{probes} of {len(trials)} trials are probes: {why}",) if probes else ()
 
 
 def find_front(trials: Sequence[Trial], limited: Sequence[str], higher_is_better: bool) -> tuple[Trial, ...]:
-    """Feasible trials that no other dominates, by the first limited cost.
+    """Find the feasible trials that no other dominates, by the first limited cost.
 
     Scores compare by the metric and, where that ties, as it often does on a few hundred samples, by the signal.
     """

@@ -1,1 +1,1 @@
-"""What can be removed from a model: trace, rules, units, checks and slicing."""
+"""Structure of a model: trace, rules, units, checks and slicing."""

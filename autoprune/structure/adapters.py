@@ -1,4 +1,4 @@
-"""Make modules follow the sizes of their weights: PyTorch's own layers, and whatever users register."""
+"""Adapters that make modules follow the sizes of their weights: PyTorch's own layers, and classes of users."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Change = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Adapter:
-    """How to treat one class of modules.
+    """Adapter of one class of modules.
 
     Attributes:
         resize: Called on a module after it or a part of it was sliced; sets attributes that mirror sizes.
@@ -35,11 +35,11 @@ ADAPTERS: dict[type[nn.Module], Adapter] = {}
 
 
 def register_adapter(kind: type[nn.Module], *, resize: Change | None = None, prepare: Change | None = None) -> None:
-    """Teach autoprune a module class whose sizes it cannot find out by itself.
+    """Register a module class whose sizes autoprune cannot find itself.
 
     Args:
-        kind: The class; subclasses are meant too, unless registered themselves.
-        resize: Sets the attributes that mirror sizes, from the weights that are left.
+        kind: The class; also for subclasses, unless registered themselves.
+        resize: Sets the attributes that mirror sizes, from the remaining weights.
         prepare: Called once on each private copy before it runs.
 
     Raises:
@@ -63,7 +63,7 @@ def register_adapter(kind: type[nn.Module], *, resize: Change | None = None, pre
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
-    """The adapter of the nearest class that has one."""
+    """Find the adapter of the nearest class that has one."""
     return next((ADAPTERS[kind] for kind in type(module).__mro__ if kind in ADAPTERS), None)
 
 
@@ -106,7 +106,7 @@ def _prelu(module: nn.PReLU) -> None:
 
 
 def refresh_flat_weights(module: nn.Module) -> None:
-    """A recurrent layer keeps a second list of its weights, which swapping a parameter does not reach."""
+    """Rebuild the second list of weights of a recurrent layer, which a swapped parameter does not reach."""
     if isinstance(module, nn.RNNBase):
         object.__setattr__(module, "_flat_weights", [getattr(module, n, None) for n in module._flat_weights_names])
 
@@ -173,7 +173,7 @@ class SlicedAttention(nn.MultiheadAttention):
 
 
 def _join_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """One additive mask that broadcasts to (batch, heads, queries, keys)."""
+    """Join masks to one additive mask that broadcasts to (batch, heads, queries, keys)."""
     parts = []
     if attn_mask is not None:
         parts.append(attn_mask if attn_mask.ndim == 2 else attn_mask.view(query.shape[0], -1, *attn_mask.shape[-2:]))
@@ -195,11 +195,11 @@ def _can_slice(module: nn.MultiheadAttention) -> bool:
 def _prepare_attention(module: nn.MultiheadAttention) -> None:
     if _can_slice(module):
         module.__class__ = SlicedAttention
-        module._qkv_same_embed_dim = False  # keeps TransformerEncoderLayer off its fused path, which wants full sizes
+        module._qkv_same_embed_dim = False  # disables the fused path of TransformerEncoderLayer, which needs full sizes
 
 
 def _resize_attention(module: nn.MultiheadAttention) -> None:
-    """Stay the parent's class while its heads fill its width, so that a dense module is what it was."""
+    """Keep the parent's class while its heads fill its width, so that a dense module is unchanged."""
     if not _can_slice(module):
         return
     packed = module.in_proj_weight is not None
@@ -214,7 +214,7 @@ def _resize_attention(module: nn.MultiheadAttention) -> None:
 
 
 def _resize_encoder(module: nn.TransformerEncoder) -> None:
-    """Nested tensors go to the fused path only, which wants full sizes."""
+    """Disable nested tensors, which only the fused path takes, and that needs full sizes."""
     weights = [part.in_proj_weight for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
     if any(weight is not None and weight.shape[0] != 3 * weight.shape[1] for weight in weights):
         module.use_nested_tensor = False

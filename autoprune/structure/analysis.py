@@ -1,4 +1,4 @@
-"""From a model and example inputs to its checked `Structure`."""
+"""Analysis of a model on example inputs: trace, propagate, find units, and check the `Structure`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from autoprune.structure.trace import trace
 from autoprune.structure.units import Units, find_units
 
 SITES_TRIED = 32
-"""Most ambiguous sites that are changed one by one; where there are more, only together with their like."""
+"""Most ambiguous sites that are changed one by one; if there are more, only similar ones together."""
 
 _PREPARED = (".fake_quantize", "quantization.observer", ".qat")
-"""Parts of the names of the modules whose classes stand in a model that is prepared for quantisation."""
+"""Parts of the names of Python modules whose classes occur in a model that is prepared for quantisation."""
 
 MOST_KEPT = 0.9
-"""Share of what evaluation leaves in reach that must stay in reach for training to be followed."""
+"""Share of the prunable parameters of evaluation that must stay prunable for training to be followed."""
 
 
 def analyse(
@@ -49,26 +49,27 @@ def analyse(
     seed: int = 0,
     until: float | None = None,
 ) -> Structure:
-    """Find out what can be removed from a model, and check it.
+    """Find the units that can be removed from a model, and check them.
 
     Args:
         model: Any module that runs on the inputs; it comes back unchanged.
         args: Positional example inputs, moved to the model's device.
         kwargs: Keyword example inputs.
-        forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough; returns what matters.
+        forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough; returns the outputs that
+            matter.
         further: More positional and keyword inputs, ``(args, kwargs)`` each, that take other branches of the forward.
-            Only what holds for every example can be removed; costs are those of `args` and `kwargs`.
-        checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead; ``"isolated"`` does what
-            ``"on"`` does in a process of its own, which a wrong slice may kill without harm.
-        rewrite: ``"auto"`` delivers modules whose code does not follow the widths as graphs of what they ran;
-            ``"off"`` freezes what they stop.
+            A group must be prunable in every example; costs are those of `args` and `kwargs`.
+        checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead; ``"isolated"`` is ``"on"`` in
+            a separate process, which a wrong slice may kill without harm.
+        rewrite: ``"auto"`` delivers modules whose code does not follow the widths as graphs of their operations;
+            ``"off"`` freezes the groups that they stop.
         seed: Draws the units that the checks remove.
-        until: When to give up, by `time.monotonic`; None for never. Seen between operations.
+        until: Deadline, by `time.monotonic`; None for none. It is checked between operations.
 
     Raises:
         UnsupportedModelError: If the model is scripted, quantised, spread over devices, or cannot be copied.
         StructureCheckError: If a group fails and `checks` is ``"strict"``, or the process of ``"isolated"`` dies.
-        TimeoutError: If it took longer than `until`; says what was being done.
+        TimeoutError: If it took longer than `until`; names the step that was running.
         ValueError: If the model returns NaN or infinity for the inputs, or `checks` or `rewrite` is unknown.
     """
     one_of("checks", checks, ("on", "strict", "isolated"))
@@ -89,7 +90,7 @@ def _analysed(
     model: nn.Module, examples: Sequence[Inputs], run: Forward, checks: str, rewrite: str, seed: int
 ) -> Structure:
     (args, kwargs), *further = examples
-    with seeded(seed), torch.inference_mode(False):  # which would record layers that PyTorch did not decompose
+    with seeded(seed), torch.inference_mode(False):  # inference mode would record layers that are not decomposed
         doing("the forward pass was traced")
         try:
             record = trace(model, args, kwargs, run, further, training=True)
@@ -100,7 +101,7 @@ def _analysed(
             untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
             checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, seed)
             dense = checker.values.dense
-        except Exception:  # whatever the user's code raises: where it also does unwatched, the inputs are to blame
+        except Exception:  # of the user's code: if it also raises without tracing, the inputs are to blame
             _require_runs(model, run, examples)
             raise
         if not any(out.numel() for out in dense):
@@ -130,7 +131,7 @@ def _analysed(
 
 
 def _require_runs(model: nn.Module, run: Forward, examples: Sequence[Inputs]) -> None:
-    """Run the model itself, with nothing watching, on what was to be traced.
+    """Run the model itself, without tracing, on the example inputs.
 
     Raises:
         DataError: If it raises for these inputs too; names them.
@@ -142,7 +143,7 @@ def _require_runs(model: nn.Module, run: Forward, examples: Sequence[Inputs]) ->
                 run(build(model, Edit({}, {})).eval(), *private[0], **private[1])
         except AutopruneError:
             raise
-        except Exception as error:  # whatever the user's forward raises
+        except Exception as error:  # the user's forward may raise anything
             raise DataError(
                 f"the model's forward must run on the data, or the example_inputs, but with tensors of "
                 f"{sizes_of(tensors_in((args, kwargs), objects=True))} it raises {said(error)}; give inputs that it "
@@ -151,7 +152,7 @@ def _require_runs(model: nn.Module, run: Forward, examples: Sequence[Inputs]) ->
 
 
 def _followed(record: Record) -> Propagation:
-    """Labels of the evaluation pass and of what training runs beyond it, unless that would keep much of the model."""
+    """Propagate labels over evaluation and the additional operations of training, unless these freeze much of it."""
     flow, units = best_choices(record)
     if not (record.training or record.training_ends):
         return flow
@@ -187,7 +188,7 @@ def _analyse_alone(
 
 
 def require_supported(model: nn.Module) -> torch.device:
-    """The one device of a model that can be sliced.
+    """Return the one device of a model that can be sliced.
 
     Raises:
         UnsupportedModelError: If it is scripted, quantised, uninitialised, or on several devices.
@@ -231,7 +232,7 @@ def require_supported(model: nn.Module) -> torch.device:
 
 
 def best_choices(record: Record) -> tuple[Propagation, Units]:
-    """Propagate, trying other choices at ambiguous sites while more parameters come into reach.
+    """Propagate labels, trying other choices at ambiguous sites while more parameters become prunable.
 
     All sites change together first, then those of one operation, because a shuffle needs them all; then those of equal
     shapes, as in repeated blocks; then, where there are few, each alone.
@@ -265,10 +266,10 @@ def _site_sets(flow: Propagation) -> list[list[int]]:
 
 
 def covered(flow: Propagation, units: Units) -> tuple[int, int]:
-    """Parameters in reach of a group, each dimension counted for itself; then the number of units.
+    """Count the parameters in a group, each dimension separately; then the number of units.
 
-    Coverage, not what could be removed, because the latter would prefer the finer units inside attention heads to the
-    heads, and so change the scale of their products.
+    It counts coverage, not the parameters that could be removed, because these would prefer the finer units inside
+    attention heads to the heads, and so change the scale of their products.
     """
     shapes = {value.name: value.shape for value in flow.record.values if value.kind == "parameter"}
     total = 0
@@ -284,7 +285,7 @@ def require_prunable(structure: Structure) -> None:
     """Refuse a structure without groups.
 
     Raises:
-        NothingToPruneError: Says what stays and why.
+        NothingToPruneError: Lists the frozen parts with the reasons.
     """
     if structure.groups:
         return

@@ -1,10 +1,11 @@
-"""Find the sizes that modules keep in Python, by following a smaller module operation by operation.
+"""Sizes that modules keep in Python, found by following a smaller module operation by operation.
 
-A module whose forward says ``view(b, t, self.num_heads, self.head_dim)`` breaks once heads are gone. The record says
-which operation should have given which shape; at the first one that does not, a size nearby in Python whose dense value
-is one of the sizes that changed is the suspect. What gets the forward furthest is kept, until it ends or nothing helps;
-then the groups in the way are given back, to be tied or frozen. What was found in one module is tried at once in all
-later ones of its class, so that the work grows with the kinds of modules, not with the depth of the model.
+A module whose forward calls ``view(b, t, self.num_heads, self.head_dim)`` breaks once heads are removed. The record has
+the shape that each operation should give; at the first one with another shape, a nearby size in Python whose dense
+value is one of the sizes that changed is the suspect. The change that gets the forward furthest is kept, until the
+forward ends or no change helps; then the groups that stop it are returned, to be tied or frozen. A size found in one
+module is tried at once in all later ones of its class, so that the work grows with the kinds of modules, not with the
+depth of the model.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from autoprune.structure.time_limit import look
 from autoprune.structure.units import AffineSize, Group, Units
 
 MOST_SUSPECTS = 40
-"""Suspects tried at one operation."""
+"""Most suspects tried at one operation."""
 
 MOST_MEANINGS = 3
-"""Sizes, the nearest first, that an attribute is taken for."""
+"""Most sizes, the nearest first, that an attribute is tried as."""
 
 MOST_PAIRED = 6
-"""Suspects, the nearest first, that are tried two at a time where none alone helps."""
+"""Most suspects, the nearest first, that are tried in pairs if none alone helps."""
 
 REARRANGING = frozenset(
     (
@@ -51,19 +52,19 @@ Where = tuple[str, str]
 """A module and a path of attributes from it."""
 
 Known = dict[Where, Place]
-"""What sizes in Python mean: the size found at a place of the record."""
+"""Meanings of sizes in Python: each is the size at a place of the record."""
 
 Reach = tuple[int, int]
-"""Operation reached, and how many ran after it, which tells more when a view is what fails."""
+"""Operation reached, and the number that ran after it, which tells more when a view fails."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What following a smaller module found.
+    """Result of following a smaller module.
 
     Attributes:
         attributes: Sizes to rewrite.
-        reached: Operation up to which the forward ran as recorded; their number if it ran to its end.
+        reached: Operation up to which the forward ran as recorded; the number of operations if it ran to its end.
         since: Operations that ran after it.
         stuck: Groups that must be tied or frozen for the forward to get further, each with the reason.
     """
@@ -75,7 +76,7 @@ class Found:
 
     @property
     def reach(self) -> Reach:
-        """How far it got."""
+        """Progress of the forward: `reached` and `since`."""
         return self.reached, self.since
 
 
@@ -86,8 +87,8 @@ class _DivergedError(Exception):
 class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
     """Counts the operations that run as recorded, with the shapes that the replay expects.
 
-    Views and copies are passed over: whether a reshape needs a copy depends on the sizes. So are operations whose sizes
-    do not change and that do not run, because modules may cache their results.
+    Views and copies are skipped: whether a reshape needs a copy depends on the sizes. So are operations whose sizes do
+    not change and that do not run, because modules may cache their results.
     """
 
     def __init__(self, replay: Replay) -> None:
@@ -124,25 +125,25 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, wi
         return out
 
     def _expected(self, op: Op, shapes: list[tuple[int, ...]]) -> bool:
-        # What nothing reads may differ between devices, as the statistics that batch norm saves do.
+        # Unread results may differ between devices, such as the statistics that batch norm saves.
         read = self.replay.flow.read
         pairs = zip(op.results(), shapes, strict=True)
         return all(value not in read or self.replay.shape(value) == shape for value, shape in pairs)
 
     def reached(self) -> int:
-        """The first recorded operation after the last one that ran as it should; past the last where all did."""
+        """First recorded operation after the last one that ran as expected; past the last if all did."""
         if self.done > self.last:
             return len(self.replay.record.ops)
         return self.steps[self.done - 1].index + 1 if self.done else 0
 
 
 class Search:
-    """Looks for the sizes of one smaller module.
+    """Finds the sizes of one smaller module.
 
     Args:
-        repeats: The record, its modules and what is repeated in it.
+        repeats: The record, its modules and its repeated parts.
         units: The units of the labels.
-        replay: What should come out, for the units that the module lost.
+        replay: Gives the expected shapes, for the units that were removed.
         cut: Makes the smaller module with the given attributes rewritten.
         run: Its forward under a dispatch mode, on the meta device where possible.
     """
@@ -165,7 +166,7 @@ class Search:
         self.hints: set[tuple[type[nn.Module], str]] = set()
 
     def attributes(self, known: Known) -> tuple[Attribute, ...]:
-        """Sizes in Python as functions of the widths; those that do not change are left out."""
+        """Return sizes in Python as functions of the widths; those that do not change are left out."""
         found = []
         for (module, path), place in known.items():
             size = size_at(self.flow, self.units, place)
@@ -174,11 +175,11 @@ class Search:
         return tuple(found)
 
     def reach(self, known: Known) -> Reach:
-        """How far the forward gets with these sizes rewritten."""
+        """Run the forward with these sizes rewritten, and return its progress."""
         look()
         try:
             module = self.cut(self.attributes(known))
-        except Exception:  # whatever a user's class says to a size, or to being copied
+        except Exception:  # a user's class may refuse a size, or to be copied
             return 0, 0
         return self._reach(module)
 
@@ -186,12 +187,12 @@ class Search:
         follow = Follow(self.replay)
         try:
             self.run(module, follow)
-        except Exception:  # whatever the user's forward raises at a wrong size says: not further than here
+        except Exception:  # the user's forward may raise anything at a wrong size: it gets no further
             return min(follow.reached(), self.end - 1), follow.since
         return follow.reached(), 0
 
     def find(self, known: Known) -> Found:
-        """Follow the module to its end, adding to `known` on the way."""
+        """Follow the module to its end, and add the sizes found to `known`."""
         done = self.reach(known)
         while done[0] < self.end:
             further = self._further(known, done)
@@ -203,7 +204,7 @@ class Search:
         return Found(self.attributes(known), *done, {})
 
     def _further(self, known: Known, done: Reach) -> tuple[Known, Reach] | None:
-        """The sizes that get the forward furthest, if any does: one alone, or several at once."""
+        """Find the sizes that get the forward furthest, if any do: one alone, or several at once."""
         suspects = self._suspects(done, known)
         _, last = self.repeats.around(done[0])
         for proposals in ([{where: place} for where, place in suspects], self._together(suspects)):
@@ -221,7 +222,7 @@ class Search:
         return None
 
     def _repeated(self, proposal: Known, at: int) -> Known:
-        """The same in all later modules of the class."""
+        """Add the same sizes in all later modules of the class."""
         found = dict(proposal)
         for twin in self.repeats.twins(at):
             for (module, path), place in proposal.items():
@@ -235,7 +236,7 @@ class Search:
         return found
 
     def _reads(self, known: Known, done: Reach) -> Reads | None:
-        """What the forward reads until it goes wrong; None where watching it changes how far it gets."""
+        """Attributes that the forward reads until it fails; None if watching changes its progress."""
         module = self.cut(self.attributes(known))
         with Reads(module) as reads:
             again = self._reach(module)
@@ -245,7 +246,7 @@ class Search:
         return (type(self.repeats.modules[where[0]]), where[1]) in self.hints
 
     def _suspects(self, done: Reach, known: Known) -> list[tuple[Where, Place]]:
-        """Sizes in Python that were read and whose dense value is one that shrinks: near first, hints before others."""
+        """Sizes in Python that were read and whose dense value shrinks: nearest first, hints before others."""
         suspects = []
         at, reads = done[0], self._reads(known, done)
         sizes = [(Attribute.of(self.units, s).value({}), place) for s, place in self._shrinking(at).items()]
@@ -261,7 +262,7 @@ class Search:
         return [suspect for *_, suspect in sorted(suspects, key=lambda s: s[:3])][:MOST_SUSPECTS]
 
     def _together(self, suspects: list[tuple[Where, Place]]) -> Iterator[Known]:
-        """Several sizes at once: all of one module, then the nearest two by two."""
+        """Combinations of sizes: all of one module, then the nearest in pairs."""
         nearest: Known = {}
         for where, place in suspects:
             nearest.setdefault(where, place)
@@ -274,14 +275,14 @@ class Search:
                 yield {one: first, other: second}
 
     def _modules_around(self, at: int) -> list[str]:
-        """The module at an operation and its children, then those around it, up to the model."""
+        """Modules around an operation: the innermost and its children, then those around it, up to the model."""
         modules = self.repeats.modules
         path = self.flow.record.ops[at].module
         parts = path.split(".") if path else []
         found: dict[str, None] = {}
         for i, name in enumerate(".".join(parts[:n]) for n in range(len(parts), -1, -1)):
             found[name] = None
-            if i < 2:  # a module registered twice is known by its first name
+            if i < 2:  # a module registered twice goes by its first name
                 found |= {self.repeats.names[id(child)]: None for child in modules[name].children()}
         return [name for name in found if adapter_of(modules[name]) is None]  # an adapter knows its sizes
 
@@ -295,7 +296,7 @@ class Search:
 
 
 def size_at(flow: Propagation, units: Units, place: Place) -> AffineSize:
-    """The size at a place as a function of the widths."""
+    """Size at a place as a function of the widths."""
     op = flow.record.ops[place.op]
     value = [*op.results(), *op.inputs()][place.operand]
     return units.affine(flow.of(value)[place.dim], flow.record.values[value].shape[place.dim])
@@ -310,7 +311,7 @@ def shrinking(flow: Propagation, units: Units, op: Op) -> Iterable[tuple[AffineS
 
 
 def groups_in(flow: Propagation, units: Units, ops: Iterable[Op]) -> dict[str, tuple[Group, Place]]:
-    """Groups in the sizes of some operations by name, each with the first place where it was met."""
+    """Groups in the sizes of some operations by name, each with the first place where it occurs."""
     found: dict[str, tuple[Group, Place]] = {}
     for op in ops:
         for size, place in shrinking(flow, units, op):
@@ -321,7 +322,7 @@ def groups_in(flow: Propagation, units: Units, ops: Iterable[Op]) -> dict[str, t
 
 
 def culprits(flow: Propagation, units: Units, at: int) -> dict[str, str]:
-    """Groups in the sizes of the operation that went wrong; those of a later one if it has none."""
+    """Groups in the sizes of the operation that failed; those of a later one if it has none."""
     for op in flow.record.ops[at:]:
         if found := groups_in(flow, units, [op]):
             return dict.fromkeys(found, f"{op.where()} has a size in Python that follows no attribute")

@@ -1,8 +1,8 @@
 """Record the functions that a module's own code calls, at the level at which the user wrote them.
 
 ATen operations depend on the device and on the mode (a fused attention, a dropout that evaluation leaves out); the
-functions of ``torch`` that a forward calls do not. Calls of submodules are recorded as such, and what runs inside them
-is recorded for them alone.
+functions of ``torch`` that a forward calls do not. Calls of submodules are recorded as such, and the operations inside
+them are recorded for them alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ABOUT_SIZES = frozenset(
         *("is_signed", "is_conj", "is_neg", "can_cast", "result_type", "promote_types", "_is_view"),
     )
 )
-"""Functions that say something of a tensor that does not depend on its values."""
+"""Functions that return properties of a tensor that do not depend on its values."""
 
 READ = frozenset(
     (
@@ -37,7 +37,7 @@ READ = frozenset(
         *("grad_fn", "names", "is_mtia", "is_maia", "is_hpu", "is_vulkan", "is_ipu", "is_sparse_csr"),
     )
 )
-"""The same for properties."""
+"""Properties of a tensor that do not depend on its values."""
 
 RESHAPED_IN_PLACE = frozenset(("unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "as_strided_"))
 
@@ -46,21 +46,21 @@ OPERATORS = {"__getitem__": "getitem", "__setitem__": "setitem"}
 
 @dataclass(frozen=True)
 class Held:
-    """Stands for a tensor in recorded arguments: an index into ``Frame.tensors``."""
+    """Placeholder of a tensor in recorded arguments: an index into ``Frame.tensors``."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call in the code of a module: ``function``, ``method``, ``operator``, ``property`` or ``module``.
+    """Call in the code of a module: ``function``, ``method``, ``operator``, ``property`` or ``module``.
 
     Attributes:
-        kind: What is called.
+        kind: Kind of the call.
         target: Its qualified name, or that of the submodule.
         args: Positional arguments; tensors as `Held`.
         kwargs: Keyword arguments.
-        output: What it gave; tensors as `Held`.
+        output: Its result; tensors as `Held`.
     """
 
     kind: str
@@ -72,17 +72,17 @@ class Step:
 
 @dataclass
 class Frame:
-    """One call of a module.
+    """Call of a module.
 
     Attributes:
         name: Qualified name of the module.
         arguments: By name of the forward's parameter; tensors as `Held`.
         steps: Calls in its own code, in order.
-        output: What it returned; tensors as `Held`.
-        shapes: Shape of each tensor when it was met.
-        values: Index of each tensor in the record of a pass that was traced meanwhile; -1 where there is none.
+        output: Its return value; tensors as `Held`.
+        shapes: Shape of each tensor at its first use.
+        values: Index of each tensor in the record of a pass that was traced meanwhile; -1 without one.
         states: Path of each tensor that is a parameter or buffer, or another attribute, by its index.
-        refused: Why the call cannot be repeated from what was recorded; empty where it can.
+        refused: Reason why the call cannot be repeated from the recording; empty if it can.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Frame:
     def hold(self, tensor: Tensor) -> Held:
         """Give a tensor an index, and keep it alive so that no other takes its identity.
 
-        What a call returns gets a new one even where it is its input, because that may depend on sizes and the mode.
+        The result of a call gets a new index even if it is its input, because that may depend on sizes and the mode.
         """
         self._index[id(tensor)] = len(self._tensors)
         self._tensors.append(tensor)
@@ -113,7 +113,7 @@ class Frame:
         return Held(self._index[id(tensor)])
 
     def read(self, tensor: Tensor) -> Held:
-        """A tensor that is read: one met before, or a parameter, buffer or attribute of the module."""
+        """Find a tensor that is read: a known one, or a parameter, buffer or attribute of the module."""
         if id(tensor) not in self._index:
             path = self._path(tensor)
             if path is None:
@@ -123,7 +123,7 @@ class Frame:
         return Held(self._index[id(tensor)])
 
     def given(self, tensor: Tensor) -> Held:
-        """A tensor that the module is called with, perhaps in more than one place."""
+        """Hold a tensor that the module is called with, perhaps in more than one place."""
         return Held(self._index[id(tensor)]) if id(tensor) in self._index else self.hold(tensor)
 
     def refuse(self, reason: str) -> None:
@@ -131,7 +131,7 @@ class Frame:
         self.refused = self.refused or reason
 
     def encode(self, given: Any, tensor: Callable[[Tensor], Held]) -> Any:
-        """The same structure of plain Python with `Held` for tensors."""
+        """Copy a structure of plain Python with `Held` for tensors."""
         if isinstance(given, Tensor):
             return tensor(given)
         if isinstance(given, dict):
@@ -151,7 +151,7 @@ class Frame:
         return None
 
     def _path(self, tensor: Tensor) -> str | None:
-        """Found when first asked for, because parameters are swapped for each pass."""
+        """Path of a tensor, found when first asked for, because parameters are swapped for each pass."""
         assert self._module is not None
         if self._paths is None or id(tensor) not in self._paths:
             self._paths = {}
@@ -179,10 +179,10 @@ def _recorded(tensor: Tensor) -> int:
 
 
 class Capture(TorchFunctionMode):
-    """Records one call of some modules, wherever they lie in a model, while it runs.
+    """Records one call of some modules, at any depth of a model, while it runs.
 
     Attributes:
-        frames: Calls that ended, in the order in which they did.
+        frames: Finished calls, in the order in which they ended.
     """
 
     def __init__(self, model: nn.Module, wanted: Callable[[str], bool]) -> None:
@@ -204,10 +204,10 @@ class Capture(TorchFunctionMode):
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[Capture]:
-        """Record what `model` runs inside."""
+        """Record the calls of `model` inside."""
         handles = []
         for module in model.modules():
-            # What callers give and get, and what the forward itself does: hooks of the user lie between.
+            # Arguments and results as callers see them, and the calls of the forward itself: hooks lie between them.
             handles.append(module.register_forward_pre_hook(self._called, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, with_kwargs=True, prepend=True))

@@ -1,17 +1,17 @@
-"""Three checks of a structure before anything relies on it; each alone misses errors that the others catch.
+"""Checks of a structure before anything relies on it; each of the three alone misses errors that the others catch.
 
 *Permutation*: the record run with units permuted inside every group, in all tensors, must give the model's outputs.
 *Replay*: the record run with sliced tensors must agree with the record run dense and masked. *Module*: the user's own
 forward on the sliced module must agree with the sliced replay. Shapes are tried on the meta device first, because a
 wrong slice may kill the process in a native kernel.
 
-The record runs in float64 where the device has it, and so does the module where its code lets it; how what is left of
-rounding is told from an error is `rounding`'s matter. The work is bounded by the number of kinds of groups, not by a
-clock: groups whose names differ in numbers alone, as in repeated blocks, are tried together. Values of a large example
-are checked on the beginning of it, as `shorter` says.
+The record runs in float64 where the device has it, and so does the module where its code allows it; `rounding`
+distinguishes the remaining rounding from errors. The work is bounded by the number of kinds of groups, not by a clock:
+groups whose names differ only in numbers, as in repeated blocks, are tried together. Values of a large example are
+checked on its beginning, see `shorter`.
 
-The record needs copies of what one operation reads, and no more. A sliced module needs a copy of every tensor that it
-cuts, one copy of the model at most.
+The record needs only copies of the inputs of one operation. A sliced module needs a copy of every tensor that it cuts,
+one copy of the model at most.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Checker:
         seed: Draws the units that the checks remove and permute.
 
     Attributes:
-        sizes: The sizes kept in Python, the ties and what is stuck.
+        sizes: The sizes kept in Python, the ties and the groups that are stuck.
         values: The checks of values on the whole example.
     """
 
@@ -62,24 +62,24 @@ class Checker:
         self.seed = seed
         self.values = Values(flow, example)
         self._short_is_right = False
-        # What only runs on the meta device is cut there as well, which costs no memory.
+        # A module that runs only on the meta device is cut there as well, which costs no memory.
         self.shapes = _hollow(example.model) if flow.record.device == "meta" else example.model
         self.sizes = Sizes(flow, self.shapes, self._module_of, self._follow, seed)
 
     @cached_property
     def shorter(self) -> Shorter | None:
-        """A smaller example for values, where the whole one is large."""
+        """Smaller example for values, where the whole one is large."""
         return shorten(self.flow, self.example.model, self.example.inputs, self.example.forward)
 
     @cached_property
     def values_of_shorter(self) -> Values:
-        """The same checks on the smaller example."""
+        """Checks of values on the smaller example."""
         assert self.shorter is not None
         (args, kwargs), *further = self.shorter.inputs
         return Values(self.shorter.flow, replace(self.example, args=args, kwargs=kwargs, further=further))
 
     def on(self, model: nn.Module, other: Collection[str]) -> Checker:
-        """The same checks of a model that does the same by other code in some modules, named in `other`."""
+        """Make the same checks of an equivalent model with other code in the modules named in `other`."""
         checker = Checker(self.flow, replace(self.example, model=model), self.untouched, self.seed)
         checker.sizes.known |= {where: place for where, place in self.sizes.known.items() if where[0] not in other}
         return checker
@@ -93,26 +93,26 @@ class Checker:
         return reasons
 
     def follow(self, units: Units, draw: int) -> Found:
-        """Follow the forward of a smaller model as far as it goes, rewriting sizes kept in Python on the way."""
+        """Follow the forward of a smaller model as far as it runs, rewriting sizes kept in Python."""
         return self.sizes.follow(units, self.seed + draw)
 
     def reach(self, units: Units, draw: int) -> int:
-        """Operation up to which the forward of a smaller model runs with the sizes found so far."""
+        """Return the operation up to which the forward of a smaller model runs with the sizes found so far."""
         return self.sizes.reach(units, self.seed + draw)
 
     def error(self, frozen: Mapping[str, str]) -> str | None:
-        """What goes wrong when all groups but some are pruned at once, or None."""
+        """Prune all groups but the frozen ones at once, and return the error, or None."""
         units = find_units(self.flow, frozen)
         short = self._on_shorter(units, frozen)
         error = self._error(units, short)
         if error is not None and short is not None and not self._short_is_right:
-            error = self._error(units, None)  # the model may do something else with a smaller example
+            error = self._error(units, None)  # the model may run other operations on a smaller example
             self._short_is_right = error is not None
             self.shorter = self.shorter if self._short_is_right else None
         return error
 
     def _on_shorter(self, units: Units, frozen: Mapping[str, str]) -> tuple[Propagation, Units] | None:
-        """Labels and units of the smaller example, if there is one and they are the same."""
+        """Return labels and units of the smaller example, if there is one and they are the same."""
         flow = None if self.shorter is None else self.shorter.tied_as(self.flow)
         found = None if flow is None else find_units(flow, frozen)
         return None if flow is None or found is None or not same_units(units, found) else (flow, found)
@@ -132,12 +132,12 @@ class Checker:
                 self._shapes(units, structure, pruning)
         except CheckError as error:
             return str(error)
-        except Exception as error:  # whatever the user's forward raises on a smaller module is a failed check
+        except Exception as error:  # any error of the user's forward on a smaller module is a failed check
             return f"the forward of a smaller module raised {type(error).__name__}: {error}"
         return None
 
     def _grow(self, passed: set[str], parts: list[list[str]], reasons: dict[str, str]) -> set[str]:
-        """Add to `passed` the parts that still pass with it, halving what fails; says why a part does not."""
+        """Add to `passed` the parts that still pass with it, halving those that fail; note the reasons of failures."""
         tried = {*passed, *(name for part in parts for name in part)}
         everyone = [group.name for group in find_units(self.flow).groups]
         frozen = {**reasons, **{name: "not under test" for name in everyone if name not in tried}}
@@ -153,7 +153,7 @@ class Checker:
         return self._grow_alike(passed, parts[0], reasons)
 
     def _grow_alike(self, passed: set[str], names: list[str], reasons: dict[str, str]) -> set[str]:
-        """The same for groups of one kind: where the first and the last fail, so do all."""
+        """Add groups of one kind to `passed`: if the first and the last fail, all count as failed."""
         ends = self._grow(self._grow(passed, [names[:1]], reasons), [names[-1:]], reasons)
         inner = [name for name in names if name not in (names[0], names[-1])]
         if ends == passed:
@@ -166,14 +166,14 @@ class Checker:
         return ends
 
     def _module_of(self, units: Units, structure: Structure, pruning: Pruning) -> nn.Module:
-        """A fresh smaller copy, because modules may keep what they computed; on the meta device where possible."""
+        """Make a fresh smaller copy, because modules may cache results; on the meta device where possible."""
         return Slicer(self.shapes).cut(structure.edit(pruning))
 
     def _follow(self, module: nn.Module, mode: AbstractContextManager[Any]) -> None:
         self.example.run(module, meta=self.flow.record.device == "meta", mode=mode)
 
     def _shapes(self, units: Units, structure: Structure, pruning: Pruning) -> None:
-        """The user's forward on a smaller module must give the shapes that the record says."""
+        """Check that the user's forward on a smaller module gives the shapes of the record."""
         replay = Replay(self.flow, units, structure.keep(pruning))
         expected = [replay.shape(value) for value in self.flow.record.outputs]
         module = self._module_of(units, structure, pruning)
@@ -182,7 +182,7 @@ class Checker:
             raise CheckError(f"the module check saw outputs of shapes {found} instead of {expected}")
 
     def misfit_in_training(self, units: Units, structure: Structure) -> str:
-        """What goes wrong when a smaller module runs in training mode, in shapes; empty where nothing does."""
+        """Run a smaller module in training mode, and describe an error in shapes; empty if there is none."""
         record = self.flow.record
         if not record.training:
             return ""
@@ -192,7 +192,7 @@ class Checker:
         cut = Slicer(self.shapes).cut(structure.edit(pruning))
         try:
             found = self.example.run_in_training(cut, meta=record.device == "meta")
-        except Exception as error:  # whatever the user's forward raises on a smaller module
+        except Exception as error:  # the user's forward may raise anything on a smaller module
             return f"a smaller model raised {type(error).__name__}: {error}".partition("\n")[0][:160]
         expected = [replay.shape(value) for value in record.trained]
         shapes = [tuple(out.shape) for out in found]
@@ -200,7 +200,7 @@ class Checker:
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """The modules of a model with parameters and buffers on the meta device; tied ones stay tied."""
+    """Copy the modules of a model with parameters and buffers on the meta device; tied ones stay tied."""
     hollow = skeleton(model)
     made: dict[int, Tensor] = {}
     for owner in owners(hollow):
@@ -213,7 +213,7 @@ def _hollow(model: nn.Module) -> nn.Module:
 
 
 def _kinds(names: Sequence[str]) -> list[list[str]]:
-    """Names that differ in numbers alone, together."""
+    """Group names that differ only in numbers."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
@@ -221,15 +221,15 @@ def _kinds(names: Sequence[str]) -> list[list[str]]:
 
 
 def _draws(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:
-    """One unit fewer of every group, which shows misplaced units most, and a random number of random units."""
+    """Draw prunings: one unit fewer of every group, which best shows misplaced units, and a random number of units."""
     fewer = {group.name: some(group, rng, group.size - group.multiple) for group in groups}
     return [Pruning(fewer), Pruning({group.name: some(group, rng) for group in groups})]
 
 
 def _apart(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:
-    """Random units of the groups whose number has a bit set, for each bit.
+    """Draw random units of the groups whose number has a bit set, for each bit.
 
-    Of any two groups one is once pruned without the other, which shows sizes that the code needs to be equal.
+    For any two groups there is a pruning of one without the other, which shows sizes that the code needs to be equal.
     """
     draws = []
     for bit in range(len(groups).bit_length()):

@@ -1,7 +1,7 @@
-"""Tensors inside whatever users pass to a model and get from it, in containers of any kind.
+"""Tensors inside inputs and outputs of models, in containers of any kind.
 
-PyTorch's pytrees rebuild a container through its class, whose constructor may look at what it is given: a packed
-sequence refuses what is no tensor on the CPU. Here a container is copied and its entries are replaced.
+PyTorch's pytrees rebuild a container through its class, whose constructor may check its arguments: a packed sequence
+refuses anything but a tensor on the CPU. Here a container is copied and its entries are replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_unflatten
 
 
 def tensors_in(tree: Any, *, objects: bool = False) -> list[Tensor]:
-    """The tensors in a tree, in order.
+    """List the tensors in a tree, in order.
 
     Args:
         tree: Mappings, lists, tuples, dataclasses and registered pytrees, nested.
@@ -26,7 +26,7 @@ def tensors_in(tree: Any, *, objects: bool = False) -> list[Tensor]:
 
 
 def sizes_of(tensors: Sequence[Tensor]) -> str:
-    """Types and shapes of a few tensors, for messages."""
+    """Describe types and shapes of a few tensors, for messages."""
     some = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors[:4])
     return f"{some or 'none'}{', ...' * (len(tensors) > 4)}"
 
@@ -40,7 +40,7 @@ def _tensors(tree: Any, objects: bool, around: frozenset[int]) -> Iterator[Tenso
 
 
 def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """A copy of a tree, attributes of objects included, with `fn` applied to its tensors; the same if it has none."""
+    """Copy a tree, with attributes of objects, and apply `fn` to its tensors; returned as it is if it has none."""
     return _mapped(fn, tree, {})
 
 
@@ -59,7 +59,7 @@ def _mapped(fn: Callable[[Tensor], Tensor], tree: Any, copies: dict[int, Any]) -
 
 
 def _children(tree: Any, objects: bool) -> dict[Any, Any] | None:
-    """The entries of a container by key, or None where it is none."""
+    """Return the entries of a container by key, or None for anything else."""
     if isinstance(tree, Tensor | nn.Module | type | str | bytes):
         return None
     if isinstance(tree, Mapping):
@@ -74,7 +74,7 @@ def _children(tree: Any, objects: bool) -> dict[Any, Any] | None:
 
 
 def _filled(tree: Any, children: dict[Any, Any], copied: Any) -> Any:
-    """A container like `tree` with other entries: the copy of it, where it can be changed."""
+    """Fill a container like `tree` with other entries: its copy, if that can be changed."""
     if isinstance(tree, tuple):
         return tuple.__new__(type(tree), children.values())  # past the constructor of a named tuple
     if isinstance(tree, list | MutableMapping):

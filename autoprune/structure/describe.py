@@ -1,4 +1,4 @@
-"""From recorded calls of one module, at several sizes, to a description of it whose sizes follow its tensors."""
+"""Description of a module from its recorded calls at several sizes, with sizes that follow its tensors."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from autoprune.structure.graph_module import Description
 from autoprune.structure.widths import WHOLE, resized
 
 Path = tuple[Any, ...]
-"""Where a leaf lies in nested arguments."""
+"""Path of a leaf in nested arguments."""
 
 
 class NotFollowedError(Exception):
-    """A module cannot be rewritten; says why."""
+    """Raised if a module cannot be rewritten; gives the reason."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One recorded call, and the shapes of its tensors; these may be other than the recorded ones.
+    """Recorded call, with shapes of its tensors that may differ from the recorded ones.
 
     Attributes:
         frame: The call.
-        shapes: Shape of each tensor, at widths of its own where `imagined`.
-        imagined: Whether numbers that follow the widths are to be taken from `shapes`.
+        shapes: Shape of each tensor, at artificial widths if `imagined`.
+        imagined: Whether numbers that follow the widths are taken from `shapes`.
     """
 
     frame: Frame
@@ -39,14 +39,14 @@ class Run:
     imagined: bool = False
 
     def arguments(self, step: Step) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a step of the call; of a size at the widths imagined."""
+        """Return the arguments of a step of the call, at the imagined widths if there are any."""
         if not self.imagined:
             return step.args, step.kwargs
         return resized(step, lambda held: self.frame.shapes[held.index], lambda held: self.shapes[held.index])
 
 
 def describe(module: nn.Module, runs: Sequence[Run], training: Frame | None = None) -> Description:
-    """Describe what a module ran.
+    """Describe the calls of a module.
 
     Args:
         module: The module, for the parameters of its forward.
@@ -66,7 +66,7 @@ def describe(module: nn.Module, runs: Sequence[Run], training: Frame | None = No
 
 
 def _require_alike(first: Frame, other: Frame, *, numbers: bool) -> None:
-    """Refuse calls that differ in more than whole numbers; in training, other numbers and flags may differ, too."""
+    """Refuse calls that differ in more than whole numbers; in training, floats and flags may differ, too."""
     why = "what it runs depends on its input" if numbers else "it runs otherwise in training"
     varying = (int,) if numbers else (int, float, bool)
     a, b = (list(leaves(_whole(frame))) for frame in (first, other))
@@ -79,13 +79,13 @@ def _require_alike(first: Frame, other: Frame, *, numbers: bool) -> None:
 
 
 def _whole(frame: Frame) -> Any:
-    """All that a call says, nested."""
+    """Return all parts of a call, nested."""
     steps = [(step.kind, step.target, step.args, step.kwargs, step.output) for step in frame.steps]
     return (frame.arguments, steps, frame.output)
 
 
 def leaves(given: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every leaf of nested arguments with its path, in order."""
+    """Iterate over the leaves of nested arguments with their paths, in order."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(given, dict):
         items = given.items()
@@ -180,7 +180,7 @@ class _Writer:
         return self.made[key]
 
     def _place(self, held: Held, node: Any) -> None:
-        """Say which node a tensor is, and that its sizes are known from now on."""
+        """Assign a node to a tensor; its sizes are known from now on."""
         new = held.index not in self.placed
         self.placed[held.index] = node
         if new:
@@ -228,7 +228,7 @@ class _Writer:
 
     def _outputs(self, output: Any, node: Any) -> None:
         if isinstance(output, Held):
-            # In place: the tensor is what it was, and its later readers must come after this call.
+            # In place: the tensor keeps its identity, and its later readers must come after this call.
             self._place(output, node)
         elif isinstance(output, list | tuple | dict):
             for key, item in output.items() if isinstance(output, dict) else enumerate(output):
@@ -236,7 +236,7 @@ class _Writer:
                     self._outputs(item, self._add("operator", "getitem", [node, key]))
 
     def _rows(self, number: int, step: Step) -> dict[Path, Row]:
-        """Each number among the arguments, with its values in all runs."""
+        """Find each number among the arguments, with its values in all runs."""
         columns = []
         for run in self.runs:
             own = run.frame.steps[number]
@@ -247,7 +247,7 @@ class _Writer:
         }
 
     def _numbers(self, step: Step, rows: dict[Path, Row]) -> dict[Path, Any]:
-        """What each number is in the description."""
+        """Find the form of each number in the description."""
         whole = step.target.rpartition(".")[2] in WHOLE and step.kind in ("method", "function")
         own = [leaf for _, leaf in leaves((step.args, step.kwargs)) if isinstance(leaf, Held)]
         nearby = [pair for held in own for pair in self._own(held)]
@@ -271,7 +271,7 @@ class _Writer:
         return found
 
     def _aligned(self, step: Step, x: Held, rows: dict[Path, Row]) -> dict[Path, Expression]:
-        """Leading and trailing sizes that are those of the input, where they are next to nothing that changes."""
+        """Find leading and trailing sizes that equal those of the input, as far as no other number changes between."""
         wanted = list(rows.items())
         have = self._own(x)
         found: dict[Path, Expression] = {}
@@ -332,7 +332,7 @@ class _Writer:
 
 
 def encode(given: Any, leaf: Callable[[Any], Any], *, every: bool = False) -> Any:
-    """Nested arguments as JSON, see `Description`; `leaf` says what a leaf is, all of them or those unknown here."""
+    """Encode nested arguments as JSON, see `Description`; `leaf` encodes all leaves, or only those unknown here."""
     if isinstance(given, dict):
         return {"dict": [[key, encode(value, leaf, every=every)] for key, value in given.items()]}
     if isinstance(given, list):

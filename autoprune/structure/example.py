@@ -1,4 +1,4 @@
-"""A model with inputs to run it on: on copies, on the meta device for the shapes, or in float64."""
+"""Example: a model with inputs to run it on, on copies, on the meta device for the shapes, or in float64."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from autoprune.structure.training import run_in_training
 from autoprune.structure.wide import Widening
 
 WIDE = 2**28
-"""Bytes that a model may take in float64 to be widened as a whole; of a larger one each weight is when it is read."""
+"""Largest size in float64 of a model that is widened as a whole; weights of a larger one are widened when read."""
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make floating-point tensors in another type where code names none."""
+    """Set the type of floating-point tensors that code makes without naming one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -36,7 +36,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Example:
-    """A model with inputs to run it on.
+    """Model with inputs to run it on.
 
     Attributes:
         model: Never changed; copies of it run.
@@ -54,7 +54,7 @@ class Example:
 
     @property
     def inputs(self) -> list[Inputs]:
-        """The inputs of every call."""
+        """Inputs of every call."""
         return [(self.args, self.kwargs), *self.further]
 
     def run(
@@ -65,13 +65,13 @@ class Example:
         mode: AbstractContextManager[Any] | None = None,
         wide: bool = False,
     ) -> list[Tensor]:
-        """Output tensors of `model`, put in evaluation mode, for all inputs; the same random numbers each time.
+        """Run `model` in evaluation mode on all inputs, with the same random numbers each time; return output tensors.
 
         Args:
             model: Runs with copies of the inputs and of its buffers.
             meta: Run on the meta device, for the shapes.
             mode: Watches the operations.
-            wide: Run in float64, tensors made on the way included; raises where the forward insists on another type.
+            wide: Run in float64, with all intermediate tensors; raises if the forward requires another type.
         """
         look()
         model.eval()
@@ -97,7 +97,7 @@ class Example:
         return tensors_in(outputs)
 
     def run_in_training(self, model: nn.Module, *, meta: bool) -> list[Tensor]:
-        """Output tensors of `model` in training mode for the first inputs, without what training makes random."""
+        """Run `model` in training mode on the first inputs, without random layers; return output tensors."""
         place = _on_meta if meta else _copied
         state = {f"model.{name}": place(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         return run_in_training(model, self.forward, state, map_tensors(place, (self.args, dict(self.kwargs))))
@@ -108,5 +108,5 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """A copy, because a forward may write to it, of what is no parameter."""
+    """Copy a tensor that is no parameter, because a forward may write to it."""
     return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()

@@ -1,4 +1,4 @@
-"""Inputs to run a model on: those given, or the example that the model carries; and the model inside its wrappers."""
+"""Example inputs of a model: those given, or the example that the model carries; and the model inside its wrappers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMS = "a tensor, a tuple of positional inputs, or a dict of keyword inputs"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``, however nested.
+    """Unwrap a module from ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``, however nested.
 
     Raises:
         UnsupportedModelError: If it is no module.
@@ -31,7 +31,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             got, way_out = f"the class {model.__name__}", "make one of it"
         raise UnsupportedModelError(f"model must be an nn.Module, got {got}; {way_out}")
     while True:
-        # The wrapper of torch.compile is known by its attribute: importing its class takes longer than autoprune.
+        # The wrapper of torch.compile is recognised by its attribute: importing its class takes longer than autoprune.
         parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
         inner = getattr(model, "module" if parallel else "_orig_mod", None)
         if not isinstance(inner, nn.Module):
@@ -40,7 +40,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def example_inputs_of(model: nn.Module, given: ExampleInputs | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs that the model can be called with.
+    """Find positional and keyword inputs that the model can be called with.
 
     Without `given`, the model's own example: ``example_input_array`` (Lightning), ``dummy_inputs`` (transformers), or
     two samples of normal noise of the size in ``pretrained_cfg`` or ``default_cfg`` (timm). The noise is the same each
@@ -51,7 +51,7 @@ def example_inputs_of(model: nn.Module, given: ExampleInputs | None = None) -> t
         given: One tensor, a tuple of positional inputs, or a mapping of keyword inputs.
 
     Returns:
-        The arguments of ``model(*args, **kwargs)``, on whatever device they came: copies, which a model may write to.
+        The arguments of ``model(*args, **kwargs)``, on the device that they are on: copies, which a model may write to.
 
     Raises:
         ValueError: If `given` has another form, or is None and the model carries no example.
@@ -82,7 +82,7 @@ def example_inputs_of(model: nn.Module, given: ExampleInputs | None = None) -> t
 def examples_of(
     model: nn.Module, given: ExampleInputs | list[ExampleInputs] | None = None
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments of one call for each example in a list, or of a single call; see `example_inputs_of`.
+    """Find the arguments of one call for each example in a list, or of a single call; see `example_inputs_of`.
 
     Raises:
         ValueError: If there is none, or one has another form.

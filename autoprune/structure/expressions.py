@@ -1,8 +1,8 @@
-"""Find how a number in a recorded forward follows from the sizes of tensors, from several runs at different sizes.
+"""Expressions of numbers in a recorded forward by the sizes of tensors, from several runs at different sizes.
 
-A number and every size are rows of values, one for each run. What gives the number in all runs is taken for what the
-code computed; the simplest comes first. Runs with other inputs tell what follows the inputs; a run whose widths are
-large numbers of their own, which no model has, tells what follows the widths.
+A number and every size are rows of values, one for each run. An expression that gives the number in all runs counts as
+the computation of the code; the simplest comes first. Runs with other inputs show dependence on the inputs; a run with
+distinct large numbers as widths, which no model has, shows dependence on the widths.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ Row = tuple[int, ...]
 """Values of one number, one for each run."""
 
 Source = tuple[Any, ...]
-"""Names a size: what `Sources` was given."""
+"""Name of a size, as given to `sources_of`."""
 
 Expression = int | tuple[Any, ...]
-"""A constant, ``("source", source)``, or ``(operator, a, b)`` with an operator of Python by name."""
+"""Expression: a constant, ``("source", source)``, or ``(operator, a, b)`` with an operator of Python by name."""
 
 
 def express(row: Row, sources: Mapping[Row, Source]) -> Expression | None:
-    """The simplest expression that gives `row` in every run, or None.
+    """Find the simplest expression that gives `row` in every run, or None.
 
     Args:
-        row: What is wanted.
-        sources: Sizes at hand, those to prefer first.
+        row: Values to express.
+        sources: Known sizes, preferred ones first.
     """
     if len(set(row)) == 1:
         return row[0]
@@ -54,7 +54,7 @@ def express(row: Row, sources: Mapping[Row, Source]) -> Expression | None:
 
 
 def _scaled(row: Row, known: Row, source: Expression, *, shifted: bool = True) -> Expression | None:
-    """``source * c``, ``source // c`` or ``source + c``."""
+    """Try ``source * c``, ``source // c`` and ``source + c``."""
     if row == known:
         return source
     if all(k and r % k == 0 and r // k == row[0] // known[0] for r, k in zip(row, known, strict=True)):
@@ -69,7 +69,7 @@ def _scaled(row: Row, known: Row, source: Expression, *, shifted: bool = True) -
 
 
 def _rounded(row: Row, known: Row, source: Expression) -> Expression | None:
-    """``-source % c``: what is missing to a multiple of `c`; and ``source + -source % c``."""
+    """Try ``-source % c``, the distance to the next multiple of `c`, and ``source + -source % c``."""
     for divisor in range(2, 65):
         missing = tuple(-k % divisor for k in known)
         if row == missing:
@@ -80,7 +80,7 @@ def _rounded(row: Row, known: Row, source: Expression) -> Expression | None:
 
 
 def sources_of(named: Sequence[tuple[Source, Row]]) -> dict[Row, Source]:
-    """The first source of each row of values."""
+    """Map each row of values to its first source."""
     found: dict[Row, Source] = {}
     for source, row in named:
         found.setdefault(row, source)

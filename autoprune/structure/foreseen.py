@@ -1,4 +1,4 @@
-"""Operations whose results need not be computed to know what they look like: the meta device says the same."""
+"""Operations whose results have the same form on the meta device, and so need not be computed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ log = logging.getLogger(__name__)
 
 
 def stand_in(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], empty: tuple[bool, ...]) -> Any:
-    """What an operation returns, without computing it; `empty` is what `foresee` said of it."""
+    """Make results of an operation without computing it; `empty` is the answer of `foresee` for it."""
     device = next(t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     leaves, tree = tree_flatten(_on_meta(func, args, kwargs))
     return tree_unflatten([_unwritten(leaf, none, device) for leaf, none in zip(leaves, empty, strict=True)], tree)
 
 
 def foresee(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[bool, ...] | None:
-    """Which results of an operation are empty; None unless the meta device knows all others, and each is new."""
+    """Return which results of an operation are empty; None unless the meta device gives all others, and each is new."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     made = tree_leaves(out)
     if func._schema.is_mutable or not given or not all(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in made):
@@ -44,7 +44,7 @@ def foresee(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
 
 
 def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operation returns for tensors of these sizes and strides, without values."""
+    """Run an operation on the meta device, on tensors of these sizes and strides."""
     return func(*tree_map(_bare, args), **tree_map(_bare, kwargs))
 
 
@@ -55,7 +55,7 @@ def _bare(leaf: Any) -> Any:
 
 
 def _unwritten(leaf: Any, empty: bool, device: torch.device) -> Any:
-    """A result on a device; whole numbers are zero, because they may be indices."""
+    """Make a result on a device; whole numbers are zero, because they may be indices."""
     if not isinstance(leaf, Tensor):
         return leaf
     if empty:

@@ -1,6 +1,6 @@
-"""Modules made from a description: JSON that names what to call on what, with every size taken from a tensor at hand.
+"""Modules made from a description: JSON that lists calls and arguments, with every size taken from a tensor.
 
-A description stands for the forward of one module, as it was recorded. Its numbers are those of the code that do not
+A description represents the recorded forward of one module. Its numbers are those of the code that do not
 depend on a width or on an input's size; all others are computed from the sizes of tensors when the forward runs. So the
 same description serves the dense module and every pruned one, and no code travels with it.
 """
@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 Description = Mapping[str, Any]
 """JSON-ready: ``name``, ``inputs``, ``nodes`` (each ``[kind, target, args, kwargs]``) and ``output``.
 
-Nodes are numbered from the inputs on. In arguments, ``{"node": 3}`` is what node 3 gave; tuples, dictionaries, slices,
-an ellipsis, dtypes and infinite numbers are dictionaries of one key, too.
+Nodes are numbered from the inputs on. In arguments, ``{"node": 3}`` is the result of node 3; tuples, dictionaries,
+slices, an ellipsis, dtypes and infinite numbers are dictionaries of one key, too.
 """
 
 FACTORIES = frozenset(
@@ -50,14 +50,14 @@ _PATH = re.compile(r"(?!_\b|.*__)\w+(\.\w+)*", re.ASCII)
 
 
 class RecordedModule(fx.GraphModule):
-    """Runs what a module ran when it was recorded, on the module's own parameters, buffers and submodules.
+    """Runs the recorded calls of a module on the module's own parameters, buffers and submodules.
 
     Args:
-        module: Where parameters, buffers, submodules, hooks and other attributes come from; they are shared.
-        description: What to run.
+        module: Source of parameters, buffers, submodules, hooks and other attributes; they are shared.
+        description: Calls to run.
 
     Raises:
-        ValueError: If the description names something else than functions on tensors.
+        ValueError: If the description names anything but functions on tensors.
     """
 
     description: Description
@@ -104,7 +104,7 @@ def lend(module: RecordedModule) -> RecordedModule:
     return made
 
 
-# What a graph module holds besides what every module does; the rest is the user's.
+# Attributes of a graph module in addition to those of every module; the rest is the user's.
 _GRAPH_STATE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module())) | {
     *("description", "forward", "_graph", "_code")
 }
@@ -117,10 +117,10 @@ def _restore(state: dict[str, Any], description: Description) -> RecordedModule:
 
 
 def require_same(given: Any, recorded: Any, name: str) -> None:
-    """Refuse an argument for which other operations might run than were recorded.
+    """Refuse an argument for which other operations than the recorded ones might run.
 
     Raises:
-        ValueError: If it is not what it was.
+        ValueError: If it differs from the recorded one.
     """
     if given is recorded or (not isinstance(given, Tensor) and type(given) is type(recorded) and given == recorded):
         return
@@ -224,13 +224,13 @@ def _functions() -> dict[str, Callable[..., Any]]:
 
 
 def function_of(name: str) -> Callable[..., Any] | None:
-    """The function on tensors of this qualified name, ``"torch.nn.functional.softmax"`` for example."""
+    """Find the function on tensors of this qualified name, ``"torch.nn.functional.softmax"`` for example."""
     return _functions().get(name)
 
 
 @cache
 def is_method(name: str) -> bool:
-    """Whether tensors have this method, and it works on them and nothing else."""
+    """Return whether tensors have this method, and it works on tensors only."""
     from torch.overrides import get_overridable_functions
 
     if name in REFUSED or not callable(getattr(Tensor, name, None)):

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 DEEPEST = 3
-"""Holders inside holders that are looked through."""
+"""Depth of nested holders that is searched."""
 
 MOST_ENTRIES = 64
-"""Entries of a container that are looked at; longer ones hold no sizes."""
+"""Longest container that is searched; longer ones hold no sizes."""
 
 
 def sizes_held(module: nn.Module) -> dict[str, int]:
-    """Sizes among the attributes of a module, by path: ``"num_heads"``, ``"config.num_heads"``, ``"shape.2"``."""
+    """Find sizes among the attributes of a module, by path: ``"num_heads"``, ``"config.num_heads"``, ``"shape.2"``."""
     found: dict[str, int] = {}
     for name, value in vars(module).items():
         if type(value) is int and value > 1:
@@ -36,7 +36,7 @@ def _walk(holder: Any, prefix: str, depth: int) -> Iterable[tuple[str, int]]:
 
 
 def _entries(holder: Any) -> Iterable[tuple[str, Any]]:
-    """What a holder holds, by the part of a path that leads there."""
+    """Entries of a holder, by the part of a path that leads to each."""
     if isinstance(holder, str | bytes | Tensor | nn.Module | type) or callable(holder):
         return []
     if isinstance(holder, Mapping):
@@ -51,10 +51,10 @@ def _entries(holder: Any) -> Iterable[tuple[str, Any]]:
 
 
 def size_held(module: nn.Module, path: str) -> int:
-    """The size at a path.
+    """Return the size at a path.
 
     Raises:
-        AttributeError: If there is nothing (also for what an index or a key does not lead to).
+        AttributeError: If there is nothing, also for a missing index or key.
     """
     value: Any = module
     for part in path.split("."):
@@ -73,7 +73,7 @@ def hold_size(module: nn.Module, path: str, size: int) -> None:
 
 
 def get(holder: Any, part: str) -> Any:
-    """What one part of a path leads to."""
+    """Return the entry that one part of a path leads to."""
     if isinstance(holder, tuple | list) and part.isdigit():
         return holder[int(part)]
     if isinstance(holder, Mapping):
@@ -86,7 +86,7 @@ def _key(holder: Mapping[Any, Any], part: str) -> Any:
 
 
 def _with(holder: Any, parts: list[str], size: int) -> Any:
-    """A copy of a holder with another size at a path inside it."""
+    """Copy a holder with another size at a path inside it."""
     part, *rest = parts
     value = _with(get(holder, part), rest, size) if rest else size
     if isinstance(holder, tuple):

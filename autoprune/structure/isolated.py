@@ -1,4 +1,4 @@
-"""Call a function in a process of its own, which may be killed by what it calls; nothing of it stays behind."""
+"""Isolated call of a function in a separate process, which may be killed; the process never outlives the call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# The path of modules comes first: what follows it may need modules of the user's.
+# The path of modules comes first: the pickles after it may need modules of the user's.
 _CHILD = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from autoprune.structure.isolated import answer; answer()"
@@ -23,16 +23,16 @@ class ProcessDiedError(Exception):
 
 
 def call_alone(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function in a new Python process, which gets the arguments and gives the result as pickles by pipes.
+    """Call a function in a new Python process, with arguments and result as pickles through pipes.
 
-    What the function prints goes to standard error. With pipes and one process that is waited for, nothing outlives the
+    Output of the function goes to standard error. With pipes and one process that is waited for, nothing outlives the
     call; pools of processes keep a tracker of resources and a pipe to it until this process ends.
 
     Raises:
         ProcessDiedError: If the process was killed, or ended itself.
-        Exception: What the function raised.
+        Exception: The error that the function raised.
     """
-    import cloudpickle  # functions and classes of the main script travel by themselves
+    import cloudpickle  # it pickles functions and classes of the main script by value
 
     task = pickle.dumps(sys.path) + cloudpickle.dumps((function, args, kwargs))
     child = [sys.executable, "-c", _CHILD]
@@ -52,7 +52,7 @@ def call_alone(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
 
 def answer() -> None:
-    """Do in the child what `call_alone` asks for."""
+    """Answer the request of `call_alone` in the child process."""
     import cloudpickle
 
     function, args, kwargs = pickle.load(sys.stdin.buffer)
@@ -73,6 +73,6 @@ def _pickled(error: Exception) -> bytes:
     try:
         told: bytes = cloudpickle.dumps((None, error))
         pickle.loads(told)
-    except Exception:  # of a class that cannot be made again from its arguments
+    except Exception:  # a class that cannot be rebuilt from its arguments
         told = cloudpickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
     return told

@@ -1,7 +1,7 @@
-"""Run repeated operations on the meta device once: their results have no values, so all that counts is known by then.
+"""Cache of repeated operations on the meta device: their results have no values, so one run gives all of their forms.
 
-Many of PyTorch's rules for shapes are Python code that takes far longer than the operation, and a deep network runs the
-same few operations again and again.
+Many of PyTorch's rules for shapes are Python code that takes far longer than the operation, and a deep network repeats
+the same few operations.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.
 
 
 class _UnknownError(Exception):
-    """An argument that does not say by itself what comes out."""
+    """An argument whose form does not determine the form of results."""
 
 
 class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
-    """Gives new tensors in the form of earlier results where an operation had arguments of the same form.
+    """Returns new tensors in the form of earlier results of an operation with arguments of the same form.
 
-    For operations that only make new tensors, from tensors on the meta device; all others run.
+    It serves operations that only make new tensors, from tensors on the meta device; all others run.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the operation returns."""
+        """Run the operation, or return new tensors in the known form of its results."""
         if not _only_makes(func):
             return func(*args, **kwargs)
         met: list[Tensor] = []
@@ -65,7 +65,7 @@ class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
 
 def _require_fitting_bias(weight: Tensor, bias: Tensor | None, transposed: bool, groups: int) -> None:
-    """Refuse what every kernel of a convolution refuses, but the meta device does not look at."""
+    """Refuse a bias of the wrong size, which every kernel of a convolution refuses and the meta device does not."""
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     if bias is not None and bias.shape != (channels,):
         raise RuntimeError(f"a convolution to {channels} channels got a bias of shape {tuple(bias.shape)}")
@@ -73,7 +73,7 @@ def _require_fitting_bias(weight: Tensor, bias: Tensor | None, transposed: bool,
 
 @cache
 def _only_makes(func: Any) -> bool:
-    """Whether an operation returns new tensors, and does nothing to those that it is given."""
+    """Return whether an operation returns new tensors, and does not change its arguments."""
     if not isinstance(func, torch._ops.OpOverload):
         return False
     schema = func._schema
@@ -81,7 +81,7 @@ def _only_makes(func: Any) -> bool:
 
 
 def _form(leaf: Any, met: list[Tensor]) -> Hashable:
-    """What of an argument decides on the form of results; 1, 1.0 and True are told apart.
+    """Form of an argument, which determines the form of results; 1, 1.0 and True differ.
 
     Raises:
         _UnknownError: If it may hold more than that.
@@ -100,7 +100,7 @@ def _form(leaf: Any, met: list[Tensor]) -> Hashable:
 
 
 def _described(out: Any, met: list[Tensor]) -> tuple[bool, tuple[Form, ...]] | None:
-    """The form of results; None unless they are tensors with memory of their own."""
+    """Form of results; None unless they are tensors with memory of their own."""
     several = type(out) is tuple
     leaves = out if several else (out,)
     if any(type(leaf) is not Tensor or not leaf.is_meta or leaf.layout != torch.strided for leaf in leaves):

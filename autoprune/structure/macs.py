@@ -1,8 +1,8 @@
-"""Multiply-accumulates of one operation: formulas by its name, and which operations have none.
+"""Multiply-accumulates of operations: formulas by name, and the operations without one.
 
-Counted is what multiplies and adds up: convolutions, matrix products of all forms, bilinear layers, distances, weighted
-bags and attention. Elementwise products, norms, pooling, resampling and fast Fourier transforms count nothing, as in
-PyTorch's own counter. A product of complex numbers counts as one, and a sparse matrix by the entries that it stores.
+Operations that sum products count: convolutions, matrix products of all forms, bilinear layers, distances, weighted
+bags and attention. Elementwise products, norms, pooling, resampling and fast Fourier transforms do not, as in PyTorch's
+own counter. A product of complex numbers counts as one, and a sparse matrix by the entries that it stores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from autoprune.structure.record import Op, Record, Ref
 
 Product = tuple[float, list[tuple[int, int]]]
-"""A constant times the sizes of dimensions, each given as (value, dimension)."""
+"""Product of a constant and sizes of dimensions, each given as (value, dimension)."""
 
 Formula = Callable[[Record, Op], list[Product]]
 
@@ -33,7 +33,7 @@ FREE = frozenset(
         *("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "_fused_moving_avg_obs_fq_helper"),
     )
 )
-"""Operations on several tensors that add no products up, besides those that have a rule or are elementwise."""
+"""Operations on several tensors that sum no products, in addition to those that have a rule or are elementwise."""
 
 
 def formula(*names: str) -> Callable[[Formula], Formula]:
@@ -48,7 +48,7 @@ def formula(*names: str) -> Callable[[Formula], Formula]:
 
 
 def products_of(record: Record, op: Op) -> list[Product]:
-    """Multiply-accumulates of an operation, for the whole traced batch; none where it has no formula."""
+    """Multiply-accumulates of an operation, for the whole traced batch; empty if it has no formula."""
     counted = FORMULAS.get(op.name)
     return [] if counted is None else counted(record, op)
 
@@ -122,7 +122,7 @@ def _outer(record: Record, op: Op) -> list[Product]:
 
 @formula("_grouped_mm", "_scaled_grouped_mm")
 def _grouped(record: Record, op: Op) -> list[Product]:
-    """Each row meets one matrix of a stack, or each matrix of a stack its own columns or rows."""
+    """Count products of each row with one matrix of a stack, or of each matrix of a stack with its columns or rows."""
     a, b = _id(op, "self"), _id(op, "mat2")
     rank, other = len(record.values[a].shape), len(record.values[b].shape)
     return [(1, [*_dims(record, a, 1 if rank > other else 0), (b, other - 1)])]
@@ -130,7 +130,7 @@ def _grouped(record: Record, op: Op) -> list[Product]:
 
 @formula("_trilinear")
 def _trilinear(record: Record, op: Op) -> list[Product]:
-    """A sum of products of three tensors, each broadcast along the dimensions where it has none: a bilinear layer."""
+    """Count a sum of products of three tensors, each broadcast along its missing dimensions: a bilinear layer."""
     dims: dict[int, tuple[int, int]] = {}
     for name, broadcast in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
         value, expanded = _id(op, name), op.args[broadcast]
@@ -154,7 +154,7 @@ def _own_distances(record: Record, op: Op) -> list[Product]:
 
 @formula("_embedding_bag", "_embedding_bag_forward_only", "embedding_bag")
 def _weighted_bags(record: Record, op: Op) -> list[Product]:
-    """A bag multiplies only where each entry has a weight of its own."""
+    """Count a bag, which multiplies only if each entry has a separate weight."""
     if not isinstance(op.args.get("per_sample_weights"), Ref):
         return []
     return [(1, [*_dims(record, _id(op, "indices")), (_id(op, "weight"), 1)])]
@@ -167,7 +167,7 @@ def _weighted_bags(record: Record, op: Op) -> list[Product]:
     *("_scaled_dot_product_attention_math_for_mps", "scaled_dot_product_attention"),
 )
 def _attention(record: Record, op: Op) -> list[Product]:
-    """Scores and their sum over values, masked entries included: (batch, heads, positions, channels)."""
+    """Count scores and their sum over values, with masked entries: (batch, heads, positions, channels)."""
     query, key, value = (_id(op, name) for name in ("query", "key", "value"))
     rank = len(record.values[query].shape)
     scores = [*_dims(record, query, 0, -1), (key, rank - 2)]
@@ -176,7 +176,7 @@ def _attention(record: Record, op: Op) -> list[Product]:
 
 @formula("_flash_attention_forward", "_efficient_attention_forward")
 def _attention_by_position(record: Record, op: Op) -> list[Product]:
-    """The same, of (batch, positions, heads, channels)."""
+    """Count attention of (batch, positions, heads, channels)."""
     query, key, value = (_id(op, name) for name in ("query", "key", "value"))
     if len(record.values[query].shape) != 4:
         return []
@@ -185,9 +185,9 @@ def _attention_by_position(record: Record, op: Op) -> list[Product]:
 
 
 def uncounted(record: Record) -> tuple[str, ...]:
-    """Operations that may multiply a parameter with data and have no formula, with their modules, once each.
+    """List operations that may multiply a parameter with data and have no formula, with their modules, once each.
 
-    Such are operations on several tensors of floats, one of which depends on parameters and one on the inputs.
+    These are operations on several tensors of floats, one of which depends on parameters and one on the inputs.
     """
     learned = {i for i, value in enumerate(record.values) if value.kind == "parameter"}
     given = set(record.inputs)
@@ -208,7 +208,7 @@ def _written(op: Op) -> list[int]:
 
 
 def _is_free(record: Record, op: Op) -> bool:
-    """Whether an operation has a formula, or adds up no products."""
+    """Return whether an operation has a formula, or sums no products."""
     from autoprune.structure.rules import rule_of
 
     def floats(values: list[int]) -> list[int]:

@@ -1,7 +1,7 @@
-"""Propagate labels over a record: which indices of which tensor dimensions must live or die together.
+"""Propagation of labels over a record, which finds the indices of tensor dimensions that must be removed together.
 
-Every index of every parameter dimension gets a label. The rule of each operation says which labels its results carry,
-which labels it *joins* (they live or die together) and which it *freezes* (they must stay). A dimension without labels,
+Every index of every parameter dimension gets a label. The rule of each operation gives the labels of its results, those
+that it *joins* (they are removed together) and those that it *freezes* (they must stay). A dimension without labels,
 ``None``, is fixed: batch, space, anything of the input. Propagation leaves no state on the record, so that the choices
 at ambiguous sites can be tried in milliseconds.
 """
@@ -39,7 +39,7 @@ PASSING = frozenset(
 """Operations that rearrange or mask scores without mixing them."""
 
 FIXED: IntArray = np.zeros(1, dtype=np.int64)
-"""Label 0: an index that stays."""
+"""Label 0, of an index that stays."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class Propagation:
     Attributes:
         choices: For an ambiguous site (operation index), which factor of a product dimension carries the units,
             counted from the outermost. Sites not named follow the rule's default.
-        sites: The sites met, with the choice taken at each.
+        sites: The sites, with the choice taken at each.
         factors: Number of choices at each site.
         multiples: Labels of dimensions whose size must stay a multiple of a number, with the number.
         read: Values that an operation reads or the model returns.
-        propagated: How many of the edges the rules made; those behind are ties that the code was seen to need.
+        propagated: Number of edges made by rules; those after them are ties that the code needs.
         scores: Matrix products whose result goes into a softmax: attention scores, scaled by the contracted dimension.
-        found: What `find_units` made of it last.
+        found: Last result of `find_units`.
     """
 
     record: Record
@@ -92,11 +92,11 @@ class Propagation:
     _invented: set[int] = field(default_factory=set)
 
     def fresh(self, size: int, *, invented: bool = True) -> Labels:
-        """New labels for a dimension; a dimension of one index cannot shrink and stays fixed.
+        """Make new labels for a dimension; a dimension of one index cannot shrink and stays fixed.
 
         Args:
             size: Indices of the dimension.
-            invented: Whether the labels belong to no parameter, and only follow what they are joined with.
+            invented: Whether the labels belong to no parameter, and only follow the labels that they are joined with.
         """
         if size <= 1:
             return None
@@ -107,11 +107,11 @@ class Propagation:
         return labels
 
     def invented(self, labels: IntArray) -> bool:
-        """Whether labels are fresh ones of no parameter, not yet replaced by what they were joined with."""
+        """Return whether labels are fresh ones of no parameter, not yet replaced by labels joined with them."""
         return int(labels[0]) in self._invented
 
     def of(self, value: int) -> Dims:
-        """Labels of a value; a parameter or buffer gets its own when first met, anything else unknown is fixed."""
+        """Labels of a value; a parameter or buffer gets its own at its first use, any other unknown value is fixed."""
         if value not in self.labels:
             known = self.record.values[value]
             learned = known.kind in ("parameter", "buffer") and known.dtype.is_floating_point
@@ -132,7 +132,7 @@ class Propagation:
         return b if self.invented(a) else a
 
     def freeze(self, op: Op | None, labels: Labels, reason: str) -> None:
-        """Say that `labels` must stay."""
+        """Freeze `labels`: they must stay."""
         if labels is not None:
             self.freezes.append(Freeze(-1 if op is None else op.index, labels, reason))
 
@@ -145,7 +145,7 @@ class Propagation:
 
     def choose(self, op: Op, default: int, factors: int = 2) -> int:
         """Take the choice for an ambiguous site, and remember that it is one."""
-        if op.index in self.record.twins:  # training does with a layer what evaluation does
+        if op.index in self.record.twins:  # training treats a layer as evaluation does
             return self.sites.get(self.record.twins[op.index], default)
         self.factors[op.index] = factors
         self.sites[op.index] = self.choices.get(op.index, default)
@@ -153,7 +153,7 @@ class Propagation:
 
 
 def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propagation:
-    """Apply the rule of every operation in turn, then freeze what reaches the outputs."""
+    """Apply the rule of every operation in turn, then freeze the labels of the outputs."""
     from autoprune.structure.rules import rule_of
 
     flow = Propagation(record, choices or {})
@@ -163,7 +163,7 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
     flow.scores = attention_scores(record)
     for i, known in enumerate(record.values):
         if known.name and i not in flow.read:
-            flow.labels[i] = [None] * len(known.shape)  # nothing says what may go, so all of it stays
+            flow.labels[i] = [None] * len(known.shape)  # it is not known what may be removed, so all of it stays
     for op in ran:
         look()
         apply = rule_of(op)
@@ -183,7 +183,7 @@ def propagate(record: Record, choices: Mapping[int, int] | None = None) -> Propa
 
 
 def _apply(flow: Propagation, op: Op, apply: Callable[[Propagation, Op], list[Dims]]) -> list[Dims]:
-    """Follow a rule; one that does not understand its operation freezes what it touches."""
+    """Apply a rule; one that fails for its operation freezes all labels of the operation."""
     try:
         results = apply(flow, op)
     except Exception as error:  # an operation may come in forms that its rule was not written for
@@ -206,9 +206,9 @@ def _without_rule(flow: Propagation, op: Op, why: str) -> list[Dims]:
 
 
 def attention_scores(record: Record) -> frozenset[int]:
-    """Batched products of two activations that reach a softmax through elementwise operations and views only.
+    """Find batched products of two activations that reach a softmax through elementwise operations and views only.
 
-    Removing a part of what they contract would change the scale that goes with its size, usually 1 / sqrt(d).
+    Removing a part of the contracted dimension would change the scale by its size, usually 1 / sqrt(d).
     """
     weights = {i for i, value in enumerate(record.values) if value.name}
     for op in record.ops:

@@ -1,4 +1,4 @@
-"""Which attributes the code of a model reads while it runs."""
+"""Watching of the attributes that the code of a model reads while it runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from autoprune.structure.held import DEEPEST, get
 
 
 class Reads:
-    """Notes what is read of the modules of a model, and of the objects that these refer to, while inside ``with``.
+    """Notes reads of attributes of a model's modules, and of the objects that these refer to, while inside ``with``.
 
-    Their classes are replaced by watching ones until its end: loggers, and what says itself how it is copied, are
+    Their classes are replaced by watching ones until its end: loggers, and objects with a copy method of their own, are
     shared with the user's model.
 
     Args:
@@ -38,7 +38,7 @@ class Reads:
             object.__setattr__(holder, "__class__", kind)
 
     def read(self, module: str, path: str) -> bool:
-        """Whether the value at a path from a module was read, as far as that can be told."""
+        """Return whether the value at a path from a module was read; True if that is not known."""
         holder: Any = self._modules[module]
         for part in path.split("."):
             if id(holder) in self._watched and not self._seen & {(id(holder), part), (id(holder), "__dict__")}:
@@ -67,7 +67,7 @@ class Reads:
         kind = type(holder)
         try:
             object.__setattr__(holder, "__class__", self._watching(kind))
-        except Exception:  # of classes with another layout, or that refuse heirs, what is read cannot be told
+        except Exception:  # reads of classes with another layout, or that refuse subclasses, are not known
             return
         self._watched[id(holder)] = holder, kind
 

@@ -1,4 +1,4 @@
-"""What a traced forward pass did: its operations, its tensors and the calls of its modules."""
+"""Record of a traced forward pass: its operations, its tensors and the calls of its modules."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword inputs of one call."""
 
 Foreseen = Mapping[torch._ops.OpOverload, tuple[bool, ...]]
-"""Operations whose results are known without computing them, and which of these are empty on this device alone."""
+"""Operations whose results are known without computing them, and the results that are empty on this device alone."""
 
 
 @dataclass(frozen=True)
 class Ref:
-    """Stands for a tensor in recorded arguments: an index into ``Record.values``."""
+    """Placeholder of a tensor in recorded arguments: an index into ``Record.values``."""
 
     id: int
 
 
 @dataclass
 class Value:
-    """A tensor that the pass met.
+    """Tensor of the pass.
 
     Attributes:
         shape: Its concrete shape.
@@ -38,8 +38,8 @@ class Value:
         kind: ``"parameter"``, ``"buffer"``, ``"input"``, ``"constant"`` (made before the pass) or ``"result"``.
         name: Qualified name of a parameter or buffer, else empty.
         base: Index of the value that owns the storage; itself unless a view.
-        born: Index of the operation that made it, -1 for what existed before.
-        died: Number of operations that had run when Python let go of it.
+        born: Index of the operation that made it, -1 if it existed before.
+        died: Number of operations that had run when Python released it.
         tensor: The tensor of a constant, which a replay needs.
         strides: Its strides, in elements; empty where it is sparse.
         stored: Entries that it stores where it is sparse, else None.
@@ -59,7 +59,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One recorded operation; ``args`` holds every argument by schema name, tensors as `Ref`."""
+    """Recorded operation; ``args`` holds every argument by schema name, tensors as `Ref`."""
 
     index: int
     func: torch._ops.OpOverload
@@ -86,7 +86,7 @@ class Op:
         return any(arg.alias_info is not None and arg.alias_info.is_write for arg in self.func._schema.arguments)
 
     def where(self) -> str:
-        """The operation and its module, for messages."""
+        """Name the operation and its module, for messages."""
         return f"{self.name} in {self.module}" if self.module else self.name
 
     @cached_property  # every walk over a record asks for them, and flattening nested arguments is slow
@@ -100,14 +100,14 @@ class Op:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module: operations `first` up to `last` ran inside it.
+    """Call of a module: operations `first` up to `last` ran inside it.
 
     Attributes:
         name: Qualified name of the module.
         first: Index of its first operation.
         last: Index after its last operation.
-        inputs: What is in its arguments, positional and by keyword, in order; tensors as `Ref`.
-        outputs: What is in what it returned, before hooks of its own; tensors as `Ref`.
+        inputs: Leaves of its arguments, positional and by keyword, in order; tensors as `Ref`.
+        outputs: Leaves of its return value, before its own hooks; tensors as `Ref`.
     """
 
     name: str
@@ -119,25 +119,25 @@ class ModuleCall:
 
 @dataclass
 class Record:
-    """Forward passes: operations, values, and which values are inputs and outputs.
+    """Recorded forward passes: operations, values, inputs and outputs.
 
     Attributes:
         ops: Operations, in the order in which they ran.
         calls: Calls of modules, in the order in which they returned.
-        values: Tensors that the passes met.
+        values: Tensors of the passes.
         inputs: Values that are inputs.
         outputs: Values that are outputs.
         batch: Samples of the first example; 1 where it cannot be cut by samples.
-        first: Number of operations that the first example ran; costs are its own.
+        first: Number of operations of the first example, which costs are stated for.
         device: ``"meta"``, or that of the real values.
-        foreseen: Operations that need not be computed to know what they return; none where the pass reads values, or
+        foreseen: Operations whose results need not be computed to know their form; none if the pass reads values, or
             ran on the meta device.
-        training: Operations that a pass in training mode ran beyond these; their indices follow on.
+        training: Additional operations of a pass in training mode; their indices follow those of `ops`.
         twins: Operations of `training` by index, with the index of the one that evaluation runs in their place.
         trained: Values that the pass in training mode returned.
         training_ends: Those among them, and other results of `training`, that nothing reads or evaluation returns.
-        met: Number of values that the passes in evaluation mode met.
-        untrained: Why there is no such pass, in words; empty where it was followed.
+        met: Number of values of the passes in evaluation mode.
+        untrained: Reason why there is no such pass, in words; empty if it was followed.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -157,9 +157,9 @@ class Record:
     met: int = 0
 
     def op(self, index: int) -> Op:
-        """An operation by its index, of training too."""
+        """Return an operation by its index, also one of training."""
         return self.ops[index] if index < len(self.ops) else self.training[index - len(self.ops)]
 
     def named(self) -> dict[str, int]:
-        """Name of each parameter and buffer that the pass touched, to its value."""
+        """Map the name of each parameter and buffer that the pass touched to its value."""
         return {value.name: i for i, value in enumerate(self.values) if value.name}

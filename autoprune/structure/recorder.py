@@ -1,4 +1,4 @@
-"""What watches a pass: it gives every tensor an identity, and writes down each operation and the module that ran it."""
+"""Recorder of a pass: it gives every tensor an identity, and records each operation and the module that ran it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if id(module) in names and recorder.path:
-            # Leaves alone: a container of the user's may look at what it is given, and a `Ref` is no tensor.
+            # Only leaves: a container of the user's may check its entries, and a `Ref` is no tensor.
             inputs, outputs = (tuple(map(recorder.known, tree_leaves(tree))) for tree in ((args, kwargs), output))
             record.calls.append(ModuleCall(recorder.path.pop(), starts.pop(), len(record.ops), inputs, outputs))
 
-    # On each module: what PyTorch notes of a hook on all modules that wants keyword arguments outlives its removal.
+    # On each module: PyTorch's note of a global hook with keyword arguments outlives the hook's removal.
     handles = [module.register_forward_hook(leave, with_kwargs=True) for module in model.modules()]
     handles.append(register_module_forward_pre_hook(enter))
     try:
@@ -46,7 +46,7 @@ def module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
-    """Writes down the operations that run under it; results of those in `foreseen` are not computed."""
+    """Records the operations that run under it; results of those in `foreseen` are not computed."""
 
     def __init__(self, foreseen: Foreseen) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
@@ -79,12 +79,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, 
         return index
 
     def lookup(self, tensor: Tensor) -> int:
-        """The identity of a tensor; one that nothing here made is a constant."""
+        """Return the identity of a tensor; an unknown one is a constant."""
         index = self._ids.get(id(tensor))
         return self.add(tensor, "constant", "", born=-1) if index is None else index
 
     def known(self, leaf: Any) -> Any:
-        """The `Ref` of a tensor that the pass has met; anything else as it is."""
+        """Return the `Ref` of a known tensor; anything else as it is."""
         return Ref(self._ids[id(leaf)]) if isinstance(leaf, Tensor) and id(leaf) in self._ids else leaf
 
     def __torch_dispatch__(
@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, 
         look()
         kwargs = kwargs or {}
         read = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        reshaped = torch.Tag.inplace_view in func.tags  # transpose_ and the like: the same object, other dimensions
+        reshaped = torch.Tag.inplace_view in func.tags  # such as transpose_: the same object, other dimensions
         bound = _bind(func, args, kwargs)
         refs = {name: tree_map(self._ref, value) for name, value in bound.items()}
         storages = {_storage(t): self.lookup(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -123,7 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, 
         return out
 
     def foreseeable(self) -> Foreseen:
-        """Operations that returned what the meta device says, each time; none if values decided anything."""
+        """Operations whose results always had the form given by the meta device; none if the pass depends on values."""
         reads = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
         if any(reads.intersection(func.tags) for func in self._learned):
             return {}
@@ -134,12 +134,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, 
 
 
 def _storage(tensor: Tensor) -> int:
-    """What identifies the memory of a tensor; a sparse one has none of its own."""
+    """Identify the memory of a tensor; a sparse one has no storage."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else -id(tensor)
 
 
 def _bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument of an operation by its schema name, defaults filled in."""
+    """Bind the arguments of an operation to its schema names, with defaults filled in."""
     bound = {}
     for i, argument in enumerate(func._schema.arguments):
         if i < len(args):

@@ -1,4 +1,4 @@
-"""What is repeated in a record: modules of one class, as the blocks of a deep network are."""
+"""Repeated parts of a record: modules of one class, such as the blocks of a deep network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from autoprune.structure.record import ModuleCall, Op, Record
 
 @dataclass(frozen=True)
 class Place:
-    """Where a size stands in a record.
+    """Place of a size in a record.
 
     Attributes:
         op: Index of an operation.
-        operand: One of its results, or, counted on, of its inputs.
+        operand: Number of a result, or, after these, of an input.
         dim: Dimension of that tensor.
     """
 
@@ -29,13 +29,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Twin:
-    """A later module of the same class as one that is looked at.
+    """Later module of the same class as a given one.
 
     Attributes:
-        record: What the model did.
-        shift: From an operation of the one to that of the other.
-        here: Name of the one.
-        there: Name of the other.
+        record: Record of the model.
+        shift: Distance from an operation of the given module to that of the later one.
+        here: Name of the given module.
+        there: Name of the later one.
     """
 
     record: Record
@@ -44,13 +44,13 @@ class Twin:
     there: str
 
     def name(self, module: str) -> str | None:
-        """The module of the twin in the place of one inside the other; None for one outside."""
+        """Return the twin's counterpart of a module inside the given one; None for one outside."""
         if module == self.here:
             return self.there
         return f"{self.there}{module[len(self.here) :]}" if module.startswith(f"{self.here}.") else None
 
     def place(self, place: Place) -> Place | None:
-        """The same place in the twin; None where another operation ran there."""
+        """Return the same place in the twin; None if another operation ran there."""
         at, ops = place.op + self.shift, self.record.ops
         if not 0 <= at < len(ops) or ops[at].func != ops[place.op].func:
             return None
@@ -58,16 +58,16 @@ class Twin:
         return Place(at, place.operand, place.dim) if same else None
 
     def _ranks(self, op: Op) -> tuple[list[int], list[int]]:
-        """Dimensions of its results and of its inputs; a decoder may mask where an encoder does not."""
+        """Numbers of dimensions of its results and inputs, to compare operations: only a decoder may mask, say."""
         results, inputs = ([len(self.record.values[v].shape) for v in vs] for vs in (op.results(), op.inputs()))
         return results, inputs
 
 
 class Repeats:
-    """The modules of a model by name, and which of them ran alike.
+    """Modules of a model by name, and the repeated ones among them.
 
     Args:
-        record: What the model did.
+        record: Record of the model.
         model: The model, or a copy of it.
     """
 
@@ -83,17 +83,17 @@ class Repeats:
                 self._calls.setdefault(type(module), {}).setdefault(call.name, call)
 
     def _call_at(self, at: int) -> ModuleCall | None:
-        """The first call of the innermost module of the user's own around an operation."""
+        """Find the first call of the user's innermost module around an operation."""
         around = [c for calls in self._calls.values() for c in calls.values() if c.first <= at < c.last]
         return min(around, key=lambda call: call.last - call.first, default=None)
 
     def around(self, at: int) -> tuple[int, int]:
-        """First operation of the innermost module of the user's own around one, and the one after its last."""
+        """Return the first operation of the user's innermost module around one, and the one after its last."""
         call = self._call_at(at)
         return (at, at + 1) if call is None else (call.first, call.last)
 
     def twins(self, at: int) -> list[Twin]:
-        """Later modules of the class of the innermost one around an operation."""
+        """List later modules of the class of the innermost one around an operation."""
         call = self._call_at(at)
         if call is None:
             return []

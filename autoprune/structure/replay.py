@@ -1,7 +1,7 @@
-"""Run a record again with units removed: truly (sliced tensors) or apparently (dense tensors, removed units masked).
+"""Replay of a record with units removed: sliced (smaller tensors) or masked (dense tensors with removed units zeroed).
 
 The two share no arithmetic on sizes: the sliced replay rewrites size arguments and indexes parameters, the masked one
-runs every operation at its dense size and zeroes what is gone. Where they agree, the labels are right.
+runs every operation at its dense size and zeroes the removed units. If they agree, the labels are right.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ STATISTICS = frozenset(
         *("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "_batch_norm_no_update"),
     )
 )
-"""Operations whose value depends on how many units there are; a masked replay runs them over kept units only."""
+"""Operations whose value depends on the number of units; a masked replay runs them over kept units only."""
 
 
 class Replay:
-    """One record, with the units where `keep` (units,) is False gone.
+    """Replay of one record without the units where `keep` (units,) is False.
 
     Args:
         flow: The labels of the record.
         units: The units of the labels.
-        keep: Which units stay, bool, shape (units,).
-        wide: Whether to compute in float64 what was recorded in any other floating-point type, so that what is left of
+        keep: True for units that stay, bool, shape (units,).
+        wide: Whether to compute in float64 where another floating-point type was recorded, so that the remaining
             rounding is far below any error.
     """
 
@@ -60,7 +60,7 @@ class Replay:
         self._keep = keep
 
     def alive(self, value: int) -> list[IntArray | None]:
-        """Indices that stay along each dimension of a value; None where all do."""
+        """Return the indices that stay along each dimension of a value; None where all do."""
         if value not in self._alive:
             self._alive[value] = [None if labels is None else self._stays(labels) for labels in self.flow.of(value)]
         return self._alive[value]
@@ -72,11 +72,11 @@ class Replay:
         return self._indices[id(labels)]
 
     def shrinks(self, value: int) -> bool:
-        """Whether a value loses anything."""
+        """Return whether a value shrinks along any dimension."""
         return any(index is not None for index in self.alive(value))
 
     def shape(self, value: int) -> tuple[int, ...]:
-        """Shape of a value once the units are gone."""
+        """Return the shape of a value without the removed units."""
         if value not in self._shapes:
             dense = self.record.values[value].shape
             self._shapes[value] = tuple(
@@ -85,14 +85,14 @@ class Replay:
         return self._shapes[value]
 
     def slice(self, value: int, tensor: Tensor) -> Tensor:
-        """Index a dense tensor down to what stays."""
+        """Cut a dense tensor to the indices that stay."""
         for dim, index in enumerate(self.alive(value)):
             if index is not None:
                 tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
         return tensor
 
     def mask(self, value: int, tensor: Tensor) -> Tensor:
-        """Zero what is gone in a dense tensor, in place where its elements are distinct, so that views see it."""
+        """Zero the removed units in a dense tensor, in place if its elements are distinct, so that views see it."""
         overlapping = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
         for dim, index in enumerate(self.alive(value)):
             if index is not None:
@@ -114,7 +114,7 @@ class Replay:
         return tensor
 
     def sliced(self, tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-        """Outputs of the record run with sliced parameters and rewritten sizes."""
+        """Run the record with sliced parameters and rewritten sizes, and return its outputs."""
 
         def run(op: Op, env: dict[int, Tensor]) -> Any:
             args = {**op.args, **resized_arguments(op, self)}
@@ -142,7 +142,7 @@ class Replay:
             raise
 
     def masked(self, tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-        """Outputs of the record run dense, with every result masked; statistics over kept units only."""
+        """Run the record dense, with every result masked and statistics over kept units only; return its outputs."""
 
         def run(op: Op, env: dict[int, Tensor]) -> Any:
             if op.name in STATISTICS and any(i is not None for value in op.inputs() for i in self.alive(value)):
@@ -161,7 +161,7 @@ class Replay:
     def prepared(
         self, tensors: Mapping[str, Tensor], inputs: list[Tensor], prepare: Callable[[int, Tensor], Tensor]
     ) -> list[Tensor]:
-        """Outputs of the record run at its dense sizes; `prepare` returns what stands in for a tensor of the model."""
+        """Run the record at its dense sizes, with tensors of the model replaced by `prepare`; return its outputs."""
 
         def start(i: int, shared: Tensor) -> Tensor:
             return self._private(prepare(i, shared), shared)
@@ -179,7 +179,7 @@ class Replay:
         given = dict(zip(self.record.inputs, inputs, strict=True))
 
         def fetch(i: int) -> None:
-            """Copy a tensor that the pass did not make when it is first read, so that few copies exist at once."""
+            """Copy a tensor from outside of the pass when it is first read, so that few copies exist at once."""
             value = self.record.values[i]
             if i in env or value.kind == "result":
                 return
@@ -204,7 +204,7 @@ class Replay:
         return [env[i] for i in self.record.outputs]
 
     def _private(self, tensor: Tensor, shared: Tensor) -> Tensor:
-        """A tensor made from a shared one, wide if wanted, that operations may write to."""
+        """Make a tensor that operations may write to from a shared one, wide if wanted."""
         wide: Tensor = widened(tensor) if self.wide else tensor
         return wide.clone() if wide is shared else wide
 
@@ -221,7 +221,7 @@ class Replay:
 
 
 def widened(leaf: Any) -> Any:
-    """A tensor or dtype in the widest type of its kind: float64 or complex128; anything else as it is."""
+    """Convert a tensor or dtype to the widest type of its kind: float64 or complex128; anything else as it is."""
     dtype = leaf.dtype if isinstance(leaf, Tensor) else leaf
     if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
         return leaf
@@ -236,7 +236,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _filled(leaf: Any, env: Mapping[int, Tensor], wide: bool) -> Any:
-    """A recorded argument with tensors for its `Ref`s; arguments of operations nest in lists only."""
+    """Fill a recorded argument with tensors for its `Ref`s; arguments of operations nest in lists only."""
     if isinstance(leaf, Ref):
         return env[leaf.id]
     if isinstance(leaf, list | tuple):
@@ -248,7 +248,7 @@ def require_consistent(op: Op, env: Mapping[int, Tensor]) -> None:
     """Refuse sizes that neither the meta device nor the kernel checks, which would read past the end of a tensor.
 
     Raises:
-        ValueError: If query, key and value of a fused attention differ where they must not.
+        ValueError: If query, key and value of a fused attention do not match.
     """
     if op.name.startswith("_scaled_dot_product"):
         query, key, value = (env[op.args[name].id].shape for name in ("query", "key", "value"))
@@ -271,7 +271,7 @@ Resize = Callable[[Op, Replay], dict[str, Any]]
 
 
 def resized_arguments(op: Op, replay: Replay) -> dict[str, Any]:
-    """Size arguments of an operation that follow the widths, by schema name."""
+    """Compute the size arguments of an operation that follow the widths, by schema name."""
     resize = RESIZE.get(op.name)
     return resize(op, replay) if resize else {}
 
@@ -288,7 +288,7 @@ def _repeat(op: Op, replay: Replay) -> dict[str, Any]:
 
 
 def _as_strided(op: Op, replay: Replay) -> dict[str, Any]:
-    """Strides that follow the sizes: in elements, each is so many steps along one dimension of the source."""
+    """Compute strides that follow the sizes: each is a number of steps along one dimension of the source."""
     source, shape = op.args["self"].id, replay.shape(op.results()[0])
     if not replay.shrinks(source):
         return {}
@@ -324,7 +324,7 @@ def _groups(op: Op, replay: Replay) -> dict[str, Any]:
 
 
 def kept_groups(op: Op, flow: Propagation, channels: int) -> int:
-    """Groups of a grouped convolution or group norm whose input keeps `channels` channels."""
+    """Number of groups of a grouped convolution or group norm whose input keeps `channels` channels."""
     name = "groups" if "groups" in op.args else "group"
     value = flow.record.values[op.args["input"].id]
     per_group = value.shape[1] // op.args[name]

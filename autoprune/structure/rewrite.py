@@ -1,8 +1,8 @@
-"""Find modules whose code does not follow the widths, and describe what they run so that it does.
+"""Rewriting of modules whose code does not follow the widths, as descriptions that do.
 
 The forward of a smaller model stops at some operation because code ties sizes, ``B, N, C = x.shape`` and later
 ``reshape(B, N, C)`` for example. The smallest module around that operation is recorded at several input sizes and
-described by its own calls (see `describe`). It is taken where the forward then gets further.
+described by its own calls (see `describe`). The description is used if the forward then gets further.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from autoprune.structure.units import Units, find_units
 log = logging.getLogger(__name__)
 
 REACH = 8
-"""Operations after its end for which a module is still looked at."""
+"""Number of operations after its end for which a module is still a candidate."""
 
 MOST_TRIED = 6
-"""Modules that are tried at one operation."""
+"""Most modules that are tried at one operation."""
 
 DRAWS = 2
-"""Smaller models that are followed: in one of them, widths may fit by chance where the code ties them."""
+"""Number of smaller models that are followed: in one of them, tied widths may be equal by chance."""
 
 MOST_SIZES = 24
-"""Other input sizes that are tried."""
+"""Most other input sizes that are tried."""
 
 
 def rewritten(model: nn.Module, graphs: Mapping[str, Description]) -> nn.Module:
-    """A copy of the modules of `model` that shares its tensors, with some replaced by what was recorded of them."""
+    """Copy the modules of `model`, sharing its tensors, with some replaced by their recordings."""
     return put(skeleton(model), graphs) if graphs else model
 
 
 def put(model: nn.Module, graphs: Mapping[str, Description]) -> nn.Module:
-    """Replace modules in place; the model itself where its own name, the empty one, is among them."""
+    """Replace modules in place; also the model itself, if the empty name is among them."""
     modules = dict(model.named_modules(remove_duplicate=False))
     made = {name: RecordedModule(modules[name], description) for name, description in graphs.items()}
     for name, module in made.items():
@@ -61,7 +61,7 @@ def put(model: nn.Module, graphs: Mapping[str, Description]) -> nn.Module:
 
 
 class Recordings:
-    """Calls of every module of a model that is not one of PyTorch's own layers, at several input sizes.
+    """Recorded calls of every module of a model that is not one of PyTorch's layers, at several input sizes.
 
     Args:
         model: The model.
@@ -97,11 +97,11 @@ class Recordings:
         try:
             for frame in self._run(self._examples, training=True):
                 self._training.setdefault(frame.name, []).append(frame)
-        except Exception as error:  # as above; what evaluation runs is then taken for training, too
+        except Exception as error:  # as above; the calls of evaluation then count for training, too
             log.info("not recorded in training mode: %r", error)
 
     def wanted(self, name: str) -> bool:
-        """Whether a module has a forward of its own, not one of PyTorch's layers."""
+        """Return whether a module has a forward of its own, not one of PyTorch's layers."""
         module = self.modules[name]
         return adapter_of(module) is None and type(module).forward is not nn.Sequential.forward
 
@@ -109,7 +109,7 @@ class Recordings:
         """Describe a module.
 
         Raises:
-            NotFollowedError: If its calls do not tell how.
+            NotFollowedError: If its calls do not determine a description.
         """
         runs, training = self._runs.get(name, []), self._training.get(name, [])
         if not runs:
@@ -160,7 +160,7 @@ class Recordings:
 
 
 def _imagined(frame: Frame, flow: Propagation, units: Units) -> list[tuple[int, ...]]:
-    """Shapes of the tensors of a call if each group had a width that no sum or product of others gives."""
+    """Compute the shapes of the tensors of a call with widths that are no sum or product of each other."""
     widths = np.random.default_rng(0).integers(10**5, 10**6, len(units.groups)).tolist()
     shapes = []
     for shape, value in zip(frame.shapes, frame.values, strict=True):
@@ -173,7 +173,7 @@ def _imagined(frame: Frame, flow: Propagation, units: Units) -> list[tuple[int, 
 
 
 def other_sizes(examples: Sequence[Inputs]) -> Iterator[Iterator[list[Inputs]]]:
-    """The same inputs with dimensions made longer, in a few ways: each alone, and all of one size together."""
+    """Vary the inputs by longer dimensions, in a few ways: each alone, and all of one size together."""
     flat, tree = tree_flatten([(args, dict(kwargs)) for args, kwargs in examples])
     dims = [(i, d, leaf.shape[d]) for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) for d in range(leaf.ndim)]
     by_size: dict[int, list[tuple[int, int]]] = {}
@@ -194,13 +194,13 @@ def other_sizes(examples: Sequence[Inputs]) -> Iterator[Iterator[list[Inputs]]]:
 
 
 def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The same values over and over, so that indices stay valid."""
+    """Lengthen a dimension by repeating its values, so that indices stay valid."""
     index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
     return tensor.detach().index_select(dim, index)
 
 
 class Rewriter:
-    """Chooses the modules to rewrite, on the way through a smaller model.
+    """Chooses the modules to rewrite while a smaller model is followed.
 
     Args:
         model: The model.
@@ -219,7 +219,7 @@ class Rewriter:
         self.reasons: dict[str, str] = {}
 
     def candidates(self, at: int, graphs: Mapping[str, Description]) -> Iterator[dict[str, Description]]:
-        """Sets of modules to rewrite next, the smallest around operation `at` first, each with all of its class."""
+        """Propose sets of modules to rewrite, the smallest around operation `at` first, each with all of its class."""
         tried: set[type[nn.Module]] = set()
         for name in self._around(at):
             kind = type(self._recorded.modules[name])
@@ -231,7 +231,7 @@ class Rewriter:
             yield {**graphs, **like}
 
     def _around(self, at: int) -> list[str]:
-        """Modules that ran around an operation or ended shortly before it, those of few operations first."""
+        """Find modules that ran around an operation or ended shortly before it, those of few operations first."""
         calls = [call for call in self._flow.record.calls if call.first <= at < call.last + REACH]
         calls.sort(key=lambda call: (call.last <= at and at - call.last, call.last - call.first))
         return [name for name in dict.fromkeys(call.name for call in calls) if self._recorded.wanted(name)][:MOST_TRIED]
@@ -255,10 +255,10 @@ class Rewriter:
 
 
 def find_rewrites(checker: Checker) -> dict[str, Description]:
-    """Modules to deliver as graphs, so that a smaller model runs as its record says.
+    """Find the modules to deliver as graphs, so that a smaller model runs as recorded.
 
     Args:
-        checker: Follows the model; what it finds on the way stays with it.
+        checker: Follows the model; it keeps the sizes that it finds.
     """
     model, flow = checker.example.model, checker.flow
     rewriter = Rewriter(model, checker.example.inputs, checker.example.forward, flow)

@@ -1,8 +1,8 @@
-"""Tell an error from rounding: by the rounding that the network itself shows, never by a constant alone.
+"""Tolerances of checks: errors are distinguished from rounding by the network's own rounding, not by a constant alone.
 
 Thirty layers and massive activations make float32 differ by 1e-4 without any error; in float64 the same passes differ
-by 1e-13. So the checks run the record in float64, where an error stands far above what rounding can do, and compare a
-module that only runs in the type that the user gave it against what that type loses on the dense model.
+by 1e-13. So the checks run the record in float64, where an error is far larger than rounding, and compare a module that
+only runs in the user's type with the rounding of that type on the dense model.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ LEAST = 1e-9
 """Difference of two float64 passes, relative to the largest output, that is never an error."""
 
 SHOWN_TIMES = 1000
-"""How many times the rounding expected in float64 a difference may be: the order of many sums changes."""
+"""Largest difference in multiples of the rounding expected in float64: the order of many sums changes."""
 
 NATIVE_TIMES = 4
-"""How many times the rounding of the dense model in its own type that of a smaller one may be."""
+"""Largest rounding of a smaller model in multiples of that of the dense model in its own type."""
 
 MOST = 0.5
-"""A difference this large, relative to the largest output, is an error in any type."""
+"""Largest tolerance, relative to the largest output: a larger difference is an error in any type."""
 
 
 class CheckError(Exception):
-    """What a check saw, in words."""
+    """Failure of a check, in words."""
 
 
 def gap(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected magnitude; of whole numbers, 1 if any differs."""
+    """Compute the largest difference, relative to the largest expected magnitude; 1 if any whole number differs."""
     if not expected.numel():
         return 0.0
     if not (expected.is_floating_point() or expected.is_complex()):
         return float((found != expected).any())
     wide = torch.complex128 if expected.is_complex() else torch.float64
     a, b = found.detach().to(wide), expected.detach().to(wide)
-    same = (a == b) | (a.isnan() & b.isnan())  # infinities, which masks leave, have no difference
+    same = (a == b) | (a.isnan() & b.isnan())  # infinities, which come from masks, have no difference
     differ = torch.where(same, 0, (a - b).abs())
     scale = torch.where(b.isfinite(), b.abs(), 0).max().item()
     worst = differ.max().item()
@@ -45,10 +45,10 @@ def gap(found: Tensor, expected: Tensor) -> float:
 
 
 def wide_tolerances(native: Sequence[Tensor], wide: Sequence[Tensor]) -> list[float]:
-    """How far two float64 passes may differ, for each output.
+    """Compute the tolerance between two float64 passes, for each output.
 
-    Rounding grows through a network by a factor that does not depend on the type: what the dense model's own type
-    loses says what float64 may.
+    Rounding grows through a network by a factor that does not depend on the type, so the rounding in the dense model's
+    own type gives that in float64.
 
     Args:
         native: Outputs of the dense model in its own type.
@@ -62,7 +62,7 @@ def wide_tolerances(native: Sequence[Tensor], wide: Sequence[Tensor]) -> list[fl
 
 
 def native_tolerances(native: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """How far a smaller module in the model's own type may be from an exact pass, for each output.
+    """Compute the tolerance between a smaller module in the model's own type and an exact pass, for each output.
 
     Args:
         native: Outputs of the dense model in its own type.
@@ -81,12 +81,12 @@ def compare(check: str, found: Sequence[Tensor], expected: Sequence[Tensor], tol
 
     Args:
         check: Its name, for the message.
-        found: What came out.
-        expected: What should have.
+        found: Outputs.
+        expected: Expected outputs.
         tolerances: Largest difference relative to the largest magnitude, one for each output.
 
     Raises:
-        CheckError: Says how far apart they are.
+        CheckError: Gives their difference.
     """
     if len(found) != len(expected):
         raise CheckError(f"the {check} check saw {len(found)} outputs instead of {len(expected)}")

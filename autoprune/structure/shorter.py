@@ -1,7 +1,7 @@
-"""A smaller example that runs the same operations, so that checks of values of a large one take less time.
+"""Smaller example that runs the same operations, so that checks of values of a large one take less time.
 
-Which units there are, what they touch and what the code does with sizes does not depend on how many samples or tokens
-pass through; the checks of shapes still see the whole example.
+The units, their slots and the code's use of sizes do not depend on the number of samples or tokens; the checks of
+shapes still use the whole example.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from autoprune.structure.trace import trace
 from autoprune.structure.units import Group, Units
 
 ENOUGH_MACS = 2**32
-"""Multiply-accumulates of a pass from which a smaller example is looked for, and aimed at: about 0.1 s in float64."""
+"""Multiply-accumulates of a pass above which a smaller example is tried, and its target: about 0.1 s in float64."""
 
 FEWEST = 8
-"""Positions that stay of a dimension that is not that of the samples; of samples two stay, for one is squeezed away."""
+"""Positions that stay of a dimension other than the samples; of samples two stay, because one would be squeezed."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shorter:
-    """The beginning of every input, and the labels of a pass on it.
+    """Beginning of every input, and the labels of a pass on it.
 
     Attributes:
         flow: Its operations and values are those of the whole example, by index.
-        inputs: Of every call.
+        inputs: Inputs of every call.
     """
 
     flow: Propagation
     inputs: list[Inputs]
 
     def tied_as(self, whole: Propagation) -> Propagation | None:
-        """The labels with the ties that were added to those of the whole example; None where they do not fit."""
+        """Return the labels with the ties of the whole example; None if these do not fit."""
         here = np.full(whole.count, -1, dtype=np.int64)
         here[0] = 0
         for value, dims in whole.labels.items():
@@ -64,7 +64,7 @@ def shorten(flow: Propagation, model: nn.Module, inputs: list[Inputs], forward: 
     macs = sum(dense_macs(record, op) for op in record.ops)
     leaves = tensors_in([(args, dict(kwargs)) for args, kwargs in inputs], objects=True)
     numbers = {leaf.is_floating_point() or leaf.is_complex() for leaf in leaves if leaf.dtype != torch.bool}
-    # Whole numbers next to others may be indices into these, and point behind their end.
+    # Whole numbers next to others may be indices into these, and point past their end.
     if macs < 2 * ENOUGH_MACS or len(numbers) > 1:
         return None
     for cut in _cuts(leaves, record.batch, macs / ENOUGH_MACS):
@@ -72,7 +72,7 @@ def shorten(flow: Propagation, model: nn.Module, inputs: list[Inputs], forward: 
         try:
             (args, kwargs), *further = small
             found = trace(model, args, kwargs, forward, further, training=bool(record.trained))
-        except Exception as error:  # a model may need the sizes that it was given
+        except Exception as error:  # a model may need the original sizes
             log.info("the model does not run on a smaller example: %s", error)
             continue
         if _same(record, found):
@@ -81,7 +81,7 @@ def shorten(flow: Propagation, model: nn.Module, inputs: list[Inputs], forward: 
 
 
 def same_units(one: Units, other: Units) -> bool:
-    """Whether two sets of units are called the same and touch the same."""
+    """Return whether two sets of units have the same names and slots."""
     return len(one.groups) == len(other.groups) and all(
         _same_group(a, b) for a, b in zip(one.groups, other.groups, strict=True)
     )
@@ -97,7 +97,7 @@ def _same_group(a: Group, b: Group) -> bool:
 
 
 def _cuts(leaves: list[Tensor], batch: int, excess: float) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Ways to cut inputs: fewer samples and the longest other dimensions shorter; then fewer samples alone."""
+    """Propose ways to cut inputs: fewer samples and the longest other dimensions shorter; then fewer samples alone."""
     samples = min(batch, 2)
     excess *= samples / batch
     longest = max((size for leaf in leaves for size in leaf.shape[1:]), default=0)
@@ -122,7 +122,7 @@ def _cuts(leaves: list[Tensor], batch: int, excess: float) -> Iterator[Callable[
 
 
 def _same(whole: Record, small: Record) -> bool:
-    """Whether two records hold the same operations on the same values, sizes apart."""
+    """Return whether two records hold the same operations on the same values, apart from sizes."""
 
     def outline(record: Record) -> tuple[Any, ...]:
         ops = [(op.func, op.inputs(), op.results(), op.module) for op in (*record.ops, *record.training)]

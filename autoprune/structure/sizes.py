@@ -1,4 +1,4 @@
-"""Make a smaller module's forward run: rewrite sizes kept in Python, tie what the code needs equal, freeze the rest.
+"""Sizes of a smaller module: rewrite those kept in Python, tie groups that the code needs equal, freeze the rest.
 
 Code such as ``self.reduce(x).reshape(b, x.shape[1], -1)`` needs equal counts where no operation does, and the attention
 of most ViT code, ``B, N, C = x.shape ... reshape(B, N, C)``, needs as many residual channels as heads times their size.
@@ -24,7 +24,7 @@ from autoprune.structure.structure import Attribute, Structure, assemble
 from autoprune.structure.units import Group, Units, find_units, first_labels
 
 ROUNDS = 3
-"""Draws of units to remove: equal numbers by chance in one draw hide that code needs them equal."""
+"""Number of draws of units to remove: numbers equal by chance in one draw hide that code needs them equal."""
 
 Cut = Callable[[Units, Structure, Pruning], nn.Module]
 Run = Callable[[nn.Module, AbstractContextManager[Any]], None]
@@ -32,12 +32,12 @@ Run = Callable[[nn.Module, AbstractContextManager[Any]], None]
 
 @dataclass(frozen=True)
 class Tie:
-    """Two groups whose numbers of units the code needs in a fixed proportion.
+    """Tie of two groups whose numbers of units the code needs in a fixed proportion.
 
     Attributes:
-        at: Operation at which a smaller module goes wrong without it.
-        more: Where the group of more units was met.
-        fewer: Where the other was met: each of its units goes with as many of the first.
+        at: Operation at which a smaller module fails without it.
+        more: Place of the group of more units.
+        fewer: Place of the other: each of its units is tied to a number of the first.
     """
 
     at: int
@@ -46,18 +46,18 @@ class Tie:
 
 
 class Sizes:
-    """Finds sizes, ties and groups in the way for one record.
+    """Finds sizes, ties and groups to freeze for one record.
 
     Args:
         flow: Labels of the record; ties are added to its edges.
-        model: Looked at, never changed.
-        cut: Makes a smaller module for what `Structure.edit` says of a pruning.
+        model: The model; never changed.
+        cut: Makes a smaller module for the `Structure.edit` of a pruning.
         run: Its forward under a dispatch mode.
         seed: Draws the units that it removes.
 
     Attributes:
-        known: What each size in Python means.
-        attributes: The same as functions of the widths, once settled.
+        known: Meaning of each size in Python.
+        attributes: These sizes as functions of the widths, once settled.
         ties: The ties that the code needs.
         stuck: Groups that must be frozen, each with the reason.
     """
@@ -74,7 +74,7 @@ class Sizes:
         self.stuck: dict[str, str] = {}
 
     def settle(self) -> dict[str, str]:
-        """Give up freedom until the forward of a smaller module runs through; returns the groups to freeze."""
+        """Tie and freeze groups until the forward of a smaller module runs to its end; returns the groups to freeze."""
         for seed in range(self.seed, self.seed + ROUNDS):
             units = find_units(self.flow, self.stuck)
             found, draw = self._in_any_draw(units, seed)
@@ -88,18 +88,18 @@ class Sizes:
         return dict(self.stuck)
 
     def follow(self, units: Units, seed: int) -> Found:
-        """Follow a smaller module as far as it goes; what is found on the way stays known."""
+        """Follow a smaller module as far as it runs; sizes found stay known."""
         return self._search(units, seed).find(self.known)
 
     def reach(self, units: Units, seed: int) -> int:
-        """Operation up to which a smaller module runs with no more than what is known."""
+        """Return the operation up to which a smaller module runs with the known sizes."""
         return self._search(units, seed).reach(self.known)[0]
 
     def _in_any_draw(self, units: Units, seed: int) -> tuple[Found, int]:
-        """What is found, and the draw that shows it.
+        """Follow a smaller module in up to two draws, and return the result with its draw.
 
-        Widths that are equal by chance may take a layer another way, or give a size a wrong meaning. What code ties
-        shows in a second draw, too, which begins with nothing known.
+        Widths that are equal by chance may change the branch of a layer, or give a size a wrong meaning. A tie in the
+        code also shows in a second draw, which begins without known sizes.
         """
         found = self.follow(units, seed)
         if not found.stuck:
@@ -117,7 +117,7 @@ class Sizes:
         return Search(self.repeats, units, Replay(self.flow, units, base.keep(pruning)), cut, self.run)
 
     def _tie(self, units: Units, found: Found, seed: int) -> Found | None:
-        """Tie a group in the way to one nearby, if the forward then gets further; the same in all later twins."""
+        """Tie a group that stops the forward to one nearby, if the forward then gets further; also in later twins."""
         near = self._groups_of_attributes(units, found) | groups_near(self.flow, units, found.reached)
         candidates = list(self._candidates(near, found))
         for promising in (self._promising_as_known, self._promising):
@@ -132,7 +132,7 @@ class Sizes:
         return None
 
     def _groups_of_attributes(self, units: Units, found: Found) -> dict[str, tuple[Group, Place]]:
-        """Groups that sizes in the modules around follow: one head count may serve several layers of attention."""
+        """Find groups that sizes in the modules around follow: one head count may serve several attention layers."""
         around = self.flow.record.ops[found.reached].module
         near = {}
         for (module, _), place in self.known.items():
@@ -161,7 +161,7 @@ class Sizes:
         return found
 
     def _edge(self, units: Units, tie: Tie) -> Edge | None:
-        """Join two groups in order, as many units of the larger with each of the smaller; None if they are one."""
+        """Join two groups in order, equally many units of the larger with each of the smaller; None if they are one."""
         more, fewer = (self._group_at(units, place) for place in (tie.more, tie.fewer))
         if more is None or fewer is None or more is fewer or more.size % fewer.size:
             return None
@@ -173,12 +173,12 @@ class Sizes:
         return units.groups[size.shares[0][0]] if len(size.shares) == 1 else None
 
     def _promising_as_known(self, found: Found, seed: int) -> Found | None:
-        """The same as `_promising`, at the price of one pass, where no further sizes are needed to get further."""
+        """Try the edges as in `_promising`, in one pass, which is enough if no further sizes are needed."""
         search = self._search(find_units(self.flow, self.stuck), seed)
         return self._promising(found, seed) if search.reach(self.known) > found.reach else None
 
     def _promising(self, found: Found, seed: int) -> Found | None:
-        """What is found with the edges as they are now, if that gets further."""
+        """Follow a smaller module with the present edges, and return the result if it gets further."""
         units = find_units(self.flow, self.stuck)
         known = dict(self.known)
         again = self._search(units, seed).find(known)
@@ -205,7 +205,7 @@ class Sizes:
         return best[0] if best else None
 
     def stuck_alike(self, units: Units, found: Found) -> dict[str, str]:
-        """Groups in the way of the forward, and those at the same places of later twins, each with the reason."""
+        """Find groups that stop the forward, and those at the same places of later twins, each with the reason."""
         near = groups_near(self.flow, units, found.reached)
         alike: dict[str, str] = {}
         for name, reason in found.stuck.items():
@@ -214,24 +214,24 @@ class Sizes:
         return alike | dict(found.stuck)
 
     def _twins(self, units: Units, place: Place, at: int) -> list[str]:
-        """Groups at the same place of later twins."""
+        """List groups at the same place of later twins."""
         places = [there for twin in self.repeats.twins(at) if (there := twin.place(place)) is not None]
         groups = [self._group_at(units, there) for there in places]
         return [group.name for group in groups if group is not None]
 
 
 def some(group: Group, rng: np.random.Generator, count: int | None = None) -> tuple[int, ...]:
-    """Random units to keep, in a random number unless given: at least one stays, at least one goes."""
+    """Draw units to keep, in a random number unless given: at least one stays, at least one is removed."""
     most = (group.size - 1) // group.multiple
     count = group.multiple * int(rng.integers(1, most + 1)) if count is None else count
     return tuple(sorted(rng.choice(group.size, count, replace=False).tolist()))
 
 
 def _apart(groups: Sequence[Group], seed: int) -> Pruning:
-    """Random units of every group, in numbers that differ between groups of one size as far as there are others.
+    """Draw units of every group, in numbers that differ between groups of one size as far as possible.
 
-    One stays only where few more can: einsum and squeeze take a dimension of one another way. A group of two stays
-    whole for every other seed, because one would be left in all of them.
+    A single unit stays only in small groups: einsum and squeeze treat a dimension of one differently. A group of two
+    stays whole for every other seed, because otherwise one unit would always be left.
     """
     rng = np.random.default_rng(seed)
     counts: dict[tuple[int, int], Iterator[int]] = {}

@@ -1,4 +1,4 @@
-"""Run a model without touching it: a copy of its modules that shares its tensors, or is given others."""
+"""Skeleton of a model: a copy of its modules that shares its tensors, or runs on others, so that it stays unchanged."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What `copy.deepcopy` gives, in a fraction of the time where no class says how it is copied."""
+    """Copy as `copy.deepcopy` does, in a fraction of the time for classes without a copy method of their own."""
     kind: Any = type(module)
     if id(module) in memo or not (isinstance(module, RecordedModule) or _copies_plainly(kind)):
         for part in module.modules():
-            # Every module has a dozen empty ones, which take `deepcopy` most of its time.
+            # Every module has a dozen empty containers, on which `deepcopy` spends most of its time.
             empty = (value for value in vars(part).values() if type(value) in _EMPTY and not value)
             memo.update((id(value), type(value)()) for value in empty if id(value) not in memo)
         copied: nn.Module = copy.deepcopy(module, memo)
@@ -84,7 +84,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 @cache
 def _copies_plainly(kind: type[nn.Module]) -> bool:
-    """Whether copies of a class are new objects that are given a copy of its attributes."""
+    """Return whether copies of a class are new objects with copied attributes."""
     says = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
     own = {name for base in kind.__mro__ if base not in (nn.Module, object) for name in vars(base)}
     return kind not in dispatch_table and own.isdisjoint((*says, "__slots__"))
@@ -112,15 +112,15 @@ def call_with(
     *,
     decomposed: bool = False,
 ) -> Any:
-    """Run a model with other tensors in the place of its own, under a dispatch mode, without fused shortcuts.
+    """Run a model with other tensors in place of its own, under a dispatch mode, without fused shortcuts.
 
     Args:
-        call: The model and how to run it.
+        call: The model with its forward.
         state: Tensors by their name in `call`.
         args: Positional inputs.
         kwargs: Keyword inputs.
         mode: Watches the operations.
-        decomposed: Run recurrent layers as the operations that they consist of, not as one that nobody can look into.
+        decomposed: Run recurrent layers as their separate operations, not as one fused operation.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     handle = register_module_forward_pre_hook(lambda module, _: refresh_flat_weights(module))
@@ -136,7 +136,7 @@ def call_with(
 
 @contextmanager
 def _layers_decomposed() -> Iterator[None]:
-    """Keep recurrent layers from the single operation that oneDNN and cuDNN have for them."""
+    """Disable the single operations of oneDNN and cuDNN for recurrent layers."""
     fused = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     torch._C._set_cudnn_enabled(False)
@@ -148,7 +148,7 @@ def _layers_decomposed() -> Iterator[None]:
 
 
 def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Callable[[], Any]:
-    """What runs a private copy of a model as `trace` does on real values, with nothing that watches."""
+    """Make a call that runs a private copy of a model as `trace` does on real values, without tracing."""
     copied = skeleton(model).eval()
     copies = [map_tensors(torch.clone, given) for given in (args, dict(kwargs))]
     buffers = {f"model.{name}": buffer.clone() for name, buffer in copied.named_buffers(remove_duplicate=False)}

@@ -21,13 +21,13 @@ Slices = Mapping[str, Mapping[int, IntArray]]
 
 @dataclass(frozen=True)
 class Edit:
-    """Everything that turns a dense model into a pruned one; small, and JSON-ready with lists for arrays.
+    """Edit that turns a dense model into a pruned one; small, and JSON-ready with lists for arrays.
 
     Attributes:
-        slices: What stays of each tensor that shrinks.
+        slices: Indices that stay of each tensor that shrinks.
         attributes: Sizes that modules keep in Python, by module and attribute path.
-        zeroed: How many elements of a parameter are set to zero: those of least magnitude among what stays.
-        graphs: Modules that are delivered as graphs of what they ran, because their code does not follow the widths.
+        zeroed: Number of elements of a parameter that are set to zero: those of least magnitude among those that stay.
+        graphs: Modules that are delivered as graphs of their operations, because their code does not follow the widths.
     """
 
     slices: Slices
@@ -37,11 +37,11 @@ class Edit:
 
 
 class Slicer:
-    """Applies edits to one model's skeleton again and again, sharing whatever does not shrink.
+    """Applies edits to one model's skeleton repeatedly; parameters that do not shrink are shared.
 
     Args:
-        model: The dense model; it stays as it is, and its parameters are shared by what `cut` returns. Elements are
-            ranked once, so its weights must not change between cuts that set some to zero, unless `rerank` says so.
+        model: The dense model; it stays as it is, and the results of `cut` share its parameters. Elements are ranked
+            once, so call `rerank` if its weights change between cuts that set some to zero.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,7 +50,7 @@ class Slicer:
         self._modules = dict(self.skeleton.named_modules())
         adapters = {name: found for name, m in self._modules.items() if (found := adapter_of(m)) is not None}
         self._resize = {name: adapter.resize for name, adapter in adapters.items() if adapter.resize is not None}
-        # What the last cut resized may be dense in the next; what was prepared is unlike the dense module until then.
+        # Modules resized by the last cut may be dense in the next; prepared ones differ from the dense one until then.
         self._changed = {name for name, adapter in adapters.items() if adapter.prepare is not None}
         self._dense: dict[tuple[str, str], int] = {}
         self._recorded: dict[str, RecordedModule] = {}
@@ -60,7 +60,7 @@ class Slicer:
         """Return the skeleton as edited: valid until the next call. Buffers are always private copies.
 
         Args:
-            edit: What to keep. An empty edit gives the dense model.
+            edit: The edit; an empty one gives the dense model.
             private: Copy parameters that do not shrink, too.
         """
         made: dict[int, Tensor] = {}
@@ -74,13 +74,13 @@ class Slicer:
                 changed |= {owner.module, *_parents(owner.module)}
         self._rewrite(edit.attributes)
         resized = self._resize.keys() if private else (self._changed | changed) & self._resize.keys()
-        for name in sorted(resized, key=lambda name: -name.count(".") - bool(name)):  # what is inside comes first
+        for name in sorted(resized, key=lambda name: -name.count(".") - bool(name)):  # inner modules come first
             self._resize[name](self._modules[name])
         self._changed = changed
         return self.skeleton
 
     def _exchange(self, graphs: Mapping[str, Description]) -> None:
-        """Put recorded modules in the place of their originals, and those of the last cut back.
+        """Put recorded modules in place of their originals, and restore the originals of the last cut.
 
         Both hold the same dictionaries of parameters, buffers and submodules.
         """
@@ -105,7 +105,7 @@ class Slicer:
                     new.training = old.training
 
     def rerank(self) -> None:
-        """Rank elements anew, because the weights have changed."""
+        """Rank elements again, because the weights have changed."""
         self._ranks.clear()
 
     def _edited(self, owner: Owner, edit: Edit, private: bool) -> Tensor:
@@ -123,7 +123,7 @@ class Slicer:
         return nn.Parameter(whole.masked_fill(ranks < zeroed, 0), requires_grad=owner.tensor.requires_grad)
 
     def _rewrite(self, attributes: Mapping[str, Mapping[str, int]]) -> None:
-        """Set sizes kept in Python, and those of the last cut back to their dense values."""
+        """Set sizes kept in Python, and restore those of the last cut to their dense values."""
         wanted = {(name, path): value for name, values in attributes.items() for path, value in values.items()}
         for (name, path), value in {**self._dense, **wanted}.items():
             module = self._modules[name]
@@ -139,7 +139,7 @@ def build(model: nn.Module, edit: Edit) -> nn.Module:
 
     Args:
         model: The dense model; stays as it is.
-        edit: What to keep. An empty edit gives a copy.
+        edit: The edit; an empty one gives a copy.
 
     Returns:
         A module of the same class, in the same training mode, on the same device.
@@ -159,7 +159,7 @@ def _parents(name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Owner:
-    """Where a parameter or buffer hangs.
+    """Holder of a parameter or buffer.
 
     Attributes:
         name: First qualified name of the tensor, the same for all owners of a tied one.
@@ -177,7 +177,7 @@ class Owner:
 
 
 def owners(model: nn.Module) -> Iterable[Owner]:
-    """Every place where a parameter or buffer hangs."""
+    """Iterate over every holder of a parameter or buffer."""
     first: dict[int, str] = {}
     for prefix, module in model.named_modules():
         for holder in (module._parameters, module._buffers):
@@ -199,9 +199,9 @@ def _sliced(tensor: Tensor, kept: Mapping[int, IntArray], private: bool) -> Tens
 
 
 def _laid_out_as(dense: Tensor, sliced: Tensor) -> Tensor:
-    """The same dimensions from slow to fast in memory: PyTorch's selection forgets what is channels-last.
+    """Restore the order of dimensions in memory: PyTorch's selection loses the channels-last format.
 
-    Kernels convert a weight of another format anew in each pass, which takes time and memory.
+    Kernels convert a weight of another format again in each pass, which takes time and memory.
     """
     strides = dense.stride()
     order = sorted(range(dense.ndim), key=lambda dim: -strides[dim])
@@ -212,7 +212,7 @@ def _laid_out_as(dense: Tensor, sliced: Tensor) -> Tensor:
 
 
 def magnitude_ranks(tensor: Tensor) -> Tensor:
-    """How many elements come before each one by rising magnitude, ties in memory order; int32 or int64, same shape."""
+    """Rank of each element by rising magnitude, ties in memory order; int32 or int64, same shape."""
     order = tensor.flatten().abs().argsort(stable=True)
     ranks = torch.empty_like(order, dtype=torch.int32 if order.numel() < 2**31 else torch.int64)
     ranks[order] = torch.arange(order.numel(), dtype=ranks.dtype, device=order.device)

@@ -1,4 +1,4 @@
-"""What strides say of dimensions: which one of the source each dimension of ``as_strided`` runs along."""
+"""Strides of ``as_strided``: the dimension of the source that each dimension runs along."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def strided_steps(record: Record, op: Op) -> list[tuple[int | None, int]] | None:
-    """For each dimension of the result of ``as_strided``, the dimension of the source and how far one step goes in it.
+    """Dimension of the source and its step, for each dimension of the result of ``as_strided``.
 
     A dimension of one index runs along none. Windows over time are two dimensions along the same one.
 

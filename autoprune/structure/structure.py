@@ -1,4 +1,4 @@
-"""The structure of a model: what `analyse` finds out once and everything downstream works with."""
+"""Structure of a model: the result of `analyse`, which everything downstream works with."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from autoprune.structure.units import AffineSize, BoolArray, Frozen, Group, Unit
 
 @dataclass(frozen=True)
 class Attribute:
-    """A size that a module keeps in Python, as an affine function of the widths.
+    """Size that a module keeps in Python, as an affine function of the widths.
 
     Attributes:
-        fixed: What does not change.
-        shares: For each group that the size depends on: its name, how much each unit adds, and its dense width.
+        fixed: Constant part.
+        shares: For each group that the size depends on: its name, the share of each unit, and its dense width.
         module: Qualified name of the module.
         path: The attribute, or one of an object that the module refers to, such as ``"config.num_heads"``.
     """
@@ -38,30 +38,30 @@ class Attribute:
 
     @classmethod
     def of(cls, units: Units, size: AffineSize, module: str = "", path: str = "") -> Attribute:
-        """From a size as `Units.affine` gives it."""
+        """Make an attribute from a size of `Units.affine`."""
         shares = ((units.groups[group], each) for group, each in size.shares)
         return cls(size.fixed, tuple((group.name, each, group.size) for group, each in shares), module, path)
 
     def value(self, widths: Mapping[str, int]) -> int:
-        """The size when so many units of each group stay; groups not named stay whole."""
+        """Return the size at widths by group name; groups not named stay whole."""
         return self.fixed + sum(each * widths.get(name, dense) for name, each, dense in self.shares)
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What can be removed from a model, and what that does to its tensors and costs. Holds no tensor; pickles.
+    """Removable units of a model, with their effect on tensors and costs. Holds no tensor; pickles.
 
     Attributes:
-        groups: What can be removed, in forward order.
+        groups: Groups of removable units, in forward order.
         frozen: Parameter dimensions that stay, with reasons.
         untouched: Parameters that the traced pass did not read; they stay.
         units_of: Unit of each index of each dimension of every parameter and buffer that can shrink (-1 stays).
         attributes: Sizes that modules keep in Python and that must follow the widths.
         terms: Exact costs as functions of the widths.
         weights: Shapes of the parameters that convolutions and matrix products multiply with, in forward order.
-        device: Where the pass was traced: ``"meta"``, or the device of the model's real values.
-        graphs: Modules that are delivered as graphs of what they ran, because their code does not follow the widths.
-        untrained: Why what only training runs was not followed, in words; empty where it was.
+        device: Device of the traced pass: ``"meta"``, or that of the model's real values.
+        graphs: Modules that are delivered as graphs of their operations, because their code does not follow the widths.
+        untrained: Reason why operations of training alone were not followed, in words; empty if they were.
         unread: Groups that no output depends on, and none in training.
     """
 
@@ -141,11 +141,11 @@ class Structure:
         return {module: {each.path: each.value({}) for each in own} for module, own in self._sizes_in.items()}
 
     def keep(self, pruning: Pruning) -> BoolArray:
-        """Which units stay, bool, shape (units,).
+        """Mark the units that stay, bool, shape (units,).
 
         Raises:
-            ValueError: If a group is unknown, a unit is out of range, or a group would keep none of its units or not a
-                multiple of what it must.
+            ValueError: If a group is unknown, a unit is out of range, or a group would keep no units or not a multiple
+                of its `Group.multiple`.
         """
         keep = np.ones(int(self.sizes.sum()), dtype=bool)
         for name, kept in pruning.kept.items():
@@ -163,8 +163,8 @@ class Structure:
         return keep
 
     def edit(self, pruning: Pruning) -> Edit:
-        """What a pruning does to each tensor and to the grouped modules."""
-        keep = np.append(self.keep(pruning), True)  # unit -1, what stays, reads the last entry
+        """Make the edit of a pruning: the changes of each tensor and of the grouped modules."""
+        keep = np.append(self.keep(pruning), True)  # unit -1, which stays, reads the last entry
         found: dict[int, IntArray | None] = {}
 
         def kept(units: IntArray) -> IntArray | None:
@@ -188,7 +188,7 @@ class Structure:
         attributes = dict(self._dense_attributes)
         for module in {module for group in pruning.kept for module in self._modules_of[group]}:
             attributes[module] = {each.path: each.value(widths) for each in self._sizes_in[module]}
-        # The dense model is the user's own, module by module.
+        # The dense model keeps the user's own modules.
         return Edit(slices, attributes, zeroed, self.graphs if slices else {})
 
     def _require_elements(self, name: str, count: int, kept: Mapping[int, IntArray]) -> None:
@@ -199,12 +199,12 @@ class Structure:
             raise ValueError(f"pruning.zeroed[{name!r}] must be a number of its elements, 0 to {left}, got {count}")
 
     def build(self, model: nn.Module, pruning: Pruning) -> nn.Module:
-        """Build a plain module, the pruned `model`; shares no state with it."""
+        """Build the pruned `model` as a plain module that shares no state with it."""
         return build(model, self.edit(pruning))
 
 
 def delivered_as_graphs(structure: Structure) -> str:
-    """Say which modules are rewritten, the first of each class by name."""
+    """Name the modules that are rewritten, the first of each class."""
     first: dict[str, str] = {}
     for name, description in structure.graphs.items():
         first.setdefault(str(description["name"]), name or "the model")
@@ -215,7 +215,7 @@ def delivered_as_graphs(structure: Structure) -> str:
 def assemble(
     flow: Propagation, units: Units, untouched: tuple[str, ...] = (), attributes: tuple[Attribute, ...] = ()
 ) -> Structure:
-    """Put together what a propagation and its units say; `attributes` are those found by trying."""
+    """Assemble the structure from a propagation and its units; `attributes` are those found by trying."""
     if "terms" not in units.derived:
         units.derived["terms"] = cost_terms(flow, units)
     units_of: dict[str, tuple[IntArray | None, ...]] = {}
@@ -250,7 +250,7 @@ def _unread(record: Record, groups: Sequence[Group]) -> frozenset[str]:
 
 
 def _group_counts(flow: Propagation, units: Units) -> list[Attribute]:
-    """``groups`` of grouped convolutions and ``num_groups`` of group norms that may lose whole groups."""
+    """Find ``groups`` of grouped convolutions and ``num_groups`` of group norms that may lose whole groups."""
     found = {}
     for op in (*flow.record.ops, *flow.record.training):
         if op.index in flow.record.twins:

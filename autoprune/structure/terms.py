@@ -1,4 +1,4 @@
-"""Exact costs as products of sizes: what operations multiply, what tensors hold, and when each lives."""
+"""Terms of exact costs as products of sizes: multiply-accumulates, elements of tensors, and lifetimes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autoprune.structure.units import AffineSize, Units
 
 @dataclass(frozen=True)
 class Products:
-    """A list of products of affine sizes.
+    """List of products of affine sizes.
 
     Attributes:
         coefficients: Constant factor of each product, shape (p,).
@@ -38,7 +38,7 @@ class Terms:
         state_bytes: Bytes of each parameter and buffer.
         activation_bytes: Bytes of each input and result that owns storage, for the whole traced batch.
         born: Operation that makes each activation, shape (activations,); -1 for an input.
-        died: Number of operations that have run when it is let go, shape (activations,).
+        died: Number of operations that have run when it is released, shape (activations,).
         batch: Samples in the traced batch.
         uncounted: Operations that may multiply a parameter and have no formula, with their modules; `macs` lack them.
     """
@@ -75,7 +75,7 @@ class _Builder:
         self.sizes: dict[AffineSize, int] = {AffineSize(1, ()): 0}
 
     def product(self, coefficient: float, dims: list[tuple[int, int]]) -> tuple[float, tuple[int, ...]]:
-        """A constant times the sizes of dimensions, each given as (value, dimension)."""
+        """Make a product of a constant and sizes of dimensions, each given as (value, dimension)."""
         factors = []
         for value, dim in dims:
             labels, size = self.flow.of(value)[dim], self.flow.record.values[value].shape[dim]
@@ -87,7 +87,7 @@ class _Builder:
         return coefficient, tuple(sorted(factors))
 
     def table(self) -> IntArray:
-        """`Terms.sizes`."""
+        """Return `Terms.sizes`."""
         rows = np.zeros((len(self.sizes), 1 + len(self.units.groups)), dtype=np.int64)
         for size, i in self.sizes.items():
             rows[i, 0] = size.fixed
@@ -96,12 +96,12 @@ class _Builder:
         return rows
 
     def whole(self, coefficient: float, value: int) -> tuple[float, tuple[int, ...]]:
-        """A constant times the number of elements of a value."""
+        """Make a product of a constant and the number of elements of a value."""
         return self.product(coefficient, [(value, dim) for dim in range(len(self.flow.record.values[value].shape))])
 
 
 def cost_terms(flow: Propagation, units: Units) -> Terms:
-    """Read the exact costs of the first example off a propagation."""
+    """Compute the exact costs of the first example from a propagation."""
     build = _Builder(flow, units)
     record = flow.record
     ops = record.ops[: record.first]
@@ -128,10 +128,10 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
 
 
 def tensor_lives(record: Record) -> list[tuple[int, int, int]]:
-    """Inputs that the first example reads, and results of it that own storage.
+    """List inputs that the first example reads, and its results that own storage, with their lifetimes.
 
     Returns:
-        Value, operation that makes it (-1 for an input), and number of operations that have run when it is let go.
+        Value, operation that makes it (-1 for an input), and number of operations that have run when it is released.
     """
     ops = record.ops[: record.first]
     read = {i for op in ops for i in op.inputs()}
@@ -153,7 +153,7 @@ def tensor_lives(record: Record) -> list[tuple[int, int, int]]:
 
 
 def multiplied_parameters(record: Record) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that convolutions and matrix products read, by name, in the order first read.
+    """Find shapes of the parameters that convolutions and matrix products read, by name, in the order first read.
 
     Lookup tables, scales and positions that are only added are not among them. A weight may be a view of its parameter,
     or computed from parameters alone, as weight norm does: then the largest of these counts. Where both factors come

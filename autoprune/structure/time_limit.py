@@ -1,4 +1,4 @@
-"""How long an analysis may take: whatever takes time in it looks here between operations."""
+"""Time limit of an analysis: every slow step in it checks the limit between operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Limit:
 
 
 class _OverError(BaseException):
-    """The time is over; no ``except Exception`` around the user's code takes it for a failure of that."""
+    """Raised when the time is over; no ``except Exception`` around the user's code catches it."""
 
 
 _limit: ContextVar[_Limit | None] = ContextVar("limit", default=None)
@@ -24,10 +24,10 @@ _limit: ContextVar[_Limit | None] = ContextVar("limit", default=None)
 
 @contextmanager
 def limited(until: float | None) -> Iterator[None]:
-    """Do what is inside until then, by `time.monotonic`; None for as long as it takes.
+    """Limit the code inside to end by `until`, by `time.monotonic`; None for no limit.
 
     Raises:
-        TimeoutError: If it takes longer; says what was being done.
+        TimeoutError: If it takes longer; names the step that was running.
     """
     limit = None if until is None else _Limit(until)
     token = _limit.set(limit)
@@ -40,7 +40,7 @@ def limited(until: float | None) -> Iterator[None]:
 
 
 def doing(what: str) -> None:
-    """Say what is being done from now on, such as ``"the checks ran"``."""
+    """Name the step that runs from now on, such as ``"the checks ran"``."""
     limit = _limit.get()
     if limit is not None:
         limit.doing = what
@@ -48,7 +48,7 @@ def doing(what: str) -> None:
 
 
 def look() -> None:
-    """Go on only while there is time."""
+    """Check that there is time left."""
     limit = _limit.get()
     if limit is not None and time.monotonic() > limit.until:
         raise _OverError

@@ -1,8 +1,8 @@
 """Record the ATen operations of one forward pass, with the module that ran each and how long each tensor lived.
 
-One pass under a ``TorchDispatchMode`` sees every operation with concrete shapes, whatever Python did to get there. The
-pass runs on the meta device, where it costs neither memory nor arithmetic; a model that cannot run there is traced on
-its real values. The user's model is never run: a copy that shares its tensors is.
+One pass under a ``TorchDispatchMode`` sees every operation with concrete shapes, independent of the Python code that
+calls it. The pass runs on the meta device, where it costs neither memory nor arithmetic; a model that cannot run there
+is traced on its real values. The user's model is never run, only a copy that shares its tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def trace(
     foreseen: Foreseen | None = None,
     training: bool = False,
 ) -> Record:
-    """Run `forward` once on each example, on the meta device if possible, and record what it did.
+    """Run `forward` once on each example, on the meta device if possible, and record its operations.
 
     Args:
         model: Any module; it is not run itself and stays as it is.
@@ -46,7 +46,7 @@ def trace(
         further: More examples, which take other branches.
         values: Run on the real values: the operations are then those of the device.
         foreseen: With `values`, operations that are not computed, to save their time; of an earlier pass.
-        training: Record as well what a pass in training mode runs beyond these.
+        training: Also record the additional operations of a pass in training mode.
     """
     examples = [(args, kwargs), *further]
     if values:
@@ -56,10 +56,10 @@ def trace(
         return _trace(model, examples, forward, meta=False, training=training)
     try:
         record = _trace(model, examples, forward, meta=True, training=training)
-        # Made behind our back, as the index tensor of x[:, [0, 2]] is: its values are needed and are lost.
+        # Made outside of the record, like the index tensor of x[:, [0, 2]]: its values are needed and are lost.
         met = record.values[: record.met]
         lost = [v for v in met if v.kind == "constant" and v.tensor is not None and v.tensor.is_meta]
-        if not any(v.tensor.numel() for v in lost if v.tensor is not None):  # a cache that is yet empty has no values
+        if not any(v.tensor.numel() for v in lost if v.tensor is not None):  # a cache that is still empty has no values
             for value in lost:
                 value.tensor = torch.empty(value.shape, dtype=value.dtype, device=_device_of(model))
             return record

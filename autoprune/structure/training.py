@@ -1,7 +1,7 @@
-"""What only training runs, as auxiliary heads do: operations of a pass in training mode that evaluation does not run.
+"""Operations that only training runs, such as those of auxiliary heads.
 
-They join and keep labels as others do, so that what is built trains; costs and checks of values are of evaluation.
-Layers that training merely makes random or that update statistics run as in evaluation: dropout and batch norm.
+They join and freeze labels as others do, so that a built model trains; costs and checks of values are of evaluation.
+Layers that are merely random or update statistics in training run as in evaluation: dropout and batch norm.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run_in_training(
     inputs: Inputs,
     mode: AbstractContextManager[Any] | None = None,
 ) -> list[Tensor]:
-    """Output tensors of a private copy in training mode, without what training makes random."""
+    """Run a private copy in training mode, without random layers, and return its output tensors."""
     copied.train()
     for module in copied.modules():
         if isinstance(module, _NormBase | _DropoutNd):
@@ -66,7 +66,7 @@ def run_in_training(
 def follow_training(
     recorder: Recorder, copied: nn.Module, forward: Forward, state: Mapping[str, Tensor], inputs: Inputs
 ) -> None:
-    """Add what a pass in training mode runs beyond the recorded one; a pass that fails says why in the record."""
+    """Add the additional operations of a pass in training mode; if it fails, note the reason in the record."""
     record = recorder.record
     operations, calls = len(record.ops), len(record.calls)
     outputs: list[int] = []
@@ -85,7 +85,7 @@ def follow_training(
 
 
 def _keep_what_differs(record: Record, ran: list[Op], outputs: list[int]) -> None:
-    """Take a training operation with the same arguments as a recorded one for that, and its results for those."""
+    """Identify training operations with recorded ones of the same arguments, and their results likewise."""
     waiting: dict[tuple[Any, str], deque[Op]] = defaultdict(deque)
     places: dict[tuple[str, str], deque[int]] = defaultdict(deque)
     for op in record.ops[: record.first]:
@@ -115,6 +115,6 @@ def _keep_what_differs(record: Record, ran: list[Op], outputs: list[int]) -> Non
 
 
 def _touches_floats(record: Record, op: Op) -> bool:
-    """Whether labels may pass through: counters, indices and masks alone have none."""
+    """Return whether labels may pass through an operation: counters, indices and masks alone have none."""
     dtypes = [record.values[value].dtype for value in (*op.inputs(), *op.results())]
     return any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)

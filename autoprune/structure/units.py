@@ -1,4 +1,4 @@
-"""From labels to units and groups: what can be removed, and what must stay and why."""
+"""Units and groups made from labels, and the frozen dimensions with the reasons."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from autoprune.protocols import IntArray
 from autoprune.structure.propagate import Labels, Propagation
 
 REMEMBERED = 4
-"""Units of one propagation that are remembered."""
+"""Most results for one propagation that are cached."""
 
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the units of a group live in one dimension of one parameter or buffer.
+    """Slot: the indices of a group's units in one dimension of one parameter or buffer.
 
     Attributes:
         tensor: Qualified name.
@@ -36,7 +36,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Group:
-    """Interchangeable units: one dimension of a search.
+    """Group of interchangeable units: one dimension of a search.
 
     Attributes:
         name: Module that makes the units, for example ``"layer1.0.conv1"``.
@@ -56,13 +56,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A parameter dimension, or part of one, that stays, and why.
+    """Frozen parameter dimension, or part of one, with the reason.
 
     Attributes:
         tensor: Qualified name of the parameter.
         dim: Its dimension.
-        size: How many indices of it stay.
-        reason: Why, in words.
+        size: Number of its indices that stay.
+        reason: The reason, in words.
     """
 
     tensor: str
@@ -73,11 +73,11 @@ class Frozen:
 
 @dataclass(frozen=True)
 class AffineSize:
-    """A size that depends on how many units of some groups stay.
+    """Size that depends on the widths of some groups.
 
     Attributes:
-        fixed: What does not change.
-        shares: Number of a group, and how much each unit of it that stays adds; ascending.
+        fixed: Constant part.
+        shares: Number of each group, and the share of each of its units; ascending.
     """
 
     fixed: int
@@ -86,14 +86,14 @@ class AffineSize:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of a propagation.
+    """Units of a propagation.
 
     Attributes:
         groups: In forward order.
         frozen: Parameter dimensions that stay, kernel sizes left out.
         unit_of: Unit of each label, shape (labels,); -1 where it stays. Units are numbered group by group.
         group_of: Group of each unit, shape (units,).
-        derived: What was computed from them alone, by name.
+        derived: Cached values computed from them alone, by name.
     """
 
     groups: tuple[Group, ...]
@@ -104,14 +104,14 @@ class Units:
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, labels: Labels) -> IntArray | None:
-        """Unit of each index of a dimension, or None when all of it stays."""
+        """Return the unit of each index of a dimension, or None when all of it stays."""
         if labels is None:
             return None
         units = self.unit_of[labels]
         return units if (units >= 0).any() else None
 
     def affine(self, labels: Labels, size: int) -> AffineSize:
-        """A dimension's size as a function of the widths."""
+        """Return a dimension's size as a function of the widths."""
         if labels is None:
             return AffineSize(size, ())
         if id(labels) not in self._sizes:  # most values share the arrays of others; kept, so that the id stays theirs
@@ -127,7 +127,7 @@ class Units:
         return AffineSize(int((units < 0).sum()), tuple((g, count // self.groups[g].size) for g, count in pairs))
 
     def alive(self, labels: Labels, size: int, keep: BoolArray) -> IntArray:
-        """Indices of a dimension that stay when the units where `keep` (units,) is False go, ascending."""
+        """Return the indices of a dimension that stay without the units where `keep` (units,) is False, ascending."""
         units = self.of(labels)
         if units is None:
             return np.arange(size, dtype=np.int64)
@@ -135,10 +135,10 @@ class Units:
 
 
 def find_units(flow: Propagation, exclude: Mapping[str, str] | None = None) -> Units:
-    """Join labels into units, and units into groups; what was found last is remembered.
+    """Join labels into units, and units into groups; the last results are cached.
 
     Two units are interchangeable when they touch the same dimensions of all tensors, results included, with the same
-    number of indices each; so the size of every tensor depends on how many units of a group stay, not on which.
+    number of indices each; so the size of every tensor depends only on the number of units of a group that stay.
 
     Args:
         flow: A propagation.
@@ -190,7 +190,7 @@ def _units_of(flow: Propagation, exclude: Mapping[str, str] | None) -> Units:
 
 
 def _multiples(flow: Propagation, unit_of: IntArray, group_of: IntArray, sizes: list[int]) -> list[int]:
-    """Of how many units each group must stay a multiple; where groups share a dimension, each alone keeps it."""
+    """Number that each group's size must be a multiple of; if groups share a dimension, each alone meets it."""
     multiples = [1] * len(sizes)
     for labels, number in flow.multiples:
         units = unit_of[labels]
@@ -218,7 +218,7 @@ def _components(flow: Propagation) -> IntArray:
 
 
 def _reasons(flow: Propagation, component: IntArray) -> dict[int, str]:
-    """Component to the first reason why it stays."""
+    """Map each frozen component to the first reason why it stays."""
     reasons: dict[int, str] = {0: "it has a constant size"}
     for freeze in flow.freezes:
         for label in np.unique(component[freeze.labels]).tolist():
@@ -233,7 +233,7 @@ def _reasons(flow: Propagation, component: IntArray) -> dict[int, str]:
 
 
 def _members(flow: Propagation, component: IntArray, reasons: dict[int, str]) -> list[IntArray]:
-    """Components that may go, by equal signature: each an ascending array of components."""
+    """Removable components by equal signature, each an ascending array of components."""
     movable = np.ones(flow.count, dtype=bool)
     movable[list(reasons)] = False
     owned = np.zeros(flow.count, dtype=bool)
@@ -303,7 +303,7 @@ def _frozen(flow: Propagation, component: IntArray, unit_of: IntArray, reasons: 
 
 
 def first_labels(flow: Propagation, group: Group) -> IntArray:
-    """A label of each unit of a group, shape (units,)."""
+    """Return a label of each unit of a group, shape (units,)."""
     slot = group.slots[0]
     labels = flow.of(flow.record.named()[slot.tensor])[slot.dim]
     assert labels is not None

@@ -1,4 +1,4 @@
-"""The checks of values on one example, and how far they may be apart."""
+"""Checks of values on one example, with their tolerances."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Values:
     """Compares passes of one example with each other.
 
     Args:
-        flow: Of a pass on the example.
+        flow: Labels of a pass on the example.
         example: The model and its inputs.
     """
 
@@ -41,12 +41,12 @@ class Values:
 
     @cached_property
     def dense(self) -> list[Tensor]:
-        """Outputs of the model as it is, in its own type."""
+        """Outputs of the unchanged model, in its own type."""
         return self.example.run(skeleton(self.example.model))
 
     @cached_property
     def exact(self) -> list[Tensor]:
-        """Outputs of the record, in float64 where it can be."""
+        """Outputs of the record, in float64 where possible."""
         units = find_units(self.flow)
         for wide in (True, False):
             try:
@@ -58,32 +58,32 @@ class Values:
                 self.wide = wide
                 return found
         self.wide = False
-        return self.dense  # what does not run at all fails every check, with its own words
+        return self.dense  # a record that does not run fails every check, with its own message
 
     @cached_property
     def native(self) -> list[float]:
-        """How far a smaller module in the model's own type may be from what is exact, for each output."""
+        """Tolerances between a smaller module in the model's own type and the exact outputs."""
         return native_tolerances(self.dense, self.exact)
 
     @cached_property
     def replayed(self) -> list[float]:
-        """How far two passes of the record may be apart, for each output."""
+        """Tolerances between two passes of the record, for each output."""
         exact = self.exact
         return wide_tolerances(self.dense, exact) if self.wide else self.native
 
     @cached_property
     def module_is_wide(self) -> bool:
-        """Whether the model's own forward does in float64 what the record does."""
+        """True if the model's own forward in float64 agrees with the record."""
         try:
             found = self.example.run(skeleton(self.example.model), wide=True)
             compare("float64", found, self.exact, self.replayed)
-        except Exception as error:  # a forward may insist on a type of its own
+        except Exception as error:  # a forward may require a certain type
             log.info("the model does not run in float64 (%s); checking its forward in its own type", error)
             return False
         return True
 
     def permutation(self, flow: Propagation, units: Units, rng: np.random.Generator) -> None:
-        """Units permuted inside every group, in all tensors, must give the same outputs."""
+        """Check that units permuted inside every group, in all tensors, give the same outputs."""
         order = {group.name: rng.permutation(group.size) for group in units.groups}
         slots: dict[str, list[tuple[Slot, IntArray]]] = {}
         for group in units.groups:
@@ -102,18 +102,18 @@ class Values:
         compare("permutation", replay.prepared(self.tensors, self.inputs, permuted), exact, self.replayed)
 
     def agree(self, flow: Propagation, units: Units, structure: Structure, pruning: Pruning) -> None:
-        """The replay and the module check."""
+        """Run the replay and the module check."""
         replay = Replay(flow, units, structure.keep(pruning), wide=self.wide)
         sliced = replay.sliced(self.tensors, self.inputs)
         compare("replay", sliced, replay.masked(self.tensors, self.inputs), self.replayed)
         self._module(lambda: Slicer(self.example.model).cut(structure.edit(pruning)), sliced)
 
     def _module(self, cut: Callable[[], nn.Module], sliced: list[Tensor]) -> None:
-        """The user's forward must agree in float64, or, where it does not run so, in its own type."""
+        """Check that the user's forward agrees in float64, or, if it does not run so, in its own type."""
         if self.wide and self.__dict__.get("module_is_wide", True):
             try:
                 compare("module", self.example.run(cut(), wide=True), sliced, self.replayed)
-            except Exception:  # an error, or a forward that insists on a type: the dense model tells
+            except Exception:  # an error, or a forward that requires a type: the dense model decides
                 if self.module_is_wide:
                     raise
             else:

@@ -1,4 +1,4 @@
-"""Run a model's own forward in float64, whatever types its code names, without a second copy of its weights."""
+"""Float64 run of a model's own forward, for any types that its code names, without a second copy of its weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from autoprune.structure.time_limit import look
 
 
 class Widening(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
-    """Runs every operation on widened copies of what is narrower, and widens the types that it is asked for.
+    """Runs every operation on widened copies of narrower tensors, and widens requested types.
 
-    So a cast to float32 in the code loses nothing, and a weight is wide only while an operation reads it. A write to a
-    tensor that is not wide yet is lost; compare a pass under this mode with another before relying on it.
+    So a cast to float32 in the code loses no precision, and a weight is wide only while an operation reads it. A write
+    to a tensor that is not wide yet is lost; compare a pass under this mode with another before relying on it.
     """
 
     def __torch_dispatch__(

@@ -1,4 +1,4 @@
-"""Numbers in a recorded call that are sizes of its result, at other widths than those it was recorded at."""
+"""Numbers in a recorded call that are sizes of its result, at other widths than the recorded ones."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ WHOLE = frozenset(
         *("zeros", "ones", "empty", "full", "rand", "randn"),
     )
 )
-"""Calls that are given the shape of their result."""
+"""Calls whose arguments include the shape of their result."""
 
 
 def resized(step: Step, dense: Shapes, shapes: Shapes) -> Arguments:
-    """Arguments of a call, with those numbers replaced that follow the shape of its result.
+    """Replace the numbers among the arguments of a call that follow the shape of its result.
 
     Args:
         step: The call.
@@ -59,7 +59,7 @@ def _whole(name: str, args: list[Any], kwargs: dict[str, Any], shape: tuple[int,
 
 
 def _filled(sizes: Sequence[Any], shape: Sequence[int]) -> Any:
-    """Sizes as given, -1 where it was, the others from the shape."""
+    """Fill in sizes from the shape, except for -1."""
     if len(sizes) != len(shape):
         return sizes
     filled = [given if given == -1 else size for given, size in zip(sizes, shape, strict=True)]
@@ -143,7 +143,7 @@ def _getitem(step: Step, dense: Shapes, shapes: Shapes) -> Arguments:
 
 
 def _cut(item: slice, whole: int, part: int) -> slice:
-    """A slice from the begin, or to the end, of a dimension that has other sizes."""
+    """Adapt a slice from the beginning, or to the end, of a dimension to other sizes."""
     if item.step not in (None, 1) or any(type(end) is int and end < 0 for end in (item.start, item.stop)):
         return item
     if not item.start and type(item.stop) is int:

@@ -1,4 +1,4 @@
-"""The tests that every optimizer, space and evaluator must pass.
+"""Contract tests that every optimizer, space and evaluator must pass.
 
 Subclass a contract in a test module under a name that starts with ``Test`` and fill in its ``make_`` methods:
 
@@ -43,18 +43,18 @@ if TYPE_CHECKING:
 
 
 class OptimizerContract:
-    """What `autoprune.search` relies on in an optimizer."""
+    """Contract of optimizers: the properties that `autoprune.search` relies on."""
 
     def make(self, problem: Problem, seed: int) -> Optimizer:
         """Return a fresh optimizer; the only method to fill in."""
         raise NotImplementedError
 
     def make_problem(self) -> KnownProblem:
-        """The problem searched, with at least 500 feasible candidates."""
+        """Return the problem to search, with at least 500 feasible candidates."""
         return product_problem((6, 4, 5, 3, 6, 4), seed=0)
 
     def make_tiny_problem(self) -> KnownProblem:
-        """A problem with 7 to 200 feasible candidates."""
+        """Return a problem with 7 to 200 feasible candidates."""
         return product_problem((3, 3, 4), seed=0, budget=0.8)
 
     def test_proposals_are_feasible_candidates_of_the_space(self) -> None:
@@ -162,7 +162,7 @@ class OptimizerContract:
 
 
 class SpaceContract:
-    """What the search relies on in a space."""
+    """Contract of spaces: the properties that the search relies on."""
 
     def make_space(self) -> SearchSpace:
         """Return a space of at least one dimension."""
@@ -249,18 +249,18 @@ class SpaceContract:
 
 
 class EvaluatorContract:
-    """What the search relies on in an evaluator."""
+    """Contract of evaluators: the properties that the search relies on."""
 
     def make_evaluator(self) -> Evaluator:
         """Return an evaluator that is not prepared yet."""
         raise NotImplementedError
 
     def make_context(self) -> Context:
-        """Return what ``prepare`` takes; every call returns an equal context with a model of its own."""
+        """Return a context for ``prepare``; every call returns an equal one with a separate model."""
         raise NotImplementedError
 
     def make_candidates(self, context: Context) -> IntArray:
-        """Candidates to evaluate, shape (n, d), the dense one first; by default four more at random."""
+        """Return candidates to evaluate, shape (n, d), the dense one first; by default four more at random."""
         return np.concatenate([np.zeros((1, len(context.space.sizes)), dtype=np.int64), _draw(context.space)[:4]])
 
     def test_two_calls_agree_bit_for_bit(self) -> None:

@@ -24,14 +24,14 @@ def _nothing(candidates: IntArray) -> FloatArray:
 @final
 @dataclass(frozen=True, eq=False)
 class KnownProblem:
-    """A problem together with the objective that its optimizer does not see.
+    """Problem together with the objective that its optimizer does not see.
 
     Attributes:
-        problem: What the optimizer is given.
+        problem: The problem given to the optimizer.
         losses: Loss of each option of each dimension alone, 0 for dense.
-        joint: What canonical candidates (n, d) lose beyond the sum of these, shape (n,); 0 for single changes.
+        joint: Loss of canonical candidates (n, d) in addition to the sum of these, shape (n,); 0 for single changes.
         noise: Standard deviation of the error of a full evaluation, in the unit of the losses.
-        noise_seed: Another seed, other errors.
+        noise_seed: Seed of the errors.
     """
 
     problem: Problem
@@ -41,15 +41,15 @@ class KnownProblem:
     noise_seed: int = 0
 
     def loss(self, candidates: IntArray) -> FloatArray:
-        """The exact loss of candidates (n, d), shape (n,)."""
+        """Compute the exact loss of candidates (n, d), shape (n,)."""
         canonical = self.problem.canonical(candidates)
         return _total(self.losses, canonical) + self.joint(canonical)
 
     def evaluate(self, candidates: IntArray, status: str = OK, reason: str = "") -> Evaluations:
-        """Evaluations of candidates (n, d): loss and costs, all rows with one `status`; NaN if it is ``"failed"``.
+        """Evaluate candidates (n, d): loss and costs, all rows with one `status`; NaN if it is ``"failed"``.
 
-        With noise, a candidate errs by the same amount whenever it is evaluated, as it does on a fixed set of samples;
-        raced ones, on a tenth of the samples, by the square root of ten as much. The distortion is the loss again.
+        With noise, a candidate has the same error in every evaluation, as on a fixed set of samples; the error of raced
+        ones, on a tenth of the samples, is larger by the square root of ten. The distortion equals the loss.
         """
         n = len(candidates)
         samples = np.full(n, {OK: 100, RACED: 10, FAILED: 0}[status])
@@ -70,7 +70,7 @@ class KnownProblem:
         return np.array([np.random.default_rng([self.noise_seed, *row]).standard_normal() for row in canonical])
 
     def best(self, limits: FloatArray | None = None) -> IntArray:
-        """The candidate of least exact loss within `limits`, by default the problem's, shape (d,); by enumeration."""
+        """Find the candidate of least exact loss within `limits`, by default the problem's, shape (d,); enumerates."""
         candidates = self.feasible_candidates()
         within = candidates[self.problem.feasible(candidates, limits)]
         best: IntArray = within[self.loss(within).argmin()]
@@ -83,7 +83,7 @@ class KnownProblem:
 
 
 def additive_problem(sizes: Sequence[int], seed: int, budget: float = 0.5) -> KnownProblem:
-    """Cost adds up over the dimensions and falls evenly along the options, as with numbers of weights."""
+    """Make a problem whose cost is a sum over the dimensions and falls evenly along the options, like parameters."""
     weights = np.random.default_rng(seed).lognormal(0.0, 1.0, len(sizes))
     tables = tuple(w * _widths(size) for w, size in zip(weights, sizes, strict=True))
     return _known(sizes, seed, budget, ("params",), lambda candidates: _total(tables, candidates)[:, None])
@@ -140,7 +140,7 @@ def blocks_problem(blocks: int, seed: int, budget: float = 0.5) -> KnownProblem:
 
 
 def interacting(known: KnownProblem, seed: int, strength: float = 0.8) -> KnownProblem:
-    """Neighbouring dimensions lose more together than each alone, or less, by up to `strength` of their mean loss.
+    """Add interactions: neighbouring dimensions lose more together, or less, by up to `strength` of their mean loss.
 
     The geometric mean of two losses, times a factor from -`strength` to `strength` for each pair of neighbours, so the
     loss of a candidate is between 1 - `strength` and 1 + `strength` of the sum of single losses.
@@ -156,11 +156,11 @@ def interacting(known: KnownProblem, seed: int, strength: float = 0.8) -> KnownP
 
 
 def deceptive(known: KnownProblem, seed: int, share: float = 0.5) -> KnownProblem:
-    """In a share of the pairs of neighbours, removing one alone is ruinous, and removing both is nearly free.
+    """Add traps: in a share of the pairs of neighbours, removing one alone is ruinous, and removing both nearly free.
 
-    In such a trap the losses of either dimension are scaled up, to three times what they or the median dimension were
-    at the last option, so that single changes say to leave it alone. Only with both at their last option, no more than
-    a twentieth of what they lost before is lost. Every dimension needs at least two options.
+    In such a trap the losses of either dimension are scaled up, to three times those of it or the median dimension at
+    the last option, so that single changes discourage it. Only with both at their last option is the loss at most a
+    twentieth of the original one. Every dimension needs at least two options.
     """
     d = len(known.losses)
     first = 2 * np.random.default_rng([seed, 3]).permutation(d // 2)[: max(int(share * (d // 2)), 1)]
@@ -179,7 +179,7 @@ def deceptive(known: KnownProblem, seed: int, share: float = 0.5) -> KnownProble
 
 
 def noisy(known: KnownProblem, seed: int, share: float = 0.1) -> KnownProblem:
-    """Evaluations err by a `share` of what uniform pruning at the limits loses, with the standard error reported."""
+    """Add noise: evaluations err by a `share` of the loss of uniform pruning at the limits, and report the error."""
     uniform = uniform_seeds(known.problem)[-1:]
     return replace(known, noise=share * float(known.loss(uniform)[0]), noise_seed=seed)
 

@@ -1,7 +1,7 @@
-"""Rules: how the labels of an operation's results follow from those of its arguments.
+"""Rules that give the labels of an operation's results from those of its arguments.
 
 A rule takes the propagation and the operation and returns the labels of each result. It is found by the operation's
-name; anything that PyTorch tags as pointwise shares one rule. An operation without a rule freezes what it touches.
+name; all operations that PyTorch tags as pointwise share one rule. An operation without a rule freezes its labels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def rule_of(op: Op) -> Rule | None:
-    """The rule of an operation, or None."""
+    """Find the rule of an operation, or None."""
     from autoprune.structure.rules import arithmetic, indexing, layers, views  # noqa: F401  (each registers its rules)
 
     if op.name in RULES:

@@ -95,7 +95,7 @@ def _join_all(flow: Propagation, op: Op, aligned: list[Labels]) -> Labels:
     "aminmax",
 )
 def reduction(flow: Propagation, op: Op) -> list[Dims]:
-    """Drop the reduced dimensions. Positions along a labelled dimension (argmax) have no meaning once units go."""
+    """Drop the reduced dimensions. Positions along a labelled dimension (argmax) have no meaning for removed units."""
     source = op.args["self"]
     dims = flow.of(source.id)
     if len(op.inputs()) > 1:  # max(a, b) is elementwise
@@ -114,7 +114,7 @@ def reduction(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "linear", "_sparse_addmm")
 def contraction(flow: Propagation, op: Op) -> list[Dims]:
-    """Matrix products: join the contracted dimensions; rows and columns pass."""
+    """Join the contracted dimensions of a matrix product; rows and columns pass."""
     names = {
         "addmm": ("mat1", "mat2"),
         "_sparse_addmm": ("mat1", "mat2"),
@@ -143,7 +143,7 @@ def contraction(flow: Propagation, op: Op) -> list[Dims]:
 
 
 def contract(flow: Propagation, op: Op, data: Labels, weight: Labels) -> None:
-    """Join the two sides of a sum over a dimension, and say so in the user's words where one side is fixed."""
+    """Join the two sides of a sum over a dimension, and give the reason in the user's terms if one side is fixed."""
     if data is None and weight is not None:
         flow.freeze(op, weight, f"reads the model's input or another fixed dimension in {op.where()}")
     elif weight is None:
@@ -174,25 +174,25 @@ def add_bias(flow: Propagation, op: Op, bias: Ref, out: Dims) -> None:
     "empty_strided",
 )
 def factory(flow: Propagation, op: Op) -> list[Dims]:
-    """A tensor made from sizes gets labels of its own: the code that made it may follow the width of a neighbour."""
+    """Give a tensor made from sizes fresh labels: the code that made it may follow the width of a neighbour."""
     return [[flow.fresh(size) for size in flow.record.values[value].shape] for value in op.results()]
 
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "bernoulli_")
 def like(flow: Propagation, op: Op) -> list[Dims]:
-    """A tensor shaped like another has its labels."""
+    """Give a tensor shaped like another its labels."""
     return [list(flow.of(op.args["self"].id)) for _ in op.results()]
 
 
 @rule("arange", "linspace", "eye", "tril_indices", "triu_indices")
 def constant(flow: Propagation, op: Op) -> list[Dims]:
-    """A tensor with meaning in its positions is fixed."""
+    """Fix a tensor whose positions have a meaning."""
     return [[None] * len(flow.record.values[value].shape) for value in op.results()]
 
 
 @rule("addbmm")
 def summed_products(flow: Propagation, op: Op) -> list[Dims]:
-    """A batch of matrix products, added up: join what is contracted and the batches, which go into the sum as well."""
+    """Join the contracted dimensions of a summed batch of matrix products, and the batches, which are summed too."""
     a, b = flow.of(op.args["batch1"].id), flow.of(op.args["batch2"].id)
     contract(flow, op, a[2], b[1])
     flow.join(op, a[0], b[0])
@@ -203,7 +203,7 @@ def summed_products(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("addr")
 def outer_product(flow: Propagation, op: Op) -> list[Dims]:
-    """Rows of one vector, columns of another."""
+    """Take rows from one vector and columns from the other."""
     out: Dims = [flow.of(op.args[name].id)[0] for name in ("vec1", "vec2")]
     add_bias(flow, op, op.args["self"], out)
     return [out]
@@ -211,7 +211,7 @@ def outer_product(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("_trilinear")
 def trilinear(flow: Propagation, op: Op) -> list[Dims]:
-    """Sum products of three tensors (a bilinear layer): dimensions that meet are joined, those of the sum go."""
+    """Sum products of three tensors (a bilinear layer): aligned dimensions are joined, those of the sum disappear."""
     rank = len(flow.of(op.args["i1"].id)) + len(op.args["expand1"])
     met: list[list[Labels]] = [[] for _ in range(rank)]
     for name, broadcast in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
@@ -226,7 +226,7 @@ def trilinear(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("_cdist_forward", "_euclidean_dist")
 def distances(flow: Propagation, op: Op) -> list[Dims]:
-    """Distances between the rows of two matrices: join what they are measured along; rows pass."""
+    """Join the dimension along which distances between the rows of two matrices are measured; rows pass."""
     a, b = flow.of(op.args["x1"].id), flow.of(op.args["x2"].id)
     contract(flow, op, a[-1], b[-1])
     lead = [flow.join(op, left, right) for left, right in zip(a[:-2], b[:-2], strict=True)]

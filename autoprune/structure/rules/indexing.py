@@ -1,4 +1,4 @@
-"""Rules for operations that look positions up: what is indexed must stay, what is carried along passes."""
+"""Rules for operations that look positions up: indexed dimensions must stay, the others pass."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def index_select(flow: Propagation, op: Op) -> list[Dims]:
 
 
 def _indexed(flow: Propagation, op: Op) -> list[int | None]:
-    """For each dimension of the source its place among the index tensors, or None where it is not indexed."""
+    """Place of each dimension of the source among the index tensors, or None where it is not indexed."""
     places: list[int | None] = []
     for i, index in enumerate(op.args["indices"]):
         value = flow.record.values[index.id] if isinstance(index, Ref) else None
@@ -70,7 +70,7 @@ def index(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 def index_put(flow: Propagation, op: Op) -> list[Dims]:
-    """Write at positions of some dimensions; the others are joined with what is written."""
+    """Write at positions of some dimensions; the others are joined with those of the written values."""
     dims = list(flow.of(op.args["self"].id))
     places = _indexed(flow, op)
     written = flow.of(op.args["values"].id)
@@ -141,7 +141,7 @@ def order(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("_grouped_mm")
 def grouped_mm(flow: Propagation, op: Op) -> list[Dims]:
-    """Multiply runs of rows by a matrix each (mixture of experts): join what is contracted; the experts stay."""
+    """Multiply runs of rows by a matrix each (mixture of experts): join the contracted dimension; the experts stay."""
     rows, matrices = flow.of(op.args["self"].id), flow.of(op.args["mat2"].id)
     for labels in matrices[:-2]:
         flow.freeze(op, labels, f"chosen by a router in {op.where()}")
@@ -153,7 +153,7 @@ def grouped_mm(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("bucketize", "searchsorted")
 def bounded(flow: Propagation, op: Op) -> list[Dims]:
-    """Between which of some bounds each entry lies: the bounds stay; entries pass where all share the same bounds."""
+    """Find the interval of each entry among bounds: the bounds stay; entries pass if all share the same bounds."""
     bounds = op.args["boundaries" if op.name == "bucketize" else "sorted_sequence"]
     given = op.args["self"]
     limits = flow.of(bounds.id)

@@ -39,7 +39,7 @@ def convolution(flow: Propagation, op: Op) -> list[Dims]:
 
 
 def _pointwise(flow: Propagation, op: Op, axis: int) -> bool:
-    """Whether each position along an axis of space is read for itself, as in mixing tokens by a kernel of one."""
+    """Return whether each position along an axis of space is read separately, as by a kernel of one."""
 
     def at(name: str) -> int:
         given: list[int] = op.args[name]
@@ -110,7 +110,7 @@ def layer_norm(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("native_group_norm", "group_norm")
 def group_norm(flow: Propagation, op: Op) -> list[Dims]:
-    """A site like a grouped convolution: whole groups (``OUTER``) or the i-th channel of every group."""
+    """Treat a group norm as a site like a grouped convolution: whole groups (``OUTER``) or one channel of each."""
     out = list(flow.of(op.args["input"].id))
     channels = out[1]
     if channels is not None:
@@ -133,7 +133,7 @@ def group_norm(flow: Propagation, op: Op) -> list[Dims]:
     *["upsample_trilinear3d", "_upsample_bicubic2d_aa"],
 )
 def spatial(flow: Propagation, op: Op) -> list[Dims]:
-    """Pooling and resampling change space only, which is fixed."""
+    """Fix the space of pooling and resampling, which change nothing else."""
     source = op.args["self"] if "self" in op.args else op.args["input"]
     dims = flow.of(source.id)
     rank = next(int(character) for character in op.name if character.isdigit())
@@ -144,7 +144,7 @@ def spatial(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule(*[f"max_unpool{rank}d" for rank in (2, 3)], *[f"fractional_max_pool{rank}d" for rank in (2, 3)])
 def pooled_places(flow: Propagation, op: Op) -> list[Dims]:
-    """Pooling that reads where maxima lie, or random places, per channel: join the channels, space is fixed."""
+    """Join the channels of pooling with positions of maxima, or random ones, for each channel; space is fixed."""
     rank = int(op.name[-2])
     dims = flow.of(op.args["self"].id)
     lead = list(dims[: len(dims) - rank])
@@ -171,7 +171,7 @@ def grid_sampler(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("im2col")
 def patches(flow: Propagation, op: Op) -> list[Dims]:
-    """Patches of a map as columns: each channel gives as many rows as a patch has places."""
+    """Unfold patches of a map to columns: each channel gives as many rows as a patch has places."""
     dims = flow.of(op.args["self"].id)
     for labels in dims[-2:]:
         flow.freeze(op, labels, f"used as space by {op.where()}")
@@ -182,7 +182,7 @@ def patches(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("col2im")
 def from_patches(flow: Propagation, op: Op) -> list[Dims]:
-    """Columns summed back into a map: the rows of one channel go together."""
+    """Fold columns back into a map: the rows of one channel are tied."""
     dims = flow.of(op.args["self"].id)
     flow.freeze(op, dims[-1], f"used as space by {op.where()}")
     rows = dims[-2]

@@ -206,7 +206,7 @@ def _range(op: Op, size: int) -> tuple[int, int, int]:
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "split_copy")
 def split(flow: Propagation, op: Op) -> list[Dims]:
-    """Cut a dimension into parts. Equal parts stay equal: the i-th unit of every part goes together."""
+    """Cut a dimension into parts. Equal parts stay equal: the i-th units of all parts are tied."""
     dims, _ = _source(flow, op)
     axis = op.args.get("dim", 0) % len(dims)
     labels = dims[axis]
@@ -222,7 +222,7 @@ def split(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("glu")
 def glu(flow: Propagation, op: Op) -> list[Dims]:
-    """Gate one half of a dimension by the other: the i-th unit of both goes together."""
+    """Gate one half of a dimension by the other: the i-th units of both are tied."""
     out = list(_source(flow, op)[0])
     axis = op.args["dim"] % len(out)
     labels = out[axis]
@@ -285,7 +285,7 @@ def complex_view(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("unfold")
 def windows(flow: Propagation, op: Op) -> list[Dims]:
-    """Windows along one dimension, which must stay; their length comes last."""
+    """Make windows along one dimension, which must stay; their length comes last."""
     dims = list(_source(flow, op)[0])
     axis = op.args["dimension"] % max(len(dims), 1)
     flow.freeze(op, dims[axis], f"cut into windows by {op.where()}")
@@ -304,7 +304,7 @@ def rotate(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("constant_pad_nd", *[f"{kind}_pad{rank}d" for kind in ("reflection", "replication") for rank in (1, 2, 3)])
 def pad(flow: Propagation, op: Op) -> list[Dims]:
-    """Pad from the last dimension backwards; padded channels are as many as the code says, so they stay."""
+    """Pad from the last dimension backwards; the code fixes the number of padded channels, so they stay."""
     out = list(_source(flow, op)[0])
     amounts = op.args.get("pad", op.args.get("padding"))
     assert amounts is not None
@@ -323,7 +323,7 @@ def pad(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("as_strided_", "as_strided")
 def as_strided(flow: Propagation, op: Op) -> list[Dims]:
-    """Change strides: a dimension that is walked one by one passes, one that windows slide over must stay."""
+    """Change strides: a dimension with a step of one passes, one with sliding windows must stay."""
     dims, shape = _source(flow, op)
     new = _shape(flow, op)
     if shape == new:
@@ -356,7 +356,7 @@ def reorder(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("pixel_shuffle")
 def pixel_shuffle(flow: Propagation, op: Op) -> list[Dims]:
-    """Turn each run of r * r channels into space, so that a run goes together."""
+    """Turn each run of r * r channels into space: the channels of a run are tied."""
     out = list(_source(flow, op)[0])
     labels = out[-3]
     if labels is not None:
@@ -378,7 +378,7 @@ def pixel_unshuffle(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(flow: Propagation, op: Op) -> list[Dims]:
-    """Interleave the channels of the parts; the i-th of every part goes together."""
+    """Interleave the channels of the parts; the i-th channels of all parts are tied."""
     out = list(_source(flow, op)[0])
     labels = out[1]
     if labels is not None:
@@ -399,7 +399,7 @@ def pack_sequence(flow: Propagation, op: Op) -> list[Dims]:
 
 @rule("_pad_packed_sequence")
 def pad_sequence(flow: Propagation, op: Op) -> list[Dims]:
-    """Take the steps of sequences apart again; channels pass."""
+    """Separate the steps of packed sequences again; channels pass."""
     rows, *channels = flow.of(op.args["data"].id)
     flow.freeze(op, rows, f"used as time by {op.where()}")
     return [[None, None, *channels], [None]]
