@@ -1,4 +1,4 @@
-"""Whether an evaluator of the user's leaves the dense model as it is."""
+"""Check that an evaluator of the user's does not change the dense model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from torch import nn
 
 
 def is_ours(evaluator: object) -> bool:
-    """Whether an evaluator, and what it starts from, is autoprune's own; others may do anything to what they get."""
+    """Return whether an evaluator, with its start, belongs to autoprune; others may change anything they get."""
     start = getattr(evaluator, "_start", None)
     own = type(evaluator).__module__.partition(".")[0] == "autoprune"
     return own and (start is None or is_ours(start))
 
 
 class Untouched:
-    """Sees what is written to the parameters of a model by the versions that PyTorch counts, or put in their place.
+    """Detects writes to the parameters of a model, by the versions that PyTorch counts, and replaced parameters.
 
     Writes through NumPy or ``.data`` leave no trace.
 
     Args:
         model: The dense model of a context.
-        evaluator: What may write to it; of one of our own nothing is looked at.
+        evaluator: Evaluator that may write to it; those of autoprune are not checked.
     """
 
     def __init__(self, model: nn.Module, evaluator: object) -> None:
@@ -27,7 +27,7 @@ class Untouched:
         self._known = {} if is_ours(evaluator) else {name: (p, p._version) for name, p in model.named_parameters()}
 
     def require(self) -> None:
-        """Refuse to go on if something was.
+        """Check that no parameter was changed.
 
         Raises:
             ValueError: Names the evaluator and the parameter.
