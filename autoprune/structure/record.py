@@ -82,7 +82,7 @@ class Op:
 
     @cached_property
     def writes(self) -> bool:
-        """Whether it changes one of its arguments."""
+        """True if it changes one of its arguments."""
         return any(arg.alias_info is not None and arg.alias_info.is_write for arg in self.func._schema.arguments)
 
     def where(self) -> str:
