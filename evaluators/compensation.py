@@ -234,9 +234,12 @@ class Compensated:
         if key not in self._solved:
             fits = layer.moments.sketch_rows is not None and np.isfinite(layer.ridge)
             normal = Normal(layer.moments, self._centred(layer))
-            zero = torch.zeros(len(whole), len(kept), device=whole.device)
-            self._solved[key] = normal.change(whole, kept, layer.ridge).float() if fits else zero
-            self._solved_bytes += self._solved[key].nbytes
+            if fits:
+                change = normal.change(whole, kept, layer.ridge).float()
+            else:
+                change = torch.zeros(len(whole), len(kept), device=whole.device)
+            self._solved[key] = change
+            self._solved_bytes += change.nbytes
             while self._solved_bytes > self._most_solved and len(self._solved) > 1:
                 self._solved_bytes -= self._solved.popitem(last=False)[1].nbytes
         self._solved.move_to_end(key)

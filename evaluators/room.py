@@ -28,10 +28,10 @@ def bytes_of(model: nn.Module) -> int:
 def room_beside(model: nn.Module) -> int:
     """Limit on one cache, in bytes: the part of `ROOM_BYTES` that four copies of the model leave.
 
-    A quarter of the model at least, so that the memory of a search stays in proportion to it.
+    An eighth of the model at least, so that the memory of a search stays in proportion to it.
     """
     own = bytes_of(model)
-    return max(ROOM_BYTES - 4 * own, own // 4)
+    return max(ROOM_BYTES - 4 * own, own // 8)
 
 
 def give_back(model: nn.Module) -> None:

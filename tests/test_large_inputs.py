@@ -317,7 +317,7 @@ class TestMemory:
             return room.room_beside(nn.Linear(2**18, mebibytes, bias=False, device="meta"))
 
         assert of(1) == room.ROOM_BYTES - 4 * 2**20
-        assert of(400) == 100 * 2**20
+        assert of(400) == 50 * 2**20
         assert of(100) == room.ROOM_BYTES - 400 * 2**20
 
     def test_rows_that_judge_ridges_are_few_where_memory_is_and_spread_over_all_held_out_samples(
