@@ -1,4 +1,4 @@
-"""How far cheap scores can be trusted, and what the widths, units and weights of a network found are worth.
+"""Reliability of cheap scores, and the worth of the widths, units and weights of a found network.
 
 Run ``python -m benchmarks.audit`` from the root of the repository, about 5 minutes of one core (``--quick`` tries
 everything out in one). Two networks are searched with the defaults, and `autoprune.audit` trains a spread of the

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine they ran on, and how results are written."""
+"""Common parts of the benchmarks: the description of the machine, and the writing of results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment(command: str) -> dict[str, Any]:
-    """What figures depend on; `command` is what a reader types to repeat them."""
+    """Describe the conditions that figures depend on; `command` repeats them."""
     return {
         "command": command,
         "cpu": _cpu_name(),

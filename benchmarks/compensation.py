@@ -1,4 +1,4 @@
-"""What compensation gives back before any training: statistics, biases, least squares, one after the other.
+"""Gain of compensation before any training: statistics, biases, least squares, one after the other.
 
 Run ``python -m benchmarks.compensation`` from the root of the repository, about 10 minutes on one thread, most of it
 training networks, which are kept. A network with batch norm (ResNet-20 on hard digits, `benchmarks.trained`), and two

@@ -47,7 +47,7 @@ def forgetful(flow: Propagation) -> Iterator[tuple[str, Propagation]]:
 
 
 def goes_wrong(model: nn.Module, args: tuple[Tensor, ...], checker: Checker) -> bool:
-    """Whether anything built from unchecked labels raises or differs from the oracle."""
+    """Return whether a module built from unchecked labels raises or differs from the oracle."""
     structure = assemble(checker.flow, find_units(checker.flow), attributes=checker.sizes.attributes)
     rng = np.random.default_rng(0)
     for _ in range(PRUNINGS):

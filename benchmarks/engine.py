@@ -1,4 +1,4 @@
-"""What a search with `auto` takes besides evaluating candidates.
+"""Overhead of a search with `auto`: its time without the evaluation of candidates.
 
 Run ``python -m benchmarks.engine`` from the root of the repository, about 4 minutes on one thread; exits with 1 when
 the target is missed. Processor time of one search with 200 trials on a ResNet-20 at 32x32, 512 calibration and 512

@@ -47,7 +47,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def file(seed: int) -> Path:
-    """Where the table of a network is kept."""
+    """File with the table of a network."""
     return Path(RESULTS) / f"enumerable-{seed}.npz"
 
 
@@ -108,12 +108,12 @@ class Table:
         self.problem = Problem(**settings, seeds=uniform_seeds(Problem(**settings), (1.0, 0.75, 0.5)))
 
     def rows(self, candidates: IntArray) -> IntArray:
-        """Where candidates (n, d) stand in the table, shape (n,)."""
+        """Rows of candidates (n, d) in the table, shape (n,)."""
         rows: IntArray = np.ravel_multi_index(tuple(candidates.T), tuple(self.sizes))
         return rows
 
     def evaluate(self, candidates: IntArray) -> Evaluations:
-        """What a search would have measured."""
+        """Return the evaluations that a search would have measured."""
         rows, n = self.rows(candidates), len(candidates)
         objectives = np.column_stack([self.loss[rows], self.flops[rows]])
         return Evaluations(

@@ -94,7 +94,7 @@ def recorded(run_dir: Path) -> list[TrialRow]:
 
 
 def seen(rows: list[TrialRow]) -> list[tuple[object, ...]]:
-    """What must not change: candidates, costs, and every number measured."""
+    """Parts that must not change: candidates, costs, and every number measured."""
     return [
         (row.id, row.candidate, row.costs, row.status, *((e.signal, e.metric, e.distortion) for e in row.evaluations))
         for row in rows
@@ -102,7 +102,7 @@ def seen(rows: list[TrialRow]) -> list[tuple[object, ...]]:
 
 
 def kept(before: list[TrialRow], after: list[TrialRow]) -> bool:
-    """Whether what one process recorded is a prefix of what the next one did, with at most pending trials settled."""
+    """Return whether the rows of one process are a prefix of those of the next, with at most pending trials settled."""
     return [row.candidate for row in before] == [row.candidate for row in after[: len(before)]] and all(
         seen([old]) == seen([new]) for old, new in zip(before, after, strict=False) if old.evaluations
     )

@@ -68,12 +68,12 @@ def run(run_dir: str, mode: str) -> None:
 
 
 def end_of(run_dir: Path) -> Any:
-    """What a search that has ended wrote; None before."""
+    """Read the file of a search that has ended; None before."""
     return json.loads((run_dir / END).read_text()) if (run_dir / END).exists() else None
 
 
 def moments(rng: np.random.Generator, seconds: float) -> tuple[float, float]:
-    """When to kill twice, in a search that takes so long: the second time is that of what is left, on average."""
+    """Draw two times to kill a search of this length: the second in the remaining time, on average."""
     first = rng.uniform(0.0, seconds)
     return first, rng.uniform(0.0, max(seconds - first / 2, 0.2))
 

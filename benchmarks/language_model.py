@@ -86,7 +86,7 @@ def search(model: nn.Module, share: float, data: Any, trials: int, ignore: tuple
 
 @torch.no_grad()
 def angles(model: nn.Module, ids: Tensor, blocks: int) -> Tensor:
-    """Mean angle between what goes into each run of so many blocks and what comes out of it, shape (2, runs).
+    """Mean angle between the input and the output of each run of `blocks` blocks, shape (2, runs).
 
     Over all tokens, and at the last one of each sequence.
 
@@ -177,7 +177,7 @@ def searched(
 
 
 def _spread(trial: Trial) -> float:
-    """How unlike the widths of the feed-forward layers are, and those of the heads."""
+    """Spread of the widths of the feed-forward layers, and of those of the heads."""
     widths = [[width for name, width in trial.decoded.items() if part in name] for part in ("mlp", "attn")]
     return sum(float(np.ptp(each)) / max(*each, 1) for each in widths if each)
 

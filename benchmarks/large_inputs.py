@@ -83,12 +83,12 @@ def plain(layers: int, width: int = 16, inputs: int = 8) -> nn.Module:
 
 
 def residual(layers: int, width: int = 16) -> nn.Module:
-    """So many linear layers, all but two of them in residual blocks."""
+    """Network of `layers` linear layers, all but two of them in residual blocks."""
     return nn.Sequential(nn.Linear(8, width), *(Block(width) for _ in range(layers // 2 - 1)), nn.Linear(width, 4))
 
 
 def convolutional(layers: int, width: int = 8) -> nn.Module:
-    """So many layers, all but two of them convolutions in residual blocks."""
+    """Network of `layers` layers, all but two of them convolutions in residual blocks."""
     blocks = [ConvBlock(width) for _ in range(layers // 2 - 1)]
     ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)]
     return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), *blocks, *ends)
@@ -162,7 +162,7 @@ def memory(name: str, make: Callable[[], nn.Module], given: tuple[Tensor, Tensor
     size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     gc.collect()
     before = resident_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     took, result = seconds(lambda: searched(model, given, 10))
     peak = resident_mb("VmHWM")
     gc.collect()

@@ -46,7 +46,7 @@ def measure(optimizer: str, trials: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         search(DIMENSIONS, trials=WARM, run_dir=f"{folder}/warm", **options)
         before = resident_mb("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         began, workers = time.perf_counter(), SimulatedWorkers(64, at_once)
         result = search(DIMENSIONS, trials=trials, executor=workers, run_dir=f"{folder}/run", **options)
         seconds, peak = time.perf_counter() - began, resident_mb("VmHWM")

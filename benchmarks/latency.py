@@ -1,4 +1,4 @@
-"""Latencies: predicted against measured, beside two simple predictions, and what budgets on them give.
+"""Latencies: predicted against measured, next to two simple predictions, and the results of budgets on them.
 
 ``python -m benchmarks.latency`` makes five tables, each of which can be made alone (``python -m benchmarks.latency
 table``); on a machine that does nothing else. ``--quick`` for a look.
@@ -226,7 +226,7 @@ def budgets(network: str, batch: int, seeds: Sequence[int], trials: int) -> list
 def under_a_budget(
     timed: Timed, share: float, trials: int, seed: int, thin: tuple[float, float] | None
 ) -> dict[str, Any]:
-    """What a search under a share of the dense latency returns; `thin` is a network by FLOPs, its score and time."""
+    """Search under a share of the dense latency; `thin` is a network by FLOPs, its score and time."""
     try:
         result = timed.search(f"latency <= {share:.0%}", trials, seed)
         best = result.best()
@@ -395,11 +395,11 @@ PARTS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
 }
 SMALL = [name for name in NETWORKS if name != LARGE]
 TRAINED = [("resnet20_wide", 32, (0, 1, 2)), ("mobilenet_v2_wide", 32, (0, 1, 2)), ("resnet20_wide", 1, (0,))]
-"""At batch 1, small networks take as long to start as to compute."""
+"""Trained networks with batch and seeds: at batch 1, small networks take as long to start as to compute."""
 
 
 def jobs(part: str, quick: bool) -> list[Callable[[], list[dict[str, Any]]]]:
-    """What a part consists of, each to be run for the rows of the report that it gives."""
+    """Jobs of a part; each returns rows of the report."""
     held_out, trials = (12, 30) if quick else (HELD_OUT, TRIALS)
     cases = {
         "table": [(name, batch, 1, held_out) for name in SMALL for batch in (1, 32)] + [(LARGE, 1, 1, held_out)],

@@ -1,4 +1,4 @@
-"""What `benchmarks.optimizers` searches: problems with known answers, and trained networks scored as by default."""
+"""Cases of `benchmarks.optimizers`: problems with known answers, and trained networks scored as by default."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Case:
 
     @cached_property
     def uniform(self) -> dict[float, float]:
-        """By how much uniform pruning at shares of the limits loses more than the dense model."""
+        """Loss of uniform pruning at shares of the limits, in addition to that of the dense model."""
         found = {share: uniform_seeds(self.problem, (share,))[-1:] for share in (1.0, 0.5)}
         return {share: float(self.loss(candidate)[0]) - self.dense for share, candidate in found.items()}
 
@@ -145,7 +145,7 @@ class Stored:
         return found
 
     def evaluate(self, candidates: IntArray) -> Evaluations:
-        """What a search would be told."""
+        """Return the evaluations that a search would tell its optimizer."""
         n, measured = len(candidates), self.measure(candidates)
         objectives = np.column_stack([measured[:, 0], self.study.problem.costs(candidates)])
         stderr = np.zeros_like(objectives)

@@ -45,7 +45,7 @@ def judged(cells: Cells) -> list[tuple[str, str]]:
 
 
 def missed(cells: Cells) -> list[str]:
-    """Where `auto` misses its target, after all evaluations; problems that deceive by construction are left out."""
+    """List cases in which `auto` misses its target, after all evaluations; deceptive problems are left out."""
     lines = []
     for problem, other in judged(cells):
         n, mean, low, high = ahead(cells, problem, other)[-1]
@@ -58,7 +58,7 @@ def missed(cells: Cells) -> list[str]:
 
 
 def losses(cells: Cells) -> list[str]:
-    """Wherever `auto` is behind on average, or more than the margin behind at the low end of the interval."""
+    """List cases in which `auto` is behind on average, or by more than the margin at the low end of the interval."""
     rows = [(p, o, *row) for p, o in judged(cells) for row in ahead(cells, p, o)]
     return [
         f"{p}, {o}, {n} evaluations: {shown(mean, low, high)}{'' if mean < 0 else ', open'}"

@@ -1,7 +1,7 @@
 """Every optimizer at equal evaluations, on problems with known answers and on two trained networks.
 
 Run ``python -m benchmarks.optimizers`` from the root of the repository, about an hour on one thread. It writes
-``results/optimizers.md``, ``.json`` and ``.png``, after each optimizer and problem anew, and exits with 1 when `auto`
+``results/optimizers.md``, ``.json`` and ``.png``, again after each optimizer and problem, and exits with 1 when `auto`
 misses its target. ``--problems`` and ``--optimizers`` run these again and keep the others; with no name after
 ``--problems`` the report alone is written. ``--seeds`` and ``--first-seed`` are for tuning, from seed 100 on, and write
 nothing. Evaluations of the networks are kept in ``runs/optimizers``.
@@ -39,7 +39,7 @@ BATCH = 8
 SEEDS, NETWORK_SEEDS, BAYES_SEEDS = 20, 5, 5
 EVALUATIONS, SMALL = (50, 100, 200), (20, 40)
 STEP = 10  # evaluations between two points of a curve
-FRONT_SHARE = 6  # one in so many evaluations goes to the knapsack's front where NSGA-II starts from it
+FRONT_SHARE = 6  # one in this number of evaluations goes to the knapsack's front where NSGA-II starts from it
 
 
 class FromKnapsack:
@@ -73,14 +73,14 @@ PLANNING = ("nsga2 (knapsack start)", "knapsack", "auto")
 
 
 def seeds_of(problem: str, optimizer: str) -> int:
-    """How many seeds; none for the GP where it would take hours."""
+    """Number of seeds; none for the GP where it would take hours."""
     if optimizer == "bayes (GP)" and problem != "small":
         return 0
     return min(BAYES_SEEDS if "bayes" in optimizer else SEEDS, NETWORK_SEEDS if problem in NETWORKS else SEEDS)
 
 
 def run(optimizer: str, case: Case, seed: int, trials: int) -> tuple[IntArray, float]:
-    """What was evaluated, in order, shape (<= trials, d), and the optimizer's own seconds of processor time."""
+    """Run an optimizer: its candidates in order, shape (<= trials, d), and its own seconds of processor time."""
     starts = None if optimizer in AT_RANDOM else case.starts
     began = time.process_time()
     proposer = COMPARED[optimizer](replace(case.problem, seeds=starts, trials=trials), seed)
@@ -126,7 +126,7 @@ def stored() -> dict[str, dict[str, Any]]:
 
 
 def report(cells: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Write everything anew; whether `auto` met its target."""
+    """Write the whole report again, and return whether `auto` met its target."""
     ordered = {p: {o: cells[p][o] for o in COMPARED if o in cells[p]} for p in CASES if p in cells}
     results = {"environment": environment(COMMAND), "batch": BATCH, "missed": missed(ordered), "cells": ordered}
     draw(ordered, RESULTS / "optimizers.png")

@@ -1,4 +1,4 @@
-"""Which networks of timm and torchvision are examined: of every family one of the smallest with a usual name."""
+"""Networks of timm and torchvision to examine: one of the smallest with a usual name of every family."""
 
 TIMM: dict[str, dict[str, int]] = {
     "beit_base_patch16_224": {},

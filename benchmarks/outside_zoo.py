@@ -150,7 +150,7 @@ def run_one(name: str) -> None:
 
 
 def in_a_process(name: str) -> dict[str, Any]:
-    """What one network's process said, and how it ended."""
+    """Examine one network in a process, and return its output and how it ended."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS + 5))
@@ -174,7 +174,7 @@ def kind_of(name: str) -> str:
 
 
 def shortfalls(name: str, found: Mapping[str, Any]) -> list[str]:
-    """What a network falls short of, in words; empty where all targets are met."""
+    """List the targets that a network misses, in words; empty if it meets all."""
     short = []
     if "error" in found:
         short.append(str(found["error"]))

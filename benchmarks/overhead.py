@@ -1,8 +1,8 @@
-"""What the engine adds to the forward pass: time of a candidate, of a surgery, of the costs of a population.
+"""Overhead of the engine over the forward pass: time of a candidate, of a surgery, of the costs of a population.
 
 Run ``python -m benchmarks.overhead`` from the root of the repository, about 10 minutes; exits with 1 when a target is
 missed. Evaluation and bare forward pass of a candidate alternate, and their ratio is taken from processor time, so that
-other programs on the machine disturb it least; wall time is reported beside it.
+other programs on the machine disturb it least; wall time is reported next to it.
 """
 
 from __future__ import annotations

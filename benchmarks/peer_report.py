@@ -38,7 +38,7 @@ def interval(differences: FloatArray) -> tuple[float, float]:
 def difference(
     runs: Sequence[Run], pair: str, method: str, judged: str, budget: str, stage: str
 ) -> tuple[float, float, float]:
-    """By how many points `judged` is ahead of a method: mean and 95 % interval of the differences within seeds."""
+    """Lead of `judged` over a method in points: mean and 95 % interval of the differences within seeds."""
     paired = accuracy(runs, pair, judged, budget, stage) - accuracy(runs, pair, method, budget, stage)
     return (float(paired.mean()), *interval(paired))
 

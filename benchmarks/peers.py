@@ -54,7 +54,7 @@ Job = tuple[str, int, str]
 
 
 def file_of(job: Job) -> Path:
-    """Where the outcome of a job is kept: under a name that changes with the code that makes it."""
+    """File of the outcome of a job, with a name that changes with the code that makes it."""
     pair, seed, method = job
     sources = [Path(module.__file__ or "") for module in (methods, trained)]
     if method in OURS:

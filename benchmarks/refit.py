@@ -244,13 +244,13 @@ def passes(study: Study, candidate: IntArray) -> float:
 
 
 def gap(found: Mapping[str, Any], other: str) -> tuple[float, float]:
-    """How far the default is below another way on the mean, and the standard error of the paired difference."""
+    """Gap of the default to another re-fit: mean and standard error of the paired difference."""
     each = np.array(found["scores"][other]) - np.array(found["scores"]["default"])
     return float(each.mean()), float(each.std(ddof=1) / len(each) ** 0.5)
 
 
 def misses(name: str, found: Mapping[str, Any]) -> list[str]:
-    """What a network misses of the targets, in words."""
+    """List the targets that a network misses, in words."""
     missed = []
     ways = [way for way in found["scores"] if way not in ("default", "dense")]
     best = max(ways, key=lambda way: float(np.mean(found["scores"][way])))

@@ -1,4 +1,4 @@
-"""What rungs save of the training steps of a search with ``FineTune``, and what they cost, on handwritten digits.
+"""Training steps that rungs save in a search with ``FineTune``, and their price, on handwritten digits.
 
 Every search runs twice, with whole trainings for every candidate and with rungs. Candidates drawn at random are the
 same in both, so it is known what those that were stopped would have scored.
@@ -116,7 +116,7 @@ def _steps(fidelity: str, whole: int) -> int:
 
 
 def _volume(result: SearchResult, full: SearchResult) -> float:
-    """In units of the largest loss and cost that any trial without rungs has."""
+    """Hypervolume in units of the largest loss and cost of any trial without rungs."""
     most = np.max([(trial.signal, trial.costs["flops"]) for trial in full.trials], axis=0)
     return hypervolume([(trial.signal, trial.costs["flops"]) / most for trial in result.front], [1.0, 1.0])
 

@@ -1,4 +1,4 @@
-"""How structure discovery grows with the model: 7 billion parameters, 1,000 blocks, ResNet-50 with its checks.
+"""Growth of structure discovery with the model: 7 billion parameters, 1,000 blocks, ResNet-50 with its checks.
 
 Run ``python -m benchmarks.scale`` from the root of the repository, about 2 minutes on one thread; exits with 1 when a
 target is missed. Times are processor times. The Llama-shaped model lives on the meta device, which holds no values:
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 def chain(blocks: int, width: int = 16) -> nn.Module:
-    """So many residual blocks between two linear layers."""
+    """Chain of `blocks` residual blocks between two linear layers."""
     return nn.Sequential(nn.Linear(8, width), *(Block(width) for _ in range(blocks)), nn.Linear(width, 4)).eval()
 
 

@@ -1,11 +1,11 @@
-"""How far a search scales: utilisation of workers, the driver's throughput, and where its limit lies.
+"""Scaling of a search: utilisation of workers, the driver's throughput, and its limit.
 
 Run ``python -m benchmarks.scaling`` from the root of the repository (about 10 minutes on two quiet cores), or a part by
 its name: what the other parts found before stays in the results. Exits with 1 when a target is missed. Apart from the
 parts that say so, workers are simulated (`benchmarks.simulated`): the search, its optimizer and its journal on disk are
 real and timed by their processor time, evaluations only take simulated time.
 
-- utilisation: 64 workers, lognormal evaluation times of sigma 1, between the first and the last ask. Beside it NSGA-II
+- utilisation: 64 workers, lognormal evaluation times of sigma 1, between the first and the last ask. Next to it NSGA-II
   that waits for a whole generation of 64.
 - ray: the same with real sleeps in 64 workers of Ray, which share one asynchronous process.
 - throughput: 64 workers that need no time, so that the driver is all there is.
@@ -135,7 +135,7 @@ def real_workers(trials: int, samples: int, rounds: int = 2) -> dict[str, Any]:
 
 
 def stores(trials: int, samples: int) -> dict[str, Any]:
-    """What is in the object stores of two nodes on this machine, with two workers each, as results come in."""
+    """Contents of the object stores of two nodes on this machine, with two workers each, as results come in."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -160,7 +160,7 @@ def stores(trials: int, samples: int) -> dict[str, Any]:
 
 
 def search_resnet(samples: int, **options: Any) -> autoprune.SearchResult:
-    """Random search over ResNet-20 at 32x32, with so many samples in each of three sets."""
+    """Random search over ResNet-20 at 32x32, with `samples` samples in each of three sets."""
     torch.manual_seed(0)
     model = resnet(20, width=16).eval()
     x, y = torch.randn(3 * samples, 3, 32, 32), torch.randint(0, 10, (3 * samples,))
@@ -207,7 +207,7 @@ class _Nothing:
 
 
 def on_own_ray(measure: Callable[[Any], Any]) -> Any:
-    """What `measure` finds, given a Ray that is there for it alone."""
+    """Call `measure` with a Ray of its own, and return its result."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
@@ -272,7 +272,7 @@ def main() -> int:
 
 
 def earlier(where: dict[str, Any]) -> dict[str, Any]:
-    """What parts found that ran before, on the same machine with the same versions."""
+    """Read results of earlier parts, on the same machine with the same versions."""
     path = RESULTS / "scaling.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     same = {**known.get("environment", {}), "load_1min": where["load_1min"]} == where

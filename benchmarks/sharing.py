@@ -98,7 +98,7 @@ def scan(study: Study, seed: int, n: int) -> Stream:
 
 
 def level_switch(study: Study, seed: int, n: int, niches: int) -> Stream:
-    """What the optimizer asks for; the caller sends back what was measured."""
+    """Yield the candidates that the optimizer asks for; the caller sends back the outcomes."""
     optimizer = LevelSwitch(study.problem, seed, niches=niches)
     for _ in range(n // GENERATION):
         candidates = optimizer.ask(GENERATION)
@@ -231,7 +231,7 @@ def main() -> int:
 
 
 def targets_met(rows: list[dict[str, Any]]) -> bool:
-    """Whether scores are the same, memory is within the limit, and every stream so far takes as little as it should."""
+    """Return whether scores agree, memory is within the limit, and every stream so far meets its target."""
     streams = {(row["evaluator"], row["stream"]) for row in rows}
     means = {
         (kind, name): np.mean([row["macs"] for row in rows if (row["evaluator"], row["stream"]) == (kind, name)])

@@ -65,15 +65,15 @@ def lognormal(seed: int, median: float = 1.0, sigma: float = 1.0) -> Callable[[]
 
 
 class SimulatedWorkers:
-    """An executor in simulated time: evaluations take as long as they are said to, the driver as long as it does.
+    """Executor in simulated time: evaluations take given times, the driver its real time.
 
-    What the search does between two calls, which is to ask, tell and write the journal, is timed and moves the clock
-    on; a wait for workers moves it to the next result and takes no time at all. Each worker has a queue of its own.
+    The work of the search between two calls, which is to ask, tell and write the journal, is timed and advances the
+    clock; a wait for workers advances it to the next result and takes no real time. Each worker has a separate queue.
 
     Args:
-        workers: How many.
+        workers: Number of workers.
         seconds: Gives the length of the next evaluation.
-        ahead: Candidates waiting on each worker beside the one that it evaluates.
+        ahead: Candidates waiting on each worker in addition to the one that it evaluates.
         generation: Candidates asked for at once, and only when the last of them is done; None for a steady state.
         overhead: Seconds that the driver spends on each task beyond what is measured here: the messages of Ray.
     """

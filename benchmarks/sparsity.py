@@ -1,4 +1,4 @@
-"""How to spread zeros over the weights of a trained network: closed-form rules, and searches over the sparsity space.
+"""Spreading of zeros over the weights of a trained network: closed-form rules, and searches over the sparsity space.
 
 Run ``python -m benchmarks.sparsity`` from the root of the repository, about 8 minutes on one thread.
 
@@ -35,7 +35,7 @@ EPOCHS = 15
 
 Weights = Mapping[str, Tensor]
 Kept = dict[str, int]
-"""How many elements of each weight stay."""
+"""Number of elements of each weight that stay."""
 
 
 def share_out(wanted: Mapping[str, float], weights: Weights, nonzero: int) -> Kept:
@@ -96,7 +96,7 @@ BASELINES: dict[str, Callable[[Weights, int], Kept]] = {
 
 
 def searched(model: nn.Module, data: dict[str, Part], weights: Weights, nonzero: int, optimizer: str) -> Kept:
-    """What each weight keeps in the trial of least validation loss."""
+    """Number of elements that each weight keeps in the trial of least validation loss."""
     others = sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in weights.values())
     result = autoprune.search(
         model,

@@ -1,4 +1,4 @@
-"""What can be pruned of each network of the zoo, and what stays and why: writes ``docs/zoo.md``.
+"""Prunable and frozen parts of each network of the zoo, with the reasons: writes ``docs/zoo.md``.
 
 Run ``python -m benchmarks.zoo_table`` from the root of the repository, about 2 minutes on one thread. FLOPs are
 counted on the dense and on the narrowest model, not predicted.

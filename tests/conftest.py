@@ -1,4 +1,4 @@
-"""What all tests share: one thread, data that need no download, and a trained network."""
+"""Common fixtures: one thread, data that need no download, and a trained network."""
 
 import os
 import random

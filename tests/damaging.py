@@ -31,7 +31,7 @@ from autoprune.trainings import Trainings
 MOST_SECONDS = 10
 MOST_CHARACTERS = 500
 VALUES: tuple[Any, ...] = (None, True, -1, 0.5, 2**70, 1e308, "", "text", "x" * 2_000, [], [[]], {}, {"a": 1}, [None])
-"""What a value is replaced by, whatever it was."""
+"""Replacements of any value."""
 
 IDENTITY = {"weights": "a", "data": "b", "space": "c", "metric": "accuracy", "evaluator": "e", "steps": None, "seed": 0}
 SETTING = dict.fromkeys(("model", "device", "machine", "runtime", "date"), "any") | {
@@ -172,7 +172,7 @@ def _line_edits(folder: Path, rng: np.random.Generator) -> Iterator[bytes]:
 
 
 def _header_edits(name: str, key: str) -> Callable[[Path, np.random.Generator], Iterator[bytes]]:
-    """Of the JSON in the header, under the hash that then belongs to the content."""
+    """Edits of the JSON in the header, with the hash of the edited content."""
 
     def edits(folder: Path, rng: np.random.Generator) -> Iterator[bytes]:
         metadata, state = read_tensors(folder / name, "path must be a file", 2**30)
@@ -186,7 +186,7 @@ def _header_edits(name: str, key: str) -> Callable[[Path, np.random.Generator], 
 
 
 def _row_edits(folder: Path, rng: np.random.Generator) -> Iterator[bytes]:
-    """Of one column in one row, or of a place in the JSON that it holds."""
+    """Edits of one column in one row, or of a place in the JSON that it holds."""
     other = folder.parent / "edited.sqlite"
     while True:
         other.write_bytes((folder / FILE_NAME).read_bytes())
@@ -277,7 +277,7 @@ def _names_an_argument(message: str) -> bool:
 
 
 def counted(kind: Kind, folder: Path, contents: Iterator[bytes], most: int) -> tuple[dict[str, int], list[str], float]:
-    """How many of `contents` were read, refused and mistaken, what was wrong, and seconds of the slowest."""
+    """Count the `contents` that were read, refused and mistaken; with the errors, and the seconds of the slowest."""
     counts, wrong, slowest = {"read": 0, "refused": 0, "WRONG": 0}, [], 0.0
     for _, content in zip(range(most), contents, strict=False):
         began = time.monotonic()

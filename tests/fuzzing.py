@@ -311,7 +311,7 @@ class Spec:
         return nn.Sequential(body, Read(channels, size, self.head))
 
     def model(self) -> nn.Module:
-        """In evaluation mode and 64-bit floats, so that rounding hides nothing."""
+        """Make the model in evaluation mode and 64-bit floats, so that rounding hides nothing."""
         return settled_parameters(self.make, partial(inputs, dtype=torch.float32)).double()
 
 

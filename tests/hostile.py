@@ -69,7 +69,7 @@ VALUES: dict[str, Callable[[], Any]] = {
     "empty tensor": lambda: torch.randn(0, 8),
     "device": lambda: torch.device("meta"),
 }
-"""What an argument is replaced by, whatever it was."""
+"""Replacements of any argument."""
 
 
 def model() -> nn.Module:
@@ -534,7 +534,7 @@ def outcome(call: Call, wrong: Wrong) -> tuple[str, str]:
 
 
 def settled(make: Callable[[], tuple[str, str]]) -> tuple[str, str, bool]:
-    """What a call comes to, and whether it was tried again because it was too slow.
+    """Judge a call, and return whether it was repeated because it was too slow.
 
     A hang comes back, and a stall of a machine that others use too does not.
     """
@@ -546,7 +546,7 @@ def settled(make: Callable[[], tuple[str, str]]) -> tuple[str, str, bool]:
 
 
 def judged(message: str, words: Sequence[str], error: BaseException | None = None) -> tuple[str, str]:
-    """Whether a message is short, holds no dump, and names one of the arguments."""
+    """Judge whether a message is short, holds no dump, and names one of the arguments."""
     said = f"{type(error).__name__}: {message}" if error is not None else message
     if len(message) > MOST_CHARACTERS or re.search(r"tensor\(|\[\[.*\]\]\n", message):
         return "WRONG", f"too long: {said}"
@@ -586,7 +586,7 @@ WORDS = (
     "m.py:none", "m.py:data", "m.py:raises", "m.py:needs", "no.py:model", "os:getcwd", "2,3", "2,0", "9" * 9 + ",8",
     "cuda:99", "meta", "\u00e9\n", "None", "[]", "small.safetensors", "result", "1/0", "flops", "auto",
 )  # fmt: skip
-"""What an option of a command is given, whatever it wants."""
+"""Words given to any option of a command."""
 
 TAKEN = {
     "search --data": ("m.py:data",),
@@ -603,7 +603,7 @@ TAKEN = {
 """Words that an option takes, by design: those that are written to take nearly any name."""
 
 ALIASES = {"input-shape": ("example_inputs",), "example": ("example_inputs",), "RUN_DIR": ("run_dir", "path must be")}
-"""What messages of the library call an option."""
+"""Names of options in messages of the library."""
 
 LEFT_OUT = (("search --round-to", "auto"),)  # which measures latencies
 MODULE = """
@@ -641,7 +641,7 @@ class Command:
 
 
 def make_folder(folder: Path) -> None:
-    """What command lines name, in the current folder; `make_calls` leaves the rest."""
+    """Make the files that command lines name; `make_calls` makes the others."""
     (folder / "m.py").write_text(MODULE)
 
 
@@ -655,7 +655,7 @@ def commands() -> Iterator[Command]:
 
 
 def answer(command: Command) -> tuple[str, str]:
-    """As `outcome`, for a command line in the current folder, which is then as it was."""
+    """Judge a command line in the current folder, which is restored; see `outcome`."""
     with _restored():
         return _answer(command)
 

@@ -1,4 +1,4 @@
-"""What Ray keeps on each node; needs grpcio."""
+"""Contents of Ray's object store on each node; needs grpcio."""
 
 from typing import Any
 

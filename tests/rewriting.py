@@ -257,7 +257,7 @@ TOKEN_SPECS = st.builds(
 
 @dataclass
 class Rewritten:
-    """How many networks there were, their modules that became graphs, and their groups of units."""
+    """Numbers of networks, of their modules that became graphs, and of their groups of units."""
 
     networks: int = 0
     graphs: int = 0

@@ -15,7 +15,7 @@ def quick(model, budget, *args, trials=4, **options):
 
 
 def seen(result):
-    """What two searches must agree on."""
+    """Parts of a result that two searches must agree on."""
     return [(t.candidate, t.score, t.signal, t.test_score) for t in result.trials], [t.id for t in result.front]
 
 

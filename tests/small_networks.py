@@ -40,7 +40,7 @@ def known(make: Callable[[], nn.Module], *shapes: tuple[int, ...]) -> tuple[nn.M
 
 
 def assert_right(model: nn.Module, args: tuple[Any, ...], structure: Structure, seed: int = 0) -> None:
-    """What is built from any units of any group equals the masked dense model."""
+    """Check that modules built from any units of any group equal the masked dense model."""
     rng = np.random.default_rng(seed)
     for _ in range(10):
         pruning = random_pruning(structure, rng)
@@ -49,7 +49,7 @@ def assert_right(model: nn.Module, args: tuple[Any, ...], structure: Structure, 
 
 
 def slots_of(structure: Structure) -> dict[str, tuple[int, str]]:
-    """For each group its size and the parameter dimensions that it touches, for example ``"stem.weight:0"``."""
+    """Size of each group and the parameter dimensions that it touches, for example ``"stem.weight:0"``."""
     return {
         group.name: (group.size, " ".join(sorted(f"{slot.tensor}:{slot.dim}" for slot in group.slots)))
         for group in structure.groups

@@ -1,4 +1,4 @@
-"""What processes listen on, as /proc has it."""
+"""Addresses that processes listen on, by /proc."""
 
 import os
 from pathlib import Path

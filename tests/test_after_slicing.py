@@ -83,7 +83,7 @@ def loss_of(outputs: Any) -> Tensor:
 
 
 def gradients(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
-    """Of one pass in training mode; the same dropout each time."""
+    """Gradients of one pass in training mode, with the same dropout each time."""
     model.train().zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What costs are learned from is what inference runs: the operations, their sizes, and the layouts of weights."""
+"""Costs are learned from the operations of inference, with their sizes and the layouts of weights."""
 
 from collections import Counter
 
@@ -74,7 +74,7 @@ def made(name, batch):
 
 
 def ran(module, inputs, names):
-    """How often each of these operations runs in inference, within no other of them."""
+    """Count the runs of each of these operations in inference, within no other of them."""
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         module(inputs)
     count = Counter()

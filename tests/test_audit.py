@@ -89,7 +89,7 @@ class TestRanking:
         assert regret[1].value == 1
 
     def test_intervals_hold_what_the_truth_is_about_as_often_as_they_say(self):
-        """Of normal pairs with correlation r, Kendall's tau is 2 / pi * asin(r)."""
+        """Kendall's tau of normal pairs with correlation r is 2 / pi * asin(r)."""
         generator, r, hits = np.random.default_rng(0), 0.6, 0
         for i in range(30):
             a, b = generator.normal(size=(2, 24))

@@ -1,4 +1,4 @@
-"""What `auto` promises beyond the contract of optimizers: its phases, its surrogate, and odd problems."""
+"""Promises of `auto` beyond the contract of optimizers: its phases, its surrogate, and odd problems."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from autoprune.testing.problems import additive_problem, blocks_problem, product
 
 
 def planned(known, trials):
-    """The problem as `search` states it: with uniform pruning as seeds, for so many trials."""
+    """The problem as `search` states it: with uniform pruning as seeds, for `trials` trials."""
     seeds = uniform_seeds(known.problem, (1.0, 0.75, 0.5))
     return dataclasses.replace(known.problem, seeds=seeds, trials=trials)
 

@@ -1,4 +1,4 @@
-"""What a user's optimizer or evaluator gives back wrongly is refused by name, and costs at most the trial."""
+"""Wrong return values of a user's optimizer or evaluator are refused by name, and cost at most the trial."""
 
 import numpy as np
 import pytest

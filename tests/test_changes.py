@@ -1,4 +1,4 @@
-"""What single changes add to costs, against costs that are counted from scratch."""
+"""Changes of costs by single changes, against costs that are counted from scratch."""
 
 from __future__ import annotations
 

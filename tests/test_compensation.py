@@ -57,7 +57,7 @@ def context():
 
 
 def columns_of(layer, x):
-    """What a layer reads, as the rows that its flattened weight multiplies."""
+    """Inputs of a layer, as the rows that its flattened weight multiplies."""
     if isinstance(layer, nn.Linear):
         return [x.reshape(-1, x.shape[-1])]
     space = len(layer.kernel_size)
@@ -81,7 +81,7 @@ def halved(context):
 
 
 def rows_of(model, context, name):
-    """What a layer reads on all calibration samples, unfolded, float64, shape (n, columns)."""
+    """Inputs of a layer on all calibration samples, unfolded, float64, shape (n, columns)."""
     seen = []
     hook = model.get_submodule(name).register_forward_pre_hook(
         lambda layer, args: seen.extend(columns_of(layer, args[0]))

@@ -39,7 +39,7 @@ class Net(nn.Module):
         self.second, self.head = nn.Conv2d(6, 5, 3), nn.Linear(20, 4)
 
     def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What `second` and `head` read."""
+        """Inputs of `second` and `head`."""
         read = F.relu(self.norm(self.first(x)))
         return read, self.second(read).flatten(1)
 
@@ -61,7 +61,7 @@ def batches(labels: bool = True) -> list[tuple[Tensor, ...]]:
 
 
 def scores(criterion: Criterion, labels: bool = True) -> Scores:
-    """What a criterion gives each group, seen from inside the ranking."""
+    """Scores of a criterion for each group, taken inside the ranking."""
     seen: Scores = {}
 
     def spy(group: GroupTensors) -> Tensor:
@@ -81,7 +81,7 @@ def rank(
 
 
 def coupled(of: Callable[[Net], dict[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """For each group its coupled slices, shape (units, elements); `of` gives a tensor for each parameter name."""
+    """Coupled slices of each group, shape (units, elements); `of` gives a tensor for each parameter name."""
     p = of(network()[0])
     first = [p["first.weight"].flatten(1), p["second.weight"].transpose(0, 1).flatten(1)]
     first += [p[name][:, None] for name in ("first.bias", "norm.weight", "norm.bias")]
@@ -101,7 +101,7 @@ def gradients(model: Net) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def activations(units: int) -> tuple[Tensor, Tensor]:
-    """Rows of values that the reader of the group with so many units sees, and its squared norm on each row."""
+    """Inputs, in rows, of the reader of the group with `units` units, and its squared norm on each row."""
     model, _ = network()
     channels, columns = model.hidden(torch.cat([x for x, *_ in batches()]))
     if units == 6:

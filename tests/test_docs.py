@@ -1,4 +1,4 @@
-"""What the documents show is what happens: their examples run in order, and give the outputs written there."""
+"""The examples of the documents run in order, and give the outputs written there."""
 
 import doctest
 import re

@@ -1,4 +1,4 @@
-"""What level switching, breeding, Optuna's samplers and the surrogate promise beyond the contract of optimizers."""
+"""Promises of level switching, breeding, Optuna's samplers and the surrogate beyond the contract of optimizers."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""What users of text expect of arguments: one forward, labels under any key, sizes that costs are stated at, time."""
+"""Arguments as users of text expect them: one forward, labels under any key, sizes that costs are stated at, time."""
 
 import logging
 import time

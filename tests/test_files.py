@@ -16,7 +16,7 @@ from autoprune.schema import require_form
 
 @pytest.fixture
 def umask():
-    """Of a user who lets the group read and nobody else."""
+    """The umask of a user who lets the group read and nobody else."""
     before = os.umask(0o027)
     yield
     os.umask(before)

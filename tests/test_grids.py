@@ -14,7 +14,7 @@ STEP = 16
 
 
 def seconds_of(values) -> float:
-    """Of an operation whose cost rises in steps of 16 of either variable."""
+    """Time of an operation whose cost rises in steps of 16 of either variable."""
     return 1e-5 + 1e-8 * float(np.prod([-(-value // STEP) * STEP for value in values]))
 
 

@@ -16,7 +16,7 @@ from tests.zoo.hf import HF_ZOO
 
 
 class Layout(NamedTuple):
-    """Where attention is in layer {}, and how it is laid out.
+    """Place and layout of attention in layer {}.
 
     Attributes:
         attention: Name of the module.

@@ -78,7 +78,7 @@ def test_on_real_structures_no_budget_is_exceeded_and_no_option_can_be_raised(ne
 
 
 def regrets(known, budgets, **settings):
-    """How much worse than the best of all candidates each row of the front is, relative, shape (m,)."""
+    """Relative regret of each row of the front against the best of all candidates, shape (m,)."""
     every = known.feasible_candidates()
     costs, losses = known.problem.costs(every), known.loss(every)
     found = known.loss(front_of(known.problem, known.losses, budgets, **settings))

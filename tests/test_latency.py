@@ -62,7 +62,7 @@ def measured(clock=None, batch=3, path=None, networks=15, seed=0, model=None) ->
 
 
 class Pulled(Machine):
-    """A machine whose plug is pulled after so many calls."""
+    """A machine that is unplugged after a number of calls."""
 
     def __init__(self, after: int, **options):
         super().__init__(**options)

@@ -354,7 +354,7 @@ def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monk
 
 
 class TestBest:
-    """Of what was measured."""
+    """`SearchResult.best` among measured networks."""
 
     def test_a_later_limit_on_latency_is_met_by_a_network_that_was_measured(self, machine, table):
         result = autoprune.search(small(), "flops <= 80%", DATA, latency=table, **QUICK)

@@ -1,4 +1,4 @@
-"""What a search must not leave in its process, and what searches in several threads must not do to each other."""
+"""Leftovers that a search must not have in its process, and effects of searches in several threads on each other."""
 
 import os
 import random

@@ -70,7 +70,7 @@ def test_statistics_do_not_depend_on_how_a_batch_was_divided(images, at, most):
 
 
 def test_statistics_of_plain_smaller_batches_would_differ(images):
-    """What the test above is worth."""
+    """The test above can fail: plain smaller batches give other statistics."""
     whole, halves = network(1000), network(1000)
     recalibrate(whole, images, whole)
     recalibrate(halves, [half for batch in images for half in batch.split(15)], halves)
@@ -90,7 +90,7 @@ def test_layers_without_positions_and_single_samples_divide_too():
 
 
 def limited(context, most):
-    """The context with a forward that has memory for so many samples; the numbers it was called with."""
+    """The context with a forward that has memory for `most` samples; the numbers it was called with."""
     seen = []
 
     def forward(model, batch):

@@ -1,4 +1,4 @@
-"""What was accepted without a word, or ended deep inside, is answered with the argument and the way out."""
+"""Mistakes that were accepted silently, or ended deep inside, raise with the argument and the way out."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What ships, what imports what, and what an import costs."""
+"""Contents of the wheel, imports between the parts, and the cost of an import."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""What the landscapes of the known problems promise, checked by enumeration and in large spaces."""
+"""Promises of the landscapes of the known problems, checked by enumeration and in large spaces."""
 
 import numpy as np
 import pytest

@@ -48,7 +48,7 @@ def lead_by_t_test(differences, error):
 
 
 class TestTheTest:
-    """What the theorem says of the capital of a bettor, on populations that know nothing of normal distributions."""
+    """The theorem on the capital of a bettor, on populations that are not normally distributed."""
 
     @staticmethod
     def populations(rng, searches, candidates):

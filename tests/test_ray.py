@@ -1,4 +1,4 @@
-"""Searches on Ray: the same trials as here, whatever dies on the way."""
+"""Searches on Ray: the same trials as here, whatever dies during the search."""
 
 import logging
 import os
@@ -193,7 +193,7 @@ def test_kill_9_of_a_worker_loses_nothing(two_workers, tmp_path, caplog):
 
 
 def places(run_dir):
-    """Where trials were evaluated, so far."""
+    """Workers that evaluated trials so far."""
     try:
         with Journal.open(run_dir) as journal:
             return {evaluation.worker for row in journal.trials() for evaluation in row.evaluations}

@@ -39,7 +39,7 @@ def search(run_dir, resume=False, budget="flops <= 50%", model=None, data=None, 
 
 
 def seen(result):
-    """What two searches must agree on, to the last digit."""
+    """Parts of a result that two searches must agree on, to the last digit."""
     trials = [(t.id, t.candidate, t.status, t.score, t.signal, t.distortion, str(t.interval)) for t in result.trials]
     return trials, [(t.id, t.test_score) for t in result.front], result.stopped
 
@@ -59,7 +59,7 @@ class Counting(AdaptiveBN):
 
 
 def interrupted(run_dir, after, **options):
-    """A search that stopped after so many trials."""
+    """A search that stopped after `after` trials."""
     return search(run_dir, evaluator=Counting(after), **options)
 
 
@@ -116,7 +116,7 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path):
 
 
 def finished(run_dir):
-    """Trials that were scored so far, read beside the writer."""
+    """Trials that were scored so far, read while the search writes."""
     return sum(row.status == OK for row in rows(run_dir)) if (run_dir / FILE_NAME).exists() else 0
 
 

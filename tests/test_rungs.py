@@ -1,4 +1,4 @@
-"""Rungs: trainings that are behind are stopped, and the others end as if nobody had looked at them on the way."""
+"""Rungs: trainings that are behind are stopped, and the others end as they do without rungs."""
 
 import random
 from dataclasses import replace
@@ -139,7 +139,7 @@ def test_a_rival_costs_as_much_or_less_in_every_cost_and_the_best_of_these_sets_
 
 
 class Marks:
-    """An evaluator whose scores on the way are given, and fail where NaN."""
+    """An evaluator whose scores at rungs are given, and fail where NaN."""
 
     steps, continues = 9, True
 

@@ -1,4 +1,4 @@
-"""Whatever a user's code writes to its samples does not last: the next to see them sees what was drawn."""
+"""Writes of a user's code to its samples do not last: the next reader gets the drawn samples."""
 
 import pickle
 

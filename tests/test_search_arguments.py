@@ -1,4 +1,4 @@
-"""What is scored on which data, where a search begins, and who proposes."""
+"""Data that scores are from, the start of a search, and its optimizers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How searches end, what failures cost, and what the journal holds of them."""
+"""Ends of searches, the cost of failures, and their records in the journal."""
 
 import itertools
 import math

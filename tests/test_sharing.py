@@ -142,7 +142,7 @@ def test_chunks_of_the_validation_data_share_their_calibration():
 
 
 class Block(nn.Module):
-    """One residual block; subclasses do something beside."""
+    """One residual block; subclasses do something in addition."""
 
     def __init__(self):
         super().__init__()

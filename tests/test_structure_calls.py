@@ -1,4 +1,4 @@
-"""How a model is called, and that its structure is found whatever the way."""
+"""Ways to call a model, for each of which its structure is found."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the checks catch, and what they do where they cannot."""
+"""Errors that the checks catch, and their behaviour where they cannot run."""
 
 import dataclasses
 import os
@@ -49,7 +49,7 @@ def gates() -> nn.Module:
 def analysed_without_an_edge(
     model: nn.Module, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Structure]]:
-    """For each coupling the operation that makes it, and the structure found by an analysis that forgets it."""
+    """The operation of each coupling, and the structure found by an analysis without that coupling."""
     flow, _ = best_choices(trace(model, args, {}, call))
     for i, edge in enumerate(flow.edges):
         broken = dataclasses.replace(flow, edges=flow.edges[:i] + flow.edges[i + 1 :])

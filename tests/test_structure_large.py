@@ -1,4 +1,4 @@
-"""How large examples and models are checked: values on the beginning of the example, modules in float64."""
+"""Checks of large examples and models: values on the beginning of the example, modules in float64."""
 
 import dataclasses
 from collections.abc import Callable

@@ -16,7 +16,7 @@ from tests.zoo import draw
 
 
 class Clock:
-    """A clock that stands at 0 until it was looked at so many times, and then at 1."""
+    """A clock that stands at 0 for a number of looks, and then at 1."""
 
     def __init__(self, looks: float = float("inf")):
         self.looked, self.looks = 0, looks

@@ -1,4 +1,4 @@
-"""What only training runs follows the widths, so that what is built trains; or it is said that it may not."""
+"""Operations that only training runs follow the widths, so that built models train; or a note says otherwise."""
 
 from typing import Any
 

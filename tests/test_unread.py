@@ -1,4 +1,4 @@
-"""What no output depends on goes to its least at once."""
+"""Groups that no output depends on are reduced to their least at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TwoHeads(nn.Module):
 
 
 class Written(nn.Module):
-    """Of three layers, one is written into a buffer that is returned, one is detached, and one goes nowhere."""
+    """Three layers: one is written into a buffer that is returned, one is detached, and one reaches no output."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ IDLE_IN_TRAINING = {
 
 
 class HangError(BaseException):
-    """Not an `Exception`, which the analysis may take for a failure of the user's forward."""
+    """A hang; no `Exception`, which the analysis may take for a failure of the user's forward."""
 
 
 @contextmanager

@@ -40,7 +40,7 @@ PADDED |= {(f"stages.2.{block}.conv2.weight", 0): 8 + 16 for block in range(3)}
 PADDED |= {(f"stages.{reader}.conv1.weight", 1): 8 + 16 for reader in ("2.1", "2.2")}
 PADDED |= {("fc.weight", 1): 8 + 16}
 BESIDES = {"resnet20_padded": PADDED}
-"""What else stays, and how much of it; nothing in any other network."""
+"""Other frozen parts and their sizes; there are none in any other network."""
 
 
 @dataclass(frozen=True)
