@@ -55,7 +55,7 @@ def own_copy(model: nn.Module, borrow: bool = True) -> nn.Module:
 
 
 def settle(model: nn.Module, evaluator: object) -> None:
-    """Move the shared parameters of `own_copy` and the tensors that the evaluator holds into a file."""
+    """Separate the parameters shared by `own_copy`; large ones and tensors of the evaluator move to a file."""
     if isinstance(evaluator, Orders):
         evaluator.release()
     parameters = list(model.parameters())

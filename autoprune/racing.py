@@ -115,16 +115,22 @@ def log_evidence(seen: FloatArray, rival: FloatArray, floor: float) -> FloatArra
         arXiv:2010.09686, section 5 on sampling without replacement. There both ends are bounded, and bets adapt.
     """
     n, total = seen.shape[-1], rival.shape[-1]
+    # A single large signal of the rival would raise the risk of every bet; a cap keeps bets large, and any known value
+    # for each sample leaves them fair.
     known = np.minimum(rival, np.quantile(rival, QUANTILE, axis=-1, keepdims=True)).astype(np.float64)
+    # Without replacement, samples seen determine the mean of the rest if the means over all are equal.
     left = total - np.arange(n)
     before = np.cumsum(seen, axis=-1, dtype=np.float64) - seen
     expected = (rival.sum(axis=-1, keepdims=True, dtype=np.float64) - before) / left
     known_left = (np.cumsum(known[..., ::-1], axis=-1)[..., ::-1])[..., :n] / left
     highest_left = np.maximum.accumulate(known[..., ::-1], axis=-1)[..., ::-1][..., :n]
+    # Both differences have mean 0 over the rest in a random order, so their difference is a fair bet.
     gain = (seen - expected) - (known[..., :n] - known_left)
+    # The worst sample has the floor as its signal and the highest known value: that loss must not exceed the capital.
     risk = np.maximum((expected - floor) + (highest_left - known_left), np.finfo(np.float64).tiny)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         steps = np.log(np.maximum(1 + FRACTIONS * (gain / risk)[..., None], 0.0))
+        # The best fraction is not known before, and a mean of supermartingales is one, too.
         capital: FloatArray = np.logaddexp.reduce(np.cumsum(steps, axis=-2), axis=-1) - np.log(len(FRACTIONS))
     return capital
 

@@ -22,7 +22,7 @@ class Evidence:
     Attributes:
         widths: Units kept in each group, shape (m, groups).
         ratio: Their time over the dense network's, shape (m,).
-        uncertainty: Half width of the 95 % interval of each, as a fraction of it, shape (m,).
+        uncertainty: Reach of the 95 % interval of each, on its wider side, as a fraction of it, shape (m,).
     """
 
     widths: IntArray

@@ -45,13 +45,16 @@ def place(axis: Sequence[int], aligned: int, values: FloatArray) -> Place:
     points = np.array(axis, dtype=np.int64)
     left, right = np.zeros((2, len(values)), dtype=np.int64)
     t: FloatArray = np.zeros(len(values))
+    # Aligned sizes may run on faster code, and a line from an aligned point to an unaligned one would mix the two.
     for kind in (True, False):
         rows = np.flatnonzero((values % aligned == 0) == kind)
         own = np.flatnonzero((points % aligned == 0) == kind)
+        # An axis may have points of one kind only, which then serve all values.
         own = own if len(own) else np.arange(len(points))
         after = np.clip(np.searchsorted(points[own], values[rows], side="right"), 1, max(len(own) - 1, 1))
         left[rows], right[rows] = own[after - 1], own[np.minimum(after, len(own) - 1)]
         gaps = np.maximum(points[right[rows]] - points[left[rows]], 1)
+        # Beyond its ends an axis is constant, because times do not extrapolate along a line.
         t[rows] = np.clip((values[rows] - points[left[rows]]) / gaps, 0.0, 1.0)
     return left, right, t
 

@@ -154,8 +154,10 @@ class Auto:
         """Return proposals, the `n` most promising first, shape (any, d)."""
         problem, (candidates, objectives) = self._problem.aimed(self._aim()), self._archive.ok()
         low, high = problem.budget_range.T
+        # Evenly spaced budgets cover the whole range in every ask; the jitter keeps asks from repeating the same ones.
         place = (np.arange(n) + rng.uniform(-0.5, 0.5, n)) / (n - 1) if n > 1 else rng.random(1)
         budgets = reachable(problem, low + np.clip(_AT_LIMIT * place, 0.0, 1.0)[:, None] * (high - low))
+        # The time of a knapsack grows with the dimensions, so large problems solve it for a random part of the budgets.
         solved = rng.permutation(budgets)[: max(_KNAPSACKS // len(problem.sizes), 1)]
         tables = corrected_tables(table, candidates, objectives, rng)
         kinds = [front_of(problem, tables, solved, rounds=_QUICK_ROUNDS)]
@@ -165,6 +167,7 @@ class Auto:
                 evolve(problem, candidates, objectives, _PROPOSALS, rng),
                 _vary(problem, _elites(candidates, objectives, budgets), _PROPOSALS, rng),
             ]
+        # In turn, so that no kind crowds out the others where no surrogate chooses among them.
         proposals = _in_turn([rng.permutation(_new(kind, known)) for kind in kinds])
         self._surrogate.fit(candidates, objectives)
         if not self._surrogate.trusted or not len(proposals):

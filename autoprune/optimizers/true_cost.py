@@ -88,14 +88,17 @@ class Moves:
         filled, rows = candidates.copy(), np.arange(len(candidates))
         for _ in range(2 * len(self.dims)):
             ordered = self._problem.ordered[self.dims]
+            # Without an order every other option is a move; along an order only those towards dense are.
             row, move = np.nonzero(~ordered | (self.options < filled[rows][:, self.dims]))
             costs, losses = self._after(filled[rows], row, move)
             gain = self._steer(filled[rows])[row] - losses
+            # Towards dense no gain is required: losses are noisy, and unused budget is wasted.
             met = (costs <= limits[rows[row]]).all(axis=1) & (ordered[move] | (gain > self._tiny))
             priority = np.full((len(rows), len(self.dims)), -np.inf)
             priority[row[met], move[met]] = gain[met]
             best = priority.argmax(axis=1)
             raised = np.isfinite(priority.max(axis=1))
+            # A candidate without a move stays without one, so later rounds leave it out.
             rows, best = rows[raised], best[raised]
             if not rows.size:
                 break
@@ -104,7 +107,7 @@ class Moves:
         return filled
 
     def _fill_counted(self, position: Counted, limits: FloatArray) -> IntArray:
-        """Do what `fill` does, and after each move look again only at those that it bears on."""
+        """Fill as `fill` does; after each move, update only the moves that depend on it."""
         filled, room = position.candidates, position.room(limits)
         for i in range(len(filled)):
             row, left = np.full(len(self.dims), i), room[i]

@@ -271,7 +271,7 @@ class _Writer:
         return found
 
     def _aligned(self, step: Step, x: Held, rows: dict[Path, Row]) -> dict[Path, Expression]:
-        """Find leading and trailing sizes that equal those of the input, as far as no other number changes between."""
+        """Find leading and trailing numbers that equal the sizes of the input there, up to the first that differs."""
         wanted = list(rows.items())
         have = self._own(x)
         found: dict[Path, Expression] = {}

@@ -97,7 +97,7 @@ _LENT: WeakSet[type] = WeakSet()
 
 
 def lend(module: RecordedModule) -> RecordedModule:
-    """An empty module that shares the graph and the compiled forward, because compiling takes longer than a copy."""
+    """Make an empty module that shares the graph and the compiled forward: compiling takes longer than a copy."""
     _LENT.add(type(module))
     made = object.__new__(type(module))
     made.__dict__.update({key: value for key, value in vars(module).items() if key in _GRAPH_STATE})

@@ -160,7 +160,7 @@ class Recordings:
 
 
 def _imagined(frame: Frame, flow: Propagation, units: Units) -> list[tuple[int, ...]]:
-    """Compute the shapes of the tensors of a call with widths that are no sum or product of each other."""
+    """Compute the shapes of the tensors of a call at large random widths, which no sum or product of others gives."""
     widths = np.random.default_rng(0).integers(10**5, 10**6, len(units.groups)).tolist()
     shapes = []
     for shape, value in zip(frame.shapes, frame.values, strict=True):

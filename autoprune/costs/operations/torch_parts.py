@@ -22,7 +22,7 @@ from autoprune.structure.structure import Structure
 from autoprune.structure.trace import trace
 
 _NOISE = 2**16  # numbers drawn, and repeated for larger tensors: drawing takes longer than many operations
-_LARGE = 1e4  # an operation that writes into its argument may halve this many times without reaching denormals
+_LARGE = 1e4  # value of an argument that is written to: repeated halving must not reach denormals soon
 
 
 @dataclass(frozen=True)
