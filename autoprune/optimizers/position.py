@@ -16,26 +16,26 @@ _ENTRIES_AT_ONCE = 2**18  # of one cost call: bounds its memory to a few megabyt
 
 
 def position_of(problem: Problem, candidates: IntArray) -> Counted | Recounted:
-    """Candidates (n, d) to be changed one entry at a time, in the fastest way that the costs allow."""
+    """Make candidates (n, d) to change one entry at a time, in the fastest way that the costs allow."""
     return counted(problem, candidates) or Recounted(problem, candidates)
 
 
 def counted(problem: Problem, candidates: IntArray) -> Counted | None:
-    """The same where costs know what single changes add to them, else None."""
+    """Make them with updated costs, if the cost function can compute single changes; else None."""
     costs = problem.cost_function
     return costs.at(candidates) if isinstance(costs, LimitedCosts) else None
 
 
 @final
 class Recounted:
-    """A position whose costs are counted from scratch: right for any cost.
+    """Candidates whose costs are computed from scratch after each change, which is right for any cost.
 
     Args:
-        problem: Its costs, and what is canonical.
+        problem: Gives the costs and the canonical form.
         candidates: Shape (n, d); copied.
 
     Attributes:
-        candidates: Where they stand, shape (n, d).
+        candidates: The candidates after all moves so far, shape (n, d).
     """
 
     def __init__(self, problem: Problem, candidates: IntArray) -> None:
@@ -54,5 +54,5 @@ class Recounted:
         return costs
 
     def move(self, row: IntArray, dim: IntArray, option: IntArray) -> None:
-        """Make such changes, at most one in each candidate."""
+        """Apply such changes, at most one in each candidate."""
         self.candidates[row, dim] = option

@@ -238,7 +238,7 @@ def assemble(
 
 
 def _unread(record: Record, groups: Sequence[Group]) -> frozenset[str]:
-    """Names of the groups none of whose parameters reaches an output, as far as storage tells."""
+    """Names of the groups none of whose parameters reaches an output, followed by the storage of values."""
     values = record.values
     wanted = {values[value].base for value in (*record.outputs, *record.trained)}
     for op in reversed((*record.ops, *record.training)):
