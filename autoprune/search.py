@@ -38,9 +38,10 @@ from autoprune.resume import ANYWAY, History, open_journal, recall
 from autoprune.rivals import Rivals, applicable, find_racing, note_of_racing
 from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings
+from autoprune.starts import Start
 from autoprune.statistics import reason_of, statistics_of, status_of
 from autoprune.stopping import Deadline, most, why_converged, why_not_converged
-from autoprune.study import Start, Study, hold_score, prepare
+from autoprune.study import Study, hold_score, prepare
 from autoprune.verify import verify
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from autoprune import batches
-from autoprune.arguments import is_number, said, shown, whole_number, why_no_function
-from autoprune.budget import ALIASES, THROUGHPUT, Budget
+from autoprune.arguments import said, shown, whole_number
+from autoprune.budget import Budget
 from autoprune.checking import Choice, check, ranking, unchecked
 from autoprune.costs import CostFunction, Latency, make_costs
 from autoprune.costs.changes import Changes, LimitedCosts
+from autoprune.costs.given import require_functions, require_steady
 from autoprune.costs.memory.peak import PeakMemory, measure_memory
 from autoprune.costs.operations.allocations import MEASURABLE
 from autoprune.costs.profiling.profile import profile_structure, with_batch
@@ -38,11 +39,11 @@ from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.prior import PRIORS, expected_losses
 from autoprune.protocols import IntArray, Measurement, SearchSpace
-from autoprune.result import SearchResult
-from autoprune.result.trials import Trial, meets
+from autoprune.result.trials import meets
 from autoprune.search_spaces import Channels, Settings, make_space, why_no_less
 from autoprune.search_spaces.channels import ChannelSpace
 from autoprune.sources import seeded
+from autoprune.starts import Start, candidates_of, starts_of
 from autoprune.stopping import Deadline, planned
 from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.containers import sizes_of
@@ -53,9 +54,6 @@ from autoprune.structure.structure import Structure, delivered_as_graphs
 
 log = logging.getLogger(__name__)
 
-Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
-"""Candidate to begin from: option indices, ``{dimension: option}``, a trial, or the front of a result."""
-
 SYNTHETIC_SAMPLES = 256
 """Samples of each part when no data is given."""
 
@@ -64,8 +62,6 @@ LEAST_ANALYSIS_SECONDS = 10.0
 
 TIMED = ("latency_ms", "ms_per_sample")
 """Costs that are predicted, and measured on the networks of the front."""
-
-_STARTS = "results, trials, dictionaries of {dimension: option}, or lists of option indices"
 
 _ROUNDING = 1e-9  # a user's cost of the cheapest candidate may differ in its last bit with the size of the population
 
@@ -139,9 +135,9 @@ def prepare(
     """Trace, rank, fix the data and lay out the problem; the arguments are those of `autoprune.search`."""
     wanted, settings, chosen = Budget.parse(budget), make_space(space), make_evaluator(evaluator)
     cost_batch = whole_number("cost_batch", cost_batch, 1)
-    _require_functions({} if costs is None else costs)
+    require_functions({} if costs is None else costs)
     require_selecting(forward, outputs)
-    starts = _starts(start)
+    starts = starts_of(start)
     if not isinstance(prior, str) or prior not in PRIORS:
         raise ValueError(f"prior must be one of {list(PRIORS)}, got {shown(prior)}")
     model = unwrap(model)
@@ -185,7 +181,7 @@ def prepare(
         judge = resolve_metric(metric, subsets, _blaming_data(fitting(lambda batch: run(scored, batch))))
         bound = settings.bind(structure, order_units(scores))
     named = make_costs(structure, bound, costs, cost_batch, source, None if peak is None else peak.predict)
-    _require_steady({name: named[name] for name in costs or {}}, bound)
+    require_steady({name: named[name] for name in costs or {}}, bound)
     wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
     limits = wanted.resolve({name: float(cost(_dense(bound))[0]) for name, cost in named.items()})
     limits = limits or _cost_to_minimise(bound, named, not structure.terms.uncounted)
@@ -365,34 +361,6 @@ def _latency_of(
     return found
 
 
-def _require_functions(costs: Mapping[str, CostFunction]) -> None:
-    if not isinstance(costs, Mapping):
-        raise ValueError(f"costs must be functions by name, such as {{'energy_mj': function}}, got {shown(costs)}")
-    for name, function in costs.items():
-        if not isinstance(name, str):
-            raise ValueError(f"costs must have names of text, such as 'energy_mj', got {shown(name)}")
-        if why := why_no_function(function, 1):
-            raise ValueError(f"costs[{name!r}] must be a function of candidates (n, d) giving (n,), {why}")
-        if name in (*ALIASES, THROUGHPUT, "ms_per_sample"):
-            raise ValueError(
-                f"costs must not hold {name!r}, which budgets take for another cost; call a latency 'latency_ms', in "
-                "milliseconds of cost_batch samples, which limits on throughput follow, and choose another name else"
-            )
-
-
-def _require_steady(costs: Mapping[str, CostFunction], space: SearchSpace) -> None:
-    """Check that a user's cost depends on the candidate alone, and neither on the call nor on the other candidates."""
-    ends = np.concatenate([_dense(space), space.canonical(space.sizes[None] - 1)])
-    for name, cost in costs.items():
-        seen = [np.concatenate([cost(ends[:1]), cost(ends[1:])]), cost(ends), cost(ends)]
-        for other in seen[1:]:
-            if not np.allclose(seen[0], other, rtol=1e-6, atol=0):
-                raise ValueError(
-                    f"costs[{name!r}] must give the same for the same candidate, got {shown(seen[0].tolist())} and "
-                    f"then {shown(other.tolist())} for {shown(ends.tolist())}; leave out what is random or counts calls"
-                )
-
-
 def _memory_of(
     wanted: Budget,
     model: nn.Module,
@@ -478,6 +446,8 @@ def _subsets(model: nn.Module, data: Any, example_inputs: Any, metric: Any, seed
     (args, kwargs), *_ = examples_of(model, example_inputs)
     if not args and not kwargs:
         raise DataError(f"example_inputs must hold at least one input, got {shown(example_inputs)}")
+    if not any(tensor.ndim for tensor in batches.tensors((args, kwargs))):
+        raise DataError(f"example_inputs must hold a tensor with a dimension for samples, got {shown(example_inputs)}")
     return synthetic(kwargs or (args if len(args) > 1 else args[0]), SYNTHETIC_SAMPLES, seed)
 
 
@@ -561,54 +531,3 @@ def _changes(structure: Structure, space: SearchSpace, names: tuple[str, ...]) -
         return None
     changes = Changes(structure, names, *space.choices)
     return changes if changes.exact else None
-
-
-def _starts(start: Start | Sequence[Start]) -> list[Start]:
-    """Make a list of the candidates to begin from."""
-    if isinstance(start, SearchResult | Trial | Mapping):
-        return [start]
-    if isinstance(start, str | bytes) or not isinstance(start, Iterable):
-        raise ValueError(f"start must be a list of {_STARTS}, got {shown(start)}")
-    return list[Any](start)
-
-
-def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
-    """Option indices of the candidates that a search begins from.
-
-    Raises:
-        ValueError: If it names a dimension or an option that the space does not have.
-    """
-    if isinstance(start, SearchResult):
-        return [candidate for trial in start.front for candidate in candidates_of(trial.decoded, space)]
-    if isinstance(start, Trial):
-        return candidates_of(start.decoded, space)
-    if not isinstance(start, Mapping):
-        return [_indices(start, space.sizes.tolist())]
-    unknown = set(start) - {dimension.name for dimension in space.dimensions}
-    if unknown:
-        known = ", ".join(dimension.name for dimension in space.dimensions[:20])
-        more = ", ..." * (len(space.dimensions) > 20)
-        raise ValueError(f"start must name dimensions of the space ({known}{more}), got {shown(list(unknown))}")
-    candidate = []
-    for dimension in space.dimensions:
-        option = start.get(dimension.name, dimension.options[0])
-        if not (isinstance(option, str) or is_number(option)) or option not in dimension.options:
-            raise ValueError(
-                f"start[{dimension.name!r}] must be one of {dimension.options!s:.200}, got {shown(option)}"
-            )
-        candidate.append(dimension.options.index(option))
-    return [candidate]
-
-
-def _indices(start: Any, sizes: list[int]) -> list[int]:
-    """Check one candidate given by option indices; neither floats nor bools are indices."""
-    rule = f"start must hold {_STARTS} below {shown(sizes)}"
-    if isinstance(start, str | bytes) or not isinstance(start, Iterable):
-        raise ValueError(f"{rule}, got {shown(start)}; a single candidate is a list in a list: start=[[...]]")
-    given = start.tolist() if isinstance(start, np.ndarray | Tensor) else list(start)
-    if len(given) != len(sizes):
-        raise ValueError(f"{rule}, got {shown(start)} of length {len(given)} for {len(sizes)} dimensions")
-    whole = all(isinstance(index, int | np.integer) and not isinstance(index, bool) for index in given)
-    if not whole or not all(0 <= index < size for index, size in zip(given, sizes, strict=True)):
-        raise ValueError(f"{rule}, got {shown(start)}")
-    return [int(index) for index in given]

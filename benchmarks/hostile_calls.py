@@ -3,9 +3,9 @@
 Run ``python -m benchmarks.hostile_calls`` from the root of the repository (about 8 minutes on one thread); exits with 1
 when a public call raises anything else than `AutopruneError`, `ValueError`, `TypeError` or `OSError`, a command ends in
 a traceback, a message has more than 700 characters, holds the values of a tensor or names neither the argument nor the
-file, an answer takes more than 10 seconds, or a wrong value is taken that is not right by design (`tests.hostile` says
-which are). Every value of every kind for every argument of every call alone, two or three at once, and every word for
-every option of every command.
+file, an answer takes more than 10 seconds, or a wrong value is taken that is not right by design (`tests.hostile_calls`
+says which are). Every value of every kind for every argument of every call alone, two or three at once, and every word
+for every option of every command.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import environment, table, write
-from tests.hostile import answer, commands, make_calls, make_folder, outcome, settled, several, single
+from tests.hostile import settled
+from tests.hostile_calls import make_calls, outcome, several, single
+from tests.hostile_commands import answer, commands, make_module
 
 COMMAND = "python -m benchmarks.hostile_calls"
 TOGETHER = 5_000
@@ -44,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         sys.path.insert(0, name)
         calls = make_calls(Path(name))
-        make_folder(Path(name))
+        make_module(Path(name))
         drawn = several(calls, np.random.default_rng(0))
         tally.add("one value", ((str(w), w.call, partial(outcome, calls[w.call], w)) for w in single(calls)))
         tally.add(

@@ -5,7 +5,8 @@ combination is a valid network, and a failing one shrinks to a short one: leave 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -359,17 +360,34 @@ def check(spec: Spec, candidates: int = 2) -> Tally:
     """Assert that what is built from the network of a spec is right by independent answers."""
     model, args = spec.model(), inputs()
     structure = analyse(model, args)
+    for _ in checked_candidates(model, structure, args, candidates):
+        pass
+    return tally(model, structure)
+
+
+def checked_candidates(
+    model: nn.Module,
+    structure: Structure,
+    args: tuple[Tensor, ...],
+    candidates: int,
+    others: Sequence[tuple[Tensor, ...]] = (),
+    around_oracle: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[nn.Module]:
+    """Random candidates as built, each once it gave what independent answers say for the inputs and for `others`."""
     costs, rng = StructuralCosts(structure), np.random.default_rng(0)
     assert gap(outputs_of(structure.build(model, Pruning()), args), outputs_of(model, args)) == 0.0
     for _ in range(candidates):
         pruning = random_pruning(structure, rng)
         built = structure.build(model, pruning)
-        found, expected = outputs_of(built, args), oracle_outputs(model, structure.edit(pruning), args)
-        assert gap(found, expected) <= 1e-9 * max(1.0, *(out.abs().max().item() for out in expected))
+        for given in (args, *others):
+            found = outputs_of(built, given)
+            with around_oracle():
+                expected = oracle_outputs(model, structure.edit(pruning), given)
+            assert gap(found, expected) <= 1e-9 * max(1.0, *(out.abs().max().item() for out in expected))
         widths = widths_of(structure, [pruning])
         assert costs.flops(widths)[0] * len(args[0]) == macs(built, args)
         assert costs.params(widths)[0] == count_params(built)
-    return tally(model, structure)
+        yield built
 
 
 def macs(model: nn.Module, args: tuple[Tensor, ...]) -> int:

@@ -4,18 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autoprune.costs import StructuralCosts
-from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
-from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, widths_of
-from tests.fuzzing import macs
-from tests.oracle import SoftmaxOverKept, count_params
+from tests.fuzzing import checked_candidates
+from tests.oracle import SoftmaxOverKept
 
 SIDE = 4
 """Tokens along each side of the map."""
@@ -277,20 +273,8 @@ def check_tokens(spec: TokenSpec, candidates: int = 2) -> Rewritten:
     table = any("table" in repr(layer) for layer in spec.layers)
     others = [image(3)] if table else [image(3), image(1, 4 * SIDE, 2 * SIDE)]
     structure = analyse(model, args)
-    costs, rng = StructuralCosts(structure), np.random.default_rng(0)
-    assert gap(outputs_of(structure.build(model, Pruning()), args), outputs_of(model, args)) == 0.0
-    for _ in range(candidates):
-        pruning = random_pruning(structure, rng)
-        built = structure.build(model, pruning)
+    for built in checked_candidates(model, structure, args, candidates, others, SoftmaxOverKept):
         assert list(built.state_dict()) == list(model.state_dict())
-        for inputs in (args, *others):
-            found = outputs_of(built, inputs)
-            with SoftmaxOverKept():
-                expected = oracle_outputs(model, structure.edit(pruning), inputs)
-            assert gap(found, expected) <= 1e-9 * max(1.0, *(out.abs().max().item() for out in expected))
-        widths = widths_of(structure, [pruning])
-        assert costs.flops(widths)[0] * len(args[0]) == macs(built, args)
-        assert costs.params(widths)[0] == count_params(built)
         built.train()(*args).sum().backward()
         unread = {name for name, p in model.named_parameters() if name in structure.untouched}
         assert all(p.grad is not None for name, p in built.named_parameters() if name not in unread)

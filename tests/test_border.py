@@ -7,7 +7,7 @@ import torch
 import autoprune
 from autoprune.evaluators import AdaptiveBN
 from autoprune.protocols import FAILED, OK, Failure, Measurement
-from tests.test_bad_input import EIGHTHS, refused
+from tests.refusals import EIGHTHS, refused
 
 X = torch.randn(120, 64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(120) % 10

@@ -8,7 +8,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from tests.hostile import Wrong, answer, commands, make_calls, make_folder, outcome, settled, several, single
+from tests.hostile import settled
+from tests.hostile_calls import Wrong, make_calls, outcome, several, single
+from tests.hostile_commands import answer, commands, make_module
 
 CALLS, TOGETHER, COMMANDS = 30, 100, 60
 LONG = ("search", "inspect", "profile")
@@ -24,7 +26,7 @@ def calls(tmp_path_factory):
         patch.syspath_prepend(folder)
         logging.disable(logging.CRITICAL)
         made = make_calls(folder)
-        make_folder(folder)
+        make_module(folder)
         yield made
         logging.disable(logging.NOTSET)
         os.chdir(before)

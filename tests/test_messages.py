@@ -8,7 +8,7 @@ from torch import nn
 
 import autoprune
 from autoprune import Budget, Metric
-from tests.test_bad_input import refused, search
+from tests.refusals import refused, search
 
 CALLS = itertools.count(1)
 

@@ -39,7 +39,7 @@ LAYERS = (
     ("journal",),
     ("result", "report"),
     ("progress", "stopping"),
-    ("checking", "mapped"),
+    ("checking", "mapped", "starts"),
     ("study",),
     ("promotion",),
     ("records", "identity", "rivals", "trainings", "variants"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.arguments import MOST_SEED, shown, whole_number
-from autoprune.batches import divisible, of_call, on_call
+from autoprune.batches import divisible, on_call
 from autoprune.costs.allocator import keeping_freed_memory
 from autoprune.costs.correction import Evidence
 from autoprune.costs.latency import Latency
@@ -110,13 +110,17 @@ def profile(
     (args, kwargs), *others = examples_of(model, example_inputs)
     require_selecting(forward, outputs)
     run = selecting(None if forward is None else on_call(forward), outputs)
-    (args_of_two, kwargs_of_two), *further = [
-        with_batch(*inputs, 2) if divisible(of_call(*inputs)) else inputs for inputs in ((args, kwargs), *others)
-    ]
+    (args_of_two, kwargs_of_two), *further = [_of_two(*inputs) for inputs in ((args, kwargs), *others)]
     structure = analyse(model, args_of_two, kwargs_of_two, forward=run, further=further)
     return profile_structure(
         model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path, runtime=runtime
     )
+
+
+def _of_two(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Inputs with two samples; as they are where they cannot be cut by samples."""
+    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.ndim]
+    return (args, kwargs) if leaves and not divisible((*leaves, None)) else with_batch(args, kwargs, 2)
 
 
 def _require_writable(path: Path) -> None:
