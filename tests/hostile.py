@@ -1,4 +1,4 @@
-"""What must hold for the answer to a wrong argument, and the data that calls are made with."""
+"""Rules for the answer to a wrong argument, and the data that calls are made with."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""Costs that the user gives as functions of candidates: what is wrong with one shows before the search."""
+"""Costs that the user gives as functions of candidates, checked before the search."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def require_steady(costs: Mapping[str, CostFunction], space: SearchSpace) -> Non
     """Check that a user's cost depends on the candidate alone, and neither on the call nor on the other candidates.
 
     Raises:
-        ValueError: Names the cost, and what it gave.
+        ValueError: Names the cost, and its value.
     """
     ends = np.concatenate([np.zeros((1, len(space.sizes)), dtype=np.int64), space.canonical(space.sizes[None] - 1)])
     for name, cost in costs.items():
