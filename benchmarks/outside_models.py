@@ -37,7 +37,7 @@ TIMM: dict[str, dict[str, int]] = {
     "hardcorenas_b": {},
     "hgnetv2_b0": {},
     "hiera_tiny_224": {},
-    "sam2_hiera_tiny": {},
+    "sam2_hiera_tiny": {"input": 256},
     "hrnet_w18_small": {},
     "iformer_s": {},
     "inception_next_atto": {},
@@ -100,7 +100,8 @@ TIMM: dict[str, dict[str, int]] = {
     "xception41p": {},
     "xcit_nano_12_p8_224": {},
 }
-"""Names by ``timm.create_model``, one of each of ``timm.list_modules()``, with arguments that make an input smaller."""
+"""Names by ``timm.create_model``, one of each of ``timm.list_modules()``, with arguments that make an input smaller;
+``input`` is no argument of the model, which takes images of any size."""
 
 TORCHVISION = {
     "alexnet": (3, 224, 224),

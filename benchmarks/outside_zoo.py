@@ -53,8 +53,9 @@ def created(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     if source == "timm":
         import timm
 
-        network = timm.create_model(model, **TIMM[model])
-        size = TIMM[model].get("img_size")
+        settings = dict(TIMM[model])
+        size = settings.pop("input", settings.get("img_size"))
+        network = timm.create_model(model, **settings)
         return network, (3, size, size) if size else tuple(network.default_cfg["input_size"])
     from torchvision import models
 
