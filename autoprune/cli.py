@@ -9,9 +9,9 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autoprune.execution import Executor
     from autoprune.result import SearchResult
     from autoprune.result.trials import Trial
+    from autoprune.search_spaces import Settings
 
 _WATCH_SECONDS = 1.0
 _MOST_THREADS = 4096
@@ -112,9 +113,16 @@ def search(
     optimizer: Annotated[str, typer.Option(help="auto, knapsack, level_switch, nsga2, bayes or random.")] = "auto",
     evaluator: Annotated[str, typer.Option(help="auto, adaptive_bn, compensated, finetune or supernet.")] = "auto",
     racing: Annotated[bool, typer.Option(help="Drop candidates once they are known to be dominated.")] = False,
+    space: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE.py:NAME",
+            help="channels (widths), sparsity (elements set to zero), or settings such as autoprune.Channels(...).",
+        ),
+    ] = "channels",
     criterion: Annotated[str | None, typer.Option(help="What ranks channels, such as l1, l2 or taylor.")] = None,
     round_to: Annotated[
-        str | None, typer.Option(metavar="N|auto", help="Widths are multiples of this; auto: what the machine likes.")
+        str | None, typer.Option(metavar="N|auto", help="Widths are multiples of this; auto: steps of latency.")
     ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help='Module to leave whole, by name or glob, such as "head*"; may be repeated.')
@@ -153,14 +161,13 @@ def search(
                 f"run-dir must be a folder of its own, but {run_dir} holds a result; name another, or add --resume"
             )
         rounded = int(round_to) if round_to is not None and round_to.lstrip("-").isdecimal() else round_to
-        settings: dict[str, Any] = {"criterion": criterion, "round_to": rounded, "ignore": ignore}
         dense = load_model(model, weights)
         result = autoprune.search(
             dense,
             budget,
             None if data is None else load_object(data, "--data"),
             metric=metric,
-            space=autoprune.Channels(**{name: value for name, value in settings.items() if value is not None}),
+            space=_space(space, {"criterion": criterion, "round_to": rounded, "ignore": ignore}),
             evaluator=evaluator,
             optimizer=optimizer,
             racing=racing,
@@ -183,6 +190,26 @@ def search(
             typer.echo(f"next: {shlex.join(command)}")
     if result.stopped == "interrupted":
         raise typer.Exit(130)
+
+
+def _space(spec: str, options: Mapping[str, Any]) -> Settings:
+    """The space by its name with the options that were given, or settings from a file, which take none.
+
+    Raises:
+        ValueError: If an option is not one of the space's, or the settings come from a file.
+    """
+    from autoprune.loading import load_object
+    from autoprune.search_spaces import SPACES, make_space
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if spec not in SPACES and ":" not in spec:
+        raise ValueError(f"--space must be one of {sorted(SPACES)}, or FILE.py:NAME, got {spec!r}")
+    known = {field.name for field in fields(SPACES[spec])} if spec in SPACES else set()
+    for name in given:
+        if name not in known:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} must be left out with --space {spec}, which has no such setting")
+    return SPACES[spec](**given) if spec in SPACES else make_space(load_object(spec, "--space"))
 
 
 @app.command()

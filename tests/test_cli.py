@@ -25,6 +25,7 @@ from autoprune.result.from_journal import result_from_journal
 from tests.machine import Machine
 
 CODE = """
+import autoprune
 import torch
 from torch import nn
 
@@ -67,6 +68,7 @@ def tied():
     return nn.Sequential(nn.Linear(6, 16), Tied(), nn.Linear(16, 3))
 
 model = build(4)
+coarse = autoprune.Channels(options=(1.0, 0.5))
 """
 MODEL, DATA = "cli_example.py:build", "cli_example.py:load"
 SEARCH = ("search", MODEL, "--data", DATA, "--budget", "flops <= 60%", "--trials", "12", "--optimizer", "random")
@@ -139,6 +141,26 @@ def test_options_of_a_search_reach_its_space(searched):
     dimensions = autoprune.SearchResult.load(searched[0]).space.dimensions
     assert [dimension.name for dimension in dimensions] == ["0", "3"]
     assert all(width % 2 == 0 for dimension in dimensions for width in dimension.options)
+
+
+@pytest.mark.parametrize(
+    ("options", "cost", "kind", "sizes"),
+    [
+        (("sparsity", "--ignore", "8"), "nonzero_params", "sparsity", None),
+        (("cli_example.py:coarse",), "flops", "channels", {2}),
+    ],
+)
+def test_every_space_can_be_searched(options, cost, kind, sizes, tmp_path):
+    searching = ("search", MODEL, "--data", DATA, "--budget", f"{cost} <= 60%", "--trials", 2, "--optimizer", "random")
+    ok(*searching, "--run-dir", tmp_path / "run", "--space", *options)
+    space = autoprune.SearchResult.load(tmp_path / "run").space
+    assert space.to_json()["type"] == kind
+    assert sizes is None or {len(dimension.options) for dimension in space.dimensions} == sizes
+
+
+def test_the_package_runs_as_the_command_does():
+    done = subprocess.run([sys.executable, "-m", "autoprune", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == ok("--version")
 
 
 def test_the_next_command_that_a_search_names_works(searched, tmp_path):
@@ -339,6 +361,10 @@ def test_a_file_named_like_a_module_in_use_is_refused(tmp_path):
         (("--optimizer", "luck"), ["'luck'", "nsga2"]),
         (("--evaluator", "oracle"), ["'oracle'", "adaptive_bn"]),
         (("--criterion", "taste"), ["'taste'", "l2"]),
+        (("--space", "depths"), ["--space", "'depths'", "channels", "FILE.py:NAME"]),
+        (("--space", "sparsity", "--round-to", "4"), ["--round-to", "--space sparsity"]),
+        (("--space", "cli_example.py:coarse", "--ignore", "3"), ["--ignore", "--space cli_example.py:coarse"]),
+        (("--space", "cli_example.py:model"), ["space", "Channels"]),
         (("--ignore", "tail*"), ["'tail*'"]),
         (("--round-to", "0"), ["round_to", "0"]),
         (("--weights", "none.pt"), ["no such file", "none.pt"]),
