@@ -48,6 +48,7 @@ LAYERS = (
     ("autoprune",),
     ("loading",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {part: level for level, row in enumerate(LAYERS) for part in row}
 
