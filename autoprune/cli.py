@@ -217,7 +217,7 @@ def front(
     run_dir: RunDir,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the front into this file.")] = None,
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again as trials come, until the search ends.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it as trials come, until the search ends.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print the front of a search: finished, still running, or killed."""
