@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo    train, search, build and check a small CNN (examples/quickstart.py)"
-	@echo "make test    all tests            make quick   without the slow ones and Ray"
+	@echo "make test    all tests            make quick   a case of each that is fast"
 	@echo "make lint    ruff and mypy        make setup   only create .venv"
 
 demo: $(STAMP)
@@ -24,7 +24,7 @@ test: $(STAMP)
 	$(PYTEST)
 
 quick: $(STAMP)
-	$(PYTEST) -m "not slow and not ray"
+	$(PYTEST) --one-case --assert=plain -o addopts="--strict-markers" -m "not slow and not ray" tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,8 +20,17 @@ from tests.zoo import ZOO, resnet
 torch.set_num_threads(1)  # the same sums in the same order on every machine, and no fight over small tensors
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no GPU."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-case", action="store_true", help="run the first case of each parametrised test alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out further cases where asked to, and skip tests marked ``gpu`` where there is no GPU."""
+    if config.getoption("--one-case"):
+        first = {item.nodeid.partition("[")[0]: item.nodeid for item in reversed(items)}
+        kept = set(first.values())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+        items[:] = [item for item in items if item.nodeid in kept]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -157,12 +157,14 @@ def test_dropout_stays_off_while_statistics_are_taken():
     torch.testing.assert_close(model[1].running_mean, x.mean(0))
 
 
+@pytest.mark.slow
 def test_what_is_built_has_the_statistics_of_its_own_calibration_pass(study, pruned):
     built = study.evaluator.build(pruned[0])
     images = [batch[0] for batch in study.context.subsets.calibration]
     assert_statistics(built, expected_statistics(built, images))
 
 
+@pytest.mark.slow
 def test_what_is_built_gives_the_outputs_that_were_scored(study, pruned):
     images, labels = (torch.cat(part) for part in zip(*study.context.subsets.validation, strict=True))
     for candidate, outcome in zip(pruned, study.evaluator.evaluate(pruned), strict=True):
@@ -173,6 +175,7 @@ def test_what_is_built_gives_the_outputs_that_were_scored(study, pruned):
         np.testing.assert_array_equal(outcome.metric, outputs.argmax(1) == labels)
 
 
+@pytest.mark.slow
 def test_the_distortion_is_the_divergence_from_the_dense_outputs(study, pruned, digits_model):
     images = torch.cat([batch[0] for batch in study.context.subsets.validation])
     with torch.no_grad():
@@ -191,6 +194,7 @@ def test_the_dense_candidate_keeps_its_own_statistics(study, digits_model):
         assert torch.equal(built.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_it_beats_the_statistics_that_pruning_leaves_behind(study, pruned, digits):
     images, labels = digits.validation
 
@@ -209,6 +213,7 @@ def raise_out_of_memory(outputs):
     raise torch.OutOfMemoryError("no memory left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

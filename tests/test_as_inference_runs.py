@@ -86,6 +86,7 @@ def ran(module, inputs, names):
     return +count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_operations_of_pruned_networks_are_those_that_inference_runs(name):
     model, inputs = made(name, 3)
@@ -97,6 +98,7 @@ def test_the_operations_of_pruned_networks_are_those_that_inference_runs(name):
     assert ran(module, inputs, traced.keys()) == traced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_their_memory_is_predicted(name):
     model, inputs = made(name, 8)
@@ -110,6 +112,7 @@ def test_their_memory_is_predicted(name):
     np.testing.assert_allclose(memory.predict(widths.astype(float)), measured, rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}])
 def test_a_layer_that_inference_fuses_is_predicted_with_its_heads_and_without(options):
     model, inputs = encoder(**options).eval(), torch.randn(8, 24, 6)
@@ -128,6 +131,7 @@ def test_a_layer_that_inference_fuses_is_predicted_with_its_heads_and_without(op
     assert ran(model, inputs, ["aten::_transformer_encoder_layer_fwd"]).total() == 2
 
 
+@pytest.mark.slow
 def test_a_pruned_network_stays_in_channels_last():
     model = in_channels_last(resnet(8, width=8)).eval()
     structure = analyse(model, (torch.zeros(2, 3, 16, 16),))
@@ -138,6 +142,7 @@ def test_a_pruned_network_stays_in_channels_last():
             assert parameter.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_a_group_of_two_heads_is_no_reason_to_refuse_a_model():
     model, inputs = made("two heads", 2)
     structure = analyse(model, (inputs,))
@@ -147,6 +152,7 @@ def test_a_group_of_two_heads_is_no_reason_to_refuse_a_model():
     assert any(g in heads for part in parts for size in part.sizes for g, _ in size[1])
 
 
+@pytest.mark.slow
 def test_a_model_with_more_units_than_it_has_runs():
     model, inputs = made("two heads", 2)
     structure = analyse(model, (inputs,))

@@ -58,6 +58,7 @@ def audited(found):
 
 
 class TestRanking:
+    @pytest.mark.slow
     def test_tau_is_that_of_scipy_ties_included(self):
         generator = np.random.default_rng(0)
         for _ in range(8):
@@ -88,6 +89,7 @@ class TestRanking:
         regret = rank(np.zeros(4), np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 0, 2])).regret
         assert regret[1].value == 1
 
+    @pytest.mark.slow
     def test_intervals_hold_what_the_truth_is_about_as_often_as_they_say(self):
         """Kendall's tau of normal pairs with correlation r is 2 / pi * asin(r)."""
         generator, r, hits = np.random.default_rng(0), 0.6, 0
@@ -102,6 +104,7 @@ class TestRanking:
         assert rank(values, values[::-1], np.arange(6.0)).candidates == 4
         assert math.isnan(rank(values[:4], values[2:], np.arange(4.0)).tau.value)
 
+    @pytest.mark.slow
     def test_a_difference_compares_on_the_same_candidates(self):
         generator = np.random.default_rng(0)
         trained = generator.normal(size=20)
@@ -114,6 +117,7 @@ class TestRanking:
 
 
 class TestSpread:
+    @pytest.mark.slow
     def test_it_holds_the_best_some_of_the_front_and_some_of_equal_cost(self, found):
         chosen, best = spread(found, 12), found.best()
         ids = [trial.id for trial in chosen]
@@ -131,12 +135,14 @@ class TestSpread:
         with pytest.raises(ValueError, match="at least 4 pruned candidates that were scored, got 0"):
             spread(replace(found, trials=()), 16)
 
+    @pytest.mark.slow
     def test_where_no_trial_meets_the_limit_on_the_score_it_goes_on(self):
         result = search("accuracy >= 0.999", trials=12)
         assert len(spread(result, 6)) == 6
 
 
 class TestWhatIsTrained:
+    @pytest.mark.slow
     def test_every_candidate_gets_the_recipe_once_from_what_is_built(self, found):
         recipe = Recipe()
         result = autoprune.audit(found, recipe, 6, steps=3, repeats=0)
@@ -155,6 +161,7 @@ class TestWhatIsTrained:
             expected = (found.build(trial)(X[200:]).argmax(1) == Y[200:]).double().mean().item()
             assert row.trained == pytest.approx(expected)
 
+    @pytest.mark.slow
     def test_networks_like_the_best_get_new_weights_other_units_and_uniform_widths(self, found):
         recipe = Recipe()
         report = autoprune.audit(found, recipe, 4, repeats=2).audit
@@ -175,6 +182,7 @@ class TestWhatIsTrained:
             assert not torch.equal(call["weight"], built)
         assert not (by_kind[NEW_WEIGHTS][0]["weight"][:, None] == dense[None]).all(2).any()
 
+    @pytest.mark.slow
     def test_uniform_widths_cost_no_more_and_little_less(self, found, audited):
         cost, found_cost = (audited.audit.variants[name].cost for name in (UNIFORM, FOUND))
         assert 0.9 * found_cost <= cost <= found_cost == found.best().costs["flops"]
@@ -186,10 +194,12 @@ class TestWhatIsTrained:
             autoprune.audit(found, Recipe(), 4, repeats=1)
         assert all(torch.equal(tensor, before[name]) for name, tensor in context.model.state_dict().items())
 
+    @pytest.mark.slow
     def test_the_same_seed_gives_the_same_report(self, found, audited):
         again = autoprune.audit(found, Recipe(), 8, evaluators=["compensated"]).audit.to_json()
         assert {**again, "seconds": 0} == {**audited.audit.to_json(), "seconds": 0}
 
+    @pytest.mark.slow
     def test_elements_set_to_zero_stay_zero_in_every_network(self):
         def zeros(model):
             return [int((part.weight == 0).sum()) for part in model if isinstance(part, nn.Linear)]
@@ -216,6 +226,7 @@ class TestWhatIsTrained:
 
 
 class TestFaults:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("fault", "reason"),
         [
@@ -237,6 +248,7 @@ class TestFaults:
         assert report.rankings["adaptive_bn"].candidates == 5
         assert any("1 of 6 trainings and scores failed" in note and reason in note for note in report.notes)
 
+    @pytest.mark.slow
     def test_all_that_fail_leave_a_report_that_says_so(self, found):
         def fail(model):
             raise RuntimeError("no such file")
@@ -256,6 +268,7 @@ class TestFaults:
         assert math.isnan(report.rankings["Broken"].tau.value)
         assert report.best_evaluator == "adaptive_bn"
 
+    @pytest.mark.slow
     def test_what_cannot_get_new_weights_is_said_and_a_function_for_it_is_used(self, found, monkeypatch):
         monkeypatch.delattr(nn.Linear, "reset_parameters")
         report = autoprune.audit(found, Recipe(), 4, repeats=1).audit
@@ -292,6 +305,7 @@ class TestFaults:
 
 
 class TestGoingOn:
+    @pytest.mark.slow
     def test_no_finished_training_is_repeated(self, found, tmp_path):
         def interrupt(model):
             if len(first.seen) == 7:
@@ -325,6 +339,7 @@ class TestGoingOn:
         with pytest.raises(ValueError, match=r"run_dir must hold the same audit.*differs in steps, seed"):
             autoprune.audit(found, Recipe(), 4, steps=5, seed=1, repeats=0, run_dir=tmp_path)
 
+    @pytest.mark.slow
     def test_a_search_that_is_resumed_is_audited_in_its_folder(self, tmp_path):
         options = {"run_dir": str(tmp_path), "trials": 10}
         recipe = Recipe()
@@ -345,6 +360,7 @@ def report_of(cheap, trained, costs=None, **changes):
 
 
 class TestReport:
+    @pytest.mark.slow
     def test_json_restores_it_with_what_failed(self, audited):
         report = audited.audit
         broken = replace(report, rows=(replace(report.rows[0], trained=math.nan, reason="no memory"), *report.rows[1:]))
@@ -353,6 +369,7 @@ class TestReport:
             assert restored.to_json() == each.to_json()
             assert str(restored) == str(each)
 
+    @pytest.mark.slow
     def test_it_is_saved_and_loaded_with_the_result(self, found, audited, tmp_path):
         loaded = SearchResult.load(audited.save(tmp_path / "result"))
         assert loaded.audit == audited.audit
@@ -367,6 +384,7 @@ class TestReport:
         path.write_text(json.dumps(data))
         assert SearchResult.load(path).audit is None
 
+    @pytest.mark.slow
     def test_it_says_whom_to_trust_and_how_far(self):
         values = np.arange(16.0) / 100
         good = report_of(values, values)
@@ -377,6 +395,7 @@ class TestReport:
         spread_out = report_of(values, values, 2.0 ** np.arange(16))
         assert "among equals train several" in spread_out.verdict()
 
+    @pytest.mark.slow
     def test_a_metric_that_falls_is_read_the_other_way_round(self):
         values = np.arange(10.0)
         rising, falling = report_of(values, values), report_of(values, values, higher_is_better=False)
@@ -387,6 +406,7 @@ class TestReport:
         falling = report_of(values, values, variants=variants, higher_is_better=False)
         assert falling.effects["widths"].value == pytest.approx(1)
 
+    @pytest.mark.slow
     def test_the_evaluator_that_did_best_is_named_with_its_lead(self):
         generator = np.random.default_rng(0)
         trained, noise = generator.normal(size=(2, 16))
@@ -419,12 +439,14 @@ class TestReport:
         assert math.isnan(report.effects["weights"].low)
         assert "trainings were not repeated" in report.origin()
 
+    @pytest.mark.slow
     def test_a_recipe_that_ignores_the_seed_is_noted(self, found):
         report = autoprune.audit(found, lambda model: None, 4, repeats=2).audit
         assert report.variants[FOUND].trained[0] == report.variants[FOUND].trained[1]
         still = replace(report, variants={FOUND: report.variants[FOUND]})
         assert still.noise == 0
 
+    @pytest.mark.slow
     def test_it_is_drawn(self, audited, tmp_path):
         figure = audited.audit.plot(tmp_path / "audit.png")
         assert (tmp_path / "audit.png").stat().st_size > 1000

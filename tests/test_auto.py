@@ -44,6 +44,7 @@ class TestPhases:
         assert problem.seeds.any(axis=1).tolist() == [True] * 3 if budget < 1 else [False, True, True, True]
         np.testing.assert_array_equal(Auto(problem, 0).ask(8)[: len(problem.seeds)], problem.seeds)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [product_problem, staircase_problem])
     @pytest.mark.parametrize("trials", [10, 60])
     def test_the_scan_takes_at_most_forty_percent_early_and_then_all_are_feasible(self, make, trials):
@@ -58,6 +59,7 @@ class TestPhases:
         assert problem.feasible(candidates[probes[-1] + 1 :]).all()
         assert len(np.unique(candidates, axis=0)) == trials
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("signal", "adds_up"), [(None, True), (lambda loss: -loss, False)], ids=["additive", "deceptive"]
     )
@@ -75,6 +77,7 @@ class TestPhases:
         assert len(expected) > 20
         assert (found[: len(expected)] == expected) == adds_up
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("batch", [1, 8])
     def test_refinements_spread_over_the_budget_range_up_to_the_limit(self, batch):
         known = product_problem([16] * 12, seed=0)
@@ -85,6 +88,7 @@ class TestPhases:
         assert used.min() < 0.6
         assert 0.65 < np.median(used) < 0.95
 
+    @pytest.mark.slow
     def test_the_search_ends_with_a_lower_loss_than_random_search(self):
         for seed in range(2):
             known = product_problem([16] * 12, seed=seed)
@@ -97,6 +101,7 @@ class TestPhases:
 
 
 class TestSurrogate:
+    @pytest.mark.slow
     @pytest.mark.parametrize("batch", [3, 8])
     def test_its_history_grows_with_what_was_told(self, batch):
         known = additive_problem([9] * 10, seed=0)
@@ -113,6 +118,7 @@ class TestSurrogate:
         assert all(-1 <= tau <= 1 for _, tau in optimizer.surrogate_history)
         assert optimizer.surrogate_history[-1][1] > 0.4  # additive losses are learnt
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "signal",
         [
@@ -130,6 +136,7 @@ class TestSurrogate:
         assert (problem.feasible(candidates) | problem.probes(candidates)).all()
         assert len(np.unique(candidates, axis=0)) == 48
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("status", [FAILED, RACED])
     def test_nothing_is_learnt_when_no_candidate_is_evaluated_in_full_but_the_search_goes_on(self, status):
         known = product_problem([9] * 8, seed=0)
@@ -145,6 +152,7 @@ class TestSurrogate:
 
 
 class TestOddProblems:
+    @pytest.mark.slow
     @pytest.mark.parametrize("batch", [1, 3, 100])
     @pytest.mark.parametrize(
         "known",
@@ -168,6 +176,7 @@ class TestOddProblems:
         assert problem.probes(found[~feasible]).all()
         assert optimizer.ask(batch).shape == (0, len(problem.sizes))
 
+    @pytest.mark.slow
     def test_one_at_a_time_is_one_at_a_time(self):
         known = product_problem([9] * 8, seed=0)
         optimizer = Auto(planned(known, 30), 0)
@@ -176,6 +185,7 @@ class TestOddProblems:
             assert candidates.shape == (1, 8)
             optimizer.tell(known.evaluate(candidates))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("tight", [0, 1])
     def test_of_several_limits_all_are_met_whichever_binds(self, tight):
         known = product_problem([9] * 8, seed=0)
@@ -213,11 +223,13 @@ def drawn(candidates, signal, draws=400):
 
 
 class TestCoefficients:
+    @pytest.mark.slow
     @pytest.mark.parametrize("noise", [0.0, 0.2])
     def test_known_ones_are_recovered_up_to_their_common_value(self, noise):
         mean = drawn(*told(600, noise=noise)).mean(axis=0)
         np.testing.assert_allclose(mean / mean.mean(), TRUTH / TRUTH.mean(), atol=0.12)
 
+    @pytest.mark.slow
     def test_the_spread_of_what_is_drawn_falls_with_what_was_told(self):
         few, many = (drawn(*told(n)).std(axis=0) for n in (12, 200))
         assert (many < 0.5 * few).all()
@@ -243,6 +255,7 @@ class TestCoefficients:
             assert np.isfinite(drawn(rows, np.ones((20, 1)), 5)).all()
 
 
+@pytest.mark.slow
 def test_a_search_tells_its_phases_and_its_surrogate_while_it_runs_and_in_the_result(digits, digits_model, monkeypatch):
     phases = []
     monkeypatch.setattr(Progress, "due", lambda self, done: True)

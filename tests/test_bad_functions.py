@@ -16,14 +16,17 @@ from tests.refusals import EIGHTHS, refused, search
 
 
 class TestFunctionsOfTheUser:
+    @pytest.mark.slow
     def test_a_cost_of_the_wrong_shape_is_named(self, mlp):
         with refused(ValueError, "costs['energy_mj'] must return 1 finite numbers", "got shape (1, 3)"):
             search(mlp, costs={"energy_mj": lambda candidates: candidates * 1.0})
 
+    @pytest.mark.slow
     def test_a_cost_that_is_not_finite_is_named(self, mlp):
         with refused(ValueError, "costs['energy_mj'] must return 1 finite numbers"):
             search(mlp, costs={"energy_mj": lambda candidates: np.full(len(candidates), np.nan)})
 
+    @pytest.mark.slow
     def test_a_cost_with_the_name_of_a_built_in_one_is_refused(self, mlp):
         with refused(ValueError, "costs must not redefine", "got 'flops'", "choose another name"):
             search(mlp, costs={"flops": lambda candidates: candidates.sum(axis=1)})
@@ -38,10 +41,12 @@ class TestFunctionsOfTheUser:
         with refused(ValueError, named, "got "):
             search(mlp, costs=costs)
 
+    @pytest.mark.slow
     def test_a_cost_that_returns_no_numbers_is_named(self, mlp):
         with refused(ValueError, "costs['energy_mj'] must return real numbers, got ['much']"):
             search(mlp, costs={"energy_mj": lambda candidates: ["much"] * len(candidates)})
 
+    @pytest.mark.slow
     def test_a_cost_that_writes_to_its_candidates_changes_nothing(self, mlp):
         def careless(candidates):
             total = 100.0 - candidates.sum(axis=1)
@@ -51,11 +56,13 @@ class TestFunctionsOfTheUser:
         result = search(mlp, "energy_mj <= 90%", costs={"energy_mj": careless}, trials=6)
         assert all(trial.costs["energy_mj"] == 100 - sum(trial.candidate) <= 90 for trial in result.front)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("returned", [1.0, torch.tensor(1.0), torch.ones(5), torch.ones(20, 10)])
     def test_a_metric_of_the_wrong_shape_is_named(self, mlp, returned):
         with refused(ValueError, "metric 'mine' must return a tensor of shape", "per_sample=False"):
             search(mlp, metric=Metric(lambda outputs, batch: returned, True, name="mine"))
 
+    @pytest.mark.slow
     def test_a_whole_set_metric_that_returns_no_number_costs_no_trial(self, mlp):
         metric = Metric(lambda forward, batches: torch.ones(3), True, per_sample=False, name="mine")
         with refused(ValueError, "metric 'mine' must return one number", "per_sample=True"):
@@ -83,10 +90,12 @@ class TestFunctionsOfTheUser:
         with refused(TypeError, "optimizer must be a name,", "got <class 'torch.nn.modules.linear.Linear'>"):
             search(mlp, optimizer=nn.Linear)
 
+    @pytest.mark.slow
     def test_a_criterion_that_returns_no_tensor_is_named(self, mlp):
         with refused(TypeError, "criterion must return a tensor of 48 scores, got None"):
             search(mlp, space=Channels(criterion=lambda group: None))
 
+    @pytest.mark.slow
     def test_a_criterion_of_the_wrong_shape_is_named(self, mlp):
         with refused(ValueError, "criterion must return 48 finite scores for group '0'", "got shape (2,)"):
             search(mlp, space=Channels(criterion=lambda group: torch.ones(2)))
@@ -118,6 +127,7 @@ def test_what_a_setting_of_an_evaluator_or_a_race_is_not_is_named(make, name, va
         make(**{name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -136,6 +146,7 @@ def test_what_an_audit_cannot_use_is_named(mlp, options, named):
         autoprune.audit(search(mlp), **{"train_fn": lambda model: None, **options})
 
 
+@pytest.mark.slow
 def test_nothing_is_evaluated_before_a_mistake_is_found(mlp):
     class Untouched(AdaptiveBN):
         def evaluate(self, candidates, chunk=None):
@@ -146,12 +157,14 @@ def test_nothing_is_evaluated_before_a_mistake_is_found(mlp):
             search(mlp, evaluator=Untouched(), space=EIGHTHS, **options)
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_result_without_its_model_says_how_to_build_it(mlp):
     alone = replace(search(mlp), _builder=None)
     with refused(autoprune.RecipeError, "build needs the model", "SearchResult.load(path, model=model)"):
         alone.build()
 
 
+@pytest.mark.slow
 def test_an_evaluator_that_cannot_be_copied_is_named(mlp):
     evaluator = AdaptiveBN()
     evaluator.lock = threading.Lock()

@@ -78,10 +78,12 @@ class TestModels:
         with refused(autoprune.UnsupportedModelError, "must not be prepared", "module '0", "prepare afterwards"):
             search(prepared)
 
+    @pytest.mark.slow
     def test_stubs_of_a_model_that_will_be_quantised_are_no_preparation(self, mlp):
         stubs = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
         assert autoprune.inspect(nn.Sequential(stubs[0], mlp, stubs[1]), X[:2]).groups
 
+    @pytest.mark.slow
     def test_one_made_under_inference_mode_is_refused_and_its_copy_is_not(self):
         with torch.inference_mode():
             model = nn.Sequential(nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10))
@@ -96,6 +98,7 @@ class TestModels:
         with refused(autoprune.UnsupportedModelError, "at least one value, got tensors of float32 (2, 0)"):
             search(model)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("forward", "named"),
         [
@@ -119,6 +122,7 @@ class TestModels:
         with refused(ValueError, "model must return finite outputs", "NaN", "check its weights"):
             search(mlp)
 
+    @pytest.mark.slow
     def test_one_that_returns_nan_for_some_samples_is_refused(self, mlp):
         x = X.clone()
         x[7] = torch.inf
@@ -141,10 +145,12 @@ class TestData:
         with refused(autoprune.DataError, "must be a DataLoader, a Dataset,", f"got {type(data).__name__}"):
             search(mlp, data=data)
 
+    @pytest.mark.slow
     def test_missing_labels_are_named_with_the_way_out(self, mlp):
         with refused(autoprune.DataError, "metric='accuracy' needs labels", "'agreement'"):
             search(mlp, data=X, metric="accuracy")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("metric", "name"),
         [
@@ -162,10 +168,12 @@ class TestData:
         with refused(autoprune.DataError, f"metric={name!r} needs labels from 0 to 9", f"got {label};"):
             search(mlp, data=data, metric=metric)
 
+    @pytest.mark.slow
     def test_labels_that_a_loss_leaves_out_are_no_mistake(self, mlp):
         y = Y.masked_fill(torch.arange(len(Y)) < 9, 255)
         assert search(mlp, data=(X, y), metric=nn.CrossEntropyLoss(ignore_index=255)).trials
 
+    @pytest.mark.slow
     def test_a_label_that_keeps_auto_from_accuracy_is_named_in_the_notes(self, mlp):
         result = search(mlp, data=(X, Y.masked_fill(torch.arange(len(Y)) < 60, 255)))
         assert result.metric == "agreement"
@@ -186,6 +194,7 @@ class TestData:
         with refused(autoprune.DataError, "forward must run on the data, or the example_inputs", named, "forward="):
             calls[call]()
 
+    @pytest.mark.slow
     def test_validation_data_of_another_size_than_calibration_is_named(self, mlp):
         with refused(autoprune.DataError, "data must hold batches that the model takes", "float32 (60, 3)"):
             search(mlp, data=Data(calibration=(X, Y), validation=(X[:, :3], Y)))
@@ -229,6 +238,7 @@ class TestData:
         with refused(ValueError, "example_inputs must hold at least one sample, got torch.float32 of shape (0, 64)"):
             autoprune.inspect(mlp, X[:0])
 
+    @pytest.mark.slow
     def test_outputs_that_the_model_does_not_return_are_named(self, mlp):
         with refused(ValueError, "outputs must select from what the model returns (Tensor), got 0"):
             search(mlp, outputs=0)

@@ -24,25 +24,30 @@ class TestBudgets:
         ):
             search(mlp, 0.5)
 
+    @pytest.mark.slow
     def test_an_unknown_cost_is_named_with_the_nearest(self, mlp):
         with refused(autoprune.BudgetError, "budget must limit one of", "got 'flop'", "did you mean 'flops'?"):
             search(mlp, "flop <= 50%")
 
+    @pytest.mark.slow
     def test_an_impossible_one_names_the_cheapest_reachable(self, mlp):
         cheapest = 64 * 6 + 6 * 4 + 4 * 3 + 3 * 10
         parts = f"flops must be at least {cheapest}, the cheapest reachable", "got 56.16", "Raise the limit"
         with refused(autoprune.InfeasibleBudgetError, *parts):
             search(mlp, "flops <= 1%", space=EIGHTHS)
 
+    @pytest.mark.slow
     def test_a_limit_on_a_metric_that_is_not_the_one_says_how_to_score_by_it(self, mlp):
         with refused(autoprune.BudgetError, "got 'loss'; pass a cost of your own", "set by metric=") as raised:
             search(mlp, "loss <= 0.3")
         assert "did you mean" not in str(raised.value)
 
+    @pytest.mark.slow
     def test_best_with_nothing_within_it_names_the_nearest_and_the_way_out(self, mlp):
         with refused(autoprune.InfeasibleBudgetError, "'flops <= 1%' is met by none of 2 trials", "search again"):
             search(mlp).best("flops <= 1%")
 
+    @pytest.mark.slow
     def test_best_by_another_metric_than_was_scored_is_refused(self, mlp):
         with refused(autoprune.BudgetError, "budget limits 'acuracy'", "scored by 'accuracy'"):
             search(mlp).best("acuracy >= 0.5")
@@ -76,6 +81,7 @@ class TestNames:
         with refused(ValueError, f"{argument} must be one of", "instance, got <class"):
             search(mlp, **{argument: value})
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("argument", "value"), [("optimizer", 3), ("evaluator", 3), ("space", 3), ("metric", 3), ("executor", 3)]
     )
@@ -127,10 +133,12 @@ class TestSpaces:
         with refused(ValueError, f"{name} {rule}"):
             Sparsity(**{name: value})
 
+    @pytest.mark.slow
     def test_a_pattern_that_matches_nothing_is_named(self, mlp):
         with refused(ValueError, "ignore has 'head*', which matches no module", "there are 0,"):
             search(mlp, space=Channels(ignore=["head*"]))
 
+    @pytest.mark.slow
     def test_a_space_without_a_choice_says_what_to_loosen(self, mlp):
         with refused(autoprune.NothingToPruneError, "space has nothing to search", "loosen ignore="):
             search(mlp, space=Channels(ignore=["*"]))
@@ -143,14 +151,17 @@ class TestLatency:
         with refused(ValueError, f"cost_batch must be an integer of at least 1, got {value!r}"):
             search(mlp, budget, cost_batch=value)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("budget", ["latency <= 90%", "memory_bytes <= 90%"])
     def test_a_cost_batch_beyond_the_memory_is_refused_where_it_is_measured(self, mlp, budget):
         with refused(ValueError, "cost_batch must be a number of samples that fit into memory, got 1000000000"):
             search(mlp, budget, cost_batch=10**9)
 
+    @pytest.mark.slow
     def test_a_cost_batch_that_no_cost_needs_makes_no_batch(self, mlp):
         assert search(mlp, cost_batch=10**9).trials
 
+    @pytest.mark.slow
     def test_a_table_of_another_kind_is_named(self, mlp):
         with refused(ValueError, "latency must be a table of autoprune.profile or the file of one, got 3"):
             search(mlp, "latency <= 50%", latency=3)
@@ -159,11 +170,13 @@ class TestLatency:
         with refused(autoprune.BudgetError, "the unit of latency_ms must be % or one of", "'ms'", "got 's'"):
             search(mlp, "latency <= 1s")
 
+    @pytest.mark.slow
     def test_an_impossible_throughput_names_what_can_be_reached(self, mlp):
         costs = {"latency_ms": lambda candidates: 30.0 - candidates.sum(axis=1)}
         with refused(autoprune.InfeasibleBudgetError, "ms_per_sample must be at least 9 (111.111/s)", "got 1 (1000/s)"):
             search(mlp, "throughput >= 1000/s", costs=costs, space=EIGHTHS)
 
+    @pytest.mark.slow
     def test_a_limit_on_latency_after_a_search_without_says_how_to_search(self, mlp):
         with refused(autoprune.BudgetError, "got 'latency_ms'", "pass it a table with latency="):
             search(mlp).best("latency <= 50%")
@@ -216,6 +229,7 @@ class TestRuns:
             search(mlp, run_dir=tmp_path / "file", **options)
         assert (tmp_path / "file").read_text() == "mine"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("budget", ["flops <= 50%", "latency <= 50%"])
     def test_a_run_dir_used_before_is_refused_and_left_alone(self, mlp, tmp_path, budget):
         search(mlp, run_dir=tmp_path)
@@ -244,11 +258,13 @@ class TestRuns:
         with refused(ValueError, "resume=True needs the run_dir", "got run_dir=None"):
             search(mlp, resume=True)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("bad", [[0, 0], [0] * 6, [8, 0, 0], [-1, 0, 0], "abc", 7])
     def test_a_start_that_is_no_candidate_is_named(self, mlp, bad):
         with refused(ValueError, "start must hold results, trials,", "option indices below [8, 8, 8]", repr(bad)):
             search(mlp, start=[bad], space=EIGHTHS)
 
+    @pytest.mark.slow
     def test_a_start_with_an_unknown_dimension_or_option_names_those_known(self, mlp):
         with refused(ValueError, "start must name dimensions of the space (0, 3, 6), got ['stem']"):
             search(mlp, start=[{"stem": 8}])

@@ -51,12 +51,14 @@ WRONG_PROPOSALS = {
 
 
 class TestProposals:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", WRONG_PROPOSALS)
     def test_a_wrong_one_is_refused_and_names_the_optimizer(self, mlp, kind):
         wrong, named = WRONG_PROPOSALS[kind]
         with refused((TypeError, ValueError), "Careless.ask(8) must return an int64 array of shape (<= 8, 3)", named):
             search(mlp, proposing(wrong))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["negative", "none"])
     def test_later_on_it_ends_the_search_with_what_was_found_and_a_note(self, mlp, kind):
         result = search(mlp, proposing(np.array([[1, 1, 1], [2, 2, 2]]), WRONG_PROPOSALS[kind][0]))
@@ -64,15 +66,18 @@ class TestProposals:
         assert result.stopped == "refused"
         assert any("stopped after 2 trials: Careless.ask(6)" in note for note in result.notes)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int32, np.int64])
     def test_integers_of_any_size_are_taken(self, mlp, dtype):
         result = search(mlp, proposing(np.array([[1, 2, 3]], dtype=dtype)))
         assert [trial.candidate for trial in result.trials] == [(1, 2, 3)]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("empty", [np.zeros((0, SIZES), dtype=np.int64), np.array([])])
     def test_an_empty_array_ends_the_search(self, mlp, empty):
         assert search(mlp, proposing(np.array([[1, 1, 1]]), empty)).stopped == "exhausted"
 
+    @pytest.mark.slow
     def test_what_makes_no_optimizer_is_named(self, mlp):
         with refused(TypeError, "optimizer must make an object with the methods ask and tell, got 5"):
             search(mlp, lambda problem, seed: 5)
@@ -120,6 +125,7 @@ class Odd(AdaptiveBN):
 
 
 class TestEvaluators:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", WRONG_OUTCOMES)
     def test_a_wrong_outcome_costs_one_trial_and_names_the_evaluator(self, mlp, kind):
         wrong, named = WRONG_OUTCOMES[kind]
@@ -129,15 +135,18 @@ class TestEvaluators:
         assert named in failed.reason
         assert len(failed.reason) < 600
 
+    @pytest.mark.slow
     def test_a_wrong_outcome_of_the_dense_model_is_refused(self, mlp):
         with refused(ValueError, "model cannot be scored on the validation data: TypeError: Odd.evaluate must return"):
             search(mlp, evaluator=Odd(lambda: None, 1))
 
+    @pytest.mark.slow
     def test_a_message_without_end_is_cut(self, mlp):
         result = search(mlp, evaluator=Odd(lambda: raising(ValueError("x" * 10**6)), 3), trials=4)
         (failed,) = (trial for trial in result.trials if trial.status == FAILED)
         assert len(failed.reason) == 500
 
+    @pytest.mark.slow
     def test_what_a_held_out_score_gives_wrongly_costs_that_score(self, mlp):
         class Silent(AdaptiveBN):
             def test(self, candidate):
@@ -148,6 +157,7 @@ class TestEvaluators:
         assert all(trial.test_score is None for trial in result.front)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argument", "value", "named"),
     [
@@ -187,6 +197,7 @@ def test_what_counted_as_something_else_is_refused(mlp, argument, value, named):
         search(mlp, **{argument: value})
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_are_numbers(mlp):
     plain = search(mlp, seed=3, trials=4, max_seconds=1000, start=[[1, 2, 3]])
     other = search(mlp, seed=np.int64(3), trials=np.int32(4), max_seconds=np.float32(1000), start=np.array([[1, 2, 3]]))

@@ -80,6 +80,7 @@ def losses_of(problem: Problem) -> list[FloatArray]:
     return [np.cumsum(rng.random(size)) for size in problem.sizes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("ignored", [(), ("0", "stem")], ids=["all", "some"])
@@ -103,6 +104,7 @@ def test_costs_after_a_change_are_those_counted_from_scratch(network: str, budge
         position.move(row[moved], dim[moved], option[moved])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_only_coupled_changes_are_worth_another_look(network: str) -> None:
     problem = problem_of(network, "both")
@@ -141,6 +143,7 @@ PROPOSALS: dict[str, Callable[[Problem], IntArray]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("budget", ["flops", "both"])
 @pytest.mark.parametrize("network", NETWORKS)
@@ -149,6 +152,7 @@ def test_proposals_are_the_same_as_with_costs_counted_from_scratch(network: str,
     np.testing.assert_array_equal(PROPOSALS[proposal](problem), PROPOSALS[proposal](recounting(problem)))
 
 
+@pytest.mark.slow
 def test_a_front_counts_few_candidates_from_scratch() -> None:
     problem = problem_of("chain", "flops")
     counted = 0

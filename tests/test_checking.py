@@ -42,6 +42,7 @@ def case():
     return net.eval(), autoprune.Data(*parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "renewed"), [(0.0, False), (4.0, True)])
 def test_statistics_are_renewed_only_where_that_helps_the_dense_model(case, shift, renewed):
     model = copy.deepcopy(case[0])
@@ -53,6 +54,7 @@ def test_statistics_are_renewed_only_where_that_helps_the_dense_model(case, shif
     assert "without weights" in note
 
 
+@pytest.mark.slow
 def test_every_criterion_that_may_help_is_scored_with_its_figure(case):
     study = prepare(case[0], "flops <= 70%", case[1], metric="accuracy")
     (note,) = [note for note in study.notes if note.startswith("calibration check")]
@@ -60,6 +62,7 @@ def test_every_criterion_that_may_help_is_scored_with_its_figure(case):
         assert re.search(rf"\b{name} \d", note), note
 
 
+@pytest.mark.slow
 def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path, monkeypatch):
     monkeypatch.setattr("autoprune.study.check", None)
     run_dir = str(tmp_path)
@@ -71,6 +74,7 @@ def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path,
     assert note in again.notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [{}, {"bias": False}, {"bn": False, "least_squares": False}])
 def test_what_resumes_and_what_workers_get_scores_to_the_last_bit_what_the_check_did(
     case, tmp_path, monkeypatch, parts
@@ -95,6 +99,7 @@ def test_what_resumes_and_what_workers_get_scores_to_the_last_bit_what_the_check
         assert [found.distortion.tolist() for found in evaluator.evaluate(candidates)] == expected
 
 
+@pytest.mark.slow
 def test_a_damaged_choice_is_named_with_the_way_out(case, tmp_path):
     prepare(case[0], "flops <= 70%", case[1], metric="accuracy").choice.save(str(tmp_path))
     text = (tmp_path / FILE_NAME).read_text()
@@ -104,6 +109,7 @@ def test_a_damaged_choice_is_named_with_the_way_out(case, tmp_path):
             prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
     first = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())  # until the search begins
@@ -116,6 +122,7 @@ def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
     assert again.context.space.to_json() == first.context.space.to_json()
 
 
+@pytest.mark.slow
 def test_gradients_of_the_distortion_are_the_fisher_information():
     layer = nn.Linear(3, 1, bias=False)
     x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 3.0])

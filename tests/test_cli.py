@@ -128,6 +128,7 @@ def journal_only(searched, tmp_path):
     return tmp_path, trial
 
 
+@pytest.mark.slow
 def test_a_search_prints_its_front_and_saves_it_beside_the_journal(searched):
     run_dir, printed = searched
     result = autoprune.SearchResult.load(run_dir)
@@ -143,6 +144,7 @@ def test_options_of_a_search_reach_its_space(searched):
     assert all(width % 2 == 0 for dimension in dimensions for width in dimension.options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "cost", "kind", "sizes"),
     [
@@ -158,6 +160,7 @@ def test_every_space_can_be_searched(options, cost, kind, sizes, tmp_path):
     assert sizes is None or {len(dimension.options) for dimension in space.dimensions} == sizes
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_the_command_does():
     done = subprocess.run([sys.executable, "-m", "autoprune", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == ok("--version")
@@ -181,6 +184,7 @@ def test_front_as_json_holds_the_front_and_counts_the_rest(searched):
     assert found["limits"] == result.limits
 
 
+@pytest.mark.slow
 def test_front_draws_a_picture_where_told(searched, tmp_path):
     ok("front", searched[0], "--plot", tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
@@ -204,6 +208,7 @@ def test_a_built_file_loads_into_a_fresh_model_and_costs_what_was_said(choice, s
     torch.testing.assert_close(small(x), expected(x), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_search_may_limit_the_score_and_stop_by_itself(tmp_path):
     command = (*SEARCH[:4], "--budget", "accuracy drop <= 5pp", "--optimizer", "random", "--round-to", 8)
     printed = ok(*command, "--trials", "auto", "--run-dir", tmp_path / "run")
@@ -244,6 +249,7 @@ def test_front_of_a_killed_search_leaves_out_what_is_pending(journal_only):
     assert found["stopped"] == "unfinished"
 
 
+@pytest.mark.slow
 def test_a_front_is_watched_until_the_search_has_all_its_trials(journal_only):
     run_dir, pending = journal_only
 
@@ -260,6 +266,7 @@ def test_a_front_is_watched_until_the_search_has_all_its_trials(journal_only):
     assert "0 pending" in printed
 
 
+@pytest.mark.slow
 def test_watching_a_killed_search_ends(journal_only, monkeypatch):
     monkeypatch.setattr("autoprune.cli._WATCH_SECONDS", 0.05)
     printed = ok("front", journal_only[0], "--watch")
@@ -276,6 +283,7 @@ def test_a_torn_result_does_not_hide_a_good_journal(journal_only):
     assert "the journal next to it may be whole" in finished.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_search_is_resumed_and_a_finished_one_takes_more_trials(searched, journal_only):
     run_dir, _ = journal_only
     command = (*SEARCH, "--run-dir", run_dir, "--round-to", 2, "--ignore", "8", "--resume")
@@ -290,6 +298,7 @@ def test_a_killed_search_is_resumed_and_a_finished_one_takes_more_trials(searche
     assert more.trials[:10] == resumed.trials[:10]
 
 
+@pytest.mark.slow
 def test_inspect_prints_what_the_library_says():
     found = json.loads(ok("inspect", MODEL, "--input-shape", "2,1,4,4", "--json"))
     assert [group["units"] for group in found["groups"]] == [16, 16, 8]
@@ -383,6 +392,7 @@ def test_a_mistake_in_a_search_is_one_line_before_any_trial(options, words, sear
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_build_is_one_line(searched, journal_only, tmp_path):
     out = tmp_path / "small.safetensors"
     command = ("build", searched[0], "--model", MODEL, "--output", out)
@@ -405,6 +415,7 @@ def test_bugs_keep_their_traceback_and_mistakes_do_with_debug():
     assert isinstance(mistake.exception, FileNotFoundError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rewrite", "graphs"), [("auto", ["1"]), ("off", [])])
 def test_code_that_ties_sizes_is_rewritten_unless_told_otherwise(rewrite, graphs, tmp_path):
     shape = ("--input-shape", "2,5,6", "--rewrite", rewrite)
@@ -502,6 +513,7 @@ def test_profile_names_what_it_cannot_use_and_leaves_nothing(option, value, said
     assert [path for path in sorted(Path().iterdir()) if path.name != "__pycache__"] == before
 
 
+@pytest.mark.slow
 def test_profile_writes_a_table_that_search_takes(monkeypatch):
     monkeypatch.setattr("autoprune.costs.profiling.profile.clock_for", lambda *_: Machine())
     monkeypatch.setattr("autoprune.verify.clock_for", lambda *_: Machine())

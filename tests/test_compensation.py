@@ -154,6 +154,7 @@ def test_inputs_that_are_always_zero_keep_their_weights():
     assert not change.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(
     "settings", [{"ridge": 1e-3}, {"ridge": 1e-3, "bn": False, "bias": False}], ids=["about the mean", "as it is"]
@@ -191,6 +192,7 @@ def test_biases_restore_the_mean_that_the_dense_layers_give_on_inputs_that_stay(
         np.testing.assert_allclose(means[1], means[0][rows], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_off_stays_as_inherited(context):
     candidate = halved(context)
     plain = context.structure.build(context.model, context.space.pruning(candidate.tolist())).state_dict()
@@ -228,6 +230,7 @@ def test_layers_beyond_the_memory_limit_keep_their_weights_and_the_log_says_so(c
     assert changed == {"d", "tied", "head"}
 
 
+@pytest.mark.slow
 def test_a_weight_that_two_layers_share_is_left_alone():
     model = ZOO["tied"].build()
     images = torch.randn(60, *ZOO["tied"].inputs()[0].shape[1:], generator=torch.Generator().manual_seed(0))
@@ -242,6 +245,7 @@ def test_a_weight_that_two_layers_share_is_left_alone():
         assert sum(parameter is small[name] for parameter in small.values()) == 2
 
 
+@pytest.mark.slow
 def test_elements_set_to_zero_stay_zero_and_biases_make_up_for_their_mean(context):
     data = autoprune.Data(validation=(draw(SHAPES, 90)[0] + 1, torch.arange(90) % 5), batch_size=90)
     sparse = study_of(settled(Net, SHAPES), data, space="sparsity").context
@@ -253,6 +257,7 @@ def test_elements_set_to_zero_stay_zero_and_biases_make_up_for_their_mean(contex
     assert not torch.equal(small.head.bias, plain.head.bias)
 
 
+@pytest.mark.slow
 def test_what_is_built_gives_the_outputs_that_were_scored(context):
     evaluator = Compensated()
     evaluator.prepare(context)
@@ -265,6 +270,7 @@ def test_what_is_built_gives_the_outputs_that_were_scored(context):
     np.testing.assert_allclose(outcome.signal, losses, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_least_squares_beats_statistics_alone_and_a_search_saves_what_it_built(digits, digits_model, tmp_path):
     data = autoprune.Data(calibration=digits.train, validation=digits.validation, test=digits.test)
     study = study_of(digits_model, data, metric="accuracy")
@@ -347,6 +353,7 @@ def raise_out_of_memory(outputs):
     raise torch.OutOfMemoryError("no memory left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

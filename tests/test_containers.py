@@ -106,6 +106,7 @@ def packed(s: Net, x: Tensor) -> Tensor:
     return s.head(hidden.mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
 def test_packed_sequences_are_pruned(kind: type[nn.RNNBase]):
     rnn = kind(12, 24, batch_first=True, bidirectional=True)
@@ -122,6 +123,7 @@ def test_packed_sequences_are_pruned(kind: type[nn.RNNBase]):
     assert 2 * found.dense["flops"] == 12 * 4 * 12 + steps * 2 * gates * 24 * (12 + 24) + 2 * 48 * 3
 
 
+@pytest.mark.slow
 def test_a_search_may_prune_packed_sequences():
     rnn = nn.GRU(12, 24, batch_first=True)
     lengths = lambda s, x: packed(s, x) if len(x) < 3 else s.head(s.rnn(s.embed(x))[0].mean(1))  # noqa: E731

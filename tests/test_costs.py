@@ -80,6 +80,7 @@ def test_macs_and_parameters_equal_those_counted_on_the_built_model(
     assert len(set(costs.flops(widths).tolist())) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", ["flops", "params", "memory_bytes"])
 def test_the_batch_of_the_trace_is_divided_out(cost: str):
     make, shape = KINDS["flattened"]

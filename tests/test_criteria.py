@@ -163,6 +163,7 @@ class TestEachCriterionEqualsItsDefinition:
         assert rank(name) != uniform_order(network()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["l1", "l2"])
 def test_a_unit_without_weights_is_the_last(name: str):
     model = deepcopy(network()[0])

@@ -17,6 +17,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("damage", ["truncated", "bits flipped", "values edited"])
 def test_a_damaged_file_is_read_or_refused_in_a_sentence_that_names_it(folder, name, damage, caplog):

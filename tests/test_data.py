@@ -123,6 +123,7 @@ def test_other_seeds_give_other_samples():
     assert materialise(data, seed=1).fingerprint != materialise(data, seed=2).fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_repeats_whatever_the_global_random_states(workers):
     def draw():
@@ -155,6 +156,7 @@ def test_random_states_are_left_as_they_were(stream):
     assert states() == before
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same_samples():
     code = (
         "import torch; from torch.utils.data import *; from autoprune.data import materialise\n"

@@ -22,6 +22,7 @@ def adapters_restored() -> Iterator[None]:
     ADAPTERS.update(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("adapters_restored")
 @pytest.mark.parametrize("name", ["not-prunable-enough.md", "adapters.md"])
 def test_the_examples_of_a_document_give_what_it_says(name: str):

@@ -113,6 +113,7 @@ def test_a_front_given_as_seeds_is_the_initial_population_of_nsga2():
     assert np.median(same) > np.median(strangers) + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", [LevelSwitch, Bayes])
 def test_it_ends_with_a_lower_loss_than_random_search(maker):
     known = additive_problem([16] * 20, seed=0)
@@ -126,6 +127,7 @@ def test_it_ends_with_a_lower_loss_than_random_search(maker):
     assert best[maker] < 0.9 * best[RandomSearch]
 
 
+@pytest.mark.slow
 def test_bayes_repeats_nothing_where_the_sampler_itself_does():
     known = additive_problem([2, 3, 2, 2], seed=0, budget=0.8)
     optimizer = Bayes(known.problem, 0)
@@ -151,6 +153,7 @@ def test_bayes_leaves_the_logging_of_optuna_as_it_was(caplog):
     assert [record for record in caplog.records if record.name.startswith("optuna")] == []
 
 
+@pytest.mark.slow
 def test_what_is_pending_changes_what_bayes_proposes_next():
     known = additive_problem([9] * 12, seed=0)
     history = known.evaluate(drawn(known, 24))
@@ -192,6 +195,7 @@ def test_a_signal_that_says_nothing_at_equal_cost_switches_the_surrogate_off(sig
     assert not surrogate.trusted
 
 
+@pytest.mark.slow
 def test_a_fit_does_not_depend_on_the_order_of_rows_and_too_few_rows_teach_nothing():
     known = KINDS["blocks"]
     surrogate, candidates, objectives = fitted(known, 40)
@@ -205,6 +209,7 @@ def test_a_fit_does_not_depend_on_the_order_of_rows_and_too_few_rows_teach_nothi
     assert other.history == [(10, 0.0), (40, surrogate.tau)]
 
 
+@pytest.mark.slow
 def test_of_many_rows_the_least_dominated_are_learnt_from():
     known = additive_problem([9] * 12, seed=0)
     surrogate, candidates, objectives = fitted(known, 340)

@@ -35,6 +35,7 @@ def forward(model, batch):
     return model(batch["words"])["scores"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["search", "data"])
 def test_labels_are_found_under_any_key(how):
     options = {"labels": "target"} if how == "search" else {}
@@ -48,6 +49,7 @@ def test_a_key_that_batches_lack_is_named():
         quick(Tagger().eval(), "flops <= 80%", texts(), labels="y")
 
 
+@pytest.mark.slow
 def test_one_forward_serves_search_inspect_and_profile(tmp_path):
     model, example = Tagger().eval(), {"words": texts()[0]["words"]}
     searched = quick(model, "flops <= 80%", texts(), forward=forward, labels="target")
@@ -71,6 +73,7 @@ def test_several_inputs_reach_the_forward_as_in_a_batch_without_a_target():
     assert set(seen) == {3}
 
 
+@pytest.mark.slow
 def test_example_inputs_next_to_data_say_at_what_size_costs_are_stated():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
@@ -95,6 +98,7 @@ def test_an_impossible_budget_says_the_percentage_and_the_setting():
         quick(model, "flops <= 10%", data, space=space)
 
 
+@pytest.mark.slow
 def test_max_seconds_holds_for_held_out_scores_too_and_the_time_is_the_whole():
     class Slow(nn.Sequential):
         def forward(self, x):

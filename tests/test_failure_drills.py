@@ -61,6 +61,7 @@ def search(evaluator, **options):
     return autoprune.search(ZOO["mlp"].build(), "flops <= 60%", (X, Y), evaluator=evaluator, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("optimizer", ["auto", "nsga2"])
 def test_every_fault_costs_one_trial_and_the_rest_is_found_and_recorded(name, optimizer, tmp_path):
@@ -78,6 +79,7 @@ def test_every_fault_costs_one_trial_and_the_rest_is_found_and_recorded(name, op
     assert rows == {"ok": 16, "failed": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_on_the_held_out_data_costs_that_score_and_not_the_result(name):
     fault, _ = FAULTS[name]
@@ -86,6 +88,7 @@ def test_a_fault_on_the_held_out_data_costs_that_score_and_not_the_result(name):
     assert all(trial.test_score is None for trial in (result.dense, *result.front))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_search_whose_every_trial_fails_ends_and_says_why(name):
     fault, reason = FAULTS[name]
@@ -102,6 +105,7 @@ def test_a_search_whose_every_trial_fails_ends_and_says_why(name):
         result.best()
 
 
+@pytest.mark.slow
 def test_a_training_that_runs_out_of_memory_costs_that_trial():
     def train(model, steps):
         if model[0].out_features % 2:
@@ -113,6 +117,7 @@ def test_a_training_that_runs_out_of_memory_costs_that_trial():
     assert {trial.status for trial in result.trials} == {"ok", "failed"}
 
 
+@pytest.mark.slow
 def test_a_dense_model_that_cannot_be_scored_ends_the_search_at_once():
     class Broken(Faulty):
         def evaluate(self, candidates, chunk=None):

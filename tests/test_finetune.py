@@ -65,6 +65,7 @@ class TestFineTuneOnKeywordsFloatsAndAMetricOfTheWholeSet(EvaluatorContract):
         """A metric of the whole set has no chunks."""
 
 
+@pytest.mark.slow
 def test_training_brings_a_candidate_nearer_to_the_dense_model(digits, digits_model):
     data = autoprune.Data(calibration=digits.train, validation=digits.validation, test=digits.test)
     study = study_of(digits_model, data, metric="accuracy", evaluator="adaptive_bn")
@@ -75,6 +76,7 @@ def test_training_brings_a_candidate_nearer_to_the_dense_model(digits, digits_mo
     assert after.signal.mean() < 0.7 * before.signal.mean()
 
 
+@pytest.mark.slow
 def test_it_learns_from_the_dense_model_where_there_are_no_labels():
     images = torch.randn(120, 64, generator=torch.Generator().manual_seed(0))
     study = study_of(ZOO["mlp"].build(), images, evaluator="adaptive_bn")
@@ -84,6 +86,7 @@ def test_it_learns_from_the_dense_model_where_there_are_no_labels():
     assert after.signal.mean() < before.signal.mean()
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_user_gets_the_budget_and_what_the_start_built(context):
     candidate, seen = halved(context), []
     start = Compensated()
@@ -96,6 +99,7 @@ def test_the_recipe_of_the_user_gets_the_budget_and_what_the_start_built(context
         assert torch.equal(model.get_parameter(name), tensor), name
 
 
+@pytest.mark.slow
 def test_chunks_tests_and_builds_of_one_candidate_share_a_training(context):
     calls = []
     evaluator = prepared(context, steps=1, train_fn=lambda model, steps: calls.append(steps))
@@ -113,6 +117,7 @@ def test_chunks_tests_and_builds_of_one_candidate_share_a_training(context):
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_elements_set_to_zero_stay_zero():
     data = torch.randn(120, 64), torch.arange(120) % 4
     context = study_of(ZOO["mlp"].build(), data, space="sparsity", evaluator="adaptive_bn").context
@@ -154,6 +159,7 @@ def test_settings_out_of_range_are_refused(settings, message):
         FineTune(**settings)
 
 
+@pytest.mark.slow
 def test_a_model_without_anything_to_train_is_refused():
     context = classes_context("mlp", "adaptive_bn")
     context.model.requires_grad_(False)
@@ -172,6 +178,7 @@ def test_it_asks_for_a_recipe_where_there_is_nothing_to_learn(context):
         prepared(replace(context, judge=judge))
 
 
+@pytest.mark.slow
 def test_it_starts_from_what_the_default_evaluator_builds(context):
     seen, start = [], Compensated()
     start.prepare(context)

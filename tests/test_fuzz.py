@@ -29,6 +29,7 @@ def test_two_hundred_random_networks_are_built_right_and_at_most_a_tenth_of_thei
     assert total.frozen <= MOST_FROZEN * total.producers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [

@@ -104,6 +104,7 @@ class Attended(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("layer", [0, 1])
 def test_removing_a_head_is_masking_its_output(name: str, layer: int):

@@ -38,10 +38,12 @@ def wrong_among(calls, tried) -> list[str]:
     return [f"{wrong}: {why}" for wrong, fate, why, _ in found if fate == "WRONG"]
 
 
+@pytest.mark.slow
 def test_a_wrong_value_is_refused_by_the_name_of_its_argument_or_taken_by_design(calls):
     assert wrong_among(calls, (wrong for wrong in single(calls) if wrong.call not in LONG)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", LONG)
 def test_so_it_is_where_a_model_is_traced(calls, call):
     tried = list(single({call: calls[call]}))
@@ -49,10 +51,12 @@ def test_so_it_is_where_a_model_is_traced(calls, call):
     assert wrong_among(calls, [tried[i] for i in drawn]) == []
 
 
+@pytest.mark.slow
 def test_of_several_wrong_values_one_is_named(calls):
     assert wrong_among(calls, islice(several(calls, np.random.default_rng(0)), TOGETHER)) == []
 
 
+@pytest.mark.slow
 def test_a_wrong_word_on_a_command_line_is_one_line_that_names_its_option(calls):
     tried = list(commands())
     drawn = np.random.default_rng(0).choice(len(tried), COMMANDS, replace=False)
@@ -61,6 +65,7 @@ def test_a_wrong_word_on_a_command_line_is_one_line_that_names_its_option(calls)
     assert sum(fate == "refused" for _, fate, *_ in found) > COMMANDS // 2
 
 
+@pytest.mark.slow
 def test_what_hangs_raises_anything_else_or_is_taken_quietly_is_found(calls, monkeypatch):
     monkeypatch.setattr("tests.hostile.MOST_SECONDS", 1)
     call = calls["Racing"]

@@ -41,6 +41,7 @@ def counted(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, int]:
     return counter.get_total_flops() / 2 / len(inputs[0]), sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20_padded", "mobilenet_v2", "densenet"])
 def test_shares_are_those_of_models_built_with_one_unit_left_where_the_space_allows_it(name):
     model, inputs = ZOO[name].build(), ZOO[name].inputs()
@@ -57,6 +58,7 @@ def test_shares_are_those_of_models_built_with_one_unit_left_where_the_space_all
     assert removable == pytest.approx((1 - least[0] / macs, 1 - least[1] / params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "space", [Channels(), Channels(min_fraction=0.25, round_to=4), Channels(bounds={"0.0": (0.5, 1)})]
 )
@@ -81,6 +83,7 @@ def test_a_space_without_a_choice_leaves_nothing_removable():
     assert found.groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_group_reaches_more_than_all_and_all_reach_no_more_than_the_sum(name, inspections):
     found = inspections[name]
@@ -91,6 +94,7 @@ def test_no_group_reaches_more_than_all_and_all_reach_no_more_than_the_sum(name,
     assert 0 < found.removable["memory_bytes"] < 1
 
 
+@pytest.mark.slow
 def test_memory_is_stated_for_one_sample_whatever_the_batch():
     model = small()
     parameters = sum(p.numel() for p in model.parameters())
@@ -152,6 +156,7 @@ def test_only_the_three_largest_reasons_are_spelled_out(inspections):
     assert "... and 1 more reason: see .frozen" in text
 
 
+@pytest.mark.slow
 def test_a_long_list_of_groups_is_cut_short_in_the_text_only():
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(43)])
     found = inspect(model, torch.ones(2, 4))
@@ -222,6 +227,7 @@ def test_the_dictionary_survives_json(name, inspections):
     assert {part["reason"] for part in data["frozen"]} == {part.reason for part in inspections[name].structure.frozen}
 
 
+@pytest.mark.slow
 def test_the_model_and_the_random_states_stay_and_nothing_is_printed(global_rng_untouched, capfd):
     model = ZOO["vgg_bn"].build().train()
     model[0].requires_grad_(False)
@@ -327,6 +333,7 @@ def test_dummy_inputs_that_are_not_the_main_input_are_passed_over():
     assert set(example_inputs_of(model)[1]) == {"input_ids"}
 
 
+@pytest.mark.slow
 def test_wrappers_are_looked_through():
     model = small()
     model.example_input_array = torch.ones(2, 4)
@@ -406,6 +413,7 @@ def test_outputs_that_do_not_matter_free_what_reaches_them_alone(model, outputs,
     assert "returned by the model" in {part.reason for part in found.frozen}
 
 
+@pytest.mark.slow
 def test_following_the_advice_frees_what_it_was_given_for():
     model = SidesInTuple()
     advice = next(part.remedy for part in inspect(model, torch.ones(2, 4)).frozen if part.reason == "returned as 1")
@@ -442,6 +450,7 @@ class Heads(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(*x.shape[:2], self.num_heads * self.size))
 
 
+@pytest.mark.slow
 def test_sizes_that_follow_are_reported_by_name():
     torch.manual_seed(0)
     found = inspect(nn.Sequential(nn.Linear(3, 5), Heads(), nn.Linear(5, 2)), torch.randn(2, 3, 3))

@@ -153,6 +153,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_trial_reported_as_finished(tmp_path):
     for round_ in range(3):
         run_dir = tmp_path / str(round_)
@@ -171,6 +172,7 @@ def test_kill_9_loses_no_trial_reported_as_finished(tmp_path):
         assert all(trial.evaluations[0].signal == trial.id for trial in finished)
 
 
+@pytest.mark.slow
 def test_ten_thousand_trials_of_a_hundred_dimensions_fit_in_a_tenth_of_the_allowed_space(tmp_path):
     candidates = np.random.default_rng(0).integers(32, size=(10_000, 100))
     with Journal.create(tmp_path, {}) as journal:
@@ -234,6 +236,7 @@ class TestBadRunDir:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_journal_that_is_only_beginning_is_waited_for(tmp_path):
     path = tmp_path / FILE_NAME
     path.touch()  # what a search makes first

@@ -123,6 +123,7 @@ class TestReaders:
 
 
 class TestLocks:
+    @pytest.mark.slow
     def test_one_of_another_program_is_waited_for_with_a_line_in_the_log(self, tmp_path, caplog, monkeypatch):
         monkeypatch.setattr("autoprune.journal_file.BUSY_SECONDS", 0.05)
         with Journal.create(tmp_path, {}) as journal:
@@ -139,6 +140,7 @@ class TestLocks:
             release.join()
             other.close()
 
+    @pytest.mark.slow
     def test_one_that_is_never_released_ends_in_a_sentence(self, tmp_path):
         def locked():
             connection = sqlite3.connect(tmp_path / "a", timeout=0)
@@ -155,6 +157,7 @@ class TestLocks:
             patiently(locked, tmp_path / "a", most_seconds=0.1)
         holder.close()
 
+    @pytest.mark.slow
     def test_of_two_searches_that_begin_at_once_in_one_folder_one_is_refused_and_nothing_is_lost(self, tmp_path):
         script = (
             "import sys, numpy as np\n"
@@ -240,6 +243,7 @@ HARM = {
 
 
 class TestHarmDuringASearch:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", HARM)
     def test_it_is_noticed_at_once_said_loudly_and_nothing_found_is_lost(self, name, tmp_path, mlp, vectors, caplog):
         harm, told = HARM[name]
@@ -263,6 +267,7 @@ class TestHarmDuringASearch:
         assert after.index(True) <= 6
         assert len(result.trials) == 12
 
+    @pytest.mark.slow
     def test_a_race_goes_on_without_the_values_that_are_lost(self, tmp_path, mlp, vectors):
         def harm_once(count):
             if count == 6:
@@ -359,6 +364,7 @@ class TestHostileFiles:
         with pytest.raises(FileFormatError, match=r"journal.sqlite is damaged: 'space' is missing; name another"):
             result_from_journal(written)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("key", "value"),
         [
@@ -382,6 +388,7 @@ class TestHostileFiles:
             result_from_journal(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_search_is_read_without_a_trace(tmp_path):
     script = (
         "import sys, time, numpy as np\n"

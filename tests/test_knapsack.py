@@ -66,6 +66,7 @@ def network_problem(request):
     return channel_problem(NETWORKS[request.param](), ("flops", "params"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sum", "minimax"])
 def test_on_real_structures_no_budget_is_exceeded_and_no_option_can_be_raised(network_problem, objective):
     problem = network_problem
@@ -90,6 +91,7 @@ KINDS = {kind: (lambda seed, make=make: make((6, 4, 5, 3, 6, 4), seed, 0.6)) for
 KINDS["blocks"] = lambda seed: blocks_problem(2, seed, 0.6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [*((kind, 0.01) for kind in PROBLEMS), ("blocks", 0.05)])
 def test_fronts_are_near_the_optimum_of_full_enumeration_and_cannot_be_raised(kind, most):
     found = []
@@ -103,6 +105,7 @@ def test_fronts_are_near_the_optimum_of_full_enumeration_and_cannot_be_raised(ki
     assert np.median(found) < 1e-9
 
 
+@pytest.mark.slow
 def test_relinearising_is_better_than_one_linearisation():
     once, again = [], []
     for seed in range(8):
@@ -281,6 +284,7 @@ def run(optimizer, known, trials, batch=8):
     return np.concatenate(proposed)[:trials]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [additive_problem, product_problem, staircase_problem, table_problem])
 def test_a_scan_and_one_front_come_within_three_percent_of_the_true_tables_front(make):
     known = make([9] * 10, 0, 0.6)
@@ -293,6 +297,7 @@ def test_a_scan_and_one_front_come_within_three_percent_of_the_true_tables_front
     assert (found <= 1.03 * known.loss(front_of(problem, known.losses, budgets))).all()
 
 
+@pytest.mark.slow
 def test_a_prior_table_spends_nothing_on_probes_and_meets_the_largest_budget_first():
     known = product_problem([9] * 10, seed=0)
     problem = replace(known.problem, prior=known.losses, trials=40)
@@ -311,6 +316,7 @@ def test_few_trials_go_to_the_front(trials):
     assert (~problem.probes(candidates)).sum() >= (1 - SHARE) * trials
 
 
+@pytest.mark.slow
 def test_a_search_told_nothing_yet_goes_on_to_the_front_and_never_waits():
     known = product_problem([9] * 10, seed=0)
     optimizer = Knapsack(replace(known.problem, trials=50), 0)

@@ -146,6 +146,7 @@ class TestUnits:
         assert find_units(flow) is units
 
 
+@pytest.mark.slow
 def test_a_deep_network_shares_computation_behind_a_bounded_number_of_modules():
     flow = flow_of(chain(400), [(torch.ones(2, 4), torch.zeros(2))], default_forward)
     assert 200 <= len(flow.cuts) <= 256
@@ -153,6 +154,7 @@ def test_a_deep_network_shares_computation_behind_a_bounded_number_of_modules():
     assert np.diff(ends).max() <= 8
 
 
+@pytest.mark.slow
 def test_costs_of_a_deep_network_are_exact_and_take_work_in_proportion_to_it():
     model = chain(202)
     structure = analyse(model, (torch.ones(2, 4),), checks="on")
@@ -179,6 +181,7 @@ class CountingLookUps(dict):  # type: ignore[type-arg]  # of tensors
             yield item
 
 
+@pytest.mark.slow
 def test_an_edit_of_one_group_looks_at_its_tensors_and_modules_alone():
     structure = analyse(chain(60), (torch.ones(2, 4),), checks="on")
     halves = [Pruning({group.name: tuple(range(0, group.size, 2))}) for group in structure.groups]
@@ -233,6 +236,7 @@ class TestMemory:
                 parameter.zero_()
         assert all(torch.equal(value, before[name]) for name, value in copied.state_dict().items())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("large", [True, False])
     @pytest.mark.parametrize("where", ["prepare", "evaluate"])
     def test_an_evaluator_that_writes_to_the_model_is_named_and_does_not_reach_that_of_the_user(
@@ -262,6 +266,7 @@ class TestMemory:
             searched(model, evaluator=Writing())
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
+    @pytest.mark.slow
     def test_what_leaves_no_trace_does_not_reach_the_model_of_the_user_either(self, small_is_large: None):
         def halving(tensors: Any) -> torch.Tensor:
             for weight in tensors.weights:
@@ -293,6 +298,7 @@ class TestMemory:
         assert [parameter.stride() for parameter in copied.parameters()] == strides
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
 
+    @pytest.mark.slow
     def test_a_search_finds_the_same_and_builds_what_was_scored_whatever_becomes_of_the_model(
         self, monkeypatch: pytest.MonkeyPatch
     ):
@@ -320,6 +326,7 @@ class TestMemory:
         assert of(400) == 50 * 2**20
         assert of(100) == room.ROOM_BYTES - 400 * 2**20
 
+    @pytest.mark.slow
     def test_rows_that_judge_ridges_are_few_where_memory_is_and_spread_over_all_held_out_samples(
         self, monkeypatch: pytest.MonkeyPatch
     ):

@@ -166,6 +166,7 @@ class TestTiming:
 
 
 class TestParts:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["resnet20_padded", "densenet"])
     def test_operations_at_the_sizes_of_a_pruned_network_take_what_it_takes(self, name):
         entry = ZOO[name]
@@ -186,6 +187,7 @@ class TestParts:
 
 
 class TestLatency:
+    @pytest.mark.slow
     def test_predictions_are_those_of_the_machine(self, latency, truth):
         structure, of = truth
         widths = draw_widths(structure, 40, np.random.default_rng(9))
@@ -296,6 +298,7 @@ class TestLatency:
         with pytest.raises(ValueError, match="its inputs are 3x3x8x8, and these are 3x3x16x16"):
             latency.require_match(structure, 3, "Sequential", (torch.zeros(3, 3, 16, 16), y))
 
+    @pytest.mark.slow
     def test_interrupted_profiling_goes_on_where_it_stopped(self, tmp_path):
         path = tmp_path / "table.json"
         with pytest.raises(KeyboardInterrupt):
@@ -307,6 +310,7 @@ class TestLatency:
         assert Latency.load(path).dense_ms > 0
         assert not path.with_name("table.json.partial").exists()
 
+    @pytest.mark.slow
     def test_networks_of_an_interrupted_run_with_another_seed_are_measured_anew(self, tmp_path):
         path = tmp_path / "table.json"
         whole = Machine()
@@ -317,6 +321,7 @@ class TestLatency:
         rest = measured(Machine(), path=path, networks=24)
         np.testing.assert_allclose(rest.evidence.ratio, measured(Machine(), networks=24).evidence.ratio, rtol=0.01)
 
+    @pytest.mark.slow
     def test_what_is_left_of_another_model_of_the_same_class_is_replaced(self, tmp_path):
         path = tmp_path / "table.json"
         other = small()
@@ -326,22 +331,26 @@ class TestLatency:
         measured(path=path, networks=6)
         assert Latency.load(path).dense_ms == pytest.approx(measured(networks=6).dense_ms, rel=0.01)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("left", ["", "[]", "{", '{"setting": 1}'])
     def test_what_is_left_and_cannot_be_read_is_replaced(self, tmp_path, left):
         (tmp_path / "table.json.partial").write_text(left)
         measured(path=tmp_path / "table.json", networks=6)
         assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
 
+    @pytest.mark.slow
     def test_noise_is_said_also_of_what_was_measured_before_an_interruption(self, tmp_path):
         path = tmp_path / "table.json"
         with pytest.raises(KeyboardInterrupt):
             measured(Pulled(2500, noise=1.0), path=path, networks=6)
         assert "the machine is noisy" in " ".join(measured(Machine(), path=path, networks=6).notes)
 
+    @pytest.mark.slow
     def test_a_file_that_cannot_be_written_is_no_operation_that_cannot_be_run(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"table\.json"):
             measured(path=tmp_path / "none" / "table.json", networks=6)
 
+    @pytest.mark.slow
     def test_profiling_leaves_the_random_state_alone(self, global_rng_untouched):
         with global_rng_untouched():
             measured(networks=6)
@@ -384,6 +393,7 @@ print(found[0], max(found[1:-2]), *found[-2:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33; others keep memory otherwise"
 )

@@ -63,6 +63,7 @@ class TestBudget:
             Budget.parse(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["auto", "knapsack", "nsga2"])
 def test_what_is_offered_is_within_the_budget_as_measured(machine, table, optimizer):
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, optimizer=optimizer, **QUICK)
@@ -83,6 +84,7 @@ def optimistic(table: Latency) -> Latency:
     return replace(table, correction=replace(table.correction, factors=factors, margin=0.0))
 
 
+@pytest.mark.slow
 def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
     result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), **QUICK)
     missed = [trial for trial in result.trials if trial.predicted and not trial.feasible]
@@ -92,6 +94,7 @@ def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
     assert result.front
 
 
+@pytest.mark.slow
 def test_a_network_that_may_be_over_the_limit_by_its_interval_gives_way(machine, table, monkeypatch):
     from autoprune import verify
 
@@ -111,6 +114,7 @@ def test_a_network_that_may_be_over_the_limit_by_its_interval_gives_way(machine,
     assert all(trial.cost_intervals["latency_ms"][1] <= limit for trial in result.front)
 
 
+@pytest.mark.slow
 def test_latencies_are_measured_first_where_no_table_is_given(machine, tmp_path):
     result = autoprune.search(small(), "throughput >= 150%", DATA, run_dir=str(tmp_path), **QUICK)
     limit = result.dense.costs["ms_per_sample"] / 1.5
@@ -122,6 +126,7 @@ def test_latencies_are_measured_first_where_no_table_is_given(machine, tmp_path)
     assert len(again.trials) == 28
 
 
+@pytest.mark.slow
 def test_a_result_from_the_journal_says_that_its_latencies_are_those_predicted(machine, table, tmp_path):
     autoprune.search(small(), "latency <= 50%", DATA, latency=optimistic(table), run_dir=str(tmp_path), **QUICK)
     read = result_from_journal(tmp_path)
@@ -129,6 +134,7 @@ def test_a_result_from_the_journal_says_that_its_latencies_are_those_predicted(m
     assert "costs are those that trials were proposed with" in read.notes[-1]
 
 
+@pytest.mark.slow
 def test_a_table_of_another_process_gives_the_same_search(machine, table, tmp_path):
     path = tmp_path / "table.json"
     made = "from tests.test_latency_budget import make_table; import sys; make_table().save(sys.argv[1])"
@@ -139,6 +145,7 @@ def test_a_table_of_another_process_gives_the_same_search(machine, table, tmp_pa
     assert [t.costs for t in first.front] == [t.costs for t in second.front]
 
 
+@pytest.mark.slow
 def test_a_table_of_another_machine_predicts_and_says_that_nothing_was_verified(machine, table):
     elsewhere = replace(table, setting=replace(table.setting, machine="a phone"))
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=elsewhere, **QUICK)
@@ -146,12 +153,14 @@ def test_a_table_of_another_machine_predicts_and_says_that_nothing_was_verified(
     assert all(not trial.predicted for trial in result.trials)
 
 
+@pytest.mark.slow
 def test_a_table_that_an_earlier_search_left_is_named_where_it_does_not_fit(table, tmp_path):
     table.save(tmp_path / "latency.json")
     with pytest.raises(ValueError, match=r"run_dir holds .*latency\.json of an earlier search.*cost_batch is 8"):
         autoprune.search(small(), "latency <= 50%", DATA, run_dir=str(tmp_path), cost_batch=8, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_table_of_inputs_of_another_size_is_refused_unless_the_user_makes_them(machine, table):
     large = torch.nn.functional.interpolate(DATA[0], scale_factor=2)
     with pytest.raises(ValueError, match="its inputs are 1x3x8x8, and these are 1x3x16x16"):
@@ -175,6 +184,7 @@ def whole() -> int:
     return clock.calls
 
 
+@pytest.mark.slow
 def test_measuring_latencies_stops_between_networks_and_the_result_says_so(ticking, whole, tmp_path):
     run_dir = str(tmp_path)
     result = autoprune.search(small(), "latency <= 50%", DATA, max_seconds=0.85 * whole, run_dir=run_dir, **QUICK)
@@ -189,6 +199,7 @@ def test_measuring_latencies_stops_between_networks_and_the_result_says_so(ticki
     assert note in again.notes
 
 
+@pytest.mark.slow
 def test_too_little_time_for_a_table_is_an_error_that_keeps_what_was_measured(ticking, whole, tmp_path):
     run_dir = str(tmp_path)
     with pytest.raises(TimeoutError, match=r"max_seconds=.* was over before latencies were measured: \d+ of \d+ kinds"):
@@ -203,12 +214,14 @@ def test_too_little_time_for_a_table_is_an_error_that_keeps_what_was_measured(ti
     assert not (tmp_path / "latency.json.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_table_of_other_groups_says_to_profile_with_the_same_outputs(machine, table):
     other = replace(table, groups=(("0", 12), *table.groups[1:]))
     with pytest.raises(ValueError, match=r"its groups differ in 0 \(12 units, here 24\).*with the same outputs=, forw"):
         autoprune.search(small(), "latency <= 50%", DATA, latency=other, **QUICK)
 
 
+@pytest.mark.slow
 def test_mappings_that_are_no_dicts_cost_what_dicts_cost(machine):
     class Named(torch.nn.Module):
         def __init__(self):
@@ -228,6 +241,7 @@ def test_mappings_that_are_no_dicts_cost_what_dicts_cost(machine):
     assert [trial.costs for trial in first.front] == [trial.costs for trial in second.front] != []
 
 
+@pytest.mark.slow
 def test_a_function_of_the_user_is_a_latency_too():
     def on_my_phone(candidates):
         return 10.0 - candidates.sum(axis=1)
@@ -238,6 +252,7 @@ def test_a_function_of_the_user_is_a_latency_too():
     assert all(trial.costs["ms_per_sample"] == trial.costs["latency_ms"] <= 5 for trial in result.front)
 
 
+@pytest.mark.slow
 def test_a_search_is_not_resumed_with_another_function_for_its_cost(tmp_path):
     def searched(dense, **options):
         costs = {"latency_ms": lambda candidates: dense - candidates.sum(axis=1)}
@@ -258,6 +273,7 @@ def test_a_model_without_a_choice_of_widths_is_refused_before_anything_is_timed(
         autoprune.search(torch.nn.Linear(6, 3), "latency <= 60%", DATA[0][:, 0, 0, :6], **QUICK)
 
 
+@pytest.mark.slow
 def test_an_impossible_latency_names_the_lowest_reachable(machine, table):
     with pytest.raises(InfeasibleBudgetError, match="latency_ms must be at least"):
         autoprune.search(small(), "latency_ms <= 0.0001", DATA, latency=table, **QUICK)
@@ -268,6 +284,7 @@ def test_a_table_for_another_batch_size_is_refused_before_anything_is_searched(t
         autoprune.search(small(), "latency <= 50%", DATA, latency=table, cost_batch=8, **QUICK)
 
 
+@pytest.mark.slow
 def test_all_costs_of_a_result_survive_saving(machine, table, tmp_path):
     result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
     loaded = autoprune.SearchResult.load(result.save(tmp_path / "a", weights="none"))
@@ -276,6 +293,7 @@ def test_all_costs_of_a_result_survive_saving(machine, table, tmp_path):
     assert np.isfinite([t.costs["latency_ms"] for t in loaded.front]).all()
 
 
+@pytest.mark.slow
 def test_round_to_auto_takes_widths_at_the_right_edges_of_steps(machine, table):
     edges = table.right_edges([1, 1])
     assert set(edges["3"]) >= {8, 16, 24, 32, 40}
@@ -297,6 +315,7 @@ def test_round_to_auto_needs_latencies_and_says_so():
         )
 
 
+@pytest.mark.slow
 def test_an_interrupted_verification_returns_what_was_measured(machine, table, monkeypatch):
     from autoprune import verify
 
@@ -309,6 +328,7 @@ def test_an_interrupted_verification_returns_what_was_measured(machine, table, m
     assert any("interrupted: some latencies" in note for note in result.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [UnsupportedModelError, RuntimeError])
 def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeypatch, error):
     from autoprune import verify
@@ -326,6 +346,7 @@ def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeyp
     assert any(note.startswith("memory_bytes: ") and "were measured" in note for note in said)
 
 
+@pytest.mark.slow
 def test_a_network_over_one_limit_is_not_said_to_miss_another(machine, table):
     result = autoprune.search(small(), ["latency <= 60%", "memory <= 95%"], DATA, latency=optimistic(table), **QUICK)
     (timed,) = (note for note in result.notes if note.startswith("latency: ") and "were measured" in note)
@@ -334,6 +355,7 @@ def test_a_network_over_one_limit_is_not_said_to_miss_another(machine, table):
     assert "none missed a limit" in weighed
 
 
+@pytest.mark.slow
 def test_what_a_corrected_table_puts_over_the_limit_is_no_probe(machine, table):
     result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), optimizer="random", **QUICK)
     over = [trial for trial in result.trials if not trial.feasible and not trial.predicted]
@@ -343,6 +365,7 @@ def test_what_a_corrected_table_puts_over_the_limit_is_no_probe(machine, table):
     assert told.startswith(f"{single} of {len(result.trials)} trials")
 
 
+@pytest.mark.slow
 def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monkeypatch):
     from autoprune import verify
 
@@ -356,12 +379,14 @@ def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monk
 class TestBest:
     """`SearchResult.best` among measured networks."""
 
+    @pytest.mark.slow
     def test_a_later_limit_on_latency_is_met_by_a_network_that_was_measured(self, machine, table):
         result = autoprune.search(small(), "flops <= 80%", DATA, latency=table, **QUICK)
         assert all(trial.predicted for trial in result.front)
         fast = result.best("latency <= 60%")
         assert fast.costs["latency_ms"] == pytest.approx(true_ms(result.build(fast)), rel=1e-6)
 
+    @pytest.mark.slow
     def test_a_better_trial_that_was_only_predicted_is_passed_over(self, machine, table):
         result = autoprune.search(small(), "latency <= 80%", DATA, latency=table, **QUICK)
         best = result.best()
@@ -369,6 +394,7 @@ class TestBest:
         assert replace(result, trials=(*result.trials, rumour)).best().id == best.id
         assert replace(result, trials=(*result.trials, rumour)).best("flops <= 99%").predicted
 
+    @pytest.mark.slow
     def test_a_time_is_within_a_limit_only_with_its_whole_interval(self, machine, table):
         result = autoprune.search(small(), "latency <= 80%", DATA, latency=table, **QUICK)
         best = result.best()
@@ -381,6 +407,7 @@ class TestBest:
         with pytest.raises(InfeasibleBudgetError, match="the nearest is trial"):
             replace(result, trials=(unsure,)).best(f"latency_ms <= {1.05 * ms}")
 
+    @pytest.mark.slow
     def test_without_measurements_predictions_count(self, machine, table):
         elsewhere = replace(table, setting=replace(table.setting, machine="a phone"))
         result = autoprune.search(small(), "latency <= 50%", DATA, latency=elsewhere, **QUICK)

@@ -16,6 +16,7 @@ print(Popen(["sleep", "60"], start_new_session=True, stdout=DEVNULL, stderr=DEVN
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are found in /proc")
 def test_a_daemon_whose_parent_has_gone_is_seen_until_it_ends():
     parent = subprocess.run([sys.executable, "-c", ORPHAN], check=True, capture_output=True, text=True)

@@ -41,6 +41,7 @@ for name, old, new in zip(("warning filters", "environment", "open files", "proc
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files and processes are found in /proc")
 @pytest.mark.parametrize("options", [{}, {"checks": "isolated"}, {"optimizer": "bayes"}])
 def test_the_first_search_of_a_process_leaves_it_as_it_was(options):
@@ -82,6 +83,7 @@ SEARCHES = {
 }
 
 
+@pytest.mark.slow
 def test_searches_in_several_threads_give_what_each_gives_alone(vectors, global_rng_untouched):
     alone = {name: seen(search(vectors)) for name, search in SEARCHES.items()}
     found, failures = {}, []
@@ -109,6 +111,7 @@ def test_searches_in_several_threads_give_what_each_gives_alone(vectors, global_
 
 
 class TestIsolatedChecks:
+    @pytest.mark.slow
     def test_take_models_and_functions_that_only_this_process_knows(self):
         def forward(model, batch):
             return model(batch[0])
@@ -128,6 +131,7 @@ class TestIsolatedChecks:
         )
         assert len(result.trials) == 2
 
+    @pytest.mark.slow
     def test_a_model_that_prints_does_not_disturb_them(self, capfd):
         class Talks(nn.Sequential):
             def forward(self, x):
@@ -138,6 +142,7 @@ class TestIsolatedChecks:
         result = quick(model, "flops <= 60%", None, example_inputs=torch.zeros(2, 8), trials=2, checks="isolated")
         assert len(result.trials) == 2
 
+    @pytest.mark.slow
     def test_what_the_model_raises_there_is_raised_here(self):
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         with torch.no_grad():

@@ -134,6 +134,7 @@ def test_a_set_without_any_label_that_counts_is_refused():
         judged(nn.CrossEntropyLoss(ignore_index=255), torch.full((40, 6, 6), 255))
 
 
+@pytest.mark.slow
 def test_a_search_reports_racing_and_resuming_what_the_loss_says(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)).eval()

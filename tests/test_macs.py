@@ -178,6 +178,7 @@ def by_hand(case: Case, model: Any, x: Tensor) -> int:
     return (0 if unread else before) + case.hand(model.layer) + reads * model.after.weight.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
 def test_flops_of_a_layer_equal_a_count_by_hand_dense_and_pruned(kind: type[nn.Module]):
@@ -250,6 +251,7 @@ def test_operations_that_multiply_a_parameter_are_counted(run: Callable[[Net, Te
     assert 2 * StructuralCosts(structure).flops(structure.sizes[None].astype(float))[0] == macs
 
 
+@pytest.mark.slow
 def test_an_lstm_traced_on_real_values_is_counted_and_prunable():
     def forward(s: Net, x: Tensor) -> Tensor:
         scale = 2.0 if float(x.max()) > 0 else 1.0
@@ -273,6 +275,7 @@ def unknown():
     FORMULAS.pop("mix", None)
 
 
+@pytest.mark.slow
 def test_a_budget_on_flops_is_refused_where_an_operation_has_no_formula(unknown: Any):
     model = Net(
         lambda s, x: s.head(unknown(s.b(s.a(x)), s.w)),

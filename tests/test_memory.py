@@ -102,6 +102,7 @@ def limited(context, most):
     return replace(context, forward=forward), seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [AdaptiveBN, Compensated])
 @pytest.mark.parametrize("name", ["mlp", "vgg_plain"])
 def test_scores_and_what_is_built_do_not_depend_on_it(make, name, caplog):
@@ -126,6 +127,7 @@ def test_scores_and_what_is_built_do_not_depend_on_it(make, name, caplog):
     assert "CUDA out of memory. Tried to allocate" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_metric_of_the_whole_set_sees_whole_batches(digits, digits_model):
     def batches_and_mean(forward, batches):
         return sum(float(forward(batch).mean()) for batch in batches)  # would double with twice as many batches
@@ -151,6 +153,7 @@ def test_a_metric_of_the_whole_set_sees_whole_batches(digits, digits_model):
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_single_samples_do_not_fit(digits, digits_model):
     """Every second candidate has no memory for anything; the others none for more than 60 samples."""
     calls, seen = [], []

@@ -39,6 +39,7 @@ def test_what_a_metric_is_not_made_of_is_named(settings, named):
         Metric(**{"fn": len, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -24,6 +24,7 @@ def everything(tables, reduce):
     return np.array([reduce(row) for row in itertools.product(*tables)])
 
 
+@pytest.mark.slow
 def test_sum_and_minimax_equal_full_enumeration_on_300_random_instances():
     rng = np.random.default_rng(0)
     for _ in range(300):
@@ -51,6 +52,7 @@ def solve_exactly(losses, costs, budget):
     return result.fun
 
 
+@pytest.mark.slow
 def test_large_instances_agree_with_a_mixed_integer_solver_within_the_stated_bound():
     rng = np.random.default_rng(1)
     for _ in range(30):

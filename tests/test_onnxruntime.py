@@ -67,6 +67,7 @@ def parts():
 
 
 class TestNetwork:
+    @pytest.mark.slow
     def test_the_session_returns_what_the_module_does(self):
         model = small()
         (ours,) = runtime_of("onnxruntime").network(model, run, (INPUTS,), {})()
@@ -134,6 +135,7 @@ class TestNetwork:
 
 
 class TestParts:
+    @pytest.mark.slow
     def test_what_is_fused_is_no_part(self, parts):
         _, families, _ = parts
         kinds = sorted(key.partition("(")[0] for key in families)
@@ -174,6 +176,7 @@ def table() -> Latency:
         return autoprune.profile(small(), INPUTS, batch=1, networks=9, runtime="onnxruntime")
 
 
+@pytest.mark.slow
 class TestTable:
     def test_runtime_and_version_are_part_of_its_identity(self, table, tmp_path):
         loaded = Latency.load(table.save(tmp_path / "table.json"))

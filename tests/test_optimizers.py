@@ -88,6 +88,7 @@ def search(optimizer, known, trials, batch=8):
     return np.concatenate(objectives)
 
 
+@pytest.mark.slow
 def test_nsga2_finds_a_better_front_and_a_better_optimum_than_random_search():
     volumes, losses = {RandomSearch: [], NSGA2: []}, {RandomSearch: [], NSGA2: []}
     for seed in range(7):
@@ -205,6 +206,7 @@ def test_an_unknown_optimizer_is_refused_with_the_names_there_are():
         Bayes(problem, 0, sampler="cmaes")
 
 
+@pytest.mark.slow
 def test_importing_the_optimizers_does_not_import_the_libraries_behind_them():
     code = (
         "import sys, autoprune.optimizers.surrogate, autoprune.budget, autoprune.pareto; "

@@ -93,6 +93,7 @@ def forbidden_imports(name: str, source: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_imports_only_go_downwards():
     files = source_files()
     assert len(files) > 5
@@ -164,6 +165,7 @@ print((time.process_time() - start) / theirs, *{name.partition(".")[0] for name 
 """
 
 
+@pytest.mark.slow
 def test_import_autoprune_is_quick_and_leaves_the_heavy_libraries_alone():
     for _ in range(5):  # the best of five, over torch's own time, because processors differ and others disturb
         finished = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
@@ -175,6 +177,7 @@ def test_import_autoprune_is_quick_and_leaves_the_heavy_libraries_alone():
     pytest.fail(f"import autoprune takes {share} of the time of import torch; half is allowed")
 
 
+@pytest.mark.slow
 def test_the_wheel_built_from_the_sdist_holds_the_package_and_nothing_else(tmp_path):
     project = tmp_path / "project"
     ignored = shutil.ignore_patterns("__pycache__")

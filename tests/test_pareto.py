@@ -18,6 +18,7 @@ def test_the_front_is_what_the_definition_of_dominance_says(m):
         np.testing.assert_array_equal(non_dominated(points), ~np.array(dominated_by_definition(points)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [2, 3])
 def test_a_front_of_ten_thousand_points_takes_a_fraction_of_a_second(m):
     directions = np.random.default_rng(0).random((10_000, m))

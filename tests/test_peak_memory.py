@@ -53,6 +53,7 @@ def mixed() -> nn.Module:
         return Mixed().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small, mixed])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_peak_of_pruned_networks_is_what_the_profiler_sees(make, batch):
@@ -123,6 +124,7 @@ def test_while_the_user_profiles_nothing_is_measured_and_nothing_taken_from_them
     assert any(event.name == "aten::sin" for event in profiler.events())
 
 
+@pytest.mark.slow
 def test_measuring_leaves_the_random_state_alone(global_rng_untouched):
     with global_rng_untouched():
         autoprune.search(small(), "memory <= 70%", DATA, trials=4, progress=False, prior="criterion")
@@ -201,6 +203,7 @@ def test_operations_that_take_nothing_besides_their_results_have_no_formula():
     assert fit_scratch(family((64,)), lambda values: Allocation("+", (4 * values[0],), 4 * values[0])) is None
 
 
+@pytest.mark.slow
 def test_an_operation_that_cannot_be_run_alone_counts_without_scratch_and_is_said_to(monkeypatch):
     def refuse(call, numbers):
         raise TypeError("not these numbers")
@@ -212,6 +215,7 @@ def test_an_operation_that_cannot_be_run_alone_counts_without_scratch_and_is_sai
     assert "could not be run alone" in str(memory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["memory <= 70%", ["memory_bytes <= 70%", "flops <= 60%"]])
 def test_what_is_offered_under_a_memory_budget_was_measured_to_be_within(budget):
     result = autoprune.search(small(), budget, DATA, trials=16, cost_batch=2, progress=False, prior="criterion")
@@ -225,6 +229,7 @@ def test_what_is_offered_under_a_memory_budget_was_measured_to_be_within(budget)
     assert "memory_bytes  predicted" in str(result)
 
 
+@pytest.mark.slow
 def test_memory_that_no_budget_limits_is_not_measured():
     result = autoprune.search(small(), "flops <= 60%", DATA, trials=4, progress=False, prior="criterion")
     assert all(not trial.predicted for trial in result.trials)

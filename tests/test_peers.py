@@ -51,6 +51,7 @@ def test_ours_must_be_ahead_before_and_at_most_half_a_point_behind_after():
     assert [line.split(" fine")[0].split()[-1] for line in missed(behind_after, [OTHER], BEST)] == ["after"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [lambda case: peer_methods.uniform(case, "l1"), peer_methods.eagleeye, peer_methods.fastnas],
@@ -65,6 +66,7 @@ def test_networks_meet_their_budgets_by_an_independent_counter(case, method, mon
         assert case.macs(network) <= share * case.dense_macs
 
 
+@pytest.mark.slow
 def test_random_strategies_lie_in_the_band_below_the_budget(case, monkeypatch):
     monkeypatch.setattr(peer_methods, "TRIALS", 20)
     study = case.study(peer_methods.every_width("l1"))

@@ -83,6 +83,7 @@ def errors(removals, samples=24):
     return reconstruction_errors(model, structure, removals, batches(samples), default_forward)
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_the_layers_that_read_what_is_masked():
     options = [np.array([1]), np.array([1, 4]), np.array([0, 1, 2, 4])]
     found = errors([(group, options) for group in READ])
@@ -152,6 +153,7 @@ def scores_of(criterion):
 
 
 class TestCriterion:
+    @pytest.mark.slow
     def test_magnitudes_give_the_energy_lost_relative_to_what_is_left(self):
         weights = scores_of("l2")["b"].double().numpy() ** 2
         found = criterion_losses(("b", [np.array([2]), np.array([2, 3, 5])]), scores_of("l2"), "l2")
@@ -181,6 +183,7 @@ class TestCriterion:
         assert found.tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_group_that_no_layer_is_seen_to_read_falls_back_on_the_criterion():
     entry = ZOO["resnext"]
     model, inputs = entry.build().eval(), entry.inputs()
@@ -206,6 +209,7 @@ def test_nothing_is_expected_where_a_dimension_removes_no_units():
 
 
 class TestInASearch:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("prior", "least"), [("reconstruction", 0.75), ("criterion", 0.7)])
     def test_the_order_of_measured_distortions_is_largely_foreseen(self, digits, digits_model, prior, least):
         study = prepare(
@@ -222,6 +226,7 @@ class TestInASearch:
         measured = [outcome.distortion.mean() for outcome in study.evaluator.evaluate(candidates)]
         assert spearmanr([study.problem.prior[j][k] for j, k in where], measured).statistic > least
 
+    @pytest.mark.slow
     def test_the_optimizer_knows_the_trials_and_what_to_expect(self):
         seen = []
 

@@ -86,6 +86,7 @@ def probes(found):
 
 
 class TestInTheLoop:
+    @pytest.mark.slow
     def test_trials_over_the_limit_are_evaluated_and_marked(self, found, probes):
         assert len(found.trials) == TRIALS
         assert 10 < len(probes) < TRIALS - 10
@@ -120,12 +121,14 @@ class TestInTheLoop:
         assert any(note.startswith(f"{len(probes)} of {TRIALS} trials are probes") for note in found.notes)
         assert f"{len(probes)} of {TRIALS} trials are probes" in str(found)
 
+    @pytest.mark.slow
     def test_a_search_without_probes_says_nothing_of_them(self, data):
         options = {"trials": 4, "optimizer": "nsga2", "progress": False}
         result = autoprune.search(settled_mlp(), "flops <= 50%", data, **options)
         assert "probes" not in str(result)
         assert all(trial.feasible for trial in result.trials)
 
+    @pytest.mark.slow
     def test_the_log_says_so_and_the_progress_counts_the_front_without_them(self, data, caplog, monkeypatch):
         shown = []
         monkeypatch.setattr(Progress, "due", lambda self, done: True)
@@ -146,6 +149,7 @@ class TestInTheLoop:
 
 
 class TestOnDisk:
+    @pytest.mark.slow
     def test_the_journal_gives_the_same_trials_and_front(self, found, run_dir):
         read = result_from_journal(run_dir)
         assert [trial.id for trial in read.front] == [trial.id for trial in found.front]
@@ -254,6 +258,7 @@ class TestSensitivity:
         with pytest.raises(ValueError, match=r"table must be one of \['distortion', 'signal', 'metric'\], got 'loss'"):
             found.sensitivity("loss")
 
+    @pytest.mark.slow
     def test_a_metric_of_the_whole_set_has_changes_without_error_and_distortion_if_watched(self, data):
         def mean(forward, batches):
             return sum(forward(batch).mean() for batch in batches)
@@ -278,6 +283,7 @@ def with_distortion(found, value):
 
 
 class TestAdditivity:
+    @pytest.mark.slow
     def test_additive_losses_have_slope_and_correlations_of_one(self, found):
         fit = with_distortion(found, lambda c: float(c @ [1.0, 2.0, 3.0])).additivity()["distortion"]
         assert (fit.r2, fit.slope, fit.spearman) == pytest.approx((1, 1, 1))

@@ -111,6 +111,7 @@ def test_noise_is_a_property_of_the_candidate_and_of_the_seed():
     assert (other.objectives[:, 0] != first.objectives[:, 0]).all()
 
 
+@pytest.mark.slow
 def test_noise_is_unbiased_and_as_large_as_its_standard_error_says():
     known = noisy(PROBLEMS["product"]([16] * 24, 0), 0)
     drawn = draw(known.problem, 2000, np.random.default_rng(0))

@@ -69,6 +69,7 @@ class TestTheTest:
         order = rng.permuted(np.broadcast_to(np.arange(SAMPLES), rival.shape), axis=-1)
         return np.take_along_axis(rival, order, axis=-1), np.take_along_axis(candidate, order, axis=-1)
 
+    @pytest.mark.slow
     def test_of_1000_searches_whose_candidates_are_all_as_good_at_most_delta_drop_any(self):
         """Nor is that because the case is easy: a t test with finite population correction fails in it."""
         delta, rng, wrong, wrong_t = 0.05, np.random.default_rng(0), 0, 0
@@ -85,6 +86,7 @@ class TestTheTest:
         capital = log_evidence(rivals[:, :300] + rng.exponential(0.7, (100, 300)), rivals, floor=0.0)
         assert (capital.max(axis=-1) > -np.log(Racing().share(0))).mean() > 0.95
 
+    @pytest.mark.slow
     @settings(max_examples=60, deadline=None)
     @given(
         arrays(np.float64, 24, elements=st.floats(0, 50)),
@@ -178,6 +180,7 @@ def pair(tmp_path_factory):
     return search(None, racing=False), search(run_dir), run_dir
 
 
+@pytest.mark.slow
 class TestASearch:
     def test_what_was_dropped_is_dominated_and_what_was_not_is_the_same_to_the_last_bit(self, pair):
         full, raced, _ = pair
@@ -266,6 +269,7 @@ class TestASearch:
 
 
 class TestWhereItCannotWork:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("options", "reason"),
         [

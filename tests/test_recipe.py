@@ -50,6 +50,7 @@ def tensors(outputs):
 NETWORKS = ["mlp", "resnet20", "mobilenet_v2", "resnext", "densenet", "tied", "tied_autoencoder", "shared", "detector"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_fresh_model_with_other_weights_gives_identical_outputs(name, tmp_path):
     built, inputs = half(name), ZOO[name].inputs()
@@ -63,12 +64,14 @@ def test_a_fresh_model_with_other_weights_gives_identical_outputs(name, tmp_path
     assert str(loaded) == str(built)
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_tied(tmp_path):
     autoprune.save(half("tied"), tmp_path / "small.safetensors")
     loaded = autoprune.load(tmp_path / "small.safetensors", fresh("tied"))
     assert loaded.first.weight is loaded.second.weight
 
 
+@pytest.mark.slow
 def test_the_fresh_model_stays_as_it_is_and_gives_its_mode(tmp_path):
     autoprune.save(half("resnet20"), tmp_path / "small.safetensors")
     model = fresh("resnet20").train()
@@ -78,6 +81,7 @@ def test_the_fresh_model_stays_as_it_is_and_gives_its_mode(tmp_path):
     assert not hasattr(model, ATTRIBUTE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnext", "densenet", "tied_autoencoder"])
 def test_pruning_twice_leaves_one_recipe_from_the_first_model(name, tmp_path):
     dense, inputs = ZOO[name].build(), ZOO[name].inputs()
@@ -92,6 +96,7 @@ def test_pruning_twice_leaves_one_recipe_from_the_first_model(name, tmp_path):
     assert torch.equal(autoprune.load(tmp_path / "small.safetensors", fresh(name))(*inputs), twice(*inputs))
 
 
+@pytest.mark.slow
 def test_fine_tuned_weights_are_saved(tmp_path):
     built, (x,) = half("resnet20").train(), ZOO["resnet20"].inputs()
     optimizer = torch.optim.SGD(built.parameters(), 0.1)
@@ -103,6 +108,7 @@ def test_fine_tuned_weights_are_saved(tmp_path):
     assert torch.equal(autoprune.load(tmp_path / "small.safetensors", fresh("resnet20"))(x), built(x))
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_saved_again(tmp_path):
     built, (x,) = half("resnext"), ZOO["resnext"].inputs()
     autoprune.save(built, tmp_path / "first.safetensors")
@@ -110,6 +116,7 @@ def test_a_loaded_model_is_saved_again(tmp_path):
     assert torch.equal(autoprune.load(tmp_path / "second.safetensors", fresh("resnext"))(x), built(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "copied",
     [
@@ -126,6 +133,7 @@ def test_copies_and_wrappers_keep_the_recipe(copied, tmp_path):
     assert torch.equal(autoprune.load(tmp_path / "small.safetensors", fresh("mlp"))(x), built(x))
 
 
+@pytest.mark.slow
 def test_the_file_is_safetensors_that_other_tools_read(tmp_path):
     built = half("mlp")
     autoprune.save(built, tmp_path / "small.safetensors")
@@ -145,6 +153,7 @@ class TestRefusals:
         autoprune.save(half("mlp"), tmp_path / "small.safetensors")
         return tmp_path / "small.safetensors"
 
+    @pytest.mark.slow
     def test_other_widths_are_named_with_both_shapes(self, file):
         model = nn.Sequential(*list(ZOO["mlp"].build().children()))
         model[0] = nn.Linear(64, 50)
@@ -153,14 +162,17 @@ class TestRefusals:
         ):
             autoprune.load(file, model)
 
+    @pytest.mark.slow
     def test_another_class_is_named_with_the_tensor_it_lacks(self, file):
         with pytest.raises(autoprune.RecipeError, match=r"'0.weight' has shape \[48, 64\].*ResNet has no such tensor"):
             autoprune.load(file, ZOO["resnet20"].build())
 
+    @pytest.mark.slow
     def test_a_pruned_model_in_place_of_the_dense_one_is_refused(self, file):
         with pytest.raises(autoprune.RecipeError, match=r"has \[24, 64\]; pass a dense model"):
             autoprune.load(file, half("mlp"))
 
+    @pytest.mark.slow
     def test_a_layer_that_was_not_pruned_and_differs_is_named(self, tmp_path):
         model = ZOO["mlp"].build()
         edit = analyse(model, ZOO["mlp"].inputs()).edit(autoprune.Pruning())
@@ -175,6 +187,7 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match=r"written by autoprune.save, got .*nowhere: no such file"):
             autoprune.load(tmp_path / "nowhere", ZOO["mlp"].build())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "damage",
         [
@@ -190,6 +203,7 @@ class TestRefusals:
         with pytest.raises(autoprune.RecipeError, match=r"small.safetensors is not a safetensors file or is corrupted"):
             autoprune.load(file, ZOO["mlp"].build())
 
+    @pytest.mark.slow
     def test_safetensors_of_another_tool_are_named(self, file):
         for metadata in (None, {"format": "pt"}):
             save_file({"0.weight": torch.zeros(2)}, file, metadata=metadata)
@@ -198,11 +212,13 @@ class TestRefusals:
             ):
                 autoprune.load(file, ZOO["mlp"].build())
 
+    @pytest.mark.slow
     def test_a_newer_version_is_named_with_the_way_out(self, file):
         save_file(load_file(file), file, metadata={"format": "autoprune-model", "version": "2", "recipe": "{}"})
         with pytest.raises(autoprune.RecipeError, match="has recipe version 2, and this autoprune reads 1: use"):
             autoprune.load(file, ZOO["mlp"].build())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "damage",
         [
@@ -220,6 +236,7 @@ class TestRefusals:
         with pytest.raises(autoprune.RecipeError, match=r"small.safetensors (holds a damaged recipe|was not made for)"):
             autoprune.load(file, ZOO["mlp"].build())
 
+    @pytest.mark.slow
     def test_a_flipped_bit_in_the_weights_is_named(self, file):
         content = bytearray(file.read_bytes())
         content[-10] ^= 4
@@ -227,6 +244,7 @@ class TestRefusals:
         with pytest.raises(autoprune.RecipeError, match="damaged weights: its content is not that of its hash; save"):
             autoprune.load(file, ZOO["mlp"].build())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -255,12 +273,14 @@ class TestRefusals:
         assert model[0].out_features == 48
         assert callable(model[0].forward)
 
+    @pytest.mark.slow
     def test_what_is_no_model_is_named(self, file):
         with pytest.raises(TypeError, match=r"fresh_model must be a dense nn.Module of the class .*, got NoneType"):
             autoprune.load(file, None)
 
 
 class TestWriting:
+    @pytest.mark.slow
     def test_the_file_gets_the_permissions_that_the_umask_leaves(self, tmp_path):
         before = os.umask(0o022)
         try:
@@ -269,6 +289,7 @@ class TestWriting:
             os.umask(before)
         assert stat.S_IMODE((tmp_path / "small.safetensors").stat().st_mode) == 0o644
 
+    @pytest.mark.slow
     def test_a_missing_folder_a_device_and_a_fifo_are_refused_in_words(self, tmp_path):
         os.mkfifo(tmp_path / "fifo")
         small = half("mlp")
@@ -280,6 +301,7 @@ class TestWriting:
         assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
         assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
+    @pytest.mark.slow
     def test_a_full_disk_is_named_and_leaves_the_old_file(self, tmp_path, monkeypatch):
         file = tmp_path / "small.safetensors"
         autoprune.save(half("mlp"), file)

@@ -87,6 +87,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "arguments", "shape", "fitted"), KINDS)
 def test_weights_of_every_kind_are_fitted_and_outputs_come_nearer_to_the_dense_ones(make, arguments, shape, fitted):
     model = seeded(make, *arguments)
@@ -114,6 +115,7 @@ def batches_of(texts, size):
     return made
 
 
+@pytest.mark.slow
 def test_unpadded_batches_of_one_and_padded_batches_of_many_give_the_same_network():
     model, found = seeded(Padded), []
     for size in (1, 12):
@@ -138,6 +140,7 @@ def test_masks_are_read_in_either_sense_and_only_where_they_go_with_another_inpu
     assert positions_of((torch.eye(3), None)) is None
 
 
+@pytest.mark.slow
 def test_dead_units_identical_samples_and_nan_leave_inherited_weights():
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3)))
     with torch.no_grad():
@@ -153,6 +156,7 @@ def test_dead_units_identical_samples_and_nan_leave_inherited_weights():
     assert all(torch.isfinite(each).all() for each in halves(context).parameters())
 
 
+@pytest.mark.slow
 def test_statistics_stay_where_nothing_was_removed_although_they_do_not_suit_the_samples():
     model = seeded(
         lambda: nn.Sequential(
@@ -172,6 +176,7 @@ def test_statistics_stay_where_nothing_was_removed_although_they_do_not_suit_the
     torch.testing.assert_close(small[1].running_var, model[1].running_var)
 
 
+@pytest.mark.slow
 def test_wide_weights_are_fitted_from_a_sketch_whose_work_is_in_proportion():
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 3000), nn.ReLU(), nn.Linear(3000, 4)))
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))

@@ -29,6 +29,7 @@ def assert_moved_no_further_than_needed(problem, candidates, repaired, limits=No
                 assert (problem.costs(undone[None])[0] > limit).any(), (before, after, j, option)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROBLEMS)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(

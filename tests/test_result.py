@@ -53,6 +53,7 @@ class Pretrained(torch.nn.Sequential):
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_a_built_model_that_would_save_a_dense_config_is_warned_of(vectors, tmp_path, caplog):
     model = Pretrained(*ZOO["mlp"].build())
     result = search(model, vectors, trials=4)
@@ -69,6 +70,7 @@ def test_a_built_model_that_would_save_a_dense_config_is_warned_of(vectors, tmp_
 
 
 class TestBest:
+    @pytest.mark.slow
     def test_it_is_the_best_score_within_a_tighter_budget(self, found):
         within = [trial for trial in found.trials if trial.costs["flops"] <= 0.3 * found.dense.costs["flops"]]
         best = found.best("flops <= 30%")
@@ -121,6 +123,7 @@ class TestBest:
 
 
 class TestBuild:
+    @pytest.mark.slow
     def test_it_takes_a_trial_a_budget_or_nothing(self, found, vectors):
         best = found.best()
         expected = found.build()(vectors[0])
@@ -128,6 +131,7 @@ class TestBuild:
         tight = found.best("flops <= 30%")
         assert torch.equal(found.build("flops <= 30%")(vectors[0]), found.build(tight)(vectors[0]))
 
+    @pytest.mark.slow
     def test_the_outputs_are_those_that_were_scored(self, vectors):
         x, y = vectors
         data = Data(calibration=(x[:80], y[:80]), validation=(x[80:160], y[80:160]), test=(x[160:], y[160:]))
@@ -136,6 +140,7 @@ class TestBuild:
             outputs = result.build(trial)(x[80:160])
             assert trial.signal == pytest.approx(F.cross_entropy(outputs, y[80:160]).item(), abs=1e-5)
 
+    @pytest.mark.slow
     def test_nothing_is_shared_with_the_model_or_between_builds(self, vectors):
         model = ZOO["mlp"].build()
         result = search(model, vectors, trials=4)
@@ -151,6 +156,7 @@ class TestBuild:
 
 
 class TestSaveAndLoad:
+    @pytest.mark.slow
     def test_what_was_saved_is_what_is_loaded(self, with_a_failure, tmp_path):
         with_a_failure.save(tmp_path / "result")
         loaded = SearchResult.load(tmp_path / "result")
@@ -163,6 +169,7 @@ class TestSaveAndLoad:
         assert loaded.front == with_a_failure.front
         assert str(loaded) == str(with_a_failure)
 
+    @pytest.mark.slow
     def test_an_interval_that_is_unknown_stays_unknown(self, vectors, tmp_path):
         def mean(forward, batches):
             return sum(forward(batch).mean() for batch in batches)
@@ -172,6 +179,7 @@ class TestSaveAndLoad:
         assert all(math.isnan(end) for trial in loaded.trials for end in trial.interval)
         assert "nan" not in (tmp_path / "result" / "result.json").read_text().lower()
 
+    @pytest.mark.slow
     def test_with_a_model_of_the_class_the_front_is_built(self, found, vectors, tmp_path):
         found.save(tmp_path / "result")
         fresh = ZOO["mlp"].build()
@@ -181,6 +189,7 @@ class TestSaveAndLoad:
         for trial in loaded.front:
             assert torch.equal(loaded.build(trial)(vectors[0]), found.build(trial)(vectors[0]))
 
+    @pytest.mark.slow
     def test_a_loaded_result_is_saved_again(self, found, tmp_path):
         found.save(tmp_path / "first")
         SearchResult.load(tmp_path / "first", model=ZOO["mlp"].build()).save(tmp_path / "second")
@@ -235,6 +244,7 @@ class TestSaveAndLoad:
             ):
                 loaded.build(trial)
 
+    @pytest.mark.slow
     def test_weights_left_over_from_an_earlier_search_are_not_built(self, found, tmp_path):
         left = next(trial for trial in feasible(found) if trial not in found.front)
         autoprune.save(found.build(), weights_file(tmp_path, left))
@@ -244,6 +254,7 @@ class TestSaveAndLoad:
         with pytest.raises(autoprune.FileFormatError, match=f"trial {left.id} was saved without weights"):
             SearchResult.load(tmp_path, ZOO["mlp"].build()).build(left)
 
+    @pytest.mark.slow
     def test_a_result_takes_the_place_of_another_without_leaving_any_of_it(self, found, vectors, tmp_path):
         found.save(tmp_path)
         fewer = replace(found, front=found.front[:1])
@@ -253,6 +264,7 @@ class TestSaveAndLoad:
         assert torch.equal(loaded.build(fewer.front[0])(vectors[0]), found.build(found.front[0])(vectors[0]))
         assert len(list(tmp_path.iterdir())) == 2
 
+    @pytest.mark.slow
     def test_a_save_that_is_cut_short_leaves_the_earlier_one_whole(self, found, vectors, tmp_path, monkeypatch):
         found.save(tmp_path)
         other = replace(found, front=tuple(replace(trial, score=0.0) for trial in found.front))
@@ -344,6 +356,7 @@ class TestSaveAndLoad:
 
 
 class TestLookingAtIt:
+    @pytest.mark.slow
     def test_the_frame_has_a_row_for_each_trial(self, with_a_failure):
         frame = with_a_failure.to_frame()
         assert len(frame) == 30
@@ -366,6 +379,7 @@ class TestLookingAtIt:
         assert front["test_score"].notna().all()
         assert frame[frame["status"] == FAILED]["score"].isna().all()
 
+    @pytest.mark.slow
     def test_the_plot_of_all_but_failures_and_probes_is_written_and_returned(self, with_a_failure, tmp_path):
         figure = with_a_failure.plot(tmp_path / "front.png")
         assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
@@ -382,6 +396,7 @@ class TestLookingAtIt:
             found.plot(tmp_path / "front.docx")
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.slow
     def test_two_limits_are_plotted_without_a_line(self, vectors):
         result = search(ZOO["mlp"].build(), vectors, budget=["flops <= 60%", "params <= 60%"], trials=6)
         assert result.plot().axes[0].containers[0].lines[0].get_linestyle() == "None"
@@ -391,6 +406,7 @@ class TestLookingAtIt:
         empty.plot()
         assert "0 trials" in str(empty)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("budget", ["flops <= 60%", ["flops <= 60%", "params <= 60%", "memory_bytes <= 99%"]])
     def test_the_text_fits_a_terminal(self, budget):
         result = search(ZOO["mlp"].build(), None, budget=budget, trials=8, example_inputs=torch.randn(2, 64))

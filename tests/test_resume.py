@@ -68,6 +68,7 @@ def rows(run_dir):
         return journal.trials()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["random", "nsga2", "level_switch", "bayes", "knapsack", "auto"])
 def test_an_interrupted_search_ends_as_the_uninterrupted_one_does(optimizer, tmp_path):
     trials = 20 if optimizer == "bayes" else TRIALS
@@ -79,6 +80,7 @@ def test_an_interrupted_search_ends_as_the_uninterrupted_one_does(optimizer, tmp
     assert evaluator.count == trials - 11
 
 
+@pytest.mark.slow
 def test_interrupted_again_and_again_it_still_ends_the_same(tmp_path):
     whole = search(None, evaluator=Counting())
     for after in (0, 3, 0, 9):
@@ -97,6 +99,7 @@ search(sys.argv[1], resume=True)
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_changes_nothing(tmp_path):
     whole, rng = search(None), np.random.default_rng(0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -120,6 +123,7 @@ def finished(run_dir):
     return sum(row.status == OK for row in rows(run_dir)) if (run_dir / FILE_NAME).exists() else 0
 
 
+@pytest.mark.slow
 def test_a_result_recorded_but_not_told_is_told_and_not_evaluated_again(tmp_path):
     class Dies(LocalExecutor):
         def gather(self):
@@ -139,6 +143,7 @@ def test_a_result_recorded_but_not_told_is_told_and_not_evaluated_again(tmp_path
         assert journal.told() == set(range(TRIALS))
 
 
+@pytest.mark.slow
 def test_pending_trials_keep_their_numbers_and_are_evaluated_once(tmp_path):
     interrupted(tmp_path, 10)
     before = {row.id: row.candidate for row in rows(tmp_path) if row.status == "pending"}
@@ -149,6 +154,7 @@ def test_pending_trials_keep_their_numbers_and_are_evaluated_once(tmp_path):
     assert [len(row.evaluations) for row in after] == [1] * TRIALS
 
 
+@pytest.mark.slow
 def test_failed_trials_stay_failed(tmp_path):
     class Failing(Counting):
         def evaluate(self, candidates, chunk=None):
@@ -170,6 +176,7 @@ class Untouched(LocalExecutor):
         raise AssertionError("workers are not needed")
 
 
+@pytest.mark.slow
 def test_a_finished_search_returns_at_once(tmp_path):
     whole = search(tmp_path, evaluator=Counting())
     evaluator = Counting()
@@ -177,6 +184,7 @@ def test_a_finished_search_returns_at_once(tmp_path):
     assert evaluator.count == 0
 
 
+@pytest.mark.slow
 def test_more_trials_may_be_added(tmp_path):
     first = search(tmp_path, trials=16)
     second = search(tmp_path, True, trials=24)
@@ -194,6 +202,7 @@ def limited():
     return {"budget": "accuracy drop <= 30pp", "optimizer": "auto", "model": model, "data": data}
 
 
+@pytest.mark.slow
 def test_under_a_limit_on_the_score_it_ends_the_same_and_recalls_who_met_it(tmp_path):
     whole = search(None, **limited())
     met = {trial.candidate: trial.score >= whole.worst_score for trial in whole.trials}
@@ -218,6 +227,7 @@ def test_under_a_limit_on_the_score_it_ends_the_same_and_recalls_who_met_it(tmp_
 class TestStoppingByItself:
     options = {"trials": "auto", "optimizer": "random", "space": autoprune.Channels(step=4), "budget": "flops <= 60%"}
 
+    @pytest.mark.slow
     def test_it_stops_where_the_uninterrupted_one_does_and_then_returns_at_once(self, tmp_path):
         whole = search(None, **self.options)
         assert whole.stopped == "converged"
@@ -230,6 +240,7 @@ class TestStoppingByItself:
             assert why in resumed.notes
         search(tmp_path, True, evaluator=Counting(0), executor=Untouched(), **self.options)
 
+    @pytest.mark.slow
     def test_a_number_of_trials_may_become_auto_and_the_other_way_round(self, tmp_path):
         whole = search(None, **self.options)
         search(tmp_path, **{**self.options, "trials": 24})
@@ -239,6 +250,7 @@ class TestStoppingByItself:
         assert seen(more)[0][:-4] == seen(whole)[0]
 
 
+@pytest.mark.slow
 def test_resume_without_an_earlier_search_begins_one(tmp_path):
     (tmp_path / "journal.new").write_bytes(b"half of a journal that a kill left")
     assert len(search(tmp_path, True, trials=4).trials) == 4
@@ -265,6 +277,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_search_is_refused_by_name_and_the_journal_is_kept(name, tmp_path):
     search(tmp_path, trials=4)
@@ -274,6 +287,7 @@ def test_another_search_is_refused_by_name_and_the_journal_is_kept(name, tmp_pat
     assert rows(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_other_threads_versions_and_optimizers_are_warned_of(tmp_path, caplog):
     search(tmp_path, trials=4)
     with Journal.resume(tmp_path) as journal:
@@ -288,6 +302,7 @@ def test_other_threads_versions_and_optimizers_are_warned_of(tmp_path, caplog):
     assert "device" not in text
 
 
+@pytest.mark.slow
 def test_a_search_that_fills_the_disk_says_so_and_goes_on_once_there_is_room(tmp_path, monkeypatch):
     connect = journal_module.connect
 
@@ -315,6 +330,7 @@ class TestRunDir:
         with pytest.raises(ValueError, match=r"resume=True needs the run_dir .* got run_dir=None"):
             search(None, True)
 
+    @pytest.mark.slow
     def test_what_cannot_be_written_fails_before_any_trial(self, tmp_path):
         (tmp_path / "file").touch()
         evaluator = Counting()
@@ -322,6 +338,7 @@ class TestRunDir:
             search(tmp_path / "file" / "runs", evaluator=evaluator)
         assert evaluator.count == 0
 
+    @pytest.mark.slow
     def test_a_second_search_in_it_is_refused_while_the_first_runs(self, tmp_path):
         with Journal.create(tmp_path, {}), pytest.raises(BlockingIOError, match="another search is writing"):
             Journal.resume(tmp_path)

@@ -105,6 +105,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", OTHERS)
 def test_another_search_is_refused_and_named(named, tmp_path):
     before, now = OTHERS[named]
@@ -132,6 +133,7 @@ SAME = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SAME)
 def test_the_same_search_goes_on(what, tmp_path):
     before, now = SAME[what]
@@ -139,6 +141,7 @@ def test_the_same_search_goes_on(what, tmp_path):
     assert len(search(tmp_path, True, **{**now, "trials": 6}).trials) == 6
 
 
+@pytest.mark.slow
 def test_counters_that_a_function_keeps_do_not_count(tmp_path):
     calls, times = [], 0
 
@@ -152,6 +155,7 @@ def test_counters_that_a_function_keeps_do_not_count(tmp_path):
     assert len(search(tmp_path, True, **{**score(counting), "trials": 6}).trials) == 6
 
 
+@pytest.mark.slow
 def test_anyway_goes_on_and_says_so_then_and_later(tmp_path):
     search(tmp_path, **score(right))
     result = search(tmp_path, "anyway", **{**score(wrong), "trials": 6})
@@ -161,12 +165,14 @@ def test_anyway_goes_on_and_says_so_then_and_later(tmp_path):
     assert any("resumed although it differed in metric=" in note for note in later.notes)
 
 
+@pytest.mark.slow
 def test_not_even_anyway_in_another_space(tmp_path):
     search(tmp_path)
     with pytest.raises(ValueError, match="differs in space"):
         search(tmp_path, "anyway", space=autoprune.Channels(step=4))
 
 
+@pytest.mark.slow
 def test_a_journal_that_says_nothing_of_functions_goes_on_but_its_dense_score_is_compared(tmp_path):
     search(tmp_path, **score(right))
     connection = sqlite3.connect(tmp_path / FILE_NAME)
@@ -178,6 +184,7 @@ def test_a_journal_that_says_nothing_of_functions_goes_on_but_its_dense_score_is
     assert len(search(tmp_path, True, **{**score(right), "trials": 6}).trials) == 6
 
 
+@pytest.mark.slow
 def test_under_other_threads_small_differences_of_the_dense_model_are_expected(tmp_path):
     search(tmp_path)
     connection = sqlite3.connect(tmp_path / FILE_NAME)

@@ -86,6 +86,7 @@ def assert_follows(model: nn.Module, args: tuple, *others: tuple, graphs: set[st
 
 
 class TestAttentionThatTiesHeadsToItsInput:
+    @pytest.mark.slow
     def test_heads_and_residual_channels_are_free_of_each_other(self):
         structure = analyse(network(Block(Attention()), Block(Attention())), tokens())
         sizes = {group.name: group.size for group in structure.groups}
@@ -95,14 +96,17 @@ class TestAttentionThatTiesHeadsToItsInput:
         )
         assert set(structure.graphs) == {"1.attention", "2.attention"}
 
+    @pytest.mark.slow
     def test_what_is_built_is_right_at_other_batch_and_sequence_sizes(self):
         model = network(Block(Attention()), Block(Attention()))
         assert_follows(model, tokens(), tokens(3), tokens(1, 4), graphs={"1.attention", "2.attention"})
 
+    @pytest.mark.slow
     def test_without_rewriting_they_are_tied_or_stay(self):
         structure = analyse(network(Block(Attention())), tokens(), rewrite="off")
         assert not structure.graphs
 
+    @pytest.mark.slow
     def test_the_dense_model_is_the_users_own(self):
         model = network(Block(Attention()))
         before = state_of(model)
@@ -130,6 +134,7 @@ def built(original):
 
 
 class TestWhatIsDelivered:
+    @pytest.mark.slow
     def test_is_a_graph_of_the_same_name(self, built):
         attention = built[1].attention
         assert isinstance(attention, torch.fx.GraphModule)
@@ -160,11 +165,13 @@ class TestWhatIsDelivered:
         loaded = torch.load(buffer, weights_only=False)
         assert torch.equal(loaded(*tokens()), built(*tokens()))
 
+    @pytest.mark.slow
     def test_is_exported_with_a_free_batch_size(self, built):
         sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
         program = torch.export.export(built, tokens(), dynamic_shapes=(sizes,)).module()
         assert torch.allclose(program(*tokens(5, 7)), built(*tokens(5, 7)))
 
+    @pytest.mark.slow
     def test_follows_further_pruning_by_itself(self, built):
         again, structure, pruning = pruned(built, tokens(), seed=1)
         assert not structure.graphs
@@ -177,6 +184,7 @@ class TestWhatIsDelivered:
 
 
 class TestCopies:
+    @pytest.mark.slow
     def test_share_the_compiled_forward_until_one_is_changed(self, built):
         before = built(*tokens())
         lent = skeleton(built)[1].attention
@@ -197,6 +205,7 @@ class TestCopies:
 
 
 class TestRecipes:
+    @pytest.mark.slow
     def test_a_fresh_model_of_the_users_class_becomes_the_pruned_one(self, built, tmp_path):
         autoprune.save(built, tmp_path / "small.safetensors")
         fresh = network(Block(Attention()))
@@ -325,18 +334,22 @@ def image(batch: int, height: int, width: int) -> tuple[Tensor]:
 
 
 class TestKindsOfAttention:
+    @pytest.mark.slow
     def test_windows_of_a_rolled_map_with_a_mask_at_other_batch_sizes(self):
         assert_follows(network(Block(Windows())), tokens(2, 16), tokens(3, 16), graphs={"1.attention"})
 
+    @pytest.mark.slow
     def test_a_class_token(self):
         assert_follows(network(Block(ClassToken())), tokens(), tokens(3, 4), graphs={"1.attention"})
 
+    @pytest.mark.slow
     def test_keys_from_a_map_whose_sizes_are_numbers(self):
         torch.manual_seed(0)
         model = Pixels(Reduced()).eval().double()
         assert_follows(model, image(2, 8, 8), image(3, 12, 8), image(1, 8, 16), graphs={"inner"})
 
 
+@pytest.mark.slow
 def test_an_inspection_names_what_is_delivered_as_a_graph():
     model = network(Block(Attention()))
     found = autoprune.inspect(model, tokens())
@@ -346,6 +359,7 @@ def test_an_inspection_names_what_is_delivered_as_a_graph():
     assert autoprune.inspect(model, tokens(), rewrite="off").graphs == ()
 
 
+@pytest.mark.slow
 def test_a_search_scores_what_it_delivers_and_says_so(tmp_path):
     torch.manual_seed(0)
     model = Pixels(Reduced()).eval()

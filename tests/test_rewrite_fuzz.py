@@ -29,6 +29,7 @@ def test_random_networks_with_rewritten_modules_are_built_right():
     assert total.stuck == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [

@@ -96,6 +96,7 @@ class TestSteps:
 
 
 class TestWhoIsBehind:
+    @pytest.mark.slow
     @settings(max_examples=100, deadline=None)
     @given(
         arrays(np.float64, st.tuples(st.integers(1, 25), st.just(2)), elements=st.integers(0, 6).map(float)),
@@ -207,6 +208,7 @@ def same(a, b):
 
 
 class TestATraining:
+    @pytest.mark.slow
     @pytest.mark.parametrize("options", [{}, {"train_fn": shrink}])
     def test_ends_the_same_to_the_last_bit_whether_or_not_it_was_scored_on_the_way(self, context, options):
         candidate, other = halved(context), np.ones_like(halved(context))
@@ -222,6 +224,7 @@ class TestATraining:
         for name, tensor in looked.build(candidate).state_dict().items():
             assert torch.equal(tensor, straight.build(candidate).state_dict()[name]), name
 
+    @pytest.mark.slow
     def test_goes_on_without_repeating_a_step(self, context):
         evaluator, before = prepared(context, steps=12), Steps.taken
         for steps in (4, 8):
@@ -229,6 +232,7 @@ class TestATraining:
         evaluator.evaluate(halved(context)[None])
         assert Steps.taken - before == 12
 
+    @pytest.mark.slow
     def test_that_fails_on_the_way_is_begun_anew(self, context, monkeypatch):
         evaluator, (expected,) = prepared(context, steps=4), prepared(context, steps=4).evaluate(halved(context)[None])
         evaluator.on_the_way(halved(context), 1)
@@ -273,6 +277,7 @@ def reached(trial):
     return [STEPS[-1] if one.fidelity == "full" else int(one.fidelity.split()[0]) for one in trial.evaluations]
 
 
+@pytest.mark.slow
 class TestASearch:
     def test_survivors_score_as_without_rungs_to_the_last_bit_and_nothing_stopped_is_on_the_front(self, pair):
         full, result, _, _ = pair
@@ -375,17 +380,20 @@ class TestASearch:
 
 
 class TestWhereItCannotWork:
+    @pytest.mark.slow
     def test_without_trainings_it_is_refused(self):
         with pytest.raises(ValueError, match=r"needs an evaluator that trains each candidate.*got AdaptiveBN"):
             search(None, evaluator="adaptive_bn")
         with pytest.raises(ValueError, match=r"3 rungs must differ in steps, got \(0, 1, 2\)"):
             search(None, evaluator=Watched(steps=2))
 
+    @pytest.mark.slow
     def test_under_a_limit_on_the_score_the_search_goes_on_without_and_says_why(self):
         result = search(None, budget="accuracy drop <= 50pp", trials=8)
         assert RACED not in {trial.status for trial in result.trials}
         assert any(note.startswith("no racing: a limit on the score needs full scores") for note in result.notes)
 
+    @pytest.mark.slow
     def test_a_metric_of_the_whole_set_is_no_hindrance(self):
         metric = autoprune.Metric(lambda forward, batches: 0.5, True, per_sample=False, name="mAP")
         result = search(None, metric=metric, trials=10)

@@ -63,6 +63,7 @@ def search(model, data=None, **options):
 EVALUATORS = [AdaptiveBN, Compensated, lambda: FineTune(steps=3), lambda: Supernet(steps=3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", EVALUATORS, ids=["adaptive_bn", "compensated", "finetune", "supernet"])
 def test_a_model_that_normalises_in_place_scores_as_one_that_does_not(make):
     right = search(trained(normalised), evaluator=make())
@@ -70,6 +71,7 @@ def test_a_model_that_normalises_in_place_scores_as_one_that_does_not(make):
     assert seen(search(trained(writing), evaluator=make())) == seen(right)
 
 
+@pytest.mark.slow
 def test_writes_that_leave_no_trace_do_not_last_either():
     def wiping(model, batch):
         outputs = model(batch[0])
@@ -91,6 +93,7 @@ def emptying(model, batch):
     return model(torch.as_tensor(batch["extra"]["inputs"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", [popping, emptying])
 def test_a_forward_may_empty_and_overwrite_the_containers_of_its_batch(forward):
     def batch(rows):
@@ -127,6 +130,7 @@ def zeroing_loss(outputs, targets, reduction="mean"):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "metric",
     [
@@ -141,11 +145,13 @@ def test_a_metric_that_writes_to_its_samples_scores_as_one_that_does_not(metric)
     assert careless.dense.test_score == pytest.approx(right.dense.test_score, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_loss_that_writes_to_its_targets_scores_as_one_that_does_not():
     careless = search(trained(normalised), metric=zeroing_loss)
     assert seen(careless) == seen(search(trained(normalised), metric=F.cross_entropy))
 
 
+@pytest.mark.slow
 def test_a_metric_of_the_whole_set_may_run_the_model_on_what_it_changed():
     def without_inputs(forward, batches):
         outputs = []
@@ -158,6 +164,7 @@ def test_a_metric_of_the_whole_set_may_run_the_model_on_what_it_changed():
     assert all(trial.score < 1e-5 for trial in result.trials)
 
 
+@pytest.mark.slow
 def test_the_distortion_is_measured_where_a_metric_of_the_whole_set_hands_back_what_it_got():
     def accuracy(forward, batches):
         return torch.cat([(forward(batch).argmax(1) == batch[1]).float() for batch in batches]).mean()
@@ -166,6 +173,7 @@ def test_the_distortion_is_measured_where_a_metric_of_the_whole_set_hands_back_w
     assert all(trial.distortion > 0 for trial in result.trials if any(trial.candidate))
 
 
+@pytest.mark.slow
 def test_an_evaluator_that_writes_to_its_candidates_changes_none():
     class Careless(AdaptiveBN):
         def evaluate(self, candidates, chunk=None):
@@ -178,6 +186,7 @@ def test_an_evaluator_that_writes_to_its_candidates_changes_none():
     )
 
 
+@pytest.mark.slow
 def test_the_tensors_of_the_user_stay_as_they_are_without_data_too():
     class Reads(Network):
         def forward(self, x):

@@ -44,6 +44,7 @@ def vectors():
     return x, ZOO["mlp"].build()(x).argmax(1)
 
 
+@pytest.mark.slow
 class TestTheCheapestThatKeepsTheScore:
     def test_it_is_the_best_and_what_is_built(self, kept, digits):
         result, _ = kept
@@ -102,6 +103,7 @@ class TestTheCheapestThatKeepsTheScore:
 
 
 class TestOtherLimits:
+    @pytest.mark.slow
     def test_limits_on_cost_and_score_are_mixed(self, digits_model, data):
         result = search(digits_model, "accuracy drop <= 4pp, params <= 60%", data)
         meeting = [t for t in result.trials if t.feasible and t.score >= result.dense.score - 0.04 - 1e-9]
@@ -110,11 +112,13 @@ class TestOtherLimits:
         assert result.best().costs["params"] == min(trial.costs["params"] for trial in meeting)
         assert "looking for the least params under" in " ".join(result.notes)
 
+    @pytest.mark.slow
     def test_several_limits_on_the_score_hold_together(self, mlp, vectors):
         result = search(mlp, "accuracy >= 0.5, accuracy drop <= 30pp", vectors, trials=24)
         assert result.worst_score == pytest.approx(max(0.5, result.dense.score - 0.3), abs=1e-6)
         assert result.best().score >= result.worst_score
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("budget", ["cross_entropy drop <= 0.3", "loss drop <= 0.3", "loss <= {}"])
     def test_a_loss_may_rise_by_its_drop_or_up_to_a_limit(self, mlp, vectors, budget):
         dense = nn.functional.cross_entropy(mlp(vectors[0]), vectors[1]).item()
@@ -125,11 +129,13 @@ class TestOtherLimits:
         assert 0 < len(meeting) < len(result.trials)
         assert result.best().costs["flops"] == min(trial.costs["flops"] for trial in meeting)
 
+    @pytest.mark.slow
     def test_where_flops_cannot_change_the_elements_kept_are_minimised(self, mlp, vectors):
         result = search(mlp, "accuracy drop <= 65pp", vectors, trials=24, space=Sparsity())
         assert list(result.limits) == ["nonzero_params"]
         assert result.best().costs["nonzero_params"] < 0.9 * result.dense.costs["nonzero_params"]
 
+    @pytest.mark.slow
     def test_when_no_trial_meets_the_limit_the_nearest_is_named_and_the_rest_is_kept(self, mlp, vectors, tmp_path):
         result = search(mlp, "accuracy drop <= 0, flops <= 20%", vectors, trials=8)
         best = max((trial for trial in result.trials if trial.feasible), key=lambda trial: trial.score)
@@ -139,6 +145,7 @@ class TestOtherLimits:
         assert any("met by none of" in note for note in result.notes)
         result.save(tmp_path / "result")
 
+    @pytest.mark.slow
     def test_a_metric_of_the_whole_set_is_limited_without_an_interval(self, mlp, vectors):
         def share(forward, batches):
             return sum((forward(b).argmax(1) == b[1]).sum() for b in batches) / sum(len(b[1]) for b in batches)
@@ -150,6 +157,7 @@ class TestOtherLimits:
 
 
 class TestMistakes:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("budget", "message"),
         [
@@ -165,6 +173,7 @@ class TestMistakes:
             search(mlp, budget, vectors, run_dir=str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.slow
     def test_a_lower_limit_on_a_loss_is_refused(self, mlp, vectors):
         with pytest.raises(BudgetError, match=r"lower is better for 'loss', so it takes an upper limit"):
             search(mlp, "loss >= 0.3", vectors, metric="loss")
@@ -260,6 +269,7 @@ def cheapest_found(maker, seed, told, trials=80):
     return min(costs) / known.problem.limits[0]
 
 
+@pytest.mark.slow
 def test_auto_finds_cheaper_ones_when_it_knows_of_the_limit_and_far_cheaper_ones_than_random_search():
     aimed, whole, random = (
         np.median([cheapest_found(maker, seed, told) for seed in range(3)])
@@ -270,6 +280,7 @@ def test_auto_finds_cheaper_ones_when_it_knows_of_the_limit_and_far_cheaper_ones
 
 
 class TestStoppingByItself:
+    @pytest.mark.slow
     def test_a_search_ends_when_nothing_is_gained_and_says_how_it_knew(self, mlp, vectors, tmp_path):
         result = search(
             mlp, "flops <= 60%", vectors, "auto", space=Channels(step=4), optimizer="random", run_dir=str(tmp_path)
@@ -284,6 +295,7 @@ class TestStoppingByItself:
         assert read.notes[0] == f"from the journal: {len(result.trials)} trials finished, 0 pending"
         assert [trial.id for trial in read.front] == [trial.id for trial in result.front]
 
+    @pytest.mark.slow
     def test_a_tiny_space_is_searched_to_its_end(self, mlp, vectors):
         result = search(mlp, "flops <= 60%", vectors, "auto", space=Channels(options=(1.0, 0.5)))
         assert result.stopped == "exhausted"
@@ -357,6 +369,7 @@ class TestConvergence:
         assert not self.why(self.trials((*rows, (1.0, 0.005))), -0.01)
 
 
+@pytest.mark.slow
 def test_every_optimizer_takes_evaluations_of_which_some_are_unacceptable():
     limited = Limited(additive_problem([4] * 5, seed=0, budget=1.0), 0.5)
     for make in OPTIMIZERS.values():

@@ -35,6 +35,7 @@ def found(digits_model, data):
     return autoprune.search(digits_model, "flops <= 50%", data, trials=TRIALS, progress=False)
 
 
+@pytest.mark.slow
 class TestOneSearch:
     def test_the_number_of_trials_is_what_was_asked_for(self, found):
         assert found.stopped == "trials"
@@ -109,6 +110,7 @@ class Branchy(nn.Module):
         return self.drop(self.net(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["l2", "taylor", "fluctuation"])
 def test_the_model_and_the_random_states_come_back_untouched(vectors, criterion, global_rng_untouched):
     model = Branchy().train()
@@ -130,6 +132,7 @@ def test_the_model_and_the_random_states_come_back_untouched(vectors, criterion,
         assert value is None or torch.equal(tensors[name], value), name
 
 
+@pytest.mark.slow
 def test_what_is_built_has_the_modes_and_flags_of_the_model(vectors):
     model = Branchy().train()
     model.net[1].eval()
@@ -138,6 +141,7 @@ def test_what_is_built_has_the_modes_and_flags_of_the_model(vectors):
     assert [p.requires_grad for p in built.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("higher", [True, False])
 @pytest.mark.parametrize("limits", [("flops",), ("flops", "params")])
 def test_equal_scores_are_told_apart_by_the_signal_on_the_front(found, limits, higher):
@@ -152,6 +156,7 @@ def test_equal_scores_are_told_apart_by_the_signal_on_the_front(found, limits, h
     assert {trial.id for trial in front} == undominated(made)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_search_and_another_seed_another(mlp, vectors):
     first, again, other = (quick(mlp, "flops <= 50%", vectors, trials=30, seed=seed) for seed in (3, 3, 4))
     assert seen(again) == seen(first)
@@ -179,6 +184,7 @@ def test_another_process_finds_the_same_front(mlp, vectors):
     assert json.loads(ran.stdout) == json.loads(json.dumps(here))
 
 
+@pytest.mark.slow
 def test_a_built_model_is_searched_again_and_loads_into_the_first_class(digits_model, digits, data, found, tmp_path):
     images, labels = digits.train
     small = found.build().train()
@@ -202,6 +208,7 @@ def test_a_built_model_is_searched_again_and_loads_into_the_first_class(digits_m
 SEARCHED = ["dilated_1d", "volume_3d", "unet", "mobilenet_v3", "densenet", "resnext", "shared", "tied", "two_inputs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHED)
 def test_networks_of_the_zoo_are_searched_with_exact_costs(name, tmp_path):
     entry, generator = ZOO[name], torch.Generator().manual_seed(0)

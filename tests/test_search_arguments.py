@@ -36,6 +36,7 @@ METRICS = [
 
 
 class TestMetrics:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("metric", "name", "higher", "expected"), METRICS, ids=[m[1] for m in METRICS])
     def test_the_score_is_the_metric_of_the_built_model(self, mlp, vectors, metric, name, higher, expected):
         x, y = vectors
@@ -57,18 +58,21 @@ class TestMetrics:
         assert result.best().score == (max if higher else min)(trial.score for trial in result.trials if trial.feasible)
         assert result.front[-1].score == result.best().score
 
+    @pytest.mark.slow
     def test_a_metric_of_the_whole_set_has_no_interval(self, mlp, vectors):
         metric = Metric(worst_class, higher_is_better=True, per_sample=False)
         result = quick(mlp, "flops <= 50%", vectors, metric=metric)
         assert all(math.isnan(end) for trial in result.trials for end in trial.interval)
         assert all(trial.signal == -trial.score for trial in result.trials)
 
+    @pytest.mark.slow
     def test_without_labels_agreement_with_the_dense_model_is_scored(self, mlp, vectors):
         result = quick(mlp, "flops <= 50%", vectors[0])
         assert result.metric == "agreement"
         assert result.dense.score == 1.0
         assert any("labels are missing" in note for note in result.notes)
 
+    @pytest.mark.slow
     def test_without_data_random_inputs_stand_in_and_the_result_says_so(self, mlp):
         result = quick(mlp, "flops <= 50%", example_inputs=torch.randn(2, 64))
         assert result.metric == "agreement"
@@ -77,6 +81,7 @@ class TestMetrics:
 
 
 class TestData:
+    @pytest.mark.slow
     def test_loaders_arrays_and_dictionaries_score_the_same(self, mlp, vectors):
         x, y = vectors
         parts = {"calibration": slice(0, 80), "validation": slice(80, 160), "test": slice(160, 240)}
@@ -94,11 +99,13 @@ class TestData:
             assert [t.score for t in other.trials] == [t.score for t in arrays.trials]
             assert [t.signal for t in other.trials] == pytest.approx([t.signal for t in arrays.trials], rel=1e-5)
 
+    @pytest.mark.slow
     def test_data_set_aside_is_noted(self, mlp, vectors):
         notes = quick(mlp, "flops <= 50%", vectors).notes
         assert any("no calibration data given: 48 of 240" in note for note in notes)
         assert any("no test data given: 96 of 240" in note for note in notes)
 
+    @pytest.mark.slow
     def test_forward_says_how_to_run_the_model(self, mlp, vectors):
         x, y = vectors
         data = Data(calibration=(x, y), validation=(x[:100], y[:100]), test=(x[100:], y[100:]))
@@ -106,6 +113,7 @@ class TestData:
         correct = (result.build()(x[:100] * 2).argmax(1) == y[:100]).double().mean().item()
         assert result.best().score == pytest.approx(correct)
 
+    @pytest.mark.slow
     def test_outputs_say_which_outputs_matter(self):
         images = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         model = ZOO["detector"].build()
@@ -118,25 +126,30 @@ class TestData:
 
 
 class TestStart:
+    @pytest.mark.slow
     def test_widths_come_first(self, mlp, vectors):
         widths = {"0": 12, "3": 8, "6": 9}
         for start in ([widths], widths):
             assert quick(mlp, "flops <= 50%", vectors, start=start).trials[0].decoded == widths
 
+    @pytest.mark.slow
     def test_dimensions_that_are_not_named_stay_dense(self, mlp, vectors):
         assert quick(mlp, "flops <= 60%", vectors, start=[{"0": 12}]).trials[0].decoded == {"0": 12, "3": 32, "6": 24}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("as_list", [True, False])
     def test_a_result_gives_its_front(self, mlp, vectors, as_list):
         first = quick(mlp, "flops <= 50%", vectors, trials=20)
         second = quick(mlp, "flops <= 50%", vectors, trials=20, start=[first] if as_list else first, seed=1)
         assert [t.candidate for t in second.trials[: len(first.front)]] == [t.candidate for t in first.front]
 
+    @pytest.mark.slow
     def test_what_is_over_the_budget_is_brought_within(self, mlp, vectors):
         result = quick(mlp, "flops <= 20%", vectors, start=[(0, 0, 0), (1, 2, 3)], optimizer="nsga2")
         assert all(trial.costs["flops"] <= result.limits["flops"] for trial in result.trials)
 
 
+@pytest.mark.slow
 def test_ignored_layers_keep_their_units(mlp, vectors):
     result = quick(mlp, "flops <= 70%", vectors, space=Channels(ignore=["0"], step=4))
     for trial in result.trials:
@@ -146,6 +159,7 @@ def test_ignored_layers_keep_their_units(mlp, vectors):
         assert built[3].out_features % 4 == built[6].out_features % 4 == 0
 
 
+@pytest.mark.slow
 def test_optimizers_are_named_classes_functions_or_instances(mlp, vectors):
     from autoprune.optimizers import RandomSearch
 

@@ -19,6 +19,7 @@ from tests.searching import (
 EIGHTHS = Channels(step=0.125, min_fraction=0.125)
 
 
+@pytest.mark.slow
 @WITH_AND_WITHOUT_PROBES
 def test_no_candidate_over_the_budget_is_evaluated_but_probes(mlp, vectors, optimizer, probes):
     evaluator = Watched()
@@ -32,6 +33,7 @@ def test_no_candidate_over_the_budget_is_evaluated_but_probes(mlp, vectors, opti
     assert_within_the_limits_or_probes(result, probes)
 
 
+@pytest.mark.slow
 @WITH_AND_WITHOUT_PROBES
 def test_two_limits_hold_together_and_span_the_front(digits_model, digits, data, optimizer, probes):
     result = quick(digits_model, ["flops <= 60%", "params <= 40%"], data, trials=24, optimizer=optimizer)
@@ -41,6 +43,7 @@ def test_two_limits_hold_together_and_span_the_front(digits_model, digits, data,
     assert {trial.id for trial in result.front} == undominated(result)
 
 
+@pytest.mark.slow
 @WITH_AND_WITHOUT_PROBES
 def test_memory_is_a_budget(digits_model, data, optimizer, probes):
     result = quick(digits_model, "memory_bytes <= 45KB", data, trials=16, cost_batch=2, optimizer=optimizer)
@@ -51,6 +54,7 @@ def test_memory_is_a_budget(digits_model, data, optimizer, probes):
     assert_within_the_limits_or_probes(result, probes)
 
 
+@pytest.mark.slow
 @WITH_AND_WITHOUT_PROBES
 def test_a_cost_of_the_users_that_is_a_staircase_is_a_budget(mlp, vectors, optimizer, probes):
     def energy(candidates):
@@ -65,6 +69,7 @@ def test_a_cost_of_the_users_that_is_a_staircase_is_a_budget(mlp, vectors, optim
     assert {trial.id for trial in result.front} == undominated(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["auto", "nsga2", "knapsack", "level_switch"])
 def test_a_cost_that_is_zero_for_the_dense_model_is_a_budget(mlp, vectors, tmp_path, optimizer):
     waste = {"waste": lambda candidates: (candidates % 3).sum(axis=1)}

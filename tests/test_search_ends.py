@@ -17,6 +17,7 @@ from tests.searching import WITH_AND_WITHOUT_PROBES, Watched, assert_within_the_
 
 
 class TestNoBetterThanAConstant:
+    @pytest.mark.slow
     def test_a_network_that_knows_nothing_any_more_is_named(self, digits_model, data):
         result = quick(digits_model, "flops <= 4%", data, trials=2, optimizer="random", evaluator="adaptive_bn")
         (note,) = [note for note in result.notes if "constant output" in note]
@@ -26,10 +27,12 @@ class TestNoBetterThanAConstant:
         assert constant <= share + 1e-4
         assert max(trial.score for trial in result.trials if trial.feasible) <= constant
 
+    @pytest.mark.slow
     def test_one_that_knows_something_is_not(self, digits_model, data):
         result = quick(digits_model, "flops <= 60%", data, trials=2)
         assert not any("constant output" in note for note in result.notes)
 
+    @pytest.mark.slow
     def test_a_constant_that_has_no_score_is_not_spoken_of(self, mlp, vectors):
         def correlation(forward, batches):
             outputs = torch.cat([forward(batch)[:, 0] for batch in batches])
@@ -41,6 +44,7 @@ class TestNoBetterThanAConstant:
         assert result.front
         assert not any("constant output" in note for note in result.notes)
 
+    @pytest.mark.slow
     def test_without_time_left_no_further_pass_is_made(self, mlp, vectors, monkeypatch):
         monkeypatch.setattr("autoprune.constant.score_of_constant", None)
         result = quick(mlp, "flops <= 60%", vectors, trials=100_000, max_seconds=2.0)
@@ -48,11 +52,13 @@ class TestNoBetterThanAConstant:
 
 
 class TestStopping:
+    @pytest.mark.slow
     def test_max_seconds_ends_the_search_early(self, digits_model, data):
         result = quick(digits_model, "flops <= 50%", data, trials=100_000, max_seconds=1.0)
         assert result.stopped == "time"
         assert len(result.trials) < 5_000
 
+    @pytest.mark.slow
     @WITH_AND_WITHOUT_PROBES
     def test_a_small_space_is_exhausted(self, mlp, vectors, optimizer, probes):
         halves = Channels(options=(1.0, 0.5))
@@ -64,6 +70,7 @@ class TestStopping:
         assert {tuple(trial.decoded.values()) for trial in result.trials if trial.feasible} == within
         assert_within_the_limits_or_probes(result, probes)
 
+    @pytest.mark.slow
     def test_an_interrupt_returns_the_front_so_far(self, mlp, vectors, tmp_path):
         def interrupt_the_fifth(calls):
             if calls == 4:
@@ -79,6 +86,7 @@ class TestStopping:
         assert sorted(row.status for row in journal.trials()) == [OK] * 3 + ["pending"] * 5
         journal.close()
 
+    @pytest.mark.slow
     def test_an_interrupt_while_the_front_is_tested_keeps_the_result(self, mlp, vectors, monkeypatch):
         evaluator = Watched()
         test = evaluator.test
@@ -94,6 +102,7 @@ class TestStopping:
         assert len(result.trials) == 30
         assert [trial.id for trial in result.front if trial.test_score is not None] == [result.best().id]  # comes first
 
+    @pytest.mark.slow
     def test_an_error_outside_of_candidates_is_raised_and_the_journal_keeps_the_trials(self, mlp, vectors, tmp_path):
         class Broken(LocalExecutor):
             def gather(self):
@@ -117,6 +126,7 @@ def raise_out_of_memory(outputs):
 
 
 class TestFailures:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("fault", "reason"),
         [
@@ -145,6 +155,7 @@ class TestFailures:
         journal.close()
         assert f"{len(failed)} failed" in str(result)
 
+    @pytest.mark.slow
     def test_when_every_candidate_fails_best_says_why(self, mlp, vectors):
         dense = count_params(mlp)
 
@@ -158,6 +169,7 @@ class TestFailures:
         assert "0 on the front" in str(result)
         assert f"{len(result.trials)} of {len(result.trials)} trials failed with" in " ".join(str(result).split())
 
+    @pytest.mark.slow
     def test_of_several_reasons_the_commonest_is_printed_with_an_empty_front(self, mlp, vectors):
         dense, calls = count_params(mlp), itertools.count()
 
@@ -172,6 +184,7 @@ class TestFailures:
 
 
 class TestJournal:
+    @pytest.mark.slow
     def test_it_holds_every_trial(self, mlp, vectors, tmp_path):
         result = quick(mlp, "flops <= 50%", vectors, trials=12, run_dir=tmp_path / "runs" / "a")
         journal = Journal.open(tmp_path / "runs" / "a")
@@ -186,6 +199,7 @@ class TestJournal:
         assert (meta["budget"], meta["seed"], meta["metric"]) == (result.budget, 0, "accuracy")
         assert meta["space"] == result.space.to_json()
 
+    @pytest.mark.slow
     def test_it_can_be_read_while_the_search_runs(self, mlp, vectors, tmp_path):
         finished = []
 

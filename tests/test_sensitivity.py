@@ -64,6 +64,7 @@ def averaged(*args):
     return np.mean([changes(*args, seed=seed) for seed in range(60)], axis=0)
 
 
+@pytest.mark.slow
 def test_logits_change_by_the_divergence_from_the_dense_distribution():
     model, x, structure = network()
     dense = model(x).detach().log_softmax(1)
@@ -75,6 +76,7 @@ def test_logits_change_by_the_divergence_from_the_dense_distribution():
     assert averaged(model, structure, [x], OPTIONS) == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.slow
 def test_other_outputs_change_by_their_squared_difference_relative_to_their_mean_square():
     model, x, structure = network()
     dense = model(x).detach()
@@ -87,6 +89,7 @@ def test_other_outputs_change_by_their_squared_difference_relative_to_their_mean
     assert averaged(model, structure, batches, OPTIONS) == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.slow
 def test_what_a_model_writes_to_later_counts_with_the_value_that_was_read():
     model, x, structure = network()
     writing, _, _ = network(in_place=True)

@@ -45,6 +45,7 @@ def size(folder):
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_tensors_that_no_network_changes_are_written_once(found, tmp_path):
     assert len(found.front) >= 3
     embedding = 2_000 * 16 * 4
@@ -52,6 +53,7 @@ def test_the_tensors_that_no_network_changes_are_written_once(found, tmp_path):
     assert embedding < size(tmp_path / "all") < 1.3 * embedding
 
 
+@pytest.mark.slow
 def test_every_network_comes_back_to_the_last_bit_into_a_model_with_other_weights(found, tmp_path):
     found.save(tmp_path / "result")
     loaded = SearchResult.load(tmp_path / "result", words(seed=1))

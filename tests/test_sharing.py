@@ -88,6 +88,7 @@ class Overwriting(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AdaptiveBN, Compensated])
 @pytest.mark.parametrize("name", ["vgg_bn", "preactivation_resnet", "mobilenet_v2", "unet"])
 def test_scores_are_the_same_to_the_last_bit_with_less_work(name, kind):
@@ -101,6 +102,7 @@ def test_scores_are_the_same_to_the_last_bit_with_less_work(name, kind):
     assert macs < naive_macs
 
 
+@pytest.mark.slow
 def test_outputs_that_the_model_writes_to_are_kept_as_they_were():
     context = context_of(Overwriting().eval(), (3, 8, 8))
     candidates, evaluator = relatives(context.space), prepared(AdaptiveBN, context, 2**28)
@@ -111,6 +113,7 @@ def test_outputs_that_the_model_writes_to_are_kept_as_they_were():
     assert sharing_of(evaluator).proven
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_memory_stays_within_the_limit_and_scores_stay_the_same(share):
     context = context_of(chain(Block, 6), (3, 8, 8))
@@ -127,6 +130,7 @@ def test_memory_stays_within_the_limit_and_scores_stay_the_same(share):
     assert sharing_of(evaluator).store.used > 0
 
 
+@pytest.mark.slow
 def test_chunks_of_the_validation_data_share_their_calibration():
     context = context_of(chain(Block, 6), (3, 8, 8))
     candidate = relatives(context.space)[-1:]
@@ -234,6 +238,7 @@ def test_what_may_depend_on_more_than_its_input_is_not_shared(block, reason):
         flow_of(model, batches, autoprune.batches.default_forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [Remembering, Deciding, ChangingWithTheBatch])
 def test_models_that_share_nothing_are_scored_all_the_same(block):
     context = context_of(chain(block), (3, 8, 8))
@@ -243,6 +248,7 @@ def test_models_that_share_nothing_are_scored_all_the_same(block):
     assert_identical(evaluator.evaluate(candidates), prepared(AdaptiveBN, context, 0).evaluate(candidates))
 
 
+@pytest.mark.slow
 def test_a_dependence_that_no_trace_shows_ends_sharing_at_the_first_difference(caplog):
     model = chain(CountingOutside)
     model[1].first = True
@@ -255,6 +261,7 @@ def test_a_dependence_that_no_trace_shows_ends_sharing_at_the_first_difference(c
     assert_identical(evaluator.evaluate(candidates), prepared(AdaptiveBN, context, 0).evaluate(candidates))
 
 
+@pytest.mark.slow
 def test_a_wrong_score_ends_sharing_at_the_first_candidate_that_resumes(monkeypatch, caplog):
     context = context_of(chain(Block), (3, 8, 8))
     evaluator, candidates = prepared(AdaptiveBN, context, 2**28), relatives(context.space, n=3)
@@ -265,6 +272,7 @@ def test_a_wrong_score_ends_sharing_at_the_first_candidate_that_resumes(monkeypa
     assert "scores differ" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_failure_without_sharing_too():
     context = context_of(ZOO["mlp"].build(), (64,))
 
@@ -333,6 +341,7 @@ def test_the_least_recently_used_goes_first_and_only_for_what_is_asked_for_again
     assert store.used == store.peak == 100
 
 
+@pytest.mark.slow
 def test_related_candidates_are_evaluated_behind_each_other_under_their_own_numbers():
     context = context_of(ZOO["vgg_plain"].build(), (3, 16, 16))
     first, second = np.zeros((2, len(context.space.sizes)), dtype=np.int64)
@@ -349,6 +358,7 @@ def test_related_candidates_are_evaluated_behind_each_other_under_their_own_numb
     assert_identical(by_trial, prepared(AdaptiveBN, context, 0).evaluate(rows))
 
 
+@pytest.mark.slow
 def test_most_of_a_scan_of_single_dimensions_is_shared():
     context = context_of(chain(Block, 10), (3, 8, 8))
     candidates = np.repeat(np.diag(context.space.sizes - 1), 2, axis=0)
@@ -366,6 +376,7 @@ def test_a_negative_limit_is_refused(kind):
         kind(share_bytes=-1)
 
 
+@pytest.mark.slow
 def test_a_finished_search_keeps_no_outputs():
     images = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     evaluator = AdaptiveBN()

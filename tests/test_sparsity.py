@@ -135,6 +135,7 @@ class TestDimensions:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         assert all(shapes[name] == shape for name, shape in structure.weights.items())
 
+    @pytest.mark.slow
     def test_neither_tables_nor_scales_nor_norms_nor_what_is_not_read(self):
         structure = analyse(Wiring().eval(), (torch.arange(10).reshape(2, 5),))
         assert set(structure.weights) == {
@@ -166,6 +167,7 @@ class TestDimensions:
 
 
 class TestZeros:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", NETWORKS)
     def test_their_number_is_exact_for_each_weight_and_level(self, name: str):
         model, structure = known(name)
@@ -213,6 +215,7 @@ class TestZeros:
         assert cut[0].weight.tolist() == [[0, 0, 1], [0, 1, 2]]
         assert cut[1].weight is model[1].weight
 
+    @pytest.mark.slow
     def test_recurrent_layers_compute_with_the_zeros(self):
         model, inputs = Wiring().eval(), (torch.arange(10).reshape(2, 5),)
         structure = analyse(model, inputs)
@@ -333,6 +336,7 @@ def found(digits, digits_model):
     )
 
 
+@pytest.mark.slow
 class TestSearch:
     def test_every_trial_is_within_the_budget(self, found):
         assert len(found.trials) == 24

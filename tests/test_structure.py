@@ -142,11 +142,13 @@ def test_groups_are_those_known_by_hand(make: Callable[[], nn.Module], groups: d
 
 
 class TestWhatAUnitOwns:
+    @pytest.mark.slow
     def test_concatenated_channels_lie_behind_each_other(self):
         _, _, structure = known(concatenation)
         assert indices(structure, "a", "head.weight") == [[0], [1], [2], [3]]
         assert indices(structure, "b", "head.weight") == [[4], [5], [6], [7], [8], [9]]
 
+    @pytest.mark.slow
     def test_a_flattened_channel_is_as_many_columns_as_it_has_pixels(self):
         _, _, structure = known(flattened)
         assert indices(structure, "0", "4.weight") == [[4 * c + pixel for pixel in range(4)] for c in range(5)]
@@ -155,6 +157,7 @@ class TestWhatAUnitOwns:
         _, _, structure = known(halves)
         assert indices(structure, "a", "a.weight") == [[i, i + 8] for i in range(8)]
 
+    @pytest.mark.slow
     def test_pixel_shuffle_takes_runs_of_four(self):
         _, _, structure = known(pixel_shuffled)
         assert indices(structure, "0", "0.weight") == [[4 * i + j for j in range(4)] for i in range(4)]
@@ -180,6 +183,7 @@ def shuffled() -> nn.Module:
     return nn.Sequential(conv(3, 12), nn.ChannelShuffle(3), nn.ReLU(), conv(12, 12, groups=3), conv(12, 2, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [grouped, grouped_transposed, group_normed], ids=lambda make: make.__name__)
 @pytest.mark.parametrize(("choice", "size"), [(OUTER, 4), (INNER, 3)])
 def test_grouped_layers_lose_whole_groups_or_as_much_of_each(
@@ -195,6 +199,7 @@ def test_grouped_layers_lose_whole_groups_or_as_much_of_each(
     assert_right(model, args, structure)
 
 
+@pytest.mark.slow
 def test_the_better_choice_for_a_grouped_layer_is_found():
     for make in (grouped, grouped_transposed, group_normed, shuffled):
         model, args, structure = known(make)
@@ -202,6 +207,7 @@ def test_the_better_choice_for_a_grouped_layer_is_found():
         assert_right(model, args, structure)
 
 
+@pytest.mark.slow
 def test_cutting_again_restores_every_attribute():
     layers = (conv(3, 8), conv(8, 16, groups=8), nn.GroupNorm(8, 16), conv(16, 16, groups=4), nn.BatchNorm2d(16))
     model, args, structure = known(lambda: nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 3)))
@@ -244,6 +250,7 @@ def test_statistics_over_channels_are_those_of_the_smaller_model():
     assert gap(outputs_of(built, args), outputs_of(small, args)) == 0
 
 
+@pytest.mark.slow
 def test_a_structure_pickles_and_holds_no_tensor():
     model, args, structure = known(branches)
     data = pickle.dumps(structure)

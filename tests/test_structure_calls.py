@@ -34,6 +34,7 @@ class TestHowAModelIsCalled:
         structure = analyse(model, args, forward=lambda m, x: m(x)[0])
         assert [group.name for group in structure.groups] == ["a"]
 
+    @pytest.mark.slow
     def test_a_model_in_training_mode_with_dropout_comes_back_training(self):
         model = settled(lambda: nn.Sequential(conv(3, 8), nn.Dropout2d(), nn.BatchNorm2d(8), conv(8, 2)), (IMAGE,))
         structure = analyse(model.train(), draw((IMAGE,)))
@@ -41,6 +42,7 @@ class TestHowAModelIsCalled:
         assert structure.build(model, Pruning({"0": (0, 1)})).training
         assert_right(model.eval(), draw((IMAGE,)), structure)
 
+    @pytest.mark.slow
     def test_modules_in_a_plain_list_and_several_calls(self):
         net = Net(lambda s, x: s.head(s.hidden[0](s.hidden[0](s.stem(x)))), stem=conv(3, 8), head=conv(8, 2, 1))
         net.shared = nn.ModuleDict({"block": conv(8, 8, padding=1)})
@@ -61,12 +63,14 @@ class TestHowAModelIsCalled:
         assert [group.size for group in structure.groups] == [8]
         assert structure.build(model, Pruning({"stem": (0, 5)})).stem.weight.dtype == dtype
 
+    @pytest.mark.slow
     def test_inference_mode_around_the_call_changes_nothing(self):
         model, args = settled(residual, (IMAGE,)), draw((IMAGE,))
         with torch.inference_mode():
             structure = analyse(model, args)
         assert slots_of(structure) == slots_of(analyse(model, args))
 
+    @pytest.mark.slow
     def test_an_activation_kept_from_an_earlier_pass_is_no_obstacle(self):
         def forward(s: Net, x: Tensor) -> Tensor:
             s.last = s.a(x)
@@ -110,6 +114,7 @@ class TestHowAModelIsCalled:
         assert torch.equal(args[0], draw((IMAGE,))[0])
 
 
+@pytest.mark.slow
 def test_several_examples_cover_the_branches_of_a_forward():
     def forward(s: Net, x: Tensor) -> Tensor:
         y = s.a(x)

@@ -57,6 +57,7 @@ def analysed_without_an_edge(
         yield flow.record.ops[edge.op].where(), analyse(model, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [branches, gates], ids=lambda make: make.__name__)
 def test_the_checks_catch_every_coupling_that_is_forgotten_and_matters(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
@@ -75,6 +76,7 @@ def couplings_that_matter(model: nn.Module, args: tuple[Any, ...]) -> int:
     return sum(len(find_units(each).groups) != len(units.groups) for each in broken)
 
 
+@pytest.mark.slow
 def test_the_checks_catch_forgotten_couplings_in_16_bits_too(monkeypatch: pytest.MonkeyPatch):
     model, (x,) = settled(residual, (IMAGE,)).bfloat16(), draw((IMAGE,))
     args = (x.bfloat16(),)

@@ -53,6 +53,7 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("everything_is_large")
 class TestValuesOfALargeExample:
+    @pytest.mark.slow
     def test_are_checked_on_its_beginning(self, monkeypatch: pytest.MonkeyPatch):
         model, ids = made(reader), words()
         seen = []
@@ -67,6 +68,7 @@ class TestValuesOfALargeExample:
         assert slots_of(analyse(model, (ids,))) == slots_of(structure)
         assert seen[-1] == (4, 32)
 
+    @pytest.mark.slow
     def test_show_every_coupling_that_is_forgotten(self, monkeypatch: pytest.MonkeyPatch):
         model, args = made(reader), (words(),)
         whole = slots_of(analyse(model, args))
@@ -85,6 +87,7 @@ class TestValuesOfALargeExample:
             changed += slots_of(found) != whole
         assert changed > 1, "a coupling that does not matter cannot be caught"
 
+    @pytest.mark.slow
     def test_are_checked_on_its_beginning_where_heads_and_samples_share_a_dimension(
         self, monkeypatch: pytest.MonkeyPatch
     ):
@@ -116,6 +119,7 @@ class TestValuesOfALargeExample:
         found = analyse(made(lambda: Net(forward, **layers)), (words(),))
         assert "a" in slots_of(found)
 
+    @pytest.mark.slow
     def test_ties_that_the_code_needs_hold_there_as_well(self, monkeypatch: pytest.MonkeyPatch):
         def forward(s: Net, ids: Tensor) -> Tensor:
             b, t = ids.shape

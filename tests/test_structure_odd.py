@@ -210,6 +210,7 @@ def test_what_would_go_wrong_is_frozen_with_the_reason(make: Callable[[], nn.Mod
     assert all(frozen.reason for frozen in structure.frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", EITHER.values(), ids=EITHER)
 def test_hard_models_come_out_right_or_frozen(make: Callable[[], nn.Module]):
     model, args, structure = known(make)

@@ -82,6 +82,7 @@ def found_in(model: nn.Module, *shapes: tuple[int, ...]) -> float:
     return inspect(model, args).removable["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", ["plain", "tuple", "list", "dataclass", "nested"])
 def test_a_number_of_heads_is_found_wherever_python_holds_it(held):
     model, args = settled(lambda: transformer(held), (TOKENS,)), draw((TOKENS,))
@@ -90,6 +91,7 @@ def test_a_number_of_heads_is_found_wherever_python_holds_it(held):
     assert sorted(group.size for group in structure.groups) == [4, 4, 32, 48, 48]
 
 
+@pytest.mark.slow
 def test_heads_are_tied_to_their_residual_channels_where_the_code_needs_it():
     model, args = settled(lambda: transformer("tied", blocks=2), (TOKENS,)), draw((TOKENS,))
     structure = analyse(model, args, rewrite="off")
@@ -97,6 +99,7 @@ def test_heads_are_tied_to_their_residual_channels_where_the_code_needs_it():
     assert sorted(group.size for group in structure.groups) == [4, 48, 48]
 
 
+@pytest.mark.slow
 def test_watching_what_is_read_leaves_no_trace_on_what_copies_share():
     class Own:
         def __deepcopy__(self, memo: dict[int, Any]) -> "Own":
@@ -113,6 +116,7 @@ def test_watching_what_is_read_leaves_no_trace_on_what_copies_share():
     assert (type(logging.getLogger("tests.watched")), type(logging.getLogger())) == kinds
 
 
+@pytest.mark.slow
 def test_what_is_found_in_one_block_is_not_searched_for_in_the_next(monkeypatch: pytest.MonkeyPatch):
     from autoprune.structure import attributes
 
@@ -142,6 +146,7 @@ class Partial(nn.Module):
         return x + self.down(self.norm(self.up(torch.cat([self.part(a), b], 1))).relu())
 
 
+@pytest.mark.slow
 def test_two_sizes_that_only_help_together_are_found():
     layers = [conv(3, 16), Partial(16), Partial(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)]
     assert found_in(nn.Sequential(*layers), IMAGE) > 0.95
@@ -156,6 +161,7 @@ class Shared(nn.Module):
         return self.activation(self.inner(x))
 
 
+@pytest.mark.slow
 def test_a_module_registered_in_two_places_is_no_obstacle():
     activation = nn.Tanh()
     parts = {"activation": activation, "a": Shared(activation), "b": Shared(activation)}
@@ -172,6 +178,7 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight, self.bias)
 
 
+@pytest.mark.slow
 def test_weights_standardised_by_batch_norm_are_prunable():
     layers = [Standardised(3, 16, 3), nn.SiLU(), Standardised(16, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     model, (x,) = settled(lambda: nn.Sequential(*layers), (IMAGE,)), draw((IMAGE,))
@@ -205,6 +212,7 @@ class Split(nn.Module):
         return (y * a.reshape(b, self.radix, channels // self.radix, 1, 1)).sum(1)
 
 
+@pytest.mark.slow
 def test_ambiguous_sites_that_only_help_together_flip_together():
     layers = [conv(3, 16), nn.ReLU(), Split(16), conv(16, 32, 1), nn.ReLU(), Split(32), nn.AdaptiveAvgPool2d(1)]
     model, args = settled(lambda: nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5)), (IMAGE,)), draw((IMAGE,))
@@ -232,6 +240,7 @@ def test_sizes_held_in_tuples_dicts_and_objects_are_set_in_copies():
 
 
 class TestRounding:
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_a_network_that_amplifies_rounding_loses_nothing(self, dtype):
         """Large offsets that cancel leave float32 with few digits, as massive activations do."""
@@ -242,6 +251,7 @@ class TestRounding:
         structure = analyse(net, (x.to(dtype),))
         assert [group.size for group in structure.groups] == [16] * 5
 
+    @pytest.mark.slow
     def test_autocast_freezes_nothing(self):
         model, args = settled(lambda: transformer("plain", 2), (TOKENS,)), draw((TOKENS,))
 

@@ -93,6 +93,7 @@ class Keyword(Plain):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_the_key_of_the_target_holds_for_the_training_data_too():
     x, y = rows()
     batches = [{"x": x[i : i + 15], "kind": y[i : i + 15]} for i in range(0, 90, 15)]
@@ -145,6 +146,7 @@ def masked(model, context, candidate):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["channels", "sparsity"])
 def test_shared_weights_get_the_gradients_of_the_masked_model(space):
     context = context_of(Plain, space=space)
@@ -169,6 +171,7 @@ def test_shared_weights_get_the_gradients_of_the_masked_model(space):
         torch.testing.assert_close(parameter.grad, other.get_parameter(name).grad, msg=name)
 
 
+@pytest.mark.slow
 def test_a_short_training_makes_candidates_better_and_keeps_the_largest(digits, digits_model):
     data = autoprune.Data(calibration=digits.train, validation=digits.validation, test=digits.test)
     study = study_of(digits_model, data, metric="accuracy", evaluator="adaptive_bn")
@@ -179,6 +182,7 @@ def test_a_short_training_makes_candidates_better_and_keeps_the_largest(digits, 
     assert after[1].metric.mean() > before[1].metric.mean() + 0.1
 
 
+@pytest.mark.slow
 def test_candidates_have_slices_of_the_shared_weights_and_exact_statistics_of_their_own(context):
     supernet, candidate = prepared(context, steps=3), halved(context)
     shared = supernet._learned.weights
@@ -194,6 +198,7 @@ def test_candidates_have_slices_of_the_shared_weights_and_exact_statistics_of_th
     torch.testing.assert_close(small[1].running_var, x.var(0, correction=1), rtol=0.1, atol=0)  # averaged over batches
 
 
+@pytest.mark.slow
 def test_heads_and_inner_widths_of_a_transformer_share_weights():
     images = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     data = autoprune.Data(validation=(images, torch.arange(60) % 4), batch_size=16)
@@ -239,6 +244,7 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [{}, SGD], ids=["default", "of the user's"])
 def test_a_training_killed_in_the_middle_goes_on_to_the_same_weights(context, recipe, tmp_path):
     settings = {"steps": 12, "batch_size": 10, "checkpoint_steps": 5, **recipe}
@@ -259,6 +265,7 @@ def test_a_training_killed_in_the_middle_goes_on_to_the_same_weights(context, re
     assert os.listdir(file.parent) == [file.name]
 
 
+@pytest.mark.slow
 def test_the_calibration_samples_are_taken_up_where_they_were_left(context, tmp_path):
     def forward(model, batch, count=[0]):  # noqa: B006
         count[0] += 1
@@ -282,6 +289,7 @@ def test_a_finished_checkpoint_is_not_trained_again(context, tmp_path):
     np.testing.assert_array_equal(_same[0][0].signal, _same[1][0].signal)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_trainings_and_damaged_ones_are_refused(context, tmp_path):
     file = tmp_path / "a"
     prepared(context, steps=2, checkpoint=file)
@@ -309,6 +317,7 @@ def test_what_cannot_be_written_without_pickle_is_named(context, tmp_path):
         prepared(context, steps=2, schedule=strange, checkpoint=tmp_path / "a", checkpoint_steps=1)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_the_last_checkpoint(context, tmp_path):
     def loss(outputs, batch, count=[0]):  # noqa: B006
         count[0] += 1
@@ -322,6 +331,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_the_last_check
     assert_equal(weights(resumed), weights(whole))
 
 
+@pytest.mark.slow
 def test_the_largest_learns_from_the_loss_of_the_user(context):
     zero = prepared(context, steps=60, lr=0.01, loss=lambda outputs, batch: 100 * outputs.square().mean())
     outputs = zero.build(np.zeros_like(halved(context)))(rows()[0])
@@ -342,6 +352,7 @@ def test_a_loss_is_asked_for_where_there_is_nothing_to_learn_and_serves_all_cand
     assert len(seen) == 3
 
 
+@pytest.mark.slow
 def test_searches_of_one_evaluator_and_its_copies_share_one_training(context):
     evaluator = Supernet(steps=2, data=Augmented(100, interrupt), batch_size=45)
     fresh, started = copy.deepcopy(evaluator), copy.deepcopy(FineTune(start=evaluator, steps=1))
@@ -373,12 +384,14 @@ def test_workers_get_the_weights_and_neither_train_nor_see_the_training_data():
     assert [(t.candidate, t.signal) for t in remote.trials] == [(t.candidate, t.signal) for t in local.trials]
 
 
+@pytest.mark.slow
 def test_what_was_pickled_for_one_search_refuses_another(context):
     sent = pickle.loads(pickle.dumps(prepared(context, steps=2, data=rows())))
     with pytest.raises(ValueError, match="without its training data"):
         sent.prepare(context_of(Plain))
 
 
+@pytest.mark.slow
 def test_a_search_says_what_its_dense_network_is_and_builds_what_it_scored(tmp_path):
     data, model = autoprune.Data(validation=rows(), batch_size=16), made(Dropping)
     settings = {"trials": 4, "progress": False, "run_dir": tmp_path / "run"}
@@ -395,6 +408,7 @@ def test_a_search_says_what_its_dense_network_is_and_builds_what_it_scored(tmp_p
         autoprune.search(model, "flops <= 60%", data, evaluator=Supernet(steps=5), resume=True, **settings)
 
 
+@pytest.mark.slow
 def test_a_search_killed_while_its_supernet_trains_is_resumed_as_if_nothing_had_happened(tmp_path):
     def search(run_dir, most):
         supernet = Supernet(
@@ -410,6 +424,7 @@ def test_a_search_killed_while_its_supernet_trains_is_resumed_as_if_nothing_had_
     assert search("killed", 225) == search("whole", 1000)
 
 
+@pytest.mark.slow
 def test_agreement_compares_with_the_model_given():
     context = context_of(data=rows()[0])
     dense = np.zeros((1, len(context.space.sizes)), dtype=np.int64)
@@ -419,6 +434,7 @@ def test_agreement_compares_with_the_model_given():
     assert same.signal.mean() < outcome.signal.mean()
 
 
+@pytest.mark.slow
 def test_candidates_drawn_cost_anything_from_most_to_least():
     space = context_of(partial(nn.Sequential, *[nn.Linear(6, 6) for _ in range(9)])).space
     levels = random_candidates(space, 400, np.random.default_rng(0)) / (space.sizes - 1)
@@ -457,6 +473,7 @@ def test_rounds_go_on_from_any_position_with_the_same_batches(name):
         assert not torch.equal(*firsts[:2])
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_sample_is_passed_over_where_batch_norm_cannot_take_it(context):
     batches = [rows(1), rows(8), rows(1)]
     prepared(context, steps=3, data=batches)
@@ -502,6 +519,7 @@ def test_settings_out_of_range_are_refused(settings, message):
         Supernet(**settings)
 
 
+@pytest.mark.slow
 def test_a_model_without_anything_to_train_is_refused():
     context = context_of()
     context.model.requires_grad_(False)

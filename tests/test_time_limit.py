@@ -31,11 +31,13 @@ def model() -> nn.Module:
     return transformer("tied", blocks=1)
 
 
+@pytest.mark.slow
 def test_without_a_limit_nobody_looks_at_the_clock(model, monkeypatch):
     monkeypatch.setattr(time_limit, "time", None)
     assert analyse(model, draw((TOKENS,))).groups
 
 
+@pytest.mark.slow
 def test_wherever_it_ends_it_says_what_it_was_doing_and_leaves_no_trace(model, monkeypatch):
     inputs = draw((TOKENS,))
     clock = Clock()
@@ -63,6 +65,7 @@ def test_wherever_it_ends_it_says_what_it_was_doing_and_leaves_no_trace(model, m
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_forward_that_catches_everything_does_not_catch_the_end():
     class Trying(nn.Linear):
         def forward(self, x):
@@ -80,6 +83,7 @@ def test_a_forward_that_catches_everything_does_not_catch_the_end():
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_an_isolated_analysis_ends_as_well(model):
     with pytest.raises(TimeoutError, match="time was over while the forward pass was traced"):
         analyse(model, draw((TOKENS,)), checks="isolated", until=time.monotonic())

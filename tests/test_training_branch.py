@@ -35,6 +35,7 @@ def assert_trains(model: nn.Module, structure: Structure, x: Tensor) -> None:
         sum(out.sum() for out in leaves).backward()
 
 
+@pytest.mark.slow
 def test_an_auxiliary_head_follows_and_its_classes_stay():
     model, x = with_head(), torch.randn(2, 3, 8, 8)
     before = state_of(model)
@@ -47,6 +48,7 @@ def test_an_auxiliary_head_follows_and_its_classes_stay():
     assert_trains(model, structure, x)
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_the_evaluation_pass():
     model, x = with_head(), torch.randn(2, 3, 8, 8)
     structure = analyse(model, (x,))
@@ -100,6 +102,7 @@ def features(s: Net, x: Tensor) -> Any:
     return (s.head(h), h) if s.training else s.head(h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "word"), [(wants_targets, "targets must be given"), (features, "keep most")], ids=["targets", "features"]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ class Written(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_groups_of_an_output_that_is_not_asked_for_are_unread():
     torch.manual_seed(0)
     model = TwoHeads().eval()
@@ -49,11 +51,13 @@ def test_groups_of_an_output_that_is_not_asked_for_are_unread():
     assert only.unread == {"other.0", "other.2"}
 
 
+@pytest.mark.slow
 def test_what_is_written_into_an_output_or_detached_is_read():
     torch.manual_seed(0)
     assert analyse(Written().eval(), (torch.randn(4, 8),)).unread == {"lost.0", "lost.2"}
 
 
+@pytest.mark.slow
 def test_a_search_takes_them_away_first_and_loses_nothing_by_it():
     torch.manual_seed(0)
     model = TwoHeads().eval()

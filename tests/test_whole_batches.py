@@ -143,6 +143,7 @@ def test_random_graphs_have_the_edges_of_the_example():
         assert torch.equal(batch[2], ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["stream", "loader"])
 @pytest.mark.parametrize("example", [False, True])
 def test_a_search_over_graphs(net, data, example):
@@ -161,6 +162,7 @@ def test_a_search_over_graphs(net, data, example):
         assert result.dense.costs["flops"] == nodes * (5 * 16 + 16 * 12) + count * 12 * CLASSES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("supervised", [True, False])
 def test_a_search_over_nodes(supervised):
     with torch.random.fork_rng(devices=[]):
@@ -175,6 +177,7 @@ def test_a_search_over_nodes(supervised):
     assert result.build()(*batches[1][:3]).shape == (len(batches[1][0]), CLASSES)
 
 
+@pytest.mark.slow
 def test_a_latency_is_of_one_batch_as_it_is(net):
     with pytest.raises(ValueError, match=r"cost_batch must be 1 for inputs that cannot be cut by samples.*got 4"):
         autoprune.search(net, "latency <= 60%", stream(), trials=2, cost_batch=4, progress=False)

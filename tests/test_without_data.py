@@ -50,6 +50,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_it_searches_and_says_what_the_scores_mean(name):
     make, example, metric = CASES[name]
@@ -69,6 +70,7 @@ def test_it_searches_and_says_what_the_scores_mean(name):
     assert ("are taken for logits" in foot) == (metric == "agreement")
 
 
+@pytest.mark.slow
 def test_scores_of_random_inputs_are_those_of_the_built_model():
     model = seeded(Critic).eval()
     example = seeded(lambda: (torch.randn(2, 5), torch.randn(2, 3)))
@@ -83,6 +85,7 @@ def test_scores_of_random_inputs_are_those_of_the_built_model():
     assert trial.score == pytest.approx(float(error), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_inputs():
     found = [
         autoprune.search(
@@ -93,6 +96,7 @@ def test_the_same_seed_draws_the_same_inputs():
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.slow
 def test_an_audit_of_it_warns_that_it_says_little():
     result = autoprune.search(seeded(Tokens).eval(), "flops <= 60%", trials=6, optimizer="random", progress=False)
     report = autoprune.audit(result, lambda model: None, 4, repeats=0).audit

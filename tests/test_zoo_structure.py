@@ -88,6 +88,7 @@ def contractions(model: nn.Module) -> list[tuple[str, _ConvNd | nn.Linear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd | nn.Linear)]
 
 
+@pytest.mark.slow
 @EVERY
 def test_only_what_reads_the_input_or_makes_the_output_stays(name: str):
     model, structure = analysed(name).model, analysed(name).structure
@@ -116,6 +117,7 @@ def test_only_what_reads_the_input_or_makes_the_output_stays(name: str):
     assert structure.untouched == ()
 
 
+@pytest.mark.slow
 @EVERY
 def test_random_candidates_train_cost_what_was_predicted_and_equal_the_masked_dense_model(name: str):
     known = analysed(name)

@@ -50,6 +50,7 @@ def test_a_depth_that_does_not_fit_is_refused():
         resnet(21)
 
 
+@pytest.mark.slow
 def test_the_trained_model_reads_digits(digits, digits_model):
     images, labels = digits.test
     with torch.no_grad():
