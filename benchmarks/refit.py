@@ -213,7 +213,7 @@ def compare(case: Case) -> dict[str, Any]:
         "passes": passes(study, candidate),
         "note": study.choice.note,
         "share": float(study.costs["flops"](candidate[None])[0] / study.costs["flops"](0 * candidate[None])[0]),
-        "scores": {name: values.round(6).tolist() for name, values in found.items()},
+        "scores": {way: summed(values, found["default"]) for way, values in found.items()},
     }
 
 
@@ -243,19 +243,20 @@ def passes(study: Study, candidate: IntArray) -> float:
     return (time.process_time() - began) / seconds[-1]
 
 
-def gap(found: Mapping[str, Any], other: str) -> tuple[float, float]:
-    """Gap of the default to another re-fit: mean and standard error of the paired difference."""
-    each = np.array(found["scores"][other]) - np.array(found["scores"]["default"])
-    return float(each.mean()), float(each.std(ddof=1) / len(each) ** 0.5)
+def summed(values: FloatArray, default: FloatArray) -> dict[str, float]:
+    """Mean of a way, how far the default is below it, and the standard error of the paired difference."""
+    below = values - default
+    error = below.std(ddof=1) / len(below) ** 0.5
+    return {"mean": float(values.mean()), "below": float(below.mean()), "error": float(error)}
 
 
 def misses(name: str, found: Mapping[str, Any]) -> list[str]:
     """List the targets that a network misses, in words."""
     missed = []
     ways = [way for way in found["scores"] if way not in ("default", "dense")]
-    best = max(ways, key=lambda way: float(np.mean(found["scores"][way])))
+    best = max(ways, key=lambda way: found["scores"][way]["mean"])
     for way in dict.fromkeys((best, "no re-fit", "adaptive_bn")):
-        below, error = gap(found, way)
+        below, error = found["scores"][way]["below"], found["scores"][way]["error"]
         if below > (error if way == best else 0.0):
             missed.append(f"{name}: {below:.4f} below {way} (standard error {error:.4f})")
     if "torchcrepe" in name and found["passes"] > MOST_PASSES:
@@ -266,9 +267,9 @@ def misses(name: str, found: Mapping[str, Any]) -> list[str]:
 def report(results: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, found in results.items():
-        means = {way: float(np.mean(values)) for way, values in found["scores"].items()}
+        means = {way: each["mean"] for way, each in found["scores"].items()}
         best = max((way for way in means if way not in ("default", "dense")), key=means.__getitem__)
-        below, error = gap(found, best)
+        below, error = found["scores"][best]["below"], found["scores"][best]["error"]
         numbers = [f"{means[way]:.3f}" for way in ("dense", "no re-fit", "adaptive_bn", "default")]
         told = [f"{means[best]:.3f} ({best})", f"{below:+.4f} ± {error:.4f}", f"{found['passes']:.1f}"]
         rows.append([name, f"{found['share']:.0%}", *numbers, *told])
