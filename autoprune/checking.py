@@ -247,7 +247,7 @@ def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, d
 
     def score(parts: Sequence[Batch]) -> Sequence[dict[str, Tensor]]:
         with seeded(0), torch.enable_grad():
-            return score_units_by(model, structure, criteria, parts, context.forward, seed, logging.INFO)
+            return score_units_by(model, structure, criteria, parts, context.forward, seed, logging.DEBUG)
 
     found = Halving()(score, batches)
     give_back(context.model)

@@ -223,7 +223,8 @@ def prepare(
         notes.append(f"what only training runs was not followed, and may not fit a pruned model: {structure.untrained}")
     if unread := [dimension.name for dimension in bound.dimensions if dimension.name in structure.unread]:
         others = " and others" if len(unread) > 3 else ""
-        notes.append(f"no output depends on {', '.join(unread[:3])}{others}, which go first")
+        goes = "goes" if len(unread) == 1 else "go"
+        notes.append(f"no output depends on {', '.join(unread[:3])}{others}, which {goes} first")
     if structure.terms.uncounted:
         notes.append(f"flops leave out {', '.join(structure.terms.uncounted[:3])}, whose cost nothing says")
     if not batches.divisible(stated):
