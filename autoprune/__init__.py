@@ -26,7 +26,7 @@ from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
 from autoprune.rungs import Rungs
 from autoprune.search import search
-from autoprune.search_spaces import Channels, Sparsity
+from autoprune.search_spaces import Channels, Sparsity, register_space
 from autoprune.structure.adapters import register_adapter
 
 __version__ = "0.1.0"
@@ -59,6 +59,7 @@ __all__ = [
     "load",
     "profile",
     "register_adapter",
+    "register_space",
     "save",
     "search",
 ]

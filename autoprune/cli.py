@@ -11,7 +11,8 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -204,12 +205,12 @@ def _space(spec: str, options: Mapping[str, Any]) -> Settings:
     given = {name: value for name, value in options.items() if value is not None}
     if spec not in SPACES and ":" not in spec:
         raise ValueError(f"--space must be one of {sorted(SPACES)}, or FILE.py:NAME, got {spec!r}")
-    known = {field.name for field in fields(SPACES[spec])} if spec in SPACES else set()
+    known = set(signature(SPACES[spec].settings).parameters) if spec in SPACES else set()
     for name in given:
         if name not in known:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} must be left out with --space {spec}, which has no such setting")
-    return SPACES[spec](**given) if spec in SPACES else make_space(load_object(spec, "--space"))
+    return SPACES[spec].settings(**given) if spec in SPACES else make_space(load_object(spec, "--space"))
 
 
 @app.command()

@@ -85,11 +85,30 @@ class SearchSpace(Protocol):
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary from which ``from_json`` of the same class restores an equal space."""
+        """A JSON-ready dictionary from which ``from_json``, a class method, restores an equal space.
+
+        Its ``"type"`` is the name that `autoprune.register_space` was called with.
+        """
         ...
 
     def describe(self) -> str:
         """Describe it in one line for people: the numbers of dimensions, options and candidates."""
+        ...
+
+
+@runtime_checkable
+class ChoosesWidths(Protocol):
+    """Optional protocol: spaces in which each dimension chooses the width of one group, and nothing else changes.
+
+    Costs of candidates that differ in one entry are then computed far faster.
+    """
+
+    @property
+    def choices(self) -> tuple[IntArray, FloatArray]:
+        """Position of each dimension's group in the structure, (d,), and units kept by each option, padded, (d, most).
+
+        No two dimensions choose for the same group.
+        """
         ...
 
 

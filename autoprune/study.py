@@ -38,10 +38,16 @@ from autoprune.mapped import own_copy
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.prior import PRIORS, expected_losses
-from autoprune.protocols import IntArray, Measurement, SearchSpace
+from autoprune.protocols import ChoosesWidths, IntArray, Measurement, SearchSpace
 from autoprune.result.trials import meets
-from autoprune.search_spaces import Channels, Settings, make_space, why_no_less
-from autoprune.search_spaces.channels import ChannelSpace
+from autoprune.search_spaces import (
+    Settings,
+    make_space,
+    needs_latency,
+    require_registered,
+    why_no_less,
+    with_latency,
+)
 from autoprune.sources import seeded
 from autoprune.starts import Start, candidates_of, starts_of
 from autoprune.stopping import Deadline, planned
@@ -161,14 +167,13 @@ def prepare(
         partial(analyse, model, inputs, forward=whole, further=further, checks=checks, rewrite=rewrite, seed=seed),
     )
     _require_counted(wanted, structure)
-    at_edges = isinstance(settings, Channels) and settings.round_to == "auto"
-    needed = at_edges or any(limit.name in TIMED for limit in wanted.limits)
+    needed = needs_latency(settings) or any(limit.name in TIMED for limit in wanted.limits)
     measured = needed or latency is not None or any(limit.name == "memory_bytes" for limit in wanted.limits)
     priced = with_batch(batches.opened(stated), {}, cost_batch, "cost_batch")[0] if measured else ()
     plain = forward is None
     source = _latency_of(latency, needed, costs, model, structure, priced, whole, cost_batch, run_dir, plain, until)
-    if source is not None and isinstance(settings, Channels) and at_edges:
-        settings = replace(settings, edges=source.right_edges([group.multiple for group in structure.groups]))
+    if source is not None:
+        settings = with_latency(settings, source, structure)
     peak, without = _memory_of(wanted, model, structure, priced, whole, cost_batch)
     trusted = is_ours(chosen) and (isinstance(settings.criterion, str) or settings.criterion is None)
     model = own_copy(model, borrow=trusted)  # builds equal the scored models, even if the user trains theirs meanwhile
@@ -180,6 +185,7 @@ def prepare(
             scores = score_units(scored, structure, criterion, subsets.calibration, run, seed)
         judge = resolve_metric(metric, subsets, _blaming_data(fitting(lambda batch: run(scored, batch))))
         bound = settings.bind(structure, order_units(scores))
+    require_registered(bound)
     named = make_costs(structure, bound, costs, cost_batch, source, None if peak is None else peak.predict)
     require_steady({name: named[name] for name in costs or {}}, bound)
     wanted = wanted.judged_by(judge.name, judge.higher_is_better, named)
@@ -528,7 +534,7 @@ def _problem(
 
 def _changes(structure: Structure, space: SearchSpace, names: tuple[str, ...]) -> Changes | None:
     """Make the fast update of limited costs by single changes; None where costs or space are of another kind."""
-    if not (isinstance(space, ChannelSpace) and set(names) <= set(Changes.SUMS)):
+    if not (isinstance(space, ChoosesWidths) and set(names) <= set(Changes.SUMS)):
         return None
     changes = Changes(structure, names, *space.choices)
     return changes if changes.exact else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import lcm
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from autoprune.arguments import is_number, is_whole, numbers, patterns, shown, whole_number, why_no_function
+from autoprune.costs.latency import Latency
 from autoprune.criteria import CRITERIA, Criterion
 from autoprune.errors import NothingToPruneError
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.schema import require_form
+from autoprune.search_spaces.counts import candidates_of, counted, options_of
 from autoprune.structure.analysis import require_prunable
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
@@ -89,6 +91,23 @@ class Channels:
                 f"criterion must be one of {sorted(CRITERIA)}, 'auto', or a function of what is known of a group, {why}"
             )
 
+    @property
+    def needs_latency(self) -> bool:
+        """Whether widths follow the measured latency."""
+        return self.round_to == "auto"
+
+    def with_latency(self, latency: Latency, structure: Structure) -> Channels:
+        """Fill in the right edges of the steps of a latency."""
+        return replace(self, edges=latency.right_edges([group.multiple for group in structure.groups]))
+
+    def why_no_less(self) -> str:
+        """Name the settings that keep widths from being smaller, with their values."""
+        stops = {name: getattr(self, name) for name in ("min_fraction", "min_width", "round_to", "ignore", "bounds")}
+        loose = {"min_fraction": 0.0, "min_width": 1, "round_to": 1}
+        named = [f"{name}={shown(value)}" for name, value in stops.items() if value and value != loose.get(name)]
+        even = f"step={self.step!r}" if self.options is None else f"options={shown(self.options)}"
+        return f"{', '.join((*named, even))} of Channels(...)"
+
     def bind(self, structure: Structure, order: Mapping[str, Sequence[int]]) -> ChannelSpace:
         """Lay the space out for a model.
 
@@ -144,7 +163,7 @@ class Channels:
             wanted = [group.size - i * step for i in range(int(group.size / step) + 1)]
         even = group.multiple if isinstance(self.round_to, str) else lcm(self.round_to, group.multiple)
         rounded = {max(even, round(width / even) * even) for width in wanted}
-        if self.round_to == "auto":
+        if self.needs_latency:
             if group.name not in self.edges:
                 raise ValueError(
                     "round_to='auto' needs measured latencies: a latency budget without costs=, or latency="
@@ -262,9 +281,8 @@ class ChannelSpace:
 
     def describe(self) -> str:
         """One line for people."""
-        digits = float(np.log10(self.sizes.astype(np.float64)).sum())
         units = sum(dimension.options[0] for dimension in self.dimensions)
         return (
-            f"{len(self.dimensions)} groups of {units} units with {self.sizes.min()} to {self.sizes.max()} widths, "
-            f"10^{digits:.0f} nets"
+            f"{counted(len(self.dimensions), 'group')} of {counted(units, 'unit')} with "
+            f"{options_of(self.sizes, 'width')}, {candidates_of(self.sizes)}"
         )

@@ -15,6 +15,7 @@ from autoprune.arguments import numbers, patterns, shown
 from autoprune.errors import NothingToPruneError
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.schema import require_form
+from autoprune.search_spaces.counts import candidates_of, counted, options_of
 from autoprune.structure.structure import Structure
 
 LEVELS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -171,8 +172,7 @@ class SparsitySpace:
 
     def describe(self) -> str:
         """One line for people."""
-        digits = float(np.log10(self.sizes.astype(np.float64)).sum())
         return (
-            f"{len(self.dimensions)} weights of {sum(self.elements)} elements with {self.sizes.min()} to "
-            f"{self.sizes.max()} levels, 10^{digits:.0f} nets"
+            f"{counted(len(self.dimensions), 'weight')} of {counted(sum(self.elements), 'element')} with "
+            f"{options_of(self.sizes, 'level')}, {candidates_of(self.sizes)}"
         )

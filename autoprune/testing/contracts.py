@@ -27,6 +27,7 @@ from autoprune.protocols import (
     FAILED,
     OK,
     RACED,
+    ChoosesWidths,
     Evaluations,
     Failure,
     IntArray,
@@ -35,6 +36,7 @@ from autoprune.protocols import (
     Pends,
     SearchSpace,
 )
+from autoprune.search_spaces import require_registered, space_from_json
 from autoprune.structure.structure import Structure
 from autoprune.testing.problems import KnownProblem, product_problem
 
@@ -216,14 +218,27 @@ class SpaceContract:
 
     def test_json_restores_an_equal_space(self) -> None:
         space = self.make_space()
-        make: Any = type(space)  # every space has `from_json`, but protocols cannot ask for class methods of instances
-        restored: SearchSpace = make.from_json(json.loads(json.dumps(space.to_json())))
+        require_registered(space)
+        restored = space_from_json(json.loads(json.dumps(space.to_json())))
+        assert type(restored) is type(space)
         assert restored.to_json() == space.to_json()
         assert restored.dimensions == space.dimensions
         candidates = _draw(space)
         np.testing.assert_array_equal(restored.widths(candidates), space.widths(candidates))
         np.testing.assert_array_equal(restored.zeroed(candidates), space.zeroed(candidates))
         assert restored.pruning(candidates[0].tolist()) == space.pruning(candidates[0].tolist())
+
+    def test_choices_of_widths_are_all_that_a_candidate_changes(self) -> None:
+        space = self.make_space()
+        if not isinstance(space, ChoosesWidths):
+            return
+        groups, widths = space.choices
+        candidates = _draw(space)
+        expected = np.tile(space.widths(np.zeros((1, len(space.sizes)), dtype=np.int64)), (len(candidates), 1))
+        expected[:, groups] = widths[np.arange(len(groups)), candidates]
+        np.testing.assert_array_equal(space.widths(candidates), expected)
+        assert len(set(groups.tolist())) == len(groups)
+        assert not space.zeroed(candidates).any()
 
     def test_what_is_kept_and_zeroed_agrees_with_the_numbers(self) -> None:
         space, structure = self.make_space(), self.make_structure()

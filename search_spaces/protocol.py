@@ -1,0 +1,64 @@
+"""Interfaces of the settings of a space, which a user gives before the model is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from autoprune.costs.latency import Latency
+from autoprune.criteria import Criterion
+from autoprune.protocols import SearchSpace
+from autoprune.structure.structure import Structure
+
+
+class Settings(Protocol):
+    """Settings of a space, as a user gives them before the model is known."""
+
+    @property
+    def criterion(self) -> str | Criterion | None:
+        """Criterion that ranks the units of each group; None where no unit is removed."""
+        ...
+
+    def bind(self, structure: Structure, order: Mapping[str, Sequence[int]]) -> SearchSpace:
+        """Lay the space out for a model; `order` holds the units of each group by falling importance."""
+        ...
+
+
+@runtime_checkable
+class FollowsLatency(Protocol):
+    """Optional protocol: settings whose options depend on the measured latency of the model."""
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether these settings need it; the search then measures latency whatever its budget limits."""
+        ...
+
+    def with_latency(self, latency: Latency, structure: Structure) -> Settings:
+        """Return equal settings that `bind` can lay out."""
+        ...
+
+
+@runtime_checkable
+class NamesLimits(Protocol):
+    """Optional protocol: settings that say what keeps networks from being smaller, for messages."""
+
+    def why_no_less(self) -> str:
+        """Name the settings that stop there, with their values."""
+        ...
+
+
+def needs_latency(settings: Settings) -> bool:
+    """Return whether settings must be given a measured latency before they are bound."""
+    return isinstance(settings, FollowsLatency) and settings.needs_latency
+
+
+def with_latency(settings: Settings, latency: Latency, structure: Structure) -> Settings:
+    """Give a measured latency to settings that need one; return others as they are."""
+    if isinstance(settings, FollowsLatency) and settings.needs_latency:
+        return settings.with_latency(latency, structure)
+    return settings
+
+
+def why_no_less(settings: Settings) -> str:
+    """Name the settings that keep the smallest network of a space from being smaller."""
+    return settings.why_no_less() if isinstance(settings, NamesLimits) else "the options of the space"

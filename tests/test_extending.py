@@ -1,0 +1,152 @@
+"""The files of docs/extending.md: each passes the contract of its kind and works in a search."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autoprune
+from autoprune.errors import FileFormatError
+from autoprune.protocols import SearchSpace
+from autoprune.search_spaces import SPACES, Channels
+from autoprune.search_spaces.channels import ChannelSpace
+from autoprune.structure.analysis import analyse
+from autoprune.structure.structure import Structure
+from autoprune.testing.contracts import SpaceContract
+from tests.candidates import uniform_order
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
+FILES = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```$", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with every file of the document, from which they are imported."""
+    folder = tmp_path_factory.mktemp("extending")
+    for name, text in FILES.items():
+        (folder / f"{name}.py").write_text(text)
+    spaces = dict(SPACES)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+    SPACES.clear()
+    SPACES.update(spaces)
+    for name in FILES:
+        sys.modules.pop(name, None)
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+@cache
+def structure() -> Structure:
+    return analyse(model(), torch.zeros(2, 6))
+
+
+class TestUniformSpace(SpaceContract):
+    def make_space(self) -> SearchSpace:
+        space: SearchSpace = module("uniform_width").Uniform().bind(structure(), uniform_order(structure()))
+        return space
+
+    def make_structure(self) -> Structure:
+        return structure()
+
+
+BUILD = """
+import sys, torch, uniform_width, autoprune
+from tests.test_extending import model
+result = autoprune.SearchResult.load(sys.argv[1], model=model())
+assert type(result.space) is uniform_width.UniformSpace
+torch.save([result.build()(torch.ones(2, 6)), [trial.decoded for trial in result.front]], sys.argv[2])
+"""
+
+
+class TestASpaceOfOnesOwn:
+    def test_it_is_searched_saved_loaded_in_another_process_and_built(self, folder, tmp_path):
+        module("uniform_width")
+        result = autoprune.search(
+            model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space="uniform", evaluator="adaptive_bn", trials=4
+        )
+        result.save(tmp_path / "result")
+        command = [sys.executable, "-c", BUILD, tmp_path / "result", tmp_path / "found.pt"]
+        env = {**os.environ, "PYTHONPATH": f"{folder}:{DOCUMENT.parents[1]}"}
+        finished = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        outputs, decoded = torch.load(tmp_path / "found.pt")
+        torch.testing.assert_close(outputs, result.build()(torch.ones(2, 6)), rtol=0, atol=0)
+        assert decoded == [trial.decoded for trial in result.front]
+        assert {name for trial in decoded for name in trial} == {"width"}
+
+    def test_without_its_module_loading_says_what_to_import(self, monkeypatch, tmp_path):
+        module("uniform_width")
+        result = autoprune.search(
+            model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space="uniform", evaluator="adaptive_bn", trials=2
+        )
+        result.save(tmp_path)
+        monkeypatch.delitem(SPACES, "uniform")
+        with pytest.raises(FileFormatError, match=r"'uniform'.*import the module that calls autoprune.register_space"):
+            autoprune.SearchResult.load(tmp_path)
+
+    def test_one_that_is_not_registered_is_refused_before_the_search(self, monkeypatch):
+        settings = module("uniform_width").Uniform()
+        monkeypatch.delitem(SPACES, "uniform")
+        with pytest.raises(ValueError, match=r"space must be registered.*'uniform'"):
+            autoprune.search(model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space=settings, trials=2)
+
+    def test_a_taken_name_is_refused_and_the_same_class_is_registered_again(self):
+        own = module("uniform_width")
+        autoprune.register_space("uniform", own.Uniform, own.UniformSpace)
+        with pytest.raises(ValueError, match="name must be free, but 'channels'"):
+            autoprune.register_space("channels", own.Uniform, own.UniformSpace)
+        with pytest.raises(TypeError, match="space must be a class with a method from_json"):
+            autoprune.register_space("other", own.Uniform, Channels)
+        with pytest.raises(TypeError, match="settings must be a class with a method bind"):
+            autoprune.register_space("other", ChannelSpace, own.UniformSpace)
+
+
+class Following:
+    """Settings that cannot be bound before they know the latency."""
+
+    needs_latency, criterion = True, "l2"
+
+    def with_latency(self, latency: Any, structure: Structure) -> Any:
+        assert latency.right_edges([group.multiple for group in structure.groups]).keys() == {"0", "2"}
+        return module("uniform_width").Uniform()
+
+    def bind(self, structure: Structure, order: Any) -> Any:
+        pytest.fail("bound without a latency")
+
+
+@pytest.mark.slow
+def test_settings_of_ones_own_may_follow_the_measured_latency():
+    table = autoprune.profile(model(), torch.ones(1, 6), networks=6)
+    result = autoprune.search(
+        model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space=Following(), latency=table, trials=2
+    )
+    assert [dimension.name for dimension in result.space.dimensions] == ["width"]
+
+
+def test_spaces_say_how_many_candidates_they_have():
+    own = structure()
+    order = uniform_order(own)
+    two = Channels(options=(1.0, 0.5)).bind(own, order)
+    assert two.describe() == "2 groups of 24 units with 2 widths each, 4 candidates"
+    assert Channels(options=(1.0, 0.5), ignore=["4"]).bind(own, order).describe().endswith("2 widths, 2 candidates")
+    assert Channels().bind(own, order).describe() == "2 groups of 24 units with 8 to 16 widths, 128 candidates"
