@@ -33,8 +33,11 @@ from autoprune.structure.slicing import Edit, Slicer
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 256
-"""Most validation samples of the check."""
+FEWEST_SAMPLES = 64
+MOST_SAMPLES = 1024
+"""Validation samples of the check: all of a small model's, by default; fewer for a large one."""
+ERRORS = 2.0
+"""Standard errors by which another criterion, or other statistics, must be ahead: the best of a few is also lucky."""
 RANKED = 128
 """Most calibration samples for criteria in the check; at most `FEWEST_RANKED` for a large model."""
 FEWEST_RANKED = 16
@@ -110,7 +113,7 @@ def check(
     """Score a few ways to prune a model uniformly, and choose one.
 
     The signal of the search decides. A step away from the default (all parts, l2) must gain more than one standard
-    error of the paired difference.
+    error of the paired difference, and another criterion, the best of several, more than two.
 
     Args:
         context: With a space bound to the order by l2; ridges are chosen for the middle of that space.
@@ -139,7 +142,7 @@ def check(
             base[name] = trial.score(refit, bound, candidate)
         figures.append("; ".join(f"{name or 'l2'} {values.mean():.4g}" for name, values in base.items()))
         pick = min(base, key=lambda name: base[name].mean())
-        if pick and _better(base[pick], base[""]):
+        if pick and _better(base[pick], base[""], ERRORS):
             criterion, importance = pick, ranked[pick]
             chosen = replace(context, space=settings.bind(context.structure, order_units(importance)))
             base[""] = base[pick]
@@ -178,7 +181,8 @@ class _Trial:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._batches = tuple(beginning(context.subsets.validation, SAMPLES))
+        most = affordable(context.structure, FEWEST_SAMPLES, MOST_SAMPLES)
+        self._batches = tuple(beginning(context.subsets.validation, most))
         self.samples = sum(map(batch_size, self._batches))
         self._slicer = Slicer(context.model)
         dense = self._slicer.cut(Edit({}, {})).eval()
@@ -224,7 +228,7 @@ def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
         log.info("calibration check: %s: %s", type(error).__name__, error)
         return False, ""
     figures = f"; the dense model {own.mean():.4g}, {new.mean():.4g} with statistics of the calibration samples"
-    return _better(new, own, errors=2.0), figures
+    return _better(new, own, ERRORS), figures
 
 
 def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:

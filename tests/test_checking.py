@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autoprune
-import autoprune.checking
+from autoprune import checking, criteria
 from autoprune.checking import FILE_NAME
 from autoprune.criteria import distortion_gradients
 from autoprune.scorers import class_dimension
@@ -63,6 +63,26 @@ def test_every_criterion_that_may_help_is_scored_with_its_figure(case):
 
 
 @pytest.mark.slow
+def test_the_check_of_a_large_model_takes_few_samples(case, monkeypatch):
+    monkeypatch.setattr(criteria, "WORK", 1)
+    study = prepare(case[0], "flops <= 70%", case[1], metric="accuracy")
+    assert any(note.startswith("calibration check on 64 validation samples") for note in study.notes), study.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("errors", "chosen"), [(1.5, "l2"), (2.5, "taylor")])
+def test_another_criterion_is_chosen_only_where_more_than_luck_speaks_for_it(case, monkeypatch, errors, chosen):
+    """Taylor, the second that is scored, gains this number of standard errors; everything else is worse."""
+    spread = np.random.default_rng(0).normal(size=65)
+    spread = (spread - spread.mean()) / spread.std(ddof=1)
+    given = iter([np.full(65, 5.0), 5.0 - spread - errors / 65**0.5])
+    monkeypatch.setattr(checking._Trial, "score", lambda *_: next(given, np.full(65, 9.0)))
+    study = prepare(case[0], "flops <= 70%", case[1], metric="accuracy")
+    assert study.choice.criterion == chosen
+    assert study.choice.parts["least_squares"]
+
+
+@pytest.mark.slow
 def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path, monkeypatch):
     monkeypatch.setattr("autoprune.study.check", None)
     run_dir = str(tmp_path)
@@ -80,12 +100,12 @@ def test_what_resumes_and_what_workers_get_scores_to_the_last_bit_what_the_check
     case, tmp_path, monkeypatch, parts
 ):
     """Ridges are chosen for the parts, and for the ranking, that the check began with, not for what it chose."""
-    really = autoprune.checking.check
+    really = checking.check
 
     def choosing(*given):
         choice, chosen, _ = really(*given)
         choice = dataclasses.replace(choice, criterion="taylor", parts={**choice.parts, **parts})
-        return choice, chosen.with_parts(**parts), autoprune.checking.ranking(given[0], "taylor", given[-1])
+        return choice, chosen.with_parts(**parts), checking.ranking(given[0], "taylor", given[-1])
 
     monkeypatch.setattr("autoprune.study.check", choosing)
     first = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
