@@ -28,6 +28,7 @@ from autoprune.rungs import Rungs
 from autoprune.search import search
 from autoprune.search_spaces import Channels, Sparsity, register_space
 from autoprune.structure.adapters import register_adapter
+from autoprune.structure.rules import register_rule
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "load",
     "profile",
     "register_adapter",
+    "register_rule",
     "register_space",
     "save",
     "search",

@@ -315,7 +315,7 @@ def _require_counted(budget: Budget, structure: Structure) -> None:
     if missing and any(limit.name == "flops" for limit in budget.limits):
         raise UnsupportedModelError(
             f"budget '{budget}' limits flops, but nothing says what {', '.join(missing[:3])} costs; limit params or "
-            "latency_ms, or register its multiply-accumulates with autoprune.structure.macs.formula"
+            "latency_ms, or give its multiply-accumulates to autoprune.register_rule"
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from autoprune.structure.analysis import best_choices
 from autoprune.structure.checks import Checker
 from autoprune.structure.example import Example
-from autoprune.structure.propagate import Propagation
+from autoprune.structure.labels import Propagation
 from autoprune.structure.structure import assemble
 from autoprune.structure.trace import trace
 from autoprune.structure.units import find_units

@@ -93,7 +93,7 @@ class Channels:
 
     @property
     def needs_latency(self) -> bool:
-        """Whether widths follow the measured latency."""
+        """Return whether widths follow the measured latency."""
         return self.round_to == "auto"
 
     def with_latency(self, latency: Latency, structure: Structure) -> Channels:

@@ -30,7 +30,7 @@ class FollowsLatency(Protocol):
 
     @property
     def needs_latency(self) -> bool:
-        """Whether these settings need it; the search then measures latency whatever its budget limits."""
+        """Return whether these settings need it; the search then measures latency whatever its budget limits."""
         ...
 
     def with_latency(self, latency: Latency, structure: Structure) -> Settings:

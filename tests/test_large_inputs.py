@@ -25,7 +25,8 @@ from autoprune.evaluators.moments import Sample
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning
 from autoprune.structure.analysis import analyse
 from autoprune.structure.known_shapes import KnownShapes
-from autoprune.structure.propagate import Edge, propagate
+from autoprune.structure.labels import Edge
+from autoprune.structure.propagate import propagate
 from autoprune.structure.skeleton import skeleton
 from autoprune.structure.slicing import build
 from autoprune.structure.trace import trace

@@ -14,7 +14,7 @@ import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.analysis import analyse
-from autoprune.structure.macs import FORMULAS, formula
+from autoprune.structure.rules import registry
 from tests.candidates import random_pruning, widths_of
 from tests.small_networks import Net
 
@@ -272,7 +272,7 @@ def unknown():
         library.define("mix(Tensor x, Tensor weight) -> Tensor")
         library.impl("mix", lambda x, weight: x @ weight.T, "CompositeExplicitAutograd")
         yield torch.ops.autoprune_test.mix
-    FORMULAS.pop("mix", None)
+    registry.OPERATIONS.pop("autoprune_test::mix", None)
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_a_budget_on_flops_is_refused_where_an_operation_has_no_formula(unknown:
         head=nn.Linear(5, 2),
     )
     x = torch.randn(4, 6)
-    with pytest.raises(UnsupportedModelError, match=r"autoprune_test::mix.*latency_ms.*formula"):
+    with pytest.raises(UnsupportedModelError, match=r"autoprune_test::mix.*latency_ms.*register_rule"):
         autoprune.search(model, "flops <= 50%", example_inputs=x, trials=1, progress=False)
     assert "autoprune_test::mix" in str(autoprune.inspect(model, x))
     assert "flops leave out autoprune_test::mix" in " ".join(
@@ -293,5 +293,6 @@ def test_a_budget_on_flops_is_refused_where_an_operation_has_no_formula(unknown:
             model, "params <= 80%", example_inputs=x, trials=1, progress=False, evaluator="adaptive_bn"
         ).notes
     )
-    formula("mix")(lambda record, op: [(1, [(op.args["x"].id, 0), *((op.args["weight"].id, d) for d in (0, 1))])])
+    products = lambda record, op: [(1, [(op.args["x"].id, 0), *((op.args["weight"].id, d) for d in (0, 1))])]  # noqa: E731
+    autoprune.register_rule("autoprune_test::mix", macs=products)
     assert autoprune.inspect(model, x).dense["flops"] == 48 + 64 + 40 + 10

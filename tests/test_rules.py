@@ -1,6 +1,10 @@
 """Operations between two layers: what passes through them can be removed, and what is built is right."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.structure.analysis import analyse
+from autoprune.structure.rules import registry
+from autoprune.structure.rules.registry import OPERATIONS as OPERATIONS_KNOWN
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, widths_of
 from tests.counting import counted_macs
 
@@ -116,3 +123,57 @@ def test_space_stays_where_a_convolution_reads_neighbours():
     structure = analyse(Neighbours().eval(), (torch.randn(2, 6, 5),))
     assert not structure.groups
     assert any("used as space" in frozen.reason for frozen in structure.frozen)
+
+
+EARLY = """
+import torch
+import autoprune
+
+def stays(flow, op):
+    for value in op.inputs():
+        for labels in flow.of(value):
+            flow.freeze(op, labels, "stays")
+    return [[None] * len(flow.record.values[value].shape) for value in op.results()]
+
+autoprune.register_rule("aten::convolution", stays)
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+print(len(autoprune.inspect(model, torch.randn(1, 3, 8, 8)).groups))
+"""
+
+
+@pytest.mark.slow
+def test_a_rule_registered_before_the_first_trace_counts():
+    finished = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True)
+    assert (finished.stdout, finished.stderr) == ("0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "message"),
+    [
+        ("glu", None, "name must be namespace::name"),
+        ("::glu", None, "name must be namespace::name"),
+        ("aten::glu.default", None, "name must be namespace::name"),
+        (torch.ops.aten.glu, None, "name must be namespace::name"),
+        ("mine::glu", 3, "rule must be a function of two arguments, got 3"),
+        ("mine::glu", lambda flow: [], "rule must be a function of two arguments, got .*which takes"),
+    ],
+)
+def test_rules_that_could_not_be_found_or_called_are_refused(name: Any, rule: Any, message: str):
+    before = dict(OPERATIONS_KNOWN)
+    with pytest.raises(TypeError, match=message):
+        autoprune.register_rule(name, rule)
+    assert before == OPERATIONS_KNOWN
+
+
+def test_what_is_known_of_an_operation_stays_where_nothing_else_is_given(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "OPERATIONS", dict(OPERATIONS_KNOWN))
+    before = registry.OPERATIONS["mm"]
+
+    def count(record: Any, op: Any) -> list[Any]:
+        return []
+
+    autoprune.register_rule("aten::mm", macs=count)
+    assert registry.operation_named(torch.ops.aten.mm.default) == replace(before, macs=count)
+    autoprune.register_rule("mine::mm", macs=count, weights=["w"])  # of a library: it is not PyTorch's
+    assert registry.OPERATIONS["mine::mm"] == registry.Operation(macs=count, weights=("w",))
+    assert registry.OPERATIONS["mm"] == before

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from autoprune.costs import StructuralCosts
 from autoprune.protocols import Pruning
 from autoprune.structure import analysis
-from autoprune.structure.propagate import INNER, OUTER, Propagation, propagate
+from autoprune.structure.labels import INNER, OUTER, Propagation
+from autoprune.structure.propagate import propagate
 from autoprune.structure.record import Record
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure

@@ -18,7 +18,8 @@ from autoprune.structure.checks import Checker
 from autoprune.structure.containers import map_tensors, sizes_of, tensors_in
 from autoprune.structure.example import Example
 from autoprune.structure.isolated import ProcessDiedError, call_alone
-from autoprune.structure.propagate import Propagation, propagate
+from autoprune.structure.labels import Propagation
+from autoprune.structure.propagate import propagate
 from autoprune.structure.record import Forward, Inputs, Record
 from autoprune.structure.rewrite import find_rewrites, rewritten
 from autoprune.structure.slicing import Edit, build

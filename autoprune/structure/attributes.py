@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoprune.structure.adapters import adapter_of
-from autoprune.structure.propagate import Propagation
+from autoprune.structure.labels import Propagation
 from autoprune.structure.reads import Reads
 from autoprune.structure.record import Op
 from autoprune.structure.repeats import Place, Repeats
 from autoprune.structure.replay import Replay
+from autoprune.structure.rules.registry import operation_named, operation_of
 from autoprune.structure.structure import Attribute
 from autoprune.structure.time_limit import look
 from autoprune.structure.units import AffineSize, Group, Units
@@ -38,15 +39,6 @@ MOST_MEANINGS = 3
 
 MOST_PAIRED = 6
 """Most suspects, the nearest first, that are tried in pairs if none alone helps."""
-
-REARRANGING = frozenset(
-    (
-        *("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "clone", "contiguous", "alias", "detach"),
-        *("copy_", "transpose", "t", "permute", "unsqueeze", "squeeze", "empty", "empty_strided", "as_strided"),
-        *("_to_copy", "copy"),
-    )
-)
-"""Operations that a smaller module may run more or fewer of."""
 
 Where = tuple[str, str]
 """A module and a path of attributes from it."""
@@ -94,7 +86,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, wi
     def __init__(self, replay: Replay) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.replay = replay
-        self.steps = [op for op in replay.record.ops if op.name not in REARRANGING]
+        self.steps = [op for op in replay.record.ops if not operation_of(op).rearranges]
         self.done = 0
         self.since = 0
         self.last = -1
@@ -111,7 +103,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, wi
         look()
         out = func(*args, **(kwargs or {}))
         self.since += 1
-        if func.overloadpacket.__name__ in REARRANGING:
+        if operation_named(func).rearranges:
             return out
         leaves = [out] if isinstance(out, Tensor) else tree_leaves(out)
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]

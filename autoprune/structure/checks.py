@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from autoprune.protocols import Pruning
 from autoprune.structure.attributes import Found
 from autoprune.structure.example import Example
-from autoprune.structure.propagate import Propagation
+from autoprune.structure.labels import Propagation
 from autoprune.structure.replay import Replay
 from autoprune.structure.rounding import CheckError
 from autoprune.structure.shorter import Shorter, same_units, shorten

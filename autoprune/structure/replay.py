@@ -10,31 +10,19 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.protocols import IntArray
 from autoprune.structure.known_shapes import KnownShapes
-from autoprune.structure.propagate import INNER, Propagation
+from autoprune.structure.labels import Propagation
 from autoprune.structure.record import Op, Ref
-from autoprune.structure.strides import contiguous_strides, strided_steps
+from autoprune.structure.rules.registry import operation_of
 from autoprune.structure.time_limit import look
 from autoprune.structure.units import BoolArray, Units
 
 log = logging.getLogger(__name__)
-
-STATISTICS = frozenset(
-    (
-        *("native_layer_norm", "layer_norm", "native_group_norm", "group_norm", "_fused_rms_norm", "rms_norm"),
-        *("_softmax", "softmax", "_safe_softmax", "_log_softmax", "cumsum", "logcumsumexp", "argmax", "argmin"),
-        *("mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp"),
-        *("prod", "max", "min", "any", "all", "_weight_norm_interface", "_weight_norm"),
-        *("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "_batch_norm_no_update"),
-    )
-)
-"""Operations whose value depends on the number of units; a masked replay runs them over kept units only."""
 
 
 class Replay:
@@ -145,7 +133,7 @@ class Replay:
         """Run the record dense, with every result masked and statistics over kept units only; return its outputs."""
 
         def run(op: Op, env: dict[int, Tensor]) -> Any:
-            if op.name in STATISTICS and any(i is not None for value in op.inputs() for i in self.alive(value)):
+            if operation_of(op).statistics and any(i is not None for value in op.inputs() for i in self.alive(value)):
                 small = {value: self.slice(value, env[value]) for value in op.inputs()}
                 out = _call(op, {**op.args, **resized_arguments(op, self)}, small, self.wide)
                 spread = iter(op.results())
@@ -267,90 +255,7 @@ def _call(op: Op, args: Mapping[str, Any], env: Mapping[int, Tensor], wide: bool
     return op.func(*positional, **concrete)
 
 
-Resize = Callable[[Op, Replay], dict[str, Any]]
-
-
 def resized_arguments(op: Op, replay: Replay) -> dict[str, Any]:
     """Compute the size arguments of an operation that follow the widths, by schema name."""
-    resize = RESIZE.get(op.name)
+    resize = operation_of(op).resize
     return resize(op, replay) if resize else {}
-
-
-def _view(op: Op, replay: Replay) -> dict[str, Any]:
-    name = next(n for n in ("size", "shape") if n in op.args)
-    return {name: list(replay.shape(op.results()[0]))}
-
-
-def _repeat(op: Op, replay: Replay) -> dict[str, Any]:
-    new, old = replay.shape(op.results()[0]), replay.shape(op.args["self"].id)
-    lead = (1,) * (len(new) - len(old))
-    return {"repeats": [wide // narrow for wide, narrow in zip(new, (*lead, *old), strict=True)]}
-
-
-def _as_strided(op: Op, replay: Replay) -> dict[str, Any]:
-    """Compute strides that follow the sizes: each is a number of steps along one dimension of the source."""
-    source, shape = op.args["self"].id, replay.shape(op.results()[0])
-    if not replay.shrinks(source):
-        return {}
-    steps = strided_steps(replay.record, op)
-    if steps is None:
-        return {"size": list(shape), "stride": list(contiguous_strides(shape))}
-    strides = contiguous_strides(replay.shape(source))
-    return {"size": list(shape), "stride": [1 if dim is None else count * strides[dim] for dim, count in steps]}
-
-
-def _split(op: Op, replay: Replay) -> dict[str, Any]:
-    sizes = [replay.shape(value)[op.args.get("dim", 0)] for value in op.results()]
-    name = "split_sizes" if "split_sizes" in op.args else "split_size"
-    return {name: sizes if name == "split_sizes" or isinstance(op.args[name], list) else sizes[0]}
-
-
-def _slice(op: Op, replay: Replay) -> dict[str, Any]:
-    index = replay.alive(op.args["self"].id)[op.args["dim"]]
-    if index is None:
-        return {}
-    size = replay.record.values[op.args["self"].id].shape[op.args["dim"]]
-    begin, end, _ = slice(op.args.get("start"), op.args.get("end")).indices(size)
-    return {"start": int((index < begin).sum()), "end": int((index < end).sum())}
-
-
-def _select(op: Op, replay: Replay) -> dict[str, Any]:
-    index = replay.alive(op.args["self"].id)[op.args["dim"]]
-    return {} if index is None else {"index": int(np.searchsorted(index, op.args["index"]))}
-
-
-def _groups(op: Op, replay: Replay) -> dict[str, Any]:
-    return {"groups": kept_groups(op, replay.flow, replay.shape(op.args["input"].id)[1])}
-
-
-def kept_groups(op: Op, flow: Propagation, channels: int) -> int:
-    """Number of groups of a grouped convolution or group norm whose input keeps `channels` channels."""
-    name = "groups" if "groups" in op.args else "group"
-    value = flow.record.values[op.args["input"].id]
-    per_group = value.shape[1] // op.args[name]
-    inner = flow.sites.get(op.index) == INNER or op.args[name] == 1
-    return int(op.args[name]) if inner else channels // per_group
-
-
-def _group_norm(op: Op, replay: Replay) -> dict[str, Any]:
-    shape = replay.shape(op.args["input"].id)
-    return {"N": shape[0], "C": shape[1], "group": kept_groups(op, replay.flow, shape[1])}
-
-
-def _layer_norm(op: Op, replay: Replay) -> dict[str, Any]:
-    return {"normalized_shape": list(replay.shape(op.args["input"].id)[-len(op.args["normalized_shape"]) :])}
-
-
-RESIZE: dict[str, Resize] = {
-    **dict.fromkeys(["view", "_unsafe_view", "reshape", "view_copy", "_reshape_alias", "expand", "expand_copy"], _view),
-    **dict.fromkeys(["zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"], _view),
-    **dict.fromkeys(["rand", "randn"], _view),
-    **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "split_copy"], _split),
-    **dict.fromkeys(["as_strided", "as_strided_"], _as_strided),
-    "repeat": _repeat,
-    "slice": _slice,
-    "select": _select,
-    "convolution": _groups,
-    "native_group_norm": _group_norm,
-    "native_layer_norm": _layer_norm,
-}

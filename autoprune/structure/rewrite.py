@@ -21,7 +21,7 @@ from autoprune.structure.capture import Capture, Frame
 from autoprune.structure.checks import Checker
 from autoprune.structure.describe import NotFollowedError, Run, describe
 from autoprune.structure.graph_module import Description, RecordedModule
-from autoprune.structure.propagate import Propagation
+from autoprune.structure.labels import Propagation
 from autoprune.structure.record import Forward, Inputs
 from autoprune.structure.skeleton import Call, call_with, skeleton
 from autoprune.structure.trace import trace

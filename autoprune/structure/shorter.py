@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.structure.containers import map_tensors, tensors_in
+from autoprune.structure.labels import Edge, Propagation
 from autoprune.structure.macs import dense_macs
-from autoprune.structure.propagate import Edge, Propagation, propagate
+from autoprune.structure.propagate import propagate
 from autoprune.structure.record import Forward, Inputs, Record
 from autoprune.structure.trace import trace
 from autoprune.structure.units import Group, Units

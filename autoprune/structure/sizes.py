@@ -17,7 +17,7 @@ from torch import nn
 
 from autoprune.protocols import Pruning
 from autoprune.structure.attributes import Found, Known, Search, groups_near, size_at
-from autoprune.structure.propagate import Edge, Propagation
+from autoprune.structure.labels import Edge, Propagation
 from autoprune.structure.repeats import Place, Repeats
 from autoprune.structure.replay import Replay
 from autoprune.structure.structure import Attribute, Structure, assemble

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoprune.protocols import FloatArray, IntArray
-from autoprune.structure.macs import MATRICES, products_of, uncounted
-from autoprune.structure.propagate import Propagation
+from autoprune.structure.labels import Propagation
+from autoprune.structure.macs import products_of, uncounted
 from autoprune.structure.record import Record
+from autoprune.structure.rules.registry import operation_of
 from autoprune.structure.units import AffineSize, Units
 
 
@@ -52,20 +53,6 @@ class Terms:
     died: IntArray
     batch: int
     uncounted: tuple[str, ...] = ()
-
-
-WEIGHTS: dict[str, tuple[str, ...]] = {
-    "convolution": ("weight",),
-    "_convolution": ("weight",),
-    "conv_tbc": ("weight",),
-    "linear": ("weight",),
-    "_grouped_mm": ("mat2",),
-    "_trilinear": ("i2",),  # a bilinear layer
-    "mv": ("self",),
-    "addmv": ("mat",),
-    **MATRICES,
-}
-"""Names of the arguments, one of which is the weight of the operation."""
 
 
 class _Builder:
@@ -168,7 +155,7 @@ def multiplied_parameters(record: Record) -> dict[str, tuple[int, ...]]:
         if known and len(known) == len(sources):
             largest = max(known, key=lambda i: math.prod(values[i].shape))
             source.update((result, largest) for result in op.results() if result not in source)
-        arguments = (op.args[name].id for name in WEIGHTS.get(op.name, ()))
+        arguments = (op.args[name].id for name in operation_of(op).weights)
         weights = [source[value] for value in arguments if value in source]
         if weights and len(values[weights[-1]].shape) > 1:
             found[values[weights[-1]].name] = values[weights[-1]].shape

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from autoprune.protocols import IntArray
-from autoprune.structure.propagate import Labels, Propagation
+from autoprune.structure.labels import Labels, Propagation
 
 REMEMBERED = 4
 """Most results for one propagation that are cached."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autoprune.protocols import IntArray, Pruning
 from autoprune.structure.containers import tensors_in
 from autoprune.structure.example import Example
-from autoprune.structure.propagate import Propagation
+from autoprune.structure.labels import Propagation
 from autoprune.structure.replay import Replay
 from autoprune.structure.rounding import compare, native_tolerances, wide_tolerances
 from autoprune.structure.skeleton import skeleton

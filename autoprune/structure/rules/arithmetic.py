@@ -1,50 +1,21 @@
-"""Rules for elementwise operations, reductions, contractions and tensors made from nothing."""
+"""Elementwise operations, reductions, and tensors made from sizes."""
 
 from __future__ import annotations
 
-from autoprune.structure.propagate import Dims, Labels, Propagation
+from typing import Any
+
+from autoprune.structure.labels import Dims, Labels, Propagation
 from autoprune.structure.record import Op, Ref
-from autoprune.structure.rules import rule
+from autoprune.structure.rules.registry import Narrowed, rule
 
 
-@rule(
-    "pointwise",
-    "hardswish",
-    "hardswish_",
-    "hardtanh_",
-    "_prelu_kernel",
-    "log_sigmoid_forward",
-    "masked_fill",
-    "masked_fill_",
-    "dropout",
-    "native_dropout",
-    "clone",
-    "copy_",
-    "copy",
-    "detach",
-    "detach_",
-    "alias",
-    "contiguous",
-    "_to_copy",
-    "lift_fresh",
-    "lift_fresh_copy",
-    "softmax",
-    "_softmax",
-    "_log_softmax",
-    "_safe_softmax",
-    "cumsum",
-    "logcumsumexp",
-    "fill_",
-    "zero_",
-    "tril",
-    "triu",
-    "renorm",
-    "rrelu_with_noise",
-    "_conj",
-    "_neg_view",
-    "resolve_conj",
-    "resolve_neg",
-)
+@rule("clone", "contiguous", "_to_copy", "alias", passes=True, rearranges=True)
+@rule("copy_", "copy", "detach", rearranges=True)
+@rule("masked_fill", "masked_fill_", passes=True)
+@rule("softmax", "_softmax", "_safe_softmax", "_log_softmax", "cumsum", "logcumsumexp", statistics=True)
+@rule("pointwise", "hardswish", "hardswish_", "hardtanh_", "_prelu_kernel", "log_sigmoid_forward")
+@rule("dropout", "native_dropout", "renorm", "rrelu_with_noise", "fill_", "zero_", "tril", "triu")
+@rule("detach_", "lift_fresh", "lift_fresh_copy", "_conj", "_neg_view", "resolve_conj", "resolve_neg")
 def elementwise(flow: Propagation, op: Op) -> list[Dims]:
     """Join aligned dimensions; a size of 1 broadcasts and joins nothing."""
     results = []
@@ -53,7 +24,7 @@ def elementwise(flow: Propagation, op: Op) -> list[Dims]:
         dims: Dims = []
         for back in range(len(shape), 0, -1):
             aligned = [flow.of(value)[-back] for value in op.inputs() if _size(flow, value, back) == shape[-back] != 1]
-            dims.append(_join_all(flow, op, aligned))
+            dims.append(join_all(flow, op, aligned))
         results.append(dims)
     return results
 
@@ -63,7 +34,8 @@ def _size(flow: Propagation, value: int, back: int) -> int:
     return shape[-back] if back <= len(shape) else 1
 
 
-def _join_all(flow: Propagation, op: Op, aligned: list[Labels]) -> Labels:
+def join_all(flow: Propagation, op: Op, aligned: list[Labels]) -> Labels:
+    """Join aligned dimensions of several tensors; None if there are none."""
     if not aligned:
         return None
     joined = aligned[0]
@@ -72,28 +44,9 @@ def _join_all(flow: Propagation, op: Op, aligned: list[Labels]) -> Labels:
     return joined
 
 
-@rule(
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "var",
-    "std",
-    "var_mean",
-    "std_mean",
-    "norm",
-    "linalg_vector_norm",
-    "logsumexp",
-    "prod",
-    "nansum",
-    "any",
-    "all",
-    "max",
-    "min",
-    "argmax",
-    "argmin",
-    "aminmax",
-)
+@rule("sum", "nansum", "aminmax")
+@rule("mean", "prod", "norm", "linalg_vector_norm", "logsumexp", "var", "std", "var_mean", "std_mean", statistics=True)
+@rule("amax", "amin", "max", "min", "argmax", "argmin", "any", "all", statistics=True)
 def reduction(flow: Propagation, op: Op) -> list[Dims]:
     """Drop the reduced dimensions. Positions along a labelled dimension (argmax) have no meaning for removed units."""
     source = op.args["self"]
@@ -112,34 +65,9 @@ def reduction(flow: Propagation, op: Op) -> list[Dims]:
     return [out for _ in op.results()]
 
 
-@rule("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "linear", "_sparse_addmm")
-def contraction(flow: Propagation, op: Op) -> list[Dims]:
-    """Join the contracted dimensions of a matrix product; rows and columns pass."""
-    names = {
-        "addmm": ("mat1", "mat2"),
-        "_sparse_addmm": ("mat1", "mat2"),
-        "baddbmm": ("batch1", "batch2"),
-        "mv": ("self", "vec"),
-        "addmv": ("mat", "vec"),
-        "dot": ("self", "tensor"),
-        "vdot": ("self", "other"),
-        "linear": ("input", "weight"),
-    }.get(op.name, ("self", "mat2"))
-    a, b = flow.of(op.args[names[0]].id), flow.of(op.args[names[1]].id)
-    if op.name == "linear":
-        b = b[::-1]
-    inner = b[-2] if len(b) > 1 else b[0]
-    if op.index in flow.scores:
-        for labels in (a[-1], inner):
-            flow.freeze(op, labels, f"head dimension of the attention scores in {op.where()}")
-    contract(flow, op, a[-1], inner)
-    out: Dims = [*a[:-1], *b[-1:]] if len(b) > 1 else [*a[:-1]]
-    if len(b) == 3:
-        out[0] = _join_all(flow, op, [a[0], b[0]])
-    bias = op.args.get("bias" if op.name == "linear" else "self" if "add" in op.name else "")
-    if isinstance(bias, Ref):
-        add_bias(flow, op, bias, out)
-    return [out]
+def fixed(flow: Propagation, values: list[int]) -> list[Dims]:
+    """Labels of results that are fixed in every dimension."""
+    return [[None] * len(flow.record.values[value].shape) for value in values]
 
 
 def contract(flow: Propagation, op: Op, data: Labels, weight: Labels) -> None:
@@ -159,20 +87,16 @@ def add_bias(flow: Propagation, op: Op, bias: Ref, out: Dims) -> None:
             out[-back] = flow.join(op, out[-back], labels)
 
 
-@rule(
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "rand",
-    "randn",
-    "scalar_tensor",
-    "empty_strided",
-)
+def size_of_result(op: Op, narrowed: Narrowed) -> dict[str, Any]:
+    """Give the result its shape."""
+    name = next(name for name in ("size", "shape") if name in op.args)
+    return {name: list(narrowed.shape(op.results()[0]))}
+
+
+@rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn", resize=size_of_result)
+@rule("empty", resize=size_of_result, rearranges=True)
+@rule("empty_strided", rearranges=True)
+@rule("scalar_tensor")
 def factory(flow: Propagation, op: Op) -> list[Dims]:
     """Give a tensor made from sizes fresh labels: the code that made it may follow the width of a neighbour."""
     return [[flow.fresh(size) for size in flow.record.values[value].shape] for value in op.results()]
@@ -187,47 +111,4 @@ def like(flow: Propagation, op: Op) -> list[Dims]:
 @rule("arange", "linspace", "eye", "tril_indices", "triu_indices")
 def constant(flow: Propagation, op: Op) -> list[Dims]:
     """Fix a tensor whose positions have a meaning."""
-    return [[None] * len(flow.record.values[value].shape) for value in op.results()]
-
-
-@rule("addbmm")
-def summed_products(flow: Propagation, op: Op) -> list[Dims]:
-    """Join the contracted dimensions of a summed batch of matrix products, and the batches, which are summed too."""
-    a, b = flow.of(op.args["batch1"].id), flow.of(op.args["batch2"].id)
-    contract(flow, op, a[2], b[1])
-    flow.join(op, a[0], b[0])
-    out: Dims = [a[1], b[2]]
-    add_bias(flow, op, op.args["self"], out)
-    return [out]
-
-
-@rule("addr")
-def outer_product(flow: Propagation, op: Op) -> list[Dims]:
-    """Take rows from one vector and columns from the other."""
-    out: Dims = [flow.of(op.args[name].id)[0] for name in ("vec1", "vec2")]
-    add_bias(flow, op, op.args["self"], out)
-    return [out]
-
-
-@rule("_trilinear")
-def trilinear(flow: Propagation, op: Op) -> list[Dims]:
-    """Sum products of three tensors (a bilinear layer): aligned dimensions are joined, those of the sum disappear."""
-    rank = len(flow.of(op.args["i1"].id)) + len(op.args["expand1"])
-    met: list[list[Labels]] = [[] for _ in range(rank)]
-    for name, broadcast in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
-        axes = [axis for axis in range(rank) if axis not in op.args[broadcast]]
-        for axis, labels in zip(axes, flow.of(op.args[name].id), strict=True):
-            met[axis].append(labels)
-    for axis in op.args["sumdim"]:
-        for labels in met[axis][1:]:
-            contract(flow, op, met[axis][0], labels)
-    return [[_join_all(flow, op, met[axis]) for axis in range(rank) if axis not in op.args["sumdim"]]]
-
-
-@rule("_cdist_forward", "_euclidean_dist")
-def distances(flow: Propagation, op: Op) -> list[Dims]:
-    """Join the dimension along which distances between the rows of two matrices are measured; rows pass."""
-    a, b = flow.of(op.args["x1"].id), flow.of(op.args["x2"].id)
-    contract(flow, op, a[-1], b[-1])
-    lead = [flow.join(op, left, right) for left, right in zip(a[:-2], b[:-2], strict=True)]
-    return [[*lead, a[-2], b[-2]]]
+    return fixed(flow, op.results())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from autoprune.structure.propagate import Dims, Labels, Propagation
-from autoprune.structure.record import Op, Ref
-from autoprune.structure.rules import rule
+from autoprune.structure.labels import Dims, Labels, Propagation
+from autoprune.structure.record import Op, Record, Ref
+from autoprune.structure.rules.products import argument, dims_of
+from autoprune.structure.rules.registry import Product, rule
 
 
 def _stay(flow: Propagation, op: Op, labels: Labels) -> None:
@@ -23,7 +24,14 @@ def embedding(flow: Propagation, op: Op) -> list[Dims]:
     return [[None] * len(flow.of(op.args["indices"].id)) + [columns]]
 
 
-@rule("_embedding_bag", "_embedding_bag_forward_only", "embedding_bag")
+def _weighted_bags(record: Record, op: Op) -> list[Product]:
+    """Count a bag, which multiplies only if each entry has a separate weight."""
+    if not isinstance(op.args.get("per_sample_weights"), Ref):
+        return []
+    return [(1, [*dims_of(record, argument(op, "indices")), (argument(op, "weight"), 1)])]
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only", "embedding_bag", macs=_weighted_bags)
 def embedding_bag(flow: Propagation, op: Op) -> list[Dims]:
     """Look rows up and reduce each bag: the rows stay, the columns pass."""
     rows, columns = flow.of(op.args["weight"].id)
@@ -137,18 +145,6 @@ def order(flow: Propagation, op: Op) -> list[Dims]:
         else [labels for i, labels in enumerate(dims) if i != axis]
         for value in op.results()
     ]
-
-
-@rule("_grouped_mm")
-def grouped_mm(flow: Propagation, op: Op) -> list[Dims]:
-    """Multiply runs of rows by a matrix each (mixture of experts): join the contracted dimension; the experts stay."""
-    rows, matrices = flow.of(op.args["self"].id), flow.of(op.args["mat2"].id)
-    for labels in matrices[:-2]:
-        flow.freeze(op, labels, f"chosen by a router in {op.where()}")
-    flow.join(op, rows[-1], matrices[-2])
-    aligned = 16 // flow.record.values[op.args["self"].id].dtype.itemsize  # strides are multiples of 16 bytes
-    flow.multiples += [(labels, aligned) for labels in (rows[-1], *matrices[-2:]) if labels is not None]
-    return [[*rows[:-1], matrices[-1]]]
 
 
 @rule("bucketize", "searchsorted")

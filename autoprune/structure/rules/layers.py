@@ -1,16 +1,45 @@
-"""Rules for whole layers: convolution, normalisation, pooling, resampling, attention."""
+"""Whole layers: convolution, normalisation, pooling, resampling."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from autoprune.structure.propagate import INNER, OUTER, Dims, Labels, Propagation
-from autoprune.structure.record import Op, Ref
-from autoprune.structure.rules import rule
-from autoprune.structure.rules.arithmetic import add_bias, contract
+from autoprune.structure.labels import INNER, OUTER, Dims, Labels, Propagation
+from autoprune.structure.record import Op, Record, Ref
+from autoprune.structure.rules.arithmetic import add_bias, contract, fixed
+from autoprune.structure.rules.products import argument, dims_of
+from autoprune.structure.rules.registry import Narrowed, Product, known, rule
 
 
-@rule("convolution", "_convolution", "convolution_overrideable")
+def _convolution_macs(record: Record, op: Op) -> list[Product]:
+    walked = argument(op, "input") if op.args["transposed"] else op.results()[0]
+    return [(1, [(walked, 0), *dims_of(record, walked, 2), *dims_of(record, argument(op, "weight"))])]
+
+
+def _time_first_macs(record: Record, op: Op) -> list[Product]:
+    return [(1, [*dims_of(record, op.results()[0], 0, 2), *dims_of(record, argument(op, "weight"))])]
+
+
+def _kept_groups(op: Op, narrowed: Narrowed) -> dict[str, Any]:
+    return {"groups": kept_groups(op, narrowed.flow, narrowed.shape(argument(op, "input"))[1])}
+
+
+def kept_groups(op: Op, flow: Propagation, channels: int) -> int:
+    """Number of groups of a grouped convolution or group norm whose input keeps `channels` channels."""
+    name = "groups" if "groups" in op.args else "group"
+    value = flow.record.values[op.args["input"].id]
+    per_group = value.shape[1] // op.args[name]
+    inner = flow.sites.get(op.index) == INNER or op.args[name] == 1
+    return int(op.args[name]) if inner else channels // per_group
+
+
+known("conv_tbc", macs=_time_first_macs, weights=("weight",))
+
+
+@rule("convolution", macs=_convolution_macs, resize=_kept_groups, weights=("weight",))
+@rule("_convolution", "convolution_overrideable", macs=_convolution_macs, weights=("weight",))
 def convolution(flow: Propagation, op: Op) -> list[Dims]:
     """Join input channels with the weight's, output channels pass.
 
@@ -82,33 +111,40 @@ def _width(flow: Propagation, op: Op, side: str) -> int:
     return flow.record.values[value].shape[1]
 
 
-def _fixed(flow: Propagation, values: list[int]) -> list[Dims]:
-    return [[None] * len(flow.record.values[value].shape) for value in values]
-
-
-@rule(
-    "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm", "miopen_batch_norm"
-)
+@rule("native_batch_norm", statistics=True)
+@rule("_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm", "miopen_batch_norm")
 def batch_norm(flow: Propagation, op: Op) -> list[Dims]:
     """Join the affine parameters and the running statistics with the channels."""
     out = list(flow.of(op.args["input"].id))
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(op.args.get(name), Ref):
             out[1] = flow.join(op, out[1], flow.of(op.args[name].id)[0])
-    return [out, *_fixed(flow, op.results()[1:])]
+    return [out, *fixed(flow, op.results()[1:])]
 
 
-@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+def _normalized_shape(op: Op, narrowed: Narrowed) -> dict[str, Any]:
+    rank = len(op.args["normalized_shape"])
+    return {"normalized_shape": list(narrowed.shape(argument(op, "input"))[-rank:])}
+
+
+@rule("native_layer_norm", resize=_normalized_shape, statistics=True)
+@rule("layer_norm", "_fused_rms_norm", "rms_norm", statistics=True)
 def layer_norm(flow: Propagation, op: Op) -> list[Dims]:
     """Join the affine parameters with the trailing dimensions, whose statistics are over kept units."""
     out = list(flow.of(op.args["input"].id))
     for name in ("weight", "bias"):
         if isinstance(op.args.get(name), Ref):
             add_bias(flow, op, op.args[name], out)
-    return [out, *_fixed(flow, op.results()[1:])]
+    return [out, *fixed(flow, op.results()[1:])]
 
 
-@rule("native_group_norm", "group_norm")
+def _group_norm(op: Op, narrowed: Narrowed) -> dict[str, Any]:
+    shape = narrowed.shape(argument(op, "input"))
+    return {"N": shape[0], "C": shape[1], "group": kept_groups(op, narrowed.flow, shape[1])}
+
+
+@rule("native_group_norm", resize=_group_norm, statistics=True)
+@rule("group_norm", statistics=True)
 def group_norm(flow: Propagation, op: Op) -> list[Dims]:
     """Treat a group norm as a site like a grouped convolution: whole groups (``OUTER``) or one channel of each."""
     out = list(flow.of(op.args["input"].id))
@@ -121,7 +157,7 @@ def group_norm(flow: Propagation, op: Op) -> list[Dims]:
     for name in ("weight", "bias"):
         if isinstance(op.args.get(name), Ref):
             out[1] = flow.join(op, out[1], flow.of(op.args[name].id)[0])
-    return [out, *_fixed(flow, op.results()[1:])]
+    return [out, *fixed(flow, op.results()[1:])]
 
 
 @rule(
@@ -200,35 +236,7 @@ def fourier(flow: Propagation, op: Op) -> list[Dims]:
     return [out]
 
 
-@rule(
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-    "scaled_dot_product_attention",
-)
-def attention(flow: Propagation, op: Op) -> list[Dims]:
-    """Join the heads of q, k and v; the head dimension stays, because the scale depends on it."""
-    query, key, value = (flow.of(op.args[name].id) for name in ("query", "key", "value"))
-    heads = query[1]
-    for shared in (key, value):
-        heads = _share_heads(flow, op, heads, shared[1])
-    for labels in (query[-1], key[-1], value[-1]):
-        flow.freeze(op, labels, f"head dimension of {op.where()}")
-    for labels in (query[2], key[2], value[2]):
-        flow.freeze(op, labels, f"positions attended over by {op.where()}")
-    return [[None, heads, None, None], *_fixed(flow, op.results()[1:])]
-
-
-def _share_heads(flow: Propagation, op: Op, heads: Labels, shared: Labels) -> Labels:
-    """Join query heads with the key or value heads that serve several of them each."""
-    if heads is None or shared is None:
-        return flow.join(op, heads, shared)
-    return flow.join(op, heads, np.repeat(shared, len(heads) // len(shared)))
-
-
-@rule("_weight_norm_interface", "_weight_norm")
+@rule("_weight_norm_interface", "_weight_norm", statistics=True)
 def weight_norm(flow: Propagation, op: Op) -> list[Dims]:
     """Scale each slice of a weight to a length of its own; the norm is over kept inputs."""
     out = list(flow.of(op.args["v"].id))
