@@ -24,6 +24,10 @@ from autoprune.arguments import shown
 from autoprune.errors import DataError
 
 Batch: TypeAlias = Any
+
+Forward = Callable[[nn.Module, Batch], Any]
+"""``forward(model, batch)``: runs a model on a batch and returns the outputs that matter."""
+
 LABEL_KEYS = ("labels", "label")
 
 
@@ -187,7 +191,7 @@ class Guarded:
         plain: Runs a model on a batch.
     """
 
-    plain: Callable[[nn.Module, Batch], Any]
+    plain: Forward
 
     def __call__(self, model: nn.Module, batch: Batch) -> Any:
         """Return the outputs of the model for the batch, which stays as it is."""
@@ -252,34 +256,6 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
-class Shell:
-    """Containers of a batch, apart from the tensors in them, for code that knows fewer kinds of containers.
-
-    Tracers and exporters look into dicts, lists and tuples, and would take the tensors in other mappings, such as those
-    of Hugging Face tokenizers, for constants. Slots hide the shell from code that looks into objects.
-    """
-
-    __slots__ = ("batch",)
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def filled(self, given: Sequence[Tensor]) -> Batch:
-        """Rebuild the batch with other tensors, as many as it holds."""
-        left = iter(given)
-        return map_tensors(lambda _: next(left), self.batch)
-
-
-def opened(batch: Batch) -> tuple[Any, ...]:
-    """Positional inputs for a forward that `closing` made: a shell and the tensors in it."""
-    return (Shell(batch), *tensors(batch))
-
-
-def closing(forward: Callable[[nn.Module, Batch], Any]) -> Callable[..., Any]:
-    """Wrap a forward to take the result of `opened` in place of the batch."""
-    return lambda model, shell, *given: forward(model, shell.filled(given))
-
-
 def of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
     """Turn the inputs of one call into a batch: keyword inputs as a dict, one input as it is, several plus None.
 
@@ -290,7 +266,7 @@ def of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
     return args[0] if len(args) == 1 else (*args, None)
 
 
-def on_call(forward: Callable[[nn.Module, Batch], Any]) -> Callable[..., Any]:
+def on_call(forward: Forward) -> Callable[..., Any]:
     """Wrap a forward of batches to take the inputs of a call."""
     return lambda model, *args, **kwargs: forward(model, of_call(args, kwargs))
 

@@ -358,8 +358,8 @@ def _example_inputs(model: nn.Module, shape: str | None, example: str | None, ne
     """Example inputs: those named, noise of a shape, or None for those of the model, which must exist if `needed`."""
     import torch
 
-    from autoprune.costs.profiling.profile import require_fits
     from autoprune.loading import load_object
+    from autoprune.structure.example import require_fits
     from autoprune.structure.examples import example_inputs_of
 
     if shape is not None and example is not None:

@@ -23,13 +23,12 @@ from autoprune.costs.changes import Changes, LimitedCosts
 from autoprune.costs.given import require_functions, require_steady
 from autoprune.costs.memory.peak import PeakMemory, measure_memory
 from autoprune.costs.operations.allocations import MEASURABLE
-from autoprune.costs.profiling.profile import profile_structure, with_batch
-from autoprune.costs.returned import require_selecting, selecting
+from autoprune.costs.profiling.profile import profile_structure
 from autoprune.costs.timing import TimeOverError
 from autoprune.criteria import order_units, score_units
 from autoprune.data import Subsets, materialise, synthetic
 from autoprune.errors import AutopruneError, BudgetError, DataError, InfeasibleBudgetError, UnsupportedModelError
-from autoprune.evaluators import Context, Evaluator, Forward, make_evaluator
+from autoprune.evaluators import Context, Evaluator, make_evaluator
 from autoprune.evaluators.compensation import middle_of
 from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.untouched import Untouched, is_ours
@@ -53,8 +52,9 @@ from autoprune.starts import Start, candidates_of, starts_of
 from autoprune.stopping import Deadline, planned
 from autoprune.structure.analysis import analyse, require_supported
 from autoprune.structure.containers import sizes_of
+from autoprune.structure.example import Example
 from autoprune.structure.examples import examples_of, unwrap
-from autoprune.structure.record import Inputs
+from autoprune.structure.outputs import require_selecting, selecting
 from autoprune.structure.slicing import Edit, Slicer
 from autoprune.structure.structure import Structure, delivered_as_graphs
 
@@ -87,12 +87,12 @@ class Study:
             minimised cost to that of the dense model.
         notes: Decisions, in plain words.
         given: The user's arguments that run and judge models, by name.
-        timed: Runs a model on the result of `batches.opened`, without the copy that the forward of the context makes.
         untouched: Sees whether an evaluator of the user's writes to the dense model.
+        priced: The call that latencies and memory are measured on, if they are: a batch of the size that costs are
+            stated at, without the copy of it that the forward of the context makes.
         worst_score: The worst score that the budget allows, in the metric's direction; None if it limits costs alone,
             and until the dense model is measured.
         latency: Predicts latencies; None if they are not limited, or the user gives a function for them.
-        priced: Batch of the size that costs are stated at, opened: the input of measured latencies and memory.
         memory: Predicts the peak of memory; None if it is not limited, or cannot be measured.
         choice: Choice of the calibration check, to be written once the search begins; None without one.
     """
@@ -106,11 +106,10 @@ class Study:
     limits: Mapping[str, float]
     notes: tuple[str, ...]
     given: Mapping[str, Any]
-    timed: Forward
     untouched: Untouched
+    priced: Example
     worst_score: float | None = None
     latency: Latency | None = None
-    priced: tuple[Any, ...] = ()
     memory: PeakMemory | None = None
     choice: Choice | None = None
 
@@ -125,7 +124,7 @@ def prepare(
     evaluator: str | Evaluator = "auto",
     seed: int = 0,
     start: Start | Sequence[Start] = (),
-    forward: Forward | None = None,
+    forward: batches.Forward | None = None,
     example_inputs: Any = None,
     outputs: Any = None,
     checks: str = "on",
@@ -151,30 +150,28 @@ def prepare(
     subsets = _subsets(model, data, example_inputs, metric, seed).to(device)
     plain_run = selecting(forward or batches.default_forward, outputs)
     run = batches.Guarded(plain_run)
-    example = batches.fresh(batches.pieces(subsets.calibration[0], 2)[0])
-    further: list[Inputs] = [(batches.opened(batch), {}) for batch in _branches(model, example_inputs)]
+    first = batches.fresh(batches.pieces(subsets.calibration[0], 2)[0])
+    further = _branches(model, example_inputs)
     stated = subsets.calibration[0]  # costs are stated for this batch
     if data is not None and example_inputs is not None and not further:
         stated = batches.to_device(_like(model, example_inputs, stated), device)
-        if not _same_sizes(stated, example):  # the data may take other branches of the forward
-            further.append((batches.opened(example), {}))
-        example = batches.fresh(stated)
-    whole = batches.closing(plain_run)
-    inputs = batches.opened(example)
+        if not _same_sizes(stated, first):  # the data may take other branches of the forward
+            further.append(first)
+        first = batches.fresh(stated)
+    example = Example.of_batch(model, first, plain_run, further)
     until = deadline or Deadline(time.monotonic())
-    structure = _analysed(
-        until,
-        partial(analyse, model, inputs, forward=whole, further=further, checks=checks, rewrite=rewrite, seed=seed),
-    )
+    structure = _analysed(until, partial(analyse, example, checks=checks, rewrite=rewrite, seed=seed))
     _require_counted(wanted, structure)
     needed = needs_latency(settings) or any(limit.name in TIMED for limit in wanted.limits)
     measured = needed or latency is not None or any(limit.name == "memory_bytes" for limit in wanted.limits)
-    priced = with_batch(batches.opened(stated), {}, cost_batch, "cost_batch")[0] if measured else ()
+    priced = Example.of_batch(model, stated, plain_run)
+    if measured:
+        priced = priced.resized(cost_batch, "cost_batch")
     plain = forward is None
-    source = _latency_of(latency, needed, costs, model, structure, priced, whole, cost_batch, run_dir, plain, until)
+    source = _latency_of(latency, needed, costs, structure, priced, run_dir, plain, until)
     if source is not None:
         settings = with_latency(settings, source, structure)
-    peak, without = _memory_of(wanted, model, structure, priced, whole, cost_batch)
+    peak, without = _memory_of(wanted, structure, priced)
     trusted = is_ours(chosen) and (isinstance(settings.criterion, str) or settings.criterion is None)
     model = own_copy(model, borrow=trusted)  # builds equal the scored models, even if the user trains theirs meanwhile
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
@@ -259,10 +256,9 @@ def prepare(
         limits=limits,
         notes=ordered,
         given=given,
-        timed=whole,
         untouched=untouched,
         latency=source,
-        priced=priced,
+        priced=priced.of(model),
         memory=peak,
         choice=choice,
     )
@@ -323,11 +319,8 @@ def _latency_of(
     given: Latency | str | Path | None,
     needed: bool,
     costs: Mapping[str, CostFunction] | None,
-    model: nn.Module,
     structure: Structure,
-    args: tuple[Any, ...],
-    run: Forward,
-    size: int,
+    example: Example,
     run_dir: str | None,
     plain: bool,
     deadline: Deadline,
@@ -338,17 +331,16 @@ def _latency_of(
     """
     if given is None and ("latency_ms" in (costs or {}) or not needed):
         return None
+    name = type(example.model).__name__
     kept = None if run_dir is None else Path(run_dir) / "latency.json"
     if given is None and kept is not None and kept.exists():
         given = kept
     if given is None:
         if kept is not None:
             make_folder(kept.parent, "run_dir")
-        log.info("measuring latencies of %s; autoprune.profile measures once for many searches", type(model).__name__)
+        log.info("measuring latencies of %s; autoprune.profile measures once for many searches", name)
         try:
-            return profile_structure(
-                model, structure, args, {}, run, batch=size, path=kept, over=lambda: deadline.passed
-            )
+            return profile_structure(example, structure, path=kept, over=lambda: deadline.passed)
         except TimeOverError as error:
             there = f" what was measured is kept in {kept}.partial, and resume=True goes on from there;" if kept else ""
             raise TimeoutError(
@@ -358,9 +350,8 @@ def _latency_of(
     if not isinstance(given, Latency | str | Path):
         raise ValueError(f"latency must be a table of autoprune.profile or the file of one, got {shown(given)}")
     found = given if isinstance(given, Latency) else Latency.load(given)
-    example = args[0].filled(args[1:]) if plain else None
     try:
-        found.require_match(structure, size, type(model).__name__, example)
+        found.require_match(structure, example.samples, name, example.batch if plain else None)
     except ValueError as error:
         if given != kept:
             raise
@@ -368,22 +359,15 @@ def _latency_of(
     return found
 
 
-def _memory_of(
-    wanted: Budget,
-    model: nn.Module,
-    structure: Structure,
-    args: tuple[Any, ...],
-    run: Forward,
-    size: int,
-) -> tuple[PeakMemory | None, list[str]]:
+def _memory_of(wanted: Budget, structure: Structure, example: Example) -> tuple[PeakMemory | None, list[str]]:
     """Make the predictor of peak memory if the budget limits it, or a note with the reason why there is none."""
     if all(limit.name != "memory_bytes" for limit in wanted.limits):
         return None, []
-    device = next(model.parameters()).device.type
+    device = next(example.model.parameters()).device.type
     why = "" if device in MEASURABLE else f"on {device} it cannot be measured"
     if not why:
         try:
-            return measure_memory(model, structure, args, {}, run, batch=size), []
+            return measure_memory(example, structure), []
         except UnsupportedModelError as error:
             why = str(error)
     return None, [f"memory_bytes is weights and tensors alone, without what operations allocate while they run: {why}"]

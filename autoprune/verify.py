@@ -81,7 +81,7 @@ def _why_not_here(study: Study, latency: Latency) -> str:
         runtime = runtime_of(setting.runtime)
     except (ImportError, ValueError) as error:
         return f"runtime {setting.runtime} {setting.runtime_version}; {error}"
-    here = setting_of(study.context.model, study.priced, {}, setting.batch, runtime)
+    here = setting_of(study.priced, runtime)
     return "; ".join(setting.elsewhere(here))
 
 
@@ -107,7 +107,7 @@ class _Seen:
     def measure(self, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> None:
         """Measure trials, given with their built modules."""
         if study.memory is not None:
-            peaks = [study.memory.measure(module, study.timed, study.priced, {}) for module in modules]
+            peaks = [study.memory.measure(study.priced.of(module)) for module in modules]
             self.peaks.update(zip((trial.id for trial in trials), peaks, strict=True))
         if self.latency is not None and not self.untimed:
             try:
@@ -117,10 +117,10 @@ class _Seen:
 
     def _timed(self, latency: Latency, study: Study, trials: Sequence[Trial], modules: Sequence[nn.Module]) -> Latency:
         """Time trials, and fit the model to them, too."""
-        context, forward = study.context, study.timed
+        context = study.context
         runtime = runtime_of(latency.setting.runtime)
-        dense = runtime.network(build(context.model, Edit({}, {})).eval(), forward, study.priced, {})
-        calls = [runtime.network(module, forward, study.priced, {}) for module in modules]
+        dense = runtime.network(study.priced.of(build(context.model, Edit({}, {})).eval()))
+        calls = [runtime.network(study.priced.of(module)) for module in modules]
         clock = clock_for(next(context.model.parameters()).device, runtime.elsewhere)
         timings = time_networks(calls, dense, clock)
         self.timings.update(zip((trial.id for trial in trials), timings, strict=True))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +32,6 @@ COMMAND = "python -m benchmarks.edges"
 NETWORKS = ("resnet20", "mobilenet_v3", "densenet", "shufflenet_v2", "einsum_vit")
 PRUNINGS = 3
 TOLERANCE = 1e-5
-
-
-def call(model: nn.Module, *args: Tensor) -> Any:
-    """Run the model as it is."""
-    return model(*args)
 
 
 def forgetful(flow: Propagation) -> Iterator[tuple[str, Propagation]]:
@@ -66,8 +60,8 @@ def examine(name: str) -> tuple[int, int, list[str]]:
     """Couplings of one network, how many of them matter, and those of them that the checks miss."""
     entry = {**ZOO, **TASK_ZOO}[name]
     model, args = entry.build(), entry.inputs()
-    example = Example(model, args, {}, call)
-    whole, _ = best_choices(trace(model, args, {}, call))
+    example = Example(model, args)
+    whole, _ = best_choices(trace(example))
     assert not Checker(whole, example, (), seed=0).failures(), "nothing is wrong with all couplings"
     matter, missed = 0, []
     for where, flow in forgetful(whole):

@@ -25,6 +25,7 @@ from autoprune.protocols import FloatArray, IntArray
 from autoprune.search_spaces import Channels
 from autoprune.search_spaces.channels import ChannelSpace
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from benchmarks.common import environment, table, write
 from tests.zoo.concat import densenet
@@ -96,7 +97,7 @@ def criteria_table(model: nn.Module, structure: Structure, space: ChannelSpace) 
 def time_front(make: Callable[[], nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
     """Seconds from the structure to a front of 40 budgets, 90 to 30 % of the dense cost: ranking, space, table, all."""
     model = make().eval()
-    structure = analyse(model, (torch.zeros(2, 3, 32, 32),))
+    structure = analyse(Example(model, (torch.zeros(2, 3, 32, 32),)))
 
     def solve() -> tuple[Problem, FloatArray, IntArray]:
         order = rank_units(model, structure, "l2", (), lambda m, batch: m(batch))

@@ -33,10 +33,11 @@ import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.costs.operations.parts import draw_widths, prefixes
 from autoprune.costs.operations.runtimes import TORCH, network_call, runtime_of
-from autoprune.costs.profiling.profile import profile_structure, time_networks, with_batch
+from autoprune.costs.profiling.profile import profile_structure, time_networks
 from autoprune.costs.timing import CpuClock
 from autoprune.protocols import IntArray
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
 from benchmarks.common import RESULTS, environment, interval, table, write
 from benchmarks.trained import trained
@@ -103,27 +104,23 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return model(*args, **kwargs)
-
-
 def accuracy_of_predictions(name: str, batch: int, held_out: int, runtime: str = TORCH) -> dict[str, Any]:
     """Measure a network's table and candidates that it has not seen, in this process with its threads."""
     make, side = NETWORKS[name]
     torch.manual_seed(0)
     model = make().eval()
-    inputs = torch.randn(2, 3, side, side)
-    structure = analyse(model, (inputs,))
+    two = Example(model, (torch.randn(2, 3, side, side),))
+    structure = analyse(two)
+    example = two.resized(batch)
     began = time.perf_counter()
-    latency = profile_structure(model, structure, (inputs,), {}, run, batch=batch, runtime=runtime)
+    latency = profile_structure(example, structure, runtime=runtime)
     seconds = time.perf_counter() - began
     widths = draw_widths(structure, held_out + 1, np.random.default_rng(CANDIDATES))
     widths[-1] = structure.sizes
-    args, kwargs = with_batch((inputs,), {}, batch)
 
     def call(row: IntArray) -> Callable[[], Any]:
         net = build(model, structure.edit(prefixes(structure, row))).eval()
-        return runtime_of(runtime).network(net, run, args, kwargs)
+        return runtime_of(runtime).network(example.of(net))
 
     dense = call(widths[-1])
     # All in one interleaved run: what else runs on the machine slows down large networks more than small ones.
@@ -181,7 +178,7 @@ class Timed:
         self.data = autoprune.Data(
             calibration=(x[:256], y[:256]), validation=case.data["validation"], test=case.data["test"]
         )
-        (self._inputs,), _ = with_batch((x[:2],), {}, self.batch)
+        self._example = Example(case.model, (x[:2],)).resized(self.batch)
         self._dense = self._call(build_dense(case.model, x[:2]))
 
     def search(self, budget: str, trials: int, seed: int, **options: Any) -> autoprune.SearchResult:
@@ -195,7 +192,7 @@ class Timed:
         return [timing.ratio for timing in time_networks(calls, self._dense, CpuClock())]
 
     def _call(self, model: nn.Module) -> Callable[[], Any]:
-        return network_call(model.eval(), run, (self._inputs,), {})
+        return network_call(self._example.of(model.eval()))
 
 
 def profiled(network: str, batch: int) -> autoprune.Latency:
@@ -277,7 +274,7 @@ def rounding(network: str, batch: int, seeds: Sequence[int], trials: int) -> lis
 
 
 def build_dense(model: nn.Module, inputs: Tensor) -> nn.Module:
-    structure = analyse(model, (inputs,))
+    structure = analyse(Example(model, (inputs,)))
     return build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
 
 

@@ -27,6 +27,7 @@ from autoprune.costs.memory.peak import measure_memory
 from autoprune.costs.operations.allocations import allocation_of
 from autoprune.costs.operations.parts import draw_widths, prefixes
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
 from benchmarks.common import environment, table, write
 from benchmarks.latency import ViT
@@ -137,9 +138,9 @@ def one(name: str, batch: int, device: torch.device, threads: int) -> dict[str, 
     torch.manual_seed(0)
     model = make().eval().to(device)
     args = tree_map(lambda leaf: leaf.to(device), (inputs(batch),))
-    structure = analyse(model, (inputs(2).to(device),), forward=run)
+    structure = analyse(Example(model, (inputs(2).to(device),), forward=run))
     began = time.perf_counter()
-    memory = measure_memory(model, structure, args, {}, run, batch=batch)
+    memory = measure_memory(Example(model, args, forward=run), structure)
     learning = time.perf_counter() - began
     widths = draw_widths(structure, 1 + PRUNED, np.random.default_rng(batch))
     widths[0] = structure.sizes

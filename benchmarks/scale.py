@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.structure.analysis import analyse, best_choices
+from autoprune.structure.example import Example
 from autoprune.structure.structure import assemble
 from autoprune.structure.trace import trace
 from benchmarks.common import environment, table, write
@@ -73,7 +74,7 @@ def resnet50() -> nn.Module:
 def discover(model: nn.Module, kwargs: dict[str, Tensor], *args: Tensor) -> dict[str, float]:
     """Processor seconds of each step from a model to its structure, without checks."""
     clock = [time.process_time()]
-    record = trace(model, args, kwargs, forward)
+    record = trace(Example(model, args, kwargs, forward))
     clock.append(time.process_time())
     flow, units = best_choices(record)
     clock.append(time.process_time())
@@ -107,7 +108,7 @@ def run_resnet50() -> dict[str, float]:
     """Analysis of ResNet-50 at 224x224, one image, with all checks."""
     model, image = resnet50(), torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     start = time.process_time()
-    structure = analyse(model, (image,))
+    structure = analyse(Example(model, (image,)))
     return {"seconds": time.process_time() - start, "groups": len(structure.groups)}
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from benchmarks.adaptive_bn_fidelity import Part, score
 from benchmarks.common import environment, table, write
 from examples.quickstart import ResNet, digits, train
@@ -118,7 +119,7 @@ def run_network(seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = ResNet()
     train(model, data["train"], EPOCHS, lr=0.01, seed=seed)
-    structure = analyse(model, (data["train"][0][:2],))
+    structure = analyse(Example(model, (data["train"][0][:2],)))
     weights = {name: model.get_parameter(name).detach() for name in structure.weights}
     total = sum(weight.numel() for weight in weights.values())
     calibration = data["train"][0].split(100)

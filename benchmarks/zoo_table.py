@@ -18,6 +18,7 @@ from torch import nn
 
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse, best_choices
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from autoprune.structure.trace import trace
 from benchmarks.common import table
@@ -67,8 +68,8 @@ def measure(entry: Entry | AnyEntry, kind: str) -> Row:
     def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return entry.forward(model, kwargs or args) if isinstance(entry, AnyEntry) else model(*args)
 
-    traced, _ = timed(lambda: best_choices(trace(model, args, kwargs, forward)))
-    analysed, structure = timed(lambda: analyse(model, args, kwargs, forward=forward))
+    traced, _ = timed(lambda: best_choices(trace(Example(model, args, kwargs, forward))))
+    analysed, structure = timed(lambda: analyse(Example(model, args, kwargs, forward=forward)))
     narrowest = structure.build(
         model, Pruning({group.name: tuple(range(group.multiple)) for group in structure.groups})
     )

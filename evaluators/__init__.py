@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autoprune.arguments import shown
+from autoprune.batches import Forward
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.finetune import FineTune
-from autoprune.evaluators.protocol import Context, Evaluator, Forward, Orders, Trains
+from autoprune.evaluators.protocol import Context, Evaluator, Orders, Trains
 from autoprune.evaluators.supernet import Supernet
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from autoprune.batches import Batch
+from autoprune.batches import Batch, Forward
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.sources import process_state
+from autoprune.structure.example import Example
 from autoprune.structure.macs import dense_macs
-from autoprune.structure.record import Forward, ModuleCall, Op, Record, Ref
+from autoprune.structure.record import ModuleCall, Op, Record, Ref
 from autoprune.structure.slicing import owners
 from autoprune.structure.trace import trace
 
@@ -94,7 +95,7 @@ def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flo
     records = []
     for batch in forms.values():
         written: list[str] = []
-        record = trace(model, (batch,), {}, _watching(forward, written))
+        record = trace(Example(model, (batch,), forward=_watching(forward, written)))
         if written:
             raise NothingToShareError(f"the forward pass writes the attribute {written[0]}")
         if record.device != "meta":

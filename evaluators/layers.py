@@ -6,13 +6,12 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import Batch, batch_size, divisible, slice_batch
+from autoprune.batches import Batch, Forward, batch_size, divisible, slice_batch
 from autoprune.criteria import private_copy
 from autoprune.evaluators.least_squares import RIDGES, Normal
 from autoprune.evaluators.memory import Halving
@@ -24,7 +23,6 @@ from autoprune.structure.structure import Structure
 
 log = logging.getLogger(__name__)
 
-Forward = Callable[[nn.Module, Batch], Any]
 
 COUNTED = 16
 """Samples on which the rows that each weight reads are counted."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from autoprune.batches import Batch
+from autoprune.batches import Forward
 from autoprune.data import Subsets
 from autoprune.metrics import Judge
 from autoprune.protocols import Failure, IntArray, Measurement, SearchSpace
 from autoprune.structure.structure import Structure
-
-Forward = Callable[[nn.Module, Batch], Any]
-"""``forward(model, batch)``: the outputs of a model for a batch."""
 
 
 @dataclass(frozen=True)

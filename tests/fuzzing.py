@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autoprune.costs import StructuralCosts
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, widths_of
 from tests.oracle import count_macs, count_params
@@ -359,7 +360,7 @@ class Tally:
 def check(spec: Spec, candidates: int = 2) -> Tally:
     """Assert that what is built from the network of a spec is right by independent answers."""
     model, args = spec.model(), inputs()
-    structure = analyse(model, args)
+    structure = analyse(Example(model, args))
     for _ in checked_candidates(model, structure, args, candidates):
         pass
     return tally(model, structure)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from tests.fuzzing import checked_candidates
 from tests.oracle import SoftmaxOverKept
 
@@ -272,7 +273,7 @@ def check_tokens(spec: TokenSpec, candidates: int = 2) -> Rewritten:
     model, args = spec.model(), image()
     table = any("table" in repr(layer) for layer in spec.layers)
     others = [image(3)] if table else [image(3), image(1, 4 * SIDE, 2 * SIDE)]
-    structure = analyse(model, args)
+    structure = analyse(Example(model, args))
     for built in checked_candidates(model, structure, args, candidates, others, SoftmaxOverKept):
         assert list(built.state_dict()) == list(model.state_dict())
         built.train()(*args).sum().backward()

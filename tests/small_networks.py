@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning
 from tests.zoo import draw, settled
@@ -36,7 +37,7 @@ def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2
 
 def known(make: Callable[[], nn.Module], *shapes: tuple[int, ...]) -> tuple[nn.Module, tuple[Tensor, ...], Structure]:
     model, args = settled(make, shapes or (IMAGE,)), draw(shapes or (IMAGE,))
-    return model, args, analyse(model, args)
+    return model, args, analyse(Example(model, args))
 
 
 def assert_right(model: nn.Module, args: tuple[Any, ...], structure: Structure, seed: int = 0) -> None:

@@ -20,6 +20,7 @@ import autoprune
 from autoprune.protocols import Pruning
 from autoprune.result.recipe import attach
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import random_pruning, storages
 from tests.zoo import ZOO
@@ -63,7 +64,7 @@ def known(name: str) -> Known:
         return made if key is None else made[key]
 
     model = entry.build()
-    structure = analyse(model, args, kwargs, forward=forward)
+    structure = analyse(Example(model, args, kwargs, forward=forward))
     pruning = random_pruning(structure, np.random.default_rng(1))
     assert structure.edit(pruning).slices
     return Known(entry.build, model, inputs, lambda m: forward(m, *args, **kwargs), structure, pruning)
@@ -314,4 +315,4 @@ def encoder(first: bool) -> tuple[nn.Module, Structure]:
         with torch.no_grad():  # layers begin as copies of one
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return model, analyse(model, (torch.randn(2, 6, 24),))
+    return model, analyse(Example(model, (torch.randn(2, 6, 24),)))

@@ -10,16 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from autoprune.costs.memory.peak import measure_memory
 from autoprune.costs.operations.parts import draw_widths, edit_to, prefixes
-from autoprune.costs.operations.torch_parts import find_parts, sized_calls
+from autoprune.costs.operations.torch_parts import find_parts, sized_operations
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
 from autoprune.structure.trace import trace
 from tests.test_peak_memory import peak_bytes
 from tests.zoo.resnet import resnet
-
-
-def run(model, x):
-    return model(x)
 
 
 class Recurrent(nn.Module):
@@ -90,9 +87,9 @@ def ran(module, inputs, names):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_operations_of_pruned_networks_are_those_that_inference_runs(name):
     model, inputs = made(name, 3)
-    structure = analyse(model, (inputs,))
-    _, calls, _ = sized_calls(model, structure, (inputs,), {}, run, 0)
-    traced = Counter(f"aten::{call.op.name}" for call in calls)
+    structure = analyse(Example(model, (inputs,)))
+    _, operations, _ = sized_operations(Example(model, (inputs,)), structure, 0)
+    traced = Counter(f"aten::{operation.op.name}" for operation in operations)
     widths = np.maximum(structure.sizes - [group.multiple for group in structure.groups], 2)
     module = build(model, structure.edit(prefixes(structure, widths))).eval()
     assert ran(module, inputs, traced.keys()) == traced
@@ -102,8 +99,8 @@ def test_the_operations_of_pruned_networks_are_those_that_inference_runs(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_their_memory_is_predicted(name):
     model, inputs = made(name, 8)
-    structure = analyse(model, (inputs,))
-    memory = measure_memory(model, structure, (inputs,), {}, run, batch=8)
+    structure = analyse(Example(model, (inputs,)))
+    memory = measure_memory(Example(model, (inputs,)), structure)
     assert len(memory.fused) == (2 if name == "encoder" else 0)
     widths = draw_widths(structure, 5, np.random.default_rng(0))
     widths[0] = structure.sizes
@@ -116,8 +113,8 @@ def test_their_memory_is_predicted(name):
 @pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}])
 def test_a_layer_that_inference_fuses_is_predicted_with_its_heads_and_without(options):
     model, inputs = encoder(**options).eval(), torch.randn(8, 24, 6)
-    structure = analyse(model, (inputs,))
-    memory = measure_memory(model, structure, (inputs,), {}, run, batch=8)
+    structure = analyse(Example(model, (inputs,)))
+    memory = measure_memory(Example(model, (inputs,)), structure)
     assert len(memory.fused) == 2
     heads = [g for g, group in enumerate(structure.groups) if "self_attn" in group.name]
     inner = [g for g, group in enumerate(structure.groups) if "linear1" in group.name]
@@ -134,7 +131,7 @@ def test_a_layer_that_inference_fuses_is_predicted_with_its_heads_and_without(op
 @pytest.mark.slow
 def test_a_pruned_network_stays_in_channels_last():
     model = in_channels_last(resnet(8, width=8)).eval()
-    structure = analyse(model, (torch.zeros(2, 3, 16, 16),))
+    structure = analyse(Example(model, (torch.zeros(2, 3, 16, 16),)))
     small = build(model, structure.edit(prefixes(structure, [1, 3, 4, 5, 6, 7])))
     for parameter in small.parameters():
         if parameter.ndim == 4:
@@ -145,9 +142,9 @@ def test_a_pruned_network_stays_in_channels_last():
 @pytest.mark.slow
 def test_a_group_of_two_heads_is_no_reason_to_refuse_a_model():
     model, inputs = made("two heads", 2)
-    structure = analyse(model, (inputs,))
+    structure = analyse(Example(model, (inputs,)))
     assert 2 in structure.sizes
-    _, parts = find_parts(model, structure, (inputs,), {}, run)
+    _, parts = find_parts(Example(model, (inputs,)), structure)
     heads = [g for g, size in enumerate(structure.sizes) if size == 2]
     assert any(g in heads for part in parts for size in part.sizes for g, _ in size[1])
 
@@ -155,7 +152,7 @@ def test_a_group_of_two_heads_is_no_reason_to_refuse_a_model():
 @pytest.mark.slow
 def test_a_model_with_more_units_than_it_has_runs():
     model, inputs = made("two heads", 2)
-    structure = analyse(model, (inputs,))
+    structure = analyse(Example(model, (inputs,)))
     wide = build(model, edit_to(structure, np.where(structure.sizes == 2, 3, structure.sizes)))
     assert wide.get_submodule("1.query").weight.shape == (24, 16)
     assert wide(inputs).shape == model(inputs).shape
@@ -164,9 +161,9 @@ def test_a_model_with_more_units_than_it_has_runs():
 @pytest.mark.parametrize("name", MODELS)
 def test_what_needs_no_computing_has_the_sizes_and_strides_of_what_is_computed(name):
     model, inputs = made(name, 3)
-    computed = trace(model, (inputs,), {}, run, values=True)
+    computed = trace(Example(model, (inputs,)), values=True)
     assert computed.foreseen
-    left = trace(model, (inputs,), {}, run, values=True, foreseen=computed.foreseen)
+    left = trace(Example(model, (inputs,)), values=True, foreseen=computed.foreseen)
     assert [(v.shape, v.strides, v.died) for v in left.values] == [
         (v.shape, v.strides, v.died) for v in computed.values
     ]
@@ -184,4 +181,4 @@ def test_a_pass_that_reads_values_computes_all_of_them():
             return self.b(x if x.square().sum().item() > 0 else -x)
 
     model, inputs = Choosing().eval(), torch.randn(2, 6)
-    assert not trace(model, (inputs,), {}, run, values=True).foreseen
+    assert not trace(Example(model, (inputs,)), values=True).foreseen

@@ -20,6 +20,7 @@ from autoprune.optimizers.sensitivity import cost_shares
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 
 
 class Residual(nn.Module):
@@ -60,7 +61,7 @@ BUDGETS = {"flops": {"flops": 0.5}, "both": {"flops": 0.6, "params": 0.5}, "nonz
 
 def problem_of(network: str, budget: str, **settings: object) -> Problem:
     make, example = NETWORKS[network]
-    structure = analyse(make().eval(), (example,), checks="on")
+    structure = analyse(Example(make().eval(), (example,)), checks="on")
     space = Channels(**settings).bind(structure, {g.name: range(g.size) for g in structure.groups})  # type: ignore[arg-type]  # the caller's
     names = tuple(BUDGETS[budget])
     changes = Changes(structure, names, *space.choices)

@@ -11,6 +11,7 @@ from autoprune.errors import NothingToPruneError
 from autoprune.protocols import SearchSpace
 from autoprune.search_spaces.channels import Channels, ChannelSpace
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from autoprune.testing.contracts import SpaceContract
 from tests.candidates import uniform_order
@@ -30,7 +31,7 @@ def structure() -> Structure:
         def forward(self, x: Any) -> Any:
             return self.tail(self.body["second"](self.body["first"](x).relu()).relu())
 
-    return analyse(Net(), draw(((4,),)))
+    return analyse(Example(Net(), draw(((4,),))))
 
 
 def bound(**settings: Any) -> ChannelSpace:
@@ -60,7 +61,7 @@ class TestChannelSpaceOfAResNet(SpaceContract):
     @staticmethod
     @cache
     def make_structure() -> Structure:
-        return analyse(ZOO["resnet20"].build(), ZOO["resnet20"].inputs())
+        return analyse(Example(ZOO["resnet20"].build(), ZOO["resnet20"].inputs()))
 
 
 class TestOptions:

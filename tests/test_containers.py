@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import autoprune
 from autoprune.structure.analysis import analyse
 from autoprune.structure.containers import map_tensors, tensors_in
+from autoprune.structure.example import Example
 from tests.small_networks import Net
 
 
@@ -95,7 +96,7 @@ CALLS = {
 @pytest.mark.parametrize(("run", "wrap"), CALLS.values(), ids=CALLS)
 def test_models_that_take_or_pass_on_containers_are_traced_without_values(run: Any, wrap: Any):
     model = Net(run, a=nn.Linear(6, 8), b=nn.Linear(8, 3), mid=Net(lambda s, x: x))
-    structure = analyse(model, (wrap(torch.randn(2, 6)),))
+    structure = analyse(Example(model, (wrap(torch.randn(2, 6)),)))
     assert [(group.name, group.size) for group in structure.groups] == [("a", 8)]
     assert (structure.device, structure.terms.batch) == ("meta", 2)
 
@@ -143,7 +144,7 @@ def test_windows_behind_a_short_time_fourier_transform_keep_their_strides():
         return s.head(s.body(spectrum.mean(-1).unflatten(0, (len(x), -1))).relu().mean(1))
 
     model = Net(forward, filters=nn.Conv1d(1, 8, 5), body=nn.Linear(9, 12), head=nn.Linear(12, 2))
-    structure = analyse(model, (torch.randn(2, 1, 64),))
+    structure = analyse(Example(model, (torch.randn(2, 1, 64),)))
     assert "body" in {group.name for group in structure.groups}
     assert not [frozen for frozen in structure.frozen if "check" in frozen.reason]
 
@@ -156,5 +157,5 @@ def test_channels_pass_windows_that_slide_over_time():
         return s.head(windows.amax(3).mean(2))
 
     model = Net(forward, a=nn.Conv1d(3, 8, 3), head=nn.Linear(8, 2))
-    structure = analyse(model, (torch.randn(2, 3, 18),))
+    structure = analyse(Example(model, (torch.randn(2, 3, 18),)))
     assert [(group.name, group.size) for group in structure.groups] == [("a", 8)]

@@ -12,6 +12,7 @@ from autoprune.costs import StructuralCosts, make_costs
 from autoprune.protocols import FloatArray, IntArray, Pruning
 from autoprune.search_spaces.channels import Channels, ChannelSpace
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import random_pruning, uniform_order, widths_of
 from tests.oracle import count_macs, count_params
@@ -63,7 +64,7 @@ KINDS = {
 
 def analysed(make: Callable[[], nn.Module], shape: tuple[int, ...], batch: int = 2) -> tuple[nn.Module, Any, Structure]:
     model, args = settled(make, (shape,)), draw((shape,), batch)
-    return model, args, analyse(model, args, checks="strict")
+    return model, args, analyse(Example(model, args), checks="strict")
 
 
 @pytest.mark.parametrize(("make", "shape"), KINDS.values(), ids=KINDS)
@@ -96,7 +97,7 @@ def test_a_number_before_the_samples_is_not_taken_for_them():
             return scale * super().forward(x)
 
     model = Scaled(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    structure = analyse(model, (torch.tensor(2.0), torch.randn(3, 4)))
+    structure = analyse(Example(model, (torch.tensor(2.0), torch.randn(3, 4))))
     assert StructuralCosts(structure).flops(structure.sizes[None].astype(float))[0] == 4 * 8 + 8 * 2
 
 

@@ -23,6 +23,7 @@ from autoprune.criteria import (
     score_units_by,
 )
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import state_of, uniform_order
 from tests.zoo import draw, settled
@@ -51,7 +52,7 @@ class Net(nn.Module):
 def network() -> tuple[Net, Structure]:
     model = settled(Net, ((3, 6, 6),))
     assert isinstance(model, Net)
-    return model, analyse(model, draw(((3, 6, 6),)))
+    return model, analyse(Example(model, draw(((3, 6, 6),))))
 
 
 def batches(labels: bool = True) -> list[tuple[Tensor, ...]]:

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
 from tests.zoo.hf import HF_ZOO
@@ -52,7 +53,7 @@ EVERY = pytest.mark.parametrize("name", LAYOUTS)
 def analysed(name: str) -> tuple[nn.Module, Structure]:
     entry = HF_ZOO[name]
     model = entry.build()
-    return model, analyse(model, (), entry.inputs(), forward=lambda m, **kwargs: entry.forward(m, kwargs))
+    return model, analyse(Example(model, kwargs=entry.inputs(), forward=lambda m, **kwargs: entry.forward(m, kwargs)))
 
 
 def heads(name: str, layer: int) -> Group:
@@ -170,4 +171,4 @@ class Pooling(nn.Module):
 
 
 def test_a_learned_score_of_each_position_is_no_attention_head():
-    assert [group.size for group in analyse(Pooling(), (torch.randn(2, 3, 9),)).groups] == [12]
+    assert [group.size for group in analyse(Example(Pooling(), (torch.randn(2, 3, 9),))).groups] == [12]

@@ -15,6 +15,7 @@ from autoprune.optimizers.sensitivity import SHARE, cost_shares, next_probes, ta
 from autoprune.protocols import FAILED, OK, Evaluations
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import best_choices
+from autoprune.structure.example import Example
 from autoprune.structure.structure import assemble
 from autoprune.structure.trace import trace
 from autoprune.testing.problems import (
@@ -45,7 +46,7 @@ def assert_within_and_full(problem, candidates, budgets, losses):
 
 
 def channel_problem(model, names):
-    record = trace(model.eval(), (torch.zeros(2, 3, 32, 32),), {}, lambda m, x: m(x))
+    record = trace(Example(model.eval(), (torch.zeros(2, 3, 32, 32),)))
     structure = assemble(*best_choices(record))  # what the network is; whether its checks pass is tested elsewhere
     space = Channels().bind(structure, {group.name: range(group.size) for group in structure.groups})
     costs = make_costs(structure, space)

@@ -24,6 +24,7 @@ from autoprune.evaluators.layers import Layer, Reads, find_layers
 from autoprune.evaluators.moments import Sample
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.known_shapes import KnownShapes
 from autoprune.structure.labels import Edge
 from autoprune.structure.propagate import propagate
@@ -94,7 +95,7 @@ class TestKnownShapes:
 
     def test_a_deep_network_is_traced_with_few_runs(self):
         with Counting() as below:
-            trace(chain(40), (torch.ones(2, 4),), {}, lambda m, x: m(x))
+            trace(Example(chain(40), (torch.ones(2, 4),)))
         assert sum(name in ("addmm", "relu") for name in below.names) < 10
 
 
@@ -135,7 +136,7 @@ class TestSkeletons:
 
 class TestUnits:
     def test_they_are_found_once_for_what_is_tied_and_frozen(self):
-        flow = propagate(trace(chain(5), (torch.ones(2, 4),), {}, lambda m, x: m(x)))
+        flow = propagate(trace(Example(chain(5), (torch.ones(2, 4),))))
         units = find_units(flow)
         names = [group.name for group in units.groups]
         assert find_units(flow) is units
@@ -158,7 +159,7 @@ def test_a_deep_network_shares_computation_behind_a_bounded_number_of_modules():
 @pytest.mark.slow
 def test_costs_of_a_deep_network_are_exact_and_take_work_in_proportion_to_it():
     model = chain(202)
-    structure = analyse(model, (torch.ones(2, 4),), checks="on")
+    structure = analyse(Example(model, (torch.ones(2, 4),)), checks="on")
     costs = StructuralCosts(structure)
     rng = np.random.default_rng(0)
     widths = rng.integers(1, 9, size=(3, len(structure.groups)))
@@ -184,7 +185,7 @@ class CountingLookUps(dict):  # type: ignore[type-arg]  # of tensors
 
 @pytest.mark.slow
 def test_an_edit_of_one_group_looks_at_its_tensors_and_modules_alone():
-    structure = analyse(chain(60), (torch.ones(2, 4),), checks="on")
+    structure = analyse(Example(chain(60), (torch.ones(2, 4),)), checks="on")
     halves = [Pruning({group.name: tuple(range(0, group.size, 2))}) for group in structure.groups]
     whole = Pruning({name: kept for each in halves for name, kept in each.kept.items()})
     together = structure.edit(whole)
@@ -332,7 +333,7 @@ class TestMemory:
         self, monkeypatch: pytest.MonkeyPatch
     ):
         model = seeded_chain()
-        structure = analyse(model, (torch.ones(2, 4),))
+        structure = analyse(Example(model, (torch.ones(2, 4),)))
         draw = torch.Generator().manual_seed(1)
         batches = [(torch.randn(1024, 4, generator=draw), None) for _ in range(4)]
         half = {group.name: tuple(range(0, group.size, 2)) for group in structure.groups}

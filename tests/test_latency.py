@@ -26,15 +26,12 @@ from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
 from autoprune.errors import RecipeError
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
 from tests.machine import STEP, Machine, stepped
 from tests.zoo import ZOO
 
 INPUTS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def run(model, *args, **kwargs):
-    return model(*args, **kwargs)
 
 
 def small() -> nn.Module:
@@ -54,10 +51,10 @@ def small() -> nn.Module:
 
 def measured(clock=None, batch=3, path=None, networks=15, seed=0, model=None) -> Latency:
     model = model or small()
-    structure = analyse(model, (INPUTS,))
+    example = Example(model, (INPUTS,))
     clock = clock or Machine(drift=1e-5, cold=1.3, per_pass=2e-5)
     return profile_structure(
-        model, structure, (INPUTS,), {}, run, batch=batch, clock=clock, path=path, networks=networks, seed=seed
+        example.resized(batch), analyse(example), clock=clock, path=path, networks=networks, seed=seed
     )
 
 
@@ -83,13 +80,13 @@ def latency() -> Latency:
 def truth():
     """Milliseconds of networks at widths (n, groups) on the machine that `latency` was measured on, batch 3."""
     model = small()
-    structure = analyse(model, (INPUTS,))
+    structure = analyse(Example(model, (INPUTS,)))
     inputs = INPUTS[[0, 1, 0]]
 
     def of(widths):
         machine = Machine(cold=1.3, per_pass=2e-5)
         nets = [build(model, structure.edit(prefixes(structure, row))) for row in widths]
-        return 1e3 * np.array([machine.seconds(network_call(net, run, (inputs,), {}), 1) for net in nets])
+        return 1e3 * np.array([machine.seconds(network_call(Example(net, (inputs,))), 1) for net in nets])
 
     return structure, of
 
@@ -171,8 +168,8 @@ class TestParts:
     def test_operations_at_the_sizes_of_a_pruned_network_take_what_it_takes(self, name):
         entry = ZOO[name]
         model, inputs = entry.build(), entry.inputs()
-        structure = analyse(model, inputs)
-        found, parts = find_parts(model, structure, inputs, {}, run)
+        structure = analyse(Example(model, inputs))
+        found, parts = find_parts(Example(model, inputs), structure)
         families = {family.key: family for family in found}
         widths = draw_widths(structure, 1, np.random.default_rng(3))
         values = part_values(parts, widths.astype(np.float64))
@@ -182,7 +179,7 @@ class TestParts:
             for part in parts
         )
         pruned = build(model, structure.edit(prefixes(structure, widths[0])))
-        assert alone == pytest.approx(machine.seconds(network_call(pruned, run, inputs, {}), 1), rel=0.02)
+        assert alone == pytest.approx(machine.seconds(network_call(Example(pruned, inputs)), 1), rel=0.02)
         assert len(families) < 0.7 * sum(part.count for part in parts)
 
 
@@ -248,7 +245,7 @@ class TestLatency:
             Latency.load(tmp_path / "b.json")
 
     def test_another_batch_size_or_model_is_refused_by_name(self, latency):
-        structure = analyse(small(), (INPUTS,))
+        structure = analyse(Example(small(), (INPUTS,)))
         latency.require_match(structure, 3, "Sequential")
         with pytest.raises(ValueError, match="its batch size is 3, and cost_batch is 1"):
             latency.require_match(structure, 1, "Sequential")
@@ -289,7 +286,7 @@ class TestLatency:
         assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
     def test_a_table_of_inputs_of_another_size_is_refused_whatever_targets_there_are(self, latency):
-        structure = analyse(small(), (INPUTS,))
+        structure = analyse(Example(small(), (INPUTS,)))
         x, y = INPUTS[[0, 1, 0]], torch.zeros(3)
         for batch in (x, (x, y), {"x": x, "labels": y}):
             latency.require_match(structure, 3, "Sequential", batch)
@@ -356,7 +353,7 @@ class TestLatency:
             measured(networks=6)
 
     def test_the_setting_says_what_times_depend_on(self):
-        setting = setting_of(small(), (INPUTS,), {}, 2, Torch())
+        setting = setting_of(Example(small(), (INPUTS,)), Torch())
         assert setting.inputs == ("float32 2x3x8x8",)
         assert setting.elsewhere(setting) == []
         assert setting.elsewhere(replace(setting, threads=99)) == [f"threads {setting.threads}, here 99"]

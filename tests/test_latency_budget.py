@@ -16,8 +16,9 @@ from autoprune.costs.latency import Latency
 from autoprune.costs.operations.runtimes import network_call
 from autoprune.errors import BudgetError, InfeasibleBudgetError, NothingToPruneError, UnsupportedModelError
 from autoprune.result.from_journal import result_from_journal
+from autoprune.structure.example import Example
 from tests.machine import Machine
-from tests.test_latency import INPUTS, measured, run, small
+from tests.test_latency import INPUTS, measured, small
 
 DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
 QUICK = {"trials": 24, "progress": False, "prior": "criterion", "evaluator": "adaptive_bn"}
@@ -42,7 +43,7 @@ def table() -> Latency:
 
 
 def true_ms(module) -> float:
-    return 1e3 * Machine(cold=1.3, per_pass=2e-5).seconds(network_call(module, run, (INPUTS[:1],), {}), 1)
+    return 1e3 * Machine(cold=1.3, per_pass=2e-5).seconds(network_call(Example(module, (INPUTS[:1],))), 1)
 
 
 class TestBudget:

@@ -14,6 +14,7 @@ import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.rules import registry
 from tests.candidates import random_pruning, widths_of
 from tests.small_networks import Net
@@ -184,7 +185,7 @@ def by_hand(case: Case, model: Any, x: Tensor) -> int:
 def test_flops_of_a_layer_equal_a_count_by_hand_dense_and_pruned(kind: type[nn.Module]):
     case = LAYERS[kind]
     model, x = network(case)
-    structure = analyse(model, (x,))
+    structure = analyse(Example(model, (x,)))
     assert structure.terms.uncounted == ()
     prunings = [random_pruning(structure, np.random.default_rng(seed)) for seed in range(3)]
     costs, dense = StructuralCosts(structure), structure.sizes[None].astype(float)
@@ -246,7 +247,7 @@ OPERATIONS: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
 @pytest.mark.parametrize(("run", "macs"), OPERATIONS.values(), ids=OPERATIONS)
 def test_operations_that_multiply_a_parameter_are_counted(run: Callable[[Net, Tensor], Tensor], macs: int):
     model = Net(run, w=nn.Parameter(torch.randn(8, 6)))
-    structure = analyse(model, (torch.randn(2, 6),), forward=lambda m, x: torch.view_as_real(m(x) + 0j))
+    structure = analyse(Example(model, (torch.randn(2, 6),), forward=lambda m, x: torch.view_as_real(m(x) + 0j)))
     assert structure.terms.uncounted == ()
     assert 2 * StructuralCosts(structure).flops(structure.sizes[None].astype(float))[0] == macs
 

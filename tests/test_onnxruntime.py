@@ -18,8 +18,9 @@ from autoprune.costs.operations.runtimes import runtime_of
 from autoprune.costs.setting import setting_of
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
-from tests.test_latency import INPUTS, run, small
+from tests.test_latency import INPUTS, small
 
 DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
 
@@ -32,8 +33,8 @@ class Counting:
         self._kept = []
         network, make = OnnxRuntime.network, onnx_parts._Node.make
 
-        def counted_network(runtime, model, *args):
-            return self._count(network(runtime, model, *args), sum(p.numel() for p in model.parameters()))
+        def counted_network(runtime, example):
+            return self._count(network(runtime, example), sum(p.numel() for p in example.model.parameters()))
 
         def counted_node(node, numbers):
             numbers = list(numbers)
@@ -61,8 +62,8 @@ class Counting:
 def parts():
     """Families by key, and parts, of the small network."""
     model = small()
-    structure = analyse(model, (INPUTS,))
-    found, parts = runtime_of("onnxruntime").parts(model, structure, (INPUTS,), {}, run, 0)
+    structure = analyse(Example(model, (INPUTS,)))
+    found, parts = runtime_of("onnxruntime").parts(Example(model, (INPUTS,)), structure, 0)
     return structure, {family.key: family for family in found}, parts
 
 
@@ -70,7 +71,7 @@ class TestNetwork:
     @pytest.mark.slow
     def test_the_session_returns_what_the_module_does(self):
         model = small()
-        (ours,) = runtime_of("onnxruntime").network(model, run, (INPUTS,), {})()
+        (ours,) = runtime_of("onnxruntime").network(Example(model, (INPUTS,)))()
         np.testing.assert_allclose(ours, model(INPUTS).detach().numpy(), rtol=1e-4, atol=1e-5)
 
     def test_keyword_inputs_and_all_tensors_of_the_outputs_are_exported(self):
@@ -83,7 +84,7 @@ class TestNetwork:
                 return {"a": self.layer(x) * scale, "b": [x.sum(1)], "c": flag}
 
         given = {"scale": torch.tensor([2.0]), "flag": True}
-        outputs = runtime_of("onnxruntime").network(Two(), run, (torch.ones(2, 4),), given)()
+        outputs = runtime_of("onnxruntime").network(Example(Two(), (torch.ones(2, 4),), given))()
         assert [out.shape for out in outputs] == [(2, 3), (2,)]
 
     def test_an_export_that_computes_something_else_is_refused(self):
@@ -97,7 +98,7 @@ class TestNetwork:
                 return self.layer(x) * self.calls
 
         with pytest.raises(UnsupportedModelError, match="Changing exported to ONNX gives other outputs"):
-            runtime_of("onnxruntime").network(Changing(), run, (torch.ones(2, 4),), {})
+            runtime_of("onnxruntime").network(Example(Changing(), (torch.ones(2, 4),)))
 
     def test_a_module_that_cannot_be_exported_is_refused_by_name(self):
         class Odd(nn.Module):
@@ -105,7 +106,7 @@ class TestNetwork:
                 return torch.linalg.eigvals(x).real
 
         with pytest.raises(UnsupportedModelError, match="Odd cannot be exported to ONNX"):
-            runtime_of("onnxruntime").network(Odd(), run, (torch.eye(3)[None],), {})
+            runtime_of("onnxruntime").network(Example(Odd(), (torch.eye(3)[None],)))
 
     def test_a_network_that_onnxruntime_cannot_run_is_refused_by_name(self, monkeypatch):
         def refuse(*_):
@@ -113,23 +114,23 @@ class TestNetwork:
 
         monkeypatch.setattr(OnnxRuntime, "session", refuse)
         with pytest.raises(UnsupportedModelError, match=r"Sequential exported to ONNX cannot be run.*no kernel"):
-            OnnxRuntime().network(small(), run, (INPUTS,), {})
+            OnnxRuntime().network(Example(small(), (INPUTS,)))
 
     def test_bfloat16_is_refused_with_the_way_out(self):
         with pytest.raises(UnsupportedModelError, match=r"takes no bfloat16.*pass model.float\(\)"):
-            runtime_of("onnxruntime").network(small().bfloat16(), run, (INPUTS.bfloat16(),), {})
+            runtime_of("onnxruntime").network(Example(small().bfloat16(), (INPUTS.bfloat16(),)))
 
     def test_inputs_that_require_gradients_are_taken(self):
-        runtime_of("onnxruntime").network(small(), run, (INPUTS.clone().requires_grad_(),), {})()
+        runtime_of("onnxruntime").network(Example(small(), (INPUTS.clone().requires_grad_(),)))()
 
     def test_a_model_elsewhere_than_on_the_cpu_is_refused(self):
         with pytest.raises(UnsupportedModelError, match=r"this one is on meta; move it with model.cpu\(\)"):
-            runtime_of("onnxruntime").network(small().to("meta"), run, (INPUTS.to("meta"),), {})
+            runtime_of("onnxruntime").network(Example(small().to("meta"), (INPUTS.to("meta"),)))
 
     def test_the_model_comes_back_as_it_was(self):
         model = small()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        export(model, run, (INPUTS,), {})
+        export(Example(model, (INPUTS,)))
         assert not model.training
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -183,18 +184,18 @@ class TestTable:
         own = loaded.setting
         assert (own.runtime, own.runtime_version) == ("onnxruntime", OnnxRuntime().versions["onnxruntime"])
         assert f"onnxruntime {own.runtime_version}" in str(loaded)
-        torch_here = setting_of(small(), (INPUTS,), {}, 1, runtime_of("torch"))
+        torch_here = setting_of(Example(small(), (INPUTS,)), runtime_of("torch"))
         assert own.elsewhere(torch_here) == ["runtime onnxruntime, here torch"]
         older = replace(own, versions={**own.versions, "onnxruntime": "1.0"})
         assert older.elsewhere(own) == [f"onnxruntime 1.0, here {own.runtime_version}"]
 
     def test_a_loaded_table_predicts_the_same(self, table, tmp_path):
         loaded = Latency.load(table.save(tmp_path / "table.json"))
-        widths = draw_widths(analyse(small(), (INPUTS,)), 9, np.random.default_rng(3)).astype(np.float64)
+        widths = draw_widths(analyse(Example(small(), (INPUTS,))), 9, np.random.default_rng(3)).astype(np.float64)
         np.testing.assert_array_equal(loaded.predict(widths), table.predict(widths))
 
     def test_predictions_are_those_of_the_clock(self, table):
-        structure = analyse(small(), (INPUTS,))
+        structure = analyse(Example(small(), (INPUTS,)))
         widths = draw_widths(structure, 20, np.random.default_rng(3))
         nets = [build(small(), structure.edit(prefixes(structure, row))) for row in widths]
         weights = np.array([sum(p.numel() for p in net.parameters()) for net in nets])

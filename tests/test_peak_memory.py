@@ -15,8 +15,9 @@ from autoprune.costs.memory.scratch import fit_scratch
 from autoprune.costs.operations.allocations import Allocation, allocation_of
 from autoprune.costs.operations.parts import Family, draw_widths, prefixes
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
-from tests.test_latency import run, small
+from tests.test_latency import small
 
 CPU = torch.device("cpu")
 DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
@@ -58,8 +59,8 @@ def mixed() -> nn.Module:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_peak_of_pruned_networks_is_what_the_profiler_sees(make, batch):
     model, inputs = make(), torch.randn(batch, 3, 16, 16)
-    structure = analyse(model, (inputs,))
-    memory = measure_memory(model, structure, (inputs,), {}, run, batch=batch)
+    structure = analyse(Example(model, (inputs,)))
+    memory = measure_memory(Example(model, (inputs,)), structure)
     widths = draw_widths(structure, 6, np.random.default_rng(0))
     widths[0] = structure.sizes
     built = [build(model, structure.edit(prefixes(structure, row))).eval() for row in widths]
@@ -208,9 +209,9 @@ def test_an_operation_that_cannot_be_run_alone_counts_without_scratch_and_is_sai
     def refuse(call, numbers):
         raise TypeError("not these numbers")
 
-    monkeypatch.setattr("autoprune.costs.operations.torch_parts.Call.make", refuse)
-    model, inputs = small(), torch.randn(1, 3, 8, 8)
-    memory = measure_memory(model, analyse(model, (inputs,)), (inputs,), {}, run, batch=1)
+    monkeypatch.setattr("autoprune.costs.operations.torch_parts.TorchOperation.make", refuse)
+    example = Example(small(), (torch.randn(1, 3, 8, 8),))
+    memory = measure_memory(example, analyse(example))
     assert memory.left_out
     assert "could not be run alone" in str(memory)
 

@@ -17,6 +17,7 @@ from autoprune.prior import PRIORS, criterion_losses, expected_losses
 from autoprune.protocols import Pruning
 from autoprune.reconstruction import reconstruction_errors
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.study import prepare
 from tests.candidates import state_of
 from tests.zoo import ZOO, draw, settled
@@ -46,7 +47,7 @@ READ = {"a": ("b", "skip"), "b": ("up",), "c": ("head",)}
 @cache
 def network():
     model = settled(Net, SHAPES)
-    return model, analyse(model, draw(SHAPES))
+    return model, analyse(Example(model, draw(SHAPES)))
 
 
 def batches(samples=24):
@@ -121,7 +122,7 @@ class Single(nn.Module):
 
 def test_a_layer_without_a_dimension_of_samples_is_left_out():
     model, inputs = Single(), torch.randn(3, 4)
-    structure = analyse(model, (inputs,))
+    structure = analyse(Example(model, (inputs,)))
     assert reconstruction_errors(model, structure, [("first", [np.array([0])])], [(inputs, None)], default_forward) == [
         None
     ]
@@ -187,7 +188,7 @@ class TestCriterion:
 def test_a_group_that_no_layer_is_seen_to_read_falls_back_on_the_criterion():
     entry = ZOO["resnext"]
     model, inputs = entry.build().eval(), entry.inputs()
-    structure = analyse(model, inputs)
+    structure = analyse(Example(model, inputs))
     scores = score_units(model, structure, "l2", [(*inputs, None)], default_forward)
     space = Channels().bind(structure, order_units(scores))
     args = scores, "l2", model, structure, [(*inputs, None)], default_forward

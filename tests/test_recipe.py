@@ -18,6 +18,7 @@ import autoprune
 from autoprune.result.recipe import ATTRIBUTE, attach
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.tensor_file import HASH, content_hash, write_tensors
 from tests.zoo import ZOO
 
@@ -25,7 +26,7 @@ from tests.zoo import ZOO
 def half(name, seed=0, model=None):
     """A network, from the zoo by default, with half of the units of every group, chosen at random."""
     model = model or ZOO[name].build()
-    structure = analyse(model, ZOO[name].inputs())
+    structure = analyse(Example(model, ZOO[name].inputs()))
     rng = np.random.default_rng(seed)
     order = {group.name: rng.permutation(group.size).tolist() for group in structure.groups}
     space = Channels(options=(1.0, 0.5)).bind(structure, order)
@@ -175,7 +176,7 @@ class TestRefusals:
     @pytest.mark.slow
     def test_a_layer_that_was_not_pruned_and_differs_is_named(self, tmp_path):
         model = ZOO["mlp"].build()
-        edit = analyse(model, ZOO["mlp"].inputs()).edit(autoprune.Pruning())
+        edit = analyse(Example(model, ZOO["mlp"].inputs())).edit(autoprune.Pruning())
         autoprune.save(attach(copy.deepcopy(model), edit, model), tmp_path / "dense.safetensors")
         model[9] = nn.Linear(24, 7)
         with pytest.raises(

@@ -16,6 +16,7 @@ import autoprune
 from autoprune.protocols import Pruning
 from autoprune.result.recipe import ATTRIBUTE, attach
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.graph_module import RecordedModule, is_method
 from autoprune.structure.skeleton import skeleton
 from autoprune.structure.slicing import Edit, build
@@ -62,14 +63,14 @@ def tokens(batch: int = 2, length: int = 9) -> tuple[Tensor]:
 
 
 def pruned(model: nn.Module, args: tuple, seed: int = 0, **settings) -> tuple[nn.Module, object, Pruning]:
-    structure = analyse(model, args, **settings)
+    structure = analyse(Example(model, args), **settings)
     pruning = random_pruning(structure, np.random.default_rng(seed))
     return structure.build(model, pruning), structure, pruning
 
 
 def assert_follows(model: nn.Module, args: tuple, *others: tuple, graphs: set[str], units: int | None = None) -> None:
     """Random prunings are right for the inputs that were traced and for others, and all of it trains."""
-    structure = analyse(model, args)
+    structure = analyse(Example(model, args))
     assert set(structure.graphs) == graphs
     if units is not None:
         assert sum(group.size for group in structure.groups) == units
@@ -88,7 +89,7 @@ def assert_follows(model: nn.Module, args: tuple, *others: tuple, graphs: set[st
 class TestAttentionThatTiesHeadsToItsInput:
     @pytest.mark.slow
     def test_heads_and_residual_channels_are_free_of_each_other(self):
-        structure = analyse(network(Block(Attention()), Block(Attention())), tokens())
+        structure = analyse(Example(network(Block(Attention()), Block(Attention())), tokens()))
         sizes = {group.name: group.size for group in structure.groups}
         assert (
             sizes == {"0": 16, "1.attention.qkv": 4, "1.mlp": 16, "2.attention.qkv": 4}
@@ -103,14 +104,14 @@ class TestAttentionThatTiesHeadsToItsInput:
 
     @pytest.mark.slow
     def test_without_rewriting_they_are_tied_or_stay(self):
-        structure = analyse(network(Block(Attention())), tokens(), rewrite="off")
+        structure = analyse(Example(network(Block(Attention())), tokens()), rewrite="off")
         assert not structure.graphs
 
     @pytest.mark.slow
     def test_the_dense_model_is_the_users_own(self):
         model = network(Block(Attention()))
         before = state_of(model)
-        structure = analyse(model, tokens())
+        structure = analyse(Example(model, tokens()))
         built = structure.build(model, Pruning())
         assert type(built[1].attention) is Attention
         assert torch.equal(built(*tokens()), model(*tokens()))
@@ -118,7 +119,7 @@ class TestAttentionThatTiesHeadsToItsInput:
 
     def test_a_setting_that_does_not_exist_is_refused(self):
         with pytest.raises(ValueError, match=r"rewrite must be one of \['auto', 'off'\], got 'on'"):
-            analyse(network(), tokens(), rewrite="on")
+            analyse(Example(network(), tokens()), rewrite="on")
 
 
 @pytest.fixture(scope="module")

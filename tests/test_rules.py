@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.rules import registry
 from autoprune.structure.rules.registry import OPERATIONS as OPERATIONS_KNOWN
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, widths_of
@@ -92,7 +93,7 @@ class TokensMixed(nn.Module):
 
 
 def assert_free_and_right(model: nn.Module, args: tuple[Tensor, ...], groups: int) -> None:
-    structure, rng = analyse(model, args), np.random.default_rng(0)
+    structure, rng = analyse(Example(model, args)), np.random.default_rng(0)
     assert [group.size for group in structure.groups] == [groups]
     prunings = [random_pruning(structure, rng) for _ in range(3)]
     built = [structure.build(model, pruning) for pruning in prunings]
@@ -120,7 +121,7 @@ def test_space_stays_where_a_convolution_reads_neighbours():
             super().__init__()
             self.mix = nn.Conv1d(6, 6, 3, padding=1)
 
-    structure = analyse(Neighbours().eval(), (torch.randn(2, 6, 5),))
+    structure = analyse(Example(Neighbours().eval(), (torch.randn(2, 6, 5),)))
     assert not structure.groups
     assert any("used as space" in frozen.reason for frozen in structure.frozen)
 

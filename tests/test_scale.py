@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from autoprune.structure.analysis import analyse, best_choices
+from autoprune.structure.example import Example
 from autoprune.structure.trace import trace
 from autoprune.structure.units import Units
 from benchmarks.scale import chain, forward, llama_7b, llama_inputs, resnet50
@@ -18,7 +19,7 @@ SMALL_LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers"
 
 def test_a_llama_on_the_meta_device_is_traced_without_a_value():
     model = llama_7b(**SMALL_LLAMA)
-    record = trace(model, (), llama_inputs(), forward)
+    record = trace(Example(model, (), llama_inputs(), forward))
     _, units = best_choices(record)
     assert record.device == "meta"
     assert {group.name: group.size for group in units.groups} == llama_groups(layers=4)
@@ -33,7 +34,7 @@ def llama_groups(layers: int) -> dict[str, int]:
 
 
 def groups_of(model: nn.Module, *args: torch.Tensor) -> Units:
-    return best_choices(trace(model, args, {}, forward))[1]
+    return best_choices(trace(Example(model, args, forward=forward)))[1]
 
 
 def test_every_block_has_a_group_of_its_own_beside_the_stream():
@@ -46,7 +47,7 @@ def test_resnet50_is_analysed_with_its_checks():
     model, image = resnet50(), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert sum(parameter.numel() for parameter in model.parameters()) == 25_557_032  # published
     start = time.process_time()
-    structure = analyse(model, (image,), checks="strict")
+    structure = analyse(Example(model, (image,)), checks="strict")
     assert time.process_time() - start < 20
     assert len(structure.groups) == 37  # 1 stem, 4 streams, and 2 inside each of 16 blocks
     assert {frozen.tensor for frozen in structure.frozen} == {"0.weight", "22.weight", "22.bias"}

@@ -14,6 +14,7 @@ from autoprune.prior import expected_losses
 from autoprune.search_spaces import Channels
 from autoprune.sensitivity import output_changes
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from tests.candidates import state_of
 
 
@@ -35,7 +36,7 @@ def network(**options):
     torch.manual_seed(0)
     model = Net(**options).eval().double()
     x = torch.randn(32, 4, dtype=torch.float64)
-    return model, x, analyse(model, (x[:2],))
+    return model, x, analyse(Example(model, (x[:2],)))
 
 
 def changes(model, structure, batches, options, forward=default_forward, seed=0):

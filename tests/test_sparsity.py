@@ -21,6 +21,7 @@ from autoprune.protocols import OK, Pruning, SearchSpace
 from autoprune.result.recipe import attach
 from autoprune.search_spaces.sparsity import Sparsity, SparsitySpace
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.slicing import Edit, Slicer
 from autoprune.structure.structure import Structure
 from autoprune.testing.contracts import SpaceContract
@@ -68,7 +69,7 @@ def known(name: str) -> tuple[nn.Module, Structure]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter[parameter == 0] = 0.1
-    return model, analyse(model, inputs())
+    return model, analyse(Example(model, inputs()))
 
 
 def space_of(name: str, **settings: Any) -> SparsitySpace:
@@ -137,7 +138,7 @@ class TestDimensions:
 
     @pytest.mark.slow
     def test_neither_tables_nor_scales_nor_norms_nor_what_is_not_read(self):
-        structure = analyse(Wiring().eval(), (torch.arange(10).reshape(2, 5),))
+        structure = analyse(Example(Wiring().eval(), (torch.arange(10).reshape(2, 5),)))
         assert set(structure.weights) == {
             "recurrent.weight_ih_l0",
             "recurrent.weight_hh_l0",
@@ -156,12 +157,14 @@ class TestDimensions:
         assert names == known("transformer")[1].weights.keys() - {"body.layers.0.linear1.weight"}
 
     def test_levels_that_zero_equally_many_elements_of_a_small_weight_are_one_option(self):
-        structure = analyse(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 40)), (torch.ones(2, 3),))
+        structure = analyse(
+            Example(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 40)), (torch.ones(2, 3),))
+        )
         options = [d.options for d in Sparsity(levels=(0, 0.1, 0.5, 0.6, 0.9)).bind(structure).dimensions]
         assert options == [(0, 0.5, 0.9), (0, 0.5, 0.9), (0, 0.1, 0.5, 0.6, 0.9)]
 
     def test_a_level_means_the_decimal_fraction_that_it_reads(self):
-        structure = analyse(nn.Linear(10, 10), (torch.ones(2, 10),))
+        structure = analyse(Example(nn.Linear(10, 10), (torch.ones(2, 10),)))
         space = Sparsity(levels=(0, 0.07, 0.29, 0.57, 0.58)).bind(structure)  # 100 * 0.29 is 28.999999999999996
         assert space.zeroed(np.arange(5)[:, None]).tolist() == [0, 7, 29, 57, 58]
 
@@ -218,7 +221,7 @@ class TestZeros:
     @pytest.mark.slow
     def test_recurrent_layers_compute_with_the_zeros(self):
         model, inputs = Wiring().eval(), (torch.arange(10).reshape(2, 5),)
-        structure = analyse(model, inputs)
+        structure = analyse(Example(model, inputs))
         slicer = Slicer(model)
         for count in (40, 0, 90):  # the flat list of weights that a GRU keeps must follow every time
             pruning = Pruning(zeroed={"recurrent.weight_ih_l0": count})

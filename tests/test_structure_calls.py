@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autoprune.costs import StructuralCosts
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from tests.candidates import state_of, widths_of
 from tests.small_networks import IMAGE, Net, assert_right, conv, flattened, known, residual, slots_of
 from tests.zoo import draw, settled
@@ -24,20 +25,20 @@ class TestHowAModelIsCalled:
         model = settled(residual, (IMAGE,))
         net = Net(forward, a=model.stem, head=model.head).eval()
         (x,) = draw((IMAGE,))
-        structure = analyse(net, ({"image": (x, "label")},), {"scale": torch.tensor(2.0)})
+        structure = analyse(Example(net, ({"image": (x, "label")},), {"scale": torch.tensor(2.0)}))
         assert slots_of(structure) == {"a": (8, "a.bias:0 a.weight:0 head.weight:1")}
 
     def test_a_callable_says_which_outputs_matter(self):
         model = settled(lambda: Net(lambda s, x: (s.b(s.a(x)), s.a(x)), a=conv(3, 8), b=conv(8, 2)), (IMAGE,))
         args = draw((IMAGE,))
-        assert analyse(model, args).groups == ()
-        structure = analyse(model, args, forward=lambda m, x: m(x)[0])
+        assert analyse(Example(model, args)).groups == ()
+        structure = analyse(Example(model, args, forward=lambda m, x: m(x)[0]))
         assert [group.name for group in structure.groups] == ["a"]
 
     @pytest.mark.slow
     def test_a_model_in_training_mode_with_dropout_comes_back_training(self):
         model = settled(lambda: nn.Sequential(conv(3, 8), nn.Dropout2d(), nn.BatchNorm2d(8), conv(8, 2)), (IMAGE,))
-        structure = analyse(model.train(), draw((IMAGE,)))
+        structure = analyse(Example(model.train(), draw((IMAGE,))))
         assert model.training
         assert structure.build(model, Pruning({"0": (0, 1)})).training
         assert_right(model.eval(), draw((IMAGE,)), structure)
@@ -54,12 +55,12 @@ class TestHowAModelIsCalled:
     @pytest.mark.parametrize("batch", [1, 3])
     def test_any_batch_size(self, batch: int):
         model, args = settled(flattened, (IMAGE,)), draw((IMAGE,), batch)
-        assert_right(model, args, analyse(model, args))
+        assert_right(model, args, analyse(Example(model, args)))
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
     def test_any_floating_point_type(self, dtype: torch.dtype):
         model, (x,) = settled(residual, (IMAGE,)).to(dtype), draw((IMAGE,))
-        structure = analyse(model, (x.to(dtype),))
+        structure = analyse(Example(model, (x.to(dtype),)))
         assert [group.size for group in structure.groups] == [8]
         assert structure.build(model, Pruning({"stem": (0, 5)})).stem.weight.dtype == dtype
 
@@ -67,8 +68,8 @@ class TestHowAModelIsCalled:
     def test_inference_mode_around_the_call_changes_nothing(self):
         model, args = settled(residual, (IMAGE,)), draw((IMAGE,))
         with torch.inference_mode():
-            structure = analyse(model, args)
-        assert slots_of(structure) == slots_of(analyse(model, args))
+            structure = analyse(Example(model, args))
+        assert slots_of(structure) == slots_of(analyse(Example(model, args)))
 
     @pytest.mark.slow
     def test_an_activation_kept_from_an_earlier_pass_is_no_obstacle(self):
@@ -80,8 +81,8 @@ class TestHowAModelIsCalled:
         model(*args)
         kept = model.last
         assert not kept.is_leaf
-        assert_right(model, args, analyse(model, args))
-        assert analyse(model, args).groups
+        assert_right(model, args, analyse(Example(model, args)))
+        assert analyse(Example(model, args)).groups
 
     def test_parameters_that_no_operation_reads_are_reported_and_stay(self):
         net = residual()
@@ -107,7 +108,7 @@ class TestHowAModelIsCalled:
         net.seen = torch.ones(2)
         args, before = draw((IMAGE,)), state_of(net)
         with global_rng_untouched():
-            structure = analyse(net, args)
+            structure = analyse(Example(net, args))
         assert structure.groups
         assert state_of(net) == before
         assert net.seen.tolist() == [1, 1]
@@ -122,8 +123,8 @@ def test_several_examples_cover_the_branches_of_a_forward():
 
     model = settled(lambda: Net(forward, a=conv(3, 8), b=conv(3, 8), c=conv(8, 8, 1), head=conv(8, 2, 1)), (IMAGE,))
     bright, dark = torch.rand(2, *IMAGE), -torch.rand(2, *IMAGE)
-    one = analyse(model, (bright,))
-    both = analyse(model, (bright,), further=[((dark,), {})])
+    one = analyse(Example(model, (bright,)))
+    both = analyse(Example(model, (bright,), further=[((dark,), {})]))
     assert one.untouched == ("c.weight", "c.bias")
     assert both.untouched == ()
     assert slots_of(both) == {
@@ -138,6 +139,6 @@ def test_several_examples_cover_the_branches_of_a_forward():
 
 def test_tracing_leaves_no_hooks_behind():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    analyse(model, (torch.randn(2, 4),))
+    analyse(Example(model, (torch.randn(2, 4),)))
     assert not torch.nn.modules.module._has_any_global_hook()
     assert not any(module._forward_hooks_with_kwargs for module in model.modules())

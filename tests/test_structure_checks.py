@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autoprune.errors import StructureCheckError
 from autoprune.structure import analysis
 from autoprune.structure.analysis import analyse, best_choices
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from autoprune.structure.trace import trace
 from autoprune.structure.units import find_units
@@ -28,10 +29,6 @@ from tests.small_networks import (
     slots_of,
 )
 from tests.zoo import draw, settled
-
-
-def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return model(*args, **kwargs)
 
 
 def gates() -> nn.Module:
@@ -50,11 +47,11 @@ def analysed_without_an_edge(
     model: nn.Module, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Structure]]:
     """The operation of each coupling, and the structure found by an analysis without that coupling."""
-    flow, _ = best_choices(trace(model, args, {}, call))
+    flow, _ = best_choices(trace(Example(model, args)))
     for i, edge in enumerate(flow.edges):
         broken = dataclasses.replace(flow, edges=flow.edges[:i] + flow.edges[i + 1 :])
         monkeypatch.setattr(analysis, "best_choices", lambda record, flow=broken: (flow, find_units(flow)))
-        yield flow.record.ops[edge.op].where(), analyse(model, args)
+        yield flow.record.ops[edge.op].where(), analyse(Example(model, args))
 
 
 @pytest.mark.slow
@@ -71,7 +68,7 @@ def test_the_checks_catch_every_coupling_that_is_forgotten_and_matters(
 
 def couplings_that_matter(model: nn.Module, args: tuple[Any, ...]) -> int:
     """Edges without which groups fall apart; a tie, or a check, must make up for each."""
-    flow, units = best_choices(trace(model, args, {}, call))
+    flow, units = best_choices(trace(Example(model, args)))
     broken = (dataclasses.replace(flow, edges=flow.edges[:i] + flow.edges[i + 1 :]) for i in range(len(flow.edges)))
     return sum(len(find_units(each).groups) != len(units.groups) for each in broken)
 
@@ -80,7 +77,7 @@ def couplings_that_matter(model: nn.Module, args: tuple[Any, ...]) -> int:
 def test_the_checks_catch_forgotten_couplings_in_16_bits_too(monkeypatch: pytest.MonkeyPatch):
     model, (x,) = settled(residual, (IMAGE,)).bfloat16(), draw((IMAGE,))
     args = (x.bfloat16(),)
-    whole = analyse(model, args)
+    whole = analyse(Example(model, args))
     assert [group.size for group in whole.groups] == [8]
     for where, structure in analysed_without_an_edge(model, args, monkeypatch):  # frozen, or tied again
         assert structure.groups == () or slots_of(structure) == slots_of(whole), where
@@ -103,9 +100,9 @@ class Deadly(nn.Module):
 @pytest.mark.slow
 def test_isolated_checks_find_the_same_and_survive_a_model_that_kills_its_process():
     model, args = known(grouped)[:2]
-    alone = analyse(model, args, checks="isolated")
+    alone = analyse(Example(model, args), checks="isolated")
     assert [(group.name, group.size) for group in alone.groups] == [
-        (group.name, group.size) for group in analyse(model, args).groups
+        (group.name, group.size) for group in analyse(Example(model, args)).groups
     ]
     with pytest.raises(StructureCheckError, match="killed its process"):
-        analyse(Deadly(), (torch.randn(2, 4),), checks="isolated")
+        analyse(Example(Deadly(), (torch.randn(2, 4),)), checks="isolated")

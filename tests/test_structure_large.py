@@ -21,10 +21,6 @@ from tests.small_networks import Net, assert_right, slots_of
 WORDS = 50
 
 
-def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return model(*args, **kwargs)
-
-
 def made(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return make().eval()
@@ -61,18 +57,18 @@ class TestValuesOfALargeExample:
         monkeypatch.setattr(
             values.Values, "agree", lambda self, *a: (seen.append(self.inputs[0].shape), agree(self, *a))[1]
         )
-        structure = analyse(model, (ids,))
+        structure = analyse(Example(model, (ids,)))
         assert set(seen) == {(2, 8)}
         assert_right(model, (ids,), structure)
         monkeypatch.setattr(shorter, "ENOUGH_MACS", 2**40)
-        assert slots_of(analyse(model, (ids,))) == slots_of(structure)
+        assert slots_of(analyse(Example(model, (ids,)))) == slots_of(structure)
         assert seen[-1] == (4, 32)
 
     @pytest.mark.slow
     def test_show_every_coupling_that_is_forgotten(self, monkeypatch: pytest.MonkeyPatch):
         model, args = made(reader), (words(),)
-        whole = slots_of(analyse(model, args))
-        flow, _ = best_choices(trace(model, args, {}, call))
+        whole = slots_of(analyse(Example(model, args)))
+        flow, _ = best_choices(trace(Example(model, args)))
         changed = 0
         for i in range(len(flow.edges)):
 
@@ -82,7 +78,7 @@ class TestValuesOfALargeExample:
             broken = forget(flow)
             monkeypatch.setattr(analysis, "best_choices", lambda record, flow=broken: (flow, find_units(flow)))
             monkeypatch.setattr(shorter, "propagate", lambda *args, forget=forget: forget(propagate(*args)))
-            found = analyse(model, args)
+            found = analyse(Example(model, args))
             assert_right(model, args, found)
             changed += slots_of(found) != whole
         assert changed > 1, "a coupling that does not matter cannot be caught"
@@ -106,7 +102,7 @@ class TestValuesOfALargeExample:
         monkeypatch.setattr(
             values.Values, "agree", lambda self, *a: (seen.append(self.inputs[0].shape), agree(self, *a))[1]
         )
-        structure = analyse(model, (words(),))
+        structure = analyse(Example(model, (words(),)))
         assert {tuple(shape) for shape in seen} == {(2, 8)}
         assert "q" in slots_of(structure)
 
@@ -116,7 +112,7 @@ class TestValuesOfALargeExample:
             return s.head(s.a(s.words(ids)) * factor)
 
         layers = {"words": nn.Embedding(WORDS, 8), "a": nn.Linear(8, 12), "head": nn.Linear(12, 3)}
-        found = analyse(made(lambda: Net(forward, **layers)), (words(),))
+        found = analyse(Example(made(lambda: Net(forward, **layers)), (words(),)))
         assert "a" in slots_of(found)
 
     @pytest.mark.slow
@@ -131,7 +127,7 @@ class TestValuesOfALargeExample:
         model = made(lambda: Net(forward, **layers, head=nn.Linear(12, 3)))
         asked = []
         monkeypatch.setattr(checks, "shorten", lambda *a: asked.append(shorten(*a)) or asked[-1])
-        structure = analyse(model, (words(),), rewrite="off")
+        structure = analyse(Example(model, (words(),)), rewrite="off")
         assert asked
         assert asked[0] is not None
         tied = next(group for group in structure.groups if group.name == "a")
@@ -145,17 +141,17 @@ class TestValuesOfALargeExample:
         self, samples: int, tokens: int, left: tuple[int, int]
     ):
         model, inputs = made(reader), [((words(samples, tokens),), {})]
-        flow, _ = best_choices(trace(model, *inputs[0], call))
-        short = shorten(flow, model, inputs, call)
+        flow, _ = best_choices(trace(Example(model, *inputs[0])))
+        short = shorten(flow, Example(model, *inputs[0]))
         assert short is not None
-        assert short.inputs[0][0][0].shape == left
-        assert torch.equal(short.inputs[0][0][0], inputs[0][0][0][: left[0], : left[1]])
+        assert short.example.args[0].shape == left
+        assert torch.equal(short.example.args[0], inputs[0][0][0][: left[0], : left[1]])
 
     def test_indices_into_other_inputs_are_not_cut(self):
         net = Net(lambda s, x, rows: s.b(s.a(x))[rows], a=nn.Linear(8, 12), b=nn.Linear(12, 3))
         inputs = [((torch.randn(64, 8), torch.randint(0, 64, (64,))), {})]
-        flow, _ = best_choices(trace(net, *inputs[0], call))
-        assert shorten(flow, net, inputs, call) is None
+        flow, _ = best_choices(trace(Example(net, *inputs[0])))
+        assert shorten(flow, Example(net, *inputs[0])) is None
 
     def test_a_model_that_needs_the_sizes_it_was_given_is_checked_on_the_whole(self):
         def forward(s: Net, ids: Tensor) -> Tensor:
@@ -163,9 +159,9 @@ class TestValuesOfALargeExample:
 
         net = Net(forward, words=nn.Embedding(WORDS, 8), a=nn.Linear(8, 12), head=nn.Linear(12, 3))
         inputs = [((words(),), {})]
-        flow, _ = best_choices(trace(net, *inputs[0], call))
-        assert shorten(flow, net, inputs, call) is None
-        assert_right(net, (words(),), analyse(net, (words(),)))
+        flow, _ = best_choices(trace(Example(net, *inputs[0])))
+        assert shorten(flow, Example(net, *inputs[0])) is None
+        assert_right(net, (words(),), analyse(Example(net, (words(),))))
 
 
 @pytest.mark.parametrize("whole", [0, 2**28], ids=["each weight when it is read", "all weights at once"])
@@ -178,7 +174,7 @@ def test_a_forward_that_names_float32_runs_in_float64_all_the_same(whole: int, m
 
     layers = {"a": nn.Linear(8, 12), "b": nn.Linear(12, 3)}
     model, x = made(lambda: Net(forward, **layers, table=torch.rand(12))), torch.randn(5, 8)
-    (found,) = Example(model, (x,), {}, call).run(model, wide=True)
+    (found,) = Example(model, (x,)).run(model, wide=True)
     a, b = (torch.nn.Linear(*s).double() for s in ((8, 12), (12, 3)))
     a.load_state_dict(model.get_submodule("a").state_dict())
     b.load_state_dict(model.get_submodule("b").state_dict())
@@ -195,7 +191,7 @@ def test_a_cache_that_is_yet_empty_needs_no_real_values():
         return s.b(torch.cat([cache, s.a(x)], -2))
 
     model, x = made(lambda: Net(forward, a=nn.Linear(8, 12), b=nn.Linear(12, 3))), torch.randn(2, 5, 8)
-    structure = analyse(model, (x,))
+    structure = analyse(Example(model, (x,)))
     assert structure.device == "meta"
     assert [group.size for group in structure.groups] == [12]
     assert_right(model, (x,), structure)

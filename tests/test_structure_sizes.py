@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autoprune.inspection import inspect
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.held import hold_size, size_held, sizes_held
 from autoprune.structure.replay import require_consistent
 from autoprune.structure.rounding import compare, gap, wide_tolerances
@@ -78,7 +79,7 @@ def transformer(held: str, blocks: int = 2) -> nn.Module:
 def found_in(model: nn.Module, *shapes: tuple[int, ...]) -> float:
     """FLOPs that can go, after what is built was compared with the masked dense model."""
     model, args = settled(lambda: model, shapes), draw(shapes)
-    assert_right(model, args, analyse(model, args))
+    assert_right(model, args, analyse(Example(model, args)))
     return inspect(model, args).removable["flops"]
 
 
@@ -86,7 +87,7 @@ def found_in(model: nn.Module, *shapes: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("held", ["plain", "tuple", "list", "dataclass", "nested"])
 def test_a_number_of_heads_is_found_wherever_python_holds_it(held):
     model, args = settled(lambda: transformer(held), (TOKENS,)), draw((TOKENS,))
-    structure = analyse(model, args)
+    structure = analyse(Example(model, args))
     assert_right(model, args, structure)
     assert sorted(group.size for group in structure.groups) == [4, 4, 32, 48, 48]
 
@@ -94,7 +95,7 @@ def test_a_number_of_heads_is_found_wherever_python_holds_it(held):
 @pytest.mark.slow
 def test_heads_are_tied_to_their_residual_channels_where_the_code_needs_it():
     model, args = settled(lambda: transformer("tied", blocks=2), (TOKENS,)), draw((TOKENS,))
-    structure = analyse(model, args, rewrite="off")
+    structure = analyse(Example(model, args), rewrite="off")
     assert_right(model, args, structure)
     assert sorted(group.size for group in structure.groups) == [4, 48, 48]
 
@@ -111,7 +112,7 @@ def test_watching_what_is_read_leaves_no_trace_on_what_copies_share():
             self.own, self.log = own, logging.getLogger("tests.watched")
 
     own, kinds = Own(), (type(logging.getLogger("tests.watched")), type(logging.getLogger()))
-    analyse(nn.Sequential(nn.Linear(6, WIDTH), Logging(own), nn.Linear(WIDTH, 3)), draw((TOKENS,)))
+    analyse(Example(nn.Sequential(nn.Linear(6, WIDTH), Logging(own), nn.Linear(WIDTH, 3)), draw((TOKENS,))))
     assert type(own) is Own
     assert (type(logging.getLogger("tests.watched")), type(logging.getLogger())) == kinds
 
@@ -126,7 +127,7 @@ def test_what_is_found_in_one_block_is_not_searched_for_in_the_next(monkeypatch:
 
     def number(blocks: int) -> int:
         trials.clear()
-        analyse(transformer("tied", blocks), draw((TOKENS,)), rewrite="off")
+        analyse(Example(transformer("tied", blocks), draw((TOKENS,))), rewrite="off")
         return len(trials)
 
     assert number(6) < 1.5 * number(3)
@@ -183,7 +184,7 @@ def test_weights_standardised_by_batch_norm_are_prunable():
     layers = [Standardised(3, 16, 3), nn.SiLU(), Standardised(16, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     model, (x,) = settled(lambda: nn.Sequential(*layers), (IMAGE,)), draw((IMAGE,))
     model = nn.Sequential(*model, nn.Linear(32, 5)).eval()
-    structure = analyse(model, (x,))
+    structure = analyse(Example(model, (x,)))
     assert [group.size for group in structure.groups] == [16, 32]
     first, second = list(range(3, 12)), list(range(0, 32, 2))
     by_hand = nn.Sequential(Standardised(3, 9, 3), nn.SiLU(), Standardised(9, 16, 3), *layers[3:], nn.Linear(16, 5))
@@ -216,7 +217,7 @@ class Split(nn.Module):
 def test_ambiguous_sites_that_only_help_together_flip_together():
     layers = [conv(3, 16), nn.ReLU(), Split(16), conv(16, 32, 1), nn.ReLU(), Split(32), nn.AdaptiveAvgPool2d(1)]
     model, args = settled(lambda: nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5)), (IMAGE,)), draw((IMAGE,))
-    structure = analyse(model, args)
+    structure = analyse(Example(model, args))
     assert_right(model, args, structure)
     assert 2 not in [group.size for group in structure.groups], "the versions themselves stay"
     assert inspect(model, args).removable["flops"] > 0.95
@@ -248,7 +249,7 @@ class TestRounding:
         model, (x,) = settled(lambda: nn.Sequential(*layers), (TOKENS,)), draw((TOKENS,))
         offset = 1e4 if dtype == torch.float32 else 8.0
         net = Net(lambda s, x: (s.layers(x) + offset) - offset, layers=model).to(dtype)
-        structure = analyse(net, (x.to(dtype),))
+        structure = analyse(Example(net, (x.to(dtype),)))
         assert [group.size for group in structure.groups] == [16] * 5
 
     @pytest.mark.slow
@@ -260,8 +261,8 @@ class TestRounding:
                 out: Tensor = model(x).float()
             return out
 
-        found = analyse(model, args, forward=forward)
-        assert [group.size for group in found.groups] == [group.size for group in analyse(model, args).groups]
+        found = analyse(Example(model, args, forward=forward))
+        assert [group.size for group in found.groups] == [group.size for group in analyse(Example(model, args)).groups]
 
     def test_an_error_behind_a_nearly_closed_gate_is_still_seen(self):
         """A layer scale of 1e-4 hides in float32 what the branch does wrong."""
@@ -272,7 +273,7 @@ class TestRounding:
 
         layers = {"stem": nn.Linear(6, 8), "a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "head": nn.Linear(8, 3)}
         model, args = settled(lambda: Net(forward, **layers), ((6,),)), draw(((6,),))
-        assert "a" not in [group.name for group in analyse(model, args).groups]
+        assert "a" not in [group.name for group in analyse(Example(model, args)).groups]
 
     def test_the_allowance_follows_what_the_network_loses(self):
         exact = [torch.tensor([1.0, 2.0], dtype=torch.float64)]
@@ -287,7 +288,7 @@ class TestRounding:
 def test_a_fused_attention_never_sees_heads_that_do_not_fit():
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8)
     net = Net(lambda s, q, k: F.scaled_dot_product_attention(q, k, k))
-    record = trace(net, (q, k), {}, lambda m, *a: m(*a), values=True)
+    record = trace(Example(net, (q, k)), values=True)
     op = next(op for op in record.ops if op.name.startswith("_scaled_dot_product"))
     query, key = op.args["query"].id, op.args["key"].id
     require_consistent(op, {query: q, key: k})

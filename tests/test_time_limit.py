@@ -10,6 +10,7 @@ from torch import nn
 import autoprune
 from autoprune.structure import time_limit
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.time_limit import doing, limited, look
 from tests.test_structure_sizes import TOKENS, Attention, transformer
 from tests.zoo import draw
@@ -34,7 +35,7 @@ def model() -> nn.Module:
 @pytest.mark.slow
 def test_without_a_limit_nobody_looks_at_the_clock(model, monkeypatch):
     monkeypatch.setattr(time_limit, "time", None)
-    assert analyse(model, draw((TOKENS,))).groups
+    assert analyse(Example(model, draw((TOKENS,)))).groups
 
 
 @pytest.mark.slow
@@ -42,14 +43,14 @@ def test_wherever_it_ends_it_says_what_it_was_doing_and_leaves_no_trace(model, m
     inputs = draw((TOKENS,))
     clock = Clock()
     monkeypatch.setattr(time_limit, "time", clock)
-    whole = analyse(model, inputs, until=0.5)
+    whole = analyse(Example(model, inputs), until=0.5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random, fused = torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
     said = []
     for looks in [1, *(clock.looked * i // 6 for i in range(1, 6)), clock.looked - 1]:
         monkeypatch.setattr(time_limit, "time", Clock(looks))
         with pytest.raises(TimeoutError, match="time was over while") as raised:
-            analyse(model, inputs, until=0.5)
+            analyse(Example(model, inputs), until=0.5)
         said.append(str(raised.value))
         assert torch.equal(torch.get_rng_state(), random)
         assert torch.backends.mha.get_fastpath_enabled() == fused
@@ -60,7 +61,7 @@ def test_wherever_it_ends_it_says_what_it_was_doing_and_leaves_no_trace(model, m
         f"time was over while smaller models were compared with the dense one, of {len(whole.groups)} groups in all",
     ]
     monkeypatch.undo()
-    again = analyse(model, inputs)
+    again = analyse(Example(model, inputs))
     assert [group.name for group in again.groups] == [group.name for group in whole.groups]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -79,14 +80,14 @@ def test_a_forward_that_catches_everything_does_not_catch_the_end():
 
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="traced"):
-        analyse(Trying(4, 4), (torch.ones(2, 4),), until=began + 0.3)
+        analyse(Example(Trying(4, 4), (torch.ones(2, 4),)), until=began + 0.3)
     assert time.monotonic() - began < 20
 
 
 @pytest.mark.slow
 def test_an_isolated_analysis_ends_as_well(model):
     with pytest.raises(TimeoutError, match="time was over while the forward pass was traced"):
-        analyse(model, draw((TOKENS,)), checks="isolated", until=time.monotonic())
+        analyse(Example(model, draw((TOKENS,))), checks="isolated", until=time.monotonic())
 
 
 def test_a_search_names_the_argument_and_the_way_out(model, monkeypatch):

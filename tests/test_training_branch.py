@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import random_pruning, state_of
 from tests.small_networks import Net, conv, reasons, slots_of
@@ -39,7 +40,7 @@ def assert_trains(model: nn.Module, structure: Structure, x: Tensor) -> None:
 def test_an_auxiliary_head_follows_and_its_classes_stay():
     model, x = with_head(), torch.randn(2, 3, 8, 8)
     before = state_of(model)
-    structure = analyse(model, (x,))
+    structure = analyse(Example(model, (x,)))
     assert state_of(model) == before
     assert (structure.untrained, structure.untouched) == ("", ())
     assert slots_of(structure)["squeeze"] == (5, "aux.weight:1 squeeze.bias:0 squeeze.weight:0")
@@ -51,7 +52,7 @@ def test_an_auxiliary_head_follows_and_its_classes_stay():
 @pytest.mark.slow
 def test_costs_are_those_of_the_evaluation_pass():
     model, x = with_head(), torch.randn(2, 3, 8, 8)
-    structure = analyse(model, (x,))
+    structure = analyse(Example(model, (x,)))
     flops = StructuralCosts(structure).flops(structure.sizes[None].astype(float))[0]
     assert flops == 36 * 27 * 8 + 16 * 9 * 2 * 8 + 32
 
@@ -65,7 +66,7 @@ def test_ordinary_layers_add_nothing_to_what_evaluation_runs():
     model = Net(forward, a=conv(3, 8), norm=nn.BatchNorm2d(8), attention=layer, head=nn.Linear(8, 2))
     from autoprune.structure.trace import trace
 
-    record = trace(model.train(), (torch.randn(2, 3, 6, 6),), {}, lambda m, x: m(x), training=True)
+    record = trace(Example(model.train(), (torch.randn(2, 3, 6, 6),)), training=True)
     assert record.training == []
     assert record.untrained == ""
 
@@ -80,7 +81,7 @@ def test_a_parameter_that_masks_only_in_training_follows():
 
     model = Net(forward, a=nn.Linear(6, 12), mask=nn.Parameter(torch.randn(12)), head=nn.Linear(12, 2))
     x = torch.randn(2, 9, 6)
-    structure = analyse(model, (x,))
+    structure = analyse(Example(model, (x,)))
     assert structure.untouched == ()
     assert "mask:0" in slots_of(structure)["a"][1]
     assert_trains(model, structure, x)
@@ -120,5 +121,5 @@ def test_what_cannot_be_followed_is_said(run: Any, word: str):
 
 def test_a_size_in_python_that_only_training_needs_is_found_out():
     model = Net(sized, a=nn.Linear(6, 8), head=nn.Linear(8, 2))
-    structure = analyse(model, (torch.randn(4, 6),))
+    structure = analyse(Example(model, (torch.randn(4, 6),)))
     assert structure.untrained or "a" not in slots_of(structure)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import autoprune
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 
 
 class TwoHeads(nn.Module):
@@ -46,15 +47,15 @@ def test_groups_of_an_output_that_is_not_asked_for_are_unread():
     torch.manual_seed(0)
     model = TwoHeads().eval()
     x = torch.randn(4, 8)
-    assert analyse(model, (x,)).unread == frozenset()
-    only = analyse(model, (x,), forward=lambda m, batch: m(batch)["logits"])
+    assert analyse(Example(model, (x,))).unread == frozenset()
+    only = analyse(Example(model, (x,), forward=lambda m, batch: m(batch)["logits"]))
     assert only.unread == {"other.0", "other.2"}
 
 
 @pytest.mark.slow
 def test_what_is_written_into_an_output_or_detached_is_read():
     torch.manual_seed(0)
-    assert analyse(Written().eval(), (torch.randn(4, 8),)).unread == {"lost.0", "lost.2"}
+    assert analyse(Example(Written().eval(), (torch.randn(4, 8),))).unread == {"lost.0", "lost.2"}
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from autoprune.costs import StructuralCosts
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import gap, random_pruning, widths_of
 from tests.counting import counted_macs, reach
@@ -119,7 +120,7 @@ def analyse_entry(entry: AnyEntry) -> Analysed:
         return entry.forward(model, kwargs or args)
 
     start = time.process_time()
-    structure = analyse(model, args, kwargs, forward=forward)
+    structure = analyse(Example(model, args, kwargs, forward=forward))
     return Analysed(entry, model, inputs, structure, time.process_time() - start)
 
 
@@ -146,9 +147,9 @@ def test_a_forward_that_never_ends_is_reported():
                 time.sleep(0.01)
             return x
 
-    analyse(nn.Linear(4, 4), (torch.zeros(2, 4),))  # the first analysis imports, which must not be cut short
+    analyse(Example(nn.Linear(4, 4), (torch.zeros(2, 4),)))  # the first analysis imports, which must not be cut short
     with pytest.raises(HangError, match=r"within 0\.3 s"), watchdog(0.3):
-        analyse(Endless(4, 4), (torch.zeros(2, 4),))
+        analyse(Example(Endless(4, 4), (torch.zeros(2, 4),)))
 
 
 @EVERY

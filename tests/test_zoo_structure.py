@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from autoprune.costs import StructuralCosts
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, state_of, storages, widths_of
 from tests.oracle import count_macs, count_params
@@ -70,7 +71,7 @@ def analysed(name: str) -> Analysed:
         return state_of(model), [arg.tolist() for arg in args], generators
 
     before = state()
-    structure = analyse(model, args, checks="strict")
+    structure = analyse(Example(model, args), checks="strict")
     built = structure.build(model, random_pruning(structure, np.random.default_rng(0)))
     assert built.training
     after = state()

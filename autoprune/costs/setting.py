@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from autoprune.costs.operations.runtimes import Runtime
+from autoprune.structure.example import Example
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,16 @@ class Setting:
         return self.versions.get(self.library, "")
 
 
-def setting_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, runtime: Runtime
-) -> Setting:
+def setting_of(example: Example, runtime: Runtime) -> Setting:
     """Return the conditions of latencies that are measured here and now."""
     from autoprune import __version__
 
-    device = next(model.parameters()).device
-    inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    device = next(example.model.parameters()).device
+    inputs = [leaf for leaf in tree_leaves((example.args, dict(example.kwargs))) if isinstance(leaf, Tensor)]
     return Setting(
-        model=type(model).__name__,
+        model=type(example.model).__name__,
         inputs=tuple(f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, x.shape))}" for x in inputs),
-        batch=batch,
+        batch=example.samples,
         device=device.type,
         machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         threads=torch.get_num_threads(),

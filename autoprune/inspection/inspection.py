@@ -11,18 +11,18 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
-from autoprune.batches import on_call
-from autoprune.costs.returned import frozen_by_output, require_selecting, selecting
+from autoprune.batches import Forward
 from autoprune.costs.structural import StructuralCosts
 from autoprune.errors import NothingToPruneError
 from autoprune.files import write_text
+from autoprune.inspection.by_output import frozen_by_output
 from autoprune.inspection.html import as_html
 from autoprune.inspection.text import as_text
 from autoprune.protocols import FloatArray
 from autoprune.search_spaces import Settings, make_space, why_no_less
 from autoprune.structure.analysis import analyse
-from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
-from autoprune.structure.record import Forward
+from autoprune.structure.example import Example
+from autoprune.structure.examples import ExampleInputs, example_of, unwrap
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Frozen, Group
 
@@ -199,10 +199,8 @@ def inspect(
     """
     settings = make_space(space)
     model = unwrap(model)
-    (args, kwargs), *further = examples_of(model, example_inputs)
-    require_selecting(forward, outputs)
-    run = selecting(None if forward is None else on_call(forward), outputs)
-    structure = analyse(model, args, kwargs, forward=run, further=further, checks=checks, rewrite=rewrite)
+    example = example_of(model, example_inputs, forward, outputs)
+    structure = analyse(example, checks=checks, rewrite=rewrite)
     costs = StructuralCosts(structure)
     groups = structure.groups
     widths = np.tile(structure.sizes.astype(np.float64), (len(groups) + 2, 1))
@@ -221,7 +219,7 @@ def inspect(
             GroupShare(group.name, group.size, _layers(group), shares["flops"][i], shares["params"][i])
             for i, group in enumerate(groups)
         ),
-        frozen=_frozen(_by_output(structure, model, args, kwargs, run, outputs), parameters, table["params"][-2]),
+        frozen=_frozen(_by_output(example, structure, outputs), parameters, table["params"][-2]),
         untouched={name: parameters[name].numel() for name in structure.untouched},
         attributes=tuple(f"{a.module}.{a.path}".lstrip(".") for a in structure.attributes),
         graphs=tuple(structure.graphs),
@@ -254,17 +252,10 @@ def _layers(group: Group) -> int:
     return len({slot.tensor.rpartition(".")[0] for slot in group.slots})
 
 
-def _by_output(
-    structure: Structure,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    run: Forward,
-    outputs: Outputs | None,
-) -> list[tuple[Frozen, str]]:
+def _by_output(example: Example, structure: Structure, outputs: Outputs | None) -> list[tuple[Frozen, str]]:
     """Frozen slices, each with advice to the user; those of outputs by the key or index of the output."""
     told_apart = outputs is None and any(part.reason == RETURNED for part in structure.frozen)
-    by_output = frozen_by_output(model, args, kwargs, run) if told_apart else {}
+    by_output = frozen_by_output(example) if told_apart else {}
     found = []
     for part in structure.frozen:
         keys = [key for key, own in by_output.items() if part.reason == RETURNED and (part.tensor, part.dim) in own]

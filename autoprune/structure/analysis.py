@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from autoprune.structure.example import Example
 from autoprune.structure.isolated import ProcessDiedError, call_alone
 from autoprune.structure.labels import Propagation
 from autoprune.structure.propagate import propagate
-from autoprune.structure.record import Forward, Inputs, Record
+from autoprune.structure.record import Record
 from autoprune.structure.rewrite import find_rewrites, rewritten
 from autoprune.structure.slicing import Edit, build
 from autoprune.structure.structure import Structure, assemble
@@ -39,12 +38,8 @@ MOST_KEPT = 0.9
 
 
 def analyse(
-    model: nn.Module,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    example: Example,
     *,
-    forward: Forward | None = None,
-    further: Sequence[Inputs] = (),
     checks: str = "on",
     rewrite: str = "auto",
     seed: int = 0,
@@ -53,13 +48,8 @@ def analyse(
     """Find the units that can be removed from a model, and check them.
 
     Args:
-        model: Any module that runs on the inputs; it comes back unchanged.
-        args: Positional example inputs, moved to the model's device.
-        kwargs: Keyword example inputs.
-        forward: ``forward(model, *args, **kwargs)`` where calling the model is not enough; returns the outputs that
-            matter.
-        further: More positional and keyword inputs, ``(args, kwargs)`` each, that take other branches of the forward.
-            A group must be prunable in every example; costs are those of `args` and `kwargs`.
+        example: Any module with inputs that it runs on, which are moved to its device; it comes back unchanged. A group
+            must be prunable in every call; costs are those of the first.
         checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead; ``"isolated"`` is ``"on"`` in
             a separate process, which a wrong slice may kill without harm.
         rewrite: ``"auto"`` delivers modules whose code does not follow the widths as graphs of their operations;
@@ -76,34 +66,27 @@ def analyse(
     one_of("checks", checks, ("on", "strict", "isolated"))
     one_of("rewrite", rewrite, ("auto", "off"))
     import_late_ones()
-    device = require_supported(model)
+    device = require_supported(example.model)
     if checks == "isolated":
-        settings = {"forward": forward, "further": further, "rewrite": rewrite, "seed": seed, "until": until}
-        return _isolated(model, args, kwargs, settings)
-    examples = [
-        map_tensors(lambda tensor: tensor.to(device), (a, dict(k))) for a, k in ((args, kwargs or {}), *further)
-    ]
+        return _isolated(example, {"rewrite": rewrite, "seed": seed, "until": until})
     with limited(until):
-        return _analysed(model, examples, forward or (lambda m, *a, **k: m(*a, **k)), checks, rewrite, seed)
+        return _analysed(example.on(device), checks, rewrite, seed)
 
 
-def _analysed(
-    model: nn.Module, examples: Sequence[Inputs], run: Forward, checks: str, rewrite: str, seed: int
-) -> Structure:
-    (args, kwargs), *further = examples
+def _analysed(example: Example, checks: str, rewrite: str, seed: int) -> Structure:
     with seeded(seed), torch.inference_mode(False):  # inference mode would record layers that are not decomposed
         doing("the forward pass was traced")
         try:
-            record = trace(model, args, kwargs, run, further, training=True)
+            record = trace(example, training=True)
             flow = _followed(record)
             record = flow.record
             ran = (*record.ops, *record.training)
             read = {record.values[value].name for op in ran for value in op.inputs()}
-            untouched = tuple(name for name, _ in model.named_parameters() if name not in read)
-            checker = Checker(flow, Example(model, args, kwargs, run, further), untouched, seed)
+            untouched = tuple(name for name, _ in example.model.named_parameters() if name not in read)
+            checker = Checker(flow, example, untouched, seed)
             dense = checker.values.dense
         except Exception:  # of the user's code: if it also raises without tracing, the inputs are to blame
-            _require_runs(model, run, examples)
+            _require_runs(example)
             raise
         if not any(out.numel() for out in dense):
             raise UnsupportedModelError(
@@ -118,7 +101,7 @@ def _analysed(
         doing("it was found out how far the code follows smaller widths")
         graphs = find_rewrites(checker) if rewrite == "auto" else {}
         if graphs:
-            checker = checker.on(rewritten(model, graphs), graphs)
+            checker = checker.on(rewritten(example.model, graphs), graphs)
         doing(f"smaller models were compared with the dense one, of {len(find_units(flow).groups)} groups in all")
         failures = checker.failures()
     if failures and checks == "strict":
@@ -131,17 +114,17 @@ def _analysed(
     return replace(structure, graphs=graphs, untrained=untrained)
 
 
-def _require_runs(model: nn.Module, run: Forward, examples: Sequence[Inputs]) -> None:
-    """Run the model itself, without tracing, on the example inputs.
+def _require_runs(example: Example) -> None:
+    """Run the model, without tracing, in every call.
 
     Raises:
         DataError: If it raises for these inputs too; names them.
     """
-    for args, kwargs in examples:
+    for args, kwargs in example.inputs:
         private = map_tensors(lambda tensor: tensor.clone(), (args, dict(kwargs)))
         try:
             with torch.no_grad():
-                run(build(model, Edit({}, {})).eval(), *private[0], **private[1])
+                example.forward(build(example.model, Edit({}, {})).eval(), *private[0], **private[1])
         except AutopruneError:
             raise
         except Exception as error:  # the user's forward may raise anything
@@ -166,14 +149,9 @@ def _followed(record: Record) -> Propagation:
     return evaluated
 
 
-def _isolated(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    settings: dict[str, Any],
-) -> Structure:
+def _isolated(example: Example, settings: dict[str, Any]) -> Structure:
     try:
-        return call_alone(_analyse_alone, torch.get_num_threads(), model, args, kwargs, settings)
+        return call_alone(_analyse_alone, torch.get_num_threads(), example, settings)
     except ProcessDiedError as error:
         raise StructureCheckError(
             "checks='isolated' and the model's forward killed its process on a sliced copy, in a native kernel for "
@@ -181,11 +159,9 @@ def _isolated(
         ) from error
 
 
-def _analyse_alone(
-    threads: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, settings: dict[str, Any]
-) -> Structure:
+def _analyse_alone(threads: int, example: Example, settings: dict[str, Any]) -> Structure:
     torch.set_num_threads(threads)
-    return analyse(model, args, kwargs, **settings)
+    return analyse(example, **settings)
 
 
 def require_supported(model: nn.Module) -> torch.device:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -69,18 +68,17 @@ class Checker:
     @cached_property
     def shorter(self) -> Shorter | None:
         """Smaller example for values, where the whole one is large."""
-        return shorten(self.flow, self.example.model, self.example.inputs, self.example.forward)
+        return shorten(self.flow, self.example)
 
     @cached_property
     def values_of_shorter(self) -> Values:
         """Checks of values on the smaller example."""
         assert self.shorter is not None
-        (args, kwargs), *further = self.shorter.inputs
-        return Values(self.shorter.flow, replace(self.example, args=args, kwargs=kwargs, further=further))
+        return Values(self.shorter.flow, self.shorter.example)
 
     def on(self, model: nn.Module, other: Collection[str]) -> Checker:
         """Make the same checks of an equivalent model with other code in the modules named in `other`."""
-        checker = Checker(self.flow, replace(self.example, model=model), self.untouched, self.seed)
+        checker = Checker(self.flow, self.example.of(model), self.untouched, self.seed)
         checker.sizes.known |= {where: place for where, place in self.sizes.known.items() if where[0] not in other}
         return checker
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.arguments import shown
-from autoprune.batches import fresh, tensors
+from autoprune.batches import Forward, fresh, on_call, tensors
 from autoprune.errors import UnsupportedModelError
 from autoprune.sources import seeded
+from autoprune.structure.example import Example, called
+from autoprune.structure.outputs import require_selecting
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """One input, positional inputs, or keyword inputs."""
@@ -92,6 +94,31 @@ def examples_of(
     if not given:
         raise ValueError(f"example_inputs must hold at least one example, got an empty list; pass {FORMS}")
     return [example_inputs_of(model, example) for example in given]
+
+
+def example_of(
+    model: nn.Module,
+    given: ExampleInputs | list[ExampleInputs] | None = None,
+    forward: Forward | None = None,
+    outputs: Any = None,
+) -> Example:
+    """Make the example of what a user gives to `autoprune.inspect` or `autoprune.profile`.
+
+    Args:
+        model: Unwrapped.
+        given: One example or a list of them, as in `examples_of`; those after the first are further calls.
+        forward: ``forward(model, batch)``, of the inputs as `autoprune.batches.of_call` makes a batch of them; None
+            calls the model.
+        outputs: Outputs that matter, as in `autoprune.structure.outputs.selecting`.
+
+    Raises:
+        ValueError: If there is no example, or one has another form.
+        TypeError: If `forward` or `outputs` is none of these.
+    """
+    (args, kwargs), *further = examples_of(model, given)
+    require_selecting(forward, outputs)
+    run = called if forward is None else on_call(forward)
+    return Example(model, args, kwargs, run, further).selecting(outputs)
 
 
 def _carried(model: nn.Module) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-Forward = Callable[..., Any]
+CallForward = Callable[..., Any]
 """``forward(model, *args, **kwargs)``: runs the model on example inputs and returns the outputs that matter."""
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]

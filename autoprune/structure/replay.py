@@ -21,6 +21,7 @@ from autoprune.structure.record import Op, Ref
 from autoprune.structure.rules.registry import operation_of
 from autoprune.structure.time_limit import look
 from autoprune.structure.units import BoolArray, Units
+from autoprune.structure.wide import widened
 
 log = logging.getLogger(__name__)
 
@@ -206,15 +207,6 @@ class Replay:
         for value, index in last.items():
             out.setdefault(index, []).append(value)
         return out
-
-
-def widened(leaf: Any) -> Any:
-    """Convert a tensor or dtype to the widest type of its kind: float64 or complex128; anything else as it is."""
-    dtype = leaf.dtype if isinstance(leaf, Tensor) else leaf
-    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
-        return leaf
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    return leaf.to(wide) if isinstance(leaf, Tensor) else wide
 
 
 def _tensors(out: Any) -> list[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from autoprune.structure.adapters import adapter_of
 from autoprune.structure.capture import Capture, Frame
 from autoprune.structure.checks import Checker
 from autoprune.structure.describe import NotFollowedError, Run, describe
+from autoprune.structure.example import Example
 from autoprune.structure.graph_module import Description, RecordedModule
 from autoprune.structure.labels import Propagation
-from autoprune.structure.record import Forward, Inputs
-from autoprune.structure.skeleton import Call, call_with, skeleton
+from autoprune.structure.record import CallForward, Inputs
+from autoprune.structure.skeleton import ForwardModule, call_with, skeleton
 from autoprune.structure.trace import trace
 from autoprune.structure.units import Units, find_units
 
@@ -64,25 +66,19 @@ class Recordings:
     """Recorded calls of every module of a model that is not one of PyTorch's layers, at several input sizes.
 
     Args:
-        model: The model.
-        examples: Inputs of each call.
-        forward: Runs it.
-        flow: Labels of the pass on these inputs.
+        example: The model with its calls.
+        flow: Labels of the pass in these calls.
         units: Their units.
     """
 
-    def __init__(
-        self, model: nn.Module, examples: Sequence[Inputs], forward: Forward, flow: Propagation, units: Units
-    ) -> None:
-        self.model = model
-        self.modules = dict(model.named_modules())
-        self._examples = list(examples)
-        self._forward = forward
+    def __init__(self, example: Example, flow: Propagation, units: Units) -> None:
+        self.modules = dict(example.model.named_modules())
+        self._example = example
         self._meta = flow.record.device == "meta"
         self._runs: dict[str, list[Run]] = {}
         self._training: dict[str, list[Frame]] = {}
         self._add(self._base(flow), flow, units)
-        for choices in other_sizes(self._examples):
+        for choices in other_sizes(example.inputs):
             worked = 0
             for inputs in choices:
                 try:
@@ -95,7 +91,7 @@ class Recordings:
                 if worked == 2:
                     break
         try:
-            for frame in self._run(self._examples, training=True):
+            for frame in self._run(example.inputs, training=True):
                 self._training.setdefault(frame.name, []).append(frame)
         except Exception as error:  # as above; the calls of evaluation then count for training, too
             log.info("not recorded in training mode: %r", error)
@@ -118,25 +114,24 @@ class Recordings:
 
     def _base(self, flow: Propagation) -> list[Frame]:
         frames: list[Frame] = []
-        (args, kwargs), *further = self._examples
-        record = trace(self.model, args, kwargs, self._watched(frames), further)
+        record = trace(replace(self._example, forward=self._watched(frames)))
         same = [op.func for op in record.ops] == [op.func for op in flow.record.ops]
         if not same:
             raise NotFollowedError("the model runs other operations each time")
         return frames
 
-    def _watched(self, frames: list[Frame]) -> Forward:
+    def _watched(self, frames: list[Frame]) -> CallForward:
         def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             with Capture(model, self.wanted).watching(model) as capture:
-                out = self._forward(model, *args, **kwargs)
+                out = self._example.forward(model, *args, **kwargs)
             frames.extend(capture.frames)
             return out
 
         return run
 
-    def _run(self, examples: Sequence[Inputs], *, training: bool) -> list[Frame]:
+    def _run(self, calls: Sequence[Inputs], *, training: bool) -> list[Frame]:
         frames: list[Frame] = []
-        copied = skeleton(self.model).eval()
+        copied = skeleton(self._example.model).eval()
         if training:
             for module in copied.modules():  # batch norm refuses to train on one value a channel
                 module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -144,11 +139,10 @@ class Recordings:
         def place(leaf: Any) -> Any:
             return leaf.detach().to("meta") if self._meta and isinstance(leaf, Tensor) else leaf
 
-        call = Call(copied, self._watched(frames))
+        call = ForwardModule(copied, self._watched(frames))
         state = {name: place(tensor) for name, tensor in (*call.named_parameters(), *call.named_buffers())}
-        for args, kwargs in examples:
-            args, kwargs = tree_map(place, (args, dict(kwargs)))
-            call_with(call, state, args, kwargs)
+        for args, kwargs in calls:
+            call_with(call, state, tree_map(place, (args, dict(kwargs))))
         return frames
 
     def _add(self, frames: list[Frame], flow: Propagation | None, units: Units | None) -> None:
@@ -172,9 +166,9 @@ def _imagined(frame: Frame, flow: Propagation, units: Units) -> list[tuple[int, 
     return shapes
 
 
-def other_sizes(examples: Sequence[Inputs]) -> Iterator[Iterator[list[Inputs]]]:
+def other_sizes(calls: Sequence[Inputs]) -> Iterator[Iterator[list[Inputs]]]:
     """Vary the inputs by longer dimensions, in a few ways: each alone, and all of one size together."""
-    flat, tree = tree_flatten([(args, dict(kwargs)) for args, kwargs in examples])
+    flat, tree = tree_flatten([(args, dict(kwargs)) for args, kwargs in calls])
     dims = [(i, d, leaf.shape[d]) for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) for d in range(leaf.ndim)]
     by_size: dict[int, list[tuple[int, int]]] = {}
     for i, d, size in dims:
@@ -203,16 +197,12 @@ class Rewriter:
     """Chooses the modules to rewrite while a smaller model is followed.
 
     Args:
-        model: The model.
-        examples: Inputs of each call.
-        forward: Runs it.
-        flow: Labels of the pass on these inputs.
+        example: The model with its calls.
+        flow: Labels of the pass in these calls.
     """
 
-    def __init__(self, model: nn.Module, examples: Sequence[Inputs], forward: Forward, flow: Propagation) -> None:
-        self._model = model
-        self._examples = examples
-        self._forward = forward
+    def __init__(self, example: Example, flow: Propagation) -> None:
+        self._example = example
         self._flow = flow
         self._recordings: Recordings | None = None
         self._described: dict[str, Description | None] = {}
@@ -240,7 +230,7 @@ class Rewriter:
     def _recorded(self) -> Recordings:
         if self._recordings is None:
             units = find_units(self._flow)
-            self._recordings = Recordings(self._model, self._examples, self._forward, self._flow, units)
+            self._recordings = Recordings(self._example, self._flow, units)
         return self._recordings
 
     def _description(self, name: str) -> Description | None:
@@ -261,7 +251,7 @@ def find_rewrites(checker: Checker) -> dict[str, Description]:
         checker: Follows the model; it keeps the sizes that it finds.
     """
     model, flow = checker.example.model, checker.flow
-    rewriter = Rewriter(model, checker.example.inputs, checker.example.forward, flow)
+    rewriter = Rewriter(checker.example, flow)
     graphs: dict[str, Description] = {}
     stuck: dict[str, str] = {}
     for draw in range(DRAWS):

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from autoprune.structure.containers import map_tensors, tensors_in
+from autoprune.structure.containers import tensors_in
+from autoprune.structure.example import Example
 from autoprune.structure.labels import Edge, Propagation
 from autoprune.structure.macs import dense_macs
 from autoprune.structure.propagate import propagate
-from autoprune.structure.record import Forward, Inputs, Record
+from autoprune.structure.record import Record
 from autoprune.structure.trace import trace
 from autoprune.structure.units import Group, Units
 
@@ -34,15 +35,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shorter:
-    """Beginning of every input, and the labels of a pass on it.
+    """Beginning of every input, with the labels of a pass on it.
 
     Attributes:
         flow: Its operations and values are those of the whole example, by index.
-        inputs: Inputs of every call.
+        example: The model with these inputs.
     """
 
     flow: Propagation
-    inputs: list[Inputs]
+    example: Example
 
     def tied_as(self, whole: Propagation) -> Propagation | None:
         """Return the labels with the ties of the whole example; None if these do not fit."""
@@ -59,20 +60,19 @@ class Shorter:
         return replace(self.flow, edges=[*self.flow.edges, *added])
 
 
-def shorten(flow: Propagation, model: nn.Module, inputs: list[Inputs], forward: Forward) -> Shorter | None:
+def shorten(flow: Propagation, example: Example) -> Shorter | None:
     """Cut a large example down, if the model then runs the same operations; else None."""
     record = flow.record
     macs = sum(dense_macs(record, op) for op in record.ops)
-    leaves = tensors_in([(args, dict(kwargs)) for args, kwargs in inputs], objects=True)
+    leaves = tensors_in(example.inputs, objects=True)
     numbers = {leaf.is_floating_point() or leaf.is_complex() for leaf in leaves if leaf.dtype != torch.bool}
     # Whole numbers next to others may be indices into these, and point past their end.
     if macs < 2 * ENOUGH_MACS or len(numbers) > 1:
         return None
     for cut in _cuts(leaves, record.batch, macs / ENOUGH_MACS):
-        small = [map_tensors(cut, (args, dict(kwargs))) for args, kwargs in inputs]
+        small = example.mapped(cut)
         try:
-            (args, kwargs), *further = small
-            found = trace(model, args, kwargs, forward, further, training=bool(record.trained))
+            found = trace(small, training=bool(record.trained))
         except Exception as error:  # a model may need the original sizes
             log.info("the model does not run on a smaller example: %s", error)
             continue

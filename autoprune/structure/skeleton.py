@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copyreg import dispatch_table
 from functools import cache
@@ -17,10 +17,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.adapters import adapter_of, refresh_flat_weights
-from autoprune.structure.containers import map_tensors
 from autoprune.structure.graph_module import RecordedModule, lend
 from autoprune.structure.known_shapes import KnownShapes
-from autoprune.structure.record import Forward
+from autoprune.structure.record import CallForward, Inputs
 
 _EMPTY = (OrderedDict, set)
 _ATOMS = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -90,10 +89,10 @@ def _copies_plainly(kind: type[nn.Module]) -> bool:
     return kind not in dispatch_table and own.isdisjoint((*says, "__slots__"))
 
 
-class Call(nn.Module):
+class ForwardModule(nn.Module):
     """Makes ``forward(model, ...)`` a module, so that ``functional_call`` can swap the tensors of `model`."""
 
-    def __init__(self, model: nn.Module, run: Forward) -> None:
+    def __init__(self, model: nn.Module, run: CallForward) -> None:
         super().__init__()
         self.model = model
         self.run = run
@@ -104,10 +103,9 @@ class Call(nn.Module):
 
 
 def call_with(
-    call: Call,
+    call: ForwardModule,
     state: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    inputs: Inputs,
     mode: AbstractContextManager[Any] | None = None,
     *,
     decomposed: bool = False,
@@ -117,8 +115,7 @@ def call_with(
     Args:
         call: The model with its forward.
         state: Tensors by their name in `call`.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
+        inputs: Positional and keyword inputs.
         mode: Watches the operations.
         decomposed: Run recurrent layers as their separate operations, not as one fused operation.
     """
@@ -128,7 +125,7 @@ def call_with(
     try:
         shapes = KnownShapes() if any(tensor.is_meta for tensor in state.values()) else nullcontext()
         with torch.no_grad(), _layers_decomposed() if decomposed else nullcontext(), shapes, mode or nullcontext():
-            return functional_call(call, dict(state), args, dict(kwargs))
+            return functional_call(call, dict(state), inputs[0], dict(inputs[1]))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         handle.remove()
@@ -145,11 +142,3 @@ def _layers_decomposed() -> Iterator[None]:
     finally:
         torch._C._set_mkldnn_enabled(fused[0])
         torch._C._set_cudnn_enabled(fused[1])
-
-
-def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward) -> Callable[[], Any]:
-    """Make a call that runs a private copy of a model as `trace` does on real values, without tracing."""
-    copied = skeleton(model).eval()
-    copies = [map_tensors(torch.clone, given) for given in (args, dict(kwargs))]
-    buffers = {f"model.{name}": buffer.clone() for name, buffer in copied.named_buffers(remove_duplicate=False)}
-    return lambda: call_with(Call(copied, forward), buffers, copies[0], copies[1])

@@ -8,78 +8,67 @@ is traced on its real values. The user's model is never run, only a copy that sh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.batches import divisible
 from autoprune.errors import UnsupportedModelError
-from autoprune.structure.containers import map_tensors, tensors_in
-from autoprune.structure.record import Foreseen, Forward, Inputs, Record
+from autoprune.structure.containers import tensors_in
+from autoprune.structure.example import Example
+from autoprune.structure.record import Foreseen, Record
 from autoprune.structure.recorder import Recorder, module_paths
-from autoprune.structure.skeleton import Call, call_with, skeleton
+from autoprune.structure.skeleton import ForwardModule, call_with, skeleton
 from autoprune.structure.training import follow_training
 
 log = logging.getLogger(__name__)
 
 
 def trace(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    forward: Forward,
-    further: Sequence[Inputs] = (),
+    example: Example,
     *,
     values: bool = False,
     foreseen: Foreseen | None = None,
     training: bool = False,
 ) -> Record:
-    """Run `forward` once on each example, on the meta device if possible, and record its operations.
+    """Run every call of an example once, on the meta device if possible, and record its operations.
 
     Args:
-        model: Any module; it is not run itself and stays as it is.
-        args: Positional example inputs; tensors may be nested in lists, tuples and dicts.
-        kwargs: Keyword example inputs.
-        forward: Runs a model on these inputs and returns the outputs that matter.
-        further: More examples, which take other branches.
+        example: Its model is not run itself and stays as it is.
         values: Run on the real values: the operations are then those of the device.
         foreseen: With `values`, operations that are not computed, to save their time; of an earlier pass.
         training: Also record the additional operations of a pass in training mode.
     """
-    examples = [(args, kwargs), *further]
     if values:
-        return _trace(model, examples, forward, meta=False, decomposed=False, foreseen=foreseen)
-    if any(leaf.layout != torch.strided for leaf in tensors_in(examples, objects=True)):
+        return _trace(example, meta=False, decomposed=False, foreseen=foreseen)
+    if any(leaf.layout != torch.strided for leaf in tensors_in(example.inputs, objects=True)):
         # On the meta device a sparse tensor stores nothing.
-        return _trace(model, examples, forward, meta=False, training=training)
+        return _trace(example, meta=False, training=training)
     try:
-        record = _trace(model, examples, forward, meta=True, training=training)
+        record = _trace(example, meta=True, training=training)
         # Made outside of the record, like the index tensor of x[:, [0, 2]]: its values are needed and are lost.
         met = record.values[: record.met]
         lost = [v for v in met if v.kind == "constant" and v.tensor is not None and v.tensor.is_meta]
         if not any(v.tensor.numel() for v in lost if v.tensor is not None):  # a cache that is still empty has no values
             for value in lost:
-                value.tensor = torch.empty(value.shape, dtype=value.dtype, device=_device_of(model))
+                value.tensor = torch.empty(value.shape, dtype=value.dtype, device=_device_of(example.model))
             return record
         log.info("tracing on the meta device lost %d constants; tracing on real values", len(lost))
     except Exception as error:  # a model may do anything that the meta device cannot, such as read a value
         log.info("tracing on the meta device failed (%s); tracing on real values", error)
-    return _trace(model, examples, forward, meta=False, training=training)
+    return _trace(example, meta=False, training=training)
 
 
 def _trace(
-    model: nn.Module,
-    examples: Sequence[Inputs],
-    forward: Forward,
+    example: Example,
     *,
     meta: bool,
     decomposed: bool = True,
     foreseen: Foreseen | None = None,
     training: bool = False,
 ) -> Record:
-    copied = skeleton(model).eval()
+    call = ForwardModule(skeleton(example.model).eval(), example.forward)
     move: dict[int, Tensor] = {}
 
     def moved(leaf: Tensor) -> Tensor:
@@ -90,9 +79,9 @@ def _trace(
             move[id(leaf)] = leaf.detach().to("meta") if meta else private
         return move[id(leaf)]
 
-    originals = dict(_named_tensors(copied))
+    originals = dict(_named_tensors(call.model))
     tensors = {name: moved(tensor) for name, tensor in originals.items()}
-    moved_examples = [map_tensors(moved, (args, dict(kwargs))) for args, kwargs in examples]
+    inputs = example.mapped(moved).inputs
     recorder = Recorder(foreseen or {})
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -100,18 +89,17 @@ def _trace(
             seen.add(id(tensor))
             kind = "parameter" if isinstance(originals[name], nn.Parameter) else "buffer"
             recorder.add(tensor, kind, name, born=-1)
-    leaves = tensors_in(moved_examples, objects=True)
+    leaves = tensors_in(inputs, objects=True)
     record = recorder.record
     record.inputs = [recorder.add(leaf, "input", "", born=-1) for leaf in leaves]
-    own = [leaf for leaf in tensors_in(moved_examples[0], objects=True) if leaf.ndim]
+    own = [leaf for leaf in tensors_in(inputs[0], objects=True) if leaf.ndim]
     record.batch = len(own[0]) if own and divisible((*own, None)) else 1
     record.device = "meta" if meta else str(leaves[0].device if leaves else "cpu")
     state = {f"model.{name}": tensor for name, tensor in tensors.items()}
     outputs = []
-    with module_paths(copied, recorder):
-        for moved_args, moved_kwargs in moved_examples:
-            call = Call(copied, forward)
-            outputs.append(call_with(call, state, moved_args, moved_kwargs, recorder, decomposed=decomposed))
+    with module_paths(call.model, recorder):
+        for one in inputs:
+            outputs.append(call_with(call, state, one, recorder, decomposed=decomposed))
             record.first = record.first or len(record.ops)
     record.foreseen = recorder.foreseeable()
     out = tensors_in(outputs)
@@ -126,7 +114,7 @@ def _trace(
         record.values[i].died = len(record.ops)
     record.met = len(record.values)
     if training:
-        follow_training(recorder, copied, forward, state, moved_examples[0])
+        follow_training(recorder, call, state, inputs[0])
     return record
 
 

@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from autoprune.structure.containers import tensors_in
-from autoprune.structure.record import Forward, Inputs, Op, Record, Ref
+from autoprune.structure.record import Inputs, Op, Record, Ref
 from autoprune.structure.recorder import Recorder, module_paths
-from autoprune.structure.skeleton import Call, call_with
+from autoprune.structure.skeleton import ForwardModule, call_with
 
 DROPOUTS = (
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
@@ -45,34 +45,30 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 def run_in_training(
-    copied: nn.Module,
-    forward: Forward,
+    call: ForwardModule,
     state: Mapping[str, Tensor],
     inputs: Inputs,
     mode: AbstractContextManager[Any] | None = None,
 ) -> list[Tensor]:
     """Run a private copy in training mode, without random layers, and return its output tensors."""
-    copied.train()
-    for module in copied.modules():
+    call.train()
+    for module in call.model.modules():
         if isinstance(module, _NormBase | _DropoutNd):
             module.eval()
         elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
             module.dropout = 0.0
     with _WithoutDropout():
-        call = Call(copied, forward)
-        return tensors_in(call_with(call, state, inputs[0], inputs[1], mode, decomposed=True))
+        return tensors_in(call_with(call, state, inputs, mode, decomposed=True))
 
 
-def follow_training(
-    recorder: Recorder, copied: nn.Module, forward: Forward, state: Mapping[str, Tensor], inputs: Inputs
-) -> None:
+def follow_training(recorder: Recorder, call: ForwardModule, state: Mapping[str, Tensor], inputs: Inputs) -> None:
     """Add the additional operations of a pass in training mode; if it fails, note the reason in the record."""
     record = recorder.record
     operations, calls = len(record.ops), len(record.calls)
     outputs: list[int] = []
     try:
-        with module_paths(copied, recorder):
-            made = run_in_training(copied, forward, state, inputs, recorder)
+        with module_paths(call.model, recorder):
+            made = run_in_training(call, state, inputs, recorder)
         outputs = [recorder.lookup(leaf) for leaf in made]
     except Exception as error:  # it may want targets, or real values
         record.untrained = f"{type(error).__name__}: {error}".partition("\n")[0][:160]

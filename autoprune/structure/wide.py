@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from autoprune.structure.replay import widened
 from autoprune.structure.time_limit import look
+
+
+def widened(leaf: Any) -> Any:
+    """Convert a tensor or dtype to the widest type of its kind: float64 or complex128; anything else as it is."""
+    dtype = leaf.dtype if isinstance(leaf, Tensor) else leaf
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+        return leaf
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return leaf.to(wide) if isinstance(leaf, Tensor) else wide
 
 
 class Widening(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types

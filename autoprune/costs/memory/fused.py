@@ -24,7 +24,8 @@ from autoprune.costs.memory.scratch import Scratch, Values, fit_scratch
 from autoprune.costs.operations.allocations import Allocation, allocation_of
 from autoprune.costs.operations.parts import Family, Part, prefixes
 from autoprune.protocols import FloatArray, IntArray
-from autoprune.structure.record import Forward, ModuleCall, Record
+from autoprune.structure.example import Example
+from autoprune.structure.record import ModuleCall, Record
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
 
@@ -56,26 +57,16 @@ class Fused:
         return whole
 
 
-def find_fused(
-    model: nn.Module,
-    structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    run: Forward,
-    record: Record,
-) -> list[Fused]:
+def find_fused(example: Example, structure: Structure, record: Record) -> list[Fused]:
     """Find the calls of a dense model that run other operations in inference than were traced.
 
     Args:
-        model: The dense model; comes back unchanged.
+        example: The dense model with its inputs; comes back unchanged.
         structure: What can be removed from it.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        run: Runs the model on them.
         record: The traced pass.
     """
-    slicer = Slicer(model)
-    seen = _calls_of(slicer.cut(structure.edit(prefixes(structure, structure.sizes))).eval(), args, kwargs, run)
+    slicer = Slicer(example.model)
+    seen = _calls_of(example.of(slicer.cut(structure.edit(prefixes(structure, structure.sizes))).eval()))
     traced = dict(zip(_numbered(record.calls), record.calls, strict=True))
     found: list[tuple[_Seen, ModuleCall]] = []
     for key, own in zip(_numbered(seen), seen, strict=True):  # inner modules return first
@@ -125,8 +116,8 @@ def _numbered(calls: Sequence[ModuleCall] | Sequence[_Seen]) -> list[tuple[str, 
     return keys
 
 
-def _calls_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Forward) -> list[_Seen]:
-    """Operations of each module of a model in inference, in the order in which they return; `model` is a private copy.
+def _calls_of(example: Example) -> list[_Seen]:
+    """Operations of each module in inference, in the order in which they return; the model is a private copy.
 
     Methods are wrapped, because hooks would disable the fused operation of a module.
     """
@@ -144,12 +135,12 @@ def _calls_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
         module.forward = watched
 
-    watching = list(model.named_modules())
+    watching = list(example.model.named_modules())
     for name, module in watching:
         watch(name, module)
     try:
         with torch.no_grad(), mode:  # under inference_mode operations are seen before they are taken apart
-            run(model, *args, **kwargs)
+            example()
     finally:
         for _, module in watching:
             del module.forward

@@ -7,21 +7,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
-from torch import nn
 
 from autoprune.costs.memory.fused import Fused, find_fused
 from autoprune.costs.memory.scratch import Scratch, Values, fit_scratch
 from autoprune.costs.operations.allocations import Allocation, allocation_of
 from autoprune.costs.operations.parts import Family, Part, Row, families_of, part_values
-from autoprune.costs.operations.torch_parts import sized_calls
+from autoprune.costs.operations.torch_parts import sized_operations
 from autoprune.costs.structural import live_tensors, product_values
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.sources import seeded
-from autoprune.structure.record import Forward, Value
+from autoprune.structure.example import Example
+from autoprune.structure.record import Value
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products, tensor_lives
 
@@ -71,11 +71,12 @@ class PeakMemory:
         blocks = [self._predict(widths[start : start + _ROWS]) for start in range(0, len(widths), _ROWS)]
         return np.concatenate(blocks) if blocks else np.empty(0)
 
-    def measure(self, module: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    def measure(self, example: Example) -> float:
         """Measure the bytes of one forward pass of a built network, counted as in predictions."""
+        module = example.model
         state = np.array([[tensor.nbytes for tensor in (*module.parameters(), *module.buffers())]], dtype=np.float64)
         device = next(module.parameters()).device
-        top = allocation_of(lambda: run(module, *args, **kwargs), device).peak
+        top = allocation_of(example, device).peak
         return float(self._rounded(state).sum()) + self.inputs + top
 
     def _predict(self, widths: FloatArray) -> FloatArray:
@@ -113,35 +114,23 @@ class PeakMemory:
 
 
 @seeded(0)  # operations run on noise, and a model may draw some itself
-def measure_memory(
-    model: nn.Module,
-    structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    run: Forward,
-    *,
-    batch: int,
-) -> PeakMemory:
+def measure_memory(example: Example, structure: Structure) -> PeakMemory:
     """Measure the peak memory of a model and its pruned versions on this device.
 
     The model runs dense, and once more for each group without a few of its units, which gives every size as a function
     of the widths; then each kind of operation runs alone at some sizes. The model comes back unchanged.
 
     Args:
-        model: The dense model.
+        example: The dense model, with inputs of the batch size that matters on its device.
         structure: What can be removed from it.
-        args: Positional inputs, of `batch` samples, on the model's device.
-        kwargs: Keyword inputs.
-        run: Runs the model on them.
-        batch: Samples of one forward pass.
 
     Raises:
         UnsupportedModelError: If the model runs other operations once it is pruned.
         ValueError: If the model is on a device whose memory cannot be measured, or a profiler runs.
     """
-    device = next(model.parameters()).device
+    device = next(example.model.parameters()).device
     allocation_of(lambda: None, device)  # raises here where nothing can be measured, and not once for each operation
-    record, calls, rows = sized_calls(model, structure, args, kwargs, run, seed=0, values=True)
+    record, calls, rows = sized_operations(example, structure, seed=0, values=True)
     numbers, dims = rows[: len(calls)], rows[len(calls) :]
     families, _ = families_of(calls, numbers, structure)
     scratch, left_out = _scratch_of(families, device)
@@ -155,7 +144,7 @@ def measure_memory(
     state = [i for i, value in enumerate(record.values) if value.kind in ("parameter", "buffer")]
     born, died = (np.array([life[column] for life in lives], dtype=np.int64) for column in (1, 2))
     further = [index for own in running.values() for index in own]
-    calls_apart = find_fused(model, structure, args, kwargs, run, record)
+    calls_apart = find_fused(example, structure, record)
     starts = [fused.first for fused in calls_apart]
     tensors, alive, moments = live_tensors(table.products([i for i, *_ in lives]), born, died, further, starts)
     given = [record.values[i] for i, *_ in lives if record.values[i].kind == "input"]
@@ -168,7 +157,7 @@ def measure_memory(
         scratch=scratch,
         device=device.type,
         inputs=float(sum(math.prod(value.shape) * value.dtype.itemsize for value in given)),
-        batch=batch,
+        batch=example.samples,
         left_out=tuple(left_out),
         fused=tuple((fused, tuple(_between(moments, fused))) for fused in calls_apart),
     )

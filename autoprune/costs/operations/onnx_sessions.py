@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -21,7 +20,7 @@ from autoprune.costs.operations.runtimes import ONNXRUNTIME, YARDSTICK
 from autoprune.costs.timing import Call
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
-from autoprune.structure.record import Forward
+from autoprune.structure.example import Example
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
 
@@ -56,49 +55,40 @@ class OnnxRuntime:
         self.versions = {ONNXRUNTIME: str(onnxruntime.__version__), "onnx": str(onnx.__version__)}
         self.elsewhere = self._provider != _DEFAULT
 
-    def network(self, model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def network(self, example: Example) -> Call:
         """Export a module, compare the outputs of the session with those of the module, and return the session's call.
 
         Raises:
             UnsupportedModelError: If the module cannot be exported or run, or the outputs differ.
         """
-        exported, inputs, expected = export(model, run, args, kwargs)
+        exported, inputs, expected = export(example)
+        name = type(example.model).__name__
         try:
             session = self.session(exported)
             feed = {node.name: inputs[node.name] for node in session.get_inputs()}
             found = session.run(None, feed)
         except Exception as error:  # onnxruntime has a separate type for each failure
-            raise UnsupportedModelError(
-                f"{type(model).__name__} exported to ONNX cannot be run by onnxruntime: {error}"
-            ) from error
+            raise UnsupportedModelError(f"{name} exported to ONNX cannot be run by onnxruntime: {error}") from error
         for i, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
             apart = float(np.abs(ours.astype(np.float64) - theirs).max(initial=0.0))
             if not apart <= _CLOSE * max(float(np.abs(ours).max(initial=0.0)), 1e-3):
                 raise UnsupportedModelError(
-                    f"{type(model).__name__} exported to ONNX gives other outputs than in PyTorch: output {i} is up to "
+                    f"{name} exported to ONNX gives other outputs than in PyTorch: output {i} is up to "
                     f"{apart:.3g} apart; its latency under onnxruntime would be of another network"
                 )
         return lambda: session.run(None, feed)
 
-    def parts(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        run: Forward,
-        seed: int,
-    ) -> tuple[list[Family], list[Part]]:
+    def parts(self, example: Example, structure: Structure, seed: int) -> tuple[list[Family], list[Part]]:
         """Nodes of the optimised graph.
 
         Raises:
             UnsupportedModelError: If the module cannot be exported, or pruned ones have other nodes.
         """
-        slicer = Slicer(model)
+        slicer = Slicer(example.model)
 
         def nodes(widths: IntArray) -> list[Any]:
             cut = slicer.cut(edit_to(structure, widths)).eval()
-            exported, inputs, _ = export(cut, run, args, kwargs)
+            exported, inputs, _ = export(example.of(cut))
             return node_operations(self, self.optimised(exported, whole=False), inputs)
 
         return parts_of(nodes, structure, seed)
@@ -143,10 +133,8 @@ class OnnxRuntime:
         return options
 
 
-def export(
-    model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[bytes, dict[str, np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
-    """Export a module to ONNX at these sizes, with its inputs by name and the outputs of PyTorch for them.
+def export(example: Example) -> tuple[bytes, dict[str, np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
+    """Export a model to ONNX at these sizes, with its inputs by name and the outputs of PyTorch for them.
 
     It uses the exporter that traces TorchScript: a table needs some fifty exports, and the one of ``torch.export``
     takes 10 to 20 times as long for each. Optimised by onnxruntime, both have the same nodes, except for reshapes and
@@ -155,7 +143,7 @@ def export(
     Raises:
         UnsupportedModelError: If it cannot be exported.
     """
-    whole = _Whole(model, run, args, kwargs).eval()
+    whole = _Whole(example).eval()
     devices = {str(tensor.device) for tensor in [*whole.tensors, *whole.parameters()]}
     if devices != {"cpu"}:
         raise UnsupportedModelError(
@@ -180,7 +168,7 @@ def export(
             )
         except Exception as error:  # the exporter raises many types, and so may a user's forward
             raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be exported to ONNX for runtime='onnxruntime': {error}"
+                f"{type(example.model).__name__} cannot be exported to ONNX for runtime='onnxruntime': {error}"
             ) from error
     inputs = {name: tensor.numpy() for name, tensor in zip(names, whole.tensors, strict=True)}
     return file.getvalue(), inputs, expected
@@ -189,15 +177,16 @@ def export(
 class _Whole(nn.Module):
     """Module that takes and returns only tensors."""
 
-    def __init__(self, model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]):
+    def __init__(self, example: Example) -> None:
         super().__init__()
-        self.model, self._run = model, run
-        self._leaves, self._tree = tree_flatten((args, dict(kwargs)))
+        self.model = example.model
+        self._forward = example.forward
+        self._leaves, self._tree = tree_flatten((example.args, dict(example.kwargs)))
         self.tensors = [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         left = iter(tensors)
         leaves = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._tree)
-        returned = self._run(self.model, *args, **kwargs)
+        returned = self._forward(self.model, *args, **kwargs)
         return tuple(leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any, Protocol, final
 
 import torch
-from torch import nn
 
 from autoprune.arguments import shown
 from autoprune.costs.operations.parts import Family, Part
 from autoprune.costs.operations.torch_parts import find_parts
 from autoprune.costs.timing import Call
-from autoprune.structure.record import Forward
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 
 TORCH = "torch"
@@ -35,19 +33,11 @@ class Runtime(Protocol):
     versions: dict[str, str]
     elsewhere: bool
 
-    def network(self, model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def network(self, example: Example) -> Call:
         """Make a call of one forward pass as a user would run it."""
         ...
 
-    def parts(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        run: Forward,
-        seed: int,
-    ) -> tuple[list[Family], list[Part]]:
+    def parts(self, example: Example, structure: Structure, seed: int) -> tuple[list[Family], list[Part]]:
         """Find the families and parts of a model; see `autoprune.costs.operations.torch_parts.find_parts`."""
         ...
 
@@ -84,21 +74,13 @@ class Torch:
     versions: dict[str, str] = {TORCH: torch.__version__}
     elsewhere = False
 
-    def network(self, model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def network(self, example: Example) -> Call:
         """One forward pass."""
-        return network_call(model, run, args, kwargs)
+        return network_call(example)
 
-    def parts(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        run: Forward,
-        seed: int,
-    ) -> tuple[list[Family], list[Part]]:
+    def parts(self, example: Example, structure: Structure, seed: int) -> tuple[list[Family], list[Part]]:
         """ATen operations."""
-        return find_parts(model, structure, args, kwargs, run, seed)
+        return find_parts(example, structure, seed)
 
     def yardstick(self, device: torch.device) -> Call:
         """A product of matrices."""
@@ -106,11 +88,11 @@ class Torch:
         return lambda: torch.mm(matrix, matrix)
 
 
-def network_call(model: nn.Module, run: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any]:
-    """One forward pass of a module in eager mode."""
+def network_call(example: Example) -> Call:
+    """One forward pass in eager mode, of the model itself on the inputs themselves."""
 
     def call() -> Any:
         with torch.inference_mode():
-            return run(model, *args, **kwargs)
+            return example()
 
     return call

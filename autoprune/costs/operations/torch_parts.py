@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from autoprune.costs.operations.allocations import operations_of
 from autoprune.costs.operations.parts import Family, Part, Row, edit_to, families_of, sizes_of
 from autoprune.protocols import IntArray
-from autoprune.structure.record import Forward, Op, Record, Ref
-from autoprune.structure.skeleton import call_of
+from autoprune.structure.example import Example
+from autoprune.structure.record import Op, Record, Ref
 from autoprune.structure.slicing import Slicer
 from autoprune.structure.structure import Structure
 from autoprune.structure.trace import trace
@@ -35,43 +34,26 @@ class _Spec:
     broadcast: tuple[int, ...]  # dimensions of stride 0
 
 
-def find_parts(
-    model: nn.Module,
-    structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    forward: Forward,
-    seed: int = 0,
-) -> tuple[list[Family], list[Part]]:
+def find_parts(example: Example, structure: Structure, seed: int = 0) -> tuple[list[Family], list[Part]]:
     """Divide a model into families of operations and the parts where they occur.
 
     Views are left out: they move no data.
 
     Args:
-        model: The dense model; comes back unchanged.
+        example: The dense model, which comes back unchanged, with inputs of the batch size that matters.
         structure: What can be removed from it.
-        args: Positional inputs, of the batch size that matters.
-        kwargs: Keyword inputs.
-        forward: Runs the model on them.
         seed: Draws the widths that are checked.
 
     Raises:
         UnsupportedModelError: If the model runs other operations once it is pruned.
     """
-    _, calls, rows = sized_calls(model, structure, args, kwargs, forward, seed)
+    _, calls, rows = sized_operations(example, structure, seed)
     return families_of(calls, rows, structure)
 
 
-def sized_calls(
-    model: nn.Module,
-    structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    forward: Forward,
-    seed: int,
-    *,
-    values: bool = False,
-) -> tuple[Record, Sequence[Call], list[list[Row]]]:
+def sized_operations(
+    example: Example, structure: Structure, seed: int, *, values: bool = False
+) -> tuple[Record, Sequence[TorchOperation], list[list[Row]]]:
     """Trace the dense pass, and find its computing operations with all sizes as functions of the widths.
 
     Returns:
@@ -81,32 +63,29 @@ def sized_calls(
     Raises:
         UnsupportedModelError: If the model runs other operations once it is pruned.
     """
-    slicer = Slicer(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    slicer = Slicer(example.model)
+    device = next((p.device for p in example.model.parameters()), torch.device("cpu"))
     records: list[Record] = []
     in_place: list[bool] = []
 
-    def run(widths: IntArray) -> tuple[list[Call], list[tuple[int, ...]]]:
-        cut = slicer.cut(edit_to(structure, widths)).eval()
+    def run(widths: IntArray) -> tuple[list[TorchOperation], list[tuple[int, ...]]]:
+        cut = example.of(slicer.cut(edit_to(structure, widths)).eval())
         one_off = len(records) and (widths != structure.sizes).sum() == 1  # the run at random widths must check all
-        record = trace(cut, args, kwargs, forward, values=True, foreseen=records[0].foreseen if one_off else None)
+        record = trace(cut, values=True, foreseen=records[0].foreseen if one_off else None)
         if not records:
             records.append(record)
-            in_place.extend(_additions_in_place(cut, args, kwargs, forward, record))
+            in_place.extend(_additions_in_place(cut, record))
         _write_in_place(record, in_place)
-        return _calls(record, device), [value.shape for value in record.values] if values else []
+        return _operations(record, device), [value.shape for value in record.values] if values else []
 
     dense, rows = sizes_of(run, structure, seed)
     return records[0], dense, rows
 
 
-def _additions_in_place(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], forward: Forward, record: Record
-) -> list[bool]:
+def _additions_in_place(example: Example, record: Record) -> list[bool]:
     """Return whether each addition of a pass writes into its argument in inference, as that of a bias may."""
     seen = [op.name for op in record.ops if op.name in ("add", "add_")]
-    run = call_of(model, args, kwargs, forward)
-    names = [name.removeprefix("aten::") for name in operations_of(run)]
+    names = [name.removeprefix("aten::") for name in operations_of(example.as_traced())]
     ran = [name for name in names if name in ("add", "add_")]
     return [name == "add_" for name in ran] if len(ran) == len(seen) else []
 
@@ -124,7 +103,7 @@ def _write_in_place(record: Record, in_place: Sequence[bool]) -> None:
 
 
 @dataclass(frozen=True)
-class Call:
+class TorchOperation:
     """Operation of PyTorch; implements `Operation`."""
 
     op: Op
@@ -181,7 +160,7 @@ class Call:
         return lambda: func(*positional, **keywords)
 
 
-def _calls(record: Record, device: torch.device) -> list[Call]:
+def _operations(record: Record, device: torch.device) -> list[TorchOperation]:
     """Operations that compute, each with its numbers separated from everything else."""
     found = []
     for op in record.ops[: record.first]:
@@ -203,7 +182,7 @@ def _calls(record: Record, device: torch.device) -> list[Call]:
             else:
                 kept.append(leaf)
         template = f"{op.func} {tree} {[_stable(leaf) for leaf in kept]}"
-        found.append(Call(op, template, tuple(kept), tree, tuple(numbers), device))
+        found.append(TorchOperation(op, template, tuple(kept), tree, tuple(numbers), device))
     return found
 
 
@@ -218,9 +197,9 @@ def _spec(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     return _Spec(len(shape), str(dtype).removeprefix("torch."), order, broadcast)
 
 
-def _names(call: Call) -> list[str]:
+def _names(operation: TorchOperation) -> list[str]:
     """The argument that each leaf belongs to."""
-    return [name for name, value in call.op.args.items() for _ in tree_flatten(value)[0]]
+    return [name for name, value in operation.op.args.items() for _ in tree_flatten(value)[0]]
 
 
 def _tensor(spec: _Spec, shape: list[int], device: torch.device, writes: bool, first: bool) -> torch.Tensor:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
-from autoprune.arguments import MOST_SEED, shown, whole_number
-from autoprune.batches import divisible, on_call
+from autoprune.arguments import MOST_SEED, whole_number
+from autoprune.batches import Forward
 from autoprune.costs.allocator import keeping_freed_memory
 from autoprune.costs.correction import Evidence
 from autoprune.costs.latency import Latency
 from autoprune.costs.operations.parts import draw_widths, prefixes
-from autoprune.costs.operations.runtimes import TORCH, runtime_of
+from autoprune.costs.operations.runtimes import TORCH, Runtime, runtime_of
 from autoprune.costs.profiling.grids import Bench, measure_tables
 from autoprune.costs.profiling.progress_file import Progress
-from autoprune.costs.returned import require_selecting, selecting
 from autoprune.costs.setting import setting_of
 from autoprune.costs.tables import Table
 from autoprune.costs.timing import Clock, Over, TimeOverError, Timing, clock_for, compare, never, note_of_noise
@@ -30,9 +28,8 @@ from autoprune.files import as_path
 from autoprune.protocols import IntArray
 from autoprune.sources import seeded
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
-from autoprune.structure.containers import sizes_of
-from autoprune.structure.examples import ExampleInputs, examples_of, unwrap
-from autoprune.structure.record import Forward
+from autoprune.structure.example import Example
+from autoprune.structure.examples import ExampleInputs, example_of, unwrap
 from autoprune.structure.slicing import build
 from autoprune.structure.structure import Structure
 
@@ -107,20 +104,18 @@ def profile(
         _require_writable(as_path(path))
     model = unwrap(model)
     require_supported(model)
-    (args, kwargs), *others = examples_of(model, example_inputs)
-    require_selecting(forward, outputs)
-    run = selecting(None if forward is None else on_call(forward), outputs)
-    (args_of_two, kwargs_of_two), *further = [_of_two(*inputs) for inputs in ((args, kwargs), *others)]
-    structure = analyse(model, args_of_two, kwargs_of_two, forward=run, further=further)
+    example = example_of(model, example_inputs, forward, outputs)
+    structure = analyse(_of_two(example))
     return profile_structure(
-        model, structure, args, kwargs, run, batch=batch, networks=networks, seed=seed, path=path, runtime=runtime
+        example.resized(batch), structure, networks=networks, seed=seed, path=path, runtime=runtime
     )
 
 
-def _of_two(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Inputs with two samples; as they are where they cannot be cut by samples."""
-    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.ndim]
-    return (args, kwargs) if leaves and not divisible((*leaves, None)) else with_batch(args, kwargs, 2)
+def _of_two(example: Example) -> Example:
+    """Every call with two samples; as it is where its inputs cannot be cut by samples."""
+    calls = [replace(example, args=args, kwargs=kwargs, further=()) for args, kwargs in example.inputs]
+    first, *further = [call.resized(2) if call.divisible else call for call in calls]
+    return replace(first, further=[inputs for call in further for inputs in call.inputs])
 
 
 def _require_writable(path: Path) -> None:
@@ -133,71 +128,11 @@ def _require_writable(path: Path) -> None:
         raise PermissionError(f"path must lie in a folder that can be written, got {path}")
 
 
-def with_batch(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], n: int, name: str = "batch"
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Resize inputs to `n` samples by repeating the given ones; values without samples stay.
-
-    Inputs that cannot be cut, such as graphs, count as one sample.
-
-    Raises:
-        ValueError: If they hold no samples, cannot be cut, or `n` do not fit into memory; `name` is the argument of
-            `n`.
-    """
-    leaves = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not leaves or not (size := len(leaves[0])):
-        raise ValueError("example_inputs must hold a tensor with a dimension for samples and at least one, got none")
-    if not divisible((*leaves, None)):
-        if n == 1:
-            return args, dict(kwargs)
-        raise ValueError(
-            f"{name} must be 1 for inputs that cannot be cut by samples, with tensors of {sizes_of(leaves)}, got {n}; "
-            "such inputs count as one, so give as many as shall be measured at once"
-        )
-    wanted = n * sum(leaf.nbytes / size for leaf in leaves if len(leaf) == size)
-    require_fits(f"{name} must be a number of samples", n, wanted)
-
-    def resized(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != size:
-            return leaf
-        return leaf[torch.arange(n, device=leaf.device) % size]
-
-    resized_args, resized_kwargs = tree_map(resized, (args, dict(kwargs)))
-    return resized_args, resized_kwargs
-
-
-def require_fits(rule: str, given: Any, wanted_bytes: float) -> None:
-    """Refuse inputs that are larger than the memory of this machine, where the system tells its size.
-
-    Args:
-        rule: The rule for the argument, such as ``"batch must be a number of samples"``.
-        given: The value given.
-        wanted_bytes: Size of the inputs.
-
-    Raises:
-        ValueError: Says both.
-    """
-    try:
-        most = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, OSError, ValueError):  # not POSIX
-        return
-    if wanted_bytes > most:
-        raise ValueError(
-            f"{rule} that fit into memory, got {shown(given)}, whose inputs alone take "
-            f"{min(wanted_bytes, 1e300) / 2**30:.3g} GiB "
-            f"of {most / 2**30:.3g} GiB; give fewer"
-        )
-
-
 @seeded(0)  # operations run on noise, and a model may draw some itself
 def profile_structure(
-    model: nn.Module,
+    example: Example,
     structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    run: Forward,
     *,
-    batch: int,
     networks: int = NETWORKS,
     seed: int = 0,
     path: str | Path | None = None,
@@ -205,37 +140,42 @@ def profile_structure(
     runtime: str = TORCH,
     over: Over = never,
 ) -> Latency:
-    """Profile a model that is traced already; `clock` replaces that of the device.
+    """Profile a model that is traced already.
 
-    Once `over` returns True, the table is made of the measurements so far, if these are all operations and 6 networks.
+    Args:
+        example: The model, with inputs of the batch size that is timed.
+        structure: What can be removed from it.
+        networks: Whole networks to measure.
+        seed: Draws their widths.
+        path: File of the table.
+        clock: Replaces that of the device.
+        runtime: As in `profile`.
+        over: Once it returns True, the table is made of the measurements so far, if these are all operations and 6
+            networks.
 
     Raises:
         TimeOverError: If there are fewer; says how many.
     """
     require_prunable(structure)
     runs = runtime_of(runtime)
-    device = next(model.parameters()).device
+    device = next(example.model.parameters()).device
     clock = clock or clock_for(device, runs.elsewhere)
-    args, kwargs = tree_map(
-        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, with_batch(args, kwargs, batch)
-    )
-    setting = setting_of(model, args, kwargs, batch, runs)
+    example = example.on(device)
+    setting = setting_of(example, runs)
     bench = Bench(clock, runs.yardstick(device), over=over)
-    families, parts = runs.parts(model, structure, args, kwargs, run, seed)
+    families, parts = runs.parts(example, structure, seed)
     widths = _networks(structure, networks, seed)
     progress = Progress(path, setting, parts, widths, bench)
     tables: list[Table] | None = None
     cut_short = ""
     try:
         tables = measure_tables(families, bench)
-        dense = build(model, structure.edit(prefixes(structure, structure.sizes))).eval()
-        call = runs.network(dense, run, args, kwargs)
+        dense = build(example.model, structure.edit(prefixes(structure, structure.sizes))).eval()
+        call = runs.network(example.of(dense))
         if not progress.dense_ms:
             (timing,) = bench.compare([call], tolerance=0.01, block_seconds=2e-3)
             progress.dense_ms = timing.ratio * bench.reference_ms
-        _measure_networks(
-            model, structure, widths, lambda m: runs.network(m, run, args, kwargs), call, clock, progress, over
-        )
+        _measure_networks(example, structure, widths, runs, call, clock, progress, over)
     except TimeOverError as error:
         cut_short = (
             f"{len(bench.known)} of {len(families)} kinds of operations and {len(progress.networks)} of {len(widths)} "
@@ -312,10 +252,10 @@ def time_networks(
 
 
 def _measure_networks(
-    model: nn.Module,
+    example: Example,
     structure: Structure,
     widths: IntArray,
-    make: Callable[[nn.Module], Callable[[], Any]],
+    runtime: Runtime,
     dense: Callable[[], Any],
     clock: Clock,
     progress: Progress,
@@ -328,7 +268,8 @@ def _measure_networks(
     """
     for start in range(len(progress.networks), len(widths), _AT_ONCE):
         some = widths[start : start + _AT_ONCE]
-        calls = [make(build(model, structure.edit(prefixes(structure, row))).eval()) for row in some]
+        modules = [build(example.model, structure.edit(prefixes(structure, row))).eval() for row in some]
+        calls = [runtime.network(example.of(module)) for module in modules]
         timings = time_networks(calls, dense, clock, over)
         progress.timings += timings
         progress.networks += [(timing.ratio, timing.uncertainty) for timing in timings]
