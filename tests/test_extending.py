@@ -21,6 +21,7 @@ from autoprune.protocols import SearchSpace
 from autoprune.search_spaces import SPACES, Channels
 from autoprune.search_spaces.channels import ChannelSpace
 from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from autoprune.testing.contracts import SpaceContract
 from tests.candidates import uniform_order
@@ -57,7 +58,7 @@ def model() -> nn.Module:
 
 @cache
 def structure() -> Structure:
-    return analyse(model(), torch.zeros(2, 6))
+    return analyse(Example(model(), (torch.zeros(2, 6),)))
 
 
 class TestUniformSpace(SpaceContract):
