@@ -16,8 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 
 from benchmarks.common import environment, table, write
-from tests.fuzzing import SPECS, Spec, Tally, check, kinds
-from tests.test_fuzz import MOST_FROZEN
+from tests.fuzzing import MOST_FROZEN, SPECS, Spec, Tally, check, kinds
 
 COMMAND = "python -m benchmarks.fuzz"
 NETWORKS, CHUNK = 2000, 100

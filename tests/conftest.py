@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprune import Data
+from tests.processes import MARK, running
 from tests.zoo import ZOO, resnet
 
 torch.set_num_threads(1)  # the same sums in the same order on every machine, and no fight over small tensors
@@ -38,10 +38,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is false"))
 
 
-MARK = f"AUTOPRUNE_TESTS={os.getpid()}"
-_ALLOWED = ("resource_tracker", "forkserver")  # Python's own, which end with this process
-
-
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_running() -> Iterator[None]:
     """Fail if a process that any test started is still there at the end: workers, Ray's daemons, subprocesses.
@@ -54,19 +50,6 @@ def nothing_is_left_running() -> Iterator[None]:
     while running() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not running(), f"left running after the tests: {running()}"
-
-
-def running() -> dict[int, str]:
-    """Processes that tests started and that have not ended, with their commands; none where there is no /proc."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes()  # empty once it has ended and only waits to be asked
-            if MARK.encode() in (folder / "environ").read_bytes().split(b"\0") and command:
-                found[int(folder.name)] = command.replace(b"\0", b" ").decode(errors="replace")[:200]
-        except OSError:  # it ended meanwhile, or is another user's
-            continue
-    return {pid: command for pid, command in found.items() if not any(name in command for name in _ALLOWED)}
 
 
 @dataclass(frozen=True)

@@ -338,6 +338,9 @@ PLAIN = st.one_of(
 )
 BRANCH = st.lists(PLAIN, max_size=3).map(tuple)
 LAYERS = st.one_of(PLAIN, PLAIN, st.builds(Join, BRANCH, BRANCH, st.booleans()))
+MOST_FROZEN = 0.1
+"""Share of the layers that make channels which may stay without need, over many networks."""
+
 SPECS = st.builds(
     Spec, st.lists(LAYERS, min_size=1, max_size=6).map(tuple), WIDTHS, st.sampled_from(("pool", "flatten", "map"))
 )

@@ -16,20 +16,17 @@ from autoprune.evaluators import AdaptiveBN
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Failure, Measurement
-from autoprune.study import prepare
 from autoprune.testing.contracts import EvaluatorContract
+from tests.contexts import study_of
+from tests.user_functions import raise_out_of_memory
 from tests.zoo import ZOO
 from tests.zoo.settle import BATCH_NORMS
-
-
-def study_of(model, data, budget="flops <= 60%"):
-    return prepare(model, budget, data, evaluator="adaptive_bn")
 
 
 @pytest.fixture(scope="module")
 def study(digits, digits_model):
     data = autoprune.Data(calibration=digits.train, validation=digits.validation, test=digits.test)
-    return study_of(digits_model, data, "flops <= 50%")
+    return study_of(digits_model, data, budget="flops <= 50%")
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +204,6 @@ def test_it_beats_the_statistics_that_pruning_leaves_behind(study, pruned, digit
         stale = accuracy(study.context.structure.build(study.context.model, pruning))
         adapted = accuracy(study.evaluator.build(candidate))
         assert adapted > stale + 0.05, (adapted, stale)
-
-
-def raise_out_of_memory(outputs):
-    raise torch.OutOfMemoryError("no memory left")
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ from autoprune.structure.structure import Structure
 from tests.candidates import random_pruning, storages
 from tests.zoo import ZOO
 from tests.zoo.hf import HF_ZOO
+from tests.zoo.outputs import leaves
 from tests.zoo.tasks import TASK_ZOO
-from tests.zoo.test_zoo import leaves
 
 pytestmark = pytest.mark.slow
 

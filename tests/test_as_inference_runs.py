@@ -15,7 +15,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
 from autoprune.structure.trace import trace
-from tests.test_peak_memory import peak_bytes
+from tests.measuring import peak_bytes
 from tests.zoo.resnet import resnet
 
 

@@ -14,8 +14,9 @@ from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.evaluators.least_squares import least_squares
 from autoprune.evaluators.reading import unfolded
 from autoprune.protocols import Failure, Measurement
-from autoprune.study import prepare
 from autoprune.testing.contracts import EvaluatorContract
+from tests.contexts import classes_context, halved, regression_context, study_of
+from tests.user_functions import raise_out_of_memory
 from tests.zoo import ZOO, draw, settled
 
 SHAPES = ((3, 12, 12),)
@@ -45,15 +46,11 @@ class Net(nn.Module):
 LAYERS = ("b", "c", "d", "tied", "head")
 
 
-def study_of(model, data, evaluator="compensated", space="channels", metric="auto"):
-    return prepare(model, "flops <= 100%", data, evaluator=evaluator, space=space, metric=metric)
-
-
 @pytest.fixture(scope="module")
 def context():
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(90, 3, 12, 12, generator=generator), torch.randint(0, 5, (90,), generator=generator)
-    return study_of(settled(Net, SHAPES), autoprune.Data(validation=data, batch_size=16)).context
+    return study_of(settled(Net, SHAPES), autoprune.Data(validation=data, batch_size=16), "compensated").context
 
 
 def columns_of(layer, x):
@@ -73,11 +70,6 @@ def built(context, candidate, **settings):
     evaluator = Compensated(**settings)
     evaluator.prepare(context)
     return evaluator.build(candidate)
-
-
-def halved(context):
-    """Every dimension at half of its options, shape (d,)."""
-    return np.array(context.space.sizes) // 2
 
 
 def rows_of(model, context, name):
@@ -234,7 +226,7 @@ def test_layers_beyond_the_memory_limit_keep_their_weights_and_the_log_says_so(c
 def test_a_weight_that_two_layers_share_is_left_alone():
     model = ZOO["tied"].build()
     images = torch.randn(60, *ZOO["tied"].inputs()[0].shape[1:], generator=torch.Generator().manual_seed(0))
-    context = study_of(model, images).context
+    context = study_of(model, images, "compensated").context
     plain = context.structure.build(context.model, context.space.pruning(halved(context).tolist()))
     small = dict(built(context, halved(context)).named_parameters(remove_duplicate=False))
     names = [name for name, _ in plain.named_parameters(remove_duplicate=False)]
@@ -248,7 +240,7 @@ def test_a_weight_that_two_layers_share_is_left_alone():
 @pytest.mark.slow
 def test_elements_set_to_zero_stay_zero_and_biases_make_up_for_their_mean(context):
     data = autoprune.Data(validation=(draw(SHAPES, 90)[0] + 1, torch.arange(90) % 5), batch_size=90)
-    sparse = study_of(settled(Net, SHAPES), data, space="sparsity").context
+    sparse = study_of(settled(Net, SHAPES), data, "compensated", space="sparsity").context
     candidate = halved(sparse)
     plain = sparse.structure.build(sparse.model, sparse.space.pruning(candidate.tolist()))
     small = built(sparse, candidate)
@@ -273,7 +265,7 @@ def test_what_is_built_gives_the_outputs_that_were_scored(context):
 @pytest.mark.slow
 def test_least_squares_beats_statistics_alone_and_a_search_saves_what_it_built(digits, digits_model, tmp_path):
     data = autoprune.Data(calibration=digits.train, validation=digits.validation, test=digits.test)
-    study = study_of(digits_model, data, metric="accuracy")
+    study = study_of(digits_model, data, "compensated", metric="accuracy")
     candidate = halved(study.context)
     statistics = AdaptiveBN()
     statistics.prepare(study.context)
@@ -285,44 +277,6 @@ def test_least_squares_beats_statistics_alone_and_a_search_saves_what_it_built(d
     loaded = autoprune.load(tmp_path / "small.safetensors", digits_model)
     with torch.no_grad():
         assert torch.equal(loaded(digits.test[0]), small(digits.test[0]))
-
-
-class Regression(nn.Module):
-    """Takes its input by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(6, 16), nn.Linear(16, 8), nn.Linear(8, 2)
-
-    def forward(self, *, x):
-        return {"out": self.last(self.second(self.first(x).relu()).tanh())}
-
-
-def squared_error(forward, batches):
-    return sum(float((forward(batch)["out"] - batch["labels"]).square().sum()) for batch in batches)
-
-
-def regression_context(evaluator):
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        {"x": torch.randn(n, 6, generator=generator), "labels": torch.randn(n, 2, generator=generator)}
-        for n in (16, 16, 16, 5)
-    ]
-    metric = autoprune.Metric(squared_error, higher_is_better=False, per_sample=False)
-    data = autoprune.Data(calibration=rows, validation=rows, test=rows)
-    return study_of(settled_regression(), data, evaluator, metric=metric).context
-
-
-def settled_regression():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Regression().eval()
-
-
-def classes_context(name, evaluator):
-    shape, generator = ZOO[name].inputs()[0].shape[1:], torch.Generator().manual_seed(0)
-    data = torch.randn(120, *shape, generator=generator), torch.randint(0, 4, (120,), generator=generator)
-    return study_of(ZOO[name].build(), autoprune.Data(validation=data, batch_size=16), evaluator).context
 
 
 @pytest.mark.parametrize("name", ["tied", "mlp", "vgg_plain", "dilated_1d"], scope="class")
@@ -347,10 +301,6 @@ class TestCompensatedOnKeywordsFloatsAndAMetricOfTheWholeSet(EvaluatorContract):
 
     def test_chunks_of_the_validation_batches_join_up_to_the_whole(self):
         """A metric of the whole set has no chunks."""
-
-
-def raise_out_of_memory(outputs):
-    raise torch.OutOfMemoryError("no memory left")
 
 
 @pytest.mark.slow

@@ -11,21 +11,9 @@ import autoprune
 from autoprune.evaluators import AdaptiveBN, Compensated, FineTune
 from autoprune.protocols import Failure, Measurement
 from autoprune.testing.contracts import EvaluatorContract
-from tests.test_compensation import classes_context, halved, raise_out_of_memory, regression_context, study_of
+from tests.contexts import classes_context, halved, prepared, regression_context, study_of
+from tests.user_functions import raise_out_of_memory, shrink
 from tests.zoo import ZOO
-
-
-def shrink(model, steps):
-    """A recipe of the user's that leaves traces: the number of steps, and a draw from the global generator."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 - 0.01 * steps).add_(0.01 * torch.rand_like(parameter))
-
-
-def prepared(context, **settings):
-    evaluator = FineTune(**settings)
-    evaluator.prepare(context)
-    return evaluator
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +59,7 @@ def test_training_brings_a_candidate_nearer_to_the_dense_model(digits, digits_mo
     study = study_of(digits_model, data, metric="accuracy", evaluator="adaptive_bn")
     candidate = halved(study.context)
     (before,) = study.evaluator.evaluate(candidate[None])
-    (after,) = prepared(study.context, steps=20).evaluate(candidate[None])
+    (after,) = prepared(FineTune(steps=20), study.context).evaluate(candidate[None])
     assert after.distortion.mean() < 0.7 * before.distortion.mean()
     assert after.signal.mean() < 0.7 * before.signal.mean()
 
@@ -82,7 +70,7 @@ def test_it_learns_from_the_dense_model_where_there_are_no_labels():
     study = study_of(ZOO["mlp"].build(), images, evaluator="adaptive_bn")
     candidate = halved(study.context)
     (before,) = study.evaluator.evaluate(candidate[None])
-    (after,) = prepared(study.context, steps=30, lr=0.01, start=AdaptiveBN()).evaluate(candidate[None])
+    (after,) = prepared(FineTune(steps=30, lr=0.01, start=AdaptiveBN()), study.context).evaluate(candidate[None])
     assert after.signal.mean() < before.signal.mean()
 
 
@@ -90,9 +78,8 @@ def test_it_learns_from_the_dense_model_where_there_are_no_labels():
 def test_the_recipe_of_the_user_gets_the_budget_and_what_the_start_built(context):
     candidate, seen = halved(context), []
     start = Compensated()
-    prepared(context, steps=7, start=start, train_fn=lambda model, steps: seen.append((steps, model))).evaluate(
-        candidate[None]
-    )
+    evaluator = FineTune(steps=7, start=start, train_fn=lambda model, steps: seen.append((steps, model)))
+    prepared(evaluator, context).evaluate(candidate[None])
     ((steps, model),) = seen
     assert steps == 7
     for name, tensor in start.build(candidate).named_parameters():
@@ -102,7 +89,7 @@ def test_the_recipe_of_the_user_gets_the_budget_and_what_the_start_built(context
 @pytest.mark.slow
 def test_chunks_tests_and_builds_of_one_candidate_share_a_training(context):
     calls = []
-    evaluator = prepared(context, steps=1, train_fn=lambda model, steps: calls.append(steps))
+    evaluator = prepared(FineTune(steps=1, train_fn=lambda model, steps: calls.append(steps)), context)
     first, second = halved(context), np.ones_like(halved(context))
     evaluator.evaluate(first[None], slice(0, 1))
     evaluator.evaluate(first[None], slice(1, None))
@@ -125,13 +112,13 @@ def test_elements_set_to_zero_stay_zero():
     zeroed = context.structure.edit(context.space.pruning(candidate.tolist())).zeroed
     assert zeroed
     for settings in ({}, {"train_fn": shrink}):
-        built = prepared(context, steps=3, **settings).build(candidate)
+        built = prepared(FineTune(steps=3, **settings), context).build(candidate)
         for name, count in zeroed.items():
             assert int((built.get_parameter(name) == 0).sum()) == count
 
 
 def test_modes_and_gradients_of_what_is_built_are_those_of_the_model(context):
-    built = prepared(context, steps=2).build(halved(context))
+    built = prepared(FineTune(steps=2), context).build(halved(context))
     assert not any(module.training for module in built.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in built.parameters())
 
@@ -147,7 +134,7 @@ def test_a_training_that_fails_is_a_failure_and_the_next_goes_on(context, fault,
 
     candidate = np.zeros((2, len(context.space.sizes)), dtype=np.int64)
     candidate[:, 0] = context.space.sizes[0] - 1, 1
-    failed, fine = prepared(context, steps=1, train_fn=train).evaluate(candidate)
+    failed, fine = prepared(FineTune(steps=1, train_fn=train), context).evaluate(candidate)
     assert isinstance(failed, Failure)
     assert reason in failed.reason
     assert isinstance(fine, Measurement)
@@ -164,7 +151,7 @@ def test_a_model_without_anything_to_train_is_refused():
     context = classes_context("mlp", "adaptive_bn")
     context.model.requires_grad_(False)
     with pytest.raises(ValueError, match="none requires gradients"):
-        prepared(context)
+        prepared(FineTune(), context)
 
 
 def test_a_search_with_another_training_is_another_search():
@@ -175,13 +162,14 @@ def test_a_search_with_another_training_is_another_search():
 def test_it_asks_for_a_recipe_where_there_is_nothing_to_learn(context):
     judge = replace(context.judge, distance=None, proportion=None)
     with pytest.raises(ValueError, match="train_fn"):
-        prepared(replace(context, judge=judge))
+        prepared(FineTune(), replace(context, judge=judge))
 
 
 @pytest.mark.slow
 def test_it_starts_from_what_the_default_evaluator_builds(context):
     seen, start = [], Compensated()
     start.prepare(context)
-    prepared(context, steps=1, train_fn=lambda model, steps: seen.append(model.state_dict())).build(halved(context))
+    evaluator = prepared(FineTune(steps=1, train_fn=lambda model, steps: seen.append(model.state_dict())), context)
+    evaluator.build(halved(context))
     for name, tensor in start.build(halved(context)).named_parameters():
         assert torch.equal(seen[0][name], tensor), name

@@ -3,10 +3,22 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.fuzzing import SPECS, Attention, Conv, Halves, Norm, PixelShuffle, Shuffle, Spec, Tally, Transposed, check
+from tests.fuzzing import (
+    MOST_FROZEN,
+    SPECS,
+    Attention,
+    Conv,
+    Halves,
+    Norm,
+    PixelShuffle,
+    Shuffle,
+    Spec,
+    Tally,
+    Transposed,
+    check,
+)
 
 NETWORKS = 200
-MOST_FROZEN = 0.1
 
 
 @pytest.mark.slow

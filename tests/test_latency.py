@@ -21,7 +21,7 @@ from autoprune.costs.latency import Latency
 from autoprune.costs.operations.parts import draw_widths, part_values, prefixes
 from autoprune.costs.operations.runtimes import Torch, network_call
 from autoprune.costs.operations.torch_parts import find_parts
-from autoprune.costs.profiling.profile import note_on_memory, profile_structure
+from autoprune.costs.profiling.profile import note_on_memory
 from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
 from autoprune.errors import RecipeError
@@ -29,33 +29,8 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
 from tests.machine import STEP, Machine, stepped
+from tests.measuring import INPUTS, measured, small
 from tests.zoo import ZOO
-
-INPUTS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def small() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(3, 24, 3, padding=1),
-            nn.BatchNorm2d(24),
-            nn.ReLU(),
-            nn.Conv2d(24, 40, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(40, 5),
-        ).eval()
-
-
-def measured(clock=None, batch=3, path=None, networks=15, seed=0, model=None) -> Latency:
-    model = model or small()
-    example = Example(model, (INPUTS,))
-    clock = clock or Machine(drift=1e-5, cold=1.3, per_pass=2e-5)
-    return profile_structure(
-        example.resized(batch), analyse(example), clock=clock, path=path, networks=networks, seed=seed
-    )
 
 
 class Pulled(Machine):

@@ -18,7 +18,7 @@ from autoprune.errors import BudgetError, InfeasibleBudgetError, NothingToPruneE
 from autoprune.result.from_journal import result_from_journal
 from autoprune.structure.example import Example
 from tests.machine import Machine
-from tests.test_latency import INPUTS, measured, small
+from tests.measuring import INPUTS, measured, small
 
 DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
 QUICK = {"trials": 24, "progress": False, "prior": "criterion", "evaluator": "adaptive_bn"}

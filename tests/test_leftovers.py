@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.conftest import running
+from tests.processes import running
 
 ORPHAN = """
 from subprocess import DEVNULL, Popen

@@ -15,7 +15,7 @@ from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.memory import Halving, Passes, fitting, is_out_of_memory, joined, split
 from autoprune.protocols import Measurement
-from tests.test_compensation import classes_context, halved
+from tests.contexts import classes_context, halved
 
 
 class Small(nn.Module):

@@ -20,7 +20,7 @@ from autoprune.errors import UnsupportedModelError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
-from tests.test_latency import INPUTS, small
+from tests.measuring import INPUTS, small
 
 DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
 

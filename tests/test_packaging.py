@@ -135,6 +135,44 @@ def test_a_downward_import_is_allowed(name, source):
     assert forbidden_imports(name, source) == []
 
 
+def imports_of_tests(name: str, source: str) -> list[str]:
+    """Imports in the file `name`, such as ``tests/test_cli.py``, of a test module or of the fixtures in conftest."""
+    package, found = name.rpartition("/")[0].replace("/", "."), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return [
+        f"{name}:{line} imports {imported}"
+        for line, imported in found
+        if any(part.startswith("test_") or part == "conftest" for part in imported.split("."))
+    ]
+
+
+def test_nothing_is_imported_from_a_test_module():
+    """What tests share stands in modules of their own, so that a test file can be split, renamed and run alone."""
+    files = [path for folder in ("tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    assert [line for path in files for line in imports_of_tests(str(path.relative_to(ROOT)), path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from tests.test_search import seen",
+        "from tests.zoo.test_zoo import leaves",
+        "from tests import test_search",
+        "from .test_search import seen",
+        "import tests.test_search as other",
+        "def f():\n    from tests.conftest import running",
+    ],
+)
+def test_an_import_from_a_test_module_is_found(source):
+    assert len(imports_of_tests("tests/test_resume.py", source)) == 1
+
+
 @pytest.mark.parametrize("folder", MAPPED)
 def test_the_links_inside_the_package_show_the_mapped_folders(folder):
     assert os.readlink(ROOT / "autoprune" / folder) == f"../{folder}"

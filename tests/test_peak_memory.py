@@ -17,7 +17,7 @@ from autoprune.costs.operations.parts import Family, draw_widths, prefixes
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
-from tests.test_latency import small
+from tests.measuring import peak_bytes, small
 
 CPU = torch.device("cpu")
 DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
@@ -40,12 +40,6 @@ class Mixed(nn.Module):
         split = [f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.query, self.key, self.value)]
         read = nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
         return self.head(read.mean(dim=1))
-
-
-def peak_bytes(module: nn.Module, inputs: torch.Tensor) -> int:
-    """Weights, buffers, inputs, and the most that the profiler sees allocated."""
-    state = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    return state + inputs.nbytes + allocation_of(lambda: module(inputs), CPU).peak
 
 
 def mixed() -> nn.Module:

@@ -5,7 +5,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -19,20 +18,9 @@ from autoprune.optimizers.random import RandomSearch
 from autoprune.protocols import OK, RACED, Failure, Measurement
 from autoprune.racing import Race, evaluate, log_evidence
 from autoprune.result import SearchResult
-from tests.test_resume import Counting, rows, seen
-from tests.test_resume import search as search_any
-from tests.zoo import ZOO
-
-SAMPLES, BATCH = 400, 40
-
-
-def make_data():
-    """Labels that the dense network gets right mostly, so that candidates differ."""
-    inputs = torch.randn(2 * SAMPLES + 64, 64, generator=torch.Generator().manual_seed(0))
-    labels = ZOO["mlp"].build()(inputs).argmax(1)
-    parts = [(inputs[rows], labels[rows]) for rows in (slice(0, 64), slice(64, 464), slice(464, None))]
-    return autoprune.Data(*parts, batch_size=BATCH)
-
+from tests.labelled import BATCH, SAMPLES, make_data
+from tests.resuming import Counting, rows, seen
+from tests.resuming import search as search_any
 
 search = partial(search_any, data=make_data(), optimizer="random", racing=True)
 

@@ -17,8 +17,8 @@ from autoprune.execution.ray import _require_authentication
 from autoprune.execution.ray_worker import Worker
 from autoprune.journal import Journal
 from autoprune.protocols import FAILED, OK
-from tests.conftest import running
 from tests.object_stores import object_stores
+from tests.processes import running
 from tests.sockets import LOOPBACK, listening_of
 from tests.zoo import ZOO
 

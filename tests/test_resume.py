@@ -14,58 +14,13 @@ import torch
 
 import autoprune
 from autoprune import journal as journal_module
-from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import LocalExecutor
 from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME
 from autoprune.optimizers.auto import Auto
 from autoprune.protocols import FAILED, OK, Failure
+from tests.resuming import TRIALS, Counting, interrupted, make_data, rows, search, seen
 from tests.zoo import ZOO
-
-TRIALS = 30
-
-
-def make_data(seed=0):
-    x = torch.randn(240, 64, generator=torch.Generator().manual_seed(seed))
-    return x, x[:, :10].argmax(1)
-
-
-def search(run_dir, resume=False, budget="flops <= 50%", model=None, data=None, trials=TRIALS, **options):
-    model, data = model or ZOO["mlp"].build(), data or make_data()
-    options = {"optimizer": "level_switch", "evaluator": "adaptive_bn", **options}
-    return autoprune.search(
-        model, budget, data, trials=trials, run_dir=run_dir, resume=resume, progress=False, **options
-    )
-
-
-def seen(result):
-    """Parts of a result that two searches must agree on, to the last digit."""
-    trials = [(t.id, t.candidate, t.status, t.score, t.signal, t.distortion, str(t.interval)) for t in result.trials]
-    return trials, [(t.id, t.test_score) for t in result.front], result.stopped
-
-
-class Counting(AdaptiveBN):
-    """Counts what it evaluates, and raises `stop` instead of evaluating more than `most`."""
-
-    def __init__(self, most=10**9, stop=KeyboardInterrupt):
-        super().__init__()
-        self.most, self.stop, self.count = most, stop, -1  # the first is the dense model
-
-    def evaluate(self, candidates, chunk=None):
-        if self.count == self.most:
-            raise self.stop
-        self.count += len(candidates)
-        return super().evaluate(candidates, chunk)
-
-
-def interrupted(run_dir, after, **options):
-    """A search that stopped after `after` trials."""
-    return search(run_dir, evaluator=Counting(after), **options)
-
-
-def rows(run_dir):
-    with Journal.open(run_dir) as journal:
-        return journal.trials()
 
 
 @pytest.mark.slow
@@ -93,7 +48,7 @@ def test_interrupted_again_and_again_it_still_ends_the_same(tmp_path):
 KILLED = """
 import sys, torch
 torch.set_num_threads(1)
-from tests.test_resume import search
+from tests.resuming import search
 print("ready", flush=True)
 search(sys.argv[1], resume=True)
 """

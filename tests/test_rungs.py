@@ -26,11 +26,11 @@ from autoprune.protocols import OK, RACED, Failure, Measurement
 from autoprune.result import Evaluation, SearchResult, Trial
 from autoprune.rungs import Ladder, Rung, behind, climb
 from autoprune.sources import Randomness, seeded
-from tests.test_compensation import halved, study_of
-from tests.test_finetune import prepared, shrink
-from tests.test_racing import make_data
-from tests.test_resume import rows, seen
-from tests.test_resume import search as search_any
+from tests.contexts import halved, prepared, study_of
+from tests.labelled import make_data
+from tests.resuming import rows, seen
+from tests.resuming import search as search_any
+from tests.user_functions import shrink
 
 STEPS = (1, 3, 9)
 
@@ -215,7 +215,7 @@ class TestATraining:
     @pytest.mark.parametrize("options", [{}, {"train_fn": shrink}])
     def test_ends_the_same_to_the_last_bit_whether_or_not_it_was_scored_on_the_way(self, context, options):
         candidate, other = halved(context), np.ones_like(halved(context))
-        looked, straight = (prepared(context, steps=12, **options) for _ in range(2))
+        looked, straight = (prepared(FineTune(steps=12, **options), context) for _ in range(2))
         on_the_way = [looked.on_the_way(candidate, steps) for steps in (1, 5, 5)]
         (whole,), (expected,) = looked.evaluate(candidate[None]), straight.evaluate(candidate[None])
         assert same(whole, expected)
@@ -229,7 +229,7 @@ class TestATraining:
 
     @pytest.mark.slow
     def test_goes_on_without_repeating_a_step(self, context):
-        evaluator, before = prepared(context, steps=12), Steps.taken
+        evaluator, before = prepared(FineTune(steps=12), context), Steps.taken
         for steps in (4, 8):
             evaluator.on_the_way(halved(context), steps)
         evaluator.evaluate(halved(context)[None])
@@ -237,7 +237,8 @@ class TestATraining:
 
     @pytest.mark.slow
     def test_that_fails_on_the_way_is_begun_anew(self, context, monkeypatch):
-        evaluator, (expected,) = prepared(context, steps=4), prepared(context, steps=4).evaluate(halved(context)[None])
+        evaluator = prepared(FineTune(steps=4), context)
+        (expected,) = prepared(FineTune(steps=4), context).evaluate(halved(context)[None])
         evaluator.on_the_way(halved(context), 1)
         with monkeypatch.context() as patch:
             patch.setattr(Distillation, "_step", lambda self: 1 / 0)
@@ -246,7 +247,7 @@ class TestATraining:
 
     def test_the_users_recipe_is_given_the_steps_of_each_rung_from_the_start(self, context):
         given = []
-        evaluator = prepared(context, steps=9, train_fn=lambda model, steps: given.append(steps))
+        evaluator = prepared(FineTune(steps=9, train_fn=lambda model, steps: given.append(steps)), context)
         evaluator.on_the_way(halved(context), 3)
         evaluator.evaluate(halved(context)[None])
         assert (given, evaluator.continues) == ([3, 9], False)

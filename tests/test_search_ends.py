@@ -14,6 +14,7 @@ from autoprune.journal import Journal
 from autoprune.protocols import FAILED, OK
 from tests.oracle import count_macs, count_params
 from tests.searching import WITH_AND_WITHOUT_PROBES, Watched, assert_within_the_limits_or_probes, quick, undominated
+from tests.user_functions import raise_out_of_memory
 
 
 class TestNoBetterThanAConstant:
@@ -121,17 +122,13 @@ def raise_error(outputs):
     raise RuntimeError("sizes do not match")
 
 
-def raise_out_of_memory(outputs):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
 class TestFailures:
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("fault", "reason"),
         [
             (raise_error, "RuntimeError: sizes do not match"),
-            (raise_out_of_memory, "OutOfMemoryError: CUDA out of memory"),
+            (raise_out_of_memory, "OutOfMemoryError: no memory left"),
             (lambda outputs: outputs * math.nan, "the score of 96 of 96 samples is NaN or infinite"),
             (lambda outputs: outputs[:3], "ValueError: Expected input batch_size (3) to match target batch_size (96)."),
         ],

@@ -17,7 +17,7 @@ from autoprune.evaluators.cuts import Cut, Flow, NothingToShareError, choose_cut
 from autoprune.evaluators.store import Store
 from autoprune.execution import LocalExecutor
 from autoprune.protocols import Measurement
-from tests.test_adaptive_bn import study_of
+from tests.contexts import study_of
 from tests.zoo import ZOO
 
 

@@ -23,7 +23,7 @@ from autoprune.evaluators.rounds import Rounds
 from autoprune.evaluators.sandwich import Sandwich, random_candidates
 from autoprune.sources import training_loader
 from autoprune.testing.contracts import EvaluatorContract
-from tests.test_compensation import classes_context, halved, regression_context, study_of
+from tests.contexts import classes_context, halved, regression_context, study_of
 from tests.zoo.attention import EinsumVit
 
 

@@ -12,7 +12,7 @@ from autoprune.structure import time_limit
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.time_limit import doing, limited, look
-from tests.test_structure_sizes import TOKENS, Attention, transformer
+from tests.small_transformer import TOKENS, Attention, transformer
 from tests.zoo import draw
 
 

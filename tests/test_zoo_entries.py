@@ -8,8 +8,8 @@ import torch
 
 from tests.zoo.entries import AnyEntry
 from tests.zoo.hf import HF_ZOO
+from tests.zoo.outputs import leaves
 from tests.zoo.tasks import TASK_ZOO
-from tests.zoo.test_zoo import leaves
 
 pytestmark = pytest.mark.slow
 

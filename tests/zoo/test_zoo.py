@@ -1,23 +1,16 @@
 """The zoo and the trained model are what other tests take them for."""
 
 import random
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.oracle import count_params
 from tests.zoo import ZOO, Entry, mobilenet_v2, resnet
+from tests.zoo.outputs import leaves
 
 entries = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO.keys())
-
-
-def leaves(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    values = outputs.values() if isinstance(outputs, dict) else outputs
-    return [leaf for value in values for leaf in leaves(value)]
 
 
 @entries
