@@ -26,9 +26,9 @@ MOST_RUNGS = 100
 
 @dataclass(frozen=True)
 class Rungs:
-    """Stop trainings early: ``search(..., evaluator=FineTune(steps=900), racing=Rungs(count=3, reduction=3))``.
+    """Stop trainings early, as with ``racing=Rungs(3)`` and ``evaluator=autoprune.evaluators.FineTune(steps=900)``.
 
-    With these, candidates are scored after 100 and 300 steps. There, trials are ranked by fronts: those that none
+    Candidates are then scored after 100 and 300 steps. There, trials are ranked by fronts: those that none
     dominates in score and cost, those that only these dominate, and so on. A candidate is stopped if one that costs no
     more, and is not among the best third itself, scored better after as many steps.
 

@@ -9,6 +9,7 @@ from autoprune.batches import Forward
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.finetune import FineTune
+from autoprune.evaluators.measuring import Adapted, Measuring
 from autoprune.evaluators.protocol import Context, Evaluator, Orders, Trains
 from autoprune.evaluators.supernet import Supernet
 
@@ -39,12 +40,14 @@ def make_evaluator(spec: str | Evaluator) -> Evaluator:
 
 __all__ = [
     "EVALUATORS",
+    "Adapted",
     "AdaptiveBN",
     "Compensated",
     "Context",
     "Evaluator",
     "FineTune",
     "Forward",
+    "Measuring",
     "Orders",
     "Supernet",
     "Trains",

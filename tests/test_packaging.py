@@ -1,6 +1,7 @@
 """Contents of the wheel, imports between the parts, and the cost of an import."""
 
 import ast
+import importlib
 import importlib.util
 import os
 import shutil
@@ -187,6 +188,16 @@ def test_ruff_bans_bare_imports_of_the_mapped_folders(line):
     assert finished.returncode == 1
     assert "TID251" in finished.stdout
     assert "import autoprune." in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "registry"), [("optimizers", "OPTIMIZERS"), ("evaluators", "EVALUATORS"), ("execution", "EXECUTORS")]
+)
+def test_every_part_with_a_name_is_imported_from_the_package_of_its_kind(package, registry):
+    module = importlib.import_module(f"autoprune.{package}")
+    for part in getattr(module, registry).values():
+        assert part.__name__ in module.__all__
+        assert getattr(module, part.__name__) is part
 
 
 # Torch's objects are frozen: whichever import comes next sets off a pass of the garbage collector over all of them, and

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import cast
 
 from autoprune.arguments import shown, why_no_function
+from autoprune.optimizers.archive import Archive
 from autoprune.optimizers.auto import Auto
 from autoprune.optimizers.bayes import Bayes
 from autoprune.optimizers.knapsack import Knapsack
@@ -18,6 +19,7 @@ from autoprune.protocols import Optimizer
 __all__ = [
     "NSGA2",
     "OPTIMIZERS",
+    "Archive",
     "Auto",
     "Bayes",
     "Knapsack",
