@@ -17,13 +17,23 @@ from torch import nn
 
 import autoprune
 from autoprune.errors import FileFormatError
-from autoprune.protocols import SearchSpace
+from autoprune.evaluators import Context, Evaluator
+from autoprune.optimizers import Problem
+from autoprune.protocols import Optimizer, SearchSpace
 from autoprune.search_spaces import SPACES, Channels
 from autoprune.search_spaces.channels import ChannelSpace
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
+from autoprune.structure.rules import OPERATIONS
 from autoprune.structure.structure import Structure
-from autoprune.testing.contracts import SpaceContract
+from autoprune.testing.contexts import sequence_context
+from autoprune.testing.contracts import (
+    EvaluatorContract,
+    MetricContract,
+    OptimizerContract,
+    RuleContract,
+    SpaceContract,
+)
 from tests.candidates import uniform_order
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -36,12 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("extending")
     for name, text in FILES.items():
         (folder / f"{name}.py").write_text(text)
-    spaces = dict(SPACES)
+    spaces, operations = dict(SPACES), dict(OPERATIONS)
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
     SPACES.clear()
     SPACES.update(spaces)
+    OPERATIONS.clear()
+    OPERATIONS.update(operations)
     for name in FILES:
         sys.modules.pop(name, None)
 
@@ -59,6 +71,66 @@ def model() -> nn.Module:
 @cache
 def structure() -> Structure:
     return analyse(Example(model(), (torch.zeros(2, 6),)))
+
+
+class TestHillClimber(OptimizerContract):
+    def make(self, problem: Problem, seed: int) -> Optimizer:
+        optimizer: Optimizer = module("hill_climber").HillClimber(problem, seed)
+        return optimizer
+
+
+class TestAsCut(EvaluatorContract):
+    def make_evaluator(self) -> Evaluator:
+        evaluator: Evaluator = module("as_cut").AsCut()
+        return evaluator
+
+
+class TestAsCutOnSequencesWithZeros(TestAsCut):
+    def make_context(self) -> Context:
+        return sequence_context("sparsity")
+
+
+class TestTop2(MetricContract):
+    def make_metric(self) -> Any:
+        return module("top2").top2
+
+
+class TestAMeasureOfTheWholeSet(MetricContract):
+    def make_metric(self) -> Any:
+        def largest(forward: Any, batches: Any) -> float:
+            return max(float(forward(batch).max()) for batch in batches)
+
+        return autoprune.Metric(largest, higher_is_better=True, per_sample=False)
+
+
+def gated() -> nn.Module:
+    gate = module("gated").gate
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.down(gate(self.up(x)))
+
+    return Gated().eval()
+
+
+class TestGate(RuleContract):
+    def make_example(self) -> Example:
+        return Example(gated(), (torch.ones(2, 6),))
+
+
+def test_all_of_them_work_in_one_search(folder):
+    result = autoprune.search(
+        gated(), "params <= 70%", (torch.randn(90, 6), torch.randint(0, 3, (90,))),
+        metric=module("top2").top2, space=module("uniform_width").Uniform(), evaluator=module("as_cut").AsCut(),
+        optimizer=module("hill_climber").HillClimber, trials=5, progress=False,
+    )  # fmt: skip
+    assert result.metric == "top2"
+    assert result.front[0].status == "ok"
+    assert {trial.decoded["width"] for trial in result.front} <= {0.5, 0.25}
 
 
 class TestUniformSpace(SpaceContract):

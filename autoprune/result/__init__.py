@@ -1,7 +1,6 @@
 """Results of a search: trials, the front, built and saved modules, tables and pictures."""
 
 from autoprune.result.search_result import SearchResult
-from autoprune.result.trials import Trial
-from autoprune.statistics import Evaluation
+from autoprune.result.trials import Evaluation, Trial
 
 __all__ = ["Evaluation", "SearchResult", "Trial"]

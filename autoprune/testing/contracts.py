@@ -1,4 +1,4 @@
-"""Contract tests that every optimizer, space and evaluator must pass.
+"""Contract tests that every optimizer, space, evaluator, metric and rule must pass.
 
 Subclass a contract in a test module under a name that starts with ``Test`` and fill in its ``make_`` methods:
 
@@ -15,13 +15,15 @@ import json
 import pickle
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from autoprune.costs import make_costs
+from autoprune import batches
+from autoprune.costs import StructuralCosts, make_costs
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import (
     FAILED,
@@ -30,14 +32,21 @@ from autoprune.protocols import (
     ChoosesWidths,
     Evaluations,
     Failure,
+    FloatArray,
     IntArray,
     Measurement,
     Optimizer,
     Pends,
+    Pruning,
     SearchSpace,
 )
 from autoprune.search_spaces import require_registered, space_from_json
+from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
+from autoprune.structure.slicing import build
 from autoprune.structure.structure import Structure
+from autoprune.structure.units import Group
+from autoprune.testing.contexts import image_context
 from autoprune.testing.problems import KnownProblem, product_problem
 
 if TYPE_CHECKING:
@@ -271,8 +280,11 @@ class EvaluatorContract:
         raise NotImplementedError
 
     def make_context(self) -> Context:
-        """Return a context for ``prepare``; every call returns an equal one with a separate model."""
-        raise NotImplementedError
+        """Return a context for ``prepare``; every call returns an equal one with a separate model.
+
+        By default a small convolutional network on images, `autoprune.testing.contexts.image_context`.
+        """
+        return image_context()
 
     def make_candidates(self, context: Context) -> IntArray:
         """Return candidates to evaluate, shape (n, d), the dense one first; by default four more at random."""
@@ -347,6 +359,75 @@ class EvaluatorContract:
         context, evaluator = self.make_context(), self.make_evaluator()
         evaluator.prepare(context)
         return evaluator, self.make_candidates(context)
+
+
+class MetricContract:
+    """Contract of metrics: the properties that the search relies on."""
+
+    def make_metric(self) -> Any:
+        """Return the metric as `autoprune.search` takes it; all to fill in where it scores a classifier."""
+        raise NotImplementedError
+
+    def make_context(self) -> Context:
+        """Return a context with this metric; by default on images with labels."""
+        return image_context(metric=self.make_metric())
+
+    def test_a_set_has_a_finite_value_that_does_not_depend_on_the_call(self) -> None:
+        first, second = self._measured(self.make_context()), self._measured(self.make_context())
+        assert np.isfinite(first).all()
+        np.testing.assert_array_equal(first, second)
+
+    def test_the_batches_come_back_unchanged(self) -> None:
+        context = self.make_context()
+        before = [_bytes(tensor) for batch in context.subsets.validation for tensor in batches.tensors(batch)]
+        self._measured(context)
+        assert [_bytes(t) for batch in context.subsets.validation for t in batches.tensors(batch)] == before
+
+    def test_the_value_of_a_sample_does_not_depend_on_the_others_in_its_batch(self) -> None:
+        context = self.make_context()
+        if not context.judge.per_sample:
+            return
+        batch = context.subsets.validation[0]
+        together, alone = (self._measured(context, split) for split in ([batch], batches.pieces(batch, 1)))
+        assert together.shape == (batches.batch_size(batch),)
+        np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+
+    def _measured(self, context: Context, parts: Any = None) -> FloatArray:
+        def run(batch: Any) -> Any:
+            return context.forward(context.model, batch)
+
+        parts = context.subsets.validation if parts is None else parts
+        return context.judge.measure(run, parts, context.judge.dense_outputs(run, parts)).metric
+
+
+class RuleContract:
+    """Contract of a rule: a network with the operation between two layers is pruned, and rightly so."""
+
+    def make_example(self) -> Example:
+        """Return a network whose layers the operation connects, with two samples for it; a new one at every call."""
+        raise NotImplementedError
+
+    def test_units_pass_through_the_operation_and_the_checks(self) -> None:
+        assert analyse(self.make_example(), checks="strict").groups
+
+    def test_costs_of_pruned_networks_are_those_that_are_counted_on_them(self) -> None:
+        example = self.make_example()
+        structure = analyse(example)
+        costs = StructuralCosts(structure)
+        for share in (0.75, 0.5, 0.0):
+            kept = {group.name: _last_units(group, share) for group in structure.groups}
+            built = build(example.model, structure.edit(Pruning(kept)))
+            widths = np.array([[len(units) for units in kept.values()]], dtype=np.float64)
+            found = analyse(replace(example, model=built))
+            counted = StructuralCosts(found).flops(found.sizes[None].astype(np.float64))
+            assert costs.flops(widths).tolist() == counted.tolist()
+            assert costs.params(widths).tolist() == [sum(parameter.numel() for parameter in built.parameters())]
+
+
+def _last_units(group: Group, share: float) -> tuple[int, ...]:
+    """Units at the end of a group: about a share of them, in a number that the group may keep."""
+    count = max(int(share * group.size) // group.multiple, 1) * group.multiple
+    return tuple(range(group.size - count, group.size))
 
 
 def _turn(optimizer: Optimizer, known: KnownProblem, status: str = OK) -> IntArray:
