@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 FEWEST_SAMPLES = 64
 MOST_SAMPLES = 1024
 """Validation samples of the check: all of a small model's, by default; fewer for a large one."""
-ERRORS = 2.0
-"""Standard errors by which another criterion, or other statistics, must be ahead: the best of a few is also lucky."""
 RANKED = 128
 """Most calibration samples for criteria in the check; at most `FEWEST_RANKED` for a large model."""
 FEWEST_RANKED = 16
@@ -113,7 +111,7 @@ def check(
     """Score a few ways to prune a model uniformly, and choose one.
 
     The signal of the search decides. A step away from the default (all parts, l2) must gain more than one standard
-    error of the paired difference, and another criterion, the best of several, more than two.
+    error of the paired difference.
 
     Args:
         context: With a space bound to the order by l2; ridges are chosen for the middle of that space.
@@ -142,7 +140,7 @@ def check(
             base[name] = trial.score(refit, bound, candidate)
         figures.append("; ".join(f"{name or 'l2'} {values.mean():.4g}" for name, values in base.items()))
         pick = min(base, key=lambda name: base[name].mean())
-        if pick and _better(base[pick], base[""], ERRORS):
+        if pick and _better(base[pick], base[""]):
             criterion, importance = pick, ranked[pick]
             chosen = replace(context, space=settings.bind(context.structure, order_units(importance)))
             base[""] = base[pick]
@@ -228,7 +226,7 @@ def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
         log.info("calibration check: %s: %s", type(error).__name__, error)
         return False, ""
     figures = f"; the dense model {own.mean():.4g}, {new.mean():.4g} with statistics of the calibration samples"
-    return _better(new, own, ERRORS), figures
+    return _better(new, own, errors=2.0), figures
 
 
 def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:
