@@ -244,14 +244,14 @@ def ranking(context: Context, criterion: str, seed: int) -> dict[str, Tensor]:
 
 
 def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
-    model, structure = private_copy(context.model), context.structure
-    batches = beginning(context.subsets.calibration, affordable(structure, FEWEST_RANKED, RANKED))
+    calibration = context.calibration.of(private_copy(context.model))
+    some = beginning(calibration.batches, affordable(calibration.structure, FEWEST_RANKED, RANKED))
 
     def score(parts: Sequence[Batch]) -> Sequence[dict[str, Tensor]]:
         with seeded(0), torch.enable_grad():
-            return score_units_by(model, structure, criteria, parts, context.forward, seed, logging.DEBUG)
+            return score_units_by(calibration.on(parts), criteria, seed, logging.DEBUG)
 
-    found = Halving()(score, batches)
+    found = Halving()(score, some)
     give_back(context.model)
     return dict(zip(criteria, found, strict=True))
 

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoprune.arguments import naming, shown
-from autoprune.batches import Batch, pieces, targets, to_device
+from autoprune.batches import Batch, Forward, pieces, targets, to_device
+from autoprune.importance.calibration import Calibration
 from autoprune.protocols import IntArray
 from autoprune.scorers import class_dimension, drawn_cross_entropy, main_output
 from autoprune.structure.skeleton import skeleton
@@ -174,16 +175,9 @@ _READS = {
 }
 
 
-def rank_units(
-    model: nn.Module,
-    structure: Structure,
-    criterion: str | Criterion,
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
-    seed: int = 0,
-) -> dict[str, tuple[int, ...]]:
+def rank_units(calibration: Calibration, criterion: str | Criterion, seed: int = 0) -> dict[str, tuple[int, ...]]:
     """Order the units of every group by falling importance; arguments and errors are those of `score_units`."""
-    return order_units(score_units(model, structure, criterion, batches, forward, seed))
+    return order_units(score_units(calibration, criterion, seed))
 
 
 def affordable(structure: Structure, least: int, most: int) -> int:
@@ -196,24 +190,14 @@ def order_units(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(torch.argsort(each, descending=True, stable=True).tolist()) for name, each in scores.items()}
 
 
-def score_units(
-    model: nn.Module,
-    structure: Structure,
-    criterion: str | Criterion,
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
-    seed: int = 0,
-) -> dict[str, Tensor]:
+def score_units(calibration: Calibration, criterion: str | Criterion, seed: int = 0) -> dict[str, Tensor]:
     """Score the units of every group by one criterion; see `score_units_by`."""
-    return score_units_by(model, structure, [criterion], batches, forward, seed)[0]
+    return score_units_by(calibration, [criterion], seed)[0]
 
 
 def score_units_by(
-    model: nn.Module,
-    structure: Structure,
+    calibration: Calibration,
     criteria: Sequence[str | Criterion],
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
     seed: int = 0,
     level: int = logging.WARNING,
 ) -> list[dict[str, Tensor]]:
@@ -222,11 +206,8 @@ def score_units_by(
     Criteria with the same inputs share a pass over the batches.
 
     Args:
-        model: The dense model; comes back unchanged.
-        structure: Its structure.
+        calibration: Its batches are for criteria that use activations or gradients.
         criteria: Names in `CRITERIA`, or callables, which get everything; gradients only where there are labels.
-        batches: Calibration data, for criteria that use activations or gradients.
-        forward: Runs the model on a batch.
         seed: For criteria that draw.
         level: Level of the log line that names groups without the inputs of a criterion, where l2 is used.
 
@@ -237,17 +218,16 @@ def score_units_by(
         if isinstance(criterion, str) and criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {sorted(CRITERIA)} or a callable, got {shown(criterion)}")
     reads = {_READS.get(each, "") if isinstance(each, str) else "everything" for each in criteria}
-    labelled = all(isinstance(targets(batch), Tensor) for batch in batches)
+    labelled = all(isinstance(targets(batch), Tensor) for batch in calibration.batches)
     slopes = "gradients" in reads or ("everything" in reads and labelled)
-    gradients = loss_gradients(model, batches, forward, seed) if slopes else {}
+    gradients = loss_gradients(calibration, seed) if slopes else {}
     watched = not reads.isdisjoint(("activations", "everything"))
-    activations = activation_statistics(model, structure, batches, forward) if watched else {}
-    return [_scored(model, structure, each, gradients, activations, seed, level) for each in criteria]
+    activations = activation_statistics(calibration) if watched else {}
+    return [_scored(calibration, each, gradients, activations, seed, level) for each in criteria]
 
 
 def _scored(
-    model: nn.Module,
-    structure: Structure,
+    calibration: Calibration,
     criterion: str | Criterion,
     gradients: Mapping[str, Tensor],
     activations: Mapping[str, Sequence[Activation]],
@@ -257,9 +237,9 @@ def _scored(
     score = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     reads = _READS.get(criterion, "") if isinstance(criterion, str) else "everything"
     generator = torch.Generator().manual_seed(seed)
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules, parameters = dict(calibration.model.named_modules()), dict(calibration.model.named_parameters())
     scores, blind = {}, []
-    for group in structure.groups:
+    for group in calibration.structure.groups:
         tensors = _tensors(parameters, modules, group, gradients, activations.get(group.name, ()), generator)
         lacking = reads not in ("", "everything") and not getattr(tensors, reads)
         if lacking:
@@ -309,29 +289,26 @@ def _slice(tensor: Tensor, dim: int, indices: IntArray) -> Tensor:
     return picked.reshape(indices.shape[0], -1).cpu()
 
 
-def loss_gradients(
-    model: nn.Module, batches: Sequence[Batch], forward: Callable[[nn.Module, Batch], Any], seed: int = 0
-) -> dict[str, Tensor]:
+def loss_gradients(calibration: Calibration, seed: int = 0) -> dict[str, Tensor]:
     """Compute the gradient of the mean loss, in evaluation mode: cross-entropy for classes, else squared error.
 
     If labels are missing, or are neither classes of the outputs nor floats shaped like them, it is that of the
     distortion.
     """
-    copied = _Forward(private_copy(model), forward)
+    copied = _Forward(private_copy(calibration.model), calibration.forward)
     state = _state_of(copied)
-    placed = [to_device(batch, next(model.parameters()).device) for batch in batches]
+    device = next(calibration.model.parameters()).device
+    placed = [to_device(batch, device) for batch in calibration.batches]
     for batch in placed:
         with torch.enable_grad():
             loss = _loss(main_output(functional_call(copied, state, (batch,))), targets(batch))
             if loss is None:
-                return distortion_gradients(model, placed, forward, seed)
+                return distortion_gradients(calibration.on(placed), seed)
             (loss / len(placed)).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
     return {name.removeprefix("model."): torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.items()}
 
 
-def distortion_gradients(
-    model: nn.Module, batches: Sequence[Batch], forward: Callable[[nn.Module, Batch], Any], seed: int = 0
-) -> dict[str, Tensor]:
+def distortion_gradients(calibration: Calibration, seed: int = 0) -> dict[str, Tensor]:
     """Compute the root mean square of gradients towards outputs drawn from the model's distribution, without labels.
 
     At the dense model the gradient of any distance to its outputs is zero. The expected square over labels drawn from
@@ -341,11 +318,11 @@ def distortion_gradients(
     Reference:
         Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, arXiv:1412.1193, section 9.
     """
-    copied = _Forward(private_copy(model), forward)
+    copied = _Forward(private_copy(calibration.model), calibration.forward)
     state = _state_of(copied)
     generator = torch.Generator().manual_seed(seed)
     squares = {name: torch.zeros_like(p) for name, p in state.items()}
-    parts = [part for batch in batches for part in _parts(batch)]
+    parts = [part for batch in calibration.batches for part in _parts(batch)]
 
     def take(name: str, parameter: Tensor) -> None:
         """Add a gradient as soon as it is computed, so that no two are in memory at once."""
@@ -400,7 +377,7 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 
 class _Forward(nn.Module):
-    def __init__(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> None:
+    def __init__(self, model: nn.Module, run: Forward) -> None:
         super().__init__()
         self.model = model
         self.run = run
@@ -409,14 +386,10 @@ class _Forward(nn.Module):
         return self.run(self.model, batch)
 
 
-def activation_statistics(
-    model: nn.Module,
-    structure: Structure,
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
-) -> dict[str, list[Activation]]:
+def activation_statistics(calibration: Calibration) -> dict[str, list[Activation]]:
     """Collect statistics of the inputs of every ungrouped convolution and linear layer that reads a group."""
-    copied = private_copy(model)
+    copied = private_copy(calibration.model)
+    structure = calibration.structure
     sums: dict[str, list[Tensor]] = {}
 
     def watch(name: str, axis: int) -> Callable[..., None]:
@@ -434,10 +407,10 @@ def activation_statistics(
         copied.get_submodule(n).register_forward_pre_hook(watch(n, axis), with_kwargs=True)
         for n, axis in watched.items()
     ]
-    device = next(model.parameters()).device
+    device = next(calibration.model.parameters()).device
     with torch.no_grad():
-        for batch in batches:
-            forward(copied, to_device(batch, device))
+        for batch in calibration.batches:
+            calibration.forward(copied, to_device(batch, device))
     for handle in handles:
         handle.remove()
     out: dict[str, list[Activation]] = {}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.batches import Batch
 from autoprune.criteria import Criterion
+from autoprune.importance.calibration import Calibration
 from autoprune.protocols import FloatArray, SearchSpace
 from autoprune.reconstruction import Removal, reconstruction_errors
 from autoprune.sensitivity import output_changes
@@ -31,10 +30,7 @@ def expected_losses(
     space: SearchSpace,
     scores: Mapping[str, Tensor],
     criterion: str | Criterion | None,
-    model: nn.Module,
-    structure: Structure,
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
+    calibration: Calibration,
 ) -> tuple[FloatArray, ...] | None:
     """Expected loss of every option of every dimension alone: d arrays of shape (sizes[j],), 0 for dense.
 
@@ -48,15 +44,14 @@ def expected_losses(
         space: Gives the units or weights that each option removes.
         scores: Importance of the units of each group.
         criterion: Criterion of the scores; None where no unit is removed.
-        model: The dense model; comes back unchanged.
-        structure: Its structure.
-        batches: Calibration data.
-        forward: Runs the model on a batch.
+        calibration: The dense model, and the samples for errors of layers and changes of outputs.
 
     Returns:
         None if a dimension neither removes units nor sets weights to zero, so that it has no prior. Weights set to zero
         lose a share of their squared sum, for every kind, see `criterion_losses`.
     """
+    model = calibration.model
+    structure = calibration.structure
     d = len(space.sizes)
     if criterion is None:
         return _zeroed_losses(space, dict(model.named_parameters()))
@@ -68,31 +63,24 @@ def expected_losses(
         kind = "reconstruction" if any(isinstance(m, _BatchNorm) for m in model.modules()) else "sensitivity"
     errors: list[FloatArray | None] = [None] * len(removals)
     if kind != "criterion":
-        errors = _measured(kind, model, structure, [removal for _, removal in removals], batches, forward)
+        errors = _measured(kind, calibration, [removal for _, removal in removals])
     losses = tuple(np.zeros(size) for size in space.sizes)
     for (j, removal), error in zip(removals, errors, strict=True):
         losses[j][1:] += criterion_losses(removal, scores, criterion) if error is None else error
     return losses
 
 
-def _measured(
-    kind: str,
-    model: nn.Module,
-    structure: Structure,
-    removals: Sequence[Removal],
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
-) -> list[FloatArray | None]:
+def _measured(kind: str, calibration: Calibration, removals: Sequence[Removal]) -> list[FloatArray | None]:
     """Measure errors in one unit: by sensitivity only if all groups that layers read have one."""
     changes: list[FloatArray | None] | None = None
     if kind == "sensitivity":
         try:
-            changes = output_changes(model, structure, removals, batches, forward)
+            changes = output_changes(calibration, removals)
         except Exception as error:  # a user's forward may raise anything under autograd, and need not have gradients
             log.info("sensitivities cannot be measured, and reconstruction errors stand in: %s", error)
         if changes is not None and all(change is not None for change in changes):
             return changes
-    return reconstruction_errors(model, structure, removals, batches, forward)
+    return reconstruction_errors(calibration, removals)
 
 
 def criterion_losses(removal: Removal, scores: Mapping[str, Tensor], criterion: str | Criterion) -> FloatArray:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import Batch, beginning
+from autoprune.batches import beginning
 from autoprune.criteria import input_dim, private_copy, readers
+from autoprune.importance.calibration import Calibration
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.structure import Structure
 
@@ -24,13 +24,7 @@ Removal = tuple[str, Sequence[IntArray]]
 """A group, and the units of it that each option removes."""
 
 
-def reconstruction_errors(
-    model: nn.Module,
-    structure: Structure,
-    removals: Sequence[Removal],
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
-) -> list[FloatArray | None]:
+def reconstruction_errors(calibration: Calibration, removals: Sequence[Removal]) -> list[FloatArray | None]:
     """Compute the squared error of the layers that read a group, relative to their energy, summed over the layers.
 
     Exact, with all cross terms between units: the units that an option removes in addition to the one before pass
@@ -38,18 +32,15 @@ def reconstruction_errors(
     are left out on both sides. It covers ungrouped convolutions and linear layers that the model calls.
 
     Args:
-        model: The dense model; comes back unchanged.
-        structure: Its structure.
+        calibration: The first `SAMPLES` samples of it are used.
         removals: Groups with the units that each option removes.
-        batches: Calibration data, of which the first `SAMPLES` samples are used.
-        forward: Runs the model on a batch.
 
     Returns:
         For each removal the error of each option, shape (options,), finite, at least 0, not always monotone, because
         units may cancel each other; None where no layer reads the group.
     """
-    copied = private_copy(model)
-    axes, read = readers(copied, structure), reads(copied, structure)
+    copied = private_copy(calibration.model)
+    axes, read = readers(copied, calibration.structure), reads(copied, calibration.structure)
     energies: dict[str, float] = defaultdict(float)
     errors: dict[tuple[str, int], FloatArray] = {}
 
@@ -69,8 +60,8 @@ def reconstruction_errors(
 
     handles = [copied.get_submodule(n).register_forward_pre_hook(watch(n), with_kwargs=True) for n in read]
     with torch.no_grad():
-        for batch in beginning(batches, SAMPLES):
-            forward(copied, batch)
+        for batch in beginning(calibration.batches, SAMPLES):
+            calibration.forward(copied, batch)
     for handle in handles:
         handle.remove()
     found: list[FloatArray | None] = [None] * len(removals)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from autoprune.batches import Batch, batch_size, beginning, pieces
 from autoprune.criteria import affordable, private_copy, readers
+from autoprune.importance.calibration import Calibration
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.reconstruction import Removal, reads
 from autoprune.scorers import sampled_loss
-from autoprune.structure.structure import Structure
 
 FEWEST_SAMPLES = 8
 MOST_SAMPLES = 32
@@ -25,14 +25,7 @@ DRAWS = 1024
 _AT_ONCE = 4  # samples in one backward pass, which bounds its memory
 
 
-def output_changes(
-    model: nn.Module,
-    structure: Structure,
-    removals: Sequence[Removal],
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
-    seed: int = 0,
-) -> list[FloatArray | None]:
+def output_changes(calibration: Calibration, removals: Sequence[Removal], seed: int = 0) -> list[FloatArray | None]:
     """Estimate the change of the outputs of the whole model when units are set to zero in the layers that read them.
 
     The change is in nats where the outputs are logits (the divergence from the dense distribution), else the squared
@@ -43,11 +36,8 @@ def output_changes(
     over at most 32 samples, fewer of a large model, serve all options.
 
     Args:
-        model: The dense model; comes back unchanged.
-        structure: Its structure.
+        calibration: Labels are not used.
         removals: Groups with the units that each option removes.
-        batches: Calibration data; labels are not used.
-        forward: Runs the model on a batch.
         seed: For the labels drawn.
 
     Returns:
@@ -59,7 +49,8 @@ def output_changes(
         Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML 2021, arXiv:2108.00708; here with
         drawn labels, and for every option of a group with all products between its units.
     """
-    copied = private_copy(model)
+    copied = private_copy(calibration.model)
+    structure = calibration.structure
     for module in copied.modules():  # only gradients of the inputs of layers are needed
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -91,11 +82,11 @@ def output_changes(
     steps = [_steps(options) for _, options in removals]
     samples = draws = 0
     try:
-        for part in _parts(batches, affordable(structure, FEWEST_SAMPLES, MOST_SAMPLES)):
+        for part in _parts(calibration.batches, affordable(structure, FEWEST_SAMPLES, MOST_SAMPLES)):
             if samples >= FEWEST_SAMPLES and draws >= DRAWS:
                 break
             with torch.enable_grad():
-                loss, drawn = sampled_loss(forward(copied, part), part, generator)
+                loss, drawn = sampled_loss(calibration.forward(copied, part), part, generator)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             samples, draws = samples + batch_size(part), draws + drawn
             seen: dict[str, list[Tensor]] = defaultdict(list)

@@ -33,6 +33,7 @@ from autoprune.evaluators.compensation import middle_of
 from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.untouched import Untouched, is_ours
 from autoprune.files import brief, make_folder
+from autoprune.importance.calibration import Calibration
 from autoprune.mapped import own_copy
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
@@ -175,11 +176,12 @@ def prepare(
     trusted = is_ours(chosen) and (isinstance(settings.criterion, str) or settings.criterion is None)
     model = own_copy(model, borrow=trusted)  # builds equal the scored models, even if the user trains theirs meanwhile
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
+    calibration = Calibration(scored, structure, subsets.calibration, run)
     with seeded(0):
         criterion = "l2" if settings.criterion == "auto" else settings.criterion
         scores: Mapping[str, Tensor] = {}
         if criterion is not None:
-            scores = score_units(scored, structure, criterion, subsets.calibration, run, seed)
+            scores = score_units(calibration, criterion, seed)
         judge = resolve_metric(metric, subsets, _blaming_data(fitting(lambda batch: run(scored, batch))))
         bound = settings.bind(structure, order_units(scores))
     require_registered(bound)
@@ -213,7 +215,7 @@ def prepare(
         fresh = choice.refit(middle)
         checked = (choice.note,)
     with seeded(0):
-        expected = expected_losses(prior, context.space, scores, criterion, scored, structure, subsets.calibration, run)
+        expected = expected_losses(prior, context.space, scores, criterion, calibration)
     problem = replace(problem, trials=planned(trials, len(bound.sizes)), prior=expected)
     untouched = Untouched(model, chosen)
     chosen.prepare(context)

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from autoprune.batches import default_forward
 from autoprune.costs import make_costs
 from autoprune.criteria import rank_units
+from autoprune.importance.calibration import Calibration
 from autoprune.optimizers import Problem
 from autoprune.optimizers.multiple_choice import choose_options
 from autoprune.optimizers.relinearise import front_of
@@ -100,7 +102,7 @@ def time_front(make: Callable[[], nn.Module], names: tuple[str, ...]) -> dict[st
     structure = analyse(Example(model, (torch.zeros(2, 3, 32, 32),)))
 
     def solve() -> tuple[Problem, FloatArray, IntArray]:
-        order = rank_units(model, structure, "l2", (), lambda m, batch: m(batch))
+        order = rank_units(Calibration(model, structure, (), default_forward), "l2")
         space = Channels().bind(structure, order)
         costs = make_costs(structure, space)
 

@@ -14,7 +14,7 @@ from autoprune.arguments import flag, positive, whole_number
 from autoprune.batches import Batch
 from autoprune.criteria import private_copy
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
-from autoprune.evaluators.layers import Layer, Reads, columns_kept, find_layers, matrix_of
+from autoprune.evaluators.layers import Layer, columns_kept, find_layers, matrix_of
 from autoprune.evaluators.least_squares import Normal
 from autoprune.evaluators.measuring import Adapted, bound_forward
 from autoprune.evaluators.normalisation import Correction
@@ -96,25 +96,25 @@ class Compensated:
     def collect(self, context: Context) -> None:
         """Collect the inputs of layers and norms: the first part of `prepare`, which then does not repeat it."""
         self._context = context
-        calibration, whole = context.subsets.calibration, self.with_parts(**self._whole)
+        whole = self.with_parts(**self._whole)
         self._reference = private_copy(context.model)
+        calibration = context.calibration.of(self._reference)
         with seeded(0):
             if self._renew:
-                recalibrate(self._reference, calibration, bound_forward(context, self._reference))
+                recalibrate(self._reference, calibration.batches, bound_forward(context, self._reference))
             normalises = whole._bn and statistics(self._reference)
-            self._correction = Correction(self._reference, calibration, context.forward) if normalises else None
+            self._correction = Correction(calibration) if normalises else None
         self._solved: OrderedDict[tuple[str, int, bytes], Tensor] = OrderedDict()
         self._solved_bytes = 0
         self._most_solved = min(SOLVED_BYTES, room_beside(context.model))
         self._layers: dict[str, list[Layer]] = defaultdict(list)
         if whole._bias or whole._least_squares:
             typical = context.structure.edit(self._typical or middle_of(context.space))
-            reads = Reads(self._reference, context.structure, calibration, context.forward)
             most = max(room_beside(context.model), bytes_of(context.model))  # a transformer's take as much as the model
             allowed = most if self._memory_bytes is None else self._memory_bytes
             memory = allowed if whole._least_squares else 0
             with seeded(0):
-                for layer in find_layers(reads, memory, self._ridge, typical, whole._centred):
+                for layer in find_layers(calibration, memory, self._ridge, typical, whole._centred):
                     self._layers[layer.reader.name].append(layer)
         self._collected = True
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.batches import Batch, Forward, batch_size, divisible, slice_batch
+from autoprune.batches import Batch, batch_size, divisible, slice_batch
 from autoprune.criteria import private_copy
 from autoprune.evaluators.least_squares import RIDGES, Normal
 from autoprune.evaluators.memory import Halving
 from autoprune.evaluators.moments import PRECISE, Moments, Sample
 from autoprune.evaluators.reading import Reader, watch
 from autoprune.evaluators.room import bytes_of
+from autoprune.importance.calibration import Calibration
 from autoprune.structure.slicing import Edit
-from autoprune.structure.structure import Structure
 
 log = logging.getLogger(__name__)
 
@@ -61,25 +61,8 @@ class Layer:
     rows: int = 0
 
 
-@dataclass(frozen=True)
-class Reads:
-    """Source of the inputs that layers read: the model, its structure and the calibration samples.
-
-    Attributes:
-        model: The dense model.
-        structure: Its structure.
-        batches: Calibration data.
-        forward: Runs the model on a batch.
-    """
-
-    model: nn.Module
-    structure: Structure
-    batches: Sequence[Batch]
-    forward: Forward
-
-
 def find_layers(
-    reads: Reads, memory_bytes: int, ridge: float | None, typical: Edit, centred: Callable[[Layer], bool]
+    calibration: Calibration, memory_bytes: int, ridge: float | None, typical: Edit, centred: Callable[[Layer], bool]
 ) -> list[Layer]:
     """Find the layers that can be re-fitted, with the moments of their inputs in the dense model.
 
@@ -87,36 +70,36 @@ def find_layers(
     that pass, or that would not fit into memory, are solved from a sketch of their rows.
 
     Args:
-        reads: Model and samples; the model comes back unchanged.
+        calibration: The dense model and the samples.
         memory_bytes: Most memory for moments; of the largest only means are kept, with a warning in the log. 0 for
             means alone.
         ridge: For all layers, or None to choose it for each by held-out samples.
         typical: The edit that it is chosen for.
         centred: Whether a bias or batch norm corrects the mean of a layer.
     """
-    copied = private_copy(reads.model)
+    calibration = calibration.of(private_copy(calibration.model))
 
     def attempt(parts: list[Batch]) -> list[Layer]:
-        return _find(Reads(copied, reads.structure, parts, reads.forward), memory_bytes, ridge, typical, centred)
+        return _find(calibration.on(parts), memory_bytes, ridge, typical, centred)
 
     # Where memory runs out, everything is repeated with smaller batches, because part of one was already averaged.
-    return Halving()(attempt, reads.batches)
+    return Halving()(attempt, calibration.batches)
 
 
 def _find(
-    reads: Reads, memory_bytes: int, ridge: float | None, typical: Edit, centred: Callable[[Layer], bool]
+    calibration: Calibration, memory_bytes: int, ridge: float | None, typical: Edit, centred: Callable[[Layer], bool]
 ) -> list[Layer]:
-    layers = _laid_out(reads, memory_bytes)
-    total = sum(map(batch_size, reads.batches))
+    layers = _laid_out(calibration, memory_bytes)
+    total = sum(map(batch_size, calibration.batches))
     held = total // 4 if ridge is None else 0
-    fitted, judged = _divided(reads.batches, total - held)
-    _take(reads, layers, fitted)
+    fitted, judged = _divided(calibration.batches, total - held)
+    _take(calibration.on(fitted), layers)
     if ridge is not None:
         for layer in layers.values():
             layer.ridge = ridge
     elif judged:
-        _choose_ridges(reads, layers, judged, typical, centred, held / total)
-        _take(reads, layers, judged)
+        _choose_ridges(calibration.on(judged), layers, typical, centred, held / total)
+        _take(calibration.on(judged), layers)
     return [layer for layer in layers.values() if layer.moments.finite]
 
 
@@ -139,16 +122,16 @@ def _divided(batches: Sequence[Batch], samples: int) -> tuple[list[Batch], list[
     return first, rest
 
 
-def _laid_out(reads: Reads, memory_bytes: int) -> dict[Reader, Layer]:
+def _laid_out(calibration: Calibration, memory_bytes: int) -> dict[Reader, Layer]:
     """Empty moments for each weight that a few samples show, as large as work and memory allow."""
-    few, _ = _divided(reads.batches, COUNTED)
+    few, _ = _divided(calibration.batches, COUNTED)
     rows: Counter[Reader] = Counter()
 
     def count(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
         rows[reader] += sum(len(part) for part in parts())
 
-    reading = watch(reads.model, reads.structure, few, reads.forward, count)
-    scale = sum(map(batch_size, reads.batches)) / max(sum(map(batch_size, few)), 1)
+    reading = watch(calibration.on(few), count)
+    scale = sum(map(batch_size, calibration.batches)) / max(sum(map(batch_size, few)), 1)
     usable = [reader for reader in _separate(rows) if rows[reader] and reader.name not in reading.otherwise]
     counts = {reader: max(1, round(rows[reader] * scale)) for reader in usable}
     plan = _plan(counts, memory_bytes)
@@ -209,35 +192,34 @@ def _sketched(reader: Reader, rows: int) -> float:
     return rows**3 / 3 + rows**2 * reader.columns + 2.0 * rows * reader.columns * reader.outputs
 
 
-def _take(reads: Reads, layers: Mapping[Reader, Layer], batches: Sequence[Batch]) -> None:
-    """Add what the layers read on batches to their moments."""
+def _take(calibration: Calibration, layers: Mapping[Reader, Layer]) -> None:
+    """Add what the layers read to their moments."""
 
     def see(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
         if reader in layers:
             for rows in parts():
                 layers[reader].moments.add(rows)
 
-    watch(reads.model, reads.structure, batches, reads.forward, see)
+    watch(calibration, see)
 
 
 def _choose_ridges(
-    reads: Reads,
+    calibration: Calibration,
     layers: Mapping[Reader, Layer],
-    batches: Sequence[Batch],
     typical: Edit,
     centred: Callable[[Layer], bool],
     share: float,
 ) -> None:
-    """Choose each ridge by the error on rows that were held out, spread over all of the samples."""
+    """Choose each ridge by the error on held-out rows, spread over all of the samples."""
     fitted = {}
     for reader, layer in layers.items():
-        kept = columns_kept(reader, reads.model, typical)
+        kept = columns_kept(reader, calibration.model, typical)
         if kept is not None and layer.moments.sketch_rows is not None and layer.moments.finite:
             fitted[reader] = kept
     if not fitted:
         return
     width = 4 * sum(reader.columns for reader in fitted)
-    most = max(JUDGED_BYTES, bytes_of(reads.model) // 2) // width
+    most = max(JUDGED_BYTES, bytes_of(calibration.model) // 2) // width
     judged = max(_FEWEST_JUDGED, min(_JUDGED, most))
     samples = {reader: Sample(max(1.0, layers[reader].rows * share / judged)) for reader in fitted}
 
@@ -246,12 +228,12 @@ def _choose_ridges(
             for rows in parts():
                 samples[reader].add(rows)
 
-    watch(reads.model, reads.structure, batches, reads.forward, see)
+    watch(calibration, see)
     for reader, kept in fitted.items():
         layer, rows = layers[reader], samples.pop(reader).rows
         if len(rows):
             layer.ridge = _best_ridge(
-                layer, matrix_of(reads.model.get_parameter(reader.name), reader), kept, rows, centred
+                layer, matrix_of(calibration.model.get_parameter(reader.name), reader), kept, rows, centred
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from autoprune.batches import Batch
 from autoprune.evaluators.adaptive_bn import moments_of, statistics
 from autoprune.evaluators.memory import BatchMoments, Passes
 from autoprune.evaluators.padding import kept_positions, positions_of
+from autoprune.importance.calibration import Calibration
 from autoprune.structure.slicing import Edit
 
 _MOST = 1e6  # the variance of a channel is corrected by at most this factor, in either direction
@@ -48,18 +50,15 @@ class Correction:
     batches do no harm.
 
     Args:
-        dense: The dense model in evaluation mode, with buffers of its own.
-        batches: Calibration data.
-        forward: Runs a model on a batch.
+        calibration: Its model is in evaluation mode, with buffers of its own.
     """
 
-    def __init__(
-        self, dense: nn.Module, batches: Sequence[Batch], forward: Callable[[nn.Module, Batch], object]
-    ) -> None:
-        self._batches = batches
+    def __init__(self, calibration: Calibration) -> None:
+        dense = calibration.model
+        self._batches = calibration.batches
         names = {module: name for name, module in dense.named_modules()}
         with torch.no_grad():
-            calls = _measured(statistics(dense), batches, lambda batch: forward(dense, batch), lambda *_: None)
+            calls = _measured(statistics(dense), self._batches, partial(calibration.forward, dense), lambda *_: None)
         own = statistics(dense)
         self._norms = {
             names[norm]: _Norm(

@@ -9,6 +9,7 @@ from torch import nn
 
 from autoprune.batches import Forward
 from autoprune.data import Subsets
+from autoprune.importance.calibration import Calibration
 from autoprune.metrics import Judge
 from autoprune.protocols import Failure, IntArray, Measurement, SearchSpace
 from autoprune.structure.structure import Structure
@@ -33,6 +34,11 @@ class Context:
     subsets: Subsets
     judge: Judge
     forward: Forward
+
+    @property
+    def calibration(self) -> Calibration:
+        """The dense model on the calibration samples."""
+        return Calibration(self.model, self.structure, self.subsets.calibration, self.forward)
 
 
 class Evaluator(Protocol):

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from autoprune.batches import Batch
 from autoprune.evaluators.padding import kept_positions, positions_of
+from autoprune.importance.calibration import Calibration
 from autoprune.structure.adapters import refresh_flat_weights
 from autoprune.structure.slicing import owners
 from autoprune.structure.structure import Structure
@@ -245,17 +245,11 @@ def unfolded(
             yield rows
 
 
-def watch(
-    model: nn.Module,
-    structure: Structure,
-    batches: Sequence[Batch],
-    forward: Callable[[nn.Module, Batch], Any],
-    see: See,
-) -> Reading:
-    """Run the model on batches, and call `see` for every product with a weight that reads units."""
-    reading = Reading(model, structure, see)
-    for batch in batches:
+def watch(calibration: Calibration, see: See) -> Reading:
+    """Run the model itself on the batches, and call `see` for every product with a weight that reads units."""
+    reading = Reading(calibration.model, calibration.structure, see)
+    for batch in calibration.batches:
         mask = positions_of(batch)
         with reading.batch(mask):
-            forward(model, batch)
+            calibration.forward(calibration.model, batch)
     return reading

@@ -14,9 +14,13 @@ from torch import nn
 
 import autoprune
 from autoprune import checking, criteria
+from autoprune.batches import default_forward
 from autoprune.checking import FILE_NAME
 from autoprune.criteria import distortion_gradients
+from autoprune.importance.calibration import Calibration
 from autoprune.scorers import class_dimension
+from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.study import prepare
 
 
@@ -146,15 +150,17 @@ def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
 def test_gradients_of_the_distortion_are_the_fisher_information():
     layer = nn.Linear(3, 1, bias=False)
     x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 3.0])
-    (found,) = distortion_gradients(layer, [x], lambda model, batch: model(batch)).values()
+    structure = analyse(Example(layer, (x[:2],)))
+    (found,) = distortion_gradients(Calibration(layer, structure, [x], default_forward)).values()
     torch.testing.assert_close(found[0] * 8**0.5, torch.tensor([1.0, 2.0, 3.0]), rtol=0.15, atol=0)
 
 
 def test_outputs_of_a_vocabulary_for_tokens_are_logits_whatever_holds_them():
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
     ids = torch.randint(0, 20, (400, 12), generator=torch.Generator().manual_seed(0))
-    plain = distortion_gradients(model, [ids], lambda model, batch: model(batch))
-    held = distortion_gradients(model, [ids], lambda model, batch: {"logits": model(batch)})
+    structure = analyse(Example(model, (ids[:2],)))
+    plain = distortion_gradients(Calibration(model, structure, [ids], default_forward))
+    held = distortion_gradients(Calibration(model, structure, [ids], lambda model, batch: {"logits": model(batch)}))
     for name, gradient in plain.items():
         torch.testing.assert_close(gradient, held[name])
     chances = model(ids).softmax(-1)

@@ -22,6 +22,7 @@ from autoprune.criteria import (
     score_units,
     score_units_by,
 )
+from autoprune.importance.calibration import Calibration
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
@@ -70,7 +71,7 @@ def scores(criterion: Criterion, labels: bool = True) -> Scores:
         return seen[group.name]
 
     model, structure = network()
-    rank_units(model, structure, spy, batches(labels), default_forward)
+    rank_units(Calibration(model, structure, batches(labels), default_forward), spy)
     return seen
 
 
@@ -78,7 +79,7 @@ def rank(
     criterion: str | Criterion, model: nn.Module | None = None, labels: bool = True, seed: int = 0
 ) -> dict[str, tuple[int, ...]]:
     own, structure = network()
-    return rank_units(model or own, structure, criterion, batches(labels), default_forward, seed)
+    return rank_units(Calibration(model or own, structure, batches(labels), default_forward), criterion, seed)
 
 
 def coupled(of: Callable[[Net], dict[str, Tensor]]) -> dict[str, list[Tensor]]:
@@ -232,11 +233,8 @@ def test_regression_targets_give_the_gradient_of_the_squared_error():
     F.mse_loss(copy(x), target).backward()
     seen = {}
     rank_units(
-        model,
-        structure,
+        Calibration(model, structure, [(x, target)], default_forward),
         lambda group: seen.update({group.name: group.gradients}) or torch.ones(group.units),
-        [(x, target)],
-        default_forward,
     )
     torch.testing.assert_close(seen["second"][0], copy.second.weight.grad.flatten(1))
 
@@ -255,10 +253,11 @@ def test_criteria_that_look_at_the_same_share_a_pass():
         return default_forward(model, batch)
 
     names = ["fluctuation", "contribution", "l2"]
-    together = score_units_by(model, structure, names, batches(), forward)
+    together = score_units_by(Calibration(model, structure, batches(), forward), names)
     assert ran == [5, 3]
     for name, found in zip(names, together, strict=True):
-        for group, values in score_units(model, structure, name, batches(), default_forward).items():
+        alone = score_units(Calibration(model, structure, batches(), default_forward), name)
+        for group, values in alone.items():
             torch.testing.assert_close(found[group], values, rtol=0, atol=0)
 
 

@@ -20,8 +20,9 @@ from autoprune.costs import StructuralCosts
 from autoprune.evaluators import AdaptiveBN, Context, room
 from autoprune.evaluators import layers as layers_module
 from autoprune.evaluators.cuts import flow_of
-from autoprune.evaluators.layers import Layer, Reads, find_layers
+from autoprune.evaluators.layers import Layer, find_layers
 from autoprune.evaluators.moments import Sample
+from autoprune.importance.calibration import Calibration
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
@@ -355,7 +356,7 @@ class TestMemory:
         def found() -> int:
             passes.clear()
             judged.clear()
-            find_layers(Reads(model, structure, batches, forward), 2**20, None, typical, lambda _: True)
+            find_layers(Calibration(model, structure, batches, forward), 2**20, None, typical, lambda _: True)
             return sum(passes)
 
         usual = found()

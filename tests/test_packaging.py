@@ -27,6 +27,7 @@ LAYERS = (
     ("budget", "data", "pareto", "language", "losses", "segmentation"),
     ("metrics", "tensor_file", "user_code"),
     ("structure",),
+    ("importance",),
     ("costs", "criteria"),
     ("reconstruction",),
     ("sensitivity",),

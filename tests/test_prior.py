@@ -12,6 +12,7 @@ import autoprune
 from autoprune import Channels, Data, Sparsity, reconstruction
 from autoprune.batches import default_forward
 from autoprune.criteria import CRITERIA, order_units, score_units
+from autoprune.importance.calibration import Calibration
 from autoprune.optimizers import RandomSearch
 from autoprune.prior import PRIORS, criterion_losses, expected_losses
 from autoprune.protocols import Pruning
@@ -81,7 +82,7 @@ def by_hand(group, units):
 
 def errors(removals, samples=24):
     model, structure = network()
-    return reconstruction_errors(model, structure, removals, batches(samples), default_forward)
+    return reconstruction_errors(Calibration(model, structure, batches(samples), default_forward), removals)
 
 
 @pytest.mark.slow
@@ -123,9 +124,8 @@ class Single(nn.Module):
 def test_a_layer_without_a_dimension_of_samples_is_left_out():
     model, inputs = Single(), torch.randn(3, 4)
     structure = analyse(Example(model, (inputs,)))
-    assert reconstruction_errors(model, structure, [("first", [np.array([0])])], [(inputs, None)], default_forward) == [
-        None
-    ]
+    calibration = Calibration(model, structure, [(inputs, None)], default_forward)
+    assert reconstruction_errors(calibration, [("first", [np.array([0])])]) == [None]
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan])
@@ -134,7 +134,7 @@ def test_a_layer_whose_outputs_have_no_energy_or_no_value_is_left_out(value):
     with torch.no_grad():
         model.head.weight.mul_(value)
     removals = [("c", [np.array([0])]), ("a", [np.array([0])])]
-    none, error = reconstruction_errors(model, structure, removals, batches(), default_forward)
+    none, error = reconstruction_errors(Calibration(model, structure, batches(), default_forward), removals)
     assert none is None
     assert error > 0
 
@@ -143,14 +143,14 @@ def test_the_model_and_the_random_states_come_back_unchanged(global_rng_untouche
     model, structure = network()
     before = state_of(model)
     with global_rng_untouched():
-        reconstruction_errors(model, structure, [("a", [np.array([0])])], batches(), default_forward)
+        reconstruction_errors(Calibration(model, structure, batches(), default_forward), [("a", [np.array([0])])])
     assert state_of(model) == before
 
 
 def scores_of(criterion):
     model, structure = network()
     labelled = [(x, torch.arange(len(x)) % 4) for x, _ in batches()]
-    return score_units(model, structure, criterion, labelled, default_forward)
+    return score_units(Calibration(model, structure, labelled, default_forward), criterion)
 
 
 class TestCriterion:
@@ -172,8 +172,8 @@ class TestCriterion:
         model, structure = network()
         scores = scores_of(criterion)
         space = Channels(step=2, ignore=["c"]).bind(structure, order_units(scores))
-        args = model, structure, batches(), default_forward
-        prior = expected_losses(kind, space, scores, criterion, *args)
+        calibration = Calibration(model, structure, batches(), default_forward)
+        prior = expected_losses(kind, space, scores, criterion, calibration)
         assert [len(row) for row in prior] == space.sizes.tolist()
         assert all(row[0] == 0 and (row[1:] > 0).all() and np.isfinite(row).all() for row in prior)
         if kind == "criterion":
@@ -189,9 +189,10 @@ def test_a_group_that_no_layer_is_seen_to_read_falls_back_on_the_criterion():
     entry = ZOO["resnext"]
     model, inputs = entry.build().eval(), entry.inputs()
     structure = analyse(Example(model, inputs))
-    scores = score_units(model, structure, "l2", [(*inputs, None)], default_forward)
+    calibration = Calibration(model, structure, [(*inputs, None)], default_forward)
+    scores = score_units(calibration, "l2")
     space = Channels().bind(structure, order_units(scores))
-    args = scores, "l2", model, structure, [(*inputs, None)], default_forward
+    args = scores, "l2", calibration
     measured, summed = (expected_losses(kind, space, *args) for kind in ("reconstruction", "criterion"))
     equal = [np.array_equal(a, b) for a, b in zip(measured, summed, strict=True)]
     assert 0 < sum(equal) < len(equal)
@@ -205,8 +206,8 @@ def test_nothing_is_expected_where_a_dimension_removes_no_units():
             return Pruning()
 
     model, structure = network()
-    args = {}, "l2", model, structure, batches(), default_forward
-    assert expected_losses("reconstruction", Masks(), *args) is None
+    calibration = Calibration(model, structure, batches(), default_forward)
+    assert expected_losses("reconstruction", Masks(), {}, "l2", calibration) is None
 
 
 class TestInASearch:
@@ -255,7 +256,7 @@ class TestInASearch:
 def test_weights_set_to_zero_lose_their_share_of_the_squares():
     model, structure = network()
     space = Sparsity(levels=(0.0, 0.5, 0.9)).bind(structure)
-    losses = expected_losses("reconstruction", space, {}, None, model, structure, (), default_forward)
+    losses = expected_losses("reconstruction", space, {}, None, Calibration(model, structure, (), default_forward))
     assert [len(row) for row in losses] == space.sizes.tolist()
     for dimension, row in zip(space.dimensions, losses, strict=True):
         weight = model.get_parameter(dimension.name).detach().abs().flatten()

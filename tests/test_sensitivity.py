@@ -8,6 +8,7 @@ from torch import nn
 from autoprune import criteria
 from autoprune.batches import default_forward
 from autoprune.criteria import CRITERIA, score_units
+from autoprune.importance.calibration import Calibration
 from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.sensitivity import next_probes
 from autoprune.prior import expected_losses
@@ -41,7 +42,7 @@ def network(**options):
 
 def changes(model, structure, batches, options, forward=default_forward, seed=0):
     group = next(group.name for group in structure.groups if group.size == 6)
-    return output_changes(model, structure, [(group, options)], batches, forward, seed)[0]
+    return output_changes(Calibration(model, structure, batches, forward), [(group, options)], seed)[0]
 
 
 def by_second_derivatives(model, x, units, distance):
@@ -121,8 +122,8 @@ def test_a_model_without_gradients_is_measured_by_reconstruction():
         return module(batch)
 
     space = Channels(step=1).bind(structure, {group.name: range(group.size) for group in structure.groups})
-    scores = score_units(model, structure, "l2", [x], forward)
-    args = space, scores, "l2", model, structure, [x], forward
+    calibration = Calibration(model, structure, [x], forward)
+    args = space, score_units(calibration, "l2"), "l2", calibration
     found, expected = expected_losses("auto", *args), expected_losses("reconstruction", *args)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -133,9 +134,8 @@ def test_contribution_is_the_mean_square_times_the_squared_norm_of_what_reads_it
         hidden = model.first(x).tanh()
         norms = [layer.weight.square().sum(0) for layer in (model.left, model.right)]
         expected = hidden.square().mean(0) * norms[0] + hidden.relu().square().mean(0) * norms[1]
-    (found,) = (
-        each for each in score_units(model, structure, "contribution", [x], default_forward).values() if len(each) == 6
-    )
+    scores = score_units(Calibration(model, structure, [x], default_forward), "contribution")
+    (found,) = (each for each in scores.values() if len(each) == 6)
     torch.testing.assert_close(found, expected)
     assert "contribution" in CRITERIA
 

@@ -1,0 +1,1 @@
+"""Importance of units, measured on calibration data."""
