@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from autoprune.evaluators import Orders
 from autoprune.evaluators.room import LARGE_BYTES, give_back, is_large
 from autoprune.structure.adapters import refresh_flat_weights
+from autoprune.structure.owners import owners
 from autoprune.structure.skeleton import skeleton
-from autoprune.structure.slicing import Edit, build, owners
+from autoprune.structure.slicing import Edit, build
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from autoprune.protocols import FloatArray, IntArray
 from autoprune.sources import process_state
 from autoprune.structure.example import Example
 from autoprune.structure.macs import dense_macs
+from autoprune.structure.owners import owners
 from autoprune.structure.record import ModuleCall, Op, Record, Ref
-from autoprune.structure.slicing import owners
 from autoprune.structure.trace import trace
 
 _LEAST_GAIN = 1e-3  # of all multiply-accumulates, on average over dimensions: less is not worth a place

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from autoprune.evaluators.padding import kept_positions, positions_of
 from autoprune.importance.calibration import Calibration
 from autoprune.structure.adapters import refresh_flat_weights
-from autoprune.structure.slicing import owners
+from autoprune.structure.owners import owners
 from autoprune.structure.structure import Structure
 
 CHUNK_BYTES = 64 * 2**20

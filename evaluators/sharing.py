@@ -30,7 +30,8 @@ from autoprune.evaluators.room import room_beside
 from autoprune.evaluators.store import Kept, Key, State, Store, copied, nbytes, placeholder, tensors, versions
 from autoprune.protocols import Failure, Measurement
 from autoprune.sources import process_state, seeded
-from autoprune.structure.slicing import Edit, owners
+from autoprune.structure.owners import owners
+from autoprune.structure.slicing import Edit
 
 log = logging.getLogger(__name__)
 

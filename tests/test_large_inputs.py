@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,13 +27,17 @@ from autoprune.evaluators.layers import Layer, find_layers
 from autoprune.evaluators.moments import Sample
 from autoprune.importance.calibration import Calibration
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning
+from autoprune.structure import checks, slicing
 from autoprune.structure.analysis import analyse
-from autoprune.structure.example import Example
-from autoprune.structure.known_shapes import KnownShapes
+from autoprune.structure.example import Example, default_dtype
+from autoprune.structure.known_shapes import KnownShapes, shapes_kept
 from autoprune.structure.labels import Edge
+from autoprune.structure.owners import owners, swapped
 from autoprune.structure.propagate import propagate
+from autoprune.structure.python_state import python_state, same_state
+from autoprune.structure.sizes import ROUNDS
 from autoprune.structure.skeleton import skeleton
-from autoprune.structure.slicing import build
+from autoprune.structure.slicing import Edit, build
 from autoprune.structure.trace import trace
 from autoprune.structure.units import find_units
 
@@ -98,6 +105,112 @@ class TestKnownShapes:
         with Counting() as below:
             trace(Example(chain(40), (torch.ones(2, 4),)))
         assert sum(name in ("addmm", "relu") for name in below.names) < 10
+
+    def test_passes_of_an_analysis_share_what_they_learn(self):
+        x = torch.empty(2, 3, device="meta")
+        with Counting() as below, shapes_kept():
+            for _ in range(3):
+                with KnownShapes():
+                    torch.relu(x)
+        assert below.names.count("relu") == 1
+        with Counting() as below, KnownShapes():
+            torch.relu(x)
+        assert below.names.count("relu") == 1
+
+    def test_results_of_the_default_type_are_known_for_that_type_alone(self):
+        x = torch.empty(2, dtype=torch.int64, device="meta")
+        with shapes_kept():
+            for kind in (torch.float32, torch.float64, torch.float32):
+                with default_dtype(kind), KnownShapes():
+                    assert (x / 2).dtype == kind
+
+
+class Remembers(nn.Linear):
+    """Keeps its latest output, as modules do that return it again when nothing has changed."""
+
+    kept: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+class Opaque(nn.Linear):
+    """Holds an object whose state Python cannot read."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.counts = np.zeros(1)
+
+
+class TestFreshCuts:
+    @pytest.mark.parametrize("kind", [nn.Linear, Remembers, Opaque])
+    def test_modules_are_copied_again_only_where_a_run_may_have_left_something(self, kind: Any, monkeypatch: Any):
+        copies = []
+        monkeypatch.setattr(slicing, "skeleton", lambda model: copies.append(1) or skeleton(model))
+        fresh = slicing.FreshCuts(nn.Sequential(kind(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+        half = {"0.weight": {0: np.arange(4)}, "0.bias": {0: np.arange(4)}, "2.weight": {1: np.arange(4)}}
+        for edit in (Edit(half, {}), Edit({}, {}), Edit(half, {})):
+            module = fresh.cut(edit)
+            assert getattr(module[0], "kept", None) is None
+            assert module(torch.ones(1, 4)).shape == (1, 2)
+            assert module[0].out_features == (4 if edit.slices else 8)
+        assert len(copies) == (1 if kind is nn.Linear else 3)
+
+    def test_every_way_to_keep_something_is_seen(self):
+        holder = SimpleNamespace(seen=0)
+
+        def changes(model: Any) -> list[Callable[[], Any]]:
+            return [
+                lambda: setattr(model, "more", 1),
+                lambda: setattr(model, "scale", 2000),
+                lambda: model.sizes["width"].append(3),
+                lambda: setattr(model.holder, "seen", 1),
+                lambda: model.register_buffer("cache", torch.ones(1)),
+                lambda: setattr(model, "empty", torch.ones(1)),
+                lambda: model.mask.add_(1),
+                lambda: model.first.register_forward_hook(print),
+                lambda: setattr(model, "again", nn.Linear(2, 2)),
+                lambda: model.names.add("x"),
+                lambda: setattr(model.listed[1], "bias", None),
+            ]
+
+        def made() -> Any:
+            model: Any = Shared()
+            model.holder, model.mask, model.names, model.scale = copy.copy(holder), torch.zeros(2), set(), 1000
+            model.listed.append(nn.Linear(2, 2))
+            model.register_buffer("empty", None)
+            return model
+
+        for i in range(len(changes(made()))):
+            model = made()
+            before = python_state(model)
+            assert before is not None
+            model.eval()
+            model.scale = int("1000")  # another object, equal
+            model(torch.ones(1, 2))
+            assert same_state(before, python_state(model))
+            changes(model)[i]()
+            assert not same_state(before, python_state(model)), i
+
+    def test_a_smaller_module_is_followed_once_for_each_draw(self, monkeypatch: Any):
+        follow, passes = checks.Checker._follow, []
+        monkeypatch.setattr(checks.Checker, "_follow", lambda *given: passes.append(1) or follow(*given))
+        assert len(analyse(Example(chain(6), (torch.ones(2, 4),))).groups) == 5
+        assert len(passes) == ROUNDS
+
+
+class TestSwapped:
+    def test_tied_tensors_are_replaced_together_and_come_back_even_if_code_replaced_them(self):
+        model = Shared()
+        model.register_buffer("count", torch.zeros(1))
+        own = {owner.key: owner.tensor for owner in owners(model)}
+        given = {"first.weight": torch.ones(2, 2), "count": torch.ones(1)}
+        with swapped(model, given):
+            assert model.first.weight is model.again.weight is given["first.weight"]
+            assert model.first.bias is own["bias"]
+            model.count = model.count + 1
+        assert {owner.key: owner.tensor for owner in owners(model)} == own
 
 
 class Shared(nn.Module):

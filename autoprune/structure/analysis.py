@@ -17,6 +17,7 @@ from autoprune.structure.checks import Checker
 from autoprune.structure.containers import map_tensors, sizes_of, tensors_in
 from autoprune.structure.example import Example
 from autoprune.structure.isolated import ProcessDiedError, call_alone
+from autoprune.structure.known_shapes import shapes_kept
 from autoprune.structure.labels import Propagation
 from autoprune.structure.propagate import propagate
 from autoprune.structure.record import Record
@@ -69,7 +70,7 @@ def analyse(
     device = require_supported(example.model)
     if checks == "isolated":
         return _isolated(example, {"rewrite": rewrite, "seed": seed, "until": until})
-    with limited(until):
+    with limited(until), shapes_kept():
         return _analysed(example.on(device), checks, rewrite, seed)
 
 

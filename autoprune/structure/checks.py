@@ -29,12 +29,13 @@ from autoprune.protocols import Pruning
 from autoprune.structure.attributes import Found
 from autoprune.structure.example import Example
 from autoprune.structure.labels import Propagation
+from autoprune.structure.owners import owners
 from autoprune.structure.replay import Replay
 from autoprune.structure.rounding import CheckError
 from autoprune.structure.shorter import Shorter, same_units, shorten
 from autoprune.structure.sizes import Sizes, some
 from autoprune.structure.skeleton import skeleton
-from autoprune.structure.slicing import Slicer, owners
+from autoprune.structure.slicing import FreshCuts, Slicer
 from autoprune.structure.structure import Structure, assemble
 from autoprune.structure.units import Group, Units, find_units
 from autoprune.structure.values import Values
@@ -62,7 +63,9 @@ class Checker:
         self.values = Values(flow, example)
         self._short_is_right = False
         # A module that runs only on the meta device is cut there as well, which costs no memory.
-        self.shapes = _hollow(example.model) if flow.record.device == "meta" else example.model
+        on_meta = flow.record.device == "meta"
+        self.shapes = _hollow(example.model) if on_meta else example.model
+        self._fresh = FreshCuts(self.shapes) if on_meta else None
         self.sizes = Sizes(flow, self.shapes, self._module_of, self._follow, seed)
 
     @cached_property
@@ -164,8 +167,9 @@ class Checker:
         return ends
 
     def _module_of(self, units: Units, structure: Structure, pruning: Pruning) -> nn.Module:
-        """Make a fresh smaller copy, because modules may cache results; on the meta device where possible."""
-        return Slicer(self.shapes).cut(structure.edit(pruning))
+        """Cut fresh modules, because they may cache results; on the meta device where possible."""
+        slicer = self._fresh or Slicer(self.shapes)  # of real tensors nothing is kept until the next cut
+        return slicer.cut(structure.edit(pruning))
 
     def _follow(self, module: nn.Module, mode: AbstractContextManager[Any]) -> None:
         self.example.run(module, meta=self.flow.record.device == "meta", mode=mode)

@@ -18,6 +18,7 @@ from autoprune.batches import Batch, Forward
 from autoprune.sources import seeded
 from autoprune.structure.containers import map_tensors, sizes_of, tensors_in
 from autoprune.structure.outputs import selecting
+from autoprune.structure.owners import owners
 from autoprune.structure.record import CallForward, Inputs
 from autoprune.structure.skeleton import ForwardModule, call_with, skeleton
 from autoprune.structure.time_limit import look
@@ -161,7 +162,7 @@ class Example:
         look()
         model.eval()
         call = ForwardModule(model, self.forward)
-        tensors = dict((*call.named_parameters(), *call.named_buffers()))
+        tensors = {owner.name: owner.tensor for owner in owners(call)}
         whole = 8 * sum(tensor.numel() for tensor in tensors.values()) <= WIDE
         mode = Widening() if wide else mode  # type: ignore[no-untyped-call]  # torch's, without types
 

@@ -1,12 +1,15 @@
 """Cache of repeated operations on the meta device: their results have no values, so one run gives all of their forms.
 
-Many of PyTorch's rules for shapes are Python code that takes far longer than the operation, and a deep network repeats
-the same few operations.
+Many of PyTorch's rules for shapes are Python code that takes far longer than the operation. A deep network repeats the
+same few operations, and an analysis passes through it dozens of times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -20,6 +23,22 @@ Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
+Known = dict[Hashable, "tuple[bool, tuple[Form, ...]] | None"]
+"""Forms of results by operation and forms of arguments; None where they share memory with these."""
+
+_KEPT: ContextVar[defaultdict[torch.dtype, Known] | None] = ContextVar("known shapes", default=None)
+
+
+@contextmanager
+def shapes_kept() -> Iterator[None]:
+    """Let all passes inside share what they learn."""
+    token = _KEPT.set(defaultdict(dict))
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
 class _UnknownError(Exception):
     """An argument whose form does not determine the form of results."""
 
@@ -27,12 +46,15 @@ class _UnknownError(Exception):
 class KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types
     """Returns new tensors in the form of earlier results of an operation with arguments of the same form.
 
-    It serves operations that only make new tensors, from tensors on the meta device; all others run.
+    It serves operations that only make new tensors, from tensors on the meta device; all others run. Inside
+    `shapes_kept`, those of earlier passes count, too.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
-        self._known: dict[Hashable, tuple[bool, tuple[Form, ...]] | None] = {}
+        kept = _KEPT.get()
+        # Results of whole numbers may have the default type, which a pass in float64 sets.
+        self._known: Known = {} if kept is None else kept[torch.get_default_dtype()]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

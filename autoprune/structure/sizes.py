@@ -72,6 +72,8 @@ class Sizes:
         self.attributes: tuple[Attribute, ...] = ()
         self.ties: list[Tie] = []
         self.stuck: dict[str, str] = {}
+        self._ended: dict[int, tuple[Units, Known, Found]] = {}  # draws that ran to their end, with what was known
+        self._assembled: tuple[Units, Structure] | None = None
 
     def settle(self) -> dict[str, str]:
         """Tie and freeze groups until the forward of a smaller module runs to its end; returns the groups to freeze."""
@@ -89,7 +91,13 @@ class Sizes:
 
     def follow(self, units: Units, seed: int) -> Found:
         """Follow a smaller module as far as it runs; sizes found stay known."""
-        return self._search(units, seed).find(self.known)
+        same, known, found = self._ended.get(seed, (None, {}, None))
+        if found is not None and same is units and known == self.known:
+            return found
+        found = self._search(units, seed).find(self.known)
+        if not found.stuck:
+            self._ended[seed] = units, dict(self.known), found
+        return found
 
     def reach(self, units: Units, seed: int) -> int:
         """Return the operation up to which a smaller module runs with the known sizes."""
@@ -109,12 +117,18 @@ class Sizes:
 
     def _search(self, units: Units, seed: int) -> Search:
         pruning = _apart(units.groups, seed)
-        base = assemble(self.flow, units)
+        base = self._structure(units)
 
         def cut(attributes: tuple[Attribute, ...]) -> nn.Module:
             return self.cut(units, replace(base, attributes=(*base.attributes, *attributes)), pruning)
 
         return Search(self.repeats, units, Replay(self.flow, units, base.keep(pruning)), cut, self.run)
+
+    def _structure(self, units: Units) -> Structure:
+        """Structure without sizes in Python; that of the latest units is kept, because many draws are made of them."""
+        if self._assembled is None or self._assembled[0] is not units:
+            self._assembled = units, assemble(self.flow, units)
+        return self._assembled[1]
 
     def _tie(self, units: Units, found: Found, seed: int) -> Found | None:
         """Tie a group that stops the forward to one nearby, if the forward then gets further; also in later twins."""

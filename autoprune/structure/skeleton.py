@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.adapters import adapter_of, refresh_flat_weights
 from autoprune.structure.graph_module import RecordedModule, lend
 from autoprune.structure.known_shapes import KnownShapes
+from autoprune.structure.owners import swapped
 from autoprune.structure.record import CallForward, Inputs
 
 _EMPTY = (OrderedDict, set)
@@ -90,7 +90,7 @@ def _copies_plainly(kind: type[nn.Module]) -> bool:
 
 
 class ForwardModule(nn.Module):
-    """Makes ``forward(model, ...)`` a module, so that ``functional_call`` can swap the tensors of `model`."""
+    """Makes ``forward(model, ...)`` a module, so that the tensors of both can be swapped."""
 
     def __init__(self, model: nn.Module, run: CallForward) -> None:
         super().__init__()
@@ -124,8 +124,9 @@ def call_with(
     torch.backends.mha.set_fastpath_enabled(False)  # the operations inside a fused encoder layer cannot be seen
     try:
         shapes = KnownShapes() if any(tensor.is_meta for tensor in state.values()) else nullcontext()
-        with torch.no_grad(), _layers_decomposed() if decomposed else nullcontext(), shapes, mode or nullcontext():
-            return functional_call(call, dict(state), inputs[0], dict(inputs[1]))
+        layers = _layers_decomposed() if decomposed else nullcontext()
+        with swapped(call, state), torch.no_grad(), layers, shapes, mode or nullcontext():
+            return call(*inputs[0], **inputs[1])
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         handle.remove()

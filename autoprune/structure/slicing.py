@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from autoprune.protocols import IntArray
 from autoprune.structure.adapters import adapter_of
 from autoprune.structure.graph_module import Description, RecordedModule
 from autoprune.structure.held import hold_size, size_held
+from autoprune.structure.owners import Owner, owners
+from autoprune.structure.python_state import python_state, same_state
 from autoprune.structure.skeleton import skeleton
 
 Slices = Mapping[str, Mapping[int, IntArray]]
@@ -134,6 +136,29 @@ class Slicer:
                     hold_size(self._recorded[name], path, value)
 
 
+class FreshCuts:
+    """Cuts of a model for one run each, of modules in which no earlier run has left anything.
+
+    Args:
+        model: As for `Slicer`. Its modules are copied again only after a run that left something in them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._slicer: Slicer | None = None
+        self._before: list[Any] | None = None
+
+    def cut(self, edit: Edit) -> nn.Module:
+        """Return the model as edited: valid until the next call."""
+        slicer = self._slicer
+        if slicer is None or not same_state(self._before, python_state(slicer.skeleton)):
+            slicer = Slicer(self._model)
+        self._slicer = None  # a cut that a user's class refuses may have changed some modules
+        module = slicer.cut(edit)
+        self._slicer, self._before = slicer, python_state(module)
+        return module
+
+
 def build(model: nn.Module, edit: Edit) -> nn.Module:
     """Build a plain module that shares no state with `model`.
 
@@ -155,36 +180,6 @@ def _parents(name: str) -> list[str]:
     """Names of the modules around a module, the model itself (the empty name) last."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Holder of a parameter or buffer.
-
-    Attributes:
-        name: First qualified name of the tensor, the same for all owners of a tied one.
-        module: Name of the module that holds it here.
-        holder: The module's dictionary of parameters or buffers.
-        key: Its key there.
-        tensor: The tensor found there.
-    """
-
-    name: str
-    module: str
-    holder: dict[str, Any]
-    key: str
-    tensor: Tensor
-
-
-def owners(model: nn.Module) -> Iterable[Owner]:
-    """Iterate over every holder of a parameter or buffer."""
-    first: dict[int, str] = {}
-    for prefix, module in model.named_modules():
-        for holder in (module._parameters, module._buffers):
-            for key, tensor in holder.items():
-                if tensor is not None:
-                    name = first.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
-                    yield Owner(name, prefix, holder, key, tensor)
 
 
 def _sliced(tensor: Tensor, kept: Mapping[int, IntArray], private: bool) -> Tensor:
