@@ -47,7 +47,7 @@ from autoprune.journal_reader import open_to_read
 from autoprune.journal_rows import EVALUATION_COLUMNS, TrialRow, evaluation_row, trial_row, values_of
 from autoprune.journal_watch import Watch, rescued
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
-from autoprune.statistics import fidelity_of, reason_of, stages_of, statistics_of, status_of
+from autoprune.statistics import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -154,8 +154,8 @@ class Journal:
         self,
         trial: int,
         outcome: Measurement | Failure,
+        evaluations: Sequence[Evaluation],
         *,
-        dense: Measurement | None = None,
         worker: str = "local",
         started: float | None = None,
     ) -> None:
@@ -163,22 +163,23 @@ class Journal:
 
         Args:
             trial: An id that `record_ask` returned.
-            outcome: Values per sample, or the reason of a failure; with a row for each rung that it passed.
-            dense: Measurement of the dense model on the same samples.
+            outcome: Values per sample, or the reason of a failure.
+            evaluations: Its statistics: a row for each rung that it passed, and the last.
             worker: The worker that ran it.
             started: Unix time; None if it ended just now.
         """
-        stages, first = stages_of(outcome), self._next("evaluations", "id")
-        began = time.time() - sum(stage.seconds for stage in stages) if started is None else started
+        first = self._next("evaluations", "id")
+        began = time.time() - sum(one.seconds for one in evaluations) if started is None else started
+        stages: Sequence[Measurement | Failure] = outcome.stages
         rows = []
-        for i, stage in enumerate(stages):
-            ran = {"fidelity": fidelity_of(stage), "worker": worker, "started": began, "seconds": stage.seconds}
-            rows.append({"id": first + i, "trial": trial, **ran, **_outcome_columns(stage, dense)})
-            began += stage.seconds
+        for i, (stage, one) in enumerate(zip(stages, evaluations, strict=True)):
+            row = {"id": first + i, "trial": trial, "worker": worker, "started": began, "reason": stage.reason}
+            rows.append(row | one.to_json() | _values(stage))
+            began += one.seconds
         self._write(
             f"INSERT INTO evaluations ({', '.join(rows[0])}) VALUES ({', '.join('?' * len(rows[0]))})",
             [tuple(row.values()) for row in rows],
-            ("UPDATE trials SET status = ?, reason = ? WHERE id = ?", (status_of(outcome), reason_of(outcome), trial)),
+            ("UPDATE trials SET status = ?, reason = ? WHERE id = ?", (outcome.status, outcome.reason, trial)),
         )
         self._last["evaluations.id"] = first + len(rows) - 1
 
@@ -325,9 +326,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _outcome_columns(outcome: Measurement | Failure, dense: Measurement | None) -> dict[str, Any]:
-    columns = {**statistics_of(outcome, dense)._asdict(), "reason": reason_of(outcome)}
-    if isinstance(outcome, Failure):
-        return columns
-    values = {"signals": outcome.signal.astype("<f4").tobytes(), "metrics": outcome.metric.astype("<f4").tobytes()}
-    return {**columns, **values}
+def _values(stage: Measurement | Failure) -> dict[str, bytes]:
+    """Columns with the values per sample; none for a failure."""
+    if isinstance(stage, Failure):
+        return {}
+    return {"signals": stage.signal.astype("<f4").tobytes(), "metrics": stage.metric.astype("<f4").tobytes()}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from autoprune.files import parse_json
-from autoprune.protocols import FAILED, OK, RACED, FloatArray
+from autoprune.protocols import FAILED, OK, PENDING, RACED, FloatArray
 from autoprune.schema import require_form
+from autoprune.statistics import EVALUATION_FORM, Evaluation
 
 
 @dataclass(frozen=True)
@@ -17,30 +18,18 @@ class EvaluationRow:
     """One row of ``evaluations``, without the values per sample.
 
     Attributes:
+        worker: The worker that ran it.
         started: Unix time.
-        samples: Number of samples that `signal` is the mean of; 0 if the evaluation failed.
-        signal: Lower is better; None if the evaluation failed.
-        signal_change_stderr: Standard error of the mean difference to the dense model on the same samples.
-        metric: In the metric's own direction; None if the evaluation failed.
-        distortion: Mean distance to the outputs of the dense model; None if it was not measured.
         reason: Reason why the evaluation failed or was stopped early, else empty.
+        measured: Its means over samples.
     """
 
     id: int
     trial: int
-    fidelity: str
     worker: str
     started: float
-    seconds: float
-    samples: int
-    signal: float | None
-    signal_stderr: float | None
-    signal_change_stderr: float | None
-    metric: float | None
-    metric_change_stderr: float | None
-    distortion: float | None
-    distortion_stderr: float | None
     reason: str
+    measured: Evaluation
 
 
 @dataclass(frozen=True)
@@ -53,21 +42,29 @@ class TrialRow:
     costs: dict[str, float]
     status: str
     reason: str
-    evaluations: tuple[EvaluationRow, ...]
+    rows: tuple[EvaluationRow, ...]
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """Measurements in its rows of ``evaluations``."""
+        return tuple(row.measured for row in self.rows)
 
 
-EVALUATION_COLUMNS = ", ".join(field.name for field in fields(EvaluationRow))
-_FORMS = {"int": int, "str": str, "float": float, "float | None": (float, None)}
-_EVALUATION_FORM = {field.name: _FORMS[str(field.type)] for field in fields(EvaluationRow)}
+_OWN_FORM = {"id": int, "trial": int, "worker": str, "started": float, "reason": str}
+_MEASURED = tuple(name.removesuffix("?") for name in EVALUATION_FORM)
+_EVALUATION_FORM = _OWN_FORM | EVALUATION_FORM
+_NAMES = (*_OWN_FORM, *_MEASURED)
+EVALUATION_COLUMNS = ", ".join(_NAMES)
 _TRIAL_FORM = {"id": int, "ask": int, "candidate": [int], "costs": {str: float}, "reason": str} | {
-    "status": frozenset({OK, RACED, FAILED, "pending"})
+    "status": frozenset({OK, RACED, FAILED, PENDING})
 }
 
 
 def evaluation_row(row: tuple[Any, ...]) -> EvaluationRow:
     """Make a row from `EVALUATION_COLUMNS` and check its form: SQLite keeps text in columns of numbers."""
-    require_form(dict(zip(_EVALUATION_FORM, row, strict=True)), _EVALUATION_FORM, "an evaluation")
-    return EvaluationRow(*row)
+    found = dict(zip(_NAMES, row, strict=True))
+    require_form(found, _EVALUATION_FORM, "an evaluation")
+    return EvaluationRow(**{name: found[name] for name in _OWN_FORM}, measured=Evaluation.from_json(found))
 
 
 def trial_row(row: tuple[Any, ...], evaluations: tuple[EvaluationRow, ...]) -> TrialRow:
@@ -76,7 +73,7 @@ def trial_row(row: tuple[Any, ...], evaluations: tuple[EvaluationRow, ...]) -> T
     found = dict(zip(names, row, strict=True))
     found |= {name: parse_json(found[name]) for name in ("candidate", "costs")}
     require_form(found, _TRIAL_FORM, f"trial {str(row[0])[:20]}")
-    return TrialRow(**{**found, "candidate": tuple(found["candidate"])}, evaluations=evaluations)
+    return TrialRow(**{**found, "candidate": tuple(found["candidate"])}, rows=evaluations)
 
 
 def values_of(blob: bytes | None) -> FloatArray:

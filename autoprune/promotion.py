@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.evaluators import Trains
-from autoprune.protocols import OK, RACED, FloatArray, IntArray
-from autoprune.result.trials import Trial
+from autoprune.protocols import OK, RACED, FloatArray
+from autoprune.result.trials import Trial, costs_of
 from autoprune.rungs import Ladder, Rung, Rungs, behind
-from autoprune.statistics import after, steps_before
 from autoprune.study import Study
 
 
@@ -46,19 +45,20 @@ class Promotion:
         self._study, self._rungs = study, rungs
         self._steps = rungs.steps(require_training(study, rungs).steps)
 
-    def ladders(self, candidates: IntArray, found: Sequence[Trial]) -> list[Ladder]:
-        """Make the rungs of each of the candidates (n, d), from the trials found before they were asked for."""
-        problem, below = self._study.problem, self._steps[:-1]
-        costs, probes = problem.costs(candidates), problem.probes(candidates)
-        columns = [self._rung(steps, costs, probes, found) for steps in below]
+    def ladders(self, trials: Sequence[Trial], found: Sequence[Trial]) -> list[Ladder]:
+        """Make the rungs of each of the trials to be scored, from those found before they were asked for."""
+        problem = self._study.problem
+        costs = costs_of(trials, problem.cost_names)
+        probes = problem.probes(np.array([trial.candidate for trial in trials], dtype=np.int64))
+        columns = [self._rung(steps, costs, probes, found) for steps in self._steps[:-1]]
         return [Ladder(rungs, self._steps[-1]) for rungs in zip(*columns, strict=True)]
 
     def _rung(self, steps: int, costs: FloatArray, probes: NDArray[np.bool_], found: Sequence[Trial]) -> list[Rung]:
-        reached = [(trial, one) for trial in found for one in trial.evaluations if one.fidelity == after(steps)]
+        reached = [(trial, one) for trial in found for one in trial.evaluations if one.steps == steps]
         if not reached:
             return [Rung(steps)] * len(costs)
         signal = np.array([one.signal for _, one in reached], dtype=np.float64)
-        known = self._study.problem.costs(np.array([trial.candidate for trial, _ in reached], dtype=np.int64))
+        known = costs_of([trial for trial, _ in reached], self._study.problem.cost_names)
         holds = behind(np.column_stack([signal, known]), self._rungs.reduction)
         rungs = []
         for cost, probe in zip(costs, probes, strict=True):
@@ -76,8 +76,8 @@ def note_of_rungs(rungs: Rungs, study: Study, found: Sequence[Trial]) -> tuple[s
     training = require_training(study, rungs)
     steps = rungs.steps(training.steps)
     spent = sum(_spent(trial, steps[-1], training.continues) for trial in done)
-    ends = [trial.evaluations[-1].fidelity for trial in done]
-    stopped = [ends.count(after(at)) for at in steps[:-1]]
+    ends = [trial.evaluations[-1].steps for trial in done]
+    stopped = [ends.count(at) for at in steps[:-1]]
     where = ", ".join(f"{count} after {at}" for count, at in zip(stopped, steps[:-1], strict=True))
     return (
         f"rungs stopped {sum(stopped)} of {len(done)} trainings early ({where} of {steps[-1]} steps); "
@@ -88,5 +88,5 @@ def note_of_rungs(rungs: Rungs, study: Study, found: Sequence[Trial]) -> tuple[s
 
 def _spent(trial: Trial, total: int, continues: bool) -> int:
     """Training steps that a trial took, of `total` for a whole training."""
-    taken = [steps_before(one.fidelity) or total for one in trial.evaluations]
+    taken = [one.steps or total for one in trial.evaluations]
     return max(taken) if continues else sum(taken)

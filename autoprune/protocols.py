@@ -19,6 +19,7 @@ FloatArray = NDArray[np.float64]
 OK = "ok"
 RACED = "raced"
 FAILED = "failed"
+PENDING = "pending"
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,21 @@ class Measurement:
     rungs: tuple[Measurement, ...] = ()
     weights: FloatArray = field(default_factory=lambda: np.empty(0))
 
+    @property
+    def status(self) -> str:
+        """Status of a trial with this outcome: ``"ok"`` or ``"raced"``."""
+        return RACED if self.raced else OK
+
+    @property
+    def reason(self) -> str:
+        """Reason why the candidate was dropped early; empty if it was not."""
+        return self.raced
+
+    @property
+    def stages(self) -> tuple[Measurement, ...]:
+        """All measurements of the candidate, in order: at the rungs of its training, and this one."""
+        return (*self.rungs, self)
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -234,3 +250,13 @@ class Failure:
 
     reason: str
     seconds: float = 0.0
+
+    @property
+    def status(self) -> str:
+        """Status of a trial with this outcome: ``"failed"``."""
+        return FAILED
+
+    @property
+    def stages(self) -> tuple[Failure, ...]:
+        """The failure alone: what was measured before it does not count."""
+        return (self,)

@@ -1,4 +1,4 @@
-"""Conversion of measurements to evaluations for the optimizer, trials and the result."""
+"""Trials from candidates and their outcomes, rows for the optimizer from trials, and the result."""
 
 from __future__ import annotations
 
@@ -18,69 +18,63 @@ from autoprune.protocols import FAILED, Evaluations, FloatArray, IntArray, Measu
 from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
 from autoprune.result.held_out import note_of_held_out
-from autoprune.result.trials import Evaluation, Trial, find_front, meets, note_of_probes, or_nan, within
-from autoprune.statistics import Statistics, fidelity_of, reason_of, stages_of, statistics_of, status_of
+from autoprune.result.trials import Trial, costs_of, find_front, meets, note_of_probes
+from autoprune.statistics import Evaluation, evaluations_of
 from autoprune.stopping import Deadline
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
 
 
-def evaluations_of(
-    study: Study,
-    candidates: IntArray,
-    measured: Sequence[Statistics],
-    status: Sequence[str],
-    reasons: Sequence[str],
-) -> Evaluations:
-    """Make rows for the optimizer, one for each of the candidates (n, d): the signal, then the limited costs."""
-    costs = study.problem.costs(candidates)
-    failed = np.array([fate == FAILED for fate in status])
+def proposed(
+    study: Study, numbers: Sequence[int], candidates: IntArray, costs: Mapping[str, FloatArray]
+) -> list[Trial]:
+    """Make the trials of candidates (n, d), which are still to be scored, with their named costs (n,)."""
+    rows = zip(numbers, candidates.tolist(), strict=True)
+    return [
+        Trial.proposed(number, row, study.context.space, {name: float(costs[name][i]) for name in costs}, study.limits)
+        for i, (number, row) in enumerate(rows)
+    ]
+
+
+def finished(study: Study, trial: Trial, outcome: Outcome, dense: Measurement | None = None) -> Trial:
+    """Add the statistics of an outcome to a trial, once and for all; `dense` is the measurement of the dense model."""
+    interval = (math.nan, math.nan)
+    if isinstance(outcome, Measurement) and not outcome.raced:
+        interval = summary(outcome.metric, study.context.judge.proportion, outcome.weights).interval
+    return trial.finished(evaluations_of(outcome, dense), outcome.status, outcome.reason, interval)
+
+
+def dense_of(study: Study, measured: Measurement) -> Trial:
+    """Make the trial of the unpruned model, with the number -1."""
+    candidate = np.zeros((1, len(study.problem.sizes)), dtype=np.int64)
+    (trial,) = proposed(study, [-1], candidate, study.costs_of(candidate))
+    return finished(study, trial, measured, measured)
+
+
+def rows_of(study: Study, trials: Sequence[Trial]) -> Evaluations:
+    """Make rows for the optimizer from n finished trials: the signal, then the limited costs."""
+    failed = np.array([trial.status == FAILED for trial in trials])
+    measured = [trial.evaluations[-1] for trial in trials]
+    costs = costs_of(trials, study.problem.cost_names)
     worst, higher_is_better = study.worst_score, study.context.judge.higher_is_better
     return Evaluations(
-        candidates=candidates,
+        candidates=np.array([trial.candidate for trial in trials], dtype=np.int64),
         objectives=np.column_stack([_column(measured, "signal"), np.where(failed[:, None], np.nan, costs)]),
         stderr=np.column_stack(
             [np.where(failed, np.nan, _column(measured, "signal_stderr", 0.0)), np.zeros_like(costs)]
         ),
-        samples=np.array([row.samples for row in measured], dtype=np.int64),
-        status=tuple(status),
-        reasons=tuple(reasons),
+        samples=np.array([one.samples for one in measured], dtype=np.int64),
+        status=tuple(trial.status for trial in trials),
+        reasons=tuple(trial.reason for trial in trials),
         distortion=_column(measured, "distortion"),
-        acceptable=np.array([meets(or_nan(row.metric), worst, higher_is_better) for row in measured], dtype=np.bool_),
+        acceptable=np.array([meets(trial.score, worst, higher_is_better) for trial in trials], dtype=np.bool_),
     )
 
 
-def _column(measured: Sequence[Statistics], name: str, missing: float = math.nan) -> FloatArray:
-    values = [getattr(row, name) for row in measured]
+def _column(measured: Sequence[Evaluation], name: str, missing: float = math.nan) -> FloatArray:
+    values = [getattr(one, name) for one in measured]
     return np.array([missing if value is None else value for value in values], dtype=np.float64)
-
-
-def trial_of(
-    study: Study, number: int, candidate: IntArray, outcome: Outcome, dense: Measurement | None = None
-) -> Trial:
-    """Make a trial from a candidate and its outcome; `dense` is the measurement of the dense model."""
-    interval = (math.nan, math.nan)
-    if isinstance(outcome, Measurement) and not outcome.raced:
-        interval = summary(outcome.metric, study.context.judge.proportion, outcome.weights).interval
-    measured = statistics_of(outcome, dense)
-    costs = {name: float(cost(candidate[None])[0]) for name, cost in study.costs.items()}
-    return Trial(
-        id=number,
-        candidate=tuple(candidate.tolist()),
-        decoded=study.context.space.decode(candidate.tolist()),
-        costs=costs,
-        score=or_nan(measured.metric),
-        interval=interval,
-        signal=or_nan(measured.signal),
-        status=status_of(outcome),
-        reason=reason_of(outcome),
-        evaluations=tuple(
-            Evaluation(fidelity=fidelity_of(one), seconds=one.seconds, **statistics_of(one, dense)._asdict())
-            for one in stages_of(outcome)
-        ),
-        feasible=within(costs, study.limits),
-    )
 
 
 def result_of(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,9 @@ from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME
 from autoprune.journal_rows import TrialRow
 from autoprune.metrics import summary
-from autoprune.protocols import OK, FloatArray, IntArray, Optimizer, Pends
-from autoprune.records import evaluations_of
-from autoprune.result.from_journal import trial_from
+from autoprune.protocols import OK, FloatArray, Optimizer, Pends
+from autoprune.records import proposed, rows_of
 from autoprune.result.trials import Trial
-from autoprune.statistics import Statistics
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
@@ -37,11 +36,11 @@ class History:
 
     Attributes:
         found: Finished trials in the order in which their results came.
-        pending: Candidates that were asked for and never scored, shape (d,) each, by trial number.
+        pending: Those that were asked for and never scored.
     """
 
     found: tuple[Trial, ...]
-    pending: Mapping[int, IntArray]
+    pending: tuple[Trial, ...]
 
     def __len__(self) -> int:
         return len(self.found) + len(self.pending)
@@ -103,22 +102,22 @@ def recall(journal: Journal, study: Study, optimizer: Optimizer, weights: FloatA
     """
     rows = journal.trials()
     if not rows:
-        return History((), {})
+        return History((), ())
     _require_candidates(rows, study)
-    done = sorted((row for row in rows if row.evaluations), key=lambda row: row.evaluations[-1].id)
-    waiting = {row.id: np.array(row.candidate, dtype=np.int64) for row in rows if not row.evaluations}
-    if done:
-        candidates = np.array([row.candidate for row in done], dtype=np.int64)
-        measured = [_statistics(row) for row in done]
-        optimizer.tell(
-            evaluations_of(study, candidates, measured, [row.status for row in done], [row.reason for row in done])
-        )
+    candidates = np.array([row.candidate for row in rows], dtype=np.int64)
+    trials = proposed(study, [row.id for row in rows], candidates, study.costs_of(candidates))
+    pairs = list(zip(trials, rows, strict=True))
+    done = sorted((pair for pair in pairs if pair[1].rows), key=lambda pair: pair[1].rows[-1].id)
+    found = [_finished(journal, study, trial, row, weights) for trial, row in done]
+    waiting = [trial for trial, row in pairs if not row.rows]
+    if found:
+        optimizer.tell(rows_of(study, found))
         told = journal.told()
-        journal.record_tell([row.id for row in done if row.id not in told])
+        journal.record_tell([trial.id for trial in found if trial.id not in told])
     if waiting and isinstance(optimizer, Pends):
-        optimizer.pend(np.stack(list(waiting.values())))
-    log.info("resumed: %d trials from the journal, and %d that were never scored again", len(done), len(waiting))
-    return History(tuple(_trial(journal, study, row, weights) for row in done), waiting)
+        optimizer.pend(np.array([trial.candidate for trial in waiting], dtype=np.int64))
+    log.info("resumed: %d trials from the journal, and %d that were never scored again", len(found), len(waiting))
+    return History(tuple(found), tuple(waiting))
 
 
 def _require_candidates(rows: Sequence[TrialRow], study: Study) -> None:
@@ -133,14 +132,10 @@ def _require_candidates(rows: Sequence[TrialRow], study: Study) -> None:
             )
 
 
-def _statistics(row: TrialRow) -> Statistics:
-    return Statistics(**{name: getattr(row.evaluations[-1], name) for name in Statistics._fields})
-
-
-def _trial(journal: Journal, study: Study, row: TrialRow, weights: FloatArray) -> Trial:
-    """Make a trial with its interval, which is computed from the values of its samples in the journal."""
-    trial, judge = trial_from(row, study.context.space, study.limits), study.context.judge
-    metrics = journal.metrics(row.evaluations[-1].id)
-    return (
-        replace(trial, interval=summary(metrics, judge.proportion, weights).interval) if trial.status == OK else trial
-    )
+def _finished(journal: Journal, study: Study, trial: Trial, row: TrialRow, weights: FloatArray) -> Trial:
+    """Finish a trial by its row, with an interval computed from the values of its samples in the journal."""
+    interval = (math.nan, math.nan)
+    if row.status == OK:
+        metrics = journal.metrics(row.rows[-1].id)
+        interval = summary(metrics, study.context.judge.proportion, weights).interval
+    return trial.finished(row.evaluations, row.status, row.reason, interval)

@@ -11,9 +11,9 @@ import numpy as np
 from autoprune.arguments import shown
 from autoprune.journal import Journal
 from autoprune.promotion import Promotion, note_of_rungs, require_training
-from autoprune.protocols import OK, RACED, IntArray, Measurement
+from autoprune.protocols import OK, RACED, Measurement
 from autoprune.racing import Contest, Race, Racing
-from autoprune.result.trials import Trial
+from autoprune.result.trials import Trial, costs_of
 from autoprune.rungs import Ladder, Rungs
 from autoprune.study import Study
 
@@ -76,38 +76,32 @@ class Rivals:
         self._racing = racing if isinstance(racing, Racing) else None
         self._promotion = Promotion(study, racing) if isinstance(racing, Rungs) else None
 
-    def races(self, trials: Sequence[int], candidates: IntArray, found: Sequence[Trial]) -> Sequence[Contest | None]:
-        """Make the contest of each of the candidates (n, d) with these trial numbers; None without a rival."""
+    def races(self, trials: Sequence[Trial], found: Sequence[Trial]) -> Sequence[Contest | None]:
+        """Make the contest of each of the trials that are to be scored; None without a rival."""
         if self._promotion is not None:
-            return self._ladders(self._promotion, trials, candidates, found)
-        if self._racing is None:
-            return [None] * len(trials)
+            return self._ladders(self._promotion, trials, found)
         done = [trial for trial in found if trial.status == OK and trial.feasible]
-        if not done:
+        if self._racing is None or not done:
             return [None] * len(trials)
-        problem, ids = self._study.problem, np.array([trial.id for trial in done])
-        known = problem.costs(np.array([trial.candidate for trial in done], dtype=np.int64))
-        signal, costs, probes = (
-            np.array([t.signal for t in done]),
-            problem.costs(candidates),
-            problem.probes(candidates),
-        )
+        names, ids = self._study.problem.cost_names, np.array([trial.id for trial in done])
+        known, costs = costs_of(done, names), costs_of(trials, names)
+        signal = np.array([trial.signal for trial in done])
+        probes = self._study.problem.probes(np.array([trial.candidate for trial in trials], dtype=np.int64))
         races: list[Race | None] = []
         for trial, cost, probe in zip(trials, costs, probes, strict=True):
-            fits = (known <= cost).all(axis=1) & (ids < self._journal.first_of_ask(trial))
+            fits = (known <= cost).all(axis=1) & (ids < self._journal.first_of_ask(trial.id))
             best = min(np.flatnonzero(fits), key=lambda i: (signal[i], ids[i]), default=None)
-            races.append(None if probe or best is None else self._race(trial, int(ids[best]), self._racing))
+            races.append(None if probe or best is None else self._race(trial.id, int(ids[best]), self._racing))
         return races
 
-    def _ladders(
-        self, promotion: Promotion, trials: Sequence[int], candidates: IntArray, found: Sequence[Trial]
-    ) -> list[Ladder]:
-        first = np.array([self._journal.first_of_ask(trial) for trial in trials])
+    def _ladders(self, promotion: Promotion, trials: Sequence[Trial], found: Sequence[Trial]) -> list[Ladder]:
+        first = [self._journal.first_of_ask(trial.id) for trial in trials]
         ladders: dict[int, Ladder] = {}
-        for ask in np.unique(first).tolist():  # several only where a resumed search evaluates pending candidates
-            rows, earlier = np.flatnonzero(first == ask), [trial for trial in found if trial.id < ask]
-            ladders.update(zip(rows.tolist(), promotion.ladders(candidates[rows], earlier), strict=True))
-        return [ladders[row] for row in range(len(trials))]
+        for ask in sorted(set(first)):  # several only where a resumed search evaluates pending candidates
+            asked = [trial for trial, begin in zip(trials, first, strict=True) if begin == ask]
+            made = promotion.ladders(asked, [trial for trial in found if trial.id < ask])
+            ladders |= {trial.id: ladder for trial, ladder in zip(asked, made, strict=True)}
+        return [ladders[trial.id] for trial in trials]
 
     def _race(self, trial: int, rival: int, racing: Racing) -> Race | None:
         signal, metric = self._journal.values(rival)

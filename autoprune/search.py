@@ -31,7 +31,7 @@ from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
 from autoprune.protocols import FAILED, Explains, Failure, IntArray, Measurement, Optimizer
 from autoprune.racing import Racing
-from autoprune.records import evaluations_of, result_of, trial_of
+from autoprune.records import dense_of, finished, proposed, result_of, rows_of
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial, find_front, note_of_probes
 from autoprune.resume import ANYWAY, History, open_journal, recall
@@ -39,7 +39,6 @@ from autoprune.rivals import Rivals, applicable, find_racing, note_of_racing
 from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings
 from autoprune.starts import Start
-from autoprune.statistics import reason_of, statistics_of, status_of
 from autoprune.stopping import Deadline, most, why_converged, why_not_converged
 from autoprune.study import Study, hold_score, prepare
 from autoprune.verify import verify
@@ -213,7 +212,7 @@ def search(
     settings, study = applicable(settings, hold_score(study, measured))
     for note in study.notes:
         log.info("%s", note)
-    dense = trial_of(study, -1, np.zeros(len(study.problem.sizes), dtype=np.int64), measured, measured)
+    dense = dense_of(study, measured)
     proposer = make_optimizer(study.problem, seed)
     if not (callable(getattr(proposer, "ask", None)) and callable(getattr(proposer, "tell", None))):
         raise TypeError(f"optimizer must make an object with the methods ask and tell, got {shown(proposer)}")
@@ -273,7 +272,7 @@ def _run(
     adaptive: bool,
 ) -> tuple[list[Trial], str, str]:
     """Loop: ask, evaluate, record, tell. Returns the trials, the reason why it stopped in a word, and in full."""
-    pending: dict[int, IntArray] = dict(history.pending)
+    pending = {trial.id: trial for trial in history.pending}
     found: list[Trial] = list(history.found)
     asked = len(history)
     why = _why_converged(study, found) if adaptive and not pending and asked < total else ""
@@ -283,8 +282,7 @@ def _run(
     with bar:
         try:
             if pending:
-                ids, candidates = list(pending), np.stack(list(pending.values()))
-                executor.submit(ids, candidates, rivals.races(ids, candidates, found))
+                _submit(executor, history.pending, rivals, found)
             while pending or not stopped:
                 if deadline.passed:
                     stopped = "time"
@@ -295,9 +293,11 @@ def _run(
                     stopped = "converged" if why else ""
                 if room > 0 and not stopped:
                     candidates, refused = _proposed(optimizer, room, study, found)
-                    ids = journal.record_ask(candidates, {name: cost(candidates) for name, cost in study.costs.items()})
-                    pending.update(zip(ids, candidates, strict=True))
-                    executor.submit(ids, candidates, rivals.races(ids, candidates, found))
+                    costs = study.costs_of(candidates)
+                    asked_for = proposed(study, journal.record_ask(candidates, costs), candidates, costs)
+                    pending |= {trial.id: trial for trial in asked_for}
+                    if asked_for:
+                        _submit(executor, asked_for, rivals, found)
                     asked += len(candidates)
                     stopped = "exhausted" if len(candidates) == 0 else ""
                     if refused:
@@ -306,20 +306,25 @@ def _run(
                     stopped = "trials"
                 gathered = executor.gather()
                 study.untouched.require()
-                for trial, returned, worker in gathered:
+                for number, returned, worker in gathered:
                     outcome = same_samples(study.evaluator, returned, dense)
-                    journal.record_evaluation(trial, outcome, dense=dense, worker=worker)
-                    candidate, fate, reason = pending.pop(trial), status_of(outcome), reason_of(outcome)
-                    found.append(trial_of(study, trial, candidate, outcome, dense))
-                    statistics = [statistics_of(outcome, dense)]
-                    optimizer.tell(evaluations_of(study, candidate[None], statistics, [fate], [reason]))
-                    journal.record_tell([trial])
+                    trial = finished(study, pending[number], outcome, dense)
+                    journal.record_evaluation(number, outcome, trial.evaluations, worker=worker)
+                    del pending[number]
+                    found.append(trial)
+                    optimizer.tell(rows_of(study, [trial]))
+                    journal.record_tell([number])
                     if bar.due(len(found)):
                         _show(bar, study, found, optimizer)
         except KeyboardInterrupt:
             log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
             stopped = "interrupted"
     return found, stopped, why or (why_not_converged(stopped, len(found)) if adaptive else "")
+
+
+def _submit(executor: Executor, trials: Sequence[Trial], rivals: Rivals, found: Sequence[Trial]) -> None:
+    candidates = np.array([trial.candidate for trial in trials], dtype=np.int64)
+    executor.submit([trial.id for trial in trials], candidates, rivals.races(trials, found))
 
 
 def _proposed(optimizer: Optimizer, room: int, study: Study, found: Sequence[Trial]) -> tuple[IntArray, str]:

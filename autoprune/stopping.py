@@ -12,7 +12,7 @@ from autoprune.arguments import whole_number
 from autoprune.optimizers.problem import Problem
 from autoprune.pareto import hypervolume, non_dominated
 from autoprune.protocols import OK, RACED, FloatArray
-from autoprune.result.trials import Trial, meets
+from autoprune.result.trials import Trial, costs_of, meets
 
 MOST_TRIALS = 1_000
 """Most candidates that ``trials="auto"`` evaluates."""
@@ -127,8 +127,8 @@ def why_not_converged(stopped: str, trials: int) -> str:
 def _points(trials: Sequence[Trial], problem: Problem) -> FloatArray:
     """Signal and limited costs, where costs below the budget range count as its lower end, shape (n, 1 + c)."""
     trials = [trial for trial in trials if trial.status == OK]  # trials dropped early count as tried, without a gain
-    costs = np.array([[trial.costs[name] for name in problem.cost_names] for trial in trials])
-    return np.column_stack([[trial.signal for trial in trials], np.maximum(costs, problem.budget_range[:, 0])])
+    costs = np.maximum(costs_of(trials, problem.cost_names), problem.budget_range[:, 0])
+    return np.column_stack([[trial.signal for trial in trials], costs])
 
 
 def _growth(before: FloatArray, after: FloatArray) -> float:

@@ -38,7 +38,7 @@ from autoprune.mapped import own_copy
 from autoprune.metrics import Metric, resolve_metric
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.prior import PRIORS, expected_losses
-from autoprune.protocols import ChoosesWidths, IntArray, Measurement, SearchSpace
+from autoprune.protocols import ChoosesWidths, FloatArray, IntArray, Measurement, SearchSpace
 from autoprune.result.trials import meets
 from autoprune.search_spaces import (
     Settings,
@@ -113,6 +113,11 @@ class Study:
     latency: Latency | None = None
     memory: PeakMemory | None = None
     choice: Choice | None = None
+
+    def costs_of(self, candidates: IntArray) -> dict[str, FloatArray]:
+        """Every cost of candidates (n, d) by name, shape (n,) each."""
+        canonical = self.problem.canonical(candidates)
+        return {name: cost(canonical) for name, cost in self.costs.items()}
 
 
 def prepare(

@@ -18,7 +18,7 @@ from autoprune.execution import Outcome
 from autoprune.files import DAMAGE, MIB, explaining, make_folder, parse_json, require_file, shortened, sound
 from autoprune.protocols import Failure
 from autoprune.schema import require_form
-from autoprune.statistics import statistics_of
+from autoprune.statistics import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,9 @@ class Trainings:
         """Return the record under a key, which is measured and written if there is none yet."""
         if key not in self._known:
             outcome = measure()
-            found = statistics_of(outcome)
+            found = Evaluation.of(outcome)
             if isinstance(outcome, Failure) or found.metric is None or found.signal is None:
-                return Record(seconds=outcome.seconds, reason=getattr(outcome, "reason", "the score is not finite"))
+                return Record(seconds=outcome.seconds, reason=outcome.reason or "the score is not finite")
             self._known[key] = Record(found.metric, found.signal, outcome.seconds)
             if self._file is not None:
                 _append(self._file, {"key": list(key), "record": asdict(self._known[key])})

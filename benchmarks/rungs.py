@@ -93,7 +93,7 @@ def pair(case: Case, seed: int, trials: int, optimizer: str, steps: int) -> Pair
     """Search without and with rungs."""
     full, full_cpu = search(case, seed, trials, optimizer, steps)
     short, short_cpu = search(case, seed, trials, optimizer, steps, racing=autoprune.Rungs())
-    taken = [max(_steps(one.fidelity, steps) for one in trial.evaluations) for trial in short.trials]
+    taken = [max(one.steps or steps for one in trial.evaluations) for trial in short.trials]
     stopped = {trial.candidate for trial in short.trials if trial.status == RACED}
     same = {trial.candidate for trial in full.trials} == {trial.candidate for trial in short.trials}
     best = [result.best() for result in (full, short)]
@@ -109,10 +109,6 @@ def pair(case: Case, seed: int, trials: int, optimizer: str, steps: int) -> Pair
         test=(float(best[0].test_score or 0), float(best[1].test_score or 0)),
         cpu=short_cpu / full_cpu,
     )
-
-
-def _steps(fidelity: str, whole: int) -> int:
-    return whole if fidelity == "full" else int(fidelity.split()[0])
 
 
 def _volume(result: SearchResult, full: SearchResult) -> float:

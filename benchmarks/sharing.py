@@ -31,9 +31,8 @@ from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.evaluators.room import ROOM_BYTES
 from autoprune.execution.local import GENERATION
 from autoprune.optimizers.level_switch import LevelSwitch
-from autoprune.protocols import OK, IntArray, Measurement
-from autoprune.records import evaluations_of
-from autoprune.statistics import statistics_of
+from autoprune.protocols import IntArray, Measurement
+from autoprune.records import finished, proposed, rows_of
 from autoprune.study import Study, prepare
 from benchmarks.common import RESULTS, environment, table, write
 from tests.zoo.resnet import BasicBlock, conv
@@ -103,8 +102,9 @@ def level_switch(study: Study, seed: int, n: int, niches: int) -> Stream:
     for _ in range(n // GENERATION):
         candidates = optimizer.ask(GENERATION)
         outcomes = yield candidates
-        stats = [statistics_of(outcome) for outcome in outcomes]
-        optimizer.tell(evaluations_of(study, candidates, stats, [OK] * len(outcomes), [""] * len(outcomes)))
+        trials = proposed(study, range(len(candidates)), candidates, study.costs_of(candidates))
+        done = [finished(study, trial, outcome) for trial, outcome in zip(trials, outcomes, strict=True)]
+        optimizer.tell(rows_of(study, done))
 
 
 STREAMS: dict[str, Callable[[Study, int, int], Stream]] = {

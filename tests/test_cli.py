@@ -22,6 +22,7 @@ from autoprune.journal import Journal
 from autoprune.loading import load_model, load_object
 from autoprune.protocols import Failure
 from autoprune.result.from_journal import result_from_journal
+from autoprune.statistics import evaluations_of
 from tests.machine import Machine
 
 CODE = """
@@ -256,7 +257,8 @@ def test_a_front_is_watched_until_the_search_has_all_its_trials(journal_only):
     def finish():
         time.sleep(0.5)
         with Journal.resume(run_dir) as journal:
-            journal.record_evaluation(pending, Failure("out of memory"))
+            outcome = Failure("out of memory")
+            journal.record_evaluation(pending, outcome, evaluations_of(outcome))
 
     search = threading.Thread(target=finish)
     search.start()

@@ -16,6 +16,7 @@ from autoprune.errors import RecipeError
 from autoprune.journal import Journal
 from autoprune.journal_file import APPLICATION_ID, FILE_NAME, SCHEMA, SCHEMA_VERSION
 from autoprune.protocols import Failure, Measurement
+from autoprune.statistics import evaluations_of
 
 META = {"space": "channels", "limits": {"flops": 12.5}, "seed": 3, "versions": ["torch 2.13"]}
 CANDIDATES = np.array([[0, 2, 1], [4, 0, 0]], dtype=np.int64)
@@ -28,6 +29,11 @@ def measurement(n=4):
     return Measurement(signal=values, metric=np.float64(values > 1), seconds=0.25)
 
 
+def scored(outcome, dense=None):
+    """An outcome with its statistics, as a search records them."""
+    return outcome, evaluations_of(outcome, dense)
+
+
 @pytest.fixture
 def journal(tmp_path):
     with Journal.create(tmp_path, META) as journal:
@@ -37,8 +43,8 @@ def journal(tmp_path):
 def test_a_reader_gets_back_what_was_recorded(journal, tmp_path):
     assert journal.record_ask(CANDIDATES, COSTS) == [0, 1]
     assert journal.record_ask(CANDIDATES[:1], {"flops": np.array([1.0])}) == [2]
-    journal.record_evaluation(1, Failure("out of memory", seconds=2.0), worker="gpu-3")
-    journal.record_evaluation(0, measurement(), started=100.0)
+    journal.record_evaluation(1, *scored(Failure("out of memory", seconds=2.0)), worker="gpu-3")
+    journal.record_evaluation(0, *scored(measurement()), started=100.0)
 
     with Journal.open(tmp_path) as reader:
         assert reader.meta() == META
@@ -46,10 +52,11 @@ def test_a_reader_gets_back_what_was_recorded(journal, tmp_path):
     assert (ok.candidate, ok.costs, ok.ask, ok.status) == ((0, 2, 1), {"flops": 10.0, "params": 5.0}, 0, "ok")
     assert (failed.candidate, failed.status, failed.reason) == ((4, 0, 0), "failed", "out of memory")
     assert (pending.status, pending.ask, pending.evaluations) == ("pending", 1, ())
-    (evaluation,) = failed.evaluations
-    assert (evaluation.worker, evaluation.signal, evaluation.samples) == ("gpu-3", None, 0)
-    (evaluation,) = ok.evaluations
-    assert (evaluation.started, evaluation.seconds, evaluation.samples) == (100.0, 0.25, 4)
+    (row,) = failed.rows
+    assert (row.worker, row.measured.signal, row.measured.samples) == ("gpu-3", None, 0)
+    (row,) = ok.rows
+    evaluation = row.measured
+    assert (row.started, evaluation.seconds, evaluation.samples) == (100.0, 0.25, 4)
     assert evaluation.signal == measurement().signal.mean()
     assert evaluation.metric == 0.75
     assert evaluation.signal_stderr == pytest.approx(np.sqrt(5 / 3) / 2)
@@ -60,7 +67,7 @@ def test_distortion_and_changes_against_the_dense_model_are_kept_as_means_with_s
     journal.record_ask(CANDIDATES, COSTS)
     dense = measurement()
     pruned = replace(dense, signal=dense.signal + np.array([1.0, 2.0, 1.0, 2.0]), distortion=np.array([0.5, 1.5]))
-    journal.record_evaluation(0, pruned, dense=dense)
+    journal.record_evaluation(0, *scored(pruned, dense))
     (evaluation,) = journal.trials()[0].evaluations
     assert (evaluation.distortion, evaluation.distortion_stderr) == (1.0, 0.5)
     assert evaluation.signal_change_stderr == pytest.approx(np.sqrt(1 / 3) / 2)
@@ -70,14 +77,14 @@ def test_distortion_and_changes_against_the_dense_model_are_kept_as_means_with_s
 @pytest.mark.parametrize("distortion", [[], [np.inf, 1.0], [np.nan]])
 def test_a_distortion_without_a_mean_is_null(journal, distortion):
     journal.record_ask(CANDIDATES, COSTS)
-    journal.record_evaluation(0, replace(measurement(), distortion=np.array(distortion)))
+    journal.record_evaluation(0, *scored(replace(measurement(), distortion=np.array(distortion))))
     (evaluation,) = journal.trials()[0].evaluations
     assert (evaluation.distortion, evaluation.distortion_stderr) == (None, None)
 
 
 def test_a_metric_of_the_whole_set_on_one_sample_has_no_standard_error(journal):
     journal.record_ask(CANDIDATES, COSTS)
-    journal.record_evaluation(0, Measurement(np.array([2.0]), np.array([0.75]), seconds=0.0))
+    journal.record_evaluation(0, *scored(Measurement(np.array([2.0]), np.array([0.75]), seconds=0.0)))
     (evaluation,) = journal.trials()[0].evaluations
     assert (evaluation.signal, evaluation.signal_stderr, evaluation.metric) == (2.0, None, 0.75)
 
@@ -86,7 +93,7 @@ def test_a_journal_in_memory_behaves_the_same_and_writes_no_file(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     with Journal.create(None, META) as journal:
         journal.record_ask(CANDIDATES, COSTS)
-        journal.record_evaluation(0, measurement())
+        journal.record_evaluation(0, *scored(measurement()))
         journal.record_tell([0])
         assert [trial.status for trial in journal.trials()] == ["ok", "pending"]
     assert list(tmp_path.iterdir()) == []
@@ -94,7 +101,7 @@ def test_a_journal_in_memory_behaves_the_same_and_writes_no_file(tmp_path, monke
 
 def test_pandas_and_plain_sql_read_the_file_while_the_search_runs(journal, tmp_path):
     journal.record_ask(CANDIDATES, COSTS)
-    journal.record_evaluation(1, measurement())
+    journal.record_evaluation(1, *scored(measurement()))
     connection = sqlite3.connect(tmp_path / FILE_NAME)
     query = "SELECT json_extract(costs, '$.flops') AS flops, signals FROM trials JOIN evaluations ON trial = trials.id"
     frame = pd.read_sql(query, connection)
@@ -134,7 +141,7 @@ def test_a_tell_that_doubles_a_trial_is_refused_as_a_whole(journal, tmp_path):
 
 def test_an_evaluation_of_an_unknown_trial_is_refused(journal):
     with pytest.raises(sqlite3.IntegrityError):
-        journal.record_evaluation(0, measurement())
+        journal.record_evaluation(0, *scored(measurement()))
 
 
 WRITER = """
@@ -143,12 +150,14 @@ import threading
 import numpy as np
 from autoprune.journal import Journal
 from autoprune.protocols import Measurement
+from autoprune.statistics import evaluations_of
 
 journal = Journal.create(sys.argv[1], {})
 while True:
     candidates = np.random.default_rng(0).integers(9, size=(3, 20))
     for trial in journal.record_ask(candidates, {"flops": np.ones(3)}):
-        journal.record_evaluation(trial, Measurement(np.full(256, trial), np.ones(256), seconds=0.0))
+        outcome = Measurement(np.full(256, trial), np.ones(256), seconds=0.0)
+        journal.record_evaluation(trial, outcome, evaluations_of(outcome))
         print(trial, flush=True)
 """
 
@@ -268,7 +277,7 @@ class TestTheDocument:
 
     def test_shows_a_query_that_pandas_reads(self, journal, tmp_path):
         journal.record_ask(CANDIDATES, COSTS)
-        journal.record_evaluation(1, measurement(), worker="gpu-3")
+        journal.record_evaluation(1, *scored(measurement()), worker="gpu-3")
         (query,) = re.findall(r'"""(.*?)"""', self.text, re.DOTALL)
         connection = sqlite3.connect(tmp_path / FILE_NAME)
         frame = pd.read_sql(query, connection)

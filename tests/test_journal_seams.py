@@ -20,6 +20,7 @@ from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME, LOCK_NAME, patiently
 from autoprune.protocols import Measurement
 from autoprune.result.from_journal import result_from_journal
+from autoprune.statistics import evaluations_of
 from tests.searching import Watched, quick, seen
 
 CANDIDATES = np.array([[0, 2, 1], [4, 0, 0]], dtype=np.int64)
@@ -34,7 +35,8 @@ def record(journal, trials=2):
     """Ask for two trials at a time, and record what they score."""
     for _ in range(trials // 2):
         for trial in journal.record_ask(CANDIDATES, COSTS):
-            journal.record_evaluation(trial, measurement(trial))
+            outcome = measurement(trial)
+            journal.record_evaluation(trial, outcome, evaluations_of(outcome))
             journal.record_tell([trial])
 
 

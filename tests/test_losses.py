@@ -14,7 +14,7 @@ from autoprune.errors import DataError
 from autoprune.metrics import resolve_metric, summary
 from autoprune.protocols import Measurement
 from autoprune.racing import Racing
-from autoprune.statistics import statistics_of
+from autoprune.statistics import Evaluation
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(40, 3, 6, 6, generator=GENERATOR)
@@ -118,15 +118,15 @@ def test_the_error_of_a_change_is_that_of_a_difference_of_quotients():
     dense = weights * rng.normal(1.0, 0.1, 4000)
     pruned = dense + 0.5 * weights  # worse by the same amount wherever a label counts: nothing is uncertain
     outcome, base = (Measurement(v, v, 0.0, weights=weights) for v in (pruned, dense))
-    assert statistics_of(outcome, base).signal_change_stderr == pytest.approx(0.0, abs=1e-12)
-    assert statistics_of(outcome, base).signal_stderr == pytest.approx(0.1 / 4000**0.5 * 1.15, rel=0.1)
+    assert Evaluation.of(outcome, base).signal_change_stderr == pytest.approx(0.0, abs=1e-12)
+    assert Evaluation.of(outcome, base).signal_stderr == pytest.approx(0.1 / 4000**0.5 * 1.15, rel=0.1)
 
 
 def test_what_is_seen_of_a_race_is_taken_for_all_by_what_counts():
     weights = np.array([0.5, 1.5, 0.5, 1.5])
     dense = Measurement(weights.copy(), weights.copy(), 0.0, weights=weights)
     part = Measurement(1.2 * weights[:1], 1.2 * weights[:1], 0.0, raced="lost", weights=weights[:1])
-    assert statistics_of(part, dense).signal == pytest.approx(1.2)
+    assert Evaluation.of(part, dense).signal == pytest.approx(1.2)
 
 
 def test_a_set_without_any_label_that_counts_is_refused():

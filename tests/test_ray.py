@@ -136,7 +136,7 @@ def test_asynchronous_workers_score_as_here_and_the_journal_says_who_did(two_wor
     assert common
     assert {c: scores(result)[c] for c in common} == {c: scores(local)[c] for c in common}
     with Journal.open(tmp_path) as journal:
-        workers = {evaluation.worker.split()[0] for row in journal.trials() for evaluation in row.evaluations}
+        workers = {one.worker.split()[0] for row in journal.trials() for one in row.rows}
         assert workers <= {"ray-0", "ray-1"}  # one may have done all before the other is ready
         assert workers
         assert journal.told() == set(range(24))
@@ -196,7 +196,7 @@ def places(run_dir):
     """Workers that evaluated trials so far."""
     try:
         with Journal.open(run_dir) as journal:
-            return {evaluation.worker for row in journal.trials() for evaluation in row.evaluations}
+            return {one.worker for row in journal.trials() for one in row.rows}
     except FileNotFoundError:
         return set()
 

@@ -1,5 +1,6 @@
 """Rungs: trainings that are behind are stopped, and the others end as they do without rungs."""
 
+import math
 import random
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from autoprune.execution.local import evaluate_one
 from autoprune.journal import Journal
 from autoprune.promotion import Promotion, note_of_rungs
 from autoprune.protocols import OK, RACED, Failure, Measurement
-from autoprune.result import SearchResult
+from autoprune.result import Evaluation, SearchResult, Trial
 from autoprune.rungs import Ladder, Rung, behind, climb
 from autoprune.sources import Randomness, seeded
 from tests.contexts import halved, prepared, study_of
@@ -114,28 +115,30 @@ class TestWhoIsBehind:
         np.testing.assert_array_equal(behind(points, reduction), expected)
 
 
+def trial(number, candidate, costs, evaluations=()):
+    named = dict(zip(("flops", "params"), costs, strict=True))
+    return Trial(number, candidate, {}, named, math.nan, (math.nan, math.nan), math.nan, evaluations=evaluations)
+
+
 def test_a_rival_costs_as_much_or_less_in_every_cost_and_the_best_of_these_sets_the_bar():
     """Each trial is a front of its own at first: the best third, with the one to come, has room for trial 0 alone."""
     costs = {(0, 0): (4.0, 4.0), (1, 0): (4.0, 4.0), (2, 0): (4.0, 4.0), (3, 0): (4.0, 5.0), (4, 0): (5.0, 5.0)}
     signals = [0.1, 0.2, 0.3, 0.4, 0.5]
     found = [
-        SimpleNamespace(id=i, candidate=candidate, evaluations=[SimpleNamespace(fidelity="3 steps", signal=signal)])
-        for i, (candidate, signal) in enumerate(zip(costs, signals, strict=True))
+        trial(i, candidate, cost, (Evaluation(signal=signal, steps=3),))
+        for i, ((candidate, cost), signal) in enumerate(zip(costs.items(), signals, strict=True))
     ]
-    problem = SimpleNamespace(
-        costs=lambda candidates: np.array([costs.get(tuple(c), (4.0, 5.0)) for c in candidates.tolist()]),
-        probes=lambda candidates: candidates[:, 1] == 1,
-    )
+    problem = SimpleNamespace(cost_names=("flops", "params"), probes=lambda candidates: candidates[:, 1] == 1)
     promotion = Promotion(SimpleNamespace(evaluator=Marks(), problem=problem), Rungs())
     ask = partial(promotion.ladders, found=found)
-    assert ask(np.array([[1, 0], [9, 0], [9, 1]])) == [
+    assert ask([trial(5, (1, 0), (4.0, 4.0)), trial(6, (9, 0), (4.0, 5.0)), trial(7, (9, 1), (4.0, 5.0))]) == [
         Ladder((Rung(1), Rung(3, 0.2, 1)), 9),
         Ladder((Rung(1), Rung(3, 0.2, 1)), 9),
         Ladder((Rung(1), Rung(3)), 9),
     ]
     del found[0], found[0]
-    costs[2, 0] = 4.0, 6.0
-    (ladder,) = ask(np.array([[9, 0]]))
+    found[0] = replace(found[0], costs={"flops": 4.0, "params": 6.0})
+    (ladder,) = ask([trial(6, (9, 0), (4.0, 5.0))])
     assert ladder.rungs[1] == Rung(3, 0.4, 3)
 
 
@@ -275,7 +278,7 @@ def pair(tmp_path_factory):
 
 def reached(trial):
     """Steps after which a trial was scored."""
-    return [STEPS[-1] if one.fidelity == "full" else int(one.fidelity.split()[0]) for one in trial.evaluations]
+    return [one.steps or STEPS[-1] for one in trial.evaluations]
 
 
 @pytest.mark.slow
@@ -327,11 +330,11 @@ class TestASearch:
         assert 0.1 < taken / (30 * STEPS[-1]) < 0.9
 
     def test_the_notes_count_what_was_stopped_at_rungs_of_an_earlier_run_as_it_was(self):
-        def trial(*fidelities):
-            status = OK if fidelities[-1] == "full" else RACED
-            return SimpleNamespace(status=status, evaluations=[SimpleNamespace(fidelity=f) for f in fidelities])
+        def trial(*steps):
+            evaluations = tuple(Evaluation(steps=at) for at in steps)
+            return SimpleNamespace(status=RACED if steps[-1] else OK, evaluations=evaluations)
 
-        found = [trial("2 steps"), trial("1 steps", "3 steps"), trial("1 steps", "3 steps", "full")]
+        found = [trial(2), trial(1, 3), trial(1, 3, 0)]
         (note,) = note_of_rungs(Rungs(), SimpleNamespace(evaluator=Marks()), found)
         assert note.startswith("rungs stopped 1 of 3 trainings early (0 after 1, 1 after 3 of 9 steps); 52% of")
 
@@ -342,7 +345,7 @@ class TestASearch:
             assert [(e.fidelity, e.signal) for e in row.evaluations] == [
                 (e.fidelity, e.signal) for e in trial.evaluations
             ]
-            assert all(b.started >= a.started for a, b in zip(row.evaluations, row.evaluations[1:], strict=False))
+            assert all(b.started >= a.started for a, b in zip(row.rows, row.rows[1:], strict=False))
         with Journal.open(run_dir) as journal:
             assert len(journal.values(0)[0]) == 400
         result.save(tmp_path, weights="none")

@@ -17,9 +17,9 @@ from autoprune.metrics import Judge
 from autoprune.optimizers import OPTIMIZERS, RandomSearch, uniform_seeds
 from autoprune.optimizers.auto import Auto
 from autoprune.protocols import FAILED, RACED, Measurement
+from autoprune.result import Evaluation, Trial
 from autoprune.result.from_journal import result_from_journal
 from autoprune.result.held_out import note_of_held_out
-from autoprune.result.trials import Evaluation, Trial
 from autoprune.stopping import MOST_TRIALS, planned, why_converged
 from autoprune.testing.contracts import OptimizerContract
 from autoprune.testing.problems import additive_problem, product_problem
@@ -191,7 +191,7 @@ class TestTheNoteOnHeldOutData:
     def note(self, wrong, limit="accuracy drop <= 2pp", n=400):
         judge = Judge("accuracy", True, "", proportion=True)
         dense = Trial(-1, (0,), {}, {}, 1.0, (0.99, 1.0), 0.0)
-        evaluation = Evaluation("full", n, 0.0, 0.0, 0.0, 0.985, metric_change_stderr=0.006)
+        evaluation = Evaluation(n, metric=0.985, metric_change_stderr=0.006)
         trial = Trial(3, (1,), {}, {}, 0.985, (0.97, 0.99), 0.0, evaluations=(evaluation,))
         (limit,) = Budget.parse(limit).score_limits
         return note_of_held_out(limit, judge, trial, dense, self.measure(wrong, n), self.measure(0, n))
@@ -220,7 +220,7 @@ class TestTheNoteOnHeldOutData:
 
         rng, covered, runs = np.random.default_rng(0), 0, 400
         judge, dense = Judge("accuracy", True, "", proportion=True), Trial(-1, (0,), {}, {}, 1.0, (1, 1), 0.0)
-        trial = Trial(3, (1,), {}, {}, 1.0, (1, 1), 0.0, evaluations=(Evaluation("full", 9, 0.0, 0.0, 0.0, 1.0),))
+        trial = Trial(3, (1,), {}, {}, 1.0, (1, 1), 0.0, evaluations=(Evaluation(9, metric=1.0),))
         (limit,) = Budget.parse("accuracy drop <= 1pp").score_limits
         for _ in range(runs):
             change = rng.choice([-1, 0, 1], p=[0.012, 0.984, 0.004], size=300)

@@ -13,7 +13,6 @@ from autoprune.arguments import said
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.racing import Contest, evaluate
-from autoprune.statistics import stages_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def attempt(measure: Callable[[], Outcome]) -> Outcome:
     except Exception as error:  # not KeyboardInterrupt, which ends the search
         log.debug("an evaluation failed", exc_info=error)
         return Failure(said(error), time.perf_counter() - began)
-    seen = [values for one in stages_of(outcome) if isinstance(one, Measurement) for values in (one.signal, one.metric)]
+    seen = [values for one in outcome.stages if isinstance(one, Measurement) for values in (one.signal, one.metric)]
     if not all(np.isfinite(values).all() for values in seen):
         return Failure("the score of a sample is NaN or infinite", outcome.seconds)
     return outcome

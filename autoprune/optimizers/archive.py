@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,21 @@ _NEIGHBOUR_TRIES = 16
 Propose = Callable[[int, np.random.Generator], IntArray]
 
 
+class _Told(NamedTuple):
+    """One evaluation; of two for one candidate the larger counts: the ``ok`` one, then that with more samples.
+
+    Values are bytes, which compare without ambiguity, NaN as well.
+    """
+
+    ok: bool
+    samples: int
+    status: str
+    objectives: bytes
+    stderr: bytes
+    distortion: bytes
+    acceptable: bool
+
+
 @final
 class Archive:
     """Remembers candidates, and turns a proposing function into `ask` without duplicates.
@@ -31,7 +46,7 @@ class Archive:
         self._problem = problem
         self._seed = seed
         self._seeds = problem.repair(problem.seeds)
-        self._told: dict[bytes, tuple[bool, int, str, bytes, bytes, bytes, bool]] = {}
+        self._told: dict[bytes, _Told] = {}
         self._pending: set[bytes] = set()
         self._ok_keys: list[bytes] = []  # of the rows below, sorted
         self._ok: tuple[IntArray, FloatArray, NDArray[np.bool_]] | None = None
@@ -41,7 +56,7 @@ class Archive:
         return len(self._told) + len(self._pending)
 
     def tell(self, evaluations: Evaluations) -> None:
-        """Remember evaluations; of two for one candidate the ``ok`` one counts, then that with more samples."""
+        """Remember evaluations; see `_Told` for two of one candidate."""
         candidates = np.asarray(self._problem.canonical(evaluations.candidates), dtype=np.int64)
         status = np.where(np.isfinite(evaluations.objectives).all(axis=1), evaluations.status, FAILED).tolist()
         values = (evaluations.objectives, evaluations.stderr, evaluations.distortion)
@@ -49,7 +64,7 @@ class Archive:
         samples, acceptable = evaluations.samples.tolist(), evaluations.acceptable.tolist()
         for candidate, fate, count, *measured in zip(candidates, status, samples, *columns, acceptable, strict=True):
             key = candidate.tobytes()
-            row = (fate == OK, count, fate, *measured)
+            row = _Told(fate == OK, count, fate, *measured)
             self._pending.discard(key)
             self._told[key] = max(row, self._told.get(key, row))
             self._news.add(key)
@@ -71,7 +86,7 @@ class Archive:
         if self._ok is None or not self._news.isdisjoint(self._ok_keys):
             self._ok, self._ok_keys, self._news = None, [], set(self._told)
         if self._news or self._ok is None:
-            keys = sorted(key for key in self._news if self._told[key][0])
+            keys = sorted(key for key in self._news if self._told[key].ok)
             rows = self._rows(keys)
             feasible = np.flatnonzero(self._problem.feasible(rows.candidates))
             self._insert([keys[i] for i in feasible], rows, feasible)
@@ -108,18 +123,23 @@ class Archive:
         """Evaluations of told candidates, sorted; reasons are not kept."""
         keys, n = sorted(keys), len(keys)
         rows = [self._told[key] for key in keys]
-        # mypy cannot see that these three of the fields are bytes.
-        # mypy cannot tell which entries of a row an index in a loop means; these are bytes.
-        columns = [np.frombuffer(b"".join(row[i] for row in rows), dtype=np.float64) for i in (3, 4, 5)]  # type: ignore[misc]
+        objectives, stderr, distortion = (
+            np.frombuffer(b"".join(column), dtype=np.float64)
+            for column in (
+                [row.objectives for row in rows],
+                [row.stderr for row in rows],
+                [row.distortion for row in rows],
+            )
+        )
         return Evaluations(
             candidates=self._unpack(keys),
-            objectives=columns[0].reshape(n, -1 if n else 0),
-            stderr=columns[1].reshape(n, -1 if n else 0),
-            samples=np.array([row[1] for row in rows], dtype=np.int64),
-            status=tuple(row[2] for row in rows),
+            objectives=objectives.reshape(n, -1 if n else 0),
+            stderr=stderr.reshape(n, -1 if n else 0),
+            samples=np.array([row.samples for row in rows], dtype=np.int64),
+            status=tuple(row.status for row in rows),
             reasons=("",) * n,
-            distortion=columns[2],
-            acceptable=np.array([row[6] for row in rows], dtype=np.bool_),
+            distortion=distortion,
+            acceptable=np.array([row.acceptable for row in rows], dtype=np.bool_),
         )
 
     def ask(self, n: int, propose: Propose) -> IntArray:

@@ -1,6 +1,7 @@
 """Results of a search: trials, the front, built and saved modules, tables and pictures."""
 
 from autoprune.result.search_result import SearchResult
-from autoprune.result.trials import Evaluation, Trial
+from autoprune.result.trials import Trial
+from autoprune.statistics import Evaluation
 
 __all__ = ["Evaluation", "SearchResult", "Trial"]

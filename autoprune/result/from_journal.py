@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from autoprune.journal_rows import TrialRow
 from autoprune.protocols import FAILED, OK, RACED, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.saving import TRIAL_FORM, require_consistent
-from autoprune.result.trials import Evaluation, Trial, find_front, note_of_probes, within
+from autoprune.result.trials import Trial, find_front, note_of_probes
 from autoprune.schema import require_form
 from autoprune.search_spaces import space_from_json
 
@@ -88,30 +86,15 @@ def _result(meta: Mapping[str, Any], rows: Sequence[TrialRow]) -> SearchResult:
     )
 
 
-_MEASURED = tuple(field.name for field in fields(Evaluation))
-
-
 def trial_from(row: TrialRow, space: SearchSpace, limits: Mapping[str, float]) -> Trial:
     """Make a trial from its row in the journal: without an interval."""
-    last = row.evaluations[-1] if row.evaluations else None
-    return Trial(
-        id=row.id,
-        candidate=row.candidate,
-        decoded=space.decode(row.candidate),
-        costs=row.costs,
-        score=math.nan if last is None or last.metric is None else last.metric,
-        interval=(math.nan, math.nan),
-        signal=math.nan if last is None or last.signal is None else last.signal,
-        status=row.status,
-        reason=row.reason,
-        evaluations=tuple(Evaluation(**{name: getattr(e, name) for name in _MEASURED}) for e in row.evaluations),
-        feasible=within(row.costs, limits),
-    )
+    trial = Trial.proposed(row.id, row.candidate, space, row.costs, limits)
+    return trial.finished(row.evaluations, row.status, row.reason) if row.rows else trial
 
 
 def _seconds(rows: Sequence[TrialRow]) -> float:
     """Seconds from the start of the first evaluation to the end of the last."""
-    evaluations = [evaluation for row in rows for evaluation in row.evaluations]
+    evaluations = [evaluation for row in rows for evaluation in row.rows]
     if not evaluations:
         return 0.0
-    return max(e.started + e.seconds for e in evaluations) - min(e.started for e in evaluations)
+    return max(e.started + e.measured.seconds for e in evaluations) - min(e.started for e in evaluations)

@@ -8,7 +8,7 @@ from autoprune.budget import Budget, ScoreLimit
 from autoprune.metrics import Judge, summary
 from autoprune.protocols import Measurement
 from autoprune.result.trials import Trial, meets
-from autoprune.statistics import statistics_of
+from autoprune.statistics import Evaluation
 
 _BIASED = (
     "; the cheapest of many that just meet a limit tends to be a lucky one: ask for a tighter limit, or give more "
@@ -48,7 +48,7 @@ def _score(judge: Judge, measured: Measurement) -> tuple[float, tuple[float, flo
 
 def _change(judge: Judge, measured: Measurement, dense: Measurement) -> tuple[float, tuple[float, float]]:
     change = float(measured.metric.mean() - dense.metric.mean())
-    return change, _interval(judge, change, statistics_of(measured, dense).metric_change_stderr, len(measured.metric))
+    return change, _interval(judge, change, Evaluation.of(measured, dense).metric_change_stderr, len(measured.metric))
 
 
 def _change_on_validation(judge: Judge, trial: Trial, dense: Trial) -> tuple[float, tuple[float, float]]:

@@ -16,13 +16,14 @@ from autoprune.budget import Budget
 from autoprune.errors import FileFormatError
 from autoprune.files import MIB, UNFINISHED, make_folder, read_json, require_file, shortened, sound, write_text
 from autoprune.journal_file import FILE_NAME as JOURNAL
-from autoprune.protocols import FAILED, OK, RACED
+from autoprune.protocols import FAILED, OK, PENDING, RACED
 from autoprune.result.builders import WeightsFile, weights_file
 from autoprune.result.recipe import write
 from autoprune.result.shared_tensors import FILES as DENSE
 from autoprune.result.shared_tensors import SharedTensors
 from autoprune.result.trials import Trial
 from autoprune.schema import require_form
+from autoprune.statistics import EVALUATION_FORM
 
 RESULT = "result.json"
 FORMAT = "autoprune-result"
@@ -33,21 +34,9 @@ MOST_BYTES = 1024 * MIB
 
 _MOST_NAME = 100
 _NUMBER = (float, None)
-_EVALUATION = {
-    "fidelity": str,
-    "samples": int,
-    "seconds": float,
-    "signal": _NUMBER,
-    "metric": _NUMBER,
-    "signal_stderr?": _NUMBER,
-    "signal_change_stderr?": _NUMBER,
-    "metric_change_stderr?": _NUMBER,
-    "distortion?": _NUMBER,
-    "distortion_stderr?": _NUMBER,
-}
 TRIAL_FORM = {
     "id": int,
-    "status": frozenset({OK, RACED, FAILED, "pending"}),
+    "status": frozenset({OK, RACED, FAILED, PENDING}),
     "reason": str,
     "test_score": _NUMBER,
     "feasible?": bool,
@@ -59,7 +48,7 @@ TRIAL_FORM = {
     "score": _NUMBER,
     "interval": [_NUMBER],
     "signal": _NUMBER,
-    "evaluations": [_EVALUATION],
+    "evaluations": [EVALUATION_FORM],
 }
 _TRAINED = {"trial": int, "cost": float, "trained": _NUMBER, "reason": str} | {
     name: {str: _NUMBER} for name in ("scores", "signals")

@@ -5,50 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from autoprune.pareto import non_dominated
-from autoprune.protocols import FAILED, OK
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Measurement of one candidate.
-
-    Attributes:
-        fidelity: ``"full"``, or ``"part"`` if it was stopped early: then means are estimates for all samples; or
-            ``"89 steps"`` for a score at a rung of a training, see `autoprune.Rungs`.
-        samples: Samples scored.
-        seconds: Wall time.
-        signal: Mean of the signal that steers the search, lower is better; None if it failed.
-        signal_stderr: Its standard error; None if there is only one value.
-        metric: Mean of the metric, in its own direction; None if it failed.
-        signal_change_stderr: Standard error of the mean difference of signals to the dense model on the same samples,
-            which is smaller than that of either mean; None if they were not both measured.
-        metric_change_stderr: The same for the metric.
-        distortion: Mean distance to the outputs of the dense model, lower is better: KL divergence in nats or relative
-            squared difference; None if it was not measured.
-        distortion_stderr: Its standard error.
-    """
-
-    fidelity: str
-    samples: int
-    seconds: float
-    signal: float | None
-    signal_stderr: float | None
-    metric: float | None
-    signal_change_stderr: float | None = None
-    metric_change_stderr: float | None = None
-    distortion: float | None = None
-    distortion_stderr: float | None = None
+from autoprune.protocols import FAILED, OK, PENDING, FloatArray, SearchSpace
+from autoprune.statistics import Evaluation
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Candidate with all of its measurements.
+    """Candidate with all of its measurements: `proposed` first, then `finished`.
 
     Attributes:
         id: Number in the order proposed; -1 for the dense model.
@@ -83,6 +52,47 @@ class Trial:
     predicted: Mapping[str, float] = field(default_factory=dict)
     cost_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
+    @classmethod
+    def proposed(
+        cls,
+        number: int,
+        candidate: Sequence[int],
+        space: SearchSpace,
+        costs: Mapping[str, float],
+        limits: Mapping[str, float],
+    ) -> Trial:
+        """Make the trial of a candidate, shape (d,), that is still to be scored."""
+        return cls(
+            id=number,
+            candidate=tuple(candidate),
+            decoded=space.decode(candidate),
+            costs=costs,
+            score=math.nan,
+            interval=(math.nan, math.nan),
+            signal=math.nan,
+            status=PENDING,
+            feasible=within(costs, limits),
+        )
+
+    def finished(
+        self,
+        evaluations: Sequence[Evaluation],
+        status: str,
+        reason: str,
+        interval: tuple[float, float] = (math.nan, math.nan),
+    ) -> Trial:
+        """Add the measurements, of which the last one gives the score."""
+        last = evaluations[-1]
+        return replace(
+            self,
+            score=or_nan(last.metric),
+            interval=interval,
+            signal=or_nan(last.signal),
+            status=status,
+            reason=reason,
+            evaluations=tuple(evaluations),
+        )
+
     @property
     def upper_costs(self) -> Mapping[str, float]:
         """Every cost by name, with the upper end of the interval if it was measured; limits are compared with these.
@@ -109,7 +119,7 @@ class Trial:
             "score": none_if_nan(self.score),
             "interval": [none_if_nan(end) for end in self.interval],
             "signal": none_if_nan(self.signal),
-            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "evaluations": [evaluation.to_json() for evaluation in self.evaluations],
         }
 
     @classmethod
@@ -122,7 +132,7 @@ class Trial:
             score=or_nan(data["score"]),
             interval=(low, high),
             signal=or_nan(data["signal"]),
-            evaluations=tuple(Evaluation(**evaluation) for evaluation in data["evaluations"]),
+            evaluations=tuple(Evaluation.from_json(evaluation) for evaluation in data["evaluations"]),
             feasible=data.get("feasible", True),  # results saved before there were probes
             predicted=data.get("predicted", {}),
             cost_intervals={name: (low, high) for name, (low, high) in data.get("cost_intervals", {}).items()},
@@ -142,6 +152,12 @@ def or_nan(value: float | None) -> float:
 def within(costs: Mapping[str, float], limits: Mapping[str, float]) -> bool:
     """Return whether no cost is over its limit."""
     return all(costs[name] <= limit for name, limit in limits.items())
+
+
+def costs_of(trials: Sequence[Trial], names: Sequence[str]) -> FloatArray:
+    """Costs of n trials by c names, shape (n, c)."""
+    rows = [[trial.costs[name] for name in names] for trial in trials]
+    return np.array(rows, dtype=np.float64).reshape(len(trials), len(names))
 
 
 def meets(score: float, worst: float | None, higher_is_better: bool) -> bool:
@@ -177,7 +193,6 @@ def find_front(trials: Sequence[Trial], limited: Sequence[str], higher_is_better
         return ()
     score = np.array([(-t.score if higher_is_better else t.score, t.signal) for t in done])
     _, rank = np.unique(score, axis=0, return_inverse=True)
-    costs = np.array([[trial.costs[name] for name in limited] for trial in done])
-    keep = non_dominated(np.column_stack([rank.reshape(-1), costs]))
+    keep = non_dominated(np.column_stack([rank.reshape(-1), costs_of(done, limited)]))
     front = [trial for trial, kept in zip(done, keep, strict=True) if kept]
     return tuple(sorted(front, key=lambda trial: (*(trial.costs[name] for name in limited), trial.id)))
