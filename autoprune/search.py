@@ -17,7 +17,7 @@ from autoprune.arguments import MOST_SEED, flag, positive, shown, whole_number
 from autoprune.border import proposals, same_samples
 from autoprune.budget import Budget
 from autoprune.constant import note_of_no_better
-from autoprune.costs import CostFunction, Latency
+from autoprune.costs import GivenCost, Latency
 from autoprune.data import Data
 from autoprune.evaluators import Evaluator, Forward
 from autoprune.execution import Executor, evaluate_one, make_executor
@@ -68,7 +68,7 @@ def search(
     progress: bool = True,
     checks: str = "on",
     rewrite: str = "auto",
-    costs: Mapping[str, CostFunction] | None = None,
+    costs: Mapping[str, GivenCost] | None = None,
     cost_batch: int = 1,
     prior: str = "auto",
     racing: bool | Racing | Rungs = False,
@@ -130,7 +130,8 @@ def search(
         rewrite: ``"auto"`` delivers modules whose code ties sizes, such as ``reshape(B, N, C)`` with ``C`` from the
             input's shape, as an ``fx.GraphModule`` of their operations; a note names them. ``"off"`` keeps the class of
             every module, and freezes or ties the groups that such code stops.
-        costs: Further costs by name, each a function of candidates (n, d) giving (n,), which the budget may limit.
+        costs: Further costs by name, which the budget may limit: functions that give (n,) for n candidates, as
+            ``autoprune.costs.Candidates`` with ``.widths`` by group and ``.indices``.
         cost_batch: Samples that ``memory_bytes`` and ``latency_ms`` are stated at.
         prior: Expected loss of each option before any evaluation, for optimizers that plan: ``"reconstruction"``, the
             error of the next layers' outputs, in a few forward passes over 32 samples; ``"sensitivity"``, the change of

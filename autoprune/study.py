@@ -18,7 +18,7 @@ from autoprune import batches
 from autoprune.arguments import said, shown, whole_number
 from autoprune.budget import Budget
 from autoprune.checking import Choice, check, ranking, unchecked
-from autoprune.costs import CostFunction, Latency, make_costs
+from autoprune.costs import CostFunction, GivenCost, Latency, make_costs
 from autoprune.costs.changes import Changes, LimitedCosts
 from autoprune.costs.given import require_functions, require_steady
 from autoprune.costs.memory.peak import PeakMemory, measure_memory
@@ -135,7 +135,7 @@ def prepare(
     outputs: Any = None,
     checks: str = "on",
     rewrite: str = "auto",
-    costs: Mapping[str, CostFunction] | None = None,
+    costs: Mapping[str, GivenCost] | None = None,
     cost_batch: int = 1,
     trials: int | str = 200,
     prior: str = "auto",
@@ -325,7 +325,7 @@ def _require_counted(budget: Budget, structure: Structure) -> None:
 def _latency_of(
     given: Latency | str | Path | None,
     needed: bool,
-    costs: Mapping[str, CostFunction] | None,
+    costs: Mapping[str, GivenCost] | None,
     structure: Structure,
     example: Example,
     run_dir: str | None,

@@ -19,7 +19,7 @@ class TestFunctionsOfTheUser:
     @pytest.mark.slow
     def test_a_cost_of_the_wrong_shape_is_named(self, mlp):
         with refused(ValueError, "costs['energy_mj'] must return 1 finite numbers", "got shape (1, 3)"):
-            search(mlp, costs={"energy_mj": lambda candidates: candidates * 1.0})
+            search(mlp, costs={"energy_mj": lambda candidates: candidates.indices * 1.0})
 
     @pytest.mark.slow
     def test_a_cost_that_is_not_finite_is_named(self, mlp):
@@ -29,12 +29,12 @@ class TestFunctionsOfTheUser:
     @pytest.mark.slow
     def test_a_cost_with_the_name_of_a_built_in_one_is_refused(self, mlp):
         with refused(ValueError, "costs must not redefine", "got 'flops'", "choose another name"):
-            search(mlp, costs={"flops": lambda candidates: candidates.sum(axis=1)})
+            search(mlp, costs={"flops": lambda candidates: candidates.indices.sum(axis=1)})
 
     @pytest.mark.parametrize("name", ["latency", "memory", "throughput", "ms_per_sample"])
     def test_a_cost_with_a_name_that_budgets_take_for_another_is_refused(self, mlp, name):
         with refused(ValueError, f"costs must not hold '{name}'", "call a latency 'latency_ms'"):
-            search(mlp, costs={name: lambda candidates: candidates.sum(axis=1)})
+            search(mlp, costs={name: lambda candidates: candidates.indices.sum(axis=1)})
 
     @pytest.mark.parametrize(("costs", "named"), [([len], "costs must be functions"), ({"j": 5}, "costs['j'] must be")])
     def test_costs_that_are_no_functions_are_named(self, mlp, costs, named):
@@ -49,8 +49,8 @@ class TestFunctionsOfTheUser:
     @pytest.mark.slow
     def test_a_cost_that_writes_to_its_candidates_changes_nothing(self, mlp):
         def careless(candidates):
-            total = 100.0 - candidates.sum(axis=1)
-            candidates[:] = 0
+            total = 100.0 - candidates.indices.sum(axis=1)
+            candidates.indices[:] = 0
             return total
 
         result = search(mlp, "energy_mj <= 90%", costs={"energy_mj": careless}, trials=6)
@@ -73,7 +73,7 @@ class TestFunctionsOfTheUser:
         [
             ("forward", lambda model: model, "forward must be a function forward(model, batch), or None, got"),
             ("outputs", lambda: 0, "outputs must be a key, an index, a list of these, a function"),
-            ("costs", {"j": lambda: 0}, "costs['j'] must be a function of candidates (n, d) giving (n,), got"),
+            ("costs", {"j": lambda: 0}, "costs['j'] must be a function of n candidates giving (n,), got"),
             ("optimizer", lambda problem: problem, "optimizer must be a name, a function of (problem, seed) or"),
         ],
     )

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprune.costs import StructuralCosts, make_costs
-from autoprune.protocols import FloatArray, IntArray, Pruning
+from autoprune.costs import Candidates, StructuralCosts, make_costs
+from autoprune.protocols import FloatArray, Pruning
 from autoprune.search_spaces.channels import Channels, ChannelSpace
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
@@ -156,11 +156,23 @@ class TestCostsOfCandidates:
         assert costs["flops"](candidates).tolist() == [10 * 8 + 8 * 12 + 12 * 3, 10 * 5 + 5 * 2 + 2 * 3]
 
     def test_a_cost_may_be_any_function_of_candidates(self, space: tuple[Structure, ChannelSpace]):
-        def staircase(candidates: IntArray) -> FloatArray:
-            return np.ceil(candidates.sum(axis=1) % 5 / 2)
+        def staircase(candidates: Candidates) -> FloatArray:
+            return np.ceil(candidates.indices.sum(axis=1) % 5 / 2)
 
         costs = make_costs(*space, user={"energy_mj": staircase})
         assert costs["energy_mj"](np.array([[0, 0], [1, 2], [2, 2]])).tolist() == [0, 2, 2]
+
+    def test_a_cost_sees_widths_and_options_by_name(self, space: tuple[Structure, ChannelSpace]):
+        seen: list[Candidates] = []
+
+        def cost(candidates: Candidates) -> FloatArray:
+            seen.append(candidates)
+            return candidates.widths["0"] * 10 + candidates.widths["2"]
+
+        found = make_costs(*space, user={"energy_mj": cost})["energy_mj"](np.array([[0, 0], [3, 10]]))
+        assert found.tolist() == [8 * 10 + 12, 5 * 10 + 2]
+        assert {name: column.tolist() for name, column in seen[0].options.items()} == {"0": [8, 5], "2": [12, 2]}
+        assert (len(seen[0]), seen[0].indices.tolist()) == (2, [[0, 0], [3, 10]])
 
     def test_a_name_that_is_taken_is_refused(self, space: tuple[Structure, ChannelSpace]):
         with pytest.raises(ValueError, match=r"must not redefine .*'memory_bytes'.*, got 'flops'; choose another"):
@@ -175,7 +187,7 @@ class TestCostsOfCandidates:
         ],
     )
     def test_a_result_of_another_shape_or_without_value_is_refused(
-        self, space: tuple[Structure, ChannelSpace], wrong: Callable[[IntArray], Any], got: str
+        self, space: tuple[Structure, ChannelSpace], wrong: Callable[[Candidates], Any], got: str
     ):
         costs = make_costs(*space, user={"energy_mj": wrong})
         with pytest.raises(ValueError, match=r"costs\['energy_mj'\] must return 2 finite numbers .* got shape " + got):

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import autoprune
+from autoprune.costs import GivenCost, make_costs
 from autoprune.errors import FileFormatError
 from autoprune.evaluators import Context, Evaluator
 from autoprune.optimizers import Problem
@@ -26,8 +28,9 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.rules import OPERATIONS
 from autoprune.structure.structure import Structure
-from autoprune.testing.contexts import sequence_context
+from autoprune.testing.contexts import context_of, sequence_context
 from autoprune.testing.contracts import (
+    CostContract,
     EvaluatorContract,
     MetricContract,
     OptimizerContract,
@@ -88,6 +91,33 @@ class TestAsCut(EvaluatorContract):
 class TestAsCutOnSequencesWithZeros(TestAsCut):
     def make_context(self) -> Context:
         return sequence_context("sparsity")
+
+
+class TestOnMyPhone(CostContract):
+    def make_cost(self) -> GivenCost:
+        cost: GivenCost = module("on_my_phone").on_my_phone
+        return cost
+
+    def make_context(self) -> Context:
+        return context_of(model(), (torch.ones(30, 6), torch.arange(30) % 3))
+
+    def test_it_is_the_sum_over_the_layers(self):
+        context = self.make_context()
+        cost = make_costs(context.structure, context.space, {"latency_ms": self.make_cost()})["latency_ms"]
+        dense, least = np.zeros((1, 2), dtype=np.int64), context.space.sizes[None] - 1
+        assert context.space.widths(least).tolist() == [[1, 1]]
+        np.testing.assert_allclose([*cost(dense), *cost(least)], [0.4 + 0.5 + 0.7, 0.4 + 0.1 + 0.2])
+
+
+def test_a_cost_of_widths_is_a_latency_budget():
+    result = autoprune.search(
+        model(), "latency_ms <= 1.0", example_inputs=torch.ones(2, 6), evaluator="adaptive_bn", trials=4,
+        costs={"latency_ms": module("on_my_phone").on_my_phone}, progress=False,
+    )  # fmt: skip
+    for trial in result.front:
+        widths = [np.interp(trial.decoded["0"], [1, 8, 16], [0.1, 0.3, 0.5]), 0.2 + (trial.decoded["2"] - 4) * 0.125]
+        assert trial.costs["latency_ms"] == pytest.approx(0.4 + widths[0] + max(widths[1], 0.2))
+        assert trial.costs["latency_ms"] <= 1.0
 
 
 class TestTop2(MetricContract):

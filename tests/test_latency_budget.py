@@ -245,7 +245,7 @@ def test_mappings_that_are_no_dicts_cost_what_dicts_cost(machine):
 @pytest.mark.slow
 def test_a_function_of_the_user_is_a_latency_too():
     def on_my_phone(candidates):
-        return 10.0 - candidates.sum(axis=1)
+        return 10.0 - candidates.indices.sum(axis=1)
 
     result = autoprune.search(
         small(), ["latency_ms <= 6", "throughput >= 200/s"], DATA, costs={"latency_ms": on_my_phone}, **QUICK
@@ -256,7 +256,7 @@ def test_a_function_of_the_user_is_a_latency_too():
 @pytest.mark.slow
 def test_a_search_is_not_resumed_with_another_function_for_its_cost(tmp_path):
     def searched(dense, **options):
-        costs = {"latency_ms": lambda candidates: dense - candidates.sum(axis=1)}
+        costs = {"latency_ms": lambda candidates: dense - candidates.indices.sum(axis=1)}
         return autoprune.search(
             small(), "latency_ms <= 8", DATA, costs=costs, run_dir=str(tmp_path), **QUICK, **options
         )
@@ -309,7 +309,7 @@ def test_round_to_auto_takes_widths_at_the_right_edges_of_steps(machine, table):
 def test_round_to_auto_needs_latencies_and_says_so():
     with pytest.raises(ValueError, match="round_to must be an integer of at least 1, or 'auto', got 'eight'"):
         autoprune.Channels(round_to="eight")
-    costs = {"latency_ms": lambda candidates: 10.0 - candidates.sum(axis=1)}
+    costs = {"latency_ms": lambda candidates: 10.0 - candidates.indices.sum(axis=1)}
     with pytest.raises(ValueError, match="round_to='auto' needs measured latencies"):
         autoprune.search(
             small(), "latency_ms <= 6", DATA, costs=costs, space=autoprune.Channels(round_to="auto"), **QUICK

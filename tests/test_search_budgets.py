@@ -58,7 +58,7 @@ def test_memory_is_a_budget(digits_model, data, optimizer, probes):
 @WITH_AND_WITHOUT_PROBES
 def test_a_cost_of_the_users_that_is_a_staircase_is_a_budget(mlp, vectors, optimizer, probes):
     def energy(candidates):
-        return 2.5 * np.ceil((24 - candidates.sum(axis=1)) / 3)
+        return 2.5 * np.ceil((24 - candidates.indices.sum(axis=1)) / 3)
 
     options = {"space": EIGHTHS, "costs": {"energy_mj": energy}, "optimizer": optimizer}
     result = quick(mlp, "energy_mj <= 50%", vectors, trials=20, **options)
@@ -72,7 +72,7 @@ def test_a_cost_of_the_users_that_is_a_staircase_is_a_budget(mlp, vectors, optim
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["auto", "nsga2", "knapsack", "level_switch"])
 def test_a_cost_that_is_zero_for_the_dense_model_is_a_budget(mlp, vectors, tmp_path, optimizer):
-    waste = {"waste": lambda candidates: (candidates % 3).sum(axis=1)}
+    waste = {"waste": lambda candidates: (candidates.indices % 3).sum(axis=1)}
     result = quick(mlp, "waste <= 3", vectors, trials=20, costs=waste, optimizer=optimizer)
     assert all(trial.costs["waste"] <= 3 for trial in result.trials)
     assert "waste" in str(result)

@@ -8,11 +8,12 @@ import numpy as np
 
 from autoprune.arguments import shown, why_no_function
 from autoprune.budget import ALIASES, THROUGHPUT
+from autoprune.costs.candidates import GivenCost
 from autoprune.costs.structural import CostFunction
 from autoprune.protocols import SearchSpace
 
 
-def require_functions(costs: Mapping[str, CostFunction]) -> None:
+def require_functions(costs: Mapping[str, GivenCost]) -> None:
     """Check that costs are functions by name, under names that no other cost has.
 
     Raises:
@@ -24,7 +25,7 @@ def require_functions(costs: Mapping[str, CostFunction]) -> None:
         if not isinstance(name, str):
             raise ValueError(f"costs must have names of text, such as 'energy_mj', got {shown(name)}")
         if why := why_no_function(function, 1):
-            raise ValueError(f"costs[{name!r}] must be a function of candidates (n, d) giving (n,), {why}")
+            raise ValueError(f"costs[{name!r}] must be a function of n candidates giving (n,), {why}")
         if name in (*ALIASES, THROUGHPUT, "ms_per_sample"):
             raise ValueError(
                 f"costs must not hold {name!r}, which budgets take for another cost; call a latency 'latency_ms', in "

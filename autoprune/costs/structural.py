@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from autoprune.arguments import shown
+from autoprune.costs.candidates import Candidates, GivenCost
 from autoprune.costs.latency import Latency
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.structure.structure import Structure
@@ -184,7 +185,7 @@ def _peaks(born: IntArray, died: IntArray) -> IntArray:
 def make_costs(
     structure: Structure,
     space: SearchSpace,
-    user: Mapping[str, CostFunction] | None = None,
+    user: Mapping[str, GivenCost] | None = None,
     batch: int = 1,
     latency: Latency | None = None,
     memory: Callable[[FloatArray], FloatArray] | None = None,
@@ -194,7 +195,7 @@ def make_costs(
     Args:
         structure: A traced model.
         space: Gives the widths of a candidate, and the number of elements that it sets to zero.
-        user: Further costs by name, each ``(n, d) int64 -> (n,)``; they need be neither monotone nor products.
+        user: Further costs by name, each of `Candidates`, giving (n,); they need be neither monotone nor products.
         batch: Samples that `memory_bytes` and `latency_ms` are stated at.
         latency: Predicts `latency_ms`; without it, and without a user's cost of that name, there is none.
         memory: Predicts `memory_bytes` of widths, with the scratch memory of operations; without it none is counted.
@@ -212,7 +213,7 @@ def make_costs(
     for name, function in (user or {}).items():
         if name in costs:
             raise ValueError(f"costs must not redefine {known}, got {name!r}; choose another name")
-        costs[name] = partial(_checked, name, function)
+        costs[name] = partial(_checked, name, function, space, structure)
     if "latency_ms" in costs:
         costs["ms_per_sample"] = partial(_per_sample, costs["latency_ms"], batch)
     return costs
@@ -239,8 +240,10 @@ def _nonzero_params(exact: StructuralCosts, space: SearchSpace, candidates: IntA
     return exact.params(space.widths(candidates)) - space.zeroed(candidates)
 
 
-def _checked(name: str, function: CostFunction, candidates: IntArray) -> FloatArray:
-    returned = function(candidates.copy())  # which it may write to
+def _checked(
+    name: str, function: GivenCost, space: SearchSpace, structure: Structure, candidates: IntArray
+) -> FloatArray:
+    returned = function(Candidates.of(candidates.copy(), space, structure))  # a copy, because it may write to it
     try:
         if np.asarray(returned).dtype.kind not in "fiubO":  # NumPy would drop imaginary parts, and read text
             raise TypeError("they are no real numbers")

@@ -1,4 +1,4 @@
-"""Contract tests that every optimizer, space, evaluator, metric and rule must pass.
+"""Contract tests that every optimizer, space, evaluator, cost, metric and rule must pass.
 
 Subclass a contract in a test module under a name that starts with ``Test`` and fill in its ``make_`` methods:
 
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from autoprune import batches
-from autoprune.costs import StructuralCosts, make_costs
+from autoprune.costs import GivenCost, StructuralCosts, make_costs
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import (
     FAILED,
@@ -359,6 +359,36 @@ class EvaluatorContract:
         context, evaluator = self.make_context(), self.make_evaluator()
         evaluator.prepare(context)
         return evaluator, self.make_candidates(context)
+
+
+class CostContract:
+    """Contract of costs: the properties that the search relies on."""
+
+    def make_cost(self) -> GivenCost:
+        """Return the cost."""
+        raise NotImplementedError
+
+    def make_context(self) -> Context:
+        """Return a context with the groups that the cost names, `autoprune.testing.contexts.context_of` of a model."""
+        return image_context()
+
+    def test_every_candidate_has_a_finite_cost(self) -> None:
+        context = self.make_context()
+        costs = self._computed(context, _draw(context.space))
+        assert costs.dtype == np.float64
+        assert costs.shape == (20,)
+        assert np.isfinite(costs).all()
+
+    def test_the_cost_of_a_candidate_does_not_depend_on_the_others_or_on_the_call(self) -> None:
+        context = self.make_context()
+        candidates = _draw(context.space)
+        together = self._computed(context, candidates)
+        alone = [self._computed(context, candidate[None])[0] for candidate in candidates]
+        np.testing.assert_allclose(together, alone, rtol=1e-9, atol=0)
+        np.testing.assert_allclose(together, self._computed(context, candidates[::-1].copy())[::-1], rtol=1e-9, atol=0)
+
+    def _computed(self, context: Context, candidates: IntArray) -> FloatArray:
+        return make_costs(context.structure, context.space, {"own": self.make_cost()})["own"](candidates)
 
 
 class MetricContract:
