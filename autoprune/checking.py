@@ -207,7 +207,7 @@ class _Trial:
             log.info("calibration check: %s: %s", type(error).__name__, error)
             return np.full(1, np.inf)
         finally:
-            self._slicer.cut(Edit({}, {}))  # so that nothing holds references to the candidate
+            self._slicer.release()
             refit.forget()
             give_back(context.model)
 

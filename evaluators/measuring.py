@@ -142,7 +142,7 @@ class Adapted:
         edit = self._edit(candidate)
         if not private:
             self._held = b""
-            self._slicer.cut(Edit({}, {}))  # releases the candidate before
+            self._slicer.release()
             give_back(self._context.model)
         module = build(self._context.model, edit) if private else self._slicer.cut(edit)
         if candidate.any():

@@ -24,19 +24,35 @@ _DEAD = 1e-12  # of the running variance: less is no variance to compare with
 
 @dataclass(frozen=True)
 class _Norm:
-    """Batch norm in the dense model.
+    """Batch norm in the dense model: in each row m - a, v and b of the inputs that it normalises, see `Correction`.
+
+    Where b is too small to compare with it is NaN. Float64, shape (3, channels) each: candidates take their channels
+    from all three at once.
 
     Attributes:
-        mean: Running mean, float64, shape (channels,).
-        var: Running variance.
-        calls: Moments of its inputs in each batch and call.
-        whole: The same over all of them.
+        calls: For each batch and call.
+        whole: Over all of them.
     """
 
-    mean: Tensor
-    var: Tensor
-    calls: Sequence[BatchMoments]
-    whole: BatchMoments
+    calls: Sequence[Tensor]
+    whole: Tensor
+
+    @classmethod
+    def of(cls, norm: tuple[Tensor, Tensor], calls: Sequence[BatchMoments]) -> _Norm:
+        """Take the running statistics of a norm, and the moments of its inputs in each call."""
+        mean, var = (each.double() for each in norm)
+
+        def rows(moments: BatchMoments) -> Tensor:
+            assert moments.var is not None
+            safe = moments.var.clamp(min=torch.finfo(moments.var.dtype).tiny)
+            spread = torch.where(moments.var > _DEAD * var, safe, torch.nan)
+            return torch.stack([mean - moments.mean, var, spread])
+
+        return cls([rows(moments) for moments in calls], rows(BatchMoments.of_parts(calls)))
+
+    def kept(self, index: Tensor) -> _Norm:
+        """The same of the channels that stay."""
+        return _Norm([rows[:, index] for rows in self.calls], self.whole[:, index])
 
 
 class Correction:
@@ -60,12 +76,7 @@ class Correction:
         with torch.no_grad():
             calls = _measured(statistics(dense), self._batches, partial(calibration.forward, dense), lambda *_: None)
         own = statistics(dense)
-        self._norms = {
-            names[norm]: _Norm(
-                own[norm][0].double().clone(), own[norm][1].double().clone(), seen, BatchMoments.of_parts(seen)
-            )
-            for norm, seen in calls.items()
-        }
+        self._norms = {names[norm]: _Norm.of(own[norm], seen) for norm, seen in calls.items()}
 
     def apply(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
         """Correct the running statistics of a pruned module in evaluation mode, by replacing its buffers.
@@ -76,12 +87,15 @@ class Correction:
             run: Runs it on a batch; norms that do not run are left as they are.
         """
         names = {part: name for name, part in module.named_modules()}
-        norms = {norm: self._norms[names[norm]] for norm in statistics(module) if names[norm] in self._norms}
-        kept = {norm: _kept(edit, names[norm], dense.mean) for norm, dense in norms.items()}
+        norms = {
+            norm: _kept(edit, names[norm], self._norms[names[norm]])
+            for norm in statistics(module)
+            if names[norm] in self._norms
+        }
 
         def correct(norm: _BatchNorm, call: int, own: BatchMoments) -> None:
             if call < len(norms[norm].calls):
-                _correct(norm, norms[norm], norms[norm].calls[call], own, kept[norm])
+                _correct(norm, norms[norm].calls[call], own)
 
         modes = [(part, part.training) for part in module.modules()]
         module.eval()
@@ -92,7 +106,8 @@ class Correction:
             for part, mode in modes:
                 part.training = mode
         for norm, calls in seen.items():
-            _correct(norm, norms[norm], norms[norm].whole, BatchMoments.of_parts(calls), kept[norm])
+            if len(calls) > 1 or len(norms[norm].calls) > 1:  # else the only call left them so
+                _correct(norm, norms[norm].whole, BatchMoments.of_parts(calls))
 
 
 def _measured(
@@ -133,20 +148,18 @@ def _real(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if kept is None else x.movedim(1, -1)[kept]
 
 
-def _kept(edit: Edit, name: str, mean: Tensor) -> Tensor:
-    """Channels that stay."""
+def _kept(edit: Edit, name: str, dense: _Norm) -> _Norm:
+    """Take the channels that stay."""
     index = edit.slices.get(f"{name}.running_mean", {}).get(0)
-    return torch.arange(len(mean), device=mean.device) if index is None else torch.from_numpy(index).to(mean.device)
+    return dense if index is None else dense.kept(torch.from_numpy(index).to(dense.whole.device))
 
 
-def _correct(norm: _BatchNorm, dense: _Norm, before: BatchMoments, now: BatchMoments, kept: Tensor) -> None:
-    """Give a norm the statistics under which inputs with moments `now` give what `before` gave in the dense model."""
-    assert before.var is not None
+def _correct(norm: _BatchNorm, dense: Tensor, now: BatchMoments) -> None:
+    """Give a norm the statistics under which inputs with moments `now` give what those of `dense` gave in its place."""
     assert now.var is not None
-    mean, var, was, spread = (each[kept] for each in (dense.mean, dense.var, before.mean, before.var))
-    ratio = torch.where(spread > _DEAD * var, now.var / spread.clamp(min=torch.finfo(spread.dtype).tiny), 1.0)
-    ratio = torch.nan_to_num(ratio, nan=1.0).clamp(1 / _MOST, _MOST)
     assert norm.running_mean is not None
+    shift, var, spread = dense
+    ratio = (now.var / spread).nan_to_num_(nan=1.0).clamp_(1 / _MOST, _MOST)
     kind = norm.running_mean.dtype
-    norm.running_mean = (now.mean + (mean - was) * ratio.sqrt()).to(kind)
-    norm.running_var = (var * ratio + norm.eps * (ratio - 1)).clamp(min=0).to(kind)  # so that v + eps has the ratio
+    norm.running_mean = (now.mean + shift * ratio.sqrt()).to(kind)
+    norm.running_var = (var * ratio + norm.eps * (ratio - 1)).clamp_(min=0).to(kind)  # so that v + eps has the ratio

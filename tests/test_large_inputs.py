@@ -20,7 +20,7 @@ import autoprune
 from autoprune import mapped
 from autoprune.batches import default_forward
 from autoprune.costs import StructuralCosts
-from autoprune.evaluators import AdaptiveBN, Context, room
+from autoprune.evaluators import AdaptiveBN, Context, normalisation, room
 from autoprune.evaluators import layers as layers_module
 from autoprune.evaluators.cuts import flow_of
 from autoprune.evaluators.layers import Layer, find_layers
@@ -198,6 +198,26 @@ class TestFreshCuts:
         monkeypatch.setattr(checks.Checker, "_follow", lambda *given: passes.append(1) or follow(*given))
         assert len(analyse(Example(chain(6), (torch.ones(2, 4),))).groups) == 5
         assert len(passes) == ROUNDS
+
+
+class TestCorrection:
+    @pytest.mark.parametrize("batches", [1, 3])
+    def test_each_norm_is_corrected_once_a_batch_and_its_channels_are_taken_once_a_candidate(
+        self, batches: int, monkeypatch: Any
+    ):
+        model = nn.Sequential(nn.Conv1d(2, 6, 1), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 4, 1)).eval()
+        data = [torch.randn(8, 2, 5) for _ in range(batches)]
+        structure = analyse(Example(model, (data[0],)))
+        correction = normalisation.Correction(Calibration(model, structure, data, lambda m, batch: m(batch)))
+        names = ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var")
+        half = {name: {0: np.arange(3)} for name in names} | {"3.weight": {1: np.arange(3)}}
+        cut = slicing.Slicer(model).cut(Edit(half, {})).eval()
+        correct, calls = normalisation._correct, []
+        monkeypatch.setattr(normalisation, "_correct", lambda *given: calls.append(1) or correct(*given))
+        with Counting() as below:
+            correction.apply(cut, Edit(half, {}), cut)
+        assert len(calls) == (1 if batches == 1 else batches + 1)
+        assert sum("index" in name for name in below.names) == batches + 1
 
 
 class TestSwapped:

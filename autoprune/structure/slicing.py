@@ -81,6 +81,11 @@ class Slicer:
         self._changed = changed
         return self.skeleton
 
+    def release(self) -> None:
+        """Keep no tensor of the last cut: until the next one, the skeleton holds the model's own and must not run."""
+        for owner in self._owners:
+            owner.holder[owner.key] = owner.tensor
+
     def _exchange(self, graphs: Mapping[str, Description]) -> None:
         """Put recorded modules in place of their originals, and restore the originals of the last cut.
 
