@@ -61,6 +61,12 @@ def reasons(structure: Structure, tensor: str) -> str:
     return "; ".join(frozen.reason for frozen in structure.frozen if frozen.tensor == tensor)
 
 
+def perceptron(inputs: int = 4, hidden: int = 8) -> nn.Sequential:
+    """Two linear layers; the first one's units can go."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 3))
+
+
 def residual() -> nn.Module:
     def forward(s: Net, x: Tensor) -> Tensor:
         y = s.stem(x)

@@ -1,15 +1,13 @@
-"""`inspect`: figures against models built and counted, the text, and the example inputs it runs on."""
+"""`inspect`: figures against models built and counted, the text, and the page."""
 
 import json
 import re
 import warnings
-from functools import partial
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import autoprune
@@ -18,7 +16,7 @@ from autoprune.inspection import Inspection, inspect
 from autoprune.inspection.text import human
 from autoprune.protocols import Pruning
 from autoprune.search_spaces import Channels
-from autoprune.structure.examples import example_inputs_of, examples_of, unwrap
+from tests.small_networks import perceptron
 from tests.zoo import ZOO
 
 NAMES = ("vgg_bn", "resnet20_padded", "densenet", "mobilenet_v2", "shufflenet_v2", "mlp", "tied_autoencoder")
@@ -27,11 +25,6 @@ NAMES = ("vgg_bn", "resnet20_padded", "densenet", "mobilenet_v2", "shufflenet_v2
 @pytest.fixture(scope="module")
 def inspections() -> dict[str, Inspection]:
     return {name: inspect(ZOO[name].build(), ZOO[name].inputs()) for name in NAMES}
-
-
-def small(inputs: int = 4, hidden: int = 8) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 3))
 
 
 def counted(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, int]:
@@ -63,7 +56,7 @@ def test_shares_are_those_of_models_built_with_one_unit_left_where_the_space_all
     "space", [Channels(), Channels(min_fraction=0.25, round_to=4), Channels(bounds={"0.0": (0.5, 1)})]
 )
 def test_what_is_removable_is_what_a_search_with_the_same_space_reaches(space):
-    model, inputs = small(hidden=64), torch.randn(2, 4)
+    model, inputs = perceptron(hidden=64), torch.randn(2, 4)
     found = inspect(nn.Sequential(model, nn.ReLU(), nn.Linear(3, 2)), inputs, space=space)
     with pytest.raises(autoprune.InfeasibleBudgetError) as raised:
         autoprune.search(
@@ -78,7 +71,7 @@ def test_what_is_removable_is_what_a_search_with_the_same_space_reaches(space):
 
 
 def test_a_space_without_a_choice_leaves_nothing_removable():
-    found = inspect(small(), torch.randn(2, 4), space=Channels(ignore=["*"]))
+    found = inspect(perceptron(), torch.randn(2, 4), space=Channels(ignore=["*"]))
     assert set(found.removable.values()) == {0.0}
     assert found.groups
 
@@ -96,7 +89,7 @@ def test_no_group_reaches_more_than_all_and_all_reach_no_more_than_the_sum(name,
 
 @pytest.mark.slow
 def test_memory_is_stated_for_one_sample_whatever_the_batch():
-    model = small()
+    model = perceptron()
     parameters = sum(p.numel() for p in model.parameters())
     figures = [inspect(model, torch.ones(batch, 4)).dense["memory_bytes"] for batch in (2, 16)]
     assert figures[0] == figures[1] == 4 * (parameters + 4 + 8 + 8)  # the input, then before and after the ReLU
@@ -118,7 +111,7 @@ def test_layers_are_the_modules_that_shrink_with_a_group():
 
 
 def test_frozen_parts_come_by_reason_largest_first_with_the_share_they_involve():
-    found = inspect(small(inputs=40), torch.ones(2, 40))
+    found = inspect(perceptron(inputs=40), torch.ones(2, 40))
     reads, returns = found.frozen
     total = 40 * 8 + 8 + 8 * 3 + 3
     assert "reads the model's input" in reads.reason
@@ -210,7 +203,7 @@ def test_a_trace_on_real_values_is_mentioned(inspections):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * (2 if x.sum().item() > 0 else 1)
 
-    found = inspect(Reads(*small()), torch.ones(2, 4))
+    found = inspect(Reads(*perceptron()), torch.ones(2, 4))
     assert found.to_dict()["traced_on"] == "cpu"
     assert "real values (cpu)" in str(found)
     # at most the input, both sides of a layer and the number that is read, in 32-bit floats
@@ -258,183 +251,7 @@ def test_errors_of_the_analysis_pass_through():
     with pytest.raises(UnsupportedModelError, match="ScriptModule"):
         inspect(scripted, torch.ones(2, 4))
     with pytest.raises(ValueError, match="checks must be"):
-        inspect(small(), torch.ones(2, 4), checks="off")
-
-
-def test_given_inputs_are_told_apart_by_type():
-    x, y = torch.ones(2, 4), torch.zeros(2)
-    model = small()
-    model.example_input_array = y  # what is given goes before what the model carries
-    for given, expected in ((x, ((x,), {})), ((x, y), ((x, y), {})), ({"x": x}, ((), {"x": x})), ((), ((), {}))):
-        found = example_inputs_of(model, given)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)  # also containers of another type or length
-        assert not {id(tensor) for tensor in (x, y)} & {id(leaf) for leaf in tree_leaves(found)}  # copies
-
-
-@pytest.mark.parametrize("given", [[[torch.ones(2, 4)]], 3, {0: torch.ones(2, 4)}])
-def test_inputs_of_another_form_are_refused(given):
-    wrong = type(given[0] if isinstance(given, list) else given).__name__
-    with pytest.raises(ValueError, match=rf"example_inputs must be a tensor, .* got {wrong}; .*\(x,\)"):
-        examples_of(small(), given)
-
-
-def test_an_empty_list_of_examples_is_refused():
-    with pytest.raises(ValueError, match="example_inputs must hold at least one example, got an empty list"):
-        inspect(small(), [])
-
-
-def test_a_model_without_an_example_asks_for_one():
-    with pytest.raises(ValueError, match="example_inputs must be given, because Sequential carries no example"):
-        inspect(small())
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value"),
-    [
-        ("example_input_array", torch.ones(2, 4)),
-        ("example_input_array", (torch.ones(2, 4),)),
-        ("example_input_array", {"input": torch.ones(2, 4)}),
-        ("dummy_inputs", torch.ones(2, 4)),
-        ("dummy_inputs", {"input": torch.ones(2, 4)}),
-        ("default_cfg", {"input_size": (4,)}),
-        ("pretrained_cfg", {"input_size": (4,), "url": ""}),
-    ],
-)
-def test_the_model_may_carry_its_own_example(attribute, value):
-    model = small()
-    setattr(model, attribute, value)
-    assert [group.name for group in inspect(model).groups] == ["0"]
-
-
-def test_an_example_drawn_from_noise_is_always_the_same_and_moves_no_random_state(global_rng_untouched):
-    class Drawn(nn.Sequential):
-        @property
-        def example_input_array(self) -> Tensor:
-            return torch.randn(2, 4)
-
-    sized = small().double()
-    sized.default_cfg = {"input_size": (3, 8, 8)}
-    with global_rng_untouched():
-        for model, shape in ((Drawn(*small()), (2, 4)), (sized, (2, 3, 8, 8))):
-            (first,), (second,) = example_inputs_of(model)[0], example_inputs_of(model)[0]
-            assert first.shape == shape
-            assert torch.equal(first, second)
-    assert first.dtype == torch.float64
-    assert first.std() > 0.5
-
-
-def test_dummy_inputs_that_are_not_the_main_input_are_passed_over():
-    model = small()
-    model.dummy_inputs = {"input_ids": torch.ones(2, 4, dtype=torch.int64)}
-    model.main_input_name = "pixel_values"
-    with pytest.raises(ValueError, match="example_inputs must be given"):
-        example_inputs_of(model)
-    model.main_input_name = "input_ids"
-    assert set(example_inputs_of(model)[1]) == {"input_ids"}
-
-
-@pytest.mark.slow
-def test_wrappers_are_looked_through():
-    model = small()
-    model.example_input_array = torch.ones(2, 4)
-    parallel = nn.DataParallel(model)
-    compiled = partial(torch.compile, backend="eager")
-    for wrapped in (model, parallel, compiled(model), compiled(parallel), nn.DataParallel(parallel)):
-        assert unwrap(wrapped) is model
-    assert inspect(compiled(parallel)).to_dict() == inspect(model).to_dict()
-
-
-def test_distributed_data_parallel_is_looked_through():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = small()
-        assert unwrap(nn.parallel.DistributedDataParallel(model)) is model
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_a_module_of_its_own_called_module_is_no_wrapper():
-    class Owner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = small()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.module(x)
-
-    assert [group.name for group in inspect(Owner(), torch.ones(2, 4)).groups] == ["module.0"]
-
-
-class Sides(nn.Module):
-    """Gives its hidden features besides what matters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.neck, self.head = nn.Linear(4, 16), nn.Linear(16, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor | list[Tensor]]:
-        hidden = self.body(x).relu()
-        neck = self.neck(hidden).relu()
-        return {"logits": self.head(neck), "hidden_states": [x, hidden], "neck": neck}
-
-
-class SidesInTuple(Sides):
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        made = super().forward(x)
-        return made["logits"], made["hidden_states"][1], made["neck"]
-
-
-def test_what_is_returned_is_named_with_the_outputs_to_pass_for_freeing_it():
-    found = inspect(Sides(), torch.ones(2, 4))
-    assert not found.groups
-    returned = {part.reason: part for part in found.frozen if part.reason.startswith("returned")}
-    assert returned.keys() == {"returned as 'logits'", "returned as 'hidden_states'", "returned as 'neck'"}
-    hidden = returned["returned as 'hidden_states'"]
-    assert hidden.tensors == ("body.weight", "body.bias", "neck.weight")
-    assert hidden.remedy == "if it does not matter, pass outputs=['logits', 'neck']"
-    assert hidden.params_share == pytest.approx((64 + 16 + 128) / found.dense["params"])
-    assert returned["returned as 'logits'"].tensors == ("head.weight", "head.bias")
-    assert "returned as 'hidden_states': body.weight, body.bias, neck.weight" in " ".join(str(found).split())
-
-
-@pytest.mark.parametrize(
-    ("model", "outputs", "groups"),
-    [
-        (Sides(), "logits", ["body", "neck"]),
-        (Sides(), ["logits", "neck"], ["body"]),
-        (Sides(), lambda made: made["logits"], ["body", "neck"]),
-        (SidesInTuple(), 0, ["body", "neck"]),
-        (SidesInTuple(), [0, 1], ["neck"]),
-    ],
-)
-def test_outputs_that_do_not_matter_free_what_reaches_them_alone(model, outputs, groups):
-    found = inspect(model, torch.ones(2, 4), outputs=outputs)
-    assert [group.name for group in found.groups] == groups
-    assert "returned by the model" in {part.reason for part in found.frozen}
-
-
-@pytest.mark.slow
-def test_following_the_advice_frees_what_it_was_given_for():
-    model = SidesInTuple()
-    advice = next(part.remedy for part in inspect(model, torch.ones(2, 4)).frozen if part.reason == "returned as 1")
-    assert advice.endswith("outputs=[0, 2]")
-    assert [group.name for group in inspect(model, torch.ones(2, 4), outputs=[0, 2]).groups] == ["body"]
-
-
-def test_of_two_outputs_the_other_one_is_advised():
-    class Two(Sides):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            made = super().forward(x)
-            return made["logits"], made["neck"]
-
-    remedies = {part.reason: part.remedy for part in inspect(Two(), torch.ones(2, 4)).frozen}
-    assert remedies["returned as 1"] == "if it does not matter, pass outputs=0"
-
-
-@pytest.mark.parametrize(("model", "outputs"), [(Sides(), "nothing"), (SidesInTuple(), 3), (small(), 0)])
-def test_outputs_that_select_nothing_are_refused(model, outputs):
-    with pytest.raises(ValueError, match=f"outputs must select from what the model returns .* got {outputs!r}"):
-        inspect(model, torch.ones(2, 4), outputs=outputs)
+        inspect(perceptron(), torch.ones(2, 4), checks="off")
 
 
 class Heads(nn.Module):
@@ -459,7 +276,7 @@ def test_sizes_that_follow_are_reported_by_name():
     sentence = "Sizes kept in Python that follow the units: 1.num_heads."
     assert sentence in str(found)
     assert sentence in found.to_html()
-    assert inspect(small(), torch.ones(2, 4)).attributes == ()
+    assert inspect(perceptron(), torch.ones(2, 4)).attributes == ()
 
 
 class Page(HTMLParser):

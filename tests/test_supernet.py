@@ -1,10 +1,5 @@
-"""Shared weights: whose gradients they get, that training can stop and go on anywhere, and what is scored with them."""
+"""Shared weights: whose gradients they get, what they learn from, and what is scored with them."""
 
-import copy
-import multiprocessing
-import os
-import pickle
-import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,61 +12,20 @@ from torch import nn
 from torch.func import functional_call
 
 import autoprune
-from autoprune.errors import DataError, RecipeError
-from autoprune.evaluators import FineTune, Supernet
-from autoprune.evaluators.rounds import Rounds
+from autoprune.evaluators import Supernet
 from autoprune.evaluators.sandwich import Sandwich, random_candidates
-from autoprune.sources import training_loader
 from autoprune.testing.contracts import EvaluatorContract
 from tests.contexts import classes_context, halved, regression_context, study_of
+from tests.supernets import (
+    Dropping,
+    Plain,
+    context_of,
+    made,
+    prepared,
+    rows,
+    weights,
+)
 from tests.zoo.attention import EinsumVit
-
-
-class Plain(nn.Sequential):
-    """Linear layers; a hidden unit whose weights and bias are zero is as good as removed."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-class Dropping(nn.Sequential):
-    """Draws in training, and normalises."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 4))
-
-
-def made(kind, *args):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return kind(*args).eval()
-
-
-def rows(n=90, seed=0):
-    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
-    return x, x[:, :4].argmax(1)
-
-
-def context_of(kind=Dropping, data=None, **settings):
-    data = autoprune.Data(validation=rows(), batch_size=16) if data is None else data
-    return study_of(made(kind), data, evaluator="adaptive_bn", **settings).context
-
-
-def prepared(context, **settings):
-    evaluator = Supernet(**settings)
-    evaluator.prepare(context)
-    return evaluator
-
-
-def weights(evaluator):
-    """The weights of the largest candidate."""
-    return evaluator.build(np.zeros(len(evaluator._context.space.sizes), dtype=np.int64)).state_dict()
-
-
-def assert_equal(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -84,26 +38,6 @@ CONTEXTS = {
     "drawing": context_of,
     "sparse": partial(context_of, Plain, space="sparsity"),
 }
-
-
-class Keyword(Plain):
-    """Takes its input by name, and nothing else."""
-
-    def forward(self, x):
-        return super().forward(x)
-
-
-@pytest.mark.slow
-def test_the_key_of_the_target_holds_for_the_training_data_too():
-    x, y = rows()
-    batches = [{"x": x[i : i + 15], "kind": y[i : i + 15]} for i in range(0, 90, 15)]
-    named = [{"x": batch["x"], "labels": batch["kind"]} for batch in batches]
-    data = autoprune.Data(validation=batches, labels="kind")
-    found = weights(prepared(context_of(Keyword, data), steps=3, data=batches))
-    expected = weights(prepared(context_of(Keyword, autoprune.Data(validation=named)), steps=3, data=named))
-    assert_equal(found, expected)
-    with pytest.raises(DataError, match="labels='kind' must be a key of every batch"):
-        prepared(context_of(Keyword, data), steps=3, data=named)
 
 
 @pytest.mark.parametrize("name", CONTEXTS, scope="class")
@@ -213,124 +147,6 @@ def test_heads_and_inner_widths_of_a_transformer_share_weights():
         np.testing.assert_allclose(outcome.signal, losses, atol=1e-4)
 
 
-SGD = {
-    "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "schedule": lambda optimizer, steps: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps),
-}
-
-
-class Augmented(torch.utils.data.Dataset):
-    """Adds noise from the global generator of PyTorch, and raises or dies when it has given `most` samples."""
-
-    def __init__(self, most=10**9, end=None):
-        self.most, self.end = most, end
-
-    def __len__(self):
-        return 45
-
-    def __getitem__(self, i):
-        self.most -= 1
-        if self.most < 0:
-            self.end()
-        x, y = rows()
-        return x[i] + 0.1 * torch.randn(6), y[i]
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", [{}, SGD], ids=["default", "of the user's"])
-def test_a_training_killed_in_the_middle_goes_on_to_the_same_weights(context, recipe, tmp_path):
-    settings = {"steps": 12, "batch_size": 10, "checkpoint_steps": 5, **recipe}
-    uninterrupted = prepared(context, data=Augmented(), **settings)
-    file = tmp_path / "new folder" / "supernet.safetensors"
-    for most in (30, 70, 60):  # samples: before the first checkpoint, two steps after it, and just after the second
-        killed = multiprocessing.get_context("fork").Process(
-            target=prepared, args=(context,), kwargs={"data": Augmented(most, kill), "checkpoint": file, **settings}
-        )
-        killed.start()
-        killed.join()
-        assert killed.exitcode == -signal.SIGKILL
-        assert file.exists() == (most > 30)
-    assert_equal(
-        weights(prepared(context, data=Augmented(), checkpoint=file, **settings)),
-        weights(uninterrupted),
-    )
-    assert os.listdir(file.parent) == [file.name]
-
-
-@pytest.mark.slow
-def test_the_calibration_samples_are_taken_up_where_they_were_left(context, tmp_path):
-    def forward(model, batch, count=[0]):  # noqa: B006
-        count[0] += 1
-        if count[0] > 80:
-            interrupt()
-        return model(batch[0])
-
-    settings = {"steps": 20, "checkpoint_steps": 3, "checkpoint": tmp_path / "a"}
-    with pytest.raises(KeyboardInterrupt):
-        prepared(replace(context, forward=forward), **settings)
-    resumed = prepared(context, **settings)
-    assert_equal(weights(resumed), weights(prepared(context, **settings | {"checkpoint": None})))
-
-
-def test_a_finished_checkpoint_is_not_trained_again(context, tmp_path):
-    settings = {"steps": 3, "checkpoint": tmp_path / "a", "batch_size": 10}
-    first = prepared(context, data=Augmented(), **settings)
-    again = prepared(context, data=Augmented(0, interrupt), **settings)
-    assert_equal(weights(first), weights(again))
-    _same = first.evaluate(halved(context)[None]), again.evaluate(halved(context)[None])
-    np.testing.assert_array_equal(_same[0][0].signal, _same[1][0].signal)
-
-
-@pytest.mark.slow
-def test_checkpoints_of_other_trainings_and_damaged_ones_are_refused(context, tmp_path):
-    file = tmp_path / "a"
-    prepared(context, steps=2, checkpoint=file)
-    with pytest.raises(ValueError, match="made with another steps, another seed;"):
-        prepared(context, steps=3, seed=1, checkpoint=file)
-    with pytest.raises(ValueError, match="made with another data, another space;"):
-        prepared(context_of(data=rows(seed=1), space=autoprune.Channels(step=0.5)), steps=2, checkpoint=file)
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(RecipeError, match="cannot be read"):
-        prepared(context, steps=2, checkpoint=file)
-    from safetensors.torch import save_file
-
-    save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(RecipeError, match="must have the format"):
-        prepared(context, steps=2, checkpoint=file)
-
-
-def test_what_cannot_be_written_without_pickle_is_named(context, tmp_path):
-    def strange(optimizer, steps):
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        schedule.history = {1, 2}
-        return schedule
-
-    with pytest.raises(ValueError, match="got set at schedule/history"):
-        prepared(context, steps=2, schedule=strange, checkpoint=tmp_path / "a", checkpoint_steps=1)
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_the_last_checkpoint(context, tmp_path):
-    def loss(outputs, batch, count=[0]):  # noqa: B006
-        count[0] += 1
-        return outputs.square().mean() * (float("nan") if count[0] > 4 else 1)
-
-    settings = {"steps": 8, "checkpoint": tmp_path / "a", "checkpoint_steps": 2}
-    with pytest.raises(ValueError, match=r"that of the largest candidate is nan at step 4; lower lr \(now 0.0005\)"):
-        prepared(context, loss=loss, **settings)
-    resumed = prepared(context, loss=lambda outputs, batch: outputs.square().mean(), **settings)
-    whole = prepared(context, loss=lambda outputs, batch: outputs.square().mean(), steps=8)
-    assert_equal(weights(resumed), weights(whole))
-
-
 @pytest.mark.slow
 def test_the_largest_learns_from_the_loss_of_the_user(context):
     zero = prepared(context, steps=60, lr=0.01, loss=lambda outputs, batch: 100 * outputs.square().mean())
@@ -353,45 +169,6 @@ def test_a_loss_is_asked_for_where_there_is_nothing_to_learn_and_serves_all_cand
 
 
 @pytest.mark.slow
-def test_searches_of_one_evaluator_and_its_copies_share_one_training(context):
-    evaluator = Supernet(steps=2, data=Augmented(100, interrupt), batch_size=45)
-    fresh, started = copy.deepcopy(evaluator), copy.deepcopy(FineTune(start=evaluator, steps=1))
-    evaluator.prepare(context)
-    for other in (evaluator, fresh, started, pickle.loads(pickle.dumps(fresh))):
-        other.prepare(context)
-    assert_equal(weights(fresh), weights(evaluator))
-    assert started.identity.endswith(f" of {evaluator.identity}")
-    with pytest.raises(KeyboardInterrupt):
-        evaluator.prepare(context_of(data=rows(seed=1), space=autoprune.Channels(step=0.5)))
-
-
-class Unpicklable(Augmented):
-    def __reduce__(self):
-        raise TypeError("not to be sent")
-
-
-@pytest.mark.ray
-def test_workers_get_the_weights_and_neither_train_nor_see_the_training_data():
-    def search(executor):
-        evaluator = Supernet(steps=3, data=Unpicklable(135, interrupt), batch_size=45)
-        data = autoprune.Data(validation=rows(), batch_size=16)
-        return autoprune.search(
-            made(Dropping), "flops <= 60%", data, evaluator=evaluator, executor=executor, trials=8, progress=False
-        )
-
-    local, remote = search("local"), search(autoprune.execution.RayExecutor(workers=1, synchronous=True))
-    assert {t.status for t in remote.trials} == {"ok"}
-    assert [(t.candidate, t.signal) for t in remote.trials] == [(t.candidate, t.signal) for t in local.trials]
-
-
-@pytest.mark.slow
-def test_what_was_pickled_for_one_search_refuses_another(context):
-    sent = pickle.loads(pickle.dumps(prepared(context, steps=2, data=rows())))
-    with pytest.raises(ValueError, match="without its training data"):
-        sent.prepare(context_of(Plain))
-
-
-@pytest.mark.slow
 def test_a_search_says_what_its_dense_network_is_and_builds_what_it_scored(tmp_path):
     data, model = autoprune.Data(validation=rows(), batch_size=16), made(Dropping)
     settings = {"trials": 4, "progress": False, "run_dir": tmp_path / "run"}
@@ -406,22 +183,6 @@ def test_a_search_says_what_its_dense_network_is_and_builds_what_it_scored(tmp_p
         assert float((loaded(x).argmax(1) == y).double().mean()) == pytest.approx(result.best().score)
     with pytest.raises(ValueError, match=r"differs in evaluator \(Supernet with weights"):
         autoprune.search(model, "flops <= 60%", data, evaluator=Supernet(steps=5), resume=True, **settings)
-
-
-@pytest.mark.slow
-def test_a_search_killed_while_its_supernet_trains_is_resumed_as_if_nothing_had_happened(tmp_path):
-    def search(run_dir, most):
-        supernet = Supernet(
-            6, Augmented(most, interrupt), batch_size=45, checkpoint=tmp_path / run_dir / "weights", checkpoint_steps=2
-        )
-        settings = {"trials": 4, "progress": False, "run_dir": tmp_path / run_dir, "resume": True}
-        data = autoprune.Data(validation=rows(), batch_size=16)
-        result = autoprune.search(made(Dropping), "flops <= 60%", data, evaluator=supernet, **settings)
-        return [(trial.candidate, trial.signal) for trial in result.trials]
-
-    with pytest.raises(KeyboardInterrupt):
-        search("killed", 150)
-    assert search("killed", 225) == search("whole", 1000)
 
 
 @pytest.mark.slow
@@ -442,52 +203,6 @@ def test_candidates_drawn_cost_anything_from_most_to_least():
     means = levels.mean(1)
     assert (np.histogram(means, 4, (0, 1))[0] > 60).all()
     assert levels.std(1).mean() > 0.1
-
-
-SOURCES = {
-    "arrays": lambda: rows(),
-    "numpy": lambda: tuple(array.numpy() for array in rows()),
-    "dataset": Augmented,
-    "loader": lambda: torch.utils.data.DataLoader(Augmented(), 16, shuffle=True, generator=torch.Generator()),
-    "batches": lambda: [rows(16, seed) for seed in range(3)],
-}
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_rounds_go_on_from_any_position_with_the_same_batches(name):
-    def rounds(position=(0, 0)):
-        return Rounds(training_loader(SOURCES[name](), 16, "supernet"), 0, position)
-
-    whole, seen = rounds(), []
-    for _ in range(9):
-        batch = next(whole)
-        seen.append((whole.position, batch))
-    for i in (0, 2, 4, 7):
-        again = rounds(seen[i][0])
-        for position, batch in seen[i + 1 :]:
-            assert all(torch.equal(a, b) for a, b in zip(next(again), batch, strict=True))
-            assert again.position == position
-    if name != "batches":
-        firsts = [batch[0] for (_, read), batch in seen if read == 1]
-        assert len(firsts) > 1
-        assert not torch.equal(*firsts[:2])
-
-
-@pytest.mark.slow
-def test_a_batch_of_one_sample_is_passed_over_where_batch_norm_cannot_take_it(context):
-    batches = [rows(1), rows(8), rows(1)]
-    prepared(context, steps=3, data=batches)
-    with pytest.raises(DataError, match="at least 2 samples"):
-        prepared(context, steps=3, data=[rows(1)])
-    prepared(context_of(Plain), steps=3, data=[rows(1)])
-
-
-@pytest.mark.parametrize(
-    ("data", "message"), [((b for b in [rows()]), "no generator"), ("train", "got str"), ([], "0 ")]
-)
-def test_training_data_of_unknown_form_or_without_a_second_round_is_refused(context, data, message):
-    with pytest.raises(DataError, match=message):
-        prepared(context, steps=2, data=data)
 
 
 def test_mixed_precision_runs_in_bfloat16_and_keeps_the_weights_in_single(context):
