@@ -1,7 +1,9 @@
 """Racing: what is dropped is dominated, what survives is what an unraced search would have seen."""
 
+import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from autoprune.optimizers.random import RandomSearch
 from autoprune.protocols import OK, RACED, Failure, Measurement
 from autoprune.racing import Race, evaluate, log_evidence
 from autoprune.result import SearchResult
+from autoprune.result.trials import Trial
+from autoprune.rivals import Rivals
 from tests.labelled import BATCH, SAMPLES, make_data
 from tests.resuming import Counting, rows, seen
 from tests.resuming import search as search_any
@@ -159,6 +163,37 @@ class TestOneRace:
         evaluator = Scores(self.rival)
         assert len(evaluate(evaluator, self.candidate).signal) == 100
         assert evaluator.batches == 1
+
+
+class TestWhoIsTheRival:
+    """Trials 0 to 3 were asked for before, trial 4 together with those that are to be scored."""
+
+    costs = ((4.0, 4.0), (4.0, 4.0), (3.0, 9.0), (9.0, 3.0), (1.0, 1.0))
+    signals = (0.3, 0.4, 0.1, 0.2, 0.0)
+
+    def trial(self, number, costs, signal=math.nan, **settings):
+        named = dict(zip(("flops", "params"), costs, strict=True))
+        return Trial(number, (number, 1), {}, named, math.nan, (math.nan, math.nan), signal, **settings)
+
+    def rivals(self, costs, **settings):
+        found = [self.trial(i, *both) for i, both in enumerate(zip(self.costs, self.signals, strict=True))]
+        found[0] = replace(found[0], **settings)
+        problem = SimpleNamespace(cost_names=("flops", "params"), probes=lambda rows: np.zeros(len(rows), dtype=bool))
+        judge = SimpleNamespace(higher_is_better=True)
+        study = SimpleNamespace(problem=problem, context=SimpleNamespace(judge=judge))
+        values = np.ones(3, np.float32)
+        journal = SimpleNamespace(first_of_ask=lambda number: 4, values=lambda number: (values, values))
+        races = Rivals(study, Racing(), journal, Measurement(values, values, 0.0)).races([self.trial(5, costs)], found)
+        return [race and race.rival for race in races]
+
+    def test_it_costs_as_much_or_less_in_every_cost_and_is_the_best_of_these(self):
+        assert self.rivals((4.0, 4.0)) == [0]
+        assert self.rivals((4.0, 3.9)) == [None]
+        assert self.rivals((9.0, 9.0)) == [2]
+
+    def test_what_was_dropped_or_is_over_a_limit_is_nobodys_rival(self):
+        assert self.rivals((4.0, 4.0), status=RACED) == [1]
+        assert self.rivals((4.0, 4.0), feasible=False) == [1]
 
 
 @pytest.fixture(scope="module")
