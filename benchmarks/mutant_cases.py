@@ -131,7 +131,7 @@ MUTANTS = (
         RIVALS,
         "fits = (known <= cost).all(axis=1) & (ids",
         "fits = (known <= cost).any(axis=1) & (ids",
-        ("test_racing",),
+        ("test_racing::TestWhoIsTheRival",),
         "a rival need be cheaper in one cost only",
     ),
     # Early stopping.
@@ -261,21 +261,21 @@ MUTANTS = (
         MODEL_FILE,
         "0 <= min(index) <= max(index) < size",
         "0 <= min(index) <= max(index) <= size",
-        ("test_recipe",),
+        ("test_recipe::TestRefusals",),
         "an index one past the end",
     ),
     Mutant(
         TENSOR_FILE,
         "if metadata[HASH] != digest:",
         "if not metadata[HASH]:",
-        ("test_recipe",),
+        ("test_recipe::TestRefusals",),
         "a hash that is not compared",
     ),
     Mutant(
         RESULT_FOLDER,
         "named = _named_in(found) if found.exists() else set()",
         "named: set[str] = set()",
-        ("test_result",),
+        ("test_result::TestSaveAndLoad",),
         "files of an earlier save are overwritten",
     ),
     # Search spaces.
@@ -283,7 +283,7 @@ MUTANTS = (
         CHANNELS,
         "tuple(sorted(self.order[dimension.name][: dimension.options[options[j]]]))",
         "tuple(self.order[dimension.name][: dimension.options[options[j]]])",
-        ("test_channels",),
+        ("test_channels::TestWhatCandidatesMean",),
         "units in the order of importance",
     ),
     Mutant(
