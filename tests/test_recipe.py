@@ -257,6 +257,7 @@ class TestRefusals:
             ({"attributes": {"99": {"out_features": 1}}}, "was not made for this Sequential"),
             ({"slices": {"0.weight": {"0": [0, 0]}}}, "must be different numbers from 0 to 47"),
             ({"slices": {"0.weight": {"0": [-1]}}}, "must be different numbers from 0 to 47"),
+            ({"slices": {"0.weight": {"0": [48]}}}, "must be different numbers from 0 to 47"),
             ({"slices": {"0.weight": {"7": [1]}}}, "holds a damaged recipe"),
             ({"slices": {"0.weight": {"0": [2**70]}}}, "must be different numbers"),
             ({"dense_shapes": {"0.weight": "48"}}, "must be a list"),

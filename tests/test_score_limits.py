@@ -348,6 +348,11 @@ class TestConvergence:
         failed = [dataclasses.replace(t, status=FAILED, signal=math.nan) for t in self.trials(rows)]
         assert not self.why(self.trials(self.start) + failed)
 
+    def test_trials_over_a_limit_gain_nothing(self):
+        still, last = self.trials(self.start + ((0.8, 0.9),) * 40), self.trials([(0.7, 0.1)])
+        assert not self.why(still + last)
+        assert self.why([*still, dataclasses.replace(last[0], feasible=False)])
+
     def test_trials_dropped_early_count_as_tried_whatever_their_estimate_promises(self):
         rows = self.start + ((0.8, 0.9),) * 39 + ((0.7, 0.1),)
         trials = self.trials(rows)
