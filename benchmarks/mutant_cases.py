@@ -211,7 +211,7 @@ MUTANTS = (
         REPAIR,
         "alive &= (change <= room[:, None]).all(axis=2)",
         "alive &= (change < room[:, None]).all(axis=2)",
-        ("test_repair", "test_optimizers"),
+        ("test_changes",),
         "a step that just fits is not taken",
     ),
     Mutant(

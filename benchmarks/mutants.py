@@ -24,7 +24,17 @@ from benchmarks.mutant_cases import MUTANTS, Mutant
 
 COMMAND = "python -m benchmarks.mutants"
 ROOT = Path(__file__).parents[1]
-COPIED = ("autoprune", "evaluators", "search_spaces", "tests", "docs", "benchmarks", "pyproject.toml", "README.md")
+COPIED = (
+    "autoprune",
+    "evaluators",
+    "search_spaces",
+    "tests",
+    "docs",
+    "benchmarks",
+    "examples",
+    "pyproject.toml",
+    "README.md",
+)
 LIMIT_SECONDS = 300
 MOST_SURVIVORS = 2
 

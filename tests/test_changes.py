@@ -125,6 +125,14 @@ def test_only_coupled_changes_are_worth_another_look(network: str) -> None:
             assert len(coupled) <= 3
 
 
+def repaired_to_exact_costs(problem: Problem) -> IntArray:
+    """Repair under limits that other candidates cost to the last digit, so that some steps just fit."""
+    first, other = np.random.default_rng(1).integers(problem.sizes, size=(2, 100, len(problem.sizes)))
+    return problem.repair(
+        first, np.maximum(problem.costs(problem.repair(other)), problem.costs(problem.cheapest[None]))
+    )
+
+
 PROPOSALS: dict[str, Callable[[Problem], IntArray]] = {
     "cheapest": lambda problem: problem.cheapest[None],
     "uniform": lambda problem: uniform_seeds(problem, (1.0, 0.8)),
@@ -132,6 +140,7 @@ PROPOSALS: dict[str, Callable[[Problem], IntArray]] = {
     "repaired": lambda problem: problem.repair(
         np.random.default_rng(1).integers(problem.sizes, size=(20, len(problem.sizes)))
     ),
+    "repaired to exact costs": repaired_to_exact_costs,
     "filled": lambda problem: fill_up(
         problem, np.tile(problem.cheapest, (9, 1)), np.tile(problem.limits, (9, 1)), np.random.default_rng(0)
     ),
