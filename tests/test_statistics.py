@@ -120,7 +120,7 @@ class TestASearchComputesOnce:
 
         def counting(candidates):
             rows.append(len(candidates))
-            return candidates.sum(axis=1) + 1.0
+            return candidates.indices.sum(axis=1) + 1.0
 
         asked = {}
         for trials in (4, 4 + self.TRIALS):
