@@ -339,7 +339,7 @@ class TestConvergence:
         assert self.why(self.trials(self.start + ((0.7, 0.4),) + ((0.8, 0.9),) * 40))
 
     def test_growth_below_the_budget_range_does_not_count(self):
-        assert self.why(self.trials(self.start + ((0.8, 0.9),) * 39 + ((0.1, 1.1),)))
+        assert self.why(self.trials(self.start + ((0.8, 0.9),) * 39 + ((0.1, 1.0),)))
 
     def test_too_few_trials_single_changes_and_failures_say_nothing(self):
         rows = self.start + ((0.8, 0.9),) * 40
