@@ -70,6 +70,12 @@ def test_repair_reaches_limits_that_the_cheapest_candidate_of_the_problem_does_n
         problem.repair(np.array([[0]]), np.array([1.5, 1.5]))
 
 
+def test_the_cheapest_is_within_all_limits_even_where_another_costs_less_in_sum():
+    table = np.array([[2.0, 2.0], [0.1, 1.1], [0.9, 0.9]])
+    problem = Problem(np.array([3]), ("a", "b"), np.array([1.0, 1.0]), lambda c: table[c[:, 0]])
+    assert problem.cheapest.tolist() == [2]
+
+
 def test_repair_takes_the_same_part_of_the_way_in_every_dimension():
     problem = PROBLEMS["additive"]([65] * 30, seed=0, budget=0.4).problem  # weights differ 100-fold
     start = np.repeat([0, 16, 32], 10)
