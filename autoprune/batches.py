@@ -86,7 +86,8 @@ def divisible(batch: Batch) -> bool:
     size of 1.
     """
     size, target = _leading(batch), targets(batch)
-    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    listed = batch if isinstance(batch, list | tuple) else ()
+    entries = batch.values() if isinstance(batch, Mapping) else listed
     if isinstance(target, Tensor) and _apart(target, size, listed=True):
         return False
     return not any(_apart(entry, size, listed=False) for entry in entries)

@@ -90,7 +90,9 @@ class ScoreLimit:
 
     def worst(self, dense_score: float, higher_is_better: bool) -> float:
         """Worst score allowed, in the metric's own direction, where the dense model scores `dense_score`."""
-        return dense_score + (-self.value if higher_is_better else self.value) if self.drop else self.value
+        if not self.drop:
+            return self.value
+        return dense_score - self.value if higher_is_better else dense_score + self.value
 
 
 @dataclass(frozen=True)

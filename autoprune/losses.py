@@ -177,7 +177,8 @@ def require_classes(loss: Callable[..., Any], outputs: Any, batches: Sequence[Ba
         DataError: Names the first one.
     """
     inner = loss.func if isinstance(loss, partial) else loss
-    settings = vars(inner) if isinstance(inner, nn.Module) else loss.keywords if isinstance(loss, partial) else {}
+    keywords = loss.keywords if isinstance(loss, partial) else {}
+    settings = vars(inner) if isinstance(inner, nn.Module) else keywords
     output = main_output(outputs)
     if output.ndim < 2 or not (isinstance(inner, _OF_CLASSES) or inner in (F.cross_entropy, F.nll_loss)):
         return
@@ -233,7 +234,9 @@ def _agrees(found: SampleLoss, whole: Callable[..., Any], output: Tensor, batch:
         return math.isnan(said)  # nothing of this batch counts
     values = sample_means(found.each(output, batch)).cpu().double()
     total = float((values * counts).sum())
-    told = total if found.total else total / float(parts.sum() if found.own is not None else counts.sum())
+    told = total
+    if not found.total:
+        told /= float(counts.sum() if found.own is None else parts.sum())
     return math.isclose(told, said, rel_tol=_ROUNDING, abs_tol=1e-6) or (math.isnan(told) and math.isnan(said))
 
 

@@ -191,7 +191,8 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", "_modules") or name.startswith("_flat_weights"):
                 continue
-            inside = value.items() if isinstance(value, dict) else value if isinstance(value, list | set) else ()
+            listed = value if isinstance(value, list | set) else ()
+            inside = value.items() if isinstance(value, dict) else listed
             found[f"{prefix}.{name}"] = (id(value), tuple(map(_identity, inside)))
     return found
 

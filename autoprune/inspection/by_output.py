@@ -51,6 +51,7 @@ def frozen_by_output(example: Example) -> dict[str | int, set[tuple[str, int]]]:
 
 def _tensors_by_key(made: Any) -> dict[str | int, int]:
     """Number of tensors under each key or index, in the order in which they are recorded."""
-    pairs = made.items() if isinstance(made, Mapping) else enumerate(made) if isinstance(made, list | tuple) else ()
+    listed = enumerate(made) if isinstance(made, list | tuple) else ()
+    pairs = made.items() if isinstance(made, Mapping) else listed
     counts = {key: len(tensors_in(value)) for key, value in pairs}
     return {key: count for key, count in counts.items() if count}

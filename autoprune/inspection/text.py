@@ -117,7 +117,7 @@ def human(number: float) -> str:
     power = 0
     while number >= 999.5 and power < 4:
         number, power = number / 1000, power + 1
-    digits = 0 if power == 0 or number >= 99.95 else 1 if number >= 9.995 else 2
+    digits = 0 if power == 0 else (number < 99.95) + (number < 9.995)  # three digits in all
     return f"{number:.{digits}f}{('', 'k', 'M', 'G', 'T')[power]}"
 
 

@@ -135,7 +135,7 @@ def _unit(above: FloatArray, span: float, bins: int) -> float:
 def _fill_table(losses: list[FloatArray], steps: list[IntArray], last: int) -> NDArray[np.signedinteger]:
     """Option of each dimension in the best choice for each number of bins up to `last`, shape (d, last + 1)."""
     most = max(len(row) for row in losses)
-    back = np.empty((len(losses), last + 1), dtype=np.int8 if most <= 2**7 else np.int16 if most <= 2**15 else np.int32)
+    back = np.empty((len(losses), last + 1), dtype=np.min_scalar_type(-most))
     value, spare = np.zeros(last + 1), np.empty(last + 1)
     for pointer, loss, step in zip(back, losses, steps, strict=True):
         order = np.lexsort((loss, step))

@@ -154,7 +154,10 @@ class SlicedAttention(nn.MultiheadAttention):
         else:
             attended = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         out = self.out_proj(attended.transpose(1, 2).flatten(2))
-        out = out.squeeze(0) if unbatched else out if self.batch_first else out.transpose(0, 1)
+        if unbatched:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
         if not need_weights:
             return out, None
         weights = weights.mean(1) if average_attn_weights else weights

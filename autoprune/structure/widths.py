@@ -89,9 +89,8 @@ def _split(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) 
     key = next((key for key in ("split_size_or_sections", "split_size", "split_sizes") if key in kwargs), "split_size")
     sizes, dim = _given(args, kwargs, 1, key), _given(args, kwargs, 2, "dim", 0)
     parts = [shapes(leaf)[dim] for leaf in tree_leaves(step.output)]
-    _put(
-        args, kwargs, 1, key, parts[0] if isinstance(sizes, int) else parts if isinstance(sizes, list) else tuple(parts)
-    )
+    several = parts if isinstance(sizes, list) else tuple(parts)
+    _put(args, kwargs, 1, key, parts[0] if isinstance(sizes, int) else several)
     return tuple(args), kwargs
 
 

@@ -54,7 +54,10 @@ def reduction(flow: Propagation, op: Op) -> list[Dims]:
     if len(op.inputs()) > 1:  # max(a, b) is elementwise
         return elementwise(flow, op)
     axes = op.args.get("dim")
-    axes = range(len(dims)) if axes is None or axes == [] else [axes] if isinstance(axes, int) else axes
+    if axes is None or axes == []:
+        axes = range(len(dims))
+    elif isinstance(axes, int):
+        axes = [axes]
     reduced = {axis % len(dims) for axis in axes} if dims else set()
     positions = {"argmax": 0, "argmin": 0, "max": 1, "min": 1}.get(op.name, len(op.results()))
     if not flow.read.isdisjoint(op.results()[positions:]):

@@ -139,12 +139,9 @@ def order(flow: Propagation, op: Op) -> list[Dims]:
     dims = flow.of(op.args["self"].id)
     axis = op.args.get("dim", -1) % len(dims)
     _stay(flow, op, dims[axis])
-    return [
-        [None if i == axis else labels for i, labels in enumerate(dims)]
-        if len(_shape(flow, value)) == len(dims)
-        else [labels for i, labels in enumerate(dims) if i != axis]
-        for value in op.results()
-    ]
+    kept = [None if i == axis else labels for i, labels in enumerate(dims)]
+    dropped = [labels for i, labels in enumerate(dims) if i != axis]
+    return [kept if len(_shape(flow, value)) == len(dims) else dropped for value in op.results()]
 
 
 @rule("bucketize", "searchsorted")

@@ -135,7 +135,8 @@ def squeeze(flow: Propagation, op: Op) -> list[Dims]:
     """Drop dimensions of size 1."""
     dims, shape = source(flow, op)
     axes = op.args.get("dim", range(len(shape)))
-    axes = {axis % len(shape) for axis in ([axes] if isinstance(axes, int) else axes)} if shape else set()
+    listed = [axes] if isinstance(axes, int) else axes
+    axes = {axis % len(shape) for axis in listed} if shape else set()
     return [[labels for axis, labels in enumerate(dims) if not (axis in axes and shape[axis] == 1)]]
 
 
@@ -168,7 +169,8 @@ def repeat(flow: Propagation, op: Op) -> list[Dims]:
     for axis, count in enumerate(times):
         size = shape[axis - lead] if axis >= lead else 1
         labels = dims[axis - lead] if axis >= lead else None
-        out.append(flow.fresh(count) if size == 1 else None if labels is None else np.tile(labels, count))
+        tiled = None if labels is None else np.tile(labels, count)
+        out.append(flow.fresh(count) if size == 1 else tiled)
     return [out]
 
 
