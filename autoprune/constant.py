@@ -14,7 +14,6 @@ from autoprune.protocols import OK
 from autoprune.result.trials import Trial
 from autoprune.scorers import main_output
 from autoprune.sources import seeded
-from autoprune.stopping import Deadline
 from autoprune.structure.slicing import Edit, Slicer
 from autoprune.study import Study
 
@@ -22,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 @seeded(0)  # a model may draw noise
-def note_of_no_better(study: Study, found: Sequence[Trial], dense: Trial, deadline: Deadline) -> tuple[str, ...]:
+def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
     """Note that only the dense model scores better than its own mean output for every sample, and no network found.
 
     Costs one pass of the dense model over the validation samples, for which there has to be time.
     """
-    if deadline.passed:
+    if study.deadline.passed:
         return ()
     judge = study.context.judge
     scores = [trial.score for trial in found if trial.status == OK and trial.feasible]
@@ -45,7 +44,8 @@ def note_of_no_better(study: Study, found: Sequence[Trial], dense: Trial, deadli
         return ()
     best = max(scores) if judge.higher_is_better else min(scores)
     sign = 1 if judge.higher_is_better else -1
-    if sign * best > sign * constant or sign * dense.score <= sign * constant:
+    dense = float(study.dense.metric.mean())
+    if sign * best > sign * constant or sign * dense <= sign * constant:
         return ()
     return (
         f"no network within the budget is better than a constant output: the best has {judge.name} {best:.4f}, and the "

@@ -16,9 +16,7 @@ from autoprune.data import fingerprint
 from autoprune.evaluators import Supernet
 from autoprune.execution import Executor
 from autoprune.protocols import IntArray, Optimizer
-from autoprune.racing import Racing
-from autoprune.result.trials import Trial
-from autoprune.rungs import Rungs
+from autoprune.records import dense_of
 from autoprune.study import Study
 from autoprune.user_code import digest_of, forward_of, settings_of
 
@@ -53,24 +51,16 @@ _ROUNDING = 1e-9  # by which a cost may differ with the number of candidates tha
 _SHOWN = 60  # characters; longer values, such as whole spaces, are only said to differ
 
 
-def identity_of(
-    study: Study,
-    dense: Trial,
-    seed: int,
-    trials: int | str,
-    optimizer: Optimizer,
-    executor: Executor,
-    racing: Racing | Rungs | None,
-) -> dict[str, Any]:
+def identity_of(study: Study, optimizer: Optimizer, executor: Executor) -> dict[str, Any]:
     """Identity of a run for the journal, JSON-ready."""
-    context = study.context
+    context, dense = study.context, dense_of(study)
     return {
         "budget": str(study.budget),
         "limits": dict(study.limits),
         # As predicted, so that those of another function or table show; a peak of memory may differ with the threads.
         "costs": {name: dense.costs[name] for name in study.limits if name != "memory_bytes"},
-        "seed": seed,
-        "trials": trials,
+        "seed": study.request.seed,
+        "trials": study.request.trials,
         "metric": context.judge.name,
         "higher_is_better": context.judge.higher_is_better,
         "space": context.space.to_json(),
@@ -82,7 +72,7 @@ def identity_of(
         "settings": _settings_of(study.fresh),
         "code": _code_of(study),
         "optimizer": type(optimizer).__name__,
-        "racing": None if racing is None else asdict(racing),
+        "racing": None if study.racing is None else asdict(study.racing),
         "notes": list(study.notes),
         "executor": executor.name,
         "threads": executor.threads or torch.get_num_threads(),
@@ -106,7 +96,7 @@ def _settings_of(evaluator: Any, prefix: str = "") -> dict[str, str]:
 
 def _code_of(study: Study) -> dict[str, str]:
     """Digests of the functions that the user passed, and of the forward."""
-    given = {f"{name}=": digest_of(value) for name, value in study.given.items()}
+    given = {f"{name}=": digest_of(value) for name, value in study.request.functions.items()}
     evaluator = type(study.fresh)
     return {
         **given,

@@ -7,26 +7,26 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.evaluators import Trains
+from autoprune.evaluators import Evaluator, Trains
 from autoprune.protocols import OK, RACED, FloatArray
 from autoprune.result.trials import Trial, costs_of
 from autoprune.rungs import Ladder, Rung, Rungs, behind
 from autoprune.study import Study
 
 
-def require_training(study: Study, rungs: Rungs) -> Trains:
+def require_training(evaluator: Evaluator, rungs: Rungs) -> Trains:
     """Check the evaluator of a search with rungs.
 
     Raises:
         ValueError: If it trains no candidates, or not for long enough.
     """
-    if not isinstance(study.evaluator, Trains):
+    if not isinstance(evaluator, Trains):
         raise ValueError(
             "racing=Rungs(...) needs an evaluator that trains each candidate, such as "
-            f"autoprune.evaluators.FineTune(steps=900), got {type(study.evaluator).__name__}; use that, or racing=True"
+            f"autoprune.evaluators.FineTune(steps=900), got {type(evaluator).__name__}; use that, or racing=True"
         )
-    rungs.steps(study.evaluator.steps)
-    return study.evaluator
+    rungs.steps(evaluator.steps)
+    return evaluator
 
 
 class Promotion:
@@ -43,7 +43,7 @@ class Promotion:
 
     def __init__(self, study: Study, rungs: Rungs) -> None:
         self._study, self._rungs = study, rungs
-        self._steps = rungs.steps(require_training(study, rungs).steps)
+        self._steps = rungs.steps(require_training(study.evaluator, rungs).steps)
 
     def ladders(self, trials: Sequence[Trial], found: Sequence[Trial]) -> list[Ladder]:
         """Make the rungs of each of the trials to be scored, from those found before they were asked for."""
@@ -73,7 +73,7 @@ def note_of_rungs(rungs: Rungs, study: Study, found: Sequence[Trial]) -> tuple[s
     done = [trial for trial in found if trial.status in (OK, RACED)]
     if not done:
         return ()
-    training = require_training(study, rungs)
+    training = require_training(study.evaluator, rungs)
     steps = rungs.steps(training.steps)
     spent = sum(_spent(trial, steps[-1], training.continues) for trial in done)
     ends = [trial.evaluations[-1].steps for trial in done]

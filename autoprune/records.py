@@ -20,7 +20,6 @@ from autoprune.result.builders import FromEvaluator
 from autoprune.result.held_out import note_of_held_out
 from autoprune.result.trials import Trial, costs_of, find_front, meets, note_of_probes
 from autoprune.statistics import Evaluation, evaluations_of
-from autoprune.stopping import Deadline
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
@@ -37,19 +36,19 @@ def proposed(
     ]
 
 
-def finished(study: Study, trial: Trial, outcome: Outcome, dense: Measurement | None = None) -> Trial:
-    """Add the statistics of an outcome to a trial, once and for all; `dense` is the measurement of the dense model."""
+def finished(study: Study, trial: Trial, outcome: Outcome) -> Trial:
+    """Add the statistics of an outcome to a trial, once and for all."""
     interval = (math.nan, math.nan)
     if isinstance(outcome, Measurement) and not outcome.raced:
         interval = summary(outcome.metric, study.context.judge.proportion, outcome.weights).interval
-    return trial.finished(evaluations_of(outcome, dense), outcome.status, outcome.reason, interval)
+    return trial.finished(evaluations_of(outcome, study.dense), outcome.status, outcome.reason, interval)
 
 
-def dense_of(study: Study, measured: Measurement) -> Trial:
+def dense_of(study: Study) -> Trial:
     """Make the trial of the unpruned model, with the number -1."""
     candidate = np.zeros((1, len(study.problem.sizes)), dtype=np.int64)
     (trial,) = proposed(study, [-1], candidate, study.costs_of(candidate))
-    return finished(study, trial, measured, measured)
+    return finished(study, trial, study.dense)
 
 
 def rows_of(study: Study, trials: Sequence[Trial]) -> Evaluations:
@@ -77,17 +76,10 @@ def _column(measured: Sequence[Evaluation], name: str, missing: float = math.nan
     return np.array([missing if value is None else value for value in values], dtype=np.float64)
 
 
-def result_of(
-    study: Study,
-    found: list[Trial],
-    dense: Trial,
-    stopped: str,
-    deadline: Deadline,
-    seed: int,
-    explained: Sequence[str] = (),
-) -> SearchResult:
+def result_of(study: Study, found: Sequence[Trial], stopped: str, explained: Sequence[str]) -> SearchResult:
     """Score the front once on held-out samples, as far as there is time, and make the result."""
-    judge = study.context.judge
+    judge, deadline = study.context.judge, study.deadline
+    dense = dense_of(study)
     front = find_front(found, tuple(study.limits), judge.higher_is_better)
     tests: dict[int, Measurement] = {}
     try:
@@ -118,7 +110,7 @@ def result_of(
         notes=(*study.notes, *note_of_probes(found), *explained),
         stopped=stopped,
         seconds=deadline.spent,
-        seed=seed,
+        seed=study.request.seed,
         _builder=FromEvaluator(study.evaluator, study.context, study.fresh, study.costs),
     )
     notes = (*result.notes, *_notes_of_score(study, result, tests))

@@ -17,15 +17,13 @@ from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME
 from autoprune.journal_rows import TrialRow
 from autoprune.metrics import summary
-from autoprune.protocols import OK, FloatArray, Optimizer, Pends
+from autoprune.protocols import OK, Optimizer, Pends
 from autoprune.records import proposed, rows_of
+from autoprune.request import ANYWAY
 from autoprune.result.trials import Trial
 from autoprune.study import Study
 
 log = logging.getLogger(__name__)
-
-ANYWAY = "anyway"
-"""Key in the journal of the differences in spite of which it was resumed."""
 
 _COMPARED = 64  # trials whose costs are computed again
 
@@ -46,32 +44,27 @@ class History:
         return len(self.found) + len(self.pending)
 
 
-def open_journal(
-    run_dir: str | Path | None,
-    identity: Mapping[str, Any],
-    resume: bool | str,
-    study: Study,
-) -> Journal:
+def open_journal(study: Study, identity: Mapping[str, Any]) -> Journal:
     """Open the journal to write: a new one, also if the search to resume was killed before it had one.
 
     Args:
-        run_dir: Its folder; None for memory.
+        study: The search. Its costs are compared with those in the journal; differences in spite of which it is resumed
+            are kept there.
         identity: Identity of the search, see `autoprune.identity`.
-        resume: Whether to resume; ``"anyway"`` in spite of differences, which the journal then keeps in its notes.
-        study: The search, whose costs are compared with those in the journal.
 
     Raises:
         ValueError: If the search in `run_dir` is another one; names what differs.
         OSError: If `run_dir` cannot be written or is in use, or holds a journal and `resume` is false.
         FileFormatError: If the journal is corrupted, foreign, or of a newer version.
     """
+    run_dir, resume = study.request.run_dir, study.request.resume
     if not resume or run_dir is None or not (Path(run_dir) / FILE_NAME).exists():
         return Journal.create(run_dir, identity)
     journal = Journal.resume(run_dir)
     try:
         recorded = journal.meta()
         others = _cost_differences(journal, recorded, identity, study)
-        differing = require_same(recorded, identity, others, anyway=resume == "anyway")
+        differing = require_same(recorded, identity, others, anyway=resume == ANYWAY)
         journal.record_meta("trials", identity["trials"])
         if differing:
             told = [*recorded.get(ANYWAY, []), f"resumed although it differed in {', '.join(differing)}"]
@@ -95,11 +88,8 @@ def _cost_differences(
     return cost_differences(study.costs, candidates, [row.costs for row in rows])
 
 
-def recall(journal: Journal, study: Study, optimizer: Optimizer, weights: FloatArray) -> History:
-    """Tell an optimizer the whole journal at once, and return the finished and the pending trials.
-
-    `weights` are those of the validation samples, as in a `Measurement` of the dense model.
-    """
+def recall(journal: Journal, study: Study, optimizer: Optimizer) -> History:
+    """Tell an optimizer the whole journal at once, and return the finished and the pending trials."""
     rows = journal.trials()
     if not rows:
         return History((), ())
@@ -108,7 +98,7 @@ def recall(journal: Journal, study: Study, optimizer: Optimizer, weights: FloatA
     trials = proposed(study, [row.id for row in rows], candidates, study.costs_of(candidates))
     pairs = list(zip(trials, rows, strict=True))
     done = sorted((pair for pair in pairs if pair[1].rows), key=lambda pair: pair[1].rows[-1].id)
-    found = [_finished(journal, study, trial, row, weights) for trial, row in done]
+    found = [_finished(journal, study, trial, row) for trial, row in done]
     waiting = [trial for trial, row in pairs if not row.rows]
     if found:
         optimizer.tell(rows_of(study, found))
@@ -132,10 +122,10 @@ def _require_candidates(rows: Sequence[TrialRow], study: Study) -> None:
             )
 
 
-def _finished(journal: Journal, study: Study, trial: Trial, row: TrialRow, weights: FloatArray) -> Trial:
+def _finished(journal: Journal, study: Study, trial: Trial, row: TrialRow) -> Trial:
     """Finish a trial by its row, with an interval computed from the values of its samples in the journal."""
     interval = (math.nan, math.nan)
     if row.status == OK:
         metrics = journal.metrics(row.rows[-1].id)
-        interval = summary(metrics, study.context.judge.proportion, weights).interval
+        interval = summary(metrics, study.context.judge.proportion, study.dense.weights).interval
     return trial.finished(row.evaluations, row.status, row.reason, interval)

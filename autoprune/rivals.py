@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import final
 
 import numpy as np
 
 from autoprune.arguments import shown
+from autoprune.evaluators import Context, Evaluator
 from autoprune.journal import Journal
 from autoprune.promotion import Promotion, note_of_rungs, require_training
-from autoprune.protocols import OK, RACED, Measurement
+from autoprune.protocols import OK, RACED
 from autoprune.racing import Contest, Race, Racing
 from autoprune.result.trials import Trial, costs_of
 from autoprune.rungs import Ladder, Rungs
@@ -31,28 +31,31 @@ def find_racing(spec: bool | Racing | Rungs) -> Racing | Rungs | None:
     return spec
 
 
-def applicable(racing: Racing | Rungs | None, study: Study) -> tuple[Racing | Rungs | None, Study]:
-    """Return the settings if this search allows racing, else None and the study with a note that gives the reason.
+def why_not_applicable(
+    racing: Racing | Rungs | None, evaluator: Evaluator, context: Context, worst_score: float | None
+) -> str:
+    """Reason why this search cannot stop candidates early, in plain words; empty if it can, or should not.
 
     Raises:
         ValueError: If there are rungs, but no trainings for them.
     """
-    subsets, reason = study.context.subsets, ""
+    subsets, judge = context.subsets, context.judge
     if isinstance(racing, Rungs):
-        require_training(study, racing)
-        if study.worst_score is not None:
-            reason = "a limit on the score needs full scores: one that is stopped early may yet come to meet it"
-    elif not study.context.judge.per_sample:
-        reason = f"metric {study.context.judge.name!r} scores the whole set at once"
-    elif study.worst_score is not None:
-        reason = "a limit on the score needs full scores: what is worse than another may be the cheapest that meets it"
-    elif not subsets.shuffled:
-        reason = "validation samples come in the order of a stream, and the test needs a random one"
-    elif len(subsets.validation) < 2:
-        reason = "there is but one batch of validation samples; give more samples or smaller batches"
-    if racing is None or not reason:
-        return racing, study
-    return None, replace(study, notes=(*study.notes, f"no racing: {reason}"))
+        require_training(evaluator, racing)
+        if worst_score is not None:
+            return "a limit on the score needs full scores: one that is stopped early may yet come to meet it"
+        return ""
+    if racing is None:
+        return ""
+    if not judge.per_sample:
+        return f"metric {judge.name!r} scores the whole set at once"
+    if worst_score is not None:
+        return "a limit on the score needs full scores: what is worse than another may be the cheapest that meets it"
+    if not subsets.shuffled:
+        return "validation samples come in the order of a stream, and the test needs a random one"
+    if len(subsets.validation) < 2:
+        return "there is but one batch of validation samples; give more samples or smaller batches"
+    return ""
 
 
 @final
@@ -65,16 +68,15 @@ class Rivals:
     run no race, because the tables made from them need full scores.
 
     Args:
-        study: The search.
-        racing: Its settings; None pairs nobody.
+        study: The search, with its rule; without one, nobody is paired.
         journal: Source of the values per sample.
-        dense: Measurement of the dense model.
     """
 
-    def __init__(self, study: Study, racing: Racing | Rungs | None, journal: Journal, dense: Measurement) -> None:
-        self._study, self._journal, self._dense = study, journal, dense
-        self._racing = racing if isinstance(racing, Racing) else None
-        self._promotion = Promotion(study, racing) if isinstance(racing, Rungs) else None
+    def __init__(self, study: Study, journal: Journal) -> None:
+        self._study = study
+        self._journal = journal
+        self._racing = study.racing if isinstance(study.racing, Racing) else None
+        self._promotion = Promotion(study, study.racing) if isinstance(study.racing, Rungs) else None
 
     def races(self, trials: Sequence[Trial], found: Sequence[Trial]) -> Sequence[Contest | None]:
         """Make the contest of each of the trials that are to be scored; None without a rival."""
@@ -105,6 +107,7 @@ class Rivals:
 
     def _race(self, trial: int, rival: int, racing: Racing) -> Race | None:
         signal, metric = self._journal.values(rival)
+        dense = self._study.dense
         if not len(signal):  # lost with the file of the journal
             return None
         return Race(
@@ -112,14 +115,15 @@ class Rivals:
             signal=signal,
             metric=metric,
             higher_is_better=self._study.context.judge.higher_is_better,
-            floor=min(0.0, float(signal.min()), float(self._dense.signal.min())),
-            distances=len(self._dense.distortion),
+            floor=min(0.0, float(signal.min()), float(dense.signal.min())),
+            distances=len(dense.distortion),
             error=racing.share(trial),
         )
 
 
-def note_of_racing(racing: Racing | Rungs | None, study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
+def note_of_racing(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
     """Note on the number of dropped candidates and the samples saved, in plain words; empty without racing."""
+    racing = study.racing
     if isinstance(racing, Rungs):
         return note_of_rungs(racing, study, found)
     done = [trial for trial in found if trial.status in (OK, RACED)]

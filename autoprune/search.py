@@ -1,46 +1,42 @@
-"""Search how much of each layer to remove: ask, evaluate, record, tell, return the front."""
+"""Search how much of each layer to remove: validate, set up, loop, verify, return the front."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from autoprune.arguments import MOST_SEED, flag, positive, shown, whole_number
-from autoprune.border import proposals, same_samples
+from autoprune.arguments import shown
+from autoprune.batches import Forward
 from autoprune.budget import Budget
 from autoprune.constant import note_of_no_better
 from autoprune.costs import GivenCost, Latency
-from autoprune.data import Data
-from autoprune.evaluators import Evaluator, Forward
-from autoprune.execution import Executor, evaluate_one, make_executor
-from autoprune.files import as_path
+from autoprune.evaluators import Evaluator
+from autoprune.execution import Executor, make_executor
 from autoprune.identity import identity_of
-from autoprune.journal import Journal
 from autoprune.journal_file import require_free
+from autoprune.loop import Loop
 from autoprune.mapped import settle
 from autoprune.metrics import Metric
 from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
-from autoprune.protocols import FAILED, Explains, Failure, IntArray, Measurement, Optimizer
+from autoprune.protocols import Optimizer
 from autoprune.racing import Racing
-from autoprune.records import dense_of, finished, proposed, result_of, rows_of
+from autoprune.records import result_of
+from autoprune.request import Request
 from autoprune.result import SearchResult
-from autoprune.result.trials import Trial, find_front, note_of_probes
-from autoprune.resume import ANYWAY, History, open_journal, recall
-from autoprune.rivals import Rivals, applicable, find_racing, note_of_racing
+from autoprune.result.trials import note_of_probes
+from autoprune.resume import open_journal
+from autoprune.rivals import Rivals, note_of_racing
 from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings
+from autoprune.setup import set_up
 from autoprune.starts import Start
-from autoprune.stopping import Deadline, most, why_converged, why_not_converged
-from autoprune.study import Study, hold_score, prepare
+from autoprune.stopping import Deadline
 from autoprune.verify import verify
 
 log = logging.getLogger(__name__)
@@ -167,207 +163,60 @@ def search(
         >>> small = result.build()  # doctest: +SKIP
     """
     began = time.monotonic()
-    total = most(trials)
-    trials = trials if isinstance(trials, str) else total
-    seed = whole_number("seed", seed, 0, MOST_SEED)
-    if max_seconds is not None:
-        max_seconds = positive("max_seconds", max_seconds, " or None")
-    resume = resume if isinstance(resume, str) and resume == "anyway" else flag("resume", resume, "or 'anyway'")
-    progress = flag("progress", progress)
-    if not isinstance(run_dir, str | os.PathLike | None):
-        raise TypeError(f"run_dir must be the path of a folder or None, got {shown(run_dir)}")
-    run_dir = None if run_dir is None else str(as_path(run_dir, "run_dir"))
-    if resume and run_dir is None:
-        raise ValueError("resume=True needs the run_dir of an earlier search, got run_dir=None")
-    if run_dir is not None:
-        require_free(run_dir, bool(resume))
-    runner = make_executor(executor)
-    settings = find_racing(racing)
-    make_optimizer = find_optimizer(optimizer)  # an unknown name must fail before the model is traced
-    if labels is not None and data is not None:
-        data = dataclasses.replace(data if isinstance(data, Data) else Data(validation=data), labels=labels)
-    deadline = Deadline(began, max_seconds)
-    study = prepare(
-        model,
-        budget,
-        data,
+    request = Request(
+        model=model,
+        budget=budget,
+        data=data,
         metric=metric,
         space=space,
         evaluator=evaluator,
+        optimizer=optimizer,
+        trials=trials,
+        max_seconds=max_seconds,
         seed=seed,
         start=start,
         forward=forward,
         example_inputs=example_inputs,
         outputs=outputs,
+        executor=executor,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
         checks=checks,
         rewrite=rewrite,
         costs=costs,
         cost_batch=cost_batch,
-        trials=trials,
         prior=prior,
+        racing=racing,
         latency=latency,
-        run_dir=run_dir,
-        deadline=deadline,
+        labels=labels,
     )
-    measured = _measure_dense(study)
-    settings, study = applicable(settings, hold_score(study, measured))
+    if request.run_dir is not None:
+        require_free(request.run_dir, bool(request.resume))
+    runner = make_executor(request.executor)
+    make_optimizer = find_optimizer(request.optimizer)  # an unknown name must fail before the model is traced
+    study = set_up(request, Deadline(began, request.max_seconds))
     for note in study.notes:
         log.info("%s", note)
-    dense = dense_of(study, measured)
-    proposer = make_optimizer(study.problem, seed)
+    proposer = make_optimizer(study.problem, request.seed)
     if not (callable(getattr(proposer, "ask", None)) and callable(getattr(proposer, "tell", None))):
         raise TypeError(f"optimizer must make an object with the methods ask and tell, got {shown(proposer)}")
-    setup = deadline.spent
-    identity = identity_of(study, dense, seed, trials, proposer, runner, settings)
-    with open_journal(run_dir, identity, resume, study) as journal:
+    setup = study.deadline.spent
+    with open_journal(study, identity_of(study, proposer, runner)) as journal:
         if study.choice is not None:
-            study.choice.save(run_dir)
-        in_spite: Sequence[str] = journal.meta().get(ANYWAY, ())
-        history = recall(journal, study, proposer, measured.weights)
-        rivals = Rivals(study, settings, journal, measured)
-        bar = Progress(total, study.context.judge.name, progress)
-        try:
-            found, stopped, why = _run(
-                study,
-                proposer,
-                runner,
-                rivals,
-                journal,
-                bar,
-                total,
-                deadline,
-                measured,
-                history,
-                adaptive=trials == "auto",
-            )
-        finally:
-            runner.stop()
-    found, verified = verify(study, found, deadline)
-    told = proposer.notes if isinstance(proposer, Explains) else ()
-    explained = (*in_spite, *journal.notes, *([why] if why else []), *told)
+            study.choice.save(request.run_dir)
+        bar = Progress(request.most, study.context.judge.name, request.progress)
+        ended = Loop(study, proposer, runner, journal, Rivals(study, journal), bar).run()
+    found, verified = verify(study, ended.trials)
     explained = (
+        *study.deadline.note_of_setup(setup, len(found)),
         *verified,
-        *note_of_no_better(study, found, dense, deadline),
-        *note_of_racing(settings, study, found),
-        *explained,
+        *note_of_no_better(study, found),
+        *note_of_racing(study, found),
+        *ended.notes,
     )
-    explained = (*deadline.note_of_setup(setup, len(found)), *explained)
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
-    result = result_of(study, found, dense, stopped, deadline, seed, explained)
+    result = result_of(study, found, ended.stopped, explained)
     settle(study.context.model, study.evaluator)
     return result
-
-
-def _run(
-    study: Study,
-    optimizer: Optimizer,
-    executor: Executor,
-    rivals: Rivals,
-    journal: Journal,
-    bar: Progress,
-    total: int,
-    deadline: Deadline,
-    dense: Measurement,
-    history: History,
-    adaptive: bool,
-) -> tuple[list[Trial], str, str]:
-    """Loop: ask, evaluate, record, tell. Returns the trials, the reason why it stopped in a word, and in full."""
-    pending = {trial.id: trial for trial in history.pending}
-    found: list[Trial] = list(history.found)
-    asked = len(history)
-    why = _why_converged(study, found) if adaptive and not pending and asked < total else ""
-    stopped = "converged" if why else ""
-    if pending or (asked < total and not stopped):
-        executor.start(study.evaluator, study.context, study.fresh)
-    with bar:
-        try:
-            if pending:
-                _submit(executor, history.pending, rivals, found)
-            while pending or not stopped:
-                if deadline.passed:
-                    stopped = "time"
-                    break
-                room = min(executor.room(), total - asked)
-                if adaptive and room > 0 and not stopped:
-                    why = _why_converged(study, found)
-                    stopped = "converged" if why else ""
-                if room > 0 and not stopped:
-                    candidates, refused = _proposed(optimizer, room, study, found)
-                    costs = study.costs_of(candidates)
-                    asked_for = proposed(study, journal.record_ask(candidates, costs), candidates, costs)
-                    pending |= {trial.id: trial for trial in asked_for}
-                    if asked_for:
-                        _submit(executor, asked_for, rivals, found)
-                    asked += len(candidates)
-                    stopped = "exhausted" if len(candidates) == 0 else ""
-                    if refused:
-                        stopped, why = "refused", refused
-                if asked >= total:
-                    stopped = "trials"
-                gathered = executor.gather()
-                study.untouched.require()
-                for number, returned, worker in gathered:
-                    outcome = same_samples(study.evaluator, returned, dense)
-                    trial = finished(study, pending[number], outcome, dense)
-                    journal.record_evaluation(number, outcome, trial.evaluations, worker=worker)
-                    del pending[number]
-                    found.append(trial)
-                    optimizer.tell(rows_of(study, [trial]))
-                    journal.record_tell([number])
-                    if bar.due(len(found)):
-                        _show(bar, study, found, optimizer)
-        except KeyboardInterrupt:
-            log.warning("interrupted after %d of %d trials; returning the front so far", len(found), total)
-            stopped = "interrupted"
-    return found, stopped, why or (why_not_converged(stopped, len(found)) if adaptive else "")
-
-
-def _submit(executor: Executor, trials: Sequence[Trial], rivals: Rivals, found: Sequence[Trial]) -> None:
-    candidates = np.array([trial.candidate for trial in trials], dtype=np.int64)
-    executor.submit([trial.id for trial in trials], candidates, rivals.races(trials, found))
-
-
-def _proposed(optimizer: Optimizer, room: int, study: Study, found: Sequence[Trial]) -> tuple[IntArray, str]:
-    """Ask for candidates, shape (<= room, d); none and the reason if they are refused, which ends the search.
-
-    Raises:
-        TypeError: If they are refused before anything was found; names the optimizer.
-        ValueError: As above.
-    """
-    returned = optimizer.ask(room)
-    try:
-        return proposals(optimizer, returned, room, study.problem.sizes), ""
-    except (TypeError, ValueError) as error:  # of the border: the trials so far must not be lost
-        if not found:
-            raise
-        log.warning("the search ends here: %s", error)
-        return np.zeros((0, len(study.problem.sizes)), dtype=np.int64), f"stopped after {len(found)} trials: {error}"
-
-
-def _why_converged(study: Study, found: Sequence[Trial]) -> str:
-    return why_converged(found, study.problem, study.worst_score, study.context.judge.higher_is_better)
-
-
-def _show(bar: Progress, study: Study, found: list[Trial], optimizer: Optimizer) -> None:
-    phase = optimizer.phase if isinstance(optimizer, Explains) else ""
-    front = find_front(found, tuple(study.limits), study.context.judge.higher_is_better)
-    bar.update(
-        len(found), sum(trial.status == FAILED for trial in found), front[-1] if front else None, len(front), phase
-    )
-
-
-def _measure_dense(study: Study) -> Measurement:
-    """Score the unpruned model, which drops refer to.
-
-    Raises:
-        ValueError: If even the dense model cannot be scored.
-    """
-    outcome = evaluate_one(study.evaluator, np.zeros(len(study.problem.sizes), dtype=np.int64))
-    study.untouched.require()
-    if isinstance(outcome, Failure):
-        raise ValueError(
-            f"model cannot be scored on the validation data: {outcome.reason} (the metric is "
-            f"{study.context.judge.name!r})"
-        )
-    return outcome

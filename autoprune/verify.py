@@ -18,7 +18,6 @@ from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
 from autoprune.result.trials import Trial, find_front, within
 from autoprune.sources import seeded
-from autoprune.stopping import Deadline
 from autoprune.structure.slicing import Edit, build
 from autoprune.study import TIMED, Study
 
@@ -29,7 +28,7 @@ _DRIFT = 0.1  # a dense network that is slower or faster by more than this is no
 
 
 @seeded(0)  # a model may draw noise
-def verify(study: Study, found: Sequence[Trial], deadline: Deadline) -> tuple[list[Trial], tuple[str, ...]]:
+def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str, ...]]:
     """Measure every trial on the front against the dense network, until the front holds measured trials only.
 
     Measurements replace predictions: the peak of memory if the budget limits it, and latencies if there is a table of
@@ -38,9 +37,8 @@ def verify(study: Study, found: Sequence[Trial], deadline: Deadline) -> tuple[li
     on the front, and is measured too.
 
     Args:
-        study: The search.
+        study: The search. Its deadline ends the measurements; a note then names the costs that stay predicted.
         found: Its trials.
-        deadline: Ends the measurements; a note then names the costs that stay predicted.
 
     Returns:
         The trials with corrected costs, and notes on the measurements.
@@ -54,7 +52,7 @@ def verify(study: Study, found: Sequence[Trial], deadline: Deadline) -> tuple[li
     seen = _Seen(latency)
     try:
         while todo := _unmeasured(study, trials, seen):
-            if deadline.passed:
+            if study.deadline.passed:
                 notes.append(f"max_seconds was over: {_predicted(latency, study)} on the front are predictions")
                 break
             modules = [study.evaluator.build(np.array(trial.candidate, dtype=np.int64)).eval() for trial in todo]

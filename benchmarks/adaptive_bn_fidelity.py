@@ -30,7 +30,8 @@ from autoprune.data import Data
 from autoprune.evaluators import AdaptiveBN, Evaluator
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.protocols import Failure, IntArray, Measurement
-from autoprune.study import Study, prepare
+from autoprune.study import Study
+from autoprune.testing.contexts import study_for
 from benchmarks.common import RESULTS, environment, table, write
 from examples.quickstart import ResNet, train
 
@@ -79,7 +80,7 @@ def score(model: nn.Module, data: Part) -> tuple[float, float]:
 
 
 def make_study(model: nn.Module, data: dict[str, Part]) -> Study:
-    return prepare(
+    return study_for(
         model,
         "flops <= 100%",
         Data(calibration=data["train"], validation=data["validation"], test=data["test"]),

@@ -22,7 +22,7 @@ from autoprune import Channels, Data
 from autoprune.evaluators import Compensated
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Measurement
-from autoprune.study import prepare
+from autoprune.testing.contexts import study_for
 from benchmarks.common import environment, interval, table, write
 from benchmarks.trained import FOLDER, Part, digits, train, trained
 
@@ -107,7 +107,7 @@ def plain(name: str, seed: int) -> tuple[nn.Module, dict[str, Part]]:
 
 def accuracies(model: nn.Module, data: dict[str, Part], space: Channels, kind: str) -> list[list[float]]:
     """Test accuracy after each step, at each budget, the dense network's first."""
-    study = prepare(
+    study = study_for(
         model,
         "flops <= 50%",
         Data(calibration=data["train"], validation=data["validation"], test=data["test"]),

@@ -25,7 +25,7 @@ from autoprune.evaluators import AdaptiveBN
 from autoprune.optimizers import Knapsack, Problem, find_optimizer, uniform_seeds
 from autoprune.protocols import OK, Evaluations, FloatArray, IntArray, Measurement
 from autoprune.search_spaces import Channels
-from autoprune.study import prepare
+from autoprune.testing.contexts import study_for
 from benchmarks.common import RESULTS, environment, table, write
 from benchmarks.trained import trained
 
@@ -55,7 +55,7 @@ def make(seed: int) -> None:
     """Evaluate every candidate of the network of a seed once."""
     known = trained("vgg", seed)
     parts = {name: tuple(tensor[:512] for tensor in known.data[name]) for name in ("train", "validation", "test")}
-    study = prepare(
+    study = study_for(
         known.model,
         "flops <= 100%",
         Data(calibration=parts["train"], validation=parts["validation"], test=parts["test"]),

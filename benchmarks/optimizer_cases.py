@@ -16,7 +16,8 @@ from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.pareto import hypervolume, non_dominated
 from autoprune.protocols import OK, Evaluations, FloatArray, IntArray, Measurement
 from autoprune.search_spaces import Channels
-from autoprune.study import Study, prepare
+from autoprune.study import Study
+from autoprune.testing.contexts import study_for
 from autoprune.testing.problems import (
     KnownProblem,
     additive_problem,
@@ -102,7 +103,7 @@ def study_of(network: str, budget: str, space: Channels) -> Study:
     made = trained(network, seed=0)
     parts = {"train": CALIBRATION, "validation": VALIDATION, "test": VALIDATION}
     own = {name: tuple(tensor[:count] for tensor in made.data[name]) for name, count in parts.items()}
-    return prepare(
+    return study_for(
         made.model,
         budget,
         Data(calibration=own["train"], validation=own["validation"], test=own["test"]),

@@ -25,7 +25,8 @@ from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.measuring import DENSE_BYTES
 from autoprune.protocols import IntArray
 from autoprune.structure.slicing import Slicer
-from autoprune.study import Study, prepare
+from autoprune.study import Study
+from autoprune.testing.contexts import study_for
 from benchmarks.common import environment, table, write
 from tests.zoo.mobile import mobilenet_v2
 from tests.zoo.resnet import resnet
@@ -42,7 +43,7 @@ def make_study(model: nn.Module) -> Study:
     images = torch.randn(2 * SAMPLES + 8, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 10, (len(images),), generator=generator)
     parts = [(images[i], labels[i]) for i in torch.tensor_split(torch.arange(len(images)), (SAMPLES, 2 * SAMPLES))]
-    return prepare(
+    return study_for(
         model,
         "flops <= 100%",
         Data(parts[0], parts[1], parts[2], validation_samples=SAMPLES),

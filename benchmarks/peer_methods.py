@@ -24,7 +24,8 @@ from autoprune.data import Subsets, materialise
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Failure, FloatArray, IntArray
-from autoprune.study import Study, prepare
+from autoprune.study import Study
+from autoprune.testing.contexts import study_for
 from benchmarks.trained import Trained, score, train
 from tests.counting import counted_macs
 
@@ -64,7 +65,7 @@ class Case:
         return counted_macs(module, lambda m: m(image))
 
     def study(self, space: Channels, evaluator: str = "adaptive_bn") -> Study:
-        return prepare(
+        return study_for(
             self.trained.model,
             "flops <= 100%",
             self.data,

@@ -33,7 +33,8 @@ from autoprune.evaluators import AdaptiveBN, Compensated, Context, Evaluator
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Failure, FloatArray, IntArray
 from autoprune.search_spaces import Channels
-from autoprune.study import Study, prepare
+from autoprune.study import Study
+from autoprune.testing.contexts import study_for
 from benchmarks import pretrained
 from benchmarks.common import RESULTS, environment, table, write
 from benchmarks.compensation import plain
@@ -185,7 +186,7 @@ def compare(case: Case) -> dict[str, Any]:
     """Held-out scores of one candidate, re-fitted in every way."""
     budget = f"flops <= {case.share:.0%}"
     began = time.process_time()
-    study = prepare(case.model, budget, case.data, metric=case.metric, space=case.space, trials=1)
+    study = study_for(case.model, budget, case.data, metric=case.metric, space=case.space, trials=1)
     seconds = time.process_time() - began
     candidate = uniform_seeds(study.problem, (1.0,))[-1]
     assert study.choice is not None

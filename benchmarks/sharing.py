@@ -33,7 +33,8 @@ from autoprune.execution.local import GENERATION
 from autoprune.optimizers.level_switch import LevelSwitch
 from autoprune.protocols import IntArray, Measurement
 from autoprune.records import finished, proposed, rows_of
-from autoprune.study import Study, prepare
+from autoprune.study import Study
+from autoprune.testing.contexts import study_for
 from benchmarks.common import RESULTS, environment, table, write
 from tests.zoo.resnet import BasicBlock, conv
 
@@ -77,7 +78,7 @@ def make_study(samples: int, evaluator: Evaluator) -> Study:
             torch.randn(count, 3, 32, 32, generator=generator),
             torch.randint(0, 10, (count,), generator=generator),
         )
-    return prepare(
+    return study_for(
         TwentyBlocks().eval(),
         "flops <= 50%",
         Data(**data, batch_size=min(128, max(samples // 3, 1))),

@@ -26,7 +26,8 @@ from autoprune.evaluators.rounds import mixed
 from autoprune.evaluators.sandwich import random_candidates
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Failure, IntArray
-from autoprune.study import Study, prepare
+from autoprune.study import Study
+from autoprune.testing.contexts import study_for
 from benchmarks.common import environment, table, write
 from benchmarks.compensation import interval, plain
 from benchmarks.trained import Part, trained
@@ -96,7 +97,7 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     """Accuracies (rows, 1 + budgets), the dense network first, and what they took."""
     (space, lr), (model, data) = CASES[name], network(name, seed)
     source = Data(calibration=data["train"], validation=data["validation"], test=data["test"], test_samples=2000)
-    study = prepare(
+    study = study_for(
         model,
         f"flops <= {BUDGETS[0]:.0%}",
         source,

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 import autoprune
-from autoprune.study import prepare
+from autoprune.testing.contexts import study_for
 from tests.zoo import ZOO
 
 
 def study_of(model, data, evaluator="adaptive_bn", budget="flops <= 100%", space="channels", metric="auto"):
-    return prepare(model, budget, data, evaluator=evaluator, space=space, metric=metric)
+    return study_for(model, budget, data, evaluator=evaluator, space=space, metric=metric)
 
 
 def prepared(evaluator, context):

@@ -21,7 +21,7 @@ from autoprune.importance.calibration import Calibration
 from autoprune.scorers import class_dimension
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.study import prepare
+from autoprune.testing.contexts import study_for
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_statistics_are_renewed_only_where_that_helps_the_dense_model(case, shif
     model = copy.deepcopy(case[0])
     signs = torch.tensor([1.0, -1.0] * 8)
     model[4].running_mean += shift * signs * model[4].running_var.sqrt()
-    study = prepare(model, "flops <= 70%", case[1], metric="accuracy")
+    study = study_for(model, "flops <= 70%", case[1], metric="accuracy")
     assert study.evaluator.settings["renew"] is renewed, study.notes
     (note,) = [note for note in study.notes if note.startswith("calibration check on 65 validation samples")]
     assert "without weights" in note
@@ -60,7 +60,7 @@ def test_statistics_are_renewed_only_where_that_helps_the_dense_model(case, shif
 
 @pytest.mark.slow
 def test_every_criterion_that_may_help_is_scored_with_its_figure(case):
-    study = prepare(case[0], "flops <= 70%", case[1], metric="accuracy")
+    study = study_for(case[0], "flops <= 70%", case[1], metric="accuracy")
     (note,) = [note for note in study.notes if note.startswith("calibration check")]
     for name in ("l2", "taylor", "fluctuation", "contribution"):
         assert re.search(rf"\b{name} \d", note), note
@@ -69,7 +69,7 @@ def test_every_criterion_that_may_help_is_scored_with_its_figure(case):
 @pytest.mark.slow
 def test_the_check_of_a_large_model_takes_few_samples(case, monkeypatch):
     monkeypatch.setattr(criteria, "WORK", 1)
-    study = prepare(case[0], "flops <= 70%", case[1], metric="accuracy")
+    study = study_for(case[0], "flops <= 70%", case[1], metric="accuracy")
     assert any(note.startswith("calibration check on 64 validation samples") for note in study.notes), study.notes
 
 
@@ -81,14 +81,14 @@ def test_another_criterion_is_chosen_only_where_more_than_luck_speaks_for_it(cas
     spread = (spread - spread.mean()) / spread.std(ddof=1)
     given = iter([np.full(65, 5.0), 5.0 - spread - errors / 65**0.5])
     monkeypatch.setattr(checking._Trial, "score", lambda *_: next(given, np.full(65, 9.0)))
-    study = prepare(case[0], "flops <= 70%", case[1], metric="accuracy")
+    study = study_for(case[0], "flops <= 70%", case[1], metric="accuracy")
     assert study.choice.criterion == chosen
     assert study.choice.parts["least_squares"]
 
 
 @pytest.mark.slow
 def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path, monkeypatch):
-    monkeypatch.setattr("autoprune.study.check", None)
+    monkeypatch.setattr("autoprune.setup.check", None)
     run_dir = str(tmp_path)
     result = autoprune.search(case[0], "flops <= 70%", case[1], max_seconds=1e-6, run_dir=run_dir, progress=False)
     assert (result.stopped, result.trials) == ("time", ())
@@ -111,10 +111,10 @@ def test_what_resumes_and_what_workers_get_scores_to_the_last_bit_what_the_check
         choice = dataclasses.replace(choice, criterion="taylor", parts={**choice.parts, **parts})
         return choice, chosen.with_parts(**parts), checking.ranking(given[0], "taylor", given[-1])
 
-    monkeypatch.setattr("autoprune.study.check", choosing)
-    first = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    monkeypatch.setattr("autoprune.setup.check", choosing)
+    first = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
     first.choice.save(str(tmp_path))
-    again = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    again = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
     worker = pickle.loads(pickle.dumps(first.fresh))
     worker.prepare(first.context)
     candidates = np.array([first.problem.sizes // 2, first.problem.sizes - 1])
@@ -125,23 +125,23 @@ def test_what_resumes_and_what_workers_get_scores_to_the_last_bit_what_the_check
 
 @pytest.mark.slow
 def test_a_damaged_choice_is_named_with_the_way_out(case, tmp_path):
-    prepare(case[0], "flops <= 70%", case[1], metric="accuracy").choice.save(str(tmp_path))
+    study_for(case[0], "flops <= 70%", case[1], metric="accuracy").choice.save(str(tmp_path))
     text = (tmp_path / FILE_NAME).read_text()
     for damaged in (text[:40], text.replace('"bn"', '"bm"'), "[]"):
         (tmp_path / FILE_NAME).write_text(damaged)
         with pytest.raises(autoprune.FileFormatError, match=r"refit\.json in run_dir is no choice .* delete it"):
-            prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+            study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
 
 
 @pytest.mark.slow
 def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
-    first = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    first = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())  # until the search begins
     first.choice.save(str(tmp_path))
     kept = json.loads((tmp_path / FILE_NAME).read_text())
     kept["parts"]["bias"] = False
     (tmp_path / FILE_NAME).write_text(json.dumps(kept))
-    again = prepare(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    again = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
     assert again.evaluator.settings == first.evaluator.settings | {"bias": False}
     assert again.context.space.to_json() == first.context.space.to_json()
 

@@ -19,7 +19,7 @@ from autoprune.protocols import Pruning
 from autoprune.reconstruction import reconstruction_errors
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.study import prepare
+from autoprune.testing.contexts import study_for
 from tests.candidates import state_of
 from tests.zoo import ZOO, draw, settled
 
@@ -214,7 +214,7 @@ class TestInASearch:
     @pytest.mark.slow
     @pytest.mark.parametrize(("prior", "least"), [("reconstruction", 0.75), ("criterion", 0.7)])
     def test_the_order_of_measured_distortions_is_largely_foreseen(self, digits, digits_model, prior, least):
-        study = prepare(
+        study = study_for(
             digits_model,
             "flops <= 50%",
             Data(digits.train, digits.validation, digits.test, validation_samples=200),

@@ -180,10 +180,15 @@ class TestWhoIsTheRival:
         found[0] = replace(found[0], **settings)
         problem = SimpleNamespace(cost_names=("flops", "params"), probes=lambda rows: np.zeros(len(rows), dtype=bool))
         judge = SimpleNamespace(higher_is_better=True)
-        study = SimpleNamespace(problem=problem, context=SimpleNamespace(judge=judge))
         values = np.ones(3, np.float32)
+        study = SimpleNamespace(
+            problem=problem,
+            context=SimpleNamespace(judge=judge),
+            racing=Racing(),
+            dense=Measurement(values, values, 0.0),
+        )
         journal = SimpleNamespace(first_of_ask=lambda number: 4, values=lambda number: (values, values))
-        races = Rivals(study, Racing(), journal, Measurement(values, values, 0.0)).races([self.trial(5, costs)], found)
+        races = Rivals(study, journal).races([self.trial(5, costs)], found)
         return [race and race.rival for race in races]
 
     def test_it_costs_as_much_or_less_in_every_cost_and_is_the_best_of_these(self):

@@ -9,7 +9,7 @@ from torch import nn
 import autoprune
 from autoprune.evaluators import Compensated
 from autoprune.evaluators.padding import positions_of
-from autoprune.study import prepare
+from autoprune.testing.contexts import study_for
 
 
 class Recurrent(nn.Module):
@@ -70,7 +70,7 @@ def seeded(make, *arguments):
 
 
 def context_of(model, data):
-    return prepare(model, "flops <= 100%", data, evaluator="compensated").context
+    return study_for(model, "flops <= 100%", data, evaluator="compensated").context
 
 
 def halves(context, **settings):

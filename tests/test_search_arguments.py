@@ -1,6 +1,8 @@
 """Data that scores are from, the start of a search, and its optimizers."""
 
 import math
+from dataclasses import fields
+from inspect import signature
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import autoprune
 from autoprune import Channels, Data, Metric
 from autoprune.evaluators import Compensated
+from autoprune.request import Request
 from tests.searching import quick, seen
 from tests.zoo import ZOO
 
@@ -166,3 +170,7 @@ def test_optimizers_are_named_classes_functions_or_instances(mlp, vectors):
     named = quick(mlp, "flops <= 50%", vectors, trials=10, optimizer="random")
     made = quick(mlp, "flops <= 50%", vectors, trials=10, optimizer=lambda problem, seed: RandomSearch(problem, seed))
     assert seen(quick(mlp, "flops <= 50%", vectors, trials=10, optimizer=RandomSearch)) == seen(named) == seen(made)
+
+
+def test_a_request_has_the_arguments_of_search():
+    assert [field.name for field in fields(Request)] == list(signature(autoprune.search).parameters)

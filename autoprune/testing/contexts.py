@@ -1,7 +1,9 @@
-"""Contexts to test evaluators in: small networks with data, traced and ready, as a worker of a search holds them."""
+"""Studies of searches that do not run, and contexts to test evaluators in: small networks with data, and traced."""
 
 from __future__ import annotations
 
+import inspect
+import time
 from typing import Any
 
 import torch
@@ -9,11 +11,33 @@ from torch import Tensor, nn
 
 from autoprune.data import Data
 from autoprune.evaluators.protocol import Context
+from autoprune.request import Request
+from autoprune.search import search
 from autoprune.search_spaces import Settings
+from autoprune.setup import set_up
 from autoprune.sources import seeded
-from autoprune.study import prepare
+from autoprune.stopping import Deadline
+from autoprune.study import Study
 
 SAMPLES = 120
+
+
+def study_for(model: nn.Module, budget: Any, data: Any = None, **options: Any) -> Study:
+    """Set up the search that `autoprune.search` would run with the same arguments, without running it.
+
+    Args:
+        model: As for `autoprune.search`.
+        budget: As above.
+        data: As above.
+        options: Its other arguments; those left out have its defaults.
+
+    Raises:
+        TypeError: If `options` names an argument that it does not have.
+    """
+    given = inspect.signature(search).bind(model, budget, data, **options)
+    given.apply_defaults()
+    request = Request(**given.arguments)
+    return set_up(request, Deadline(time.monotonic(), request.max_seconds))
 
 
 def image_context(space: str | Settings = "channels", metric: Any = "accuracy") -> Context:
@@ -48,7 +72,7 @@ def sequence_context(space: str | Settings = "channels", metric: Any = "agreemen
 
 def context_of(model: nn.Module, data: Any, space: str | Settings = "channels", metric: Any = "auto") -> Context:
     """Return the context of a search for any model and data; the arguments are those of `autoprune.search`."""
-    return prepare(model, "nonzero_params <= 70%", data, metric=metric, space=space, evaluator="adaptive_bn").context
+    return study_for(model, "nonzero_params <= 70%", data, metric=metric, space=space, evaluator="adaptive_bn").context
 
 
 class _Images(nn.Module):
