@@ -27,7 +27,8 @@ from autoprune.evaluators.layers import Layer, find_layers
 from autoprune.evaluators.moments import Sample
 from autoprune.importance.calibration import Calibration
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning
-from autoprune.structure import checks, slicing
+from autoprune.structure import analysis, checks, slicing
+from autoprune.structure import units as units_module
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example, default_dtype
 from autoprune.structure.known_shapes import KnownShapes, shapes_kept
@@ -218,6 +219,34 @@ class TestCorrection:
             correction.apply(cut, Edit(half, {}), cut)
         assert len(calls) == (1 if batches == 1 else batches + 1)
         assert sum("index" in name for name in below.names) == batches + 1
+
+
+class TestBestChoices:
+    def test_each_choice_is_propagated_once_and_what_stays_is_found_at_the_end_alone(self, monkeypatch: Any):
+        """The third factor of one view is chosen among all views, and again among those of its form."""
+
+        class Heads(nn.Module):
+            def __init__(self, *sizes: int) -> None:
+                super().__init__()
+                self.query, self.out, self.sizes = nn.Linear(8, 12), nn.Linear(12, 8), sizes
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.out(torch.softmax(self.query(x).view(2, 5, *self.sizes), -1).reshape(2, 5, 12))
+
+        record = trace(Example(nn.Sequential(Heads(3, 4), Heads(3, 2, 2)).eval(), (torch.ones(2, 5, 8),)))
+        tried, propagated = [], analysis.propagate
+
+        def propagate(record: Any, choices: Any = None) -> Any:
+            flow = propagated(record, choices)
+            tried.append(frozenset((choices or flow.sites).items()))
+            return flow
+
+        monkeypatch.setattr(analysis, "propagate", propagate)
+        monkeypatch.setattr(units_module, "_frozen", lambda *_: pytest.fail("nobody asked for it"))
+        flow, units = analysis.best_choices(record)
+        assert flow.sites
+        assert len(tried) == len(set(tried)) > 1
+        assert units.groups
 
 
 class TestSwapped:

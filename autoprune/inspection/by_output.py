@@ -14,7 +14,7 @@ from autoprune.structure.containers import tensors_in
 from autoprune.structure.example import Example
 from autoprune.structure.propagate import propagate
 from autoprune.structure.trace import trace
-from autoprune.structure.units import find_units
+from autoprune.structure.units import find_frozen, find_units
 
 MOST_OUTPUTS = 16
 """Most outputs that are told apart; for a model with more, messages do not list them."""
@@ -43,7 +43,8 @@ def frozen_by_output(example: Example) -> dict[str | int, set[tuple[str, int]]]:
     start = 0
     for key, count in counts.items():
         own = replace(record, outputs=record.outputs[start : start + count])
-        frozen = find_units(propagate(own)).frozen
+        flow = propagate(own)
+        frozen = find_frozen(flow, find_units(flow))
         found[key] = {(part.tensor, part.dim) for part in frozen if part.reason == "returned by the model"}
         start += count
     return found

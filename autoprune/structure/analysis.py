@@ -218,15 +218,19 @@ def best_choices(record: Record) -> tuple[Propagation, Units]:
     best = propagate(record)
     units = find_units(best)
     score = covered(best, units)
+    tried = {frozenset(best.sites.items())}
     for sites in _site_sets(best):
         for choice in range(max(best.factors.get(site, 0) for site in sites)):
             # A site may appear or vanish with the choices at others.
             changed = {site: choice for site in sites if best.sites.get(site, choice) != choice < best.factors[site]}
-            if changed:
-                flow = propagate(record, {**best.sites, **changed})
+            choices = {**best.sites, **changed}
+            if frozenset(choices.items()) not in tried:  # else an operation, a form or a site alone makes a set again
+                tried.add(frozenset(choices.items()))
+                flow = propagate(record, choices)
                 found = find_units(flow)
                 if (more := covered(flow, found)) > score:
                     best, units, score = flow, found, more
+                    tried.add(frozenset(best.sites.items()))
     return best, units
 
 

@@ -17,7 +17,7 @@ from autoprune.structure.record import Record
 from autoprune.structure.rules.layers import kept_groups
 from autoprune.structure.slicing import Edit, build
 from autoprune.structure.terms import Terms, cost_terms, multiplied_parameters
-from autoprune.structure.units import AffineSize, BoolArray, Frozen, Group, Units
+from autoprune.structure.units import AffineSize, BoolArray, Frozen, Group, Units, find_frozen
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def assemble(
             units_of[name] = tuple(None if dim is None else arrays.setdefault(dim.tobytes(), dim) for dim in dims)
     return Structure(
         groups=units.groups,
-        frozen=units.frozen,
+        frozen=find_frozen(flow, units),
         untouched=untouched,
         units_of=units_of,
         attributes=(*_group_counts(flow, units), *attributes),

@@ -90,16 +90,18 @@ class Units:
 
     Attributes:
         groups: In forward order.
-        frozen: Parameter dimensions that stay, kernel sizes left out.
         unit_of: Unit of each label, shape (labels,); -1 where it stays. Units are numbered group by group.
         group_of: Group of each unit, shape (units,).
+        component: Component of joined labels of each label, shape (labels,).
+        reasons: For each component that stays, the reason in words.
         derived: Cached values computed from them alone, by name.
     """
 
     groups: tuple[Group, ...]
-    frozen: tuple[Frozen, ...]
     unit_of: IntArray
     group_of: IntArray
+    component: IntArray = field(repr=False)
+    reasons: Mapping[int, str] = field(repr=False)
     _sizes: dict[int, tuple[IntArray, AffineSize]] = field(default_factory=dict, repr=False, compare=False)
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -186,7 +188,7 @@ def _units_of(flow: Propagation, exclude: Mapping[str, str] | None) -> Units:
     coarse = [group.name for group in made if group.size < 2 * group.multiple]
     if coarse:
         return _units_of(flow, {**(exclude or {}), **dict.fromkeys(coarse, "its size must stay a multiple of itself")})
-    return Units(made, tuple(_frozen(flow, component, unit_of, reasons)), unit_of, group_of)
+    return Units(made, unit_of, group_of, component, reasons)
 
 
 def _multiples(flow: Propagation, unit_of: IntArray, group_of: IntArray, sizes: list[int]) -> list[int]:
@@ -211,8 +213,8 @@ def _components(flow: Propagation) -> IntArray:
     moving = (a > 0) & (b > 0)  # label 0 stays; it must not connect everything that touches it
     graph = coo_matrix((np.ones(moving.sum(), dtype=np.int8), (a[moving], b[moving])), shape=(flow.count,) * 2)
     _, number = connected_components(graph, directed=False)
-    first = np.full(number.max() + 1, flow.count, dtype=np.int64)
-    np.minimum.at(first, number, np.arange(flow.count))
+    first = np.empty(number.max() + 1, dtype=np.int64)
+    first[number[::-1]] = np.arange(flow.count)[::-1]  # the last assignment, of the smallest label, counts
     smallest: IntArray = first[number]
     return smallest
 
@@ -288,15 +290,28 @@ def _slots(flow: Propagation, unit_of: IntArray, group_of: IntArray, sizes: list
     return slots
 
 
-def _frozen(flow: Propagation, component: IntArray, unit_of: IntArray, reasons: Mapping[int, str]) -> Iterable[Frozen]:
+def find_frozen(flow: Propagation, units: Units) -> tuple[Frozen, ...]:
+    """Find the parameter dimensions that stay, kernel sizes left out; not part of `find_units`, which many trials call.
+
+    Args:
+        flow: A propagation.
+        units: Its units.
+    """
+    if "frozen" not in units.derived:
+        units.derived["frozen"] = tuple(_frozen(flow, units))
+    found: tuple[Frozen, ...] = units.derived["frozen"]
+    return found
+
+
+def _frozen(flow: Propagation, units: Units) -> Iterable[Frozen]:
     kinds = {value.name: value.kind for value in flow.record.values}
     for tensor, dim, labels in _named_dimensions(flow):
         if kinds[tensor] != "parameter":
             continue
-        stuck = component[labels[unit_of[labels] < 0]]
+        stuck = units.component[labels[units.unit_of[labels] < 0]]
         by_reason: dict[str, int] = defaultdict(int)
         for label, count in zip(*np.unique(stuck, return_counts=True), strict=True):
-            by_reason[reasons.get(int(label), "no operation read it")] += int(count)
+            by_reason[units.reasons.get(int(label), "no operation read it")] += int(count)
         for reason, count in by_reason.items():
             if reason != "kernel size":
                 yield Frozen(tensor, dim, count, reason)
