@@ -19,7 +19,7 @@ from autoprune.budget import Budget
 from autoprune.checking import Choice, check, ranking, unchecked
 from autoprune.criteria import Criterion, order_units, score_units
 from autoprune.errors import AutopruneError, BudgetError, DataError, UnsupportedModelError
-from autoprune.evaluators import Context, Evaluator, make_evaluator
+from autoprune.evaluators import Context, Evaluator, Tells, make_evaluator
 from autoprune.evaluators.compensation import middle_of
 from autoprune.evaluators.memory import fitting
 from autoprune.evaluators.untouched import Untouched, is_ours
@@ -311,7 +311,9 @@ def _notes(
     drawn, metric = inputs.subsets.notes, ranked.judge.note
     ordered = (*drawn, *notes, metric) if inputs.subsets.synthetic else (*notes, metric, *drawn)
     checked = () if refit.choice is None else (refit.choice.note,)
-    learned = getattr(refit.evaluator, "notes", ())  # after `prepare`, because only then it has learned something
+    learned: tuple[str, ...] = ()
+    if isinstance(refit.evaluator, Tells):
+        learned = refit.evaluator.notes()  # after `prepare`, because only then it has learned something
     return (*ordered, *checked, *learned)
 
 

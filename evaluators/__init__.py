@@ -10,7 +10,7 @@ from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensation import Compensated
 from autoprune.evaluators.finetune import FineTune
 from autoprune.evaluators.measuring import Adapted, Measuring
-from autoprune.evaluators.protocol import Context, Evaluator, Orders, Trains
+from autoprune.evaluators.protocol import Context, Evaluator, Orders, Tells, Trains
 from autoprune.evaluators.supernet import Supernet
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
@@ -50,6 +50,7 @@ __all__ = [
     "Measuring",
     "Orders",
     "Supernet",
+    "Tells",
     "Trains",
     "make_evaluator",
 ]

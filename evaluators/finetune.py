@@ -15,7 +15,7 @@ from autoprune.evaluators.courses import Course, Distillation, Given, TrainFn
 from autoprune.evaluators.lessons import learns_labels
 from autoprune.evaluators.measuring import DENSE_BYTES, Measuring, bound_forward
 from autoprune.evaluators.memory import fitting
-from autoprune.evaluators.protocol import Context, Evaluator
+from autoprune.evaluators.protocol import Context, Evaluator, Tells
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.sources import seeded
 
@@ -110,10 +110,9 @@ class FineTune:
         """Return the trained module that was scored."""
         return self._trained(candidate)
 
-    @property
     def notes(self) -> tuple[str, ...]:
         """Notes of the evaluator that builds the start."""
-        return getattr(self._start, "notes", ())
+        return self._start.notes() if isinstance(self._start, Tells) else ()
 
     @property
     def identity(self) -> str:

@@ -44,9 +44,8 @@ class Context:
 class Evaluator(Protocol):
     """Scores candidates. Pickles before `prepare`, which runs once on each worker.
 
-    Two optional properties are read after `prepare`, for evaluators that learn something: ``notes``, a tuple of
-    sentences for the result, and ``identity``, a string that a resumed search must find again; by default the name of
-    the class.
+    An optional property is read after `prepare`, for evaluators that learn something: ``identity``, a string that a
+    resumed search must find again; by default the name of the class.
     """
 
     def prepare(self, context: Context) -> None:
@@ -67,6 +66,15 @@ class Evaluator(Protocol):
 
     def test(self, candidate: IntArray) -> Measurement | Failure:
         """Score a candidate, shape (d,), on the held-out samples, which no other method touches."""
+        ...
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """Optional protocol: evaluators that have something to say in the result once they are prepared."""
+
+    def notes(self) -> tuple[str, ...]:
+        """Return sentences for the result. Asked once a search, not on workers, so it may evaluate."""
         ...
 
 

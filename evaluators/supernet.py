@@ -55,7 +55,7 @@ class Supernet:
     that network, which is already trained.
 
     The dense network of the search, which limits such as ``accuracy drop <= 1pp`` refer to, is the largest candidate
-    with the trained weights, no longer the model given; `notes` gives both scores. Agreement is the exception: it
+    with the trained weights, no longer the model given; a note gives both scores. Agreement is the exception: it
     always compares with the model given.
 
     Training happens once: copies of the evaluator share the trained weights, workers receive them, and one evaluator
@@ -144,7 +144,7 @@ class Supernet:
             ValueError: If there is nothing to train or to learn from, a loss is not finite, or the checkpoint is that
                 of another training.
             DataError: If `data` cannot be iterated again, or is of an unknown form.
-            RecipeError: If the checkpoint is damaged or no checkpoint.
+            FileFormatError: If the checkpoint is damaged or no checkpoint.
         """
         model, identity = build(context.model, Edit({}, {})), self._training_identity(context)
         if self._learned.identity == identity:
@@ -192,9 +192,8 @@ class Supernet:
         """Fingerprint of the weights that scores are from: scores with other weights cannot be compared."""
         return f"{type(self).__name__} with weights {fingerprint(self._learned.weights)[:12]}"
 
-    @property
     def notes(self) -> tuple[str, ...]:
-        """Score of the largest candidate next to that of the model given, once prepared."""
+        """Evaluate the largest candidate and the model given, and give both scores; once prepared."""
         judge, space = self._context.judge, self._context.space
         (largest,) = self.evaluate(np.zeros((1, len(space.sizes)), dtype=np.int64))
         given = self._adapted.score(self._given)

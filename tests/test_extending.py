@@ -163,6 +163,22 @@ def test_all_of_them_work_in_one_search(folder):
     assert {trial.decoded["width"] for trial in result.front} <= {0.5, 0.25}
 
 
+def test_notes_of_an_evaluator_are_asked_for_once(folder):
+    class Talks(module("as_cut").AsCut):
+        asked = 0
+
+        def notes(self):
+            type(self).asked += 1
+            (dense,) = self.evaluate(np.zeros((1, 2), dtype=np.int64))
+            return (f"dense: {len(dense.signal)} samples",)
+
+    result = autoprune.search(
+        model(), "flops <= 60%", (torch.ones(40, 6), torch.arange(40) % 3), evaluator=Talks(), trials=2, progress=False
+    )
+    assert Talks.asked == 1
+    assert "dense: 16 samples" in result.notes
+
+
 class TestUniformSpace(SpaceContract):
     def make_space(self) -> SearchSpace:
         space: SearchSpace = module("uniform_width").Uniform().bind(structure(), uniform_order(structure()))
