@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from autoprune.arguments import MOST_SEED, said, shown, whole_number, why_no_function
-from autoprune.errors import InfeasibleBudgetError, RecipeError
+from autoprune.errors import FileFormatError, InfeasibleBudgetError
 from autoprune.evaluators import EVALUATORS, Evaluator, Orders, make_evaluator
 from autoprune.evaluators.measuring import Measuring
 from autoprune.execution import Outcome, evaluate_one
@@ -71,7 +71,7 @@ def audit(
         trainings so far.
 
     Raises:
-        RecipeError: If `result` was loaded from disk, because the model and the samples are needed.
+        FileFormatError: If `result` was loaded from disk, because the model and the samples are needed.
         ValueError: If an argument is out of range or an unknown name, there are fewer than 4 candidates, or `run_dir`
             holds an audit of something else.
 
@@ -89,7 +89,7 @@ def audit(
         raise TypeError(f"train_fn must be a function train_fn(model{', steps' * (steps is not None)}), {why}")
     builder = result._builder
     if not isinstance(builder, FromEvaluator):
-        raise RecipeError(
+        raise FileFormatError(
             "audit needs a result with its model and samples, got one that was loaded; pass what autoprune.search "
             "returns, which with run_dir= and resume=True repeats no trial"
         )

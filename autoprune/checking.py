@@ -6,7 +6,6 @@ validation samples. Parts that make the score worse there are switched off; a no
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +23,9 @@ from autoprune.evaluators.compensation import middle_of
 from autoprune.evaluators.measuring import bound_forward
 from autoprune.evaluators.memory import Halving, fitting
 from autoprune.evaluators.room import give_back
-from autoprune.files import make_folder, read_json, require_file, shortened, sound, write_text
+from autoprune.files import make_folder, write_json
+from autoprune.formats import Format
 from autoprune.protocols import FloatArray, IntArray, Pruning
-from autoprune.schema import require_form
 from autoprune.search_spaces import Settings
 from autoprune.sources import seeded
 from autoprune.structure.slicing import Edit, Slicer
@@ -42,6 +41,7 @@ FEWEST_RANKED = 16
 CRITERIA = (("taylor",), ("fluctuation", "contribution"))
 """Criteria tried in addition to l2; those that share a pass over the samples are grouped."""
 FILE_NAME = "refit.json"
+FORMAT = Format("autoprune-refit", 1, "the choice of a calibration check")
 
 _MOST_BYTES = 2**20
 _FORM = {
@@ -69,7 +69,7 @@ class Choice:
         """Write the choice next to the journal, where a resumed search finds it."""
         if run_dir is not None:
             kept = {"criterion": self.criterion, "parts": dict(self.parts), "note": self.note}
-            write_text(make_folder(run_dir, "run_dir") / FILE_NAME, json.dumps(kept), "run_dir")
+            write_json(make_folder(run_dir, "run_dir") / FILE_NAME, {**FORMAT.stamp(), **kept}, "run_dir")
 
     @classmethod
     def load(cls, run_dir: str | None) -> Choice | None:
@@ -81,12 +81,9 @@ class Choice:
         path = None if run_dir is None else Path(run_dir) / FILE_NAME
         if path is None or not path.exists():
             return None
-        require_file(path, f"run_dir must hold a readable {FILE_NAME}", _MOST_BYTES)
-        told = f"{shortened(path)} in run_dir is no choice of a calibration check, or is damaged"
-        with sound(told, "delete it to have the check made again, with the same outcome"):
-            data = read_json(path, _MOST_BYTES)
-            require_form(data, _FORM)
-            return cls(data["criterion"], data["parts"], data["note"])
+        way_out = "delete it to have the check made again, with the same outcome"
+        data = FORMAT.read_json(path, f"run_dir must hold a readable {FILE_NAME}", way_out, _MOST_BYTES, _FORM)
+        return cls(data["criterion"], data["parts"], data["note"])
 
     def refit(self, typical: Pruning) -> Compensated:
         """Make an evaluator, not prepared yet, whose scores equal those of the check to the last bit.

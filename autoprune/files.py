@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,6 +81,27 @@ def write_text(path: str | Path, text: str, what: str = "path") -> Path:
     with replacing(path, what) as fresh:
         fresh.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def write_json(path: str | Path, content: Any, what: str = "path", indent: int | None = None) -> Path:
+    """Replace a file by JSON, with null for numbers that are not finite.
+
+    Raises:
+        OSError: As `replacing` does.
+    """
+    try:
+        text = json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(content), indent=indent, allow_nan=False)
+    return write_text(path, f"{text}\n", what)
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def as_path(path: str | Path, what: str = "path") -> Path:

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from autoprune.errors import FileFormatError
 from autoprune.files import MIB, make_folder, parse_json, shortened, sound
+from autoprune.formats import Format
 from autoprune.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
 
-FORMAT = "autoprune-training"
-VERSION = 1
+FORMAT = Format("autoprune-training", 1, "a checkpoint of a training")
 MOST_BYTES = 2**20 * MIB
 """Largest size of a checkpoint where the model is not known, in bytes."""
 
@@ -30,7 +29,7 @@ def write_checkpoint(path: Path, state: Any) -> None:
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encoded(state, tensors, ()))
     make_folder(path.parent, "checkpoint")
-    header = {"format": FORMAT, "version": str(VERSION), HASH: content_hash(tensors, text), "state": text}
+    header = {**FORMAT.header(), HASH: content_hash(tensors, text), "state": text}
     write_tensors(path, tensors, header, "checkpoint")
 
 
@@ -47,12 +46,8 @@ def read_checkpoint(path: Path, most_bytes: int = MOST_BYTES) -> Any:
     told, way_out = f"checkpoint {shortened(path)}", "remove it to train again, or name another file"
     with sound(f"{told} cannot be read", way_out):
         metadata, tensors = read_tensors(path, "checkpoint must be a file that a training wrote", most_bytes)
-    if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
-        raise FileFormatError(
-            f"{told} must have the format {FORMAT} {VERSION}, got {metadata.get('format')!r:.60} "
-            f"{metadata.get('version')!r:.60}; name another file"
-        )
-    with sound(f"{told} is damaged", way_out):
+    with FORMAT.reading(told, way_out):
+        FORMAT.require(metadata)
         require_whole(metadata, metadata["state"], tensors)
         return _decoded(parse_json(metadata["state"]), tensors)
 

@@ -109,7 +109,7 @@ class Training:
 
         Raises:
             ValueError: If there is nothing to learn from, a loss is not finite, or the checkpoint is another's.
-            RecipeError: If the checkpoint is damaged.
+            FileFormatError: If the checkpoint is damaged.
         """
         recipe, space = self._recipe, self._context.space
         rounds, searched = self._resume(), self._context.subsets.calibration[0]

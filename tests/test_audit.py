@@ -295,7 +295,7 @@ class TestFaults:
 
     def test_a_loaded_result_is_refused_with_the_way_out(self, found, tmp_path):
         loaded = SearchResult.load(found.save(tmp_path / "result"))
-        with pytest.raises(autoprune.RecipeError, match=r"resume=True"):
+        with pytest.raises(autoprune.FileFormatError, match=r"resume=True"):
             autoprune.audit(loaded, Recipe())
 
     @pytest.mark.parametrize("wrong", [{"k": 3}, {"repeats": -1}, {"seed": -1}, {"k": 2.5}, {"evaluators": ["best"]}])

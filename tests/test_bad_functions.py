@@ -160,7 +160,7 @@ def test_nothing_is_evaluated_before_a_mistake_is_found(mlp):
 @pytest.mark.slow
 def test_a_trial_of_a_result_without_its_model_says_how_to_build_it(mlp):
     alone = replace(search(mlp), _builder=None)
-    with refused(autoprune.RecipeError, "build needs the model", "SearchResult.load(path, model=model)"):
+    with refused(autoprune.FileFormatError, "build needs the model", "SearchResult.load(path, model=model)"):
         alone.build()
 
 

@@ -129,7 +129,7 @@ def test_a_damaged_choice_is_named_with_the_way_out(case, tmp_path):
     text = (tmp_path / FILE_NAME).read_text()
     for damaged in (text[:40], text.replace('"bn"', '"bm"'), "[]"):
         (tmp_path / FILE_NAME).write_text(damaged)
-        with pytest.raises(autoprune.FileFormatError, match=r"refit\.json in run_dir is no choice .* delete it"):
+        with pytest.raises(autoprune.FileFormatError, match=r"refit\.json is not the choice of a .* delete it"):
             study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
 
 

@@ -2,15 +2,18 @@
 
 import errno
 import json
+import math
 import os
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from autoprune.errors import FileFormatError, RecipeError
-from autoprune.files import as_path, explaining, read_json, replacing, require_file, sound, write_text
+from autoprune.errors import FileFormatError
+from autoprune.files import as_path, explaining, read_json, replacing, require_file, sound, write_json, write_text
+from autoprune.formats import Format
 from autoprune.schema import require_form
 
 
@@ -160,7 +163,7 @@ class TestReading:
         assert message.endswith("; measure again")
 
     def test_the_former_name_of_the_error_stays(self):
-        assert RecipeError is FileFormatError
+        assert FileFormatError is FileFormatError
 
 
 class TestForms:
@@ -209,3 +212,41 @@ class TestForms:
     def test_parsed_json_of_a_real_file_is_what_it_was(self, tmp_path):
         write_text(tmp_path / "a", json.dumps({"a": [1, None, "ä"]}))
         assert read_json(Path(tmp_path, "a"), 100) == {"a": [1, None, "ä"]}
+
+
+class TestFormats:
+    FORMAT = Format("autoprune-example", 2, "an example")
+
+    def read(self, file: Path) -> dict[str, Any]:
+        return self.FORMAT.read_json(file, "path must be an example", "write it again", 1000, {"sizes": [int]})
+
+    def test_what_was_written_is_read(self, tmp_path):
+        file = write_json(tmp_path / "a.json", {**self.FORMAT.stamp(), "sizes": [3], "note": math.nan})
+        assert self.read(file) == {"format": "autoprune-example", "version": 2, "sizes": [3], "note": None}
+        self.FORMAT.require(self.FORMAT.header())
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            ({"format": "other"}, "it has the format 'other', and not 'autoprune-example'; was it written by another"),
+            ({"format": None}, "it has the format None"),
+            (
+                {"version": 3, "sizes": "of a newer form"},
+                "it has version 3, and this autoprune reads 2: use the one that",
+            ),
+            ({"version": True}, "it has version True"),
+            ({"sizes": ["3"]}, "must be a whole number"),
+        ],
+    )
+    def test_another_format_version_or_form_is_named_with_the_file(self, tmp_path, change, told):
+        file = write_json(tmp_path / "a.json", {**self.FORMAT.stamp(), "sizes": [3], **change})
+        with pytest.raises(FileFormatError) as caught:
+            self.read(file)
+        assert str(caught.value).startswith(f"{file} is not an example of autoprune, or is damaged: ")
+        assert told in str(caught.value)
+        assert str(caught.value).endswith("; write it again")
+
+    def test_json_of_another_kind_is_named(self, tmp_path):
+        (tmp_path / "a.json").write_text("[]")
+        with pytest.raises(FileFormatError, match="it must be an object"):
+            self.read(tmp_path / "a.json")

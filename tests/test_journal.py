@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from autoprune.errors import RecipeError
+from autoprune.errors import FileFormatError
 from autoprune.journal import Journal
 from autoprune.journal_file import APPLICATION_ID, FILE_NAME, SCHEMA, SCHEMA_VERSION
 from autoprune.protocols import Failure, Measurement
@@ -213,7 +213,7 @@ class TestBadRunDir:
     @pytest.mark.parametrize("content", [b"hello" * 1000, b"SQLite format 3\0" + b"x" * 4000])
     def test_a_damaged_file_is_named(self, tmp_path, content):
         (tmp_path / FILE_NAME).write_bytes(content)
-        with pytest.raises(RecipeError, match=r"run_dir .*journal.sqlite cannot be read"):
+        with pytest.raises(FileFormatError, match=r"run_dir .*journal.sqlite cannot be read"):
             Journal.open(tmp_path)
 
     def test_a_file_cut_short_is_named(self, tmp_path):
@@ -221,7 +221,7 @@ class TestBadRunDir:
             journal.record_ask(np.zeros((200, 50), dtype=np.int64), {})
         path = tmp_path / FILE_NAME
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(RecipeError, match="cannot be read"):
+        with pytest.raises(FileFormatError, match="cannot be read"):
             Journal.open(tmp_path)
 
     @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ class TestBadRunDir:
         connection = sqlite3.connect(tmp_path / FILE_NAME)
         connection.execute(statement)
         connection.close()
-        with pytest.raises(RecipeError, match=f"run_dir must hold a journal of autoprune, but .* {problem}"):
+        with pytest.raises(FileFormatError, match=f"run_dir must hold a journal of autoprune, but .* {problem}"):
             Journal.open(tmp_path)
 
     def test_meta_that_is_not_json_fails_before_a_file_is_made(self, tmp_path):

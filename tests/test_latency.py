@@ -24,7 +24,7 @@ from autoprune.costs.operations.torch_parts import find_parts
 from autoprune.costs.profiling.profile import note_on_memory
 from autoprune.costs.setting import setting_of
 from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
-from autoprune.errors import RecipeError
+from autoprune.errors import FileFormatError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.slicing import build
@@ -214,7 +214,7 @@ class TestLatency:
 
     def test_a_file_that_is_no_table_is_refused(self, latency, tmp_path):
         (tmp_path / "a.json").write_text("{}")
-        with pytest.raises(RecipeError, match="not a latency table"):
+        with pytest.raises(FileFormatError, match="not a latency table"):
             Latency.load(tmp_path / "a.json")
         with pytest.raises(FileNotFoundError, match=r"b\.json"):
             Latency.load(tmp_path / "b.json")
@@ -251,7 +251,7 @@ class TestLatency:
             inner = inner[key]
         inner[path[-1]] = value
         (tmp_path / "table.json").write_text(json.dumps(data))
-        with pytest.raises(RecipeError, match=r"table\.json is not a latency table.*measure again"):
+        with pytest.raises(FileFormatError, match=r"table\.json is not a latency table.*measure again"):
             Latency.load(tmp_path / "table.json")
 
     def test_a_table_that_cannot_be_saved_leaves_nothing_behind(self, latency, tmp_path):

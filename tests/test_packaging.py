@@ -22,7 +22,7 @@ MAPPED = ("search_spaces", "evaluators")
 LAYERS = (
     ("errors", "arguments"),
     ("files", "schema", "imports"),
-    ("protocols", "batches"),
+    ("protocols", "batches", "formats"),
     ("sources", "scorers", "statistics"),
     ("budget", "data", "pareto", "language", "losses", "segmentation"),
     ("metrics", "tensor_file", "user_code"),

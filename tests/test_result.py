@@ -203,7 +203,7 @@ class TestSaveAndLoad:
 
     def test_without_a_model_building_says_how_to_get_one(self, found, tmp_path):
         found.save(tmp_path / "result")
-        with pytest.raises(autoprune.RecipeError, match=r"SearchResult.load\(path, model=model\)"):
+        with pytest.raises(autoprune.FileFormatError, match=r"SearchResult.load\(path, model=model\)"):
             SearchResult.load(tmp_path / "result").build()
 
     @pytest.mark.parametrize("weights", ["front", "best", "none"])
@@ -215,7 +215,7 @@ class TestSaveAndLoad:
         assert len(dense) == (weights == "front")
         assert {file.name for file in (tmp_path / "result").iterdir()} == {"result.json", *files, *dense}
         dropped = next(trial for trial in found.trials if trial not in kept)
-        with pytest.raises(autoprune.RecipeError, match=f"trial {dropped.id} was saved without weights"):
+        with pytest.raises(autoprune.FileFormatError, match=f"trial {dropped.id} was saved without weights"):
             SearchResult.load(tmp_path / "result", ZOO["mlp"].build()).build(dropped)
 
     def test_unknown_weights_are_refused(self, found, tmp_path):
@@ -269,10 +269,10 @@ class TestSaveAndLoad:
         found.save(tmp_path)
         other = replace(found, front=tuple(replace(trial, score=0.0) for trial in found.front))
 
-        def cut_short(*args):
+        def cut_short(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("autoprune.result.saving.write_text", cut_short)
+        monkeypatch.setattr("autoprune.result.saving.write_json", cut_short)
         with pytest.raises(KeyboardInterrupt):
             other.save(tmp_path, replace=True)
         loaded = SearchResult.load(tmp_path, ZOO["mlp"].build())
@@ -351,7 +351,9 @@ class TestSaveAndLoad:
     def test_a_damaged_or_foreign_file_is_named(self, found, tmp_path, damage):
         file = found.save(tmp_path / "result", weights="none") / "result.json"
         file.write_text(damage(file.read_text()))
-        with pytest.raises(autoprune.RecipeError, match=r"result\.json is not a result of autoprune, or is damaged"):
+        with pytest.raises(
+            autoprune.FileFormatError, match=r"result\.json is not a result of autoprune, or is damaged"
+        ):
             SearchResult.load(tmp_path / "result")
 
 

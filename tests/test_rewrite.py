@@ -237,7 +237,7 @@ class TestRecipes:
         recipe["graphs"]["1.attention"]["nodes"].insert(0, node)
         setattr(built, ATTRIBUTE, recipe)
         autoprune.save(built, tmp_path / "evil.safetensors")
-        with pytest.raises(autoprune.RecipeError, match="was not made for this Sequential: a description"):
+        with pytest.raises(autoprune.FileFormatError, match="was not made for this Sequential: a description"):
             autoprune.load(tmp_path / "evil.safetensors", network(Block(Attention())))
 
     def test_methods_that_leave_tensors_are_known(self):

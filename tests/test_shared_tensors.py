@@ -94,7 +94,7 @@ def test_another_dense_file_in_its_place_is_refused(found, tmp_path):
 
     found.save(tmp_path / "result")
     save_file({"other": torch.ones(2)}, next((tmp_path / "result").glob("dense-*")))
-    with pytest.raises(autoprune.RecipeError, match=r"damaged recipe, or damaged weights"):
+    with pytest.raises(autoprune.FileFormatError, match=r"damaged recipe, or damaged weights"):
         SearchResult.load(tmp_path / "result", words()).build(found.front[0])
 
 

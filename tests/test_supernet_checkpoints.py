@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import autoprune
-from autoprune.errors import RecipeError
+from autoprune.errors import FileFormatError
 from autoprune.evaluators import FineTune, Supernet
 from tests.contexts import halved
 from tests.supernets import (
@@ -99,12 +99,12 @@ def test_checkpoints_of_other_trainings_and_damaged_ones_are_refused(context, tm
     with pytest.raises(ValueError, match="made with another data, another space;"):
         prepared(context_of(data=rows(seed=1), space=autoprune.Channels(step=0.5)), steps=2, checkpoint=file)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(FileFormatError, match="cannot be read"):
         prepared(context, steps=2, checkpoint=file)
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(RecipeError, match="must have the format"):
+    with pytest.raises(FileFormatError, match=r"not a checkpoint of a training .*it has the format"):
         prepared(context, steps=2, checkpoint=file)
 
 

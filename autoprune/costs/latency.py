@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,21 +17,18 @@ from autoprune.costs.correction import Correction, Evidence, fit
 from autoprune.costs.operations.parts import Part, part_values
 from autoprune.costs.setting import Setting
 from autoprune.costs.tables import Place, Table, interpolate, place
-from autoprune.files import MIB, read_json, require_file, shortened, sound, write_text
+from autoprune.files import MIB, write_json
+from autoprune.formats import Format
 from autoprune.protocols import FloatArray, IntArray
-from autoprune.schema import require_form
 from autoprune.structure.structure import Structure
 
-FORMAT = "autoprune-latency"
-VERSION = 1
+FORMAT = Format("autoprune-latency", 1, "a latency table")
 UNITS = {"ms": "milliseconds of one forward pass of the whole batch", "ratio": "of the dense network's time"}
 
 MOST_BYTES = 256 * MIB
 """Largest size of the file of a table."""
 
 _FORM = {
-    "format": frozenset({FORMAT}),
-    "version": int,
     "setting": {
         **dict.fromkeys(("model", "device", "machine", "runtime", "date"), str),
         **dict.fromkeys(("batch", "threads"), int),
@@ -194,7 +190,7 @@ class Latency:
         Raises:
             OSError: If it cannot be written; says why.
         """
-        return write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
+        return write_json(path, self.to_json(), indent=1)
 
     @classmethod
     def load(cls, path: str | Path) -> Latency:
@@ -204,13 +200,10 @@ class Latency:
             FileNotFoundError: If there is no such file.
             FileFormatError: If it is damaged, foreign, or of another version.
         """
-        file = require_file(path, "latency must be a file written by autoprune profile", MOST_BYTES)
-        told = f"{shortened(file)} is not a latency table of this autoprune, or is damaged"
-        with sound(told, "measure again with autoprune profile"):
-            data = read_json(file, MOST_BYTES)
-            require_form(data, _FORM)
-            if data["version"] != VERSION:
-                raise ValueError(f"it has version {data['version']}, and not {VERSION}")
+        way_out = "measure again with autoprune profile"
+        expected = "latency must be a file written by autoprune profile"
+        data = FORMAT.read_json(path, expected, way_out, MOST_BYTES, _FORM)
+        with FORMAT.reading(path, way_out):
             found = cls.from_json(data)
             found._require_sound()
         return found
@@ -230,8 +223,7 @@ class Latency:
         """JSON-ready dictionary with everything that a prediction needs."""
         seen = self.evidence
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp(),
             "units": UNITS,
             "setting": {**asdict(self.setting), "inputs": list(self.setting.inputs)},
             "dense_ms": self.dense_ms,

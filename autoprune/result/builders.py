@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from autoprune.costs import CostFunction
-from autoprune.errors import RecipeError
+from autoprune.errors import FileFormatError
 from autoprune.evaluators import Context, Evaluator
 from autoprune.files import shortened
 from autoprune.result.recipe import ATTRIBUTE, attach, most_bytes_of, read, read_slices, slices_of
@@ -99,17 +99,19 @@ class SavedWeights:
         """Load the trial's weights into a copy of the model.
 
         Raises:
-            RecipeError: If the result was saved without them, or the file is not the one that it was saved with.
+            FileFormatError: If the result was saved without them, or the file is not the one that it was saved with.
         """
         if self._model is None:
-            raise RecipeError("build needs the model; load the result with SearchResult.load(path, model=model)")
+            raise FileFormatError("build needs the model; load the result with SearchResult.load(path, model=model)")
         if trial.id not in self.there():
-            raise RecipeError(f"trial {trial.id} was saved without weights; choose one of the front, or search again")
+            raise FileFormatError(
+                f"trial {trial.id} was saved without weights; choose one of the front, or search again"
+            )
         kept = self.files[trial.id]
         file = self._folder / kept.name
         module, digest = read(file, self._model)
         if digest != kept.sha256:
-            raise RecipeError(
+            raise FileFormatError(
                 f"{shortened(file)} does not hold the weights that trial {trial.id} was saved with: it was swapped "
                 "with another file or replaced; search again, or copy the folder of the result as a whole"
             )

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.errors import RecipeError
+from autoprune.errors import FileFormatError
 from autoprune.files import MIB, as_path, parse_json, shortened, sound
+from autoprune.formats import Format
 from autoprune.result.shared_tensors import SharedTensors, restored
 from autoprune.schema import require_form
 from autoprune.structure.examples import unwrap
@@ -23,8 +24,7 @@ from autoprune.tensor_file import HASH, content_hash, read_tensors, require_whol
 
 log = logging.getLogger(__name__)
 
-FORMAT = "autoprune-model"
-VERSION = 1
+FORMAT = Format("autoprune-model", 1, "a pruned model")
 ATTRIBUTE = "_autoprune_recipe"
 """Attribute of a built module with its recipe, JSON-ready, which survives copying, pickling and fine-tuning."""
 MOST_TIMES_DENSE = 8
@@ -94,7 +94,7 @@ def save(module: nn.Module, path: str | Path) -> None:
         path: The file to write; an existing one is replaced as a whole. A link is followed.
 
     Raises:
-        RecipeError: If the module was not built by autoprune.
+        FileFormatError: If the module was not built by autoprune.
         OSError: If the file cannot be written, or `path` is a folder, a device or a FIFO.
     """
     write(module, path)
@@ -108,13 +108,13 @@ def write(module: nn.Module, path: str | Path, shared: SharedTensors | None = No
     module = unwrap(module) if isinstance(module, nn.Module) else module
     recipe = getattr(module, ATTRIBUTE, None)
     if recipe is None:
-        raise RecipeError(
+        raise FileFormatError(
             f"module must come from result.build(), but {type(module).__name__} carries no recipe; "
             "save an ordinary model with torch.save(model.state_dict(), ...)"
         )
     state, text = module.state_dict(), json.dumps(recipe)
     digest = content_hash(state, text)
-    metadata = {"format": FORMAT, "version": str(VERSION), HASH: digest, "recipe": text}
+    metadata = {**FORMAT.header(), HASH: digest, "recipe": text}
     left_out = {} if shared is None else shared.leave_out(state, recipe["slices"])
     if shared is not None and left_out:
         metadata |= {"left_out": json.dumps(left_out), "dense": shared.file_name}
@@ -134,7 +134,7 @@ def load(path: str | Path, fresh_model: nn.Module) -> nn.Module:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        RecipeError: If the file is corrupted or foreign, or was made for another model.
+        FileFormatError: If the file is corrupted or foreign, or was made for another model.
         TypeError: If `fresh_model` is no module.
     """
     module, _ = read(path, fresh_model)
@@ -182,16 +182,8 @@ def read_slices(path: Path, most_bytes: int) -> dict[str, dict[str, list[int]]]:
 
 def _recipe_in(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     """Read the recipe in the header of a file."""
-    if metadata.get("format") != FORMAT:
-        raise RecipeError(
-            f"{name} is a safetensors file without an autoprune recipe; was it saved by another tool? Name one that "
-            "autoprune.save wrote"
-        )
-    if metadata.get("version") != str(VERSION):
-        raise RecipeError(
-            f"{name} has recipe version {metadata.get('version') or 'none':.60}, and this autoprune reads {VERSION}: "
-            "use the version that wrote it"
-        )
+    with FORMAT.reading(name, "name a file that autoprune.save wrote"):
+        FORMAT.require(metadata)
     with sound(f"{name} holds a damaged recipe", "save the model again"):
         recipe: dict[str, Any] = parse_json(metadata["recipe"])
         require_form(recipe, _FORM)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
@@ -14,7 +12,8 @@ from torch import nn
 
 from autoprune.budget import Budget
 from autoprune.errors import FileFormatError
-from autoprune.files import MIB, UNFINISHED, make_folder, read_json, require_file, shortened, sound, write_text
+from autoprune.files import MIB, UNFINISHED, make_folder, write_json
+from autoprune.formats import Format
 from autoprune.journal_file import FILE_NAME as JOURNAL
 from autoprune.protocols import FAILED, OK, PENDING, RACED
 from autoprune.result.builders import WeightsFile, weights_file
@@ -22,12 +21,10 @@ from autoprune.result.recipe import write
 from autoprune.result.shared_tensors import FILES as DENSE
 from autoprune.result.shared_tensors import SharedTensors
 from autoprune.result.trials import Trial
-from autoprune.schema import require_form
 from autoprune.statistics import EVALUATION_FORM
 
 RESULT = "result.json"
-FORMAT = "autoprune-result"
-VERSION = 1
+FORMAT = Format("autoprune-result", 1, "a result")
 WEIGHTS = "trial-*.safetensors"
 MOST_BYTES = 1024 * MIB
 """Largest size of a result: 10,000 trials of 250 dimensions take a tenth of it."""
@@ -67,8 +64,6 @@ _AUDIT = {
     "seconds": float,
 }
 _FORM = {
-    "format": frozenset({FORMAT}),
-    "version": int,
     "budget": str,
     "metric": str,
     "higher_is_better": bool,
@@ -110,28 +105,12 @@ def write_result(
         weights[str(trial.id)] = {"file": file.name, "sha256": write(build(trial), file, shared)}
     if shared is not None:
         shared.write(folder)
-    write_text(found, _as_json({**content, "weights": weights}))
+    write_json(found, {**content, "weights": weights}, indent=1)
     keep = {entry["file"] for entry in weights.values()} | ({shared.file_name} if shared is not None else set())
     for pattern in (WEIGHTS, DENSE, UNFINISHED):
         for file in folder.glob(pattern):
             if file.name not in keep:
                 file.unlink(missing_ok=True)
-
-
-def _as_json(content: Any) -> str:
-    """Write JSON, with null for values that are not finite."""
-    try:
-        return json.dumps(content, indent=1, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(content), indent=1, allow_nan=False)
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _named_in(file: Path) -> set[str]:
@@ -158,20 +137,17 @@ def read_result(file: Path) -> dict[str, Any]:
     Raises:
         FileFormatError: If it is corrupted or foreign.
     """
-    require_file(file, "path must be a folder written by result.save", MOST_BYTES)
-    with reading(file):
-        data: dict[str, Any] = read_json(file, MOST_BYTES)
-        require_form(data, _FORM)
-        if data["version"] != VERSION:
-            raise ValueError(f"it has version {data['version']}, and this autoprune reads {VERSION}")
-    return data
+    return FORMAT.read_json(file, "path must be a folder written by result.save", _way_out(file), MOST_BYTES, _FORM)
 
 
 def reading(file: Path) -> AbstractContextManager[None]:
     """Make a context that turns all errors of a damaged result into one."""
+    return FORMAT.reading(file, _way_out(file))
+
+
+def _way_out(file: Path) -> str:
     journal = (file.parent / JOURNAL).exists()
-    way_out = "the journal next to it may be whole: `autoprune front` reads it" if journal else "save it again"
-    return sound(f"{shortened(file)} is not a result of autoprune, or is damaged", way_out)
+    return "the journal next to it may be whole: `autoprune front` reads it" if journal else "save it again"
 
 
 def files_of(data: Mapping[str, Any]) -> dict[int, WeightsFile]:

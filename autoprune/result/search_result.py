@@ -12,7 +12,7 @@ from torch import nn
 
 from autoprune.arguments import flag, one_of
 from autoprune.budget import Budget
-from autoprune.errors import InfeasibleBudgetError, RecipeError
+from autoprune.errors import FileFormatError, InfeasibleBudgetError
 from autoprune.files import as_path, shortened
 from autoprune.protocols import OK, SearchSpace
 from autoprune.result.additivity import Additivity, additivity_of
@@ -22,7 +22,6 @@ from autoprune.result.recipe import warn_of_dense_config
 from autoprune.result.saving import (
     FORMAT,
     RESULT,
-    VERSION,
     files_of,
     read_result,
     reading,
@@ -150,7 +149,7 @@ class SearchResult:
 
         Raises:
             InfeasibleBudgetError: If no trial is within the budget.
-            RecipeError: If the result was loaded without a model, or without the weights of this trial.
+            FileFormatError: If the result was loaded without a model, or without the weights of this trial.
         """
         module = self._built(what if isinstance(what, Trial) else self.best(what))
         warn_of_dense_config(module)
@@ -158,7 +157,7 @@ class SearchResult:
 
     def _built(self, trial: Trial) -> nn.Module:
         if self._builder is None:
-            raise RecipeError("build needs the model; load the result with SearchResult.load(path, model=model)")
+            raise FileFormatError("build needs the model; load the result with SearchResult.load(path, model=model)")
         return self._builder.build(trial)
 
     def save(self, path: str | Path, weights: str = "front", replace: bool = False) -> Path:
@@ -200,8 +199,7 @@ class SearchResult:
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary of everything but weights; NaN becomes null."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.stamp(),
             **{name: getattr(self, name) for name in _PLAIN},
             "notes": list(self.notes),
             "limits": dict(self.limits),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -15,7 +14,7 @@ from autoprune.costs.profiling.grids import Bench, Points
 from autoprune.costs.setting import Setting
 from autoprune.costs.timing import Timing
 from autoprune.errors import FileFormatError
-from autoprune.files import DAMAGE, MIB, brief, read_json, require_file, write_text
+from autoprune.files import DAMAGE, MIB, brief, read_json, require_file, write_json
 from autoprune.protocols import IntArray
 from autoprune.schema import require_form
 
@@ -75,7 +74,7 @@ class Progress:
             "timings": [astuple(timing) for timing in (*self.timings, *self._bench.timings)],
             "known": known,
         }
-        write_text(self._file, json.dumps(data))
+        write_json(self._file, data)
 
     def remove(self) -> None:
         """Drop the file, because the table is complete."""
