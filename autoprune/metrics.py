@@ -25,7 +25,7 @@ from autoprune.protocols import FloatArray
 from autoprune.segmentation import mean_iou
 from autoprune.statistics import standard_error
 
-Forward: TypeAlias = Callable[[Batch], Any]
+BoundForward: TypeAlias = Callable[[Batch], Any]
 # (outputs, batch, dense outputs) -> (signal, metric), one value a sample each
 Scorer: TypeAlias = Callable[[Any, Batch, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -117,7 +117,7 @@ class Judge:
         return self.scorer is not None
 
     def dense_outputs(
-        self, forward: Forward, batches: Sequence[Batch], memory_bytes: int = 0
+        self, forward: BoundForward, batches: Sequence[Batch], memory_bytes: int = 0
     ) -> tuple[Tensor | None, ...]:
         """Compute the outputs of the dense model for the samples of each batch, to be kept.
 
@@ -148,7 +148,7 @@ class Judge:
         return signal.cpu().double().numpy(), metric.cpu().double().numpy()
 
     def weigh(
-        self, forward: Forward, batches: Sequence[Batch], dense: Sequence[Tensor | None] | None = None
+        self, forward: BoundForward, batches: Sequence[Batch], dense: Sequence[Tensor | None] | None = None
     ) -> Weighing | None:
         """Compute the weight of each sample of a set, to be kept; None where all count the same.
 
@@ -176,7 +176,7 @@ class Judge:
             tuple(counts * each for counts, _ in found), tuple(masses * (samples / mass) for _, masses in found)
         )
 
-    def score_set(self, forward: Forward, batches: Sequence[Batch], dense: Sequence[Tensor | None] = ()) -> float:
+    def score_set(self, forward: BoundForward, batches: Sequence[Batch], dense: Sequence[Tensor | None] = ()) -> float:
         """Compute a metric of the whole set, in its own direction."""
         if self.whole_set is None:
             raise ValueError(f"metric {self.name!r} scores samples one by one; use score_batch or measure")
@@ -196,7 +196,7 @@ class Judge:
 
     def measure(
         self,
-        forward: Forward,
+        forward: BoundForward,
         batches: Sequence[Batch],
         dense: Sequence[Tensor | None],
         weighing: Weighing | None = None,
@@ -265,7 +265,9 @@ class _Watched:
     outputs do not compare, the candidate has no distortion: candidates must be compared on the same samples.
     """
 
-    def __init__(self, forward: Forward, distance: scorers.Distance | None, dense: Mapping[int, Tensor | None]) -> None:
+    def __init__(
+        self, forward: BoundForward, distance: scorers.Distance | None, dense: Mapping[int, Tensor | None]
+    ) -> None:
         self._forward = forward
         self._distance = distance
         self._dense = {key: output for key, output in dense.items() if output is not None}
@@ -286,7 +288,7 @@ class _Watched:
         return torch.cat([self._seen[key].double() for key in self._dense]).cpu().numpy()
 
 
-def resolve_metric(metric: Any, subsets: Subsets, dense_forward: Forward) -> Judge:
+def resolve_metric(metric: Any, subsets: Subsets, dense_forward: BoundForward) -> Judge:
     """Make a metric ready, and try it on the dense model so that a mistake shows before the search.
 
     ``"auto"`` is accuracy if the labels are classes of the outputs, the loss if they are classes of each position
@@ -399,7 +401,7 @@ def _parts_of(loss: SampleLoss) -> Parts | None:
     return None if loss.own is None else loss.parts
 
 
-def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bool, forward: Forward) -> Judge:
+def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bool, forward: BoundForward) -> Judge:
     output = scorers.main_output(outputs)
     if name == "auto" and synthetic:
         name, note = "agreement", "metric 'agreement' with the dense model was chosen because there is no data"
@@ -449,7 +451,7 @@ def _note_of_void(output: Tensor, batches: Sequence[Batch]) -> str:
     return f"; positions labelled {void} are left out" if seen and output.shape[1] <= void else ""
 
 
-def _choose(outputs: Any, batches: Sequence[Batch], forward: Forward) -> tuple[str, str]:
+def _choose(outputs: Any, batches: Sequence[Batch], forward: BoundForward) -> tuple[str, str]:
     """Choose the metric of ``"auto"``, with the reason."""
     reasons = {
         "accuracy": "the labels are classes of the outputs",
@@ -472,7 +474,7 @@ def _choose(outputs: Any, batches: Sequence[Batch], forward: Forward) -> tuple[s
     return "agreement", f"metric 'agreement' with the dense model was chosen because {reason}"
 
 
-def _is_language_model(outputs: Any, batches: Sequence[Batch], forward: Forward) -> bool:
+def _is_language_model(outputs: Any, batches: Sequence[Batch], forward: BoundForward) -> bool:
     """Return whether outputs are logits of each next one of the ``input_ids``, and labels, if any, are such tokens."""
     first = batches[0]
     if not isinstance(first, Mapping) or "input_ids" not in first or language.why_no_language_model(outputs, first):

@@ -25,7 +25,7 @@ class Simulated(Bench):
         super().__init__(clock=None, reference=lambda: None, reference_ms=1.0)
         self.asked = []
 
-    def compare(self, calls, tolerance, block_seconds):
+    def compare(self, calls, effort):
         self.asked += [call() for call in calls]
         ratios = [1e3 * seconds_of(call()) for call in calls]
         return [Timing(ratio, ratio, ratio, ratio, 6, 0) for ratio in ratios]

@@ -23,7 +23,7 @@ from autoprune.costs.operations.runtimes import Torch, network_call
 from autoprune.costs.operations.torch_parts import find_parts
 from autoprune.costs.profiling.profile import note_on_memory
 from autoprune.costs.setting import setting_of
-from autoprune.costs.timing import NOISY, CpuClock, compare, note_of_noise
+from autoprune.costs.timing import NOISY, CpuClock, Effort, compare, note_of_noise
 from autoprune.errors import FileFormatError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
@@ -77,7 +77,9 @@ class TestTiming:
 
     def test_a_noisy_machine_widens_the_interval_and_is_said_to_be_noisy(self):
         def timed(noise):
-            return compare([lambda: torch.zeros(9)] * 4, lambda: torch.zeros(9), Machine(noise=noise), most_rounds=9)
+            return compare(
+                [lambda: torch.zeros(9)] * 4, lambda: torch.zeros(9), Machine(noise=noise), Effort(most_rounds=9)
+            )
 
         assert note_of_noise(timed(0.0)) == ""
         noisy = timed(1.0)
@@ -95,7 +97,7 @@ class TestTiming:
             def seconds(self, call, repeats):
                 return super().seconds(call, repeats) * (50 if self.calls % 17 == 0 else 1)
 
-        (timing,) = compare([lambda: torch.zeros(9)], lambda: torch.zeros(9), Disturbed(noise=0.01), rounds=27)
+        (timing,) = compare([lambda: torch.zeros(9)], lambda: torch.zeros(9), Disturbed(noise=0.01), Effort(rounds=27))
         assert timing.ratio == pytest.approx(1.0, rel=0.03)
         assert timing.outliers > 0
         assert "outliers" in note_of_noise([timing])
@@ -117,7 +119,7 @@ class TestTiming:
                     call()
                 return repeats * call.own + (0.0 if warm else 1e-3)
 
-        fast, slow = compare([Step(1e-4), Step(3e-4)], Step(2e-4), Cold(), block_seconds=1e-2)
+        fast, slow = compare([Step(1e-4), Step(3e-4)], Step(2e-4), Cold(), Effort(block_seconds=1e-2))
         assert (fast.ratio, slow.ratio) == (pytest.approx(0.5), pytest.approx(1.5))
 
     def test_the_clock_of_the_cpu_counts_repeats(self):
@@ -131,7 +133,9 @@ class TestTiming:
         def compared(most_seconds):
             calls = [reference, lambda: torch.zeros(9000)]
             machine = Machine(noise=0.5)
-            return compare(calls, reference, machine, most_rounds=18, block_seconds=1e-6, most_seconds=most_seconds)
+            return compare(
+                calls, reference, machine, Effort(most_rounds=18, block_seconds=1e-6, most_seconds=most_seconds)
+            )
 
         assert [timing.rounds for timing in compared(math.inf)] == [18, 18]
         assert [timing.rounds for timing in compared(1e-4)] == [18, 5]  # 2 and 20 microseconds a call
@@ -340,7 +344,7 @@ def test_the_machine_of_these_tests_has_steps():
 
 COUNT_BLOCKS = """
 import ctypes, torch
-from autoprune.costs.timing import CpuClock, compare
+from autoprune.costs.timing import CpuClock, Effort, compare
 
 class Counts(ctypes.Structure):
     _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
@@ -358,7 +362,7 @@ def blocks(mib):
 in_the_way = []
 torch.set_num_threads(1)
 blocks(70)
-compare([lambda: blocks(70)], lambda: None, CpuClock(), rounds=1, most_rounds=1)
+compare([lambda: blocks(70)], lambda: None, CpuClock(), Effort(rounds=1, most_rounds=1))
 blocks(300)  # more than was freed while timed: a hole of that size would be filled first
 blocks(16)
 print(found[0], max(found[1:-2]), *found[-2:])

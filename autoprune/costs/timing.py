@@ -140,17 +140,35 @@ class Timing:
         return max(self.high - self.ratio, self.ratio - self.low) / self.ratio
 
 
+@dataclass(frozen=True)
+class Effort:
+    """Time to spend on each call of a comparison, and the precision that is enough.
+
+    Attributes:
+        rounds: Blocks of each call; 5 are enough where they took longer than `most_seconds` in all.
+        most_rounds: Blocks of a call whose interval stays wider than `tolerance` on either side.
+        tolerance: Fraction of the median.
+        block_seconds: Least time of a block; a shorter call is repeated.
+        most_seconds: A call whose blocks took longer than this in all gets no more of them.
+    """
+
+    rounds: int = 9
+    most_rounds: int = 27
+    tolerance: float = 0.02
+    block_seconds: float = 1e-3
+    most_seconds: float = np.inf
+
+
+USUAL = Effort()
+
+
 @keeping_freed_memory()
 def compare(
     calls: Sequence[Call],
     reference: Call,
     clock: Clock,
+    effort: Effort = USUAL,
     *,
-    rounds: int = 9,
-    most_rounds: int = 27,
-    tolerance: float = 0.02,
-    block_seconds: float = 1e-3,
-    most_seconds: float = np.inf,
     seed: int = 0,
     over: Over = never,
 ) -> list[Timing]:
@@ -163,11 +181,7 @@ def compare(
         calls: Calls to time.
         reference: Call that every other one is compared with.
         clock: Takes the time.
-        rounds: Blocks of each call; 5 are enough where they took longer than `most_seconds` in all.
-        most_rounds: Blocks of a call whose interval stays wider than `tolerance` on either side.
-        tolerance: Fraction of the median.
-        block_seconds: Least time of a block; a shorter call is repeated.
-        most_seconds: A call whose blocks took longer than this in all gets no more of them.
+        effort: Rounds, and the length of blocks.
         seed: Orders the calls within rounds, so that periodic disturbances hit all alike, and draws the resamples.
         over: Checked between calls and rounds: once it returns True, 5 rounds are enough.
 
@@ -182,8 +196,8 @@ def compare(
     for call in calls:
         if over():
             raise TimeOverError
-        repeats.append(_warm_up(call, clock, block_seconds))
-    steps = _warm_up(reference, clock, block_seconds)
+        repeats.append(_warm_up(call, clock, effort.block_seconds))
+    steps = _warm_up(reference, clock, effort.block_seconds)
     ratios: list[list[float]] = [[] for _ in calls]
     spent = [0.0] * len(calls)
     references: list[float] = []
@@ -207,12 +221,12 @@ def compare(
         ended = over()
         if ended and done < _LEAST_ROUNDS:
             raise TimeOverError
-        last, due = ended or done >= most_rounds, done >= rounds and done % 3 == 0
+        last, due = ended or done >= effort.most_rounds, done >= effort.rounds and done % 3 == 0
         for i in list(waiting):
-            enough = done >= min(rounds, _LEAST_ROUNDS) and spent[i] >= most_seconds
+            enough = done >= min(effort.rounds, _LEAST_ROUNDS) and spent[i] >= effort.most_seconds
             if last or due or enough:
                 found[i] = _timing(np.array(ratios[i]), speed, rng)
-            if last or enough or (due and _timing_of(found[i]).uncertainty <= tolerance):
+            if last or enough or (due and _timing_of(found[i]).uncertainty <= effort.tolerance):
                 waiting.remove(i)
     return [_timing_of(timing) for timing in found]
 

@@ -26,8 +26,8 @@ from autoprune.structure.units import Group, Units, find_units, first_labels
 ROUNDS = 3
 """Number of draws of units to remove: numbers equal by chance in one draw hide that code needs them equal."""
 
-Cut = Callable[[Units, Structure, Pruning], nn.Module]
-Run = Callable[[nn.Module, AbstractContextManager[Any]], None]
+MakeSmaller = Callable[[Units, Structure, Pruning], nn.Module]
+RunUnder = Callable[[nn.Module, AbstractContextManager[Any]], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sizes:
         stuck: Groups that must be frozen, each with the reason.
     """
 
-    def __init__(self, flow: Propagation, model: nn.Module, cut: Cut, run: Run, seed: int) -> None:
+    def __init__(self, flow: Propagation, model: nn.Module, cut: MakeSmaller, run: RunUnder, seed: int) -> None:
         self.flow = flow
         self.cut = cut
         self.run = run

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autoprune.costs.operations.parts import Family
 from autoprune.costs.tables import Table
-from autoprune.costs.timing import Call, Clock, Over, Repeated, TimeOverError, Timing, compare, never
+from autoprune.costs.timing import Call, Clock, Effort, Over, Repeated, TimeOverError, Timing, compare, never
 from autoprune.protocols import FloatArray
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ _FIRST = 5  # points of an axis before steps are looked for
 _MOST_POINTS = {1: 65, 2: 17, 3: 7}  # of an axis, by the number of variables; later axes may take unused points
 _TOLERANCE = 0.04  # a point further from the line between its neighbours, as a fraction of it, is a step
 _SHARE = 0.003  # families that take a smaller part of the dense network keep the first points
+_OPERATIONS = Effort(rounds=6, most_rounds=18, tolerance=0.03, block_seconds=5e-4, most_seconds=0.3)
 _AT_ONCE = 24  # calls whose tensors exist at once
 
 
@@ -65,7 +66,7 @@ class Bench:
             for start in range(0, len(missing), _AT_ONCE):
                 some = missing[start : start + _AT_ONCE]
                 calls = [family.make(point) for point in some]  # type: ignore[misc]  # asserted above
-                timings = self.compare(calls, tolerance=0.03, block_seconds=5e-4)
+                timings = self.compare(calls, _OPERATIONS)
                 for point, call, timing in zip(some, calls, timings, strict=True):
                     unit = self.reference_ms / (call.times if isinstance(call, Repeated) else 1)
                     known[point] = (timing.ratio * unit, timing.low * unit, timing.high * unit)
@@ -75,21 +76,10 @@ class Bench:
         if missing:
             self.save()
 
-    def compare(self, calls: Sequence[Call], tolerance: float, block_seconds: float) -> list[Timing]:
+    def compare(self, calls: Sequence[Call], effort: Effort) -> list[Timing]:
         """Time calls against the reference."""
         with torch.inference_mode():
-            timings = compare(
-                calls,
-                self.reference,
-                self.clock,
-                rounds=6,
-                most_rounds=18,
-                tolerance=tolerance,
-                block_seconds=block_seconds,
-                most_seconds=0.3,
-                seed=len(self.timings),
-                over=self.over,
-            )
+            timings = compare(calls, self.reference, self.clock, effort, seed=len(self.timings), over=self.over)
         self.reference_ms = self.reference_ms or timings[0].ms / timings[0].ratio
         self.timings += timings
         return timings

@@ -23,7 +23,7 @@ from autoprune.costs.profiling.grids import Bench, measure_tables
 from autoprune.costs.profiling.progress_file import Progress
 from autoprune.costs.setting import setting_of
 from autoprune.costs.tables import Table
-from autoprune.costs.timing import Clock, Over, TimeOverError, Timing, clock_for, compare, never, note_of_noise
+from autoprune.costs.timing import Clock, Effort, Over, TimeOverError, Timing, clock_for, compare, never, note_of_noise
 from autoprune.files import as_path
 from autoprune.protocols import IntArray
 from autoprune.sources import seeded
@@ -43,6 +43,8 @@ MOST_NETWORKS = 10_000
 FEWEST_NETWORKS = 6
 """Least number of networks, so that a fit to some can be judged on others."""
 
+_DENSE = Effort(rounds=6, most_rounds=18, tolerance=0.01, block_seconds=2e-3, most_seconds=0.3)
+_WHOLE = Effort(rounds=9, most_rounds=60, tolerance=0.01, block_seconds=1e-2, most_seconds=2.0)
 _PASSES = 5  # of the dense network, to see what the allocator costs
 _SLOWED = 1.2  # slow-down by it from which on there is a note
 _AT_ONCE = 12  # networks that exist at once
@@ -173,7 +175,7 @@ def profile_structure(
         dense = build(example.model, structure.edit(prefixes(structure, structure.sizes))).eval()
         call = runs.network(example.of(dense))
         if not progress.dense_ms:
-            (timing,) = bench.compare([call], tolerance=0.01, block_seconds=2e-3)
+            (timing,) = bench.compare([call], _DENSE)
             progress.dense_ms = timing.ratio * bench.reference_ms
         _measure_networks(example, structure, widths, runs, call, clock, progress, over)
     except TimeOverError as error:
@@ -246,9 +248,7 @@ def time_networks(
     Blocks are long enough for several passes of a small network: between single passes, threads fall asleep and the
     data of other networks fills the caches, which costs small networks more than large ones.
     """
-    return compare(
-        calls, dense, clock, rounds=9, most_rounds=60, tolerance=0.01, block_seconds=1e-2, most_seconds=2.0, over=over
-    )
+    return compare(calls, dense, clock, _WHOLE, over=over)
 
 
 def _measure_networks(
