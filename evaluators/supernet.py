@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class _Learned:
     weights: Weights = field(default_factory=dict)
 
 
+@dataclass(eq=False, repr=False)
 class Supernet:
     """Scores candidates with weights that were trained once for all of them.
 
@@ -63,7 +64,7 @@ class Supernet:
     the same for other processes, and lets a killed training continue; it ends with the same weights as without the
     interruption, bit for bit on a CPU with as many threads.
 
-    Args:
+    Attributes:
         steps: Optimizer steps; each takes 2 + `subnets` forward and backward passes.
         data: Your training data, augmented as usual, as a DataLoader, a Dataset, arrays ``(X, y)``, or an iterable of
             batches that can be iterated again; ``Data(labels=)`` of the search holds for dict batches here, too. By
@@ -92,37 +93,31 @@ class Supernet:
         around a common level, so that costs spread, and the training starts from a trained model, which also teaches.
     """
 
-    def __init__(
-        self,
-        steps: int = 1000,
-        data: Any = None,
-        loss: Loss | None = None,
-        subnets: int = 2,
-        optimizer: MakeOptimizer | None = None,
-        schedule: MakeSchedule | None = None,
-        lr: float = 1e-3,
-        batch_size: int = 128,
-        checkpoint: str | Path | None = None,
-        checkpoint_steps: int = 100,
-        mixed_precision: bool | None = None,
-        seed: int = 0,
-    ) -> None:
-        self._recipe = Recipe(
-            steps=steps,
-            data=data,
-            loss=loss,
-            subnets=subnets,
-            optimizer=optimizer,
-            schedule=schedule,
-            lr=lr,
-            batch_size=batch_size,
-            checkpoint=None if checkpoint is None else as_path(checkpoint, "checkpoint"),
-            checkpoint_steps=checkpoint_steps,
-            mixed_precision=mixed_precision,
-            seed=seed,
-        )
-        self._own_data = data is not None
+    steps: int = 1000
+    data: Any = None
+    loss: Loss | None = None
+    subnets: int = 2
+    optimizer: MakeOptimizer | None = None
+    schedule: MakeSchedule | None = None
+    lr: float = 1e-3
+    batch_size: int = 128
+    checkpoint: str | Path | None = None
+    checkpoint_steps: int = 100
+    mixed_precision: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint = as_path(self.checkpoint, "checkpoint")
+        self._recipe()  # mistakes must show before a search has begun
+        self._own_data = self.data is not None
         self._learned = _Learned()
+
+    def _settings(self) -> dict[str, Any]:
+        return {setting.name: getattr(self, setting.name) for setting in fields(self)}
+
+    def _recipe(self) -> Recipe:
+        return Recipe(**self._settings())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Supernet:
         """Share the trained weights: a search copies its evaluator for the workers before it trains it."""
@@ -132,10 +127,10 @@ class Supernet:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle unprepared; once trained, with the weights and without the inputs of training, such as the data."""
-        recipe = self._recipe
+        settings = self._settings()
         if self._learned.weights:
-            recipe = replace(recipe, data=None, loss=None, optimizer=None, schedule=None, checkpoint=None)
-        return {"_recipe": recipe, "_own_data": self._own_data, "_learned": self._learned}
+            settings |= dict.fromkeys(("data", "loss", "optimizer", "schedule", "checkpoint"))
+        return {**settings, "_own_data": self._own_data, "_learned": self._learned}
 
     def prepare(self, context: Context) -> None:
         """Train the shared weights, unless they are known already.
@@ -149,10 +144,10 @@ class Supernet:
         model, identity = build(context.model, Edit({}, {})), self._training_identity(context)
         if self._learned.identity == identity:
             load_weights(model, self._learned.weights)
-        elif self._own_data and self._recipe.data is None:
+        elif self._own_data and self.data is None:
             raise ValueError("supernet was pickled without its training data, and serves only what it was trained for")
         else:
-            Training(context, model, self._recipe, identity).run()
+            Training(context, model, self._recipe(), identity).run()
             self._learned.identity, self._learned.weights = identity, weights_of(model)
 
         def adapt(module: nn.Module, _: Edit, run: Callable[[Batch], object]) -> None:
@@ -166,7 +161,8 @@ class Supernet:
 
     def _training_identity(self, context: Context) -> dict[str, Any]:
         """Everything that the weights are a function of and that can be compared."""
-        settings = {name: getattr(self._recipe, name) for name in ("steps", "subnets", "lr", "batch_size", "seed")}
+        recipe = self._recipe()
+        settings = {name: getattr(recipe, name) for name in ("steps", "subnets", "lr", "batch_size", "seed")}
         return {
             **settings,
             "data": "own" if self._own_data else fingerprint(context.subsets.calibration),

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, final
@@ -79,13 +79,14 @@ def _require_authentication(version: str) -> None:
 
 
 @final
+@dataclass(eq=False, repr=False)
 class RayExecutor:
     """Evaluates on Ray actors, each of which holds model, data and caches, and is sent option indices only.
 
     A worker that dies or hangs is replaced and its candidate tried again; a candidate that takes down two is recorded
     as failed. A lost node counts against no candidate: its workers start again where and when there is room.
 
-    Args:
+    Attributes:
         address: ``"auto"``, ``"ray://host:port"`` or ``"host:port"`` of a running cluster. By default the address in
             ``RAY_ADDRESS``, which a Ray job sets, or a new Ray on this machine. A Ray that this process is connected to
             already is used as it is. Only a Ray connected here is shut down in the end.
@@ -112,50 +113,37 @@ class RayExecutor:
 
     name = "ray"
 
-    def __init__(
-        self,
-        address: str | None = None,
-        workers: int | None = None,
-        cpus_per_worker: float = 1,
-        gpus_per_worker: float = 0,
-        threads_per_worker: int = 1,
-        runtime_env: Mapping[str, Any] | None = None,
-        max_restarts: int = 3,
-        timeout_seconds: float | None = None,
-        synchronous: bool = False,
-        generation: int = GENERATION,
-        ahead: int = 1,
-        listen: str = "loopback",
-    ) -> None:
-        for name, value, least in (
-            ("workers", 1 if workers is None else workers, 1),
-            ("cpus_per_worker", cpus_per_worker, 0),
-            ("gpus_per_worker", gpus_per_worker, 0),
-            ("threads_per_worker", threads_per_worker, 1),
-            ("max_restarts", max_restarts, 0),
-            ("generation", generation, 1),
-            ("ahead", ahead, 0),
-        ):
-            if name in ("cpus_per_worker", "gpus_per_worker"):
-                number(name, value, least, f"at least {least}")
-            else:
-                whole_number(name, value, least)
-        if not isinstance(address, str | None):
-            raise TypeError(f"address must be text, such as 'auto', or None, got {shown(address)}")
-        if not isinstance(runtime_env, Mapping | None):
-            raise TypeError(f"runtime_env must be a dictionary for Ray, or None, got {shown(runtime_env)}")
-        synchronous = flag("synchronous", synchronous)
-        if cpus_per_worker == 0 == gpus_per_worker:
+    address: str | None = None
+    workers: int | None = None
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    threads_per_worker: int = 1
+    runtime_env: Mapping[str, Any] | None = None
+    max_restarts: int = 3
+    timeout_seconds: float | None = None
+    synchronous: bool = False
+    generation: int = GENERATION
+    ahead: int = 1
+    listen: str = "loopback"
+
+    def __post_init__(self) -> None:
+        for name in ("cpus_per_worker", "gpus_per_worker"):
+            number(name, getattr(self, name), 0, "at least 0")
+        for name, least in (("threads_per_worker", 1), ("max_restarts", 0), ("generation", 1), ("ahead", 0)):
+            whole_number(name, getattr(self, name), least)
+        if self.workers is not None:
+            whole_number("workers", self.workers, 1)
+        if not isinstance(self.address, str | None):
+            raise TypeError(f"address must be text, such as 'auto', or None, got {shown(self.address)}")
+        if not isinstance(self.runtime_env, Mapping | None):
+            raise TypeError(f"runtime_env must be a dictionary for Ray, or None, got {shown(self.runtime_env)}")
+        self.synchronous = flag("synchronous", self.synchronous)
+        if self.cpus_per_worker == 0 == self.gpus_per_worker:
             raise ValueError("cpus_per_worker and gpus_per_worker must not both be 0: workers would have no bound")
-        if timeout_seconds is not None:
-            timeout_seconds = positive("timeout_seconds", timeout_seconds, " or None")
-        one_of("listen", listen, ("loopback", "network"))
-        self.threads: int | None = threads_per_worker
-        self._listen = listen
-        self._address, self._wanted, self._runtime_env = address, workers, runtime_env
-        self._cpus, self._gpus = cpus_per_worker, gpus_per_worker
-        self._max_restarts, self._timeout = max_restarts, timeout_seconds
-        self._synchronous, self._generation, self._ahead = synchronous, generation, ahead
+        if self.timeout_seconds is not None:
+            self.timeout_seconds = positive("timeout_seconds", self.timeout_seconds, " or None")
+        one_of("listen", self.listen, ("loopback", "network"))
+        self.threads: int | None = self.threads_per_worker
         self._forget()
 
     def _forget(self) -> None:
@@ -187,24 +175,24 @@ class RayExecutor:
         self._ray, self._connected = ray, not ray.is_initialized()
         local_room = None
         if self._connected:
-            address = self._address or os.environ.get("RAY_ADDRESS") or "local"
+            address = self.address or os.environ.get("RAY_ADDRESS") or "local"
             self._connect(address)
             local_room = self._capacity() if address == "local" else None
         room = self._capacity()
-        if room == 0 if self._wanted is None else local_room is not None and self._wanted > local_room:
+        if room == 0 if self.workers is None else local_room is not None and self.workers > local_room:
             raise ValueError(
-                f"{self._wanted or 1} workers must fit, each with cpus_per_worker={self._cpus:g} and "
-                f"gpus_per_worker={self._gpus:g}, but there is room for {room} on the nodes of Ray "
+                f"{self.workers or 1} workers must fit, each with cpus_per_worker={self.cpus_per_worker:g} and "
+                f"gpus_per_worker={self.gpus_per_worker:g}, but there is room for {room} on the nodes of Ray "
                 f"({self._resources()}); ask for fewer or smaller ones"
             )
         self._evaluator = evaluator
         self._shipped = self._store(fresh, context_on(replace(context, subsets=context.subsets.to_send()), "cpu"))
-        self._add_workers(self._wanted or room)
+        self._add_workers(self.workers or room)
 
     def _connect(self, address: str) -> None:
         """Connect to a Ray, or start one; `stop` undoes its changes of the environment."""
         local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-        alone = bool(local) and self._listen == "loopback"
+        alone = bool(local) and self.listen == "loopback"
         before = dict(os.environ)
         with _random_as_before(), _on_loopback(alone):
             self._ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
@@ -238,9 +226,9 @@ class RayExecutor:
 
     def room(self) -> int:
         """Return a generation once the last one is done if synchronous, else the number of free slots."""
-        if self._synchronous:
-            return self._generation if self._workers and not self._unreleased else 0
-        return max(len(self._workers) * (1 + self._ahead) - len(self._unreleased), 0)
+        if self.synchronous:
+            return self.generation if self._workers and not self._unreleased else 0
+        return max(len(self._workers) * (1 + self.ahead) - len(self._unreleased), 0)
 
     def submit(self, trials: list[int], candidates: IntArray, races: Sequence[Contest | None]) -> None:
         """Queue candidates; those of a generation with their places in the evaluator's order, if it has one.
@@ -248,7 +236,7 @@ class RayExecutor:
         Hardly any other candidates wait, so that a choice among them is not worth the driver's time.
         """
         tasks = list(map(Task, trials, candidates, races))
-        if self._synchronous and isinstance(self._evaluator, Orders):
+        if self.synchronous and isinstance(self._evaluator, Orders):
             for i, position in enumerate(self._evaluator.order(candidates).tolist()):
                 tasks[position].place = i / len(tasks)
         self._waiting.extend(tasks)
@@ -282,7 +270,7 @@ class RayExecutor:
         self._forget()
 
     def _release(self) -> list[Finished]:
-        if not self._synchronous:
+        if not self.synchronous:
             released = list(self._done.values())
         else:
             released = []
@@ -317,7 +305,7 @@ class RayExecutor:
             log.info("%s is ready", worker.name)
         except self._ray.exceptions.RayError as error:
             worker.lost_starts += self._blames(worker, error)
-            if worker.lost_starts > self._max_restarts:
+            if worker.lost_starts > self.max_restarts:
                 log.error("%s is given up, because it could not be started: %s", worker.name, error)
                 self._workers.remove(worker)
                 if not self._workers:
@@ -339,8 +327,8 @@ class RayExecutor:
             del worker.tasks[0]
             worker.since = time.monotonic()
             self._done[task.trial] = Finished(task.trial, outcome, worker.name)
-        if self._timeout is not None and worker.tasks and time.monotonic() - worker.since > self._timeout:
-            self._replace(worker, f"did not answer within timeout_seconds={self._timeout:g}", blames=True)
+        if self.timeout_seconds is not None and worker.tasks and time.monotonic() - worker.since > self.timeout_seconds:
+            self._replace(worker, f"did not answer within timeout_seconds={self.timeout_seconds:g}", blames=True)
 
     def _replace(self, worker: Worker, why: str, blames: bool) -> None:
         """Replace the worker; its current task gets a strike if it is to blame, and waiting tasks are sent again."""
@@ -377,7 +365,7 @@ class RayExecutor:
         free = [
             (len(worker.tasks), i, worker)
             for i, worker in enumerate(self._workers)
-            if worker.starting is None and len(worker.tasks) <= self._ahead and not any(t.strikes for t in worker.tasks)
+            if worker.starting is None and len(worker.tasks) <= self.ahead and not any(t.strikes for t in worker.tasks)
         ]
         heapify(free)
         while self._waiting and free:
@@ -392,7 +380,7 @@ class RayExecutor:
             self._waiting.remove(task)
             worker.tasks.append(task)
             worker.at = task.place
-            if held < self._ahead and not task.strikes:
+            if held < self.ahead and not task.strikes:
                 heappush(free, (held + 1, i, worker))
 
     def _next(self, worker: Worker) -> Task:
@@ -404,9 +392,9 @@ class RayExecutor:
     def _launch(self, worker: Worker) -> None:
         worker.tasks, worker.place, worker.node, worker.at = [], "", "", None
         actor = self._ray.remote(Actor).options(
-            num_cpus=self._cpus,
-            num_gpus=self._gpus,
-            runtime_env=None if self._runtime_env is None else dict(self._runtime_env),
+            num_cpus=self.cpus_per_worker,
+            num_gpus=self.gpus_per_worker,
+            runtime_env=None if self.runtime_env is None else dict(self.runtime_env),
             scheduling_strategy="SPREAD",
         )
         worker.handle = actor.remote(self._shipped, self.threads)
@@ -420,7 +408,7 @@ class RayExecutor:
 
     def _follow_nodes(self) -> None:
         """Add workers where nodes have joined, unless their number was given."""
-        if self._wanted is not None or time.monotonic() - self._looked < _LOOK_SECONDS:
+        if self.workers is not None or time.monotonic() - self._looked < _LOOK_SECONDS:
             return
         self._looked = time.monotonic()
         if (more := self._capacity() - len(self._workers)) > 0 and self._started:
@@ -431,7 +419,7 @@ class RayExecutor:
         """Number of workers that the nodes have room for when nothing else runs on them."""
         rooms = []
         for node in self._ray.nodes():
-            has, needs = node["Resources"], {"CPU": self._cpus, "GPU": self._gpus}
+            has, needs = node["Resources"], {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
             if node["Alive"]:
                 rooms.append(min(int(has.get(name, 0) / need + 1e-9) for name, need in needs.items() if need))
         return sum(rooms)
