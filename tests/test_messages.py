@@ -49,10 +49,10 @@ def test_what_a_metric_is_not_made_of_is_named(settings, named):
             {"metric": Metric(lambda f, b: np.complex128(1j), True, False, "mine")},
             "metric 'mine' must return one number",
         ),
-        ({"costs": {"j": lambda c: c.sum(1) + 1j}}, "costs['j'] must return real numbers, got"),
+        ({"costs": {"j": lambda c: c.indices.sum(1) + 1j}}, "costs['j'] must return real numbers, got"),
         ({"costs": {"j": lambda c: ["1"] * len(c)}}, "costs['j'] must return real numbers, got"),
         (
-            {"costs": {"j": lambda c: c.sum(1) + float(next(CALLS))}},
+            {"costs": {"j": lambda c: c.indices.sum(1) + float(next(CALLS))}},
             "the same for the same candidate",
         ),
         ({"costs": {"j": lambda c: np.full(len(c), float(len(c)))}}, "the same for the same candidate"),

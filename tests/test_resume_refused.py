@@ -68,11 +68,11 @@ def summed(weight, candidates):
 
 
 def cost(weight):
-    return {"costs": {"joules": lambda candidates: 100.0 - weight * candidates.sum(axis=1)}}
+    return {"costs": {"joules": lambda candidates: 100.0 - weight * candidates.indices.sum(axis=1)}}
 
 
 def cost_of_dense(candidates):
-    return 100.0 - 3.0 * candidates.sum(axis=1)
+    return 100.0 - 3.0 * candidates.indices.sum(axis=1)
 
 
 def train(model, steps):
