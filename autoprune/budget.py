@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from autoprune.arguments import shown
+from autoprune.direction import Direction
 from autoprune.errors import BudgetError
 
 ALIASES = {"latency": "latency_ms", "memory": "memory_bytes"}
@@ -88,11 +89,11 @@ class ScoreLimit:
     def __str__(self) -> str:
         return f"{self.name}{' drop' * self.drop} {'<=' if self.drop or self.at_most else '>='} {self.value:.15g}"
 
-    def worst(self, dense_score: float, higher_is_better: bool) -> float:
+    def worst(self, dense_score: float, direction: Direction) -> float:
         """Worst score allowed, in the metric's own direction, where the dense model scores `dense_score`."""
         if not self.drop:
             return self.value
-        return dense_score - self.value if higher_is_better else dense_score + self.value
+        return direction.worsened(dense_score, self.value)
 
 
 @dataclass(frozen=True)
@@ -152,18 +153,19 @@ class Budget:
             score_limits=tuple(limit for limit in found if isinstance(limit, ScoreLimit)),
         )
 
-    def judged_by(self, metric: str, higher_is_better: bool, costs: Container[str]) -> Budget:
+    def judged_by(self, metric: str, direction: Direction, costs: Container[str]) -> Budget:
         """Tell limits on the score from limits on costs, once the metric and the costs are known.
 
         Raises:
             BudgetError: If a limit names another metric, or is on the wrong side for its direction.
         """
         limits, score_limits = [], list(self.score_limits)
+        higher = direction.higher_is_better
         for limit in self.limits:
             if limit.name in costs or not _same_metric(limit.name, metric):
                 limits.append(limit)
-            elif higher_is_better or limit.relative:
-                way_out = f"{limit.name} >= {limit.value:.15g}" if higher_is_better else f"{limit.name} drop <= 0.1"
+            elif higher or limit.relative:
+                way_out = f"{limit.name} >= {limit.value:.15g}" if higher else f"{limit.name} drop <= 0.1"
                 raise BudgetError(f"'{limit}' cannot limit the metric {metric!r}; write for example '{way_out}'")
             else:
                 score_limits.append(ScoreLimit(limit.name, limit.value, drop=False, at_most=True))
@@ -175,19 +177,19 @@ class Budget:
                     f"budget limits {score_limit.name!r}, but candidates are scored by {metric!r}; "
                     f"limit {metric!r}, or pass metric="
                 )
-            if not (higher_is_better or score_limit.drop or score_limit.at_most):
+            if not (higher or score_limit.drop or score_limit.at_most):
                 raise BudgetError(
                     f"lower is better for {metric!r}, so it takes an upper limit (<=), got '{score_limit}'"
                 )
         return Budget(tuple(limits), tuple(score_limits))
 
-    def worst_score(self, dense_score: float, higher_is_better: bool) -> float | None:
+    def worst_score(self, dense_score: float, direction: Direction) -> float | None:
         """Worst score that meets every limit on it, up to rounding, in the metric's own direction; None without."""
-        worst = [limit.worst(dense_score, higher_is_better) for limit in self.score_limits]
+        worst = [limit.worst(dense_score, direction) for limit in self.score_limits]
         if not worst:
             return None
         slack = _ROUNDING * max(1.0, abs(dense_score))
-        return max(worst) - slack if higher_is_better else min(worst) + slack
+        return direction.worsened(direction.best(worst), slack)
 
     def resolve(self, dense_costs: Mapping[str, float]) -> dict[str, float]:
         """Turn the limits on costs into absolute numbers.

@@ -42,10 +42,9 @@ def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
         return ()
     if not math.isfinite(constant):  # such as a correlation, which a constant has not
         return ()
-    best = max(scores) if judge.higher_is_better else min(scores)
-    sign = 1 if judge.higher_is_better else -1
+    best = judge.direction.best(scores)
     dense = float(study.dense.metric.mean())
-    if sign * best > sign * constant or sign * dense <= sign * constant:
+    if judge.direction.better(best, constant) or not judge.direction.better(dense, constant):
         return ()
     return (
         f"no network within the budget is better than a constant output: the best has {judge.name} {best:.4f}, and the "

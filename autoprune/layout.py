@@ -74,7 +74,7 @@ def lay_out(
     predict = None if measured.memory is None else measured.memory.predict
     costs = make_costs(structure, space, request.costs, request.cost_batch, measured.latency, predict)
     require_steady({name: costs[name] for name in request.costs or {}}, space)
-    budget = budget.judged_by(judge.name, judge.higher_is_better, costs)
+    budget = budget.judged_by(judge.name, judge.direction, costs)
     limits = budget.resolve({name: float(cost(_dense(space))[0]) for name, cost in costs.items()})
     limits = limits or _cost_to_minimise(space, costs, not structure.terms.uncounted)
     minimise = bool(budget.score_limits)

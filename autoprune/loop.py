@@ -167,13 +167,12 @@ class Loop:
     def _end_if_converged(self) -> None:
         if not self._study.request.adaptive:
             return
-        judge = self._study.context.judge
-        worst = self._study.worst_score
-        self._why = why_converged(self._found, self._study.problem, worst, judge.higher_is_better)
+        direction = self._study.context.judge.direction
+        self._why = why_converged(self._found, self._study.problem, self._study.worst_score, direction)
         self._stopped = "converged" if self._why else ""
 
     def _show(self) -> None:
         phase = self._optimizer.phase if isinstance(self._optimizer, Explains) else ""
-        front = find_front(self._found, tuple(self._study.limits), self._study.context.judge.higher_is_better)
+        front = find_front(self._found, tuple(self._study.limits), self._study.context.judge.direction)
         failed = sum(trial.status == FAILED for trial in self._found)
         self._progress.update(len(self._found), failed, front[-1] if front else None, len(front), phase)

@@ -19,6 +19,7 @@ from autoprune import language, scorers
 from autoprune.arguments import flag, naming, shown, why_no_function
 from autoprune.batches import Batch, Lent, batch_size, fresh, targets, tensors
 from autoprune.data import Subsets
+from autoprune.direction import Direction
 from autoprune.errors import DataError
 from autoprune.losses import SampleLoss, WholeLoss, label_out_of_range, name_of, require_classes, sample_loss
 from autoprune.protocols import FloatArray
@@ -110,6 +111,11 @@ class Judge:
     parts: Parts | None = None
     total: bool = False
     signal_is_distortion: bool = False
+
+    @property
+    def direction(self) -> Direction:
+        """Direction of the metric."""
+        return Direction(self.higher_is_better)
 
     @property
     def per_sample(self) -> bool:
@@ -212,7 +218,7 @@ class Judge:
         watched = _Watched(forward, self.distance, dict(zip(map(id, batches), dense, strict=True)))
         if not self.per_sample:
             value = np.array([self.score_set(watched, batches, dense)])
-            return Scores((-value if self.higher_is_better else value), value, watched.distortion())
+            return Scores(self.direction.key(value), value, watched.distortion())
         run = forward if self.signal_is_distortion else watched
         weighing = weighing or self.weigh(forward, batches)
         with torch.no_grad():
@@ -383,7 +389,7 @@ def _judge_metric(metric: Metric) -> Judge:
     judge = Judge(metric.name, metric.higher_is_better, note, metric.needs_dense)
     if not metric.per_sample:
         return replace(judge, whole_set=metric.fn)
-    scorer = partial(scorers.user_metric, metric.name, metric.fn, metric.higher_is_better, metric.needs_dense)
+    scorer = partial(scorers.user_metric, metric.name, metric.fn, judge.direction, metric.needs_dense)
     return replace(judge, proportion=None, scorer=scorer)
 
 

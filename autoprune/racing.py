@@ -14,6 +14,7 @@ import numpy as np
 
 from autoprune.arguments import is_number, shown
 from autoprune.border import only
+from autoprune.direction import Direction
 from autoprune.evaluators.protocol import Evaluator
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
 from autoprune.rungs import Ladder, climb
@@ -61,7 +62,7 @@ class Race:
         rival: The trial to beat, which costs no more.
         signal: Its signal on each validation sample, float32 as in the journal, shape (N,).
         metric: Its metric on each, float32, shape (N,).
-        higher_is_better: Direction of the metric.
+        direction: Direction of the metric.
         floor: Lower bound of the signal of any candidate on any sample.
         distances: Samples that the distortion is measured on.
         error: Largest probability of dropping the candidate although it is no worse.
@@ -70,7 +71,7 @@ class Race:
     rival: int
     signal: FloatArray
     metric: FloatArray
-    higher_is_better: bool
+    direction: Direction
     floor: float
     distances: int
     error: float
@@ -82,8 +83,7 @@ class Race:
         coarse for a separate test. Nor is one with a signal below the floor.
         """
         gained = (metric - self.metric[: len(metric)]).mean()
-        ahead = gained > 0 if self.higher_is_better else gained < 0
-        if ahead or signal.min() < self.floor - _SLACK:
+        if self.direction.better(gained, 0.0) or signal.min() < self.floor - _SLACK:
             return False
         return bool(log_evidence(signal, self.signal, self.floor - _SLACK).max() >= -np.log(self.error))
 

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from autoprune.border import checked
+from autoprune.direction import Direction
 from autoprune.errors import InfeasibleBudgetError
 from autoprune.execution import Outcome, attempt
 from autoprune.metrics import summary
@@ -18,7 +19,7 @@ from autoprune.protocols import FAILED, Evaluations, FloatArray, IntArray, Measu
 from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
 from autoprune.result.held_out import note_of_held_out
-from autoprune.result.trials import Trial, costs_of, find_front, meets, note_of_probes
+from autoprune.result.trials import Trial, costs_of, find_front, note_of_probes
 from autoprune.statistics import Evaluation, evaluations_of
 from autoprune.study import Study
 
@@ -56,7 +57,7 @@ def rows_of(study: Study, trials: Sequence[Trial]) -> Evaluations:
     failed = np.array([trial.status == FAILED for trial in trials])
     measured = [trial.evaluations[-1] for trial in trials]
     costs = costs_of(trials, study.problem.cost_names)
-    worst, higher_is_better = study.worst_score, study.context.judge.higher_is_better
+    worst, direction = study.worst_score, study.context.judge.direction
     return Evaluations(
         candidates=np.array([trial.candidate for trial in trials], dtype=np.int64),
         objectives=np.column_stack([_column(measured, "signal"), np.where(failed[:, None], np.nan, costs)]),
@@ -67,7 +68,7 @@ def rows_of(study: Study, trials: Sequence[Trial]) -> Evaluations:
         status=tuple(trial.status for trial in trials),
         reasons=tuple(trial.reason for trial in trials),
         distortion=_column(measured, "distortion"),
-        acceptable=np.array([meets(trial.score, worst, higher_is_better) for trial in trials], dtype=np.bool_),
+        acceptable=np.array([direction.meets(trial.score, worst) for trial in trials], dtype=np.bool_),
     )
 
 
@@ -80,10 +81,10 @@ def result_of(study: Study, found: Sequence[Trial], stopped: str, explained: Seq
     """Score the front once on held-out samples, as far as there is time, and make the result."""
     judge, deadline = study.context.judge, study.deadline
     dense = dense_of(study)
-    front = find_front(found, tuple(study.limits), judge.higher_is_better)
+    front = find_front(found, tuple(study.limits), judge.direction)
     tests: dict[int, Measurement] = {}
     try:
-        for trial in _best_first(dense, front, judge.higher_is_better):
+        for trial in _best_first(dense, front, judge.direction):
             if deadline.passed:
                 break
             outcome = attempt(partial(_tested_outcome, study, trial))
@@ -117,10 +118,9 @@ def result_of(study: Study, found: Sequence[Trial], stopped: str, explained: Seq
     return replace(result, notes=notes, seconds=deadline.spent)
 
 
-def _best_first(dense: Trial, front: Sequence[Trial], higher_is_better: bool) -> list[Trial]:
+def _best_first(dense: Trial, front: Sequence[Trial], direction: Direction) -> list[Trial]:
     """Order the trials to test: the dense model, then the front by falling score, which `SearchResult.best` takes."""
-    sign = -1.0 if higher_is_better else 1.0
-    return [dense, *sorted(front, key=lambda trial: (sign * trial.score, trial.signal))]
+    return [dense, *sorted(front, key=lambda trial: (direction.key(trial.score), trial.signal))]
 
 
 def _tested_outcome(study: Study, trial: Trial) -> Outcome:

@@ -114,7 +114,7 @@ class Rivals:
             rival=rival,
             signal=signal,
             metric=metric,
-            higher_is_better=self._study.context.judge.higher_is_better,
+            direction=self._study.context.judge.direction,
             floor=min(0.0, float(signal.min()), float(dense.signal.min())),
             distances=len(dense.distortion),
             error=racing.share(trial),

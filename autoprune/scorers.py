@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoprune.arguments import shown
 from autoprune.batches import Batch, batch_size, fresh, targets, tensors, token_ids
+from autoprune.direction import Direction
 from autoprune.errors import DataError
 
 NO_LABEL = -100  # torch's default ignore_index
@@ -196,7 +197,7 @@ def _are_of_tokens(output: Tensor, batch: Batch) -> bool:
 def user_metric(
     name: str,
     fn: Callable[..., Any],
-    higher_is_better: bool,
+    direction: Direction,
     asks_dense: bool,
     outputs: Any,
     batch: Batch,
@@ -210,7 +211,7 @@ def user_metric(
             f"{describe(values)}; or score the whole set with per_sample=False"
         )
     values = values.cpu().double()
-    return (-values if higher_is_better else values), values
+    return direction.key(values), values
 
 
 def align(output: Tensor, target: Tensor) -> Tensor:

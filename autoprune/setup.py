@@ -35,7 +35,6 @@ from autoprune.prior import expected_losses
 from autoprune.protocols import Failure, Measurement, SearchSpace
 from autoprune.racing import Racing
 from autoprune.request import Request
-from autoprune.result.trials import meets
 from autoprune.rivals import find_racing, why_not_applicable
 from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings, make_space, require_registered, with_latency
@@ -286,8 +285,8 @@ def _worst_score(budget: Budget, judge: Judge, dense: Measurement) -> float | No
         BudgetError: If even the dense model is beyond it.
     """
     score = float(dense.metric.mean())
-    worst = budget.worst_score(score, judge.higher_is_better)
-    if worst is not None and not meets(score, worst, judge.higher_is_better):
+    worst = budget.worst_score(score, judge.direction)
+    if not judge.direction.meets(score, worst):
         raise BudgetError(
             f"budget '{budget}' asks for more than the dense model has, whose {judge.name} is {score:.4f} on the "
             f"validation data; allow a worse one, or a drop, such as '{judge.name} drop <= 1pp'"

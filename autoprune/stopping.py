@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoprune.arguments import whole_number
+from autoprune.direction import Direction
 from autoprune.optimizers.problem import Problem
 from autoprune.pareto import hypervolume, non_dominated
 from autoprune.protocols import OK, RACED, FloatArray
-from autoprune.result.trials import Trial, costs_of, meets
+from autoprune.result.trials import Trial, costs_of
 
 MOST_TRIALS = 1_000
 """Most candidates that ``trials="auto"`` evaluates."""
@@ -79,7 +80,7 @@ def planned(trials: int | str, dimensions: int) -> int:
     return most(trials)
 
 
-def why_converged(found: Sequence[Trial], problem: Problem, worst_score: float | None, higher_is_better: bool) -> str:
+def why_converged(found: Sequence[Trial], problem: Problem, worst_score: float | None, direction: Direction) -> str:
     """Give the evidence that further trials are not expected to gain anything; empty while they are.
 
     Gains are counted over the last quarter of the feasible candidates that change two dimensions or more, at least 40
@@ -92,7 +93,7 @@ def why_converged(found: Sequence[Trial], problem: Problem, worst_score: float |
         found: The trials so far, in order of arrival.
         problem: The problem searched.
         worst_score: The worst score allowed, if any.
-        higher_is_better: Direction of the score.
+        direction: Direction of the score.
     """
     done = [trial for trial in found if trial.status in (OK, RACED) and trial.feasible]
     assembled = [i for i, trial in enumerate(done) if np.count_nonzero(trial.candidate) > 1]
@@ -102,7 +103,7 @@ def why_converged(found: Sequence[Trial], problem: Problem, worst_score: float |
     before = done[: assembled[-window]]
     name = problem.cost_names[0]
     costs = [
-        min((t.costs[name] for t in part if meets(t.score, worst_score, higher_is_better)), default=np.inf)
+        min((t.costs[name] for t in part if direction.meets(t.score, worst_score)), default=np.inf)
         for part in (before, done)
     ]
     if worst_score is not None and np.isfinite(costs[1]):

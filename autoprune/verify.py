@@ -131,7 +131,7 @@ def _unmeasured(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Tria
     """Trials on the front that are still to be measured, as many as are compared at once."""
     if seen.untimed and study.memory is None:
         return []
-    front = find_front(trials, tuple(study.limits), study.context.judge.higher_is_better)
+    front = find_front(trials, tuple(study.limits), study.context.judge.direction)
     return [trial for trial in front if trial.id not in seen][:_AT_ONCE]
 
 

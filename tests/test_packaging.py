@@ -23,6 +23,7 @@ LAYERS = (
     ("errors", "arguments"),
     ("files", "schema", "imports"),
     ("protocols", "batches", "formats"),
+    ("direction",),
     ("sources", "scorers", "statistics"),
     ("budget", "data", "pareto", "language", "losses", "segmentation"),
     ("metrics", "tensor_file", "user_code"),

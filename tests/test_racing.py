@@ -14,6 +14,7 @@ from scipy.stats import t
 
 import autoprune
 from autoprune import Racing
+from autoprune.direction import Direction
 from autoprune.execution import RayExecutor
 from autoprune.journal import Journal
 from autoprune.optimizers.random import RandomSearch
@@ -112,7 +113,7 @@ class TestTheTest:
 def make_race(rival, metric=None, **options):
     rival = np.asarray(rival, np.float32)
     metric = np.zeros_like(rival) if metric is None else metric
-    defaults = {"higher_is_better": True, "floor": 0.0, "distances": 0, "error": 0.01}
+    defaults = {"direction": Direction(higher_is_better=True), "floor": 0.0, "distances": 0, "error": 0.01}
     return Race(7, rival, metric, **{**defaults, **options})
 
 
@@ -149,7 +150,7 @@ class TestOneRace:
         for evaluator, race in (
             (Scores(self.rival - self.rival.min()), make_race(self.rival)),
             (Scores(self.rival + 1, ahead), make_race(self.rival)),
-            (Scores(self.rival + 1, -ahead), make_race(self.rival, higher_is_better=False)),
+            (Scores(self.rival + 1, -ahead), make_race(self.rival, direction=Direction(higher_is_better=False))),
             (Scores(self.rival + 1), make_race(self.rival, floor=5.0)),
         ):
             outcome = evaluate(evaluator, self.candidate, race)
@@ -179,7 +180,7 @@ class TestWhoIsTheRival:
         found = [self.trial(i, *both) for i, both in enumerate(zip(self.costs, self.signals, strict=True))]
         found[0] = replace(found[0], **settings)
         problem = SimpleNamespace(cost_names=("flops", "params"), probes=lambda rows: np.zeros(len(rows), dtype=bool))
-        judge = SimpleNamespace(higher_is_better=True)
+        judge = SimpleNamespace(direction=Direction(higher_is_better=True))
         values = np.ones(3, np.float32)
         study = SimpleNamespace(
             problem=problem,

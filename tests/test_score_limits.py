@@ -11,6 +11,7 @@ from torch import nn
 import autoprune
 from autoprune import Channels, Metric, Sparsity
 from autoprune.budget import Budget, ScoreLimit
+from autoprune.direction import Direction
 from autoprune.errors import BudgetError, InfeasibleBudgetError
 from autoprune.journal import Journal
 from autoprune.metrics import Judge
@@ -178,10 +179,12 @@ class TestMistakes:
         with pytest.raises(BudgetError, match=r"lower is better for 'loss', so it takes an upper limit"):
             search(mlp, "loss >= 0.3", vectors, metric="loss")
 
+    LOSS = Direction(higher_is_better=False)
+
     def test_an_upper_limit_on_a_loss_reads_back_from_its_text(self):
-        budget = Budget.parse("loss <= 0.3 and flops <= 50%").judged_by("loss", False, {"flops": 1.0})
+        budget = Budget.parse("loss <= 0.3 and flops <= 50%").judged_by("loss", self.LOSS, {"flops": 1.0})
         assert budget.score_limits == (ScoreLimit("loss", 0.3, drop=False, at_most=True),)
-        assert Budget.parse(str(budget)).judged_by("loss", False, {"flops": 1.0}) == budget
+        assert Budget.parse(str(budget)).judged_by("loss", self.LOSS, {"flops": 1.0}) == budget
 
 
 class TestTheNoteOnHeldOutData:
@@ -325,7 +328,7 @@ class TestConvergence:
         ]
 
     def why(self, trials, worst=None):
-        return why_converged(trials, self.problem, worst, higher_is_better=True)
+        return why_converged(trials, self.problem, worst, Direction(higher_is_better=True))
 
     start = ((1.0, 0.1), (0.75, 0.4), (0.5, 1.0)) * 14
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import autoprune
 from autoprune import Channels
+from autoprune.direction import Direction
 from autoprune.protocols import OK
 from autoprune.result.trials import find_front
 from tests.oracle import count_macs, count_params
@@ -152,7 +153,7 @@ def test_equal_scores_are_told_apart_by_the_signal_on_the_front(found, limits, h
         for trial, row in zip(found.trials, rows, strict=True)
     )
     made = replace(found, trials=trials, limits=dict.fromkeys(limits, 9.0), higher_is_better=higher)
-    front = find_front(trials, limits, higher)
+    front = find_front(trials, limits, Direction(higher))
     assert {trial.id for trial in front} == undominated(made)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autoprune.direction import Direction
 from autoprune.protocols import FloatArray
 from autoprune.result.ranking import BAND, CHOICES, FEWEST, Estimate, Ranking, rank, tau_difference
 from autoprune.result.tables import WIDTH, aligned, engineering
@@ -95,6 +96,11 @@ class Audit:
     seconds: float
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def direction(self) -> Direction:
+        """Direction of the metric."""
+        return Direction(self.higher_is_better)
+
     @cached_property
     def rankings(self) -> Mapping[str, Ranking]:
         """Rank agreement of each evaluator's score with the trained score."""
@@ -125,12 +131,13 @@ class Audit:
         """
         known = {name: variant for name, variant in self.variants.items() if variant.trained}
         freedom = sum(len(v.trained) - 1 for v in known.values())
-        found, sign = known.get(FOUND), 1.0 if self.higher_is_better else -1.0
+        found = known.get(FOUND)
         effects = {}
         for origin, name in ORIGINS.items():
             if found is None or name not in known:
                 continue
-            value, other, margin = sign * (found.mean - known[name].mean), known[name], math.nan
+            other, margin = known[name], math.nan
+            value = self.direction.worse_by(other.mean, found.mean)
             if freedom:
                 from scipy.stats import t
 
@@ -289,16 +296,14 @@ class Audit:
 
     @property
     def _trained(self) -> FloatArray:
-        values = np.array([row.trained for row in self.rows])
-        return values if self.higher_is_better else -values
+        return -self.direction.key(np.array([row.trained for row in self.rows]))
 
     @property
     def _costs(self) -> FloatArray:
         return np.array([row.cost for row in self.rows])
 
     def _cheap(self, name: str) -> FloatArray:
-        values = self._column("scores", name)
-        return values if self.higher_is_better else -values
+        return -self.direction.key(self._column("scores", name))
 
     def _column(self, table: str, name: str) -> FloatArray:
         return np.array([getattr(row, table)[name] for row in self.rows])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autoprune.direction import Direction
 from autoprune.files import shortened, sound
 from autoprune.journal import Journal
 from autoprune.journal_file import FILE_NAME
@@ -67,7 +68,7 @@ def _result(meta: Mapping[str, Any], rows: Sequence[TrialRow]) -> SearchResult:
     done = sum(trial.status in (OK, RACED, FAILED) for trial in trials)
     return SearchResult(
         trials=trials,
-        front=find_front(trials, tuple(meta["limits"]), meta["higher_is_better"]),
+        front=find_front(trials, tuple(meta["limits"]), Direction(meta["higher_is_better"])),
         dense=dense,
         space=space,
         limits=meta["limits"],

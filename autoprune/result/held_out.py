@@ -7,7 +7,7 @@ import math
 from autoprune.budget import Budget, ScoreLimit
 from autoprune.metrics import Judge, summary
 from autoprune.protocols import Measurement
-from autoprune.result.trials import Trial, meets
+from autoprune.result.trials import Trial
 from autoprune.statistics import Evaluation
 
 _BIASED = (
@@ -31,8 +31,8 @@ def note_of_held_out(
     """
     here = _change_on_validation(judge, trial, dense) if limit.drop else (trial.score, trial.interval)
     there = _change(judge, tested, dense_tested) if limit.drop else _score(judge, tested)
-    worst = Budget(score_limits=(limit,)).worst_score(0.0, judge.higher_is_better)  # a drop limits changes from 0
-    holds, *ends = (meets(value, worst, judge.higher_is_better) for value in (there[0], *there[1]))
+    worst = Budget(score_limits=(limit,)).worst_score(0.0, judge.direction)  # a drop limits changes from 0
+    holds, *ends = (judge.direction.meets(value, worst) for value in (there[0], *there[1]))
     if holds:
         verdict = "it holds there too" + ("" if all(ends) else ", but not for sure")
     else:

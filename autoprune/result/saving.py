@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from autoprune.budget import Budget
+from autoprune.direction import Direction
 from autoprune.errors import FileFormatError
 from autoprune.files import MIB, UNFINISHED, make_folder, write_json
 from autoprune.formats import Format
@@ -182,5 +183,5 @@ def require_consistent(trials: Sequence[Trial], dense: Trial, sizes: Sequence[in
             raise ValueError(f"trial {trial.id} has no cost {sorted(missing)[0]!r:.60}")
     if len({trial.id for trial in trials}) != len(trials):
         raise ValueError("two trials have the same number")
-    budget = Budget.parse(data["budget"]).judged_by(data["metric"], data["higher_is_better"], dense.costs)
+    budget = Budget.parse(data["budget"]).judged_by(data["metric"], Direction(data["higher_is_better"]), dense.costs)
     budget.resolve(dense.costs)

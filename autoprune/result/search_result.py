@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from autoprune.arguments import flag, one_of
 from autoprune.budget import Budget
+from autoprune.direction import Direction
 from autoprune.errors import FileFormatError, InfeasibleBudgetError
 from autoprune.files import as_path, shortened
 from autoprune.protocols import OK, SearchSpace
@@ -94,12 +96,11 @@ class SearchResult:
         done = [trial for trial in self.trials if trial.status == OK and trial.feasible]
         if not done:
             raise InfeasibleBudgetError(f"no trial succeeded, so there is no best; {self._why_none()}")
-        wanted = Budget.parse(self.budget if budget is None else budget)
-        wanted = wanted.judged_by(self.metric, self.higher_is_better, self.dense.costs)
+        wanted = self._wanted if budget is None else self._judged(budget)
         limits = wanted.resolve(self.dense.costs) if budget is not None else {}
         measured = {name for trial in done for name in trial.predicted} & {*limits, *self.limits}
         done = [trial for trial in done if measured <= trial.predicted.keys()]
-        worst = wanted.worst_score(self.dense.score, self.higher_is_better)
+        worst = wanted.worst_score(self.dense.score, self.direction)
         within = [t for t in done if self._excess(t, limits, worst) <= 0]
         if not within:
             nearest = min(done, key=lambda t: (self._excess(t, limits, worst), *self._rank(t)))
@@ -117,17 +118,29 @@ class SearchResult:
     @property
     def worst_score(self) -> float | None:
         """Worst validation score that the budget of the search allows; None if it limits costs alone."""
-        budget = Budget.parse(self.budget).judged_by(self.metric, self.higher_is_better, self.dense.costs)
-        return budget.worst_score(self.dense.score, self.higher_is_better)
+        return self._wanted.worst_score(self.dense.score, self.direction)
+
+    @property
+    def direction(self) -> Direction:
+        """Direction of the metric."""
+        return Direction(self.higher_is_better)
+
+    @cached_property
+    def _wanted(self) -> Budget:
+        """Budget of the search, read once."""
+        return self._judged(self.budget)
+
+    def _judged(self, budget: str | Budget | Sequence[str]) -> Budget:
+        return Budget.parse(budget).judged_by(self.metric, self.direction, self.dense.costs)
 
     def _rank(self, trial: Trial) -> tuple[float, ...]:
-        return (-trial.score if self.higher_is_better else trial.score, trial.signal, *trial.costs.values())
+        return (self.direction.key(trial.score), trial.signal, *trial.costs.values())
 
     def _excess(self, trial: Trial, limits: Mapping[str, float], worst: float | None) -> float:
         """Excess of a trial over limits on costs, as a fraction, or on the score; 0 or less if it meets them."""
         misses = [trial.upper_costs[name] / limit - 1 for name, limit in limits.items()]
         if worst is not None:
-            misses.append(worst - trial.score if self.higher_is_better else trial.score - worst)
+            misses.append(self.direction.worse_by(trial.score, worst))
         return max(misses, default=0.0)
 
     def _why_none(self) -> str:

@@ -99,8 +99,7 @@ def loss_of(result: SearchResult, trial: Trial, table: str) -> tuple[float, floa
     if table == "signal":
         alone = measured.signal_stderr if measured.signal_change_stderr is None else measured.signal_change_stderr
         return trial.signal - dense.signal, or_nan(alone)
-    worse = -1.0 if result.higher_is_better else 1.0
-    return worse * (trial.score - dense.score), or_nan(measured.metric_change_stderr)
+    return result.direction.worse_by(trial.score, dense.score), or_nan(measured.metric_change_stderr)
 
 
 def _cells(option: Any, loss: float) -> tuple[str, str]:

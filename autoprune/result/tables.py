@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from autoprune.result.trials import Trial, meets
+from autoprune.result.trials import Trial
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -32,7 +32,7 @@ def front_table(result: SearchResult, why_empty: str) -> str:
     if (worst := result.worst_score) is not None:
         header.append("score limit")
         for row, trial in zip(rows, (*shown, result.dense), strict=True):
-            row.append("met" if meets(trial.score, worst, result.higher_is_better) else "missed")
+            row.append("met" if result.direction.meets(trial.score, worst) else "missed")
     for name in [name for name in names if any(name in trial.predicted for trial in shown)]:
         beside = header.index(name) + 1
         header.insert(beside, "predicted")

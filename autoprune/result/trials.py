@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from autoprune.direction import Direction
 from autoprune.pareto import non_dominated
 from autoprune.protocols import FAILED, OK, PENDING, FloatArray, SearchSpace
 from autoprune.statistics import Evaluation
@@ -160,11 +161,6 @@ def costs_of(trials: Sequence[Trial], names: Sequence[str]) -> FloatArray:
     return np.array(rows, dtype=np.float64).reshape(len(trials), len(names))
 
 
-def meets(score: float, worst: float | None, higher_is_better: bool) -> bool:
-    """Return whether a score is no worse than the worst one allowed; False for NaN."""
-    return worst is None or (score >= worst if higher_is_better else score <= worst)
-
-
 def note_of_failures(trials: Sequence[Trial]) -> str:
     """Note on the number of failed trials, with the commonest reason; empty if none failed."""
     reasons = Counter(trial.reason for trial in trials if trial.status == FAILED)
@@ -183,7 +179,7 @@ def note_of_probes(trials: Sequence[Trial]) -> tuple[str, ...]:
     return (f"{probes} of {len(trials)} trials are probes: {why}",) if probes else ()
 
 
-def find_front(trials: Sequence[Trial], limited: Sequence[str], higher_is_better: bool) -> tuple[Trial, ...]:
+def find_front(trials: Sequence[Trial], limited: Sequence[str], direction: Direction) -> tuple[Trial, ...]:
     """Find the feasible trials that no other dominates, by the first limited cost.
 
     Scores compare by the metric and, where that ties, as it often does on a few hundred samples, by the signal.
@@ -191,7 +187,7 @@ def find_front(trials: Sequence[Trial], limited: Sequence[str], higher_is_better
     done = [trial for trial in trials if trial.status == OK and trial.feasible]
     if not done:
         return ()
-    score = np.array([(-t.score if higher_is_better else t.score, t.signal) for t in done])
+    score = np.array([(direction.key(t.score), t.signal) for t in done])
     _, rank = np.unique(score, axis=0, return_inverse=True)
     keep = non_dominated(np.column_stack([rank.reshape(-1), costs_of(done, limited)]))
     front = [trial for trial, kept in zip(done, keep, strict=True) if kept]
