@@ -16,7 +16,7 @@ from autoprune.data import fingerprint
 from autoprune.evaluators import Supernet
 from autoprune.execution import Executor
 from autoprune.protocols import IntArray, Optimizer
-from autoprune.records import dense_of
+from autoprune.result.trials import Trial
 from autoprune.study import Study
 from autoprune.user_code import digest_of, forward_of, settings_of
 
@@ -51,9 +51,9 @@ _ROUNDING = 1e-9  # by which a cost may differ with the number of candidates tha
 _SHOWN = 60  # characters; longer values, such as whole spaces, are only said to differ
 
 
-def identity_of(study: Study, optimizer: Optimizer, executor: Executor) -> dict[str, Any]:
+def identity_of(study: Study, dense: Trial, optimizer: Optimizer, executor: Executor) -> dict[str, Any]:
     """Identity of a run for the journal, JSON-ready."""
-    context, dense = study.context, dense_of(study)
+    context = study.context
     return {
         "budget": str(study.budget),
         "limits": dict(study.limits),

@@ -77,10 +77,11 @@ def _column(measured: Sequence[Evaluation], name: str, missing: float = math.nan
     return np.array([missing if value is None else value for value in values], dtype=np.float64)
 
 
-def result_of(study: Study, found: Sequence[Trial], stopped: str, explained: Sequence[str]) -> SearchResult:
+def result_of(
+    study: Study, dense: Trial, found: Sequence[Trial], stopped: str, explained: Sequence[str]
+) -> SearchResult:
     """Score the front once on held-out samples, as far as there is time, and make the result."""
     judge, deadline = study.context.judge, study.deadline
-    dense = dense_of(study)
     front = find_front(found, tuple(study.limits), judge.direction)
     tests: dict[int, Measurement] = {}
     try:

@@ -26,7 +26,7 @@ from autoprune.optimizers import Problem, find_optimizer
 from autoprune.progress import Progress
 from autoprune.protocols import Optimizer
 from autoprune.racing import Racing
-from autoprune.records import result_of
+from autoprune.records import dense_of, result_of
 from autoprune.request import Request
 from autoprune.result import SearchResult
 from autoprune.result.trials import note_of_probes
@@ -202,7 +202,8 @@ def search(
     if not (callable(getattr(proposer, "ask", None)) and callable(getattr(proposer, "tell", None))):
         raise TypeError(f"optimizer must make an object with the methods ask and tell, got {shown(proposer)}")
     setup = study.deadline.spent
-    with open_journal(study, identity_of(study, proposer, runner)) as journal:
+    dense = dense_of(study)
+    with open_journal(study, identity_of(study, dense, proposer, runner)) as journal:
         if study.choice is not None:
             study.choice.save(request.run_dir)
         bar = Progress(request.most, study.context.judge.name, request.progress)
@@ -217,6 +218,6 @@ def search(
     )
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
-    result = result_of(study, found, ended.stopped, explained)
+    result = result_of(study, dense, found, ended.stopped, explained)
     settle(study.context.model, study.evaluator)
     return result
