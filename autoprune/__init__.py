@@ -1,10 +1,12 @@
 """Search how much of each layer of a PyTorch model to remove."""
 
-from autoprune.audit import audit
+from autoprune.audit.audit import audit
 from autoprune.budget import Budget
-from autoprune.costs.latency import Latency
-from autoprune.costs.profiling.profile import profile
-from autoprune.data import Data
+from autoprune.costs.latency.model import Latency
+from autoprune.costs.latency.profile import profile
+from autoprune.data.subsets import Data
+from autoprune.early_stopping.racing import Racing
+from autoprune.early_stopping.successive_halving import Rungs
 from autoprune.errors import (
     AutopruneError,
     BudgetError,
@@ -17,18 +19,16 @@ from autoprune.errors import (
     UnsupportedModelError,
 )
 from autoprune.inspection import Inspection, inspect
-from autoprune.metrics import Metric
+from autoprune.metrics.metric import Metric
 from autoprune.protocols import Pruning
-from autoprune.racing import Racing
 from autoprune.result import SearchResult
 from autoprune.result.audit_report import Audit
 from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
-from autoprune.rungs import Rungs
 from autoprune.search import search
 from autoprune.search_spaces import Channels, Sparsity, register_space
-from autoprune.structure.adapters import register_adapter
 from autoprune.structure.rules import register_rule
+from autoprune.structure.slicing.adapters import register_adapter
 
 __version__ = "0.1.0"
 

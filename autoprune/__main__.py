@@ -1,5 +1,5 @@
 """``python -m autoprune`` does what the command ``autoprune`` does."""
 
-from autoprune.cli import app
+from autoprune.cli.app import app
 
 app(prog_name="autoprune")

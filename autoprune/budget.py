@@ -9,8 +9,8 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from autoprune.arguments import shown
-from autoprune.direction import Direction
 from autoprune.errors import BudgetError
+from autoprune.pareto import Direction
 
 ALIASES = {"latency": "latency_ms", "memory": "memory_bytes"}
 _SAME_METRIC = {"cross_entropy": "loss"}  # `search` takes either name

@@ -11,33 +11,33 @@ from typing import Any
 from torch import nn
 
 from autoprune.arguments import shown
-from autoprune.batches import Forward
 from autoprune.budget import Budget
-from autoprune.constant import note_of_no_better
 from autoprune.costs import GivenCost, Latency
+from autoprune.data.batch import Forward
+from autoprune.early_stopping.racing import Racing
+from autoprune.early_stopping.successive_halving import Rungs
 from autoprune.evaluators import Evaluator
 from autoprune.execution import Executor, make_executor
-from autoprune.identity import identity_of
-from autoprune.journal_file import require_free
-from autoprune.loop import Loop
-from autoprune.mapped import settle
-from autoprune.metrics import Metric
+from autoprune.journal.sqlite_file import require_free
+from autoprune.metrics.metric import Metric
 from autoprune.optimizers import Problem, find_optimizer
-from autoprune.progress import Progress
 from autoprune.protocols import Optimizer
-from autoprune.racing import Racing
-from autoprune.records import dense_of, result_of
-from autoprune.request import Request
 from autoprune.result import SearchResult
 from autoprune.result.trials import note_of_probes
-from autoprune.resume import open_journal
-from autoprune.rivals import Rivals, note_of_racing
-from autoprune.rungs import Rungs
 from autoprune.search_spaces import Settings
-from autoprune.setup import set_up
-from autoprune.starts import Start
-from autoprune.stopping import Deadline
-from autoprune.verify import verify
+from autoprune.study.constant_output import note_of_no_better
+from autoprune.study.convergence import Deadline
+from autoprune.study.fingerprint import identity_of
+from autoprune.study.loop import Loop
+from autoprune.study.mapped_weights import settle
+from autoprune.study.progress import Progress
+from autoprune.study.request import Request
+from autoprune.study.resume import open_journal
+from autoprune.study.rivals import Rivals, note_of_racing
+from autoprune.study.setup import set_up
+from autoprune.study.start import Start
+from autoprune.study.trials import dense_of, result_of
+from autoprune.study.verification import verify
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,8 @@ def search(
         optimizer: ``"auto"``, ``"knapsack"``, ``"level_switch"``, ``"nsga2"``, ``"bayes"`` or ``"random"``, an
             `Optimizer`, or a function of (problem, seed), such as ``autoprune.optimizers.NSGA2``.
         trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained
-            next to nothing (see `autoprune.stopping.why_converged`), at 1,000 at the latest; a note gives the reason.
+            next to nothing (see `autoprune.study.convergence.why_converged`), at 1,000 at the latest; a note gives the
+            reason.
         max_seconds: Time limit, counted from the call: running evaluations are dropped, and remaining measurements,
             checks and scores on held-out data are skipped; notes say so. Scoring the dense model comes first, without
             a limit. So does the analysis of the model, and for a limit on latency a table of all operations and 6

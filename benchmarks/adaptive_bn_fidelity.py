@@ -25,12 +25,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.batches import default_forward
-from autoprune.data import Data
+from autoprune.data.batch import default_forward
+from autoprune.data.subsets import Data
 from autoprune.evaluators import AdaptiveBN, Evaluator
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.protocols import Failure, IntArray, Measurement
-from autoprune.study import Study
+from autoprune.study.study import Study
 from autoprune.testing.contexts import study_for
 from benchmarks.common import RESULTS, environment, table, write
 from examples.quickstart import ResNet, train

@@ -15,7 +15,7 @@ import torch
 from scipy.stats import spearmanr
 
 import autoprune
-from autoprune.data import Data
+from autoprune.data.subsets import Data
 from autoprune.optimizers import Problem
 from autoprune.optimizers.random import draw
 from autoprune.protocols import Evaluations, FloatArray, IntArray

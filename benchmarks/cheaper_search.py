@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import autoprune
 from autoprune.evaluators import AdaptiveBN, Context, Evaluator
-from autoprune.evaluators.room import ROOM_BYTES
+from autoprune.evaluators.activation_cache.limits import ROOM_BYTES
 from autoprune.pareto import hypervolume
 from autoprune.protocols import OK, Failure, IntArray, Measurement
 from autoprune.result import SearchResult

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.structure.analysis import best_choices
-from autoprune.structure.checks import Checker
+from autoprune.structure.checks.checks import Checker
 from autoprune.structure.example import Example
 from autoprune.structure.labels import Propagation
 from autoprune.structure.structure import assemble
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.trace import trace
 from autoprune.structure.units import find_units
 from benchmarks.common import environment, table, write
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning

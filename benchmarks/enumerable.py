@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoprune.data import Data
+from autoprune.data.subsets import Data
 from autoprune.evaluators import AdaptiveBN
 from autoprune.optimizers import Knapsack, Problem, find_optimizer, uniform_seeds
 from autoprune.protocols import OK, Evaluations, FloatArray, IntArray, Measurement

@@ -30,9 +30,9 @@ import torch
 
 import autoprune
 from autoprune.execution import Executor, RayExecutor
-from autoprune.journal import Journal
-from autoprune.journal_file import FILE_NAME
-from autoprune.journal_rows import TrialRow
+from autoprune.journal.journal import Journal
+from autoprune.journal.rows import TrialRow
+from autoprune.journal.sqlite_file import FILE_NAME
 from benchmarks import kill_modes
 from benchmarks.common import environment, table, write
 from tests.zoo import ZOO

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 import autoprune
-from autoprune.costs.profiling import profile
+from autoprune.costs.latency import profile
 from autoprune.evaluators import FineTune, Supernet
-from autoprune.files import write_text
+from autoprune.files.access import write_text
 from tests.machine import Machine
 from tests.zoo import ZOO
 
@@ -45,7 +45,7 @@ MODES: dict[str, Callable[[Path], Options]] = {
 
 def run(run_dir: str, mode: str) -> None:
     """Begin or go on with the search of a mode in a folder, and write its end there."""
-    import autoprune.verify as verification
+    import autoprune.study.verification as verification
 
     if "latency" in mode:
         for module in (profile, verification):

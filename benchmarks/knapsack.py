@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.batches import default_forward
 from autoprune.costs import make_costs
-from autoprune.criteria import rank_units
+from autoprune.data.batch import default_forward
 from autoprune.importance.calibration import Calibration
+from autoprune.importance.criteria import rank_units
 from autoprune.optimizers import Problem
-from autoprune.optimizers.multiple_choice import choose_options
-from autoprune.optimizers.relinearise import front_of
+from autoprune.optimizers.knapsack.multiple_choice import choose_options
+from autoprune.optimizers.knapsack.relinearise import front_of
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.search_spaces import Channels
 from autoprune.search_spaces.channels import ChannelSpace

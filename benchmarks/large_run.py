@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from autoprune.journal_file import FILE_NAME
+from autoprune.journal.sqlite_file import FILE_NAME
 from benchmarks.common import environment, table, write
 from benchmarks.simulated import SimulatedWorkers, search
 

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 import autoprune
 from autoprune.costs import StructuralCosts
+from autoprune.costs.latency.profile import profile_structure, time_networks
+from autoprune.costs.latency.timing import CpuClock
 from autoprune.costs.operations.parts import draw_widths, prefixes
 from autoprune.costs.operations.runtimes import TORCH, network_call, runtime_of
-from autoprune.costs.profiling.profile import profile_structure, time_networks
-from autoprune.costs.timing import CpuClock
 from autoprune.protocols import IntArray
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.slicing import build
+from autoprune.structure.slicing.slicing import build
 from benchmarks.common import RESULTS, environment, interval, table, write
 from benchmarks.trained import trained
 from tests.zoo import mobilenet_v2, resnet

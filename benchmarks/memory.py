@@ -28,7 +28,7 @@ from autoprune.costs.operations.allocations import allocation_of
 from autoprune.costs.operations.parts import draw_widths, prefixes
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.slicing import build
+from autoprune.structure.slicing.slicing import build
 from benchmarks.common import environment, table, write
 from benchmarks.latency import ViT
 from tests.zoo import mobilenet_v2, resnet

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from autoprune.data import Data
+from autoprune.data.subsets import Data
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.pareto import hypervolume, non_dominated
 from autoprune.protocols import OK, Evaluations, FloatArray, IntArray, Measurement
 from autoprune.search_spaces import Channels
-from autoprune.study import Study
+from autoprune.study.study import Study
 from autoprune.testing.contexts import study_for
 from autoprune.testing.problems import (
     KnownProblem,

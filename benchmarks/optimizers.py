@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from autoprune.optimizers import NSGA2, OPTIMIZERS, Bayes, Knapsack, MakeOptimizer, Problem
-from autoprune.optimizers.sensitivity import SHARE
+from autoprune.optimizers.knapsack.sensitivity import SHARE
 from autoprune.protocols import Evaluations, IntArray
 from benchmarks.common import RESULTS, environment, write
 from benchmarks.optimizer_cases import CASES, NETWORKS, Case

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.batches import Batch, default_forward
-from autoprune.data import Data
+from autoprune.data.batch import Batch, default_forward
+from autoprune.data.subsets import Data
 from autoprune.evaluators import AdaptiveBN
 from autoprune.evaluators.adaptive_bn import recalibrate
-from autoprune.evaluators.measuring import DENSE_BYTES
+from autoprune.evaluators.scoring.scorer import DENSE_BYTES
 from autoprune.protocols import IntArray
-from autoprune.structure.slicing import Slicer
-from autoprune.study import Study
+from autoprune.structure.slicing.slicing import Slicer
+from autoprune.study.study import Study
 from autoprune.testing.contexts import study_for
 from benchmarks.common import environment, table, write
 from tests.zoo.mobile import mobilenet_v2

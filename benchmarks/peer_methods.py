@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoprune import Channels, Data, search
-from autoprune.data import Subsets, materialise
+from autoprune.data.subsets import Subsets, materialise
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Failure, FloatArray, IntArray
-from autoprune.study import Study
+from autoprune.study.study import Study
 from autoprune.testing.contexts import study_for
 from benchmarks.trained import Trained, score, train
 from tests.counting import counted_macs

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from autoprune.early_stopping.racing import Race
 from autoprune.execution import Finished, RayExecutor
 from autoprune.execution.ray_worker import Worker
 from autoprune.protocols import IntArray, Measurement
-from autoprune.racing import Race
 from benchmarks.sleepers import Sleepers
 
 WORKERS_A_PROCESS = 64

@@ -27,13 +27,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune import Data
-from autoprune.checking import ranking
-from autoprune.criteria import order_units
 from autoprune.evaluators import AdaptiveBN, Compensated, Context, Evaluator
+from autoprune.importance.criteria import order_units
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Failure, FloatArray, IntArray
 from autoprune.search_spaces import Channels
-from autoprune.study import Study
+from autoprune.study.calibration_check import ranking
+from autoprune.study.study import Study
 from autoprune.testing.contexts import study_for
 from benchmarks import pretrained
 from benchmarks.common import RESULTS, environment, table, write

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autoprune.structure.analysis import analyse, best_choices
 from autoprune.structure.example import Example
 from autoprune.structure.structure import assemble
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.trace import trace
 from benchmarks.common import environment, table, write
 from tests.zoo.resnet import Bottleneck
 

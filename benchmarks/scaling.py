@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 import autoprune
-from autoprune.data import Subsets, materialise
+from autoprune.data.subsets import Subsets, materialise
 from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import RayExecutor
 from benchmarks.common import RESULTS, environment, table, write

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.data import Data
+from autoprune.data.subsets import Data
 from autoprune.evaluators import AdaptiveBN, Compensated
-from autoprune.evaluators.room import ROOM_BYTES
+from autoprune.evaluators.activation_cache.limits import ROOM_BYTES
 from autoprune.execution.local import GENERATION
 from autoprune.optimizers.level_switch import LevelSwitch
 from autoprune.protocols import IntArray, Measurement
-from autoprune.records import finished, proposed, rows_of
-from autoprune.study import Study
+from autoprune.study.study import Study
+from autoprune.study.trials import finished, proposed, rows_of
 from autoprune.testing.contexts import study_for
 from benchmarks.common import RESULTS, environment, table, write
 from tests.zoo.resnet import BasicBlock, conv

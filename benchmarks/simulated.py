@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import autoprune
+from autoprune.early_stopping.racing import Race
 from autoprune.evaluators import Context, Evaluator
 from autoprune.execution import Finished
 from autoprune.protocols import FloatArray, IntArray, Measurement
-from autoprune.racing import Race
 
 WIDTH = 16
 

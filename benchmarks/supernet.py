@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from autoprune import Channels, Data
 from autoprune.evaluators import AdaptiveBN, Compensated, Evaluator, FineTune, Supernet
-from autoprune.evaluators.rounds import mixed
-from autoprune.evaluators.sandwich import random_candidates
+from autoprune.evaluators.training.loader import mixed
+from autoprune.evaluators.training.sandwich import random_candidates
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Failure, IntArray
-from autoprune.study import Study
+from autoprune.study.study import Study
 from autoprune.testing.contexts import study_for
 from benchmarks.common import environment, table, write
 from benchmarks.compensation import interval, plain

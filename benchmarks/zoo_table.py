@@ -20,7 +20,7 @@ from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse, best_choices
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.trace import trace
 from benchmarks.common import table
 from tests.counting import reach
 from tests.zoo import ZOO, Entry

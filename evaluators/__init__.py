@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autoprune.arguments import shown
-from autoprune.batches import Forward
+from autoprune.data.batch import Forward
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
-from autoprune.evaluators.compensation import Compensated
+from autoprune.evaluators.compensated import Compensated
 from autoprune.evaluators.finetune import FineTune
-from autoprune.evaluators.measuring import Adapted, Measuring
 from autoprune.evaluators.protocol import Context, Evaluator, Orders, Tells, Trains
+from autoprune.evaluators.scoring.scorer import Adapted, Measuring
 from autoprune.evaluators.supernet import Supernet
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
@@ -21,7 +21,8 @@ EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     "supernet": Supernet,
 }
 """``"auto"`` re-fits weights, biases and statistics: without a re-fit, many candidates score at chance, and none is
-better than another (`benchmarks.compensation`). A search first checks which of these parts help (`autoprune.checking`).
+better than another (`benchmarks.evaluators.compensation`). A search first checks which of these parts help, see
+`autoprune.study.calibration_check`.
 """
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.batches import Batch
-from autoprune.evaluators.measuring import Adapted
-from autoprune.evaluators.memory import BatchMoments, Passes
+from autoprune.data.batch import Batch
+from autoprune.evaluators.activation_cache.cache import checked_bytes
 from autoprune.evaluators.protocol import Context
-from autoprune.evaluators.sharing import checked_bytes
+from autoprune.evaluators.scoring.out_of_memory import BatchMoments, Passes
+from autoprune.evaluators.scoring.scorer import Adapted
 from autoprune.protocols import Failure, IntArray, Measurement
-from autoprune.structure.slicing import Edit
+from autoprune.structure.slicing.slicing import Edit
 
 
 class AdaptiveBN:
@@ -27,7 +27,7 @@ class AdaptiveBN:
     Args:
         share_bytes: Most memory for what candidates share, on the model's device: those that agree up to some module
             compute everything up to there once, with the same scores to the last bit. 0 shares nothing; None: 1 GiB,
-            and less for large models, see `autoprune.evaluators.room`.
+            and less for large models, see `autoprune.evaluators.activation_cache.limits`.
 
     Reference:
         Li et al., "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network Pruning", ECCV 2020,

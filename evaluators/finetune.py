@@ -9,15 +9,15 @@ import numpy as np
 from torch import nn
 
 from autoprune.arguments import MOST_SEED, positive, shown, whole_number, why_no_function
+from autoprune.data.sampling import seeded
 from autoprune.evaluators.adaptive_bn import recalibrate
-from autoprune.evaluators.compensation import Compensated
-from autoprune.evaluators.courses import Course, Distillation, Given, TrainFn
-from autoprune.evaluators.lessons import learns_labels
-from autoprune.evaluators.measuring import DENSE_BYTES, Measuring, bound_forward
-from autoprune.evaluators.memory import fitting
+from autoprune.evaluators.compensated import Compensated
 from autoprune.evaluators.protocol import Context, Evaluator, Tells
+from autoprune.evaluators.scoring.out_of_memory import fitting
+from autoprune.evaluators.scoring.scorer import DENSE_BYTES, Measuring, bound_forward
+from autoprune.evaluators.training.candidate import Course, Distillation, Given, TrainFn
+from autoprune.evaluators.training.distillation import learns_labels
 from autoprune.protocols import Failure, IntArray, Measurement
-from autoprune.sources import seeded
 
 
 class FineTune:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from autoprune.batches import Batch
-from autoprune.data import fingerprint
+from autoprune.data.batch import Batch
+from autoprune.data.sampling import seeded
+from autoprune.data.subsets import fingerprint
 from autoprune.evaluators.adaptive_bn import recalibrate
-from autoprune.evaluators.measuring import Adapted, bound_forward
 from autoprune.evaluators.protocol import Context
-from autoprune.evaluators.sandwich import Loss
-from autoprune.evaluators.training import (
+from autoprune.evaluators.scoring.scorer import Adapted, bound_forward
+from autoprune.evaluators.training.sandwich import Loss
+from autoprune.evaluators.training.supernet import (
     MakeOptimizer,
     MakeSchedule,
     Recipe,
@@ -25,10 +26,9 @@ from autoprune.evaluators.training import (
     load_weights,
     weights_of,
 )
-from autoprune.files import as_path
+from autoprune.files.access import as_path
 from autoprune.protocols import Failure, IntArray, Measurement
-from autoprune.sources import seeded
-from autoprune.structure.slicing import Edit, Slicer, build
+from autoprune.structure.slicing.slicing import Edit, Slicer, build
 
 
 @dataclass

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from autoprune.arguments import is_number, is_whole, numbers, patterns, shown, whole_number, why_no_function
-from autoprune.costs.latency import Latency
-from autoprune.criteria import CRITERIA, Criterion
+from autoprune.costs.latency.model import Latency
 from autoprune.errors import NothingToPruneError
+from autoprune.files.schema import require_form
+from autoprune.importance.criteria import CRITERIA, Criterion
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
-from autoprune.schema import require_form
 from autoprune.search_spaces.counts import candidates_of, counted, options_of
 from autoprune.structure.analysis import require_prunable
 from autoprune.structure.structure import Structure
@@ -35,8 +35,9 @@ class Channels:
         options: Fractions to keep, falling from 1.0, instead of equal steps.
         bounds: For groups whose name, or one of whose modules, matches a glob: (least, most) fraction to keep.
         ignore: Modules to leave as they are, by name or glob: every group that touches one keeps all its units.
-        criterion: Ranks the units of a group: a name in ``autoprune.criteria.CRITERIA``, or a callable. ``"auto"`` is
-            the best in a calibration check (see `autoprune.checking`) with ``evaluator="auto"``, else ``"l2"``.
+        criterion: Ranks the units of a group: a name in ``autoprune.importance.criteria.CRITERIA``, or a callable.
+            ``"auto"`` is the best in a calibration check (see `autoprune.study.calibration_check`) with
+            ``evaluator="auto"``, else ``"l2"``.
         edges: The right edges, ascending, for each group by name; a search with ``round_to="auto"`` fills them in.
 
     Raises:

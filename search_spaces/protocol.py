@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from autoprune.costs.latency import Latency
-from autoprune.criteria import Criterion
+from autoprune.costs.latency.model import Latency
+from autoprune.importance.criteria import Criterion
 from autoprune.protocols import SearchSpace
 from autoprune.structure.structure import Structure
 

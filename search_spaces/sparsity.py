@@ -13,8 +13,8 @@ import numpy as np
 
 from autoprune.arguments import numbers, patterns, shown
 from autoprune.errors import NothingToPruneError
+from autoprune.files.schema import require_form
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
-from autoprune.schema import require_form
 from autoprune.search_spaces.counts import candidates_of, counted, options_of
 from autoprune.structure.structure import Structure
 

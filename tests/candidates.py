@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autoprune.protocols import FloatArray, Pruning
-from autoprune.structure.slicing import Edit
+from autoprune.structure.slicing.slicing import Edit
 from autoprune.structure.structure import Structure
 from tests.oracle import masked_forward
 

@@ -16,17 +16,17 @@ import torch
 from torch import nn
 
 import autoprune
-from autoprune.checking import FILE_NAME as CHOICE
-from autoprune.checking import Choice
-from autoprune.costs.latency import Latency
+from autoprune.audit.training_log import FILE as LOG
+from autoprune.audit.training_log import Trainings
+from autoprune.costs.latency.model import Latency
 from autoprune.errors import AutopruneError
-from autoprune.evaluators.checkpoints import read_checkpoint, write_checkpoint
-from autoprune.journal import Journal
-from autoprune.journal_file import FILE_NAME
+from autoprune.evaluators.training.checkpoint import read_checkpoint, write_checkpoint
+from autoprune.files.tensor_file import HASH, content_hash, read_tensors, write_tensors
+from autoprune.journal.journal import Journal
+from autoprune.journal.sqlite_file import FILE_NAME
 from autoprune.result.from_journal import result_from_journal
-from autoprune.tensor_file import HASH, content_hash, read_tensors, write_tensors
-from autoprune.trainings import FILE as LOG
-from autoprune.trainings import Trainings
+from autoprune.study.calibration_check import FILE_NAME as CHOICE
+from autoprune.study.calibration_check import Choice
 
 MOST_SECONDS = 10
 MOST_CHARACTERS = 500

@@ -83,4 +83,4 @@ def deadline() -> Iterator[None]:
 def simulated_clock() -> contextlib.AbstractContextManager[object]:
     """A simulated machine in the place of the clock, so that a table takes no time."""
     machine = Machine(cold=1.3, per_pass=2e-5)
-    return mock.patch("autoprune.costs.profiling.profile.clock_for", return_value=machine)
+    return mock.patch("autoprune.costs.latency.profile.clock_for", return_value=machine)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 import autoprune
-from autoprune.costs.latency import Latency
+from autoprune.costs.latency.model import Latency
 from autoprune.errors import AutopruneError
 from autoprune.evaluators import AdaptiveBN, Compensated, FineTune, Supernet
 from autoprune.execution import RayExecutor
-from autoprune.structure.adapters import ADAPTERS
+from autoprune.structure.slicing.adapters import ADAPTERS
 from tests.damaging import model
 from tests.hostile import X, Y, deadline, judged, restored, simulated_clock
 from tests.hostile_values import BUDGETS, COSTS, DATA, EXAMPLES, FORWARD, METRIC, OUTPUTS, SPACE, START, VALUES, labels

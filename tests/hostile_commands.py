@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from autoprune.cli import app
+from autoprune.cli.app import app
 from tests.hostile import deadline, judged, restored, simulated_clock
 
 COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from autoprune.costs.latency import Latency
+from autoprune.costs.latency.model import Latency
+from autoprune.costs.latency.profile import profile_structure
 from autoprune.costs.operations.allocations import allocation_of
-from autoprune.costs.profiling.profile import profile_structure
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from tests.machine import Machine

@@ -4,7 +4,7 @@ import torch
 
 import autoprune
 from autoprune.evaluators import AdaptiveBN
-from autoprune.journal import Journal
+from autoprune.journal.journal import Journal
 from tests.zoo import ZOO
 
 TRIALS = 30

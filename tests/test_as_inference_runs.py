@@ -13,8 +13,8 @@ from autoprune.costs.operations.parts import draw_widths, edit_to, prefixes
 from autoprune.costs.operations.torch_parts import find_parts, sized_operations
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.slicing import build
-from autoprune.structure.trace import trace
+from autoprune.structure.slicing.slicing import build
+from autoprune.structure.tracing.trace import trace
 from tests.measuring import peak_bytes
 from tests.zoo.resnet import resnet
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import autoprune
 from autoprune import Audit, SearchResult
-from autoprune.audit import spread
+from autoprune.audit.audit import spread
 from autoprune.evaluators import AdaptiveBN, FineTune
 from autoprune.result.audit_report import FOUND, NEW_WEIGHTS, RANDOM_UNITS, UNIFORM, Trained, Variant
 from autoprune.result.ranking import rank, tau_difference

@@ -8,11 +8,11 @@ import pytest
 import autoprune
 from autoprune import Data
 from autoprune.optimizers import Auto, RandomSearch, uniform_seeds
-from autoprune.optimizers.coefficients import corrected_tables
-from autoprune.optimizers.relinearise import front_of, spread_budgets
-from autoprune.optimizers.sensitivity import Table, table_of
-from autoprune.progress import Progress
+from autoprune.optimizers.knapsack.relinearise import front_of, spread_budgets
+from autoprune.optimizers.knapsack.sensitivity import Table, table_of
+from autoprune.optimizers.knapsack.table_correction import corrected_tables
 from autoprune.protocols import FAILED, OK, RACED
+from autoprune.study.progress import Progress
 from autoprune.testing.problems import additive_problem, blocks_problem, product_problem, staircase_problem
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from autoprune.costs import make_costs
 from autoprune.costs.changes import Changes, LimitedCosts
 from autoprune.optimizers import Problem, uniform_seeds
+from autoprune.optimizers.knapsack.relinearise import front_of, spread_budgets
+from autoprune.optimizers.knapsack.sensitivity import cost_shares
 from autoprune.optimizers.level_switch import switch_levels
 from autoprune.optimizers.random import draw, fill_up
-from autoprune.optimizers.relinearise import front_of, spread_budgets
-from autoprune.optimizers.sensitivity import cost_shares
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import analyse

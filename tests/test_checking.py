@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import autoprune
-from autoprune import checking, criteria
-from autoprune.batches import default_forward
-from autoprune.checking import FILE_NAME
-from autoprune.criteria import distortion_gradients
+from autoprune.data.batch import default_forward
+from autoprune.importance import criteria
 from autoprune.importance.calibration import Calibration
-from autoprune.scorers import class_dimension
+from autoprune.importance.criteria import distortion_gradients
+from autoprune.metrics.scorers import class_dimension
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
+from autoprune.study import calibration_check as checking
+from autoprune.study.calibration_check import FILE_NAME
 from autoprune.testing.contexts import study_for
 
 
@@ -88,7 +89,7 @@ def test_another_criterion_is_chosen_only_where_more_than_luck_speaks_for_it(cas
 
 @pytest.mark.slow
 def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path, monkeypatch):
-    monkeypatch.setattr("autoprune.setup.check", None)
+    monkeypatch.setattr("autoprune.study.setup.check", None)
     run_dir = str(tmp_path)
     result = autoprune.search(case[0], "flops <= 70%", case[1], max_seconds=1e-6, run_dir=run_dir, progress=False)
     assert (result.stopped, result.trials) == ("time", ())
@@ -111,7 +112,7 @@ def test_what_resumes_and_what_workers_get_scores_to_the_last_bit_what_the_check
         choice = dataclasses.replace(choice, criterion="taylor", parts={**choice.parts, **parts})
         return choice, chosen.with_parts(**parts), checking.ranking(given[0], "taylor", given[-1])
 
-    monkeypatch.setattr("autoprune.setup.check", choosing)
+    monkeypatch.setattr("autoprune.study.setup.check", choosing)
     first = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
     first.choice.save(str(tmp_path))
     again = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprune import criteria
-from autoprune.batches import default_forward
-from autoprune.criteria import (
+from autoprune.data.batch import default_forward
+from autoprune.importance import criteria
+from autoprune.importance.calibration import Calibration
+from autoprune.importance.criteria import (
     CRITERIA,
     Criterion,
     GroupTensors,
@@ -22,7 +23,6 @@ from autoprune.criteria import (
     score_units,
     score_units_by,
 )
-from autoprune.importance.calibration import Calibration
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from autoprune.batches import (
+from autoprune.data.batch import (
     batch_size,
     default_forward,
     inputs,
@@ -19,7 +19,7 @@ from autoprune.batches import (
     tensors,
     to_device,
 )
-from autoprune.data import PARTS, Data, fingerprint, materialise, synthetic
+from autoprune.data.subsets import PARTS, Data, fingerprint, materialise, synthetic
 from autoprune.errors import DataError
 
 Pair = namedtuple("Pair", "left right")
@@ -159,7 +159,7 @@ def test_random_states_are_left_as_they_were(stream):
 @pytest.mark.slow
 def test_another_process_draws_the_same_samples():
     code = (
-        "import torch; from torch.utils.data import *; from autoprune.data import materialise\n"
+        "import torch; from torch.utils.data import *; from autoprune.data.subsets import materialise\n"
         "x = torch.arange(300.).reshape(300, 1)\n"
         "print(materialise(DataLoader(TensorDataset(x, x.flatten().long() % 3), 16, shuffle=True), 4).fingerprint)"
     )

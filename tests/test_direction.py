@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.direction import Direction
+from autoprune.pareto import Direction
 
 UP, DOWN = Direction(higher_is_better=True), Direction(higher_is_better=False)
 scores = st.floats(-1e6, 1e6)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoprune.structure.adapters import ADAPTERS
+from autoprune.structure.slicing.adapters import ADAPTERS
 
 DOCS = Path(__file__).parent.parent / "docs"
 FENCED = re.compile(r"^```python\n(>>> .*?)^```$", re.DOTALL | re.MULTILINE)

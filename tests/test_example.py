@@ -7,7 +7,7 @@ from torch import nn
 from autoprune.errors import DataError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.trace import trace
 
 
 class Scaled(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import autoprune
-from autoprune.progress import Progress
-from autoprune.stopping import Deadline
+from autoprune.study.convergence import Deadline
+from autoprune.study.progress import Progress
 
 
 def quick(model, budget, data, **options):

@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 
 from autoprune.errors import FileFormatError
-from autoprune.files import as_path, explaining, read_json, replacing, require_file, sound, write_json, write_text
-from autoprune.formats import Format
-from autoprune.schema import require_form
+from autoprune.files.access import (
+    as_path,
+    explaining,
+    read_json,
+    replacing,
+    require_file,
+    sound,
+    write_json,
+    write_text,
+)
+from autoprune.files.formats import Format
+from autoprune.files.schema import require_form
 
 
 @pytest.fixture

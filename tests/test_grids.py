@@ -5,10 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 
+from autoprune.costs.latency.grids import Bench, measure_tables
+from autoprune.costs.latency.tables import interpolate, place
+from autoprune.costs.latency.timing import Timing
 from autoprune.costs.operations.parts import Family
-from autoprune.costs.profiling.grids import Bench, measure_tables
-from autoprune.costs.tables import interpolate, place
-from autoprune.costs.timing import Timing
 
 STEP = 16
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autoprune.inspection import inspect
-from autoprune.structure.examples import example_inputs_of, examples_of, unwrap
+from autoprune.structure.given import example_inputs_of, examples_of, unwrap
 from tests.small_networks import perceptron
 
 

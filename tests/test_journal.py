@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from autoprune.errors import FileFormatError
-from autoprune.journal import Journal
-from autoprune.journal_file import APPLICATION_ID, FILE_NAME, SCHEMA, SCHEMA_VERSION
+from autoprune.journal.journal import Journal
+from autoprune.journal.sqlite_file import APPLICATION_ID, FILE_NAME, SCHEMA, SCHEMA_VERSION
+from autoprune.metrics.statistics import evaluations_of
 from autoprune.protocols import Failure, Measurement
-from autoprune.statistics import evaluations_of
 
 META = {"space": "channels", "limits": {"flops": 12.5}, "seed": 3, "versions": ["torch 2.13"]}
 CANDIDATES = np.array([[0, 2, 1], [4, 0, 0]], dtype=np.int64)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from autoprune.errors import FileFormatError
-from autoprune.journal import Journal
-from autoprune.journal_file import FILE_NAME, LOCK_NAME, patiently
+from autoprune.journal.journal import Journal
+from autoprune.journal.sqlite_file import FILE_NAME, LOCK_NAME, patiently
+from autoprune.metrics.statistics import evaluations_of
 from autoprune.protocols import Measurement
 from autoprune.result.from_journal import result_from_journal
-from autoprune.statistics import evaluations_of
 from tests.searching import Watched, quick, seen
 
 CANDIDATES = np.array([[0, 2, 1], [4, 0, 0]], dtype=np.int64)
@@ -127,7 +127,7 @@ class TestReaders:
 class TestLocks:
     @pytest.mark.slow
     def test_one_of_another_program_is_waited_for_with_a_line_in_the_log(self, tmp_path, caplog, monkeypatch):
-        monkeypatch.setattr("autoprune.journal_file.BUSY_SECONDS", 0.05)
+        monkeypatch.setattr("autoprune.journal.sqlite_file.BUSY_SECONDS", 0.05)
         with Journal.create(tmp_path, {}) as journal:
             other = sqlite3.connect(tmp_path / FILE_NAME, check_same_thread=False)
             other.execute("BEGIN IMMEDIATE")
@@ -163,7 +163,7 @@ class TestLocks:
     def test_of_two_searches_that_begin_at_once_in_one_folder_one_is_refused_and_nothing_is_lost(self, tmp_path):
         script = (
             "import sys, numpy as np\n"
-            "from autoprune.journal import Journal\n"
+            "from autoprune.journal.journal import Journal\n"
             "sys.stdin.readline()\n"
             "try:\n"
             "    journal = Journal.create(sys.argv[1], {'who': int(sys.argv[2])})\n"
@@ -182,7 +182,7 @@ class TestLocks:
             assert len(journal.trials()) == 1
 
     def test_a_journal_made_between_look_and_lock_is_not_overwritten(self, tmp_path, monkeypatch):
-        from autoprune import journal_file
+        from autoprune.journal import sqlite_file as journal_file
 
         acquire = journal_file.acquire
 
@@ -394,7 +394,7 @@ class TestHostileFiles:
 def test_a_killed_search_is_read_without_a_trace(tmp_path):
     script = (
         "import sys, time, numpy as np\n"
-        "from autoprune.journal import Journal\n"
+        "from autoprune.journal.journal import Journal\n"
         "journal = Journal.create(sys.argv[1], {})\n"
         "journal.record_ask(np.zeros((3, 2), dtype=np.int64), {})\n"
         "print('ready', flush=True)\n"

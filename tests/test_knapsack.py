@@ -9,15 +9,15 @@ import torch
 from autoprune.costs import make_costs
 from autoprune.errors import InfeasibleBudgetError
 from autoprune.optimizers import Knapsack, Problem
-from autoprune.optimizers.archive import Archive
-from autoprune.optimizers.relinearise import front_of, spread_budgets
-from autoprune.optimizers.sensitivity import SHARE, cost_shares, next_probes, table_of
+from autoprune.optimizers.history import Archive
+from autoprune.optimizers.knapsack.relinearise import front_of, spread_budgets
+from autoprune.optimizers.knapsack.sensitivity import SHARE, cost_shares, next_probes, table_of
 from autoprune.protocols import FAILED, OK, Evaluations
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import best_choices
 from autoprune.structure.example import Example
 from autoprune.structure.structure import assemble
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.trace import trace
 from autoprune.testing.problems import (
     PROBLEMS,
     additive_problem,

@@ -17,30 +17,34 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autoprune
-from autoprune import mapped
-from autoprune.batches import default_forward
 from autoprune.costs import StructuralCosts
-from autoprune.evaluators import AdaptiveBN, Context, normalisation, room
-from autoprune.evaluators import layers as layers_module
-from autoprune.evaluators.cuts import flow_of
-from autoprune.evaluators.layers import Layer, find_layers
-from autoprune.evaluators.moments import Sample
+from autoprune.data.batch import default_forward
+from autoprune.evaluators import AdaptiveBN, Context
+from autoprune.evaluators.activation_cache import limits as room
+from autoprune.evaluators.activation_cache.resume_points import flow_of
+from autoprune.evaluators.refit import layers as layers_module
+from autoprune.evaluators.refit import normalisation
+from autoprune.evaluators.refit.layers import Layer, find_layers
+from autoprune.evaluators.refit.moments import Sample
 from autoprune.importance.calibration import Calibration
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning
-from autoprune.structure import analysis, checks, slicing
+from autoprune.structure import analysis
 from autoprune.structure import units as units_module
 from autoprune.structure.analysis import analyse
+from autoprune.structure.checks import checks
 from autoprune.structure.example import Example, default_dtype
-from autoprune.structure.known_shapes import KnownShapes, shapes_kept
 from autoprune.structure.labels import Edge
 from autoprune.structure.owners import owners, swapped
 from autoprune.structure.propagate import propagate
 from autoprune.structure.python_state import python_state, same_state
-from autoprune.structure.sizes import ROUNDS
-from autoprune.structure.skeleton import skeleton
-from autoprune.structure.slicing import Edit, build
-from autoprune.structure.trace import trace
+from autoprune.structure.sizes.sizes import ROUNDS
+from autoprune.structure.slicing import slicing
+from autoprune.structure.slicing.skeleton import skeleton
+from autoprune.structure.slicing.slicing import Edit, build
+from autoprune.structure.tracing.known_shapes import KnownShapes, shapes_kept
+from autoprune.structure.tracing.trace import trace
 from autoprune.structure.units import find_units
+from autoprune.study import mapped_weights as mapped
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types

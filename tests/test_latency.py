@@ -16,18 +16,18 @@ import torch
 from torch import nn
 
 import autoprune
-from autoprune.costs.correction import Evidence
-from autoprune.costs.latency import Latency
+from autoprune.costs.latency.correction import Evidence
+from autoprune.costs.latency.model import Latency
+from autoprune.costs.latency.profile import note_on_memory
+from autoprune.costs.latency.setting import setting_of
+from autoprune.costs.latency.timing import NOISY, CpuClock, Effort, compare, note_of_noise
 from autoprune.costs.operations.parts import draw_widths, part_values, prefixes
 from autoprune.costs.operations.runtimes import Torch, network_call
 from autoprune.costs.operations.torch_parts import find_parts
-from autoprune.costs.profiling.profile import note_on_memory
-from autoprune.costs.setting import setting_of
-from autoprune.costs.timing import NOISY, CpuClock, Effort, compare, note_of_noise
 from autoprune.errors import FileFormatError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.slicing import build
+from autoprune.structure.slicing.slicing import build
 from tests.machine import STEP, Machine, stepped
 from tests.measuring import INPUTS, measured, small
 from tests.zoo import ZOO
@@ -406,7 +406,7 @@ class TestNoteOnMemory:
             yield
             KEEPING[0] = False
 
-        monkeypatch.setattr("autoprune.costs.profiling.profile.keeping_freed_memory", kept)
+        monkeypatch.setattr("autoprune.costs.latency.profile.keeping_freed_memory", kept)
 
     def test_a_network_that_is_slower_elsewhere_is_said_to_be(self):
         note = note_on_memory(lambda: None, self.Clock(handed_back=3.0))

@@ -12,7 +12,7 @@ import torch
 
 import autoprune
 from autoprune.budget import Budget
-from autoprune.costs.latency import Latency
+from autoprune.costs.latency.model import Latency
 from autoprune.costs.operations.runtimes import network_call
 from autoprune.errors import BudgetError, InfeasibleBudgetError, NothingToPruneError, UnsupportedModelError
 from autoprune.result.from_journal import result_from_journal
@@ -28,7 +28,7 @@ QUICK = {"trials": 24, "progress": False, "prior": "criterion", "evaluator": "ad
 def machine(monkeypatch) -> Machine:
     """Stands in for every clock."""
     found = Machine(cold=1.3, per_pass=2e-5)
-    for module in ("autoprune.costs.profiling.profile", "autoprune.verify"):
+    for module in ("autoprune.costs.latency.profile", "autoprune.study.verification"):
         monkeypatch.setattr(f"{module}.clock_for", lambda *_: found)
     return found
 
@@ -97,7 +97,7 @@ def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
 
 @pytest.mark.slow
 def test_a_network_that_may_be_over_the_limit_by_its_interval_gives_way(machine, table, monkeypatch):
-    from autoprune import verify
+    from autoprune.study import verification as verify
 
     timed = verify.time_networks
 
@@ -173,7 +173,7 @@ def test_a_table_of_inputs_of_another_size_is_refused_unless_the_user_makes_them
 @pytest.fixture
 def ticking(machine, monkeypatch) -> Machine:
     """The machine, on which each call that is timed takes a second of the time that there is."""
-    monkeypatch.setattr("autoprune.stopping.Deadline.spent", property(lambda _: float(machine.calls)))
+    monkeypatch.setattr("autoprune.study.convergence.Deadline.spent", property(lambda _: float(machine.calls)))
     return machine
 
 
@@ -318,7 +318,7 @@ def test_round_to_auto_needs_latencies_and_says_so():
 
 @pytest.mark.slow
 def test_an_interrupted_verification_returns_what_was_measured(machine, table, monkeypatch):
-    from autoprune import verify
+    from autoprune.study import verification as verify
 
     def pulled(*_):
         raise KeyboardInterrupt
@@ -332,7 +332,7 @@ def test_an_interrupted_verification_returns_what_was_measured(machine, table, m
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [UnsupportedModelError, RuntimeError])
 def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeypatch, error):
-    from autoprune import verify
+    from autoprune.study import verification as verify
 
     def refused(*_):
         raise error("no export of this one\nand its whole graph")
@@ -368,7 +368,7 @@ def test_what_a_corrected_table_puts_over_the_limit_is_no_probe(machine, table):
 
 @pytest.mark.slow
 def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monkeypatch):
-    from autoprune import verify
+    from autoprune.study import verification as verify
 
     slow = Machine(cold=1.3, per_pass=1.0)
     monkeypatch.setattr(verify, "clock_for", lambda *_: slow)

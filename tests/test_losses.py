@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import autoprune
-from autoprune.data import Data, materialise
+from autoprune.data.subsets import Data, materialise
+from autoprune.early_stopping.racing import Racing
 from autoprune.errors import DataError
-from autoprune.metrics import resolve_metric, summary
+from autoprune.metrics.metric import resolve_metric, summary
+from autoprune.metrics.statistics import Evaluation
 from autoprune.protocols import Measurement
-from autoprune.racing import Racing
-from autoprune.statistics import Evaluation
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(40, 3, 6, 6, generator=GENERATOR)

@@ -13,7 +13,7 @@ import autoprune
 from autoprune import Metric
 from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.evaluators.adaptive_bn import recalibrate
-from autoprune.evaluators.memory import Halving, Passes, fitting, is_out_of_memory, joined, split
+from autoprune.evaluators.scoring.out_of_memory import Halving, Passes, fitting, is_out_of_memory, joined, split
 from autoprune.protocols import Measurement
 from tests.contexts import classes_context, halved
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
-from autoprune.batches import slice_batch
-from autoprune.data import Data, materialise
+from autoprune.data.batch import slice_batch
+from autoprune.data.subsets import Data, materialise
 from autoprune.errors import DataError
-from autoprune.metrics import Judge, Metric, resolve_metric, summary
-from autoprune.scorers import main_output
+from autoprune.metrics.metric import Judge, Metric, resolve_metric, summary
+from autoprune.metrics.scorers import main_output
 
 CLASSES = 3
 

@@ -8,7 +8,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from autoprune.errors import InfeasibleBudgetError
-from autoprune.optimizers.multiple_choice import choose_options, total
+from autoprune.optimizers.knapsack.multiple_choice import choose_options, total
 
 
 def draw_instance(rng, dims, options, whole=False):

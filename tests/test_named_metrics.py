@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoprune.data import Data, materialise
+from autoprune.data.subsets import Data, materialise
 from autoprune.errors import DataError
-from autoprune.metrics import Metric, resolve_metric
+from autoprune.metrics.metric import Metric, resolve_metric
 
 VOCABULARY = 11
 

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 import autoprune
-from autoprune.costs.latency import Latency
+from autoprune.costs.latency.model import Latency
+from autoprune.costs.latency.setting import setting_of
 from autoprune.costs.operations import onnx_parts
 from autoprune.costs.operations.onnx_sessions import OnnxRuntime, export
 from autoprune.costs.operations.parts import draw_widths, part_values, prefixes
 from autoprune.costs.operations.runtimes import runtime_of
-from autoprune.costs.setting import setting_of
 from autoprune.errors import UnsupportedModelError
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.slicing import build
+from autoprune.structure.slicing.slicing import build
 from tests.measuring import INPUTS, small
 
 DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
@@ -45,7 +45,7 @@ class Counting:
 
         monkeypatch.setattr(OnnxRuntime, "network", counted_network)
         monkeypatch.setattr(onnx_parts._Node, "make", counted_node)
-        for module in ("autoprune.costs.profiling.profile", "autoprune.verify"):
+        for module in ("autoprune.costs.latency.profile", "autoprune.study.verification"):
             monkeypatch.setattr(f"{module}.clock_for", lambda *_: self)
 
     def _count(self, call, weights):

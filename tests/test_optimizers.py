@@ -16,7 +16,7 @@ from autoprune.optimizers import (
     find_optimizer,
     uniform_seeds,
 )
-from autoprune.optimizers.archive import Archive
+from autoprune.optimizers.history import Archive
 from autoprune.pareto import hypervolume
 from autoprune.protocols import FAILED, OK, RACED
 from autoprune.testing.contracts import OptimizerContract

@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,131 +16,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAPPED = ("search_spaces", "evaluators")
 
-# The picture of DESIGN.md, bottom first: a part may import parts of the rows above it here, itself, and nothing else of
-# autoprune. `autoprune` is the package's own __init__, the public names.
-LAYERS = (
-    ("errors", "arguments"),
-    ("files", "schema", "imports"),
-    ("protocols", "batches", "formats"),
-    ("direction",),
-    ("sources", "scorers", "statistics"),
-    ("budget", "data", "pareto", "language", "losses", "segmentation"),
-    ("metrics", "tensor_file", "user_code"),
-    ("structure",),
-    ("importance",),
-    ("costs", "criteria"),
-    ("reconstruction",),
-    ("sensitivity",),
-    ("prior",),
-    ("optimizers", "evaluators", "search_spaces"),
-    ("border", "inspection"),
-    ("rungs",),
-    ("racing",),
-    ("journal_file", "journal_rows", "execution"),
-    ("journal_reader", "journal_watch"),
-    ("journal",),
-    ("result", "report"),
-    ("progress", "stopping"),
-    ("checking", "mapped", "starts"),
-    ("request",),
-    ("study",),
-    ("inputs",),
-    ("measured_costs",),
-    ("layout",),
-    ("promotion",),
-    ("records", "rivals", "trainings", "variants"),
-    ("identity", "setup"),
-    ("resume", "verify", "constant"),
-    ("loop",),
-    ("search", "audit", "recover"),
-    ("autoprune",),
-    ("loading",),
-    ("cli",),
-    ("__main__",),
-)
-LEVEL = {part: level for level, row in enumerate(LAYERS) for part in row}
 
-
-def source_files() -> dict[str, Path]:
+def source_files() -> set[str]:
     """Every source file by its path inside the installed package; the links are followed by name, not on disk."""
-    files = {f"autoprune/{path.relative_to(ROOT / 'autoprune')}": path for path in (ROOT / "autoprune").rglob("*.py")}
-    for folder in MAPPED:
-        files |= {f"autoprune/{path.relative_to(ROOT)}": path for path in (ROOT / folder).rglob("*.py")}
-    return files
-
-
-def imported_parts(source: str, package: str) -> Iterator[tuple[int, str]]:
-    """Line and part of every import from autoprune, wherever it stands: in functions and under TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            names = [f"{base}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            top, _, rest = name.partition(".")
-            part = rest.partition(".")[0]
-            if top == "autoprune" and part != "__version__":
-                yield node.lineno, part if part in LEVEL or part == "testing" else "autoprune"
-
-
-def forbidden_imports(name: str, source: str) -> list[str]:
-    """Imports in the file `name`, such as ``autoprune/costs/flops.py``, that the picture does not allow."""
-    package, part = name.rpartition("/")[0].replace("/", "."), name.split("/")[1].removesuffix(".py")
-    part = "autoprune" if part == "__init__" else part
-    if part == "testing":
-        return []
-    if part not in LEVEL:
-        return [f"{name}: the part {part!r} has no row in LAYERS and in DESIGN.md yet"]
-    return [
-        f"{name}:{line} imports {other}"
-        for line, other in imported_parts(source, package)
-        if other != part and LEVEL.get(other, len(LAYERS)) >= LEVEL[part]
-    ]
-
-
-@pytest.mark.slow
-def test_imports_only_go_downwards():
-    files = source_files()
-    assert len(files) > 5
-    assert [line for name, path in files.items() for line in forbidden_imports(name, path.read_text())] == []
-
-
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("autoprune/structure/trace.py", "def f():\n    from ..costs import flops"),
-        (
-            "autoprune/structure/trace.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .. import search",
-        ),
-        ("autoprune/structure/rules/conv.py", "from ...criteria import l1"),
-        ("autoprune/optimizers/nsga2.py", "import autoprune.evaluators.adaptive_bn"),
-        ("autoprune/evaluators/adaptive_bn.py", "from autoprune.search_spaces.channels import Channels"),
-        ("autoprune/errors.py", "from .protocols import OK"),
-        ("autoprune/result.py", "from autoprune import SearchResult"),
-        ("autoprune/cli.py", "from .testing import problems"),
-        ("autoprune/helpers.py", ""),
-    ],
-)
-def test_an_upward_or_sideways_import_is_found(name, source):
-    assert len(forbidden_imports(name, source)) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("autoprune/structure/trace.py", "from .rules import conv\nfrom ..protocols import OK\nimport torch"),
-        ("autoprune/cli.py", "import autoprune\nfrom autoprune.search import search"),
-        ("autoprune/result.py", "from . import __version__"),
-        ("autoprune/__init__.py", "from .search import search"),
-        ("autoprune/testing/contracts.py", "from .. import search"),
-    ],
-)
-def test_a_downward_import_is_allowed(name, source):
-    assert forbidden_imports(name, source) == []
+    files = {f"autoprune/{path.relative_to(ROOT / 'autoprune')}" for path in (ROOT / "autoprune").rglob("*.py")}
+    return files | {f"autoprune/{path.relative_to(ROOT)}" for name in MAPPED for path in (ROOT / name).rglob("*.py")}
 
 
 def imports_of_tests(name: str, source: str) -> list[str]:
@@ -253,6 +132,6 @@ def test_the_wheel_built_from_the_sdist_holds_the_package_and_nothing_else(tmp_p
     names = {entry.filename for entry in entries}
     (dist_info,) = {name.split("/")[0] for name in names} - {"autoprune"}
     assert dist_info.endswith(".dist-info")
-    assert {name for name in names if name.endswith(".py")} == set(source_files())
+    assert {name for name in names if name.endswith(".py")} == source_files()
     assert {"autoprune/py.typed", f"{dist_info}/licenses/LICENSE", f"{dist_info}/entry_points.txt"} <= names
     assert not any(stat.S_ISLNK(entry.external_attr >> 16) for entry in entries)

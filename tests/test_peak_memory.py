@@ -16,7 +16,7 @@ from autoprune.costs.operations.allocations import Allocation, allocation_of
 from autoprune.costs.operations.parts import Family, draw_widths, prefixes
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.slicing import build
+from autoprune.structure.slicing.slicing import build
 from tests.measuring import peak_bytes, small
 
 CPU = torch.device("cpu")

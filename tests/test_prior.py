@@ -9,14 +9,15 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import autoprune
-from autoprune import Channels, Data, Sparsity, reconstruction
-from autoprune.batches import default_forward
-from autoprune.criteria import CRITERIA, order_units, score_units
+from autoprune import Channels, Data, Sparsity
+from autoprune.data.batch import default_forward
+from autoprune.importance import reconstruction
 from autoprune.importance.calibration import Calibration
+from autoprune.importance.criteria import CRITERIA, order_units, score_units
+from autoprune.importance.expected_loss import PRIORS, criterion_losses, expected_losses
+from autoprune.importance.reconstruction import reconstruction_errors
 from autoprune.optimizers import RandomSearch
-from autoprune.prior import PRIORS, criterion_losses, expected_losses
 from autoprune.protocols import Pruning
-from autoprune.reconstruction import reconstruction_errors
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.testing.contexts import study_for

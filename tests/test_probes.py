@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 import autoprune
 from autoprune import Channels, Data, Metric, SearchResult
-from autoprune.cli import app
+from autoprune.cli.app import app
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.optimizers import RandomSearch
-from autoprune.progress import Progress
 from autoprune.protocols import FAILED, OK
 from autoprune.result.from_journal import result_from_journal
+from autoprune.study.progress import Progress
 from tests.zoo import ZOO
 
 TRIALS = 40

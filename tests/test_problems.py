@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from autoprune.optimizers.knapsack.relinearise import front_of
 from autoprune.optimizers.random import draw
-from autoprune.optimizers.relinearise import front_of
 from autoprune.protocols import FAILED, RACED
 from autoprune.testing.problems import LANDSCAPES, PROBLEMS, blocks_problem, deceptive, interacting, noisy
 

@@ -14,15 +14,15 @@ from scipy.stats import t
 
 import autoprune
 from autoprune import Racing
-from autoprune.direction import Direction
+from autoprune.early_stopping.racing import Race, evaluate, log_evidence
 from autoprune.execution import RayExecutor
-from autoprune.journal import Journal
+from autoprune.journal.journal import Journal
 from autoprune.optimizers.random import RandomSearch
+from autoprune.pareto import Direction
 from autoprune.protocols import OK, RACED, Failure, Measurement
-from autoprune.racing import Race, evaluate, log_evidence
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial
-from autoprune.rivals import Rivals
+from autoprune.study.rivals import Rivals
 from tests.labelled import BATCH, SAMPLES, make_data
 from tests.resuming import Counting, rows, seen
 from tests.resuming import search as search_any

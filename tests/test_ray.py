@@ -15,7 +15,7 @@ from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import RayExecutor
 from autoprune.execution.ray import _require_authentication
 from autoprune.execution.ray_worker import Worker
-from autoprune.journal import Journal
+from autoprune.journal.journal import Journal
 from autoprune.protocols import FAILED, OK
 from tests.object_stores import object_stores
 from tests.processes import running

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import autoprune
+from autoprune.files.tensor_file import HASH, content_hash, write_tensors
 from autoprune.result.recipe import ATTRIBUTE, attach
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.tensor_file import HASH, content_hash, write_tensors
 from tests.zoo import ZOO
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import autoprune
-from autoprune import journal as journal_module
 from autoprune.execution import LocalExecutor
-from autoprune.journal import Journal
-from autoprune.journal_file import FILE_NAME
+from autoprune.journal import journal as journal_module
+from autoprune.journal.journal import Journal
+from autoprune.journal.sqlite_file import FILE_NAME
 from autoprune.optimizers.auto import Auto
 from autoprune.protocols import FAILED, OK, Failure
 from tests.resuming import TRIALS, Counting, interrupted, make_data, rows, search, seen

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import autoprune
 from autoprune.evaluators import AdaptiveBN, Compensated, FineTune
-from autoprune.journal_file import FILE_NAME
-from autoprune.user_code import digest_of, forward_of
+from autoprune.journal.sqlite_file import FILE_NAME
+from autoprune.study.user_code import digest_of, forward_of
 from tests.searching import quick
 
 X = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))

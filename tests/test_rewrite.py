@@ -17,9 +17,9 @@ from autoprune.protocols import Pruning
 from autoprune.result.recipe import ATTRIBUTE, attach
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.graph_module import RecordedModule, is_method
-from autoprune.structure.skeleton import skeleton
-from autoprune.structure.slicing import Edit, build
+from autoprune.structure.rewriting.graph_module import RecordedModule, is_method
+from autoprune.structure.slicing.skeleton import skeleton
+from autoprune.structure.slicing.slicing import Edit, build
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, state_of
 
 WIDTH, HEADS = 16, 4

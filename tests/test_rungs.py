@@ -16,16 +16,16 @@ from torch import nn
 
 import autoprune
 from autoprune import Rungs
+from autoprune.data.sampling import Randomness, seeded
+from autoprune.early_stopping.successive_halving import Ladder, Rung, behind, climb
 from autoprune.evaluators import AdaptiveBN, FineTune
-from autoprune.evaluators.courses import Distillation
+from autoprune.evaluators.training.candidate import Distillation
 from autoprune.execution import RayExecutor
 from autoprune.execution.local import evaluate_one
-from autoprune.journal import Journal
-from autoprune.promotion import Promotion, note_of_rungs
+from autoprune.journal.journal import Journal
 from autoprune.protocols import OK, RACED, Failure, Measurement
 from autoprune.result import Evaluation, SearchResult, Trial
-from autoprune.rungs import Ladder, Rung, behind, climb
-from autoprune.sources import Randomness, seeded
+from autoprune.study.promotion import Promotion, note_of_rungs
 from tests.contexts import halved, prepared, study_of
 from tests.labelled import make_data
 from tests.resuming import rows, seen

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoprune
-from autoprune.batches import Guarded, Lent, default_forward, fresh
+from autoprune.data.batch import Guarded, Lent, default_forward, fresh
 from autoprune.evaluators import AdaptiveBN, Compensated, FineTune, Supernet
 from tests.searching import quick, seen
 

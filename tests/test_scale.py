@@ -8,7 +8,7 @@ from torch import nn
 
 from autoprune.structure.analysis import analyse, best_choices
 from autoprune.structure.example import Example
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.trace import trace
 from autoprune.structure.units import Units
 from benchmarks.scale import chain, forward, llama_7b, llama_inputs, resnet50
 

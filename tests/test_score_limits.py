@@ -11,17 +11,17 @@ from torch import nn
 import autoprune
 from autoprune import Channels, Metric, Sparsity
 from autoprune.budget import Budget, ScoreLimit
-from autoprune.direction import Direction
 from autoprune.errors import BudgetError, InfeasibleBudgetError
-from autoprune.journal import Journal
-from autoprune.metrics import Judge
+from autoprune.journal.journal import Journal
+from autoprune.metrics.metric import Judge
 from autoprune.optimizers import OPTIMIZERS, RandomSearch, uniform_seeds
 from autoprune.optimizers.auto import Auto
+from autoprune.pareto import Direction
 from autoprune.protocols import FAILED, RACED, Measurement
 from autoprune.result import Evaluation, Trial
 from autoprune.result.from_journal import result_from_journal
 from autoprune.result.held_out import note_of_held_out
-from autoprune.stopping import MOST_TRIALS, planned, why_converged
+from autoprune.study.convergence import MOST_TRIALS, planned, why_converged
 from autoprune.testing.contracts import OptimizerContract
 from autoprune.testing.problems import additive_problem, product_problem
 from tests.oracle import count_macs

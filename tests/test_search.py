@@ -15,7 +15,7 @@ from torch import nn
 
 import autoprune
 from autoprune import Channels
-from autoprune.direction import Direction
+from autoprune.pareto import Direction
 from autoprune.protocols import OK
 from autoprune.result.trials import find_front
 from tests.oracle import count_macs, count_params

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import autoprune
 from autoprune import Channels, Data, Metric
 from autoprune.evaluators import Compensated
-from autoprune.request import Request
+from autoprune.study.request import Request
 from tests.searching import quick, seen
 from tests.zoo import ZOO
 

@@ -10,7 +10,7 @@ import torch
 import autoprune
 from autoprune import Channels
 from autoprune.execution import LocalExecutor
-from autoprune.journal import Journal
+from autoprune.journal.journal import Journal
 from autoprune.protocols import FAILED, OK
 from tests.oracle import count_macs, count_params
 from tests.searching import WITH_AND_WITHOUT_PROBES, Watched, assert_within_the_limits_or_probes, quick, undominated
@@ -47,7 +47,7 @@ class TestNoBetterThanAConstant:
 
     @pytest.mark.slow
     def test_without_time_left_no_further_pass_is_made(self, mlp, vectors, monkeypatch):
-        monkeypatch.setattr("autoprune.constant.score_of_constant", None)
+        monkeypatch.setattr("autoprune.study.constant_output.score_of_constant", None)
         result = quick(mlp, "flops <= 60%", vectors, trials=100_000, max_seconds=2.0)
         assert result.stopped == "time"
 

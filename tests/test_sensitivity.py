@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from autoprune import criteria
-from autoprune.batches import default_forward
-from autoprune.criteria import CRITERIA, score_units
+from autoprune.data.batch import default_forward
+from autoprune.importance import criteria
 from autoprune.importance.calibration import Calibration
+from autoprune.importance.criteria import CRITERIA, score_units
+from autoprune.importance.expected_loss import expected_losses
+from autoprune.importance.sensitivity import output_changes
+from autoprune.optimizers.knapsack.sensitivity import next_probes
 from autoprune.optimizers.problem import Problem
-from autoprune.optimizers.sensitivity import next_probes
-from autoprune.prior import expected_losses
 from autoprune.search_spaces import Channels
-from autoprune.sensitivity import output_changes
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from tests.candidates import state_of

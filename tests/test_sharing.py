@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import autoprune
 from autoprune.evaluators import AdaptiveBN, Compensated
-from autoprune.evaluators.cuts import Cut, Flow, NothingToShareError, choose_cuts, flow_of
-from autoprune.evaluators.store import Store
+from autoprune.evaluators.activation_cache.resume_points import Cut, Flow, NothingToShareError, choose_cuts, flow_of
+from autoprune.evaluators.activation_cache.store import Store
 from autoprune.execution import LocalExecutor
 from autoprune.protocols import Measurement
 from tests.contexts import study_of
@@ -211,7 +211,7 @@ def chain(block, count=3):
 
 
 def test_a_plain_chain_of_blocks_can_be_resumed_behind_each():
-    flow = flow_of(chain(Block), [(torch.randn(2, 3, 8, 8), None)], autoprune.batches.default_forward)
+    flow = flow_of(chain(Block), [(torch.randn(2, 3, 8, 8), None)], autoprune.data.batch.default_forward)
     assert {"1", "2", "3"} <= {cut.name for cut in flow.cuts}
     (cut,) = (cut for cut in flow.cuts if cut.name == "2")
     assert cut.skipped == ("0", "1")
@@ -235,7 +235,7 @@ def test_what_may_depend_on_more_than_its_input_is_not_shared(block, reason):
     model = chain(block)
     batches = [(torch.randn(size, 3, 8, 8), None) for size in (16, 12)]
     with pytest.raises(NothingToShareError, match=reason):
-        flow_of(model, batches, autoprune.batches.default_forward)
+        flow_of(model, batches, autoprune.data.batch.default_forward)
 
 
 @pytest.mark.slow
@@ -306,7 +306,7 @@ class SkipToTheEnd(nn.Module):
 
 
 def test_what_is_read_again_after_a_cut_runs_and_what_is_called_twice_is_never_skipped():
-    flow = flow_of(SkipToTheEnd().eval(), [(torch.randn(2, 8, 8, 8), None)], autoprune.batches.default_forward)
+    flow = flow_of(SkipToTheEnd().eval(), [(torch.randn(2, 8, 8, 8), None)], autoprune.data.batch.default_forward)
     cuts = {cut.name: cut for cut in flow.cuts}
     assert not cuts["second"].hidden & {"first", "first.conv2"}
     assert not any("twice" in name for cut in flow.cuts for name in cut.hidden)

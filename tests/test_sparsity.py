@@ -22,7 +22,7 @@ from autoprune.result.recipe import attach
 from autoprune.search_spaces.sparsity import Sparsity, SparsitySpace
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.slicing import Edit, Slicer
+from autoprune.structure.slicing.slicing import Edit, Slicer
 from autoprune.structure.structure import Structure
 from autoprune.testing.contracts import SpaceContract
 from benchmarks.sparsity import BASELINES, erdos_renyi_kernel, share_out

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autoprune.journal import Journal
+from autoprune.journal.journal import Journal
+from autoprune.metrics.statistics import evaluations_of
 from autoprune.protocols import Failure, Measurement
 from autoprune.result import Evaluation
-from autoprune.statistics import evaluations_of
 from tests.searching import quick
 
 SAMPLES = 200

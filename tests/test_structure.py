@@ -14,9 +14,9 @@ from autoprune.protocols import Pruning
 from autoprune.structure import analysis
 from autoprune.structure.labels import INNER, OUTER, Propagation
 from autoprune.structure.propagate import propagate
-from autoprune.structure.record import Record
-from autoprune.structure.slicing import Slicer
+from autoprune.structure.slicing.slicing import Slicer
 from autoprune.structure.structure import Structure
+from autoprune.structure.tracing.record import Record
 from autoprune.structure.units import Units, find_units
 from tests.candidates import gap, outputs_of, random_pruning, widths_of
 from tests.small_networks import Net, assert_right, branches, conv, flattened, grouped, known, residual, slots_of

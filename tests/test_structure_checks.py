@@ -15,7 +15,7 @@ from autoprune.structure import analysis
 from autoprune.structure.analysis import analyse, best_choices
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.trace import trace
 from autoprune.structure.units import find_units
 from tests.small_networks import (
     IMAGE,

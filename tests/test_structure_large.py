@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprune.structure import analysis, checks, example, shorter, values
+from autoprune.structure import analysis, example
 from autoprune.structure.analysis import analyse, best_choices
+from autoprune.structure.checks import checks, shorter, values
+from autoprune.structure.checks.shorter import shorten
 from autoprune.structure.example import Example
 from autoprune.structure.propagate import propagate
-from autoprune.structure.shorter import shorten
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.trace import trace
 from autoprune.structure.units import find_units
 from tests.candidates import gap
 from tests.small_networks import Net, assert_right, slots_of

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from autoprune.inspection import inspect
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
+from autoprune.structure.checks.replay import require_consistent
+from autoprune.structure.checks.rounding import compare, gap, wide_tolerances
 from autoprune.structure.example import Example
-from autoprune.structure.held import hold_size, size_held, sizes_held
-from autoprune.structure.replay import require_consistent
-from autoprune.structure.rounding import compare, gap, wide_tolerances
-from autoprune.structure.trace import trace
+from autoprune.structure.sizes.held import hold_size, size_held, sizes_held
+from autoprune.structure.tracing.trace import trace
 from tests.small_networks import IMAGE, Net, assert_right, conv
 from tests.small_transformer import TOKENS, WIDTH, Attention, Sizes, transformer
 from tests.zoo import draw, settled
@@ -64,7 +64,7 @@ def test_watching_what_is_read_leaves_no_trace_on_what_copies_share():
 
 @pytest.mark.slow
 def test_what_is_found_in_one_block_is_not_searched_for_in_the_next(monkeypatch: pytest.MonkeyPatch):
-    from autoprune.structure import attributes
+    from autoprune.structure.sizes import attributes
 
     trials = []
     reach = attributes.Search.reach

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import autoprune
 from autoprune.evaluators import Supernet
-from autoprune.evaluators.sandwich import Sandwich, random_candidates
+from autoprune.evaluators.training.sandwich import Sandwich, random_candidates
 from autoprune.testing.contracts import EvaluatorContract
 from tests.contexts import classes_context, halved, regression_context, study_of
 from tests.supernets import (

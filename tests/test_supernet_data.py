@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import autoprune
+from autoprune.data.sampling import training_loader
 from autoprune.errors import DataError
-from autoprune.evaluators.rounds import Rounds
-from autoprune.sources import training_loader
+from autoprune.evaluators.training.loader import Rounds
 from tests.supernets import (
     Augmented,
     Plain,

@@ -64,7 +64,7 @@ def test_ordinary_layers_add_nothing_to_what_evaluation_runs():
 
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True)
     model = Net(forward, a=conv(3, 8), norm=nn.BatchNorm2d(8), attention=layer, head=nn.Linear(8, 2))
-    from autoprune.structure.trace import trace
+    from autoprune.structure.tracing.trace import trace
 
     record = trace(Example(model.train(), (torch.randn(2, 3, 6, 6),)), training=True)
     assert record.training == []

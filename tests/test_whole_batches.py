@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import autoprune
-from autoprune.batches import Batch, batch_size, beginning, divisible, pieces, slice_batch
-from autoprune.data import Data, materialise, synthetic
+from autoprune.data.batch import Batch, batch_size, beginning, divisible, pieces, slice_batch
+from autoprune.data.subsets import Data, materialise, synthetic
 from autoprune.errors import DataError
-from autoprune.evaluators.memory import Halving
+from autoprune.evaluators.scoring.out_of_memory import Halving
 
 CLASSES = 3
 

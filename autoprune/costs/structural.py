@@ -9,7 +9,7 @@ import numpy as np
 
 from autoprune.arguments import shown
 from autoprune.costs.candidates import Candidates, GivenCost
-from autoprune.costs.latency import Latency
+from autoprune.costs.latency.model import Latency
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products

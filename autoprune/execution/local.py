@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from autoprune.arguments import said
+from autoprune.early_stopping.racing import Contest, evaluate
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.protocols import Failure, IntArray, Measurement
-from autoprune.racing import Contest, evaluate
 
 log = logging.getLogger(__name__)
 

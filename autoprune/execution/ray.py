@@ -16,14 +16,14 @@ from itertools import islice
 from typing import Any, final
 
 from autoprune.arguments import flag, number, one_of, positive, shown, whole_number
+from autoprune.data.sampling import process_state
+from autoprune.early_stopping.racing import Contest
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.execution.local import GENERATION, Finished, Outcome
 from autoprune.execution.ray_worker import Actor, Task, Worker, context_on
-from autoprune.files import brief
+from autoprune.files.access import brief
 from autoprune.imports import importing
 from autoprune.protocols import Failure, IntArray
-from autoprune.racing import Contest
-from autoprune.sources import process_state
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from autoprune.early_stopping.racing import Contest
 from autoprune.evaluators import Context, Evaluator, Orders
-from autoprune.evaluators.untouched import Untouched
+from autoprune.evaluators.scoring.untouched import Untouched
 from autoprune.execution.local import Outcome, evaluate_one
 from autoprune.protocols import Failure, IntArray
-from autoprune.racing import Contest
 
 
 class Actor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from autoprune.batches import Batch, Forward
+from autoprune.data.batch import Batch, Forward
 from autoprune.structure.structure import Structure
 
 

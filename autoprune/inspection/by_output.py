@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoprune.sources import seeded
+from autoprune.data.sampling import seeded
 from autoprune.structure.containers import tensors_in
 from autoprune.structure.example import Example
 from autoprune.structure.propagate import propagate
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.trace import trace
 from autoprune.structure.units import find_frozen, find_units
 
 MOST_OUTPUTS = 16

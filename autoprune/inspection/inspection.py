@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
-from autoprune.batches import Forward
 from autoprune.costs.structural import StructuralCosts
+from autoprune.data.batch import Forward
 from autoprune.errors import NothingToPruneError
-from autoprune.files import write_text
+from autoprune.files.access import write_text
 from autoprune.inspection.by_output import frozen_by_output
 from autoprune.inspection.html import as_html
 from autoprune.inspection.text import as_text
@@ -22,7 +22,7 @@ from autoprune.protocols import FloatArray
 from autoprune.search_spaces import Settings, make_space, why_no_less
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.examples import ExampleInputs, example_of, unwrap
+from autoprune.structure.given import ExampleInputs, example_of, unwrap
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Frozen, Group
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import cast
 
 from autoprune.arguments import shown, why_no_function
-from autoprune.optimizers.archive import Archive
 from autoprune.optimizers.auto import Auto
 from autoprune.optimizers.bayes import Bayes
-from autoprune.optimizers.knapsack import Knapsack
+from autoprune.optimizers.history import Archive
+from autoprune.optimizers.knapsack.knapsack import Knapsack
 from autoprune.optimizers.level_switch import LevelSwitch
 from autoprune.optimizers.nsga2 import NSGA2
 from autoprune.optimizers.problem import Problem, uniform_seeds

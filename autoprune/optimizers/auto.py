@@ -7,13 +7,13 @@ from typing import final
 
 import numpy as np
 
-from autoprune.optimizers.archive import Archive
-from autoprune.optimizers.coefficients import corrected_tables
+from autoprune.optimizers.history import Archive
+from autoprune.optimizers.knapsack.relinearise import front_of, reachable, spread_budgets
+from autoprune.optimizers.knapsack.sensitivity import Table, next_probes, table_of
+from autoprune.optimizers.knapsack.table_correction import corrected_tables
 from autoprune.optimizers.level_switch import evolve
 from autoprune.optimizers.nsga2 import breed, find_coupled
 from autoprune.optimizers.problem import Problem
-from autoprune.optimizers.relinearise import front_of, reachable, spread_budgets
-from autoprune.optimizers.sensitivity import Table, next_probes, table_of
 from autoprune.optimizers.surrogate import THRESHOLD, Surrogate
 from autoprune.protocols import Evaluations, FloatArray, IntArray
 

@@ -9,7 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
-from autoprune.optimizers.archive import Archive
+from autoprune.optimizers.history import Archive
 from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.random import draw, fill_up
 from autoprune.protocols import Evaluations, IntArray

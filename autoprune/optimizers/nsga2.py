@@ -7,7 +7,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.optimizers.archive import Archive
+from autoprune.optimizers.history import Archive
 from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.random import draw, draw_costs, fill_up, move_to_costs
 from autoprune.pareto import non_dominated

@@ -7,7 +7,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.optimizers.archive import Archive
+from autoprune.optimizers.history import Archive
 from autoprune.optimizers.position import position_of
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import Evaluations, FloatArray, IntArray

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autoprune.direction import Direction
+from autoprune.pareto import Direction
 from autoprune.protocols import FloatArray
 from autoprune.result.ranking import BAND, CHOICES, FEWEST, Estimate, Ranking, rank, tau_difference
 from autoprune.result.tables import WIDTH, aligned, engineering

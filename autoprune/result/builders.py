@@ -13,12 +13,12 @@ from torch import nn
 from autoprune.costs import CostFunction
 from autoprune.errors import FileFormatError
 from autoprune.evaluators import Context, Evaluator
-from autoprune.files import shortened
+from autoprune.files.access import shortened
+from autoprune.files.tensor_file import read_tensors
 from autoprune.result.recipe import ATTRIBUTE, attach, most_bytes_of, read, read_slices, slices_of
 from autoprune.result.shared_tensors import FILES, SharedTensors
 from autoprune.result.trials import Trial
-from autoprune.structure.slicing import Edit, build
-from autoprune.tensor_file import read_tensors
+from autoprune.structure.slicing.slicing import Edit, build
 
 
 class Builder(Protocol):

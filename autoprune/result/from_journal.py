@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoprune.direction import Direction
-from autoprune.files import shortened, sound
-from autoprune.journal import Journal
-from autoprune.journal_file import FILE_NAME
-from autoprune.journal_rows import TrialRow
+from autoprune.files.access import shortened, sound
+from autoprune.files.schema import require_form
+from autoprune.journal.journal import Journal
+from autoprune.journal.rows import TrialRow
+from autoprune.journal.sqlite_file import FILE_NAME
+from autoprune.pareto import Direction
 from autoprune.protocols import FAILED, OK, RACED, SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.saving import TRIAL_FORM, require_consistent
 from autoprune.result.trials import Trial, find_front, note_of_probes
-from autoprune.schema import require_form
 from autoprune.search_spaces import space_from_json
 
 _UNMEASURED = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from autoprune.budget import Budget, ScoreLimit
-from autoprune.metrics import Judge, summary
+from autoprune.metrics.metric import Judge, summary
+from autoprune.metrics.statistics import Evaluation
 from autoprune.protocols import Measurement
 from autoprune.result.trials import Trial
-from autoprune.statistics import Evaluation
 
 _BIASED = (
     "; the cheapest of many that just meet a limit tends to be a lucky one: ask for a tighter limit, or give more "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoprune.files import as_path, replacing, shortened
+from autoprune.files.access import as_path, replacing, shortened
 from autoprune.protocols import OK
 
 if TYPE_CHECKING:

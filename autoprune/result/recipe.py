@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from autoprune.errors import FileFormatError
-from autoprune.files import MIB, as_path, parse_json, shortened, sound
-from autoprune.formats import Format
+from autoprune.files.access import MIB, as_path, parse_json, shortened, sound
+from autoprune.files.formats import Format
+from autoprune.files.schema import require_form
+from autoprune.files.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
 from autoprune.result.shared_tensors import SharedTensors, restored
-from autoprune.schema import require_form
-from autoprune.structure.examples import unwrap
-from autoprune.structure.held import size_held
-from autoprune.structure.slicing import Edit, build
-from autoprune.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
+from autoprune.structure.given import unwrap
+from autoprune.structure.sizes.held import size_held
+from autoprune.structure.slicing.slicing import Edit, build
 
 log = logging.getLogger(__name__)
 

@@ -11,18 +11,18 @@ from typing import Any
 from torch import nn
 
 from autoprune.budget import Budget
-from autoprune.direction import Direction
 from autoprune.errors import FileFormatError
-from autoprune.files import MIB, UNFINISHED, make_folder, write_json
-from autoprune.formats import Format
-from autoprune.journal_file import FILE_NAME as JOURNAL
+from autoprune.files.access import MIB, UNFINISHED, make_folder, write_json
+from autoprune.files.formats import Format
+from autoprune.journal.sqlite_file import FILE_NAME as JOURNAL
+from autoprune.metrics.statistics import EVALUATION_FORM
+from autoprune.pareto import Direction
 from autoprune.protocols import FAILED, OK, PENDING, RACED
 from autoprune.result.builders import WeightsFile, weights_file
 from autoprune.result.recipe import write
 from autoprune.result.shared_tensors import FILES as DENSE
 from autoprune.result.shared_tensors import SharedTensors
 from autoprune.result.trials import Trial
-from autoprune.statistics import EVALUATION_FORM
 
 RESULT = "result.json"
 FORMAT = Format("autoprune-result", 1, "a result")

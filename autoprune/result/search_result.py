@@ -13,9 +13,9 @@ from torch import nn
 
 from autoprune.arguments import flag, one_of
 from autoprune.budget import Budget
-from autoprune.direction import Direction
 from autoprune.errors import FileFormatError, InfeasibleBudgetError
-from autoprune.files import as_path, shortened
+from autoprune.files.access import as_path, shortened
+from autoprune.pareto import Direction
 from autoprune.protocols import OK, SearchSpace
 from autoprune.result.additivity import Additivity, additivity_of
 from autoprune.result.audit_report import Audit

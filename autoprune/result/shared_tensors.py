@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
+from autoprune.files.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
 
 FORMAT = "autoprune-dense"
 FILES = "dense-*.safetensors"

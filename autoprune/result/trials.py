@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from autoprune.direction import Direction
-from autoprune.pareto import non_dominated
+from autoprune.metrics.statistics import Evaluation
+from autoprune.pareto import Direction, non_dominated
 from autoprune.protocols import FAILED, OK, PENDING, FloatArray, SearchSpace
-from autoprune.statistics import Evaluation
 
 
 @dataclass(frozen=True)

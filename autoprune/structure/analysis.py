@@ -10,22 +10,22 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from autoprune.arguments import one_of, said
+from autoprune.data.sampling import seeded
 from autoprune.errors import AutopruneError, DataError, NothingToPruneError, StructureCheckError, UnsupportedModelError
 from autoprune.imports import import_late_ones
-from autoprune.sources import seeded
-from autoprune.structure.checks import Checker
+from autoprune.structure.checks.checks import Checker
+from autoprune.structure.checks.isolated import ProcessDiedError, call_alone
 from autoprune.structure.containers import map_tensors, sizes_of, tensors_in
 from autoprune.structure.example import Example
-from autoprune.structure.isolated import ProcessDiedError, call_alone
-from autoprune.structure.known_shapes import shapes_kept
 from autoprune.structure.labels import Propagation
 from autoprune.structure.propagate import propagate
-from autoprune.structure.record import Record
-from autoprune.structure.rewrite import find_rewrites, rewritten
-from autoprune.structure.slicing import Edit, build
+from autoprune.structure.rewriting.rewrite import find_rewrites, rewritten
+from autoprune.structure.slicing.slicing import Edit, build
 from autoprune.structure.structure import Structure, assemble
 from autoprune.structure.time_limit import doing, limited
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.known_shapes import shapes_kept
+from autoprune.structure.tracing.record import Record
+from autoprune.structure.tracing.trace import trace
 from autoprune.structure.units import Units, find_units
 
 SITES_TRIED = 32

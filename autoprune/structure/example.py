@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autoprune import batches
 from autoprune.arguments import shown
-from autoprune.batches import Batch, Forward
-from autoprune.sources import seeded
+from autoprune.data import batch as batches
+from autoprune.data.batch import Batch, Forward
+from autoprune.data.sampling import seeded
+from autoprune.structure.checks.float64 import Widening, widened
 from autoprune.structure.containers import map_tensors, sizes_of, tensors_in
 from autoprune.structure.outputs import selecting
 from autoprune.structure.owners import owners
-from autoprune.structure.record import CallForward, Inputs
-from autoprune.structure.skeleton import ForwardModule, call_with, skeleton
+from autoprune.structure.slicing.skeleton import ForwardModule, call_with, skeleton
 from autoprune.structure.time_limit import look
-from autoprune.structure.training import run_in_training
-from autoprune.structure.wide import Widening, widened
+from autoprune.structure.tracing.record import CallForward, Inputs
+from autoprune.structure.tracing.training_branches import run_in_training
 
 WIDE = 2**28
 """Largest size in float64 of a model that is widened as a whole; weights of a larger one are widened when read."""
@@ -73,7 +73,7 @@ class Example:
 
     @property
     def batch(self) -> Batch:
-        """The inputs as a batch: the one that it was made of, or see `autoprune.batches.of_call`."""
+        """The inputs as a batch: the one that it was made of, or see `autoprune.data.batch.of_call`."""
         if self.args and isinstance(self.args[0], _Shell):
             return self.args[0].filled(self.args[1:])
         return batches.of_call(self.args, self.kwargs)

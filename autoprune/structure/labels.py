@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from autoprune.protocols import IntArray
-from autoprune.structure.record import Op, Record
+from autoprune.structure.tracing.record import Op, Record
 
 Labels = IntArray | None
 """Labels of one tensor dimension, shape (size,); None where every index is fixed."""

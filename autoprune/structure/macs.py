@@ -11,8 +11,8 @@ from math import prod
 
 import torch
 
-from autoprune.structure.record import Op, Record, Ref
 from autoprune.structure.rules.registry import Product, operation_of
+from autoprune.structure.tracing.record import Op, Record, Ref
 
 
 def products_of(record: Record, op: Op) -> list[Product]:

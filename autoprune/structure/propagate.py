@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from autoprune.structure.labels import Dims, Propagation
-from autoprune.structure.record import Op, Record
 from autoprune.structure.rules import operation_of, rule_of
 from autoprune.structure.time_limit import look
+from autoprune.structure.tracing.record import Op, Record
 
 log = logging.getLogger(__name__)
 

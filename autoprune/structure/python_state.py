@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.structure.graph_module import RecordedModule
+from autoprune.structure.rewriting.graph_module import RecordedModule
 
 
 class _Plain:

@@ -8,8 +8,8 @@ from functools import cache
 
 from torch import nn
 
-from autoprune.structure.held import sizes_held
-from autoprune.structure.record import ModuleCall, Op, Record
+from autoprune.structure.sizes.held import sizes_held
+from autoprune.structure.tracing.record import ModuleCall, Op, Record
 
 
 @dataclass(frozen=True)

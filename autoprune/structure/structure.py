@@ -11,12 +11,12 @@ import numpy as np
 from torch import nn
 
 from autoprune.protocols import IntArray, Pruning
-from autoprune.structure.graph_module import Description
 from autoprune.structure.labels import Propagation
-from autoprune.structure.record import Record
+from autoprune.structure.rewriting.graph_module import Description
 from autoprune.structure.rules.layers import kept_groups
-from autoprune.structure.slicing import Edit, build
+from autoprune.structure.slicing.slicing import Edit, build
 from autoprune.structure.terms import Terms, cost_terms, multiplied_parameters
+from autoprune.structure.tracing.record import Record
 from autoprune.structure.units import AffineSize, BoolArray, Frozen, Group, Units, find_frozen
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.labels import Propagation
 from autoprune.structure.macs import products_of, uncounted
-from autoprune.structure.record import Record
 from autoprune.structure.rules.registry import operation_of
+from autoprune.structure.tracing.record import Record
 from autoprune.structure.units import AffineSize, Units
 
 

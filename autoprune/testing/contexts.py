@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.data import Data
+from autoprune.data.sampling import seeded
+from autoprune.data.subsets import Data
 from autoprune.evaluators.protocol import Context
-from autoprune.request import Request
 from autoprune.search import search
 from autoprune.search_spaces import Settings
-from autoprune.setup import set_up
-from autoprune.sources import seeded
-from autoprune.stopping import Deadline
-from autoprune.study import Study
+from autoprune.study.convergence import Deadline
+from autoprune.study.request import Request
+from autoprune.study.setup import set_up
+from autoprune.study.study import Study
 
 SAMPLES = 120
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune import batches
 from autoprune.costs import GivenCost, StructuralCosts, make_costs
+from autoprune.data import batch as batches
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import (
     FAILED,
@@ -43,7 +43,7 @@ from autoprune.protocols import (
 from autoprune.search_spaces import require_registered, space_from_json
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from autoprune.structure.slicing import build
+from autoprune.structure.slicing.slicing import build
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
 from autoprune.testing.contexts import image_context

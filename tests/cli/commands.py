@@ -3,7 +3,7 @@
 from click.testing import Result
 from typer.testing import CliRunner
 
-from autoprune.cli import app
+from autoprune.cli.app import app
 
 CODE = """
 import autoprune

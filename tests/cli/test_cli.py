@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import autoprune
-from autoprune.loading import load_model, load_object
+from autoprune.cli.user_objects import load_model, load_object
 from tests.cli.commands import DATA, MODEL, SEARCH, error, ok, run
 from tests.machine import Machine
 
@@ -163,8 +163,8 @@ def test_the_version_is_that_of_the_package():
 
 @pytest.mark.slow
 def test_profile_writes_a_table_that_search_takes(monkeypatch):
-    monkeypatch.setattr("autoprune.costs.profiling.profile.clock_for", lambda *_: Machine())
-    monkeypatch.setattr("autoprune.verify.clock_for", lambda *_: Machine())
+    monkeypatch.setattr("autoprune.costs.latency.profile.clock_for", lambda *_: Machine())
+    monkeypatch.setattr("autoprune.study.verification.clock_for", lambda *_: Machine())
     arguments = ("--input-shape", "2,1,4,4", "--output", "table.json", "--batch", "2")
     finished = run("profile", MODEL, *arguments)
     assert finished.exit_code == 0, finished.output

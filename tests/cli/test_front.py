@@ -11,10 +11,10 @@ import time
 import pytest
 
 import autoprune
-from autoprune.journal import Journal
+from autoprune.journal.journal import Journal
+from autoprune.metrics.statistics import evaluations_of
 from autoprune.protocols import Failure
 from autoprune.result.from_journal import result_from_journal
-from autoprune.statistics import evaluations_of
 from tests.cli.commands import SEARCH, error, ok, run
 
 
@@ -80,7 +80,7 @@ def test_a_front_is_watched_until_the_search_has_all_its_trials(journal_only):
 
 @pytest.mark.slow
 def test_watching_a_killed_search_ends(journal_only, monkeypatch):
-    monkeypatch.setattr("autoprune.cli._WATCH_SECONDS", 0.05)
+    monkeypatch.setattr("autoprune.cli.app._WATCH_SECONDS", 0.05)
     printed = ok("front", journal_only[0], "--watch")
     assert "1 pending" in printed
 
@@ -99,7 +99,8 @@ def test_a_torn_result_does_not_hide_a_good_journal(journal_only):
 def test_a_running_search_under_two_budgets_can_be_watched_and_ctrl_c_saves_what_it_found(tmp_path):
     # Where tests run in the background, SIGINT is ignored, and Python leaves it so unless it is told otherwise.
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from autoprune.cli import app; app()"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from autoprune.cli.app import app; app()"
     )
     command = [sys.executable, "-c", code, *SEARCH, "--budget", "params <= 90%"]
     # An optimizer that takes its time, because others may have been through the whole space by the time of the signal.

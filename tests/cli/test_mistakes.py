@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoprune.loading import load_model
+from autoprune.cli.user_objects import load_model
 from tests.cli.commands import MODEL, SEARCH, error, run
 
 

@@ -25,9 +25,9 @@ from autoprune.costs.operations.allocations import Allocation, allocation_of
 from autoprune.costs.operations.parts import Family, Part, prefixes
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.example import Example
-from autoprune.structure.record import ModuleCall, Record
-from autoprune.structure.slicing import Slicer
+from autoprune.structure.slicing.slicing import Slicer
 from autoprune.structure.structure import Structure
+from autoprune.structure.tracing.record import ModuleCall, Record
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from autoprune.costs.operations.allocations import Allocation, allocation_of
 from autoprune.costs.operations.parts import Family, Part, Row, families_of, part_values
 from autoprune.costs.operations.torch_parts import sized_operations
 from autoprune.costs.structural import live_tensors, product_values
+from autoprune.data.sampling import seeded
 from autoprune.protocols import FloatArray, IntArray
-from autoprune.sources import seeded
 from autoprune.structure.example import Example
-from autoprune.structure.record import Value
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products, tensor_lives
+from autoprune.structure.tracing.record import Value
 
 log = logging.getLogger(__name__)
 

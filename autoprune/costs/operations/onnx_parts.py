@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
-from autoprune.costs.timing import Repeated
+from autoprune.costs.latency.timing import Repeated
 
 if TYPE_CHECKING:
     from autoprune.costs.operations.onnx_sessions import OnnxRuntime

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from autoprune.costs.latency.timing import Call
 from autoprune.costs.operations.onnx_parts import node_operations
-from autoprune.costs.operations.parts import Family, Part, edit_to, parts_of
-from autoprune.costs.operations.runtimes import ONNXRUNTIME, YARDSTICK
-from autoprune.costs.timing import Call
+from autoprune.costs.operations.parts import ONNXRUNTIME, YARDSTICK, Family, Part, edit_to, parts_of
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
 from autoprune.structure.example import Example
-from autoprune.structure.slicing import Slicer
+from autoprune.structure.slicing.slicing import Slicer
 from autoprune.structure.structure import Structure
 
 try:

@@ -20,8 +20,14 @@ import numpy as np
 
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import FloatArray, IntArray, Pruning
-from autoprune.structure.slicing import Edit
+from autoprune.structure.slicing.slicing import Edit
 from autoprune.structure.structure import Structure
+
+ONNXRUNTIME = "onnxruntime"
+"""Name of the runtime."""
+
+YARDSTICK = 192
+"""Rows of the square matrices of the reference product for operations."""
 
 Size = tuple[int, tuple[tuple[int, int], ...]]
 """Size as a function of widths: its fixed part, then numbers of groups with the share of each unit, ascending."""

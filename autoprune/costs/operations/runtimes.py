@@ -7,17 +7,13 @@ from typing import Any, Protocol, final
 import torch
 
 from autoprune.arguments import shown
-from autoprune.costs.operations.parts import Family, Part
+from autoprune.costs.latency.timing import Call
+from autoprune.costs.operations.parts import ONNXRUNTIME, YARDSTICK, Family, Part
 from autoprune.costs.operations.torch_parts import find_parts
-from autoprune.costs.timing import Call
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 
 TORCH = "torch"
-ONNXRUNTIME = "onnxruntime"
-
-YARDSTICK = 192
-"""Rows of the square matrices of the reference product for operations."""
 
 
 class Runtime(Protocol):

@@ -15,10 +15,10 @@ from autoprune.costs.operations.allocations import operations_of
 from autoprune.costs.operations.parts import Family, Part, Row, edit_to, families_of, sizes_of
 from autoprune.protocols import IntArray
 from autoprune.structure.example import Example
-from autoprune.structure.record import Op, Record, Ref
-from autoprune.structure.slicing import Slicer
+from autoprune.structure.slicing.slicing import Slicer
 from autoprune.structure.structure import Structure
-from autoprune.structure.trace import trace
+from autoprune.structure.tracing.record import Op, Record, Ref
+from autoprune.structure.tracing.trace import trace
 
 _NOISE = 2**16  # numbers drawn, and repeated for larger tensors: drawing takes longer than many operations
 _LARGE = 1e4  # value of an argument that is written to: repeated halving must not reach denormals soon

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from autoprune.structure.labels import Dims, Labels, Propagation
-from autoprune.structure.record import Op, Ref
 from autoprune.structure.rules.registry import Narrowed, rule
+from autoprune.structure.tracing.record import Op, Ref
 
 
 @rule("clone", "contiguous", "_to_copy", "alias", passes=True, rearranges=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from autoprune.structure.labels import Dims, Labels, Propagation
-from autoprune.structure.record import Op, Record
 from autoprune.structure.rules.arithmetic import fixed
 from autoprune.structure.rules.products import argument, dims_of
 from autoprune.structure.rules.registry import Product, known, rule
+from autoprune.structure.tracing.record import Op, Record
 
 
 def _scores_and_values(record: Record, op: Op) -> list[Product]:

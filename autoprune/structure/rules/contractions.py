@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from autoprune.structure.labels import Dims, Labels, Propagation
-from autoprune.structure.record import Op, Record, Ref
 from autoprune.structure.rules.arithmetic import add_bias, contract, join_all
 from autoprune.structure.rules.products import argument, dims_of
 from autoprune.structure.rules.registry import Formula, Product, Rule, known, rule
+from autoprune.structure.tracing.record import Op, Record, Ref
 
 
 def _contraction(first: str, second: str, bias: str = "", transposed: bool = False) -> Rule:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from autoprune.structure.labels import Dims, Labels, Propagation
-from autoprune.structure.record import Op, Record, Ref
 from autoprune.structure.rules.products import argument, dims_of
 from autoprune.structure.rules.registry import Product, rule
+from autoprune.structure.tracing.record import Op, Record, Ref
 
 
 def _stay(flow: Propagation, op: Op, labels: Labels) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from autoprune.structure.labels import INNER, OUTER, Dims, Labels, Propagation
-from autoprune.structure.record import Op, Record, Ref
 from autoprune.structure.rules.arithmetic import add_bias, contract, fixed
 from autoprune.structure.rules.products import argument, dims_of
 from autoprune.structure.rules.registry import Narrowed, Product, known, rule
+from autoprune.structure.tracing.record import Op, Record, Ref
 
 
 def _convolution_macs(record: Record, op: Op) -> list[Product]:

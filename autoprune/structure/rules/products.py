@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoprune.structure.record import Op, Record
+from autoprune.structure.tracing.record import Op, Record
 
 
 def dims_of(record: Record, value: int, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ import torch
 from autoprune.arguments import shown, why_no_function
 from autoprune.protocols import IntArray
 from autoprune.structure.labels import Dims, Propagation
-from autoprune.structure.record import Op, Record
+from autoprune.structure.tracing.record import Op, Record
 
 Rule = Callable[[Propagation, Op], list[Dims]]
 """Labels of each result of an operation, from those of its arguments, which the propagation holds."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from autoprune.structure.labels import Dims, Propagation
-from autoprune.structure.record import Op
 from autoprune.structure.rules.registry import rule
 from autoprune.structure.rules.views import source
+from autoprune.structure.tracing.record import Op
 
 
 @rule("glu")

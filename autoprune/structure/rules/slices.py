@@ -9,9 +9,9 @@ import numpy as np
 
 from autoprune.protocols import IntArray
 from autoprune.structure.labels import FIXED, Dims, Labels, Propagation
-from autoprune.structure.record import Op
 from autoprune.structure.rules.registry import Narrowed, rule
 from autoprune.structure.rules.views import source
+from autoprune.structure.tracing.record import Op
 
 
 def _index(op: Op, narrowed: Narrowed) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from autoprune.protocols import IntArray
+from autoprune.structure.checks.strides import contiguous_strides, strided_steps
 from autoprune.structure.labels import OUTER, Dims, Labels, Propagation
-from autoprune.structure.record import Op
 from autoprune.structure.rules.arithmetic import size_of_result
 from autoprune.structure.rules.registry import Narrowed, rule
-from autoprune.structure.strides import contiguous_strides, strided_steps
+from autoprune.structure.tracing.record import Op
 
 
 def source(flow: Propagation, op: Op) -> tuple[Dims, tuple[int, ...]]:

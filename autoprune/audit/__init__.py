@@ -1,0 +1,1 @@
+"""Audit: train some candidates, and compare cheap scores with trained ones."""

@@ -1,0 +1,1 @@
+"""Command line: ``autoprune inspect``, ``search``, ``front``, ``build`` and ``profile``."""

@@ -1,0 +1,1 @@
+"""Data: batches of any form, and the seeded subsets of a search."""

@@ -1,0 +1,1 @@
+"""Early stopping of evaluations: racing on samples, and successive halving on training steps."""

@@ -1,0 +1,1 @@
+"""Files: atomic replacement, checked reading, and tensors with a hash."""

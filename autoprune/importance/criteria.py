@@ -1,0 +1,451 @@
+"""Rank the units of a group by importance.
+
+A criterion gets every parameter slice that is removed with a unit, and returns one score a unit, higher more important.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from autoprune.arguments import naming, shown
+from autoprune.data.batch import Batch, Forward, pieces, targets, to_device
+from autoprune.importance.calibration import Calibration
+from autoprune.metrics.scorers import class_dimension, drawn_cross_entropy, main_output
+from autoprune.protocols import IntArray
+from autoprune.structure.slicing.skeleton import skeleton
+from autoprune.structure.structure import Structure
+from autoprune.structure.units import Group
+
+log = logging.getLogger(__name__)
+
+WORK = 2**37
+"""Multiply-accumulates of the dense model that are enough to rank units or options: some seconds of a core."""
+
+DRAWN = 8
+"""Samples whose gradients are averaged before they are squared, where there are no labels."""
+
+
+@dataclass(frozen=True)
+class GroupTensors:
+    """Input of a criterion: everything that is removed with each unit of a group.
+
+    Attributes:
+        name: The group.
+        weights: Parameter slices, float, each of shape (units, elements).
+        gradients: Gradients of the same slices, or empty if the criterion did not ask for them.
+        scales: Slices of normalisation weights only, each of shape (units, elements).
+        activations: Statistics of the units in the inputs of each layer that reads them, or empty if not asked for.
+        generator: For criteria that draw.
+    """
+
+    name: str
+    weights: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    activations: tuple[Activation, ...]
+    generator: torch.Generator
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.weights[0].shape[0]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Statistics of units in the inputs of one layer that reads them, over samples and positions.
+
+    Attributes:
+        mean_magnitude: Mean absolute value, shape (units, members).
+        variance: Variance, shape (units, members).
+        column_norm: Squared norm of the layer's weights on each input, shape (units, members).
+        mean_square: Mean square, shape (units, members).
+    """
+
+    mean_magnitude: Tensor
+    variance: Tensor
+    column_norm: Tensor
+    mean_square: Tensor
+
+
+Criterion = Callable[[GroupTensors], Tensor]
+"""Importance of each unit, shape (units,); higher is kept longer."""
+
+
+def l1(group: GroupTensors) -> Tensor:
+    """Sum of absolute weights.
+
+    Reference:
+        Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, arXiv:1608.08710; here over all coupled slices.
+    """
+    return torch.stack([weight.abs().sum(1) for weight in group.weights]).sum(0)
+
+
+def l2(group: GroupTensors) -> Tensor:
+    """Euclidean norm of all coupled weights.
+
+    Reference:
+        Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023, arXiv:2301.12900.
+    """
+    return torch.stack([weight.square().sum(1) for weight in group.weights]).sum(0).sqrt()
+
+
+def bn_scale(group: GroupTensors) -> Tensor:
+    """Sum of absolute normalisation scales.
+
+    Reference:
+        Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017, arXiv:1708.06519.
+    """
+    return torch.stack([scale.abs().sum(1) for scale in group.scales]).sum(0)
+
+
+def taylor(group: GroupTensors) -> Tensor:
+    """First-order estimate of the squared change of the loss, summed over the weights of a unit.
+
+    Without labels, it is the change of the distortion, whose own gradient is zero: its curvature is the expected square
+    of gradients towards outputs drawn from the model's distribution, see `distortion_gradients`.
+
+    Reference:
+        Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, arXiv:1906.10771. Without
+        labels: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, arXiv:1801.05787.
+    """
+    pairs = zip(group.weights, group.gradients, strict=True)
+    return torch.stack([(weight * gradient).square().sum(1) for weight, gradient in pairs]).sum(0)
+
+
+def activation_mean(group: GroupTensors) -> Tensor:
+    """Mean magnitude of the activations that the next layers read.
+
+    Reference:
+        Hu et al., "Network Trimming", 2016, arXiv:1607.03250, which counts zeros where this averages magnitudes.
+    """
+    return torch.stack([a.mean_magnitude.sum(1) for a in group.activations]).sum(0)
+
+
+def fluctuation(group: GroupTensors) -> Tensor:
+    """Variance of the activations that the next layers read, weighted by the squared norm of their weights.
+
+    A constant activation can be folded into a bias, so its removal costs little.
+
+    Reference:
+        An et al., "Fluctuation-based Adaptive Structured Pruning", AAAI 2024, arXiv:2312.11983.
+    """
+    return torch.stack([(a.variance * a.column_norm).sum(1) for a in group.activations]).sum(0)
+
+
+def contribution(group: GroupTensors) -> Tensor:
+    """Mean square of the activations that the next layers read, weighted by the squared norm of their weights.
+
+    It is the change of the outputs of these layers without the unit, apart from cancellation by others. It suits layers
+    without a bias or batch norm after them, as in most language models, where the mean cannot be corrected.
+
+    Reference:
+        Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), ICLR 2024,
+        arXiv:2306.11695, for single weights; here summed over all weights that read a unit, in squares.
+    """
+    return torch.stack([(a.mean_square * a.column_norm).sum(1) for a in group.activations]).sum(0)
+
+
+def random(group: GroupTensors) -> Tensor:
+    """Random order: the baseline that every criterion must beat."""
+    return torch.rand(group.units, generator=group.generator)
+
+
+CRITERIA: dict[str, Criterion] = {
+    function.__name__: function
+    for function in (l1, l2, bn_scale, taylor, activation_mean, fluctuation, contribution, random)
+}
+_READS = {
+    "bn_scale": "scales",
+    "taylor": "gradients",
+    "activation_mean": "activations",
+    "fluctuation": "activations",
+    "contribution": "activations",
+}
+
+
+def rank_units(calibration: Calibration, criterion: str | Criterion, seed: int = 0) -> dict[str, tuple[int, ...]]:
+    """Order the units of every group by falling importance; arguments and errors are those of `score_units`."""
+    return order_units(score_units(calibration, criterion, seed))
+
+
+def affordable(structure: Structure, least: int, most: int) -> int:
+    """Number of samples for a ranking: fewer for a large model, whose samples are long or hold much information."""
+    return int(min(most, max(least, WORK // max(structure.macs, 1.0))))
+
+
+def order_units(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Units of every group by falling score; ties go to the earlier unit."""
+    return {name: tuple(torch.argsort(each, descending=True, stable=True).tolist()) for name, each in scores.items()}
+
+
+def score_units(calibration: Calibration, criterion: str | Criterion, seed: int = 0) -> dict[str, Tensor]:
+    """Score the units of every group by one criterion; see `score_units_by`."""
+    return score_units_by(calibration, [criterion], seed)[0]
+
+
+def score_units_by(
+    calibration: Calibration,
+    criteria: Sequence[str | Criterion],
+    seed: int = 0,
+    level: int = logging.WARNING,
+) -> list[dict[str, Tensor]]:
+    """Score the units of every group by each criterion, shape (units,) each, higher more important.
+
+    Criteria with the same inputs share a pass over the batches.
+
+    Args:
+        calibration: Its batches are for criteria that use activations or gradients.
+        criteria: Names in `CRITERIA`, or callables, which get everything; gradients only where there are labels.
+        seed: For criteria that draw.
+        level: Level of the log line that names groups without the inputs of a criterion, where l2 is used.
+
+    Raises:
+        ValueError: If the name is unknown, or a callable returns the wrong shape or NaN.
+    """
+    for criterion in criteria:
+        if isinstance(criterion, str) and criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {sorted(CRITERIA)} or a callable, got {shown(criterion)}")
+    reads = {_READS.get(each, "") if isinstance(each, str) else "everything" for each in criteria}
+    labelled = all(isinstance(targets(batch), Tensor) for batch in calibration.batches)
+    slopes = "gradients" in reads or ("everything" in reads and labelled)
+    gradients = loss_gradients(calibration, seed) if slopes else {}
+    watched = not reads.isdisjoint(("activations", "everything"))
+    activations = activation_statistics(calibration) if watched else {}
+    return [_scored(calibration, each, gradients, activations, seed, level) for each in criteria]
+
+
+def _scored(
+    calibration: Calibration,
+    criterion: str | Criterion,
+    gradients: Mapping[str, Tensor],
+    activations: Mapping[str, Sequence[Activation]],
+    seed: int,
+    level: int,
+) -> dict[str, Tensor]:
+    score = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    reads = _READS.get(criterion, "") if isinstance(criterion, str) else "everything"
+    generator = torch.Generator().manual_seed(seed)
+    modules, parameters = dict(calibration.model.named_modules()), dict(calibration.model.named_parameters())
+    scores, blind = {}, []
+    for group in calibration.structure.groups:
+        tensors = _tensors(parameters, modules, group, gradients, activations.get(group.name, ()), generator)
+        lacking = reads not in ("", "everything") and not getattr(tensors, reads)
+        if lacking:
+            blind.append(group.name)
+        with naming(f"criterion must score group {group.name!r}"):
+            values = (l2 if lacking else score)(tensors)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"criterion must return a tensor of {group.size} scores, got {shown(values)}")
+        if values.is_complex() or values.shape != (group.size,) or not torch.isfinite(values).all():
+            raise ValueError(
+                f"criterion must return {group.size} finite scores for group {group.name!r}, "
+                f"got shape {tuple(values.shape)}{'' if torch.isfinite(values).all() else ' with NaN or infinity'}"
+            )
+        scores[group.name] = values
+    if blind:
+        said = f"{', '.join(blind[:3])}{', ...' if len(blind) > 3 else ''} ({len(blind)} of {len(scores)} groups)"
+        log.log(level, "criterion %r finds no %s of %s; their units are ranked by l2", criterion, reads, said)
+    return scores
+
+
+def _tensors(
+    parameters: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    group: Group,
+    gradients: Mapping[str, Tensor],
+    activations: Sequence[Activation],
+    generator: torch.Generator,
+) -> GroupTensors:
+    weights, slopes, scales = [], [], []
+    for slot in group.slots:
+        if slot.tensor not in parameters:
+            continue
+        weight = _slice(parameters[slot.tensor].detach(), slot.dim, slot.indices)
+        weights.append(weight)
+        if gradients:
+            slopes.append(_slice(gradients[slot.tensor], slot.dim, slot.indices))
+        owner, _, key = slot.tensor.rpartition(".")
+        if key == "weight" and isinstance(modules[owner], _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+            scales.append(weight)
+    return GroupTensors(group.name, tuple(weights), tuple(slopes), tuple(scales), tuple(activations), generator)
+
+
+def _slice(tensor: Tensor, dim: int, indices: IntArray) -> Tensor:
+    """Rows of a tensor along `dim`, gathered for each unit: shape (units, elements), float32 on the CPU."""
+    rows = tensor.float().movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.float().unsqueeze(1)
+    picked = rows[torch.from_numpy(indices.reshape(-1)).to(tensor.device)]
+    return picked.reshape(indices.shape[0], -1).cpu()
+
+
+def loss_gradients(calibration: Calibration, seed: int = 0) -> dict[str, Tensor]:
+    """Compute the gradient of the mean loss, in evaluation mode: cross-entropy for classes, else squared error.
+
+    If labels are missing, or are neither classes of the outputs nor floats shaped like them, it is that of the
+    distortion.
+    """
+    copied = _Forward(private_copy(calibration.model), calibration.forward)
+    state = _state_of(copied)
+    device = next(calibration.model.parameters()).device
+    placed = [to_device(batch, device) for batch in calibration.batches]
+    for batch in placed:
+        with torch.enable_grad():
+            loss = _loss(main_output(functional_call(copied, state, (batch,))), targets(batch))
+            if loss is None:
+                return distortion_gradients(calibration.on(placed), seed)
+            (loss / len(placed)).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    return {name.removeprefix("model."): torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.items()}
+
+
+def distortion_gradients(calibration: Calibration, seed: int = 0) -> dict[str, Tensor]:
+    """Compute the root mean square of gradients towards outputs drawn from the model's distribution, without labels.
+
+    At the dense model the gradient of any distance to its outputs is zero. The expected square over labels drawn from
+    its softmax is the diagonal of its Fisher information, the curvature of the divergence; where outputs are no
+    logits, normal noise gives that of the squared difference. Squares are averaged over groups of a few samples.
+
+    Reference:
+        Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, arXiv:1412.1193, section 9.
+    """
+    copied = _Forward(private_copy(calibration.model), calibration.forward)
+    state = _state_of(copied)
+    generator = torch.Generator().manual_seed(seed)
+    squares = {name: torch.zeros_like(p) for name, p in state.items()}
+    parts = [part for batch in calibration.batches for part in _parts(batch)]
+
+    def take(name: str, parameter: Tensor) -> None:
+        """Add a gradient as soon as it is computed, so that no two are in memory at once."""
+        assert parameter.grad is not None
+        squares[name] += parameter.grad.square() / len(parts)
+        parameter.grad = None
+
+    for name, parameter in state.items():
+        hook = partial(take, name)
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # as above
+    for part in parts:
+        with torch.enable_grad():
+            outputs = functional_call(copied, state, (part,))
+            _drawn_loss(outputs, part, generator).backward()  # type: ignore[no-untyped-call]  # as above
+    return {name.removeprefix("model."): square.sqrt() for name, square in squares.items()}
+
+
+def _state_of(copied: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().requires_grad_() for name, p in copied.named_parameters()}
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    return pieces(batch, DRAWN)
+
+
+def _loss(outputs: Tensor, target: Any) -> Tensor | None:
+    """Compute the loss for the kind of labels; None where they do not fit."""
+    if not isinstance(target, Tensor):
+        return None
+    if target.is_floating_point():
+        return F.mse_loss(outputs, target) if target.shape == outputs.shape else None
+    fits = outputs.ndim > 1 and target.shape == (len(outputs), *outputs.shape[2:]) and target.max() < outputs.shape[1]
+    return F.cross_entropy(outputs, target.long()) if fits else None
+
+
+def _drawn_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Compute the mean loss towards labels drawn from logits, else towards normal noise around the outputs."""
+    output, classes = main_output(outputs).float(), class_dimension(outputs, batch)
+    if classes is None:
+        noise = torch.randn(output.shape, generator=generator).to(output.device)
+        return (output * noise).sum() / len(output)
+    loss, draws = drawn_cross_entropy(output, classes, generator)
+    return loss / draws
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """Copy a model in evaluation mode, so that its forward may write to its buffers; parameters are shared."""
+    copied = skeleton(model).eval()
+    for module in copied.modules():
+        module._buffers.update({key: None if x is None else x.clone() for key, x in module._buffers.items()})
+    return copied
+
+
+class _Forward(nn.Module):
+    def __init__(self, model: nn.Module, run: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+
+    def forward(self, batch: Batch) -> Any:
+        return self.run(self.model, batch)
+
+
+def activation_statistics(calibration: Calibration) -> dict[str, list[Activation]]:
+    """Collect statistics of the inputs of every ungrouped convolution and linear layer that reads a group."""
+    copied = private_copy(calibration.model)
+    structure = calibration.structure
+    sums: dict[str, list[Tensor]] = {}
+
+    def watch(name: str, axis: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(iter((*args, *kwargs.values())))  # some models pass inputs by name
+            rows = x.detach().double().movedim(axis, 0).flatten(1)
+            new = [rows.abs().sum(1), rows.sum(1), rows.square().sum(1), torch.tensor(float(rows.shape[1]))]
+            old = sums.get(name)
+            sums[name] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+
+        return hook
+
+    watched = readers(copied, structure)
+    handles = [
+        copied.get_submodule(n).register_forward_pre_hook(watch(n, axis), with_kwargs=True)
+        for n, axis in watched.items()
+    ]
+    device = next(calibration.model.parameters()).device
+    with torch.no_grad():
+        for batch in calibration.batches:
+            calibration.forward(copied, to_device(batch, device))
+    for handle in handles:
+        handle.remove()
+    out: dict[str, list[Activation]] = {}
+    for group in structure.groups:
+        for slot in group.slots:
+            name, _, key = slot.tensor.rpartition(".")
+            if key == "weight" and name in sums and slot.dim == input_dim(copied.get_submodule(name)):
+                weight = copied.get_submodule(name).get_parameter("weight")
+                out.setdefault(group.name, []).append(_activation(sums[name], weight, slot.dim, slot.indices))
+    return out
+
+
+def _activation(sums: list[Tensor], weight: Tensor, dim: int, indices: IntArray) -> Activation:
+    magnitude, total, square, count = (part.cpu() for part in sums)
+    mean = total / count
+    index = torch.from_numpy(indices)
+    norm = weight.detach().double().movedim(dim, 0).flatten(1).square().sum(1).cpu()
+    return Activation(
+        (magnitude / count)[index], (square / count - mean.square())[index], norm[index], (square / count)[index]
+    )
+
+
+def readers(model: nn.Module, structure: Structure) -> dict[str, int]:
+    """Find the layers whose inputs are units: name, and the axis of their input that holds the channels."""
+    found = {}
+    for name, module in model.named_modules():
+        if f"{name}.weight" in structure.units_of and input_dim(module) is not None:
+            found[name] = -1 if isinstance(module, nn.Linear) else 1
+    return found
+
+
+def input_dim(module: nn.Module) -> int | None:
+    """Dimension of the weight that meets the input, for ungrouped convolutions and linear layers; None for others."""
+    if isinstance(module, nn.Linear):
+        return 1
+    if isinstance(module, _ConvNd) and module.groups == 1:
+        return 0 if isinstance(module, _ConvTransposeNd) else 1
+    return None

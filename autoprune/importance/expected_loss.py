@@ -1,0 +1,133 @@
+"""Prior of the search: the expected loss of each option before any evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from autoprune.importance.calibration import Calibration
+from autoprune.importance.criteria import Criterion
+from autoprune.importance.reconstruction import Removal, reconstruction_errors
+from autoprune.importance.sensitivity import output_changes
+from autoprune.protocols import FloatArray, SearchSpace
+from autoprune.structure.structure import Structure
+
+log = logging.getLogger(__name__)
+
+PRIORS = ("auto", "criterion", "reconstruction", "sensitivity")
+MAGNITUDES = ("l1", "l2", "bn_scale", "activation_mean")
+"""Criteria whose squares are energies."""
+LOSSES = ("taylor",)
+"""Criteria that are comparable between groups as they are."""
+
+
+def expected_losses(
+    kind: str,
+    space: SearchSpace,
+    scores: Mapping[str, Tensor],
+    criterion: str | Criterion | None,
+    calibration: Calibration,
+) -> tuple[FloatArray, ...] | None:
+    """Expected loss of every option of every dimension alone: d arrays of shape (sizes[j],), 0 for dense.
+
+    Args:
+        kind: ``"reconstruction"``: the squared error of the layers that read a group, relative to what they compute,
+            in one forward pass over a few samples; where no such layer is seen, as ``"criterion"``.
+            ``"sensitivity"``: the change of the outputs of the whole model, see `output_changes`; as
+            ``"reconstruction"`` where the model has no gradients. ``"criterion"``: sums of the scores of the units
+            removed, see `criterion_losses`. ``"auto"``: ``"reconstruction"`` for models with batch norm, which corrects
+            much of the effect of an error on later layers, else ``"sensitivity"``.
+        space: Gives the units or weights that each option removes.
+        scores: Importance of the units of each group.
+        criterion: Criterion of the scores; None where no unit is removed.
+        calibration: The dense model, and the samples for errors of layers and changes of outputs.
+
+    Returns:
+        None if a dimension neither removes units nor sets weights to zero, so that it has no prior. Weights set to zero
+        lose a share of their squared sum, for every kind, see `criterion_losses`.
+    """
+    model = calibration.model
+    structure = calibration.structure
+    d = len(space.sizes)
+    if criterion is None:
+        return _zeroed_losses(space, dict(model.named_parameters()))
+    removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
+    if {j for j, _ in removals} != set(range(d)):
+        return None
+    removals = [(j, removal) for j, removal in removals if removal[0] not in structure.unread]
+    if kind == "auto":
+        kind = "reconstruction" if any(isinstance(m, _BatchNorm) for m in model.modules()) else "sensitivity"
+    errors: list[FloatArray | None] = [None] * len(removals)
+    if kind != "criterion":
+        errors = _measured(kind, calibration, [removal for _, removal in removals])
+    losses = tuple(np.zeros(size) for size in space.sizes)
+    for (j, removal), error in zip(removals, errors, strict=True):
+        losses[j][1:] += criterion_losses(removal, scores, criterion) if error is None else error
+    return losses
+
+
+def _measured(kind: str, calibration: Calibration, removals: Sequence[Removal]) -> list[FloatArray | None]:
+    """Measure errors in one unit: by sensitivity only if all groups that layers read have one."""
+    changes: list[FloatArray | None] | None = None
+    if kind == "sensitivity":
+        try:
+            changes = output_changes(calibration, removals)
+        except Exception as error:  # a user's forward may raise anything under autograd, and need not have gradients
+            log.info("sensitivities cannot be measured, and reconstruction errors stand in: %s", error)
+        if changes is not None and all(change is not None for change in changes):
+            return changes
+    return reconstruction_errors(calibration, removals)
+
+
+def criterion_losses(removal: Removal, scores: Mapping[str, Tensor], criterion: str | Criterion) -> FloatArray:
+    """Sums of unit scores, made comparable between groups, shape (options,).
+
+    Taylor scores are squared changes of the loss, and add up as they are. Others have a different scale in each group,
+    so they give the share f of the group's energy that is removed (of squares for magnitudes), as the ratio f / (1 - f)
+    of the lost to the remaining energy: re-estimated batch norm scales the rest up again, and the ratio grows without
+    bound as a layer empties, whereas the share alone lets a cheap layer vanish.
+    """
+    group, options = removal
+    values = scores[group].double().cpu().numpy()
+    if criterion in LOSSES:
+        return np.array([values[units].sum() for units in options])
+    energy = np.square(values) if criterion in MAGNITUDES else values - min(0.0, values.min())
+    return _lost(np.array([energy[units].sum() for units in options]) / (energy.sum() or 1.0))
+
+
+def _lost(share: FloatArray) -> FloatArray:
+    return share / np.maximum(1 - share, 1e-3)
+
+
+def _zeroed_losses(space: SearchSpace, parameters: Mapping[str, Tensor]) -> tuple[FloatArray, ...] | None:
+    """Loss in the squared sum of weights whose least elements each option sets to zero."""
+    losses = tuple(np.zeros(size) for size in space.sizes)
+    energies: dict[str, FloatArray] = {}
+    for j, row in enumerate(losses):
+        for option in range(1, len(row)):
+            alone = [option if i == j else 0 for i in range(len(losses))]
+            zeroed = space.pruning(alone).zeroed
+            if not zeroed:
+                return None
+            for name, count in zeroed.items():
+                if name not in energies:
+                    squares = np.sort(parameters[name].detach().double().cpu().numpy().ravel() ** 2)
+                    energies[name] = np.cumsum(squares) / (squares.sum() or 1.0)
+                row[option] += _lost(energies[name][[count - 1]])[0]
+    return losses
+
+
+def _removals(space: SearchSpace, structure: Structure, dimension: int) -> list[Removal]:
+    """Units that the options of a dimension, without the dense one, remove from each group that they touch."""
+    alone = np.zeros((space.sizes[dimension] - 1, len(space.sizes)), dtype=np.int64)
+    alone[:, dimension] = np.arange(1, space.sizes[dimension])
+    kept = [space.pruning(candidate).kept for candidate in alone.tolist()]
+    sizes = {group.name: group.size for group in structure.groups}
+    return [
+        (name, [np.setdiff1d(np.arange(sizes[name]), each.get(name, range(sizes[name]))) for each in kept])
+        for name in sorted({name for each in kept for name in each})
+    ]

@@ -1,0 +1,1 @@
+"""Metrics: scores, losses and signals of the outputs of a model, sample by sample."""

@@ -1,0 +1,1 @@
+"""Knapsack search: tables of single losses, exact front under true costs, and local improvement."""

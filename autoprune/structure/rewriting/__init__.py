@@ -1,0 +1,1 @@
+"""Rewriting: modules whose code does not follow the widths, delivered as graphs that do."""

@@ -1,0 +1,1 @@
+"""Tracing: the operations that one forward pass runs, on the meta device where possible."""

@@ -1,0 +1,1 @@
+"""Study: one search, from its checked arguments to the verified front."""

@@ -1,0 +1,262 @@
+"""Calibration check: choose the parts of the re-fit and the criterion that help this model on this data.
+
+Before a search, uniform pruning at the budget is scored with each criterion and without each part of the re-fit, on
+validation samples. Parts that make the score worse there are switched off; a note gives the choice with its figures.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.data.batch import Batch, batch_size, beginning
+from autoprune.data.sampling import seeded
+from autoprune.evaluators import Compensated, Context
+from autoprune.evaluators.activation_cache.limits import give_back
+from autoprune.evaluators.adaptive_bn import recalibrate, statistics
+from autoprune.evaluators.compensated import middle_of
+from autoprune.evaluators.scoring.out_of_memory import Halving, fitting
+from autoprune.evaluators.scoring.scorer import bound_forward
+from autoprune.files.access import make_folder, write_json
+from autoprune.files.formats import Format
+from autoprune.importance.criteria import affordable, order_units, private_copy, score_units_by
+from autoprune.protocols import FloatArray, IntArray, Pruning
+from autoprune.search_spaces import Settings
+from autoprune.structure.slicing.slicing import Edit, Slicer
+
+log = logging.getLogger(__name__)
+
+FEWEST_SAMPLES = 64
+MOST_SAMPLES = 1024
+"""Validation samples of the check: all of a small model's, by default; fewer for a large one."""
+RANKED = 128
+"""Most calibration samples for criteria in the check; at most `FEWEST_RANKED` for a large model."""
+FEWEST_RANKED = 16
+CRITERIA = (("taylor",), ("fluctuation", "contribution"))
+"""Criteria tried in addition to l2; those that share a pass over the samples are grouped."""
+FILE_NAME = "refit.json"
+FORMAT = Format("autoprune-refit", 1, "the choice of a calibration check")
+
+_MOST_BYTES = 2**20
+_FORM = {
+    "criterion": str,
+    "parts": {"bn": bool, "bias": bool, "least_squares": bool, "renew": bool},
+    "note": str,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Outcome of a check, as plain settings.
+
+    Attributes:
+        criterion: Ranks the units.
+        parts: Arguments of `Compensated`.
+        note: The reason, with figures.
+    """
+
+    criterion: str
+    parts: Mapping[str, bool]
+    note: str
+
+    def save(self, run_dir: str | None) -> None:
+        """Write the choice next to the journal, where a resumed search finds it."""
+        if run_dir is not None:
+            kept = {"criterion": self.criterion, "parts": dict(self.parts), "note": self.note}
+            write_json(make_folder(run_dir, "run_dir") / FILE_NAME, {**FORMAT.stamp(), **kept}, "run_dir")
+
+    @classmethod
+    def load(cls, run_dir: str | None) -> Choice | None:
+        """Read the choice of an earlier call of the same search; None if there is none.
+
+        Raises:
+            FileFormatError: If the file is damaged.
+        """
+        path = None if run_dir is None else Path(run_dir) / FILE_NAME
+        if path is None or not path.exists():
+            return None
+        way_out = "delete it to have the check made again, with the same outcome"
+        data = FORMAT.read_json(path, f"run_dir must hold a readable {FILE_NAME}", way_out, _MOST_BYTES, _FORM)
+        return cls(data["criterion"], data["parts"], data["note"])
+
+    def refit(self, typical: Pruning) -> Compensated:
+        """Make an evaluator, not prepared yet, whose scores equal those of the check to the last bit.
+
+        Args:
+            typical: The pruning that the check chose ridges for: the space has another order of units by now.
+        """
+        parts = dict(self.parts)
+        return Compensated(renew=parts.pop("renew")).judged_on(typical).with_parts(**parts)
+
+
+def unchecked(settings: Settings) -> Choice:
+    """Choice where there is no time for a check."""
+    criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
+    note = f"the calibration check was left out, because max_seconds was over: {criterion}, and the whole re-fit"
+    return Choice(criterion, Compensated().settings, note)
+
+
+def check(
+    context: Context, settings: Settings, scores: Mapping[str, Tensor], candidate: IntArray, seed: int
+) -> tuple[Choice, Compensated, Mapping[str, Tensor]]:
+    """Score a few ways to prune a model uniformly, and choose one.
+
+    The signal of the search decides. A step away from the default (all parts, l2) must gain more than one standard
+    error of the paired difference.
+
+    Args:
+        context: With a space bound to the order by l2; ridges are chosen for the middle of that space.
+        settings: Of the space; with the criterion ``"auto"`` others than l2 are tried.
+        scores: Importance of units by l2; empty where no unit is removed.
+        candidate: The candidate to score, shape (d,).
+        seed: For criteria that draw.
+
+    Returns:
+        The choice, an evaluator that has collected its inputs, and the importance of units by the chosen criterion.
+    """
+    trial = _Trial(context)
+    renew, told = _renewed(context, trial)
+    ranked = {}
+    if settings.criterion == "auto" and scores:  # first, because gradients take as much memory as the model
+        ranked = {name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()}
+    refit = Compensated(renew=renew).judged_on(middle_of(context.space))
+    refit.collect(context)
+    base = {"": trial.score(refit, context, candidate)}
+    figures = []
+    criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
+    importance, chosen = scores, context
+    if settings.criterion == "auto" and scores:
+        for name, found in ranked.items():
+            bound = replace(context, space=settings.bind(context.structure, order_units(found)))
+            base[name] = trial.score(refit, bound, candidate)
+        figures.append("; ".join(f"{name or 'l2'} {values.mean():.4g}" for name, values in base.items()))
+        pick = min(base, key=lambda name: base[name].mean())
+        if pick and _better(base[pick], base[""]):
+            criterion, importance = pick, ranked[pick]
+            chosen = replace(context, space=settings.bind(context.structure, order_units(importance)))
+            base[""] = base[pick]
+    else:
+        figures.append(f"{base[''].mean():.4g}")
+    off: list[str] = []
+    without = {}
+    for part in refit.parts:
+        lesser = refit.with_parts(**{part: False})
+        without[part] = trial.score(lesser, chosen, candidate)
+        if part == "bn" and renew:
+            continue
+        if _better(without[part], base[""]):
+            off.append(part)
+    if len(off) > 1:  # parts may replace each other: only the one with the least effect is switched off
+        off = [min(off, key=lambda part: without[part].mean())]
+    if without:
+        figures.append(
+            "without " + ", ".join(f"{_PARTS[part]} {values.mean():.4g}" for part, values in without.items())
+        )
+    final = refit.with_parts(**dict.fromkeys(off, False))
+    on = [_PARTS[part] for part in final.parts]
+    note = (
+        f"calibration check on {trial.samples} validation samples, uniform pruning at the budget, "
+        f"{context.judge.name}'s signal (lower is better): {'; '.join(figures)}{told}; chosen: "
+        f"{criterion if scores else 'no ranking'}, re-fit of {', '.join(on) or 'nothing'}"
+    )
+    return Choice(criterion, final.settings, note), final, importance
+
+
+_PARTS = {"least_squares": "weights", "bias": "biases", "bn": "statistics"}
+
+
+class _Trial:
+    """Scores pruned networks on a few validation samples."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        most = affordable(context.structure, FEWEST_SAMPLES, MOST_SAMPLES)
+        self._batches = tuple(beginning(context.subsets.validation, most))
+        self.samples = sum(map(batch_size, self._batches))
+        self._slicer = Slicer(context.model)
+        dense = self._slicer.cut(Edit({}, {})).eval()
+        run = fitting(bound_forward(context, dense))
+        with seeded(0):
+            self._dense = context.judge.dense_outputs(run, self._batches, 0)
+
+    def measure(self, module: nn.Module) -> FloatArray:
+        """Signal of a module, one value a sample; infinite where it cannot be scored."""
+        context = self._context
+        with seeded(0):
+            found = context.judge.measure(fitting(bound_forward(context, module)), self._batches, self._dense)
+        return np.where(np.isfinite(found.signal), found.signal, np.inf)
+
+    def score(self, refit: Compensated, context: Context, candidate: IntArray) -> FloatArray:
+        """Signal of a candidate of the space of `context`, re-fitted."""
+        edit = context.structure.edit(context.space.pruning(candidate.tolist()))
+        try:
+            module = self._slicer.cut(edit).eval()
+            with seeded(0):
+                refit.adapt(module, edit, bound_forward(context, module))
+            return self.measure(module)
+        except Exception as error:  # an error of a user's model or metric rules out this choice alone
+            log.info("calibration check: %s: %s", type(error).__name__, error)
+            return np.full(1, np.inf)
+        finally:
+            self._slicer.release()
+            refit.forget()
+            give_back(context.model)
+
+
+def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
+    """Return whether the dense model is better with statistics of the calibration samples, and a note with figures."""
+    dense = private_copy(context.model)
+    if not statistics(dense):
+        return False, ""
+    try:
+        own = trial.measure(dense)
+        with seeded(0):
+            recalibrate(dense, context.subsets.calibration, bound_forward(context, dense))
+        new = trial.measure(dense)
+    except Exception as error:  # as above
+        log.info("calibration check: %s: %s", type(error).__name__, error)
+        return False, ""
+    figures = f"; the dense model {own.mean():.4g}, {new.mean():.4g} with statistics of the calibration samples"
+    return _better(new, own, errors=2.0), figures
+
+
+def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:
+    """Return whether signal a is lower than b by more than this number of standard errors of the paired difference."""
+    if len(a) != len(b) or not np.isfinite(a).all() or not np.isfinite(b).all():
+        return float(a.mean()) < float(b.mean())
+    gain = b - a
+    error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    return bool(gain.mean() > errors * error and gain.mean() > 0)
+
+
+def ranking(context: Context, criterion: str, seed: int) -> dict[str, Tensor]:
+    """Importance by a criterion on the few samples of the check."""
+    return _ranked(context, (criterion,), seed)[criterion]
+
+
+def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
+    calibration = context.calibration.of(private_copy(context.model))
+    some = beginning(calibration.batches, affordable(calibration.structure, FEWEST_RANKED, RANKED))
+
+    def score(parts: Sequence[Batch]) -> Sequence[dict[str, Tensor]]:
+        with seeded(0), torch.enable_grad():
+            return score_units_by(calibration.on(parts), criteria, seed, logging.DEBUG)
+
+    found = Halving()(score, some)
+    give_back(context.model)
+    return dict(zip(criteria, found, strict=True))
+
+
+def _tried(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
+    """Importance by several criteria, without those that cannot be computed for the model."""
+    try:
+        return _ranked(context, criteria, seed)
+    except Exception as error:  # gradients may not exist, or not fit into memory
+        log.info("calibration check without %s: %s: %s", ", ".join(criteria), type(error).__name__, error)
+        return {}

@@ -1,0 +1,75 @@
+"""Check whether the networks that a search found are better than a constant output."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from autoprune.data.batch import Batch, batch_size
+from autoprune.data.sampling import seeded
+from autoprune.metrics.scorers import main_output
+from autoprune.protocols import OK
+from autoprune.result.trials import Trial
+from autoprune.structure.slicing.slicing import Edit, Slicer
+from autoprune.study.study import Study
+
+log = logging.getLogger(__name__)
+
+
+@seeded(0)  # a model may draw noise
+def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
+    """Note that only the dense model scores better than its own mean output for every sample, and no network found.
+
+    Costs one pass of the dense model over the validation samples, for which there has to be time.
+    """
+    if study.deadline.passed:
+        return ()
+    judge = study.context.judge
+    scores = [trial.score for trial in found if trial.status == OK and trial.feasible]
+    if not scores:
+        return ()
+    try:
+        constant = score_of_constant(study)
+    except KeyboardInterrupt:
+        log.warning("interrupted; the front was not compared with a constant output")
+        return ()
+    except Exception as error:  # a user's metric may need more of the outputs than one tensor
+        log.debug("no score of a constant output: %s", error)
+        return ()
+    if not math.isfinite(constant):  # such as a correlation, which a constant has not
+        return ()
+    best = judge.direction.best(scores)
+    dense = float(study.dense.metric.mean())
+    if judge.direction.better(best, constant) or not judge.direction.better(dense, constant):
+        return ()
+    return (
+        f"no network within the budget is better than a constant output: the best has {judge.name} {best:.4f}, and the "
+        f"mean output of the dense model for every sample {constant:.4f}; allow more of the dense cost, fine-tune, or "
+        "give more calibration samples",
+    )
+
+
+def score_of_constant(study: Study) -> float:
+    """Metric of a model that returns the dense model's mean output over the validation samples for each of them."""
+    context, judge = study.context, study.context.judge
+    batches = context.subsets.validation
+    model = Slicer(context.model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
+
+    def run(batch: Batch) -> Any:
+        return context.forward(model, batch)
+
+    total, rows = torch.zeros(()), 0
+    with torch.no_grad():
+        for batch in batches:
+            output = main_output(run(batch))
+            total, rows = total + output.double().sum(0), rows + len(output)
+    mean = (total / rows).to(output.dtype)
+
+    def constant(batch: Batch) -> Any:
+        return mean.expand(batch_size(batch), *mean.shape)
+
+    return float(judge.measure(constant, batches, judge.dense_outputs(run, batches)).metric.mean())

@@ -1,0 +1,100 @@
+"""Inputs of a search: its samples, and the calls that the model is traced with and costs are stated for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from autoprune.arguments import shown
+from autoprune.data import batch as batches
+from autoprune.data.subsets import Subsets, materialise, synthetic
+from autoprune.errors import DataError
+from autoprune.structure.analysis import require_supported
+from autoprune.structure.example import Example
+from autoprune.structure.given import examples_of, unwrap
+from autoprune.structure.outputs import selecting
+from autoprune.study.request import Request
+
+SYNTHETIC_SAMPLES = 256
+"""Samples of each part when no data is given."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model with everything that it is called with.
+
+    Attributes:
+        model: The user's, without wrappers.
+        subsets: The samples, on its device.
+        forward: Runs a model on a batch, and takes the outputs that matter.
+        example: The call to trace, with further ones that may take other branches.
+        stated: Batch that costs are stated for.
+    """
+
+    model: nn.Module
+    subsets: Subsets
+    forward: batches.Forward
+    example: Example
+    stated: batches.Batch
+
+
+def inputs_of(request: Request) -> Inputs:
+    """Draw the samples, and choose the calls.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be traced by its kind.
+        DataError: If there is no data that the metric can use.
+    """
+    model, example_inputs = unwrap(request.model), request.example_inputs
+    device = require_supported(model)
+    subsets = _subsets(model, request).to(device)
+    forward = selecting(request.forward or batches.default_forward, request.outputs)
+    first = batches.fresh(batches.pieces(subsets.calibration[0], 2)[0])
+    further = _branches(model, example_inputs)
+    stated = subsets.calibration[0]
+    if request.data is not None and example_inputs is not None and not further:
+        stated = batches.to_device(_like(model, example_inputs, stated), device)
+        if not _same_sizes(stated, first):  # the data may take other branches of the forward
+            further.append(first)
+        first = batches.fresh(stated)
+    return Inputs(model, subsets, forward, Example.of_batch(model, first, forward, further), stated)
+
+
+def _subsets(model: nn.Module, request: Request) -> Subsets:
+    metric, example_inputs = request.metric, request.example_inputs
+    if request.data is not None:
+        return materialise(request.data, request.seed)
+    if not (isinstance(metric, str) and metric in ("auto", "agreement")):
+        raise DataError(
+            f"metric {shown(metric)} needs data; pass data=, or metric='agreement' to compare with the model"
+        )
+    (args, kwargs), *_ = examples_of(model, example_inputs)
+    if not args and not kwargs:
+        raise DataError(f"example_inputs must hold at least one input, got {shown(example_inputs)}")
+    if not any(tensor.ndim for tensor in batches.tensors((args, kwargs))):
+        raise DataError(f"example_inputs must hold a tensor with a dimension for samples, got {shown(example_inputs)}")
+    return synthetic(kwargs or (args if len(args) > 1 else args[0]), SYNTHETIC_SAMPLES, request.seed)
+
+
+def _branches(model: nn.Module, example_inputs: Any) -> list[batches.Batch]:
+    """Batches of a list of examples, which take branches that the data may not."""
+    if not isinstance(example_inputs, list):
+        return []
+    return [kwargs or (*args, None) for args, kwargs in examples_of(model, example_inputs)]
+
+
+def _like(model: nn.Module, example_inputs: Any, batch: batches.Batch) -> batches.Batch:
+    """Example inputs in the form of a batch of the data, without a target."""
+    ((args, kwargs),) = examples_of(model, example_inputs)
+    return (*args, None) if args and isinstance(batch, list | tuple) else batches.of_call(args, kwargs)
+
+
+def _same_sizes(one: batches.Batch, other: batches.Batch) -> bool:
+    """Return whether the inputs in two batches differ at most in the number of samples."""
+    sizes = [
+        [(tensor.shape[1:], tensor.dtype) for tensor in batches.tensors(batches.inputs(batch))]
+        for batch in (one, other)
+    ]
+    return sizes[0] == sizes[1]

@@ -1,0 +1,1 @@
+"""Activation cache: candidates that agree up to some module compute everything up to it once."""

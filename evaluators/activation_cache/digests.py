@@ -1,0 +1,63 @@
+"""Hash what a candidate changes before each resume point: candidates with equal digests compute the same up to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from autoprune.evaluators.activation_cache.resume_points import Cut, Flow
+from autoprune.evaluators.protocol import Context
+from autoprune.protocols import IntArray
+from autoprune.structure.slicing.slicing import Edit
+
+WHOLE = ""  # the name of the whole model
+Mark = tuple[int, str, bool]
+_NEVER = np.iinfo(np.int64).max - 1
+
+
+def digests_of(edit: Edit, marks: Sequence[Mark], cuts: Sequence[Cut]) -> dict[str, bytes]:
+    """Digest of what the candidate changes before each cut, by its name; that of the whole candidate under `WHOLE`."""
+    digests, digest, left = {}, hashlib.blake2b(digest_size=16), iter(marks)
+    mark = next(left, None)
+    for cut, end in (*((cut.name, cut.end) for cut in cuts), (WHOLE, _NEVER + 1)):
+        while mark is not None and mark[0] < end:
+            _describe(edit, mark[1], mark[2], digest.update)
+            mark = next(left, None)
+        digests[cut] = digest.digest()
+    return digests
+
+
+def first_operations(context: Context, flow: Flow) -> IntArray:
+    """First operation that each dimension changes, shape (d,)."""
+    sizes = context.space.sizes
+    candidates = np.vstack([np.zeros_like(sizes), np.diag(sizes - 1)])
+    dense, *changed = (context.structure.edit(context.space.pruning(c)) for c in candidates.tolist())
+    firsts = []
+    for edit in changed:
+        places = [flow.reads.get(name, _NEVER) for name in {*edit.slices, *edit.zeroed}]
+        for name, values in edit.attributes.items():
+            if values != dense.attributes.get(name):
+                places.append(flow.enters.get(name, 0))
+        firsts.append(min(places, default=_NEVER))
+    return np.array(firsts, dtype=np.int64)
+
+
+def marks_of(context: Context, flow: Flow) -> list[Mark]:
+    """First use of each tensor and module that candidates may change: operation, name, and whether it is a tensor."""
+    structure = context.structure
+    tensors = ((flow.reads.get(name, _NEVER), name, True) for name in {*structure.units_of, *structure.weights})
+    modules = ((flow.enters.get(name, -1), name, False) for name in {each.module for each in structure.attributes})
+    return sorted([*tensors, *modules])
+
+
+def _describe(edit: Edit, name: str, tensor: bool, write: Callable[[bytes], None]) -> None:
+    """Feed the change that an edit makes to a tensor or a module to a hash."""
+    if not tensor:
+        write(repr((name, sorted(edit.attributes.get(name, {}).items()))).encode())
+    elif name in edit.slices or name in edit.zeroed:
+        write(repr((name, edit.zeroed.get(name, 0))).encode())
+        for dim, index in sorted(edit.slices.get(name, {}).items()):
+            write(repr((dim, len(index))).encode())
+            write(index.tobytes())

@@ -1,0 +1,259 @@
+"""Compensation: adjust the layers that read removed units so that their outputs stay close, without training."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.arguments import flag, positive, whole_number
+from autoprune.data.batch import Batch
+from autoprune.data.sampling import seeded
+from autoprune.evaluators.activation_cache.cache import checked_bytes
+from autoprune.evaluators.activation_cache.limits import bytes_of, room_beside
+from autoprune.evaluators.adaptive_bn import recalibrate, statistics
+from autoprune.evaluators.protocol import Context
+from autoprune.evaluators.refit.layers import Layer, columns_kept, find_layers, matrix_of
+from autoprune.evaluators.refit.least_squares import Normal
+from autoprune.evaluators.refit.normalisation import Correction
+from autoprune.evaluators.scoring.scorer import Adapted, bound_forward
+from autoprune.importance.criteria import private_copy
+from autoprune.protocols import Failure, IntArray, Measurement, Pruning, SearchSpace
+from autoprune.structure.slicing.adapters import refresh_flat_weights
+from autoprune.structure.slicing.slicing import Edit
+
+SOLVED_BYTES = 2**28
+"""Most memory for solutions that later candidates may need again."""
+
+
+class Compensated:
+    """Scores a candidate after re-fitting its layers to the dense model: weights, biases and batch-norm statistics.
+
+    Every weight that reads units is re-fitted, whatever calls it: linear layers, ungrouped convolutions, recurrent
+    cells, projections of attention, parameters that a forward passes to a function itself. Transposed convolutions,
+    weights that two places share, and values computed from a parameter before use are left out. The inputs of these
+    weights are collected once, in the dense model on the calibration samples without their padding. Each weight of a
+    candidate then costs one linear system, of a size in proportion to a pass over these samples, and none if another
+    candidate has solved it. Every part is a difference from the dense model: where nothing was removed, nothing
+    changes, and the dense candidate stays as it is. `build` delivers the module that was scored; parameters keep their
+    names and shapes.
+
+    Args:
+        bn: Correct batch-norm statistics for the change by pruning, in one pass over the calibration samples.
+        bias: Add the mean contribution of the removed inputs to biases. A layer without a bias is left alone: adding
+            one would change the keys of its state dict, and before batch norm, where most such layers are, it would
+            have no effect.
+        least_squares: Fit the weights on the inputs that stay to the outputs of the dense layer; about the mean where a
+            bias or batch norm takes care of that. Weights with elements set to zero keep them.
+        ridge: How strongly the fit is held to the inherited weights, as a share of the mean square of the inputs; None
+            chooses it for each layer by its error on a quarter of the calibration samples, which then count, too.
+        renew: Re-estimate the batch-norm statistics of the dense model first, and fit to that model: for one whose
+            running statistics do not suit the data.
+        memory_bytes: Most memory for the products of inputs, columns squared times 8 (from 513 columns on 4) for each
+            layer; of larger layers fewer rows are kept, or none, so that they keep their weights, which the log says.
+            None: 1 GiB; less for large models, but at least what the model takes.
+        share_bytes: Most memory for what candidates share, see `AdaptiveBN`.
+
+    Reference:
+        Bias: An et al., "Fluctuation-based Adaptive Structured Pruning", AAAI 2024, arXiv:2312.11983. Least squares: He
+        et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, arXiv:1707.06168, here from the
+        dense activations alone, for every layer at once.
+    """
+
+    def __init__(
+        self,
+        bn: bool = True,
+        bias: bool = True,
+        least_squares: bool = True,
+        ridge: float | None = None,
+        renew: bool = False,
+        memory_bytes: int | None = None,
+        share_bytes: int | None = None,
+    ) -> None:
+        if ridge is not None:
+            ridge = positive("ridge", ridge, ", a share of the mean square of inputs, or None")
+        if memory_bytes is not None:
+            memory_bytes = whole_number("memory_bytes", memory_bytes, 0)
+        for name, part in (("bn", bn), ("bias", bias), ("least_squares", least_squares), ("renew", renew)):
+            flag(name, part)
+        self._bn, self._bias, self._least_squares, self._renew = bn, bias, least_squares, renew
+        self._ridge, self._memory_bytes, self._share_bytes = ridge, memory_bytes, checked_bytes(share_bytes)
+        self._collected = False
+        self._whole = {"bn": bn, "bias": bias, "least_squares": least_squares}  # the parts that `collect` serves
+        self._typical: Pruning | None = None
+
+    def prepare(self, context: Context) -> None:
+        """Collect the inputs of layers, and make the skeleton that every candidate is cut from."""
+        if not self._collected:
+            self.collect(context)
+        self._context, self._collected = context, False  # another `prepare` may be for another model
+        self._adapted = Adapted(context, self.adapt, share_bytes=self._share_bytes)
+
+    def collect(self, context: Context) -> None:
+        """Collect the inputs of layers and norms: the first part of `prepare`, which then does not repeat it."""
+        self._context = context
+        whole = self.with_parts(**self._whole)
+        self._reference = private_copy(context.model)
+        calibration = context.calibration.of(self._reference)
+        with seeded(0):
+            if self._renew:
+                recalibrate(self._reference, calibration.batches, bound_forward(context, self._reference))
+            normalises = whole._bn and statistics(self._reference)
+            self._correction = Correction(calibration) if normalises else None
+        self._solved: OrderedDict[tuple[str, int, bytes], Tensor] = OrderedDict()
+        self._solved_bytes = 0
+        self._most_solved = min(SOLVED_BYTES, room_beside(context.model))
+        self._layers: dict[str, list[Layer]] = defaultdict(list)
+        if whole._bias or whole._least_squares:
+            typical = context.structure.edit(self._typical or middle_of(context.space))
+            most = max(room_beside(context.model), bytes_of(context.model))  # a transformer's take as much as the model
+            allowed = most if self._memory_bytes is None else self._memory_bytes
+            memory = allowed if whole._least_squares else 0
+            with seeded(0):
+                for layer in find_layers(calibration, memory, self._ridge, typical, whole._centred):
+                    self._layers[layer.reader.name].append(layer)
+        self._collected = True
+
+    def with_parts(self, **parts: bool) -> Compensated:
+        """Copy with other parts of the re-fit on or off (`bn`, `bias`, `least_squares`); it shares collected inputs.
+
+        The moments and ridges stay those of the parts that the original evaluator was made with.
+        """
+        other = copy.copy(self)
+        other._bn, other._bias = parts.get("bn", self._bn), parts.get("bias", self._bias)
+        other._least_squares = parts.get("least_squares", self._least_squares)
+        other._solved, other._solved_bytes = OrderedDict(), 0
+        return other
+
+    def judged_on(self, typical: Pruning) -> Compensated:
+        """Copy, not prepared yet, that chooses ridges for this pruning instead of for the middle of the space."""
+        other = self.with_parts()
+        other._typical, other._collected = typical, False
+        return other
+
+    @property
+    def settings(self) -> dict[str, bool]:
+        """Parts that are on, as arguments of the class."""
+        return {"bn": self._bn, "bias": self._bias, "least_squares": self._least_squares, "renew": self._renew}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts that are on and change something in this model; known after `collect`."""
+        layers = [layer for each in self._layers.values() for layer in each]
+        busy = {
+            "least_squares": any(layer.moments.sketch_rows is not None for layer in layers),
+            "bias": any(map(self._shifted, layers)),
+            "bn": self._correction is not None,
+        }
+        return tuple(name for name, has_work in busy.items() if has_work and self.settings[name])
+
+    def order(self, candidates: IntArray) -> IntArray:
+        """Return the order of evaluation in which candidates share most."""
+        return self._adapted.order(candidates)
+
+    def release(self) -> None:
+        """Forget what candidates share."""
+        self._adapted.release()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget solutions, which only candidates with the same units would need again."""
+        self._solved.clear()
+        self._solved_bytes = 0
+
+    def held(self) -> list[Tensor]:
+        """The products of inputs, which `build` needs."""
+        return [tensor for layers in self._layers.values() for layer in layers for tensor in layer.moments.large()]
+
+    def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
+        """Score candidates on validation batches."""
+        return self._adapted.evaluate(candidates, chunk)
+
+    def test(self, candidate: IntArray) -> Measurement | Failure:
+        """Score a candidate on the held-out samples."""
+        return self._adapted.test(candidate)
+
+    def build(self, candidate: IntArray) -> nn.Module:
+        """A plain module with the weights, biases and statistics that were scored."""
+        return self._adapted.build(candidate)
+
+    def _centred(self, layer: Layer) -> bool:
+        """Return whether a bias or batch norm corrects the mean of a layer's output."""
+        return (self._bn and layer.normalised) or self._shifted(layer)
+
+    def _shifted(self, layer: Layer) -> bool:
+        """Return whether the bias of a layer is corrected."""
+        return self._bias and layer.bias is not None and not (self._bn and layer.normalised)
+
+    @torch.no_grad()
+    def adapt(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
+        """Re-fit a pruned module in place; ``run(batch)`` runs it on calibration data."""
+        for name, layers in self._layers.items():
+            if name in edit.zeroed or layers[0].reader.dim in edit.slices.get(name, {}):
+                for layer in layers:
+                    self._refit(module, edit, layer)
+        if self._bn and self._correction is not None:
+            self._correction.apply(module, edit, run)
+
+    def _refit(self, module: nn.Module, edit: Edit, layer: Layer) -> None:
+        """Give a weight that reads removed units, and its bias, new values."""
+        reader, name = layer.reader, layer.reader.name
+        dense = self._context.model.get_parameter(name).detach()
+        whole = matrix_of(dense, reader)
+        whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
+        left = edit.slices.get(name, {}).get(1 - reader.dim, np.arange(dense.shape[1 - reader.dim]))
+        places = np.flatnonzero((left >= reader.start) & (left < reader.start + reader.outputs))
+        rows = torch.from_numpy(left[places] - reader.start).to(dense.device)
+        into = torch.from_numpy(places).to(dense.device)
+        value = module.get_parameter(name).detach().clone()
+        matrix = value.flatten(1) if reader.dim else value.T
+        kept = columns_kept(reader, self._context.model, edit)
+        if kept is not None and self._least_squares:
+            fitted = whole[rows][:, kept] + self._change(layer, whole, kept)[rows]
+            matrix[into] = fitted.to(matrix.dtype)
+            _replace(module, name, value)
+        if self._shifted(layer):
+            assert layer.bias is not None
+            mean = layer.moments.mean
+            lost = whole[rows].double() @ mean - matrix[into].double() @ (mean if kept is None else mean[kept])
+            bias = module.get_parameter(layer.bias).detach().clone()
+            bias[into] = (bias[into].double() + lost).to(bias.dtype)
+            _replace(module, layer.bias, bias)
+
+    def _change(self, layer: Layer, whole: Tensor, kept: Tensor) -> Tensor:
+        """Change of the columns that stay by least squares, for all rows of the dense weight.
+
+        All rows, because another candidate may keep other rows. The latest solutions are cached: most layers read the
+        same units in several candidates.
+        """
+        key = layer.reader.name, layer.reader.start, kept.cpu().numpy().tobytes()
+        if key not in self._solved:
+            fits = layer.moments.sketch_rows is not None and np.isfinite(layer.ridge)
+            normal = Normal(layer.moments, self._centred(layer))
+            if fits:
+                change = normal.change(whole, kept, layer.ridge).float()
+            else:
+                change = torch.zeros(len(whole), len(kept), device=whole.device)
+            self._solved[key] = change
+            self._solved_bytes += change.nbytes
+            while self._solved_bytes > self._most_solved and len(self._solved) > 1:
+                self._solved_bytes -= self._solved.popitem(last=False)[1].nbytes
+        self._solved.move_to_end(key)
+        return self._solved[key]
+
+
+def middle_of(space: SearchSpace) -> Pruning:
+    """Pruning with the middle option of every dimension."""
+    return space.pruning((np.array(space.sizes) // 2).tolist())
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter of a module, never its values: another module may share them."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    key = name.rpartition(".")[2]
+    setattr(owner, key, nn.Parameter(value, requires_grad=owner.get_parameter(key).requires_grad))
+    refresh_flat_weights(owner)

@@ -1,0 +1,1 @@
+"""Closed-form re-fit: least squares, biases and statistics of the layers that read removed units."""

@@ -1,0 +1,87 @@
+"""Least squares: fit the weights of the inputs that stay to the outputs of all inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoprune.evaluators.refit.moments import Moments
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Ridges to choose from, as shares of the mean square of the inputs."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """The normal equations of one layer, from its moments.
+
+    Attributes:
+        moments: Of its inputs.
+        centred: Whether a bias, or batch norm, corrects the mean.
+    """
+
+    moments: Moments
+    centred: bool
+
+    def change(self, weight: Tensor, kept: Tensor, ridge: float) -> Tensor:
+        """Change of the weights that stay, float of the moments, shape (outputs, k); see `changes`."""
+        return next(self.changes(weight, kept, [ridge]))
+
+    def changes(self, weight: Tensor, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
+        """Changes of the weights W that stay, with each ridge, as `least_squares` gives them."""
+        gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        gone[kept] = False
+        if self.moments.sketch_rows:
+            yield from self._from_sketch(weight[:, gone], gone, kept, ridges)
+        else:
+            yield from least_squares(weight, self.moments.products(self.centred), kept, ridges)
+
+    def _from_sketch(self, lost: Tensor, gone: Tensor, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
+        """Changes from few rows R: D^T = R_S^T (R_S R_S^T + r)^-1 R_gone W_gone^T, where the inverse is small."""
+        rows = self.moments.factor(self.centred)
+        stay, wanted = rows[:, kept], rows[:, gone] @ lost.to(rows.dtype).T
+        scale = len(rows) / max(len(kept), 1)  # `_factors` takes the ridge from the mean of the diagonal
+        for factor in _factors(stay @ stay.T, [ridge * scale for ridge in ridges]):
+            solved = torch.zeros_like(wanted) if factor is None else torch.cholesky_solve(wanted, factor)
+            yield (stay.T @ solved).T
+
+
+def least_squares(weight: Tensor, products: Tensor, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
+    """Changes of the weights that stay that bring a layer's outputs nearest to those of all its inputs.
+
+    The change D from the weights that stay minimises E|W x - (W_S + D) x_S|^2 + r |D|^2, r being a ridge times the mean
+    of E[x_S^2]. So the error never exceeds that of the inherited weights, whatever the ridge is, and inputs that are
+    always zero keep theirs; He et al. shrink the weights themselves, which promises neither. Where the equations cannot
+    be solved in the precision that they are given in, nothing changes.
+
+    Args:
+        weight: W, shape (outputs, inputs).
+        products: E[x x^T], or the covariance for an error about the mean, float, shape (inputs, inputs).
+        kept: Indices S of the inputs that stay, int64, shape (k,).
+        ridges: Positive.
+
+    Returns:
+        D for each ridge, of the type of `products`, shape (outputs, k).
+    """
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    gone[kept] = False
+    cross = weight[:, gone].to(products.dtype) @ products[gone][:, kept]
+    for factor in _factors(products[kept][:, kept], ridges):
+        yield torch.zeros_like(cross) if factor is None else torch.cholesky_solve(cross.T, factor).T
+
+
+def _factors(matrix: Tensor, ridges: Sequence[float]) -> Iterator[Tensor | None]:
+    """Cholesky factors with each ridge, relative to the mean of the diagonal; None where there is none."""
+    diagonal = matrix.diagonal().clone()
+    scale = float(diagonal.mean()) if len(diagonal) else 0.0
+    for ridge in ridges:
+        factor = None
+        if scale > 0 and math.isfinite(scale):
+            matrix.diagonal().copy_(diagonal + ridge * scale)
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            factor = None if int(failed) or not factor.isfinite().all() else factor
+        yield factor

@@ -1,0 +1,255 @@
+"""Find the weights that read units among the operations of a model, and observe the rows that each multiplies."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from autoprune.evaluators.refit.padding import kept_positions, positions_of
+from autoprune.importance.calibration import Calibration
+from autoprune.structure.owners import owners
+from autoprune.structure.slicing.adapters import refresh_flat_weights
+from autoprune.structure.structure import Structure
+
+CHUNK_BYTES = 64 * 2**20
+"""Most memory for rows on their way into moments."""
+
+_CASTS = ("_to_copy", "clone")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A weight, or some rows of it, as the matrix (outputs, columns) that multiplies what it reads.
+
+    Attributes:
+        name: Of the parameter.
+        start: First row of the parameter's matrix that is meant.
+        outputs: Number of rows.
+        columns: Number of columns: (channel, position of the kernel) where a convolution reads.
+        dim: Dimension of the parameter that meets the inputs: 1, or 0 where it is stored (inputs, outputs).
+    """
+
+    name: str
+    start: int
+    outputs: int
+    columns: int
+    dim: int
+
+
+See = Callable[[Reader, Callable[[], Iterator[Tensor]]], None]
+"""``see(reader, rows)``: ``rows()`` yields the rows that the reader multiplies in chunks, (n, columns) each."""
+
+
+class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its parent has it
+    """Observes every product of rows with a weight that reads units.
+
+    It observes ungrouped convolutions and matrix products, whatever Python code calls them: layers, recurrent cells,
+    projections of attention, functions with bare parameters. A weight is left out where two modules hold it, where
+    another operation reads it before the product, and where the product takes only some of its columns.
+
+    Args:
+        model: Runs inside; in evaluation mode.
+        structure: Of the model.
+        see: Called for each product.
+
+    Attributes:
+        normalised: Readers whose outputs batch norm reads.
+        otherwise: Parameters that go through other operations, too.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, see: See) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self._see, self._units_of = see, structure.units_of
+        self._places: dict[int, list[tuple[int, str, nn.Parameter]]] = {}
+        held = Counter(owner.name for owner in owners(model))
+        self._parameters = dict(model.named_parameters())
+        for name, parameter in self._parameters.items():
+            if parameter.numel():
+                place = self._places.setdefault(parameter.untyped_storage().data_ptr(), [])
+                place.append((int(parameter.storage_offset()), name, parameter))
+        self._wanted = {name for name in self._parameters if held[name] == 1 and name in structure.units_of}
+        self._single = {name for name in self._parameters if held[name] == 1}
+        self.otherwise: set[str] = set()
+        self.normalised: set[Reader] = set()
+        self._biases: dict[Reader, set[str | None]] = defaultdict(set)
+        self._awaiting: MutableMapping[Tensor, Reader] = WeakIdKeyDictionary()  # products that a bias may follow
+        self._casts: dict[int, tuple[str, Tensor]] = {}
+        self._shapes: MutableMapping[Tensor, tuple[int, ...]] = WeakIdKeyDictionary()
+        self._made_by: MutableMapping[Tensor, Reader] = WeakIdKeyDictionary()
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        self._mask: Tensor | None = None
+
+    @contextmanager
+    def batch(self, mask: Tensor | None) -> Iterator[None]:
+        """Observe one forward pass; `mask` is True at real positions, bool, shape (samples, positions)."""
+        fused = torch.backends.mha.get_fastpath_enabled()
+        self._mask = mask
+        with ExitStack() as stack:
+            handle = register_module_forward_pre_hook(lambda module, _: refresh_flat_weights(module))
+            stack.callback(handle.remove)
+            torch.backends.mha.set_fastpath_enabled(False)  # whose products cannot be seen
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+            if self._recurrent:  # whose fused kernels hide their products, too
+                stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+                torch._C._set_mkldnn_enabled(False)  # not `flags`, which warns of hardware that is not there
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self)
+            yield
+        self._casts.clear()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, and observe it."""
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "convolution"):
+            self._product(name, args, out)
+        elif "batch_norm" in name and isinstance(args[0], Tensor) and args[0] in self._made_by:
+            self.normalised.add(self._made_by[args[0]])
+        elif name in ("view", "_unsafe_view"):
+            self._viewed(args[0], out)
+        elif not any(returned.alias_info is not None for returned in func._schema.returns) or name == "add_":
+            self._else(name, args, kwargs, out)
+        return out
+
+    def bias_of(self, reader: Reader) -> str | None:
+        """Parameter that is added to every product of this matrix and to nothing else; None without one."""
+        found = self._biases[reader]
+        (name,) = found if len(found) == 1 else (None,)
+        others = [other for other, names in self._biases.items() if name in names and other.name != reader.name]
+        return None if others or name not in self._single else name
+
+    def _viewed(self, x: Tensor, out: Tensor) -> None:
+        self._shapes[out] = tuple(x.shape)
+        if x in self._awaiting and out.shape[-1:] == x.shape[-1:]:
+            self._awaiting[out] = self._awaiting[x]
+
+    def _else(self, name: str, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        """Note the parameters that an operation reads; a copy in another type stands for its original."""
+        if name in ("add", "add_") and not kwargs and all(isinstance(each, Tensor) for each in args):
+            for product, bias in (args, args[::-1]):
+                reader, added = self._awaiting.get(product), self._name(bias)
+                if reader is not None and added is not None:
+                    self._biases[reader] = self._biases[reader] - {None} | {added}
+                    return
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and (found := self._name(leaf)) is not None:
+                if name in _CASTS and isinstance(out, Tensor) and out.stride() == leaf.stride():
+                    self._casts[out.untyped_storage().data_ptr()] = found, out
+                else:
+                    self.otherwise.add(found)
+
+    def _name(self, tensor: Tensor) -> str | None:
+        if tensor.numel() == 0 or tensor.layout != torch.strided:
+            return None
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer in self._casts:
+            return self._casts[pointer][0]
+        for offset, name, parameter in self._places.get(pointer, ()):
+            if offset <= tensor.storage_offset() < offset + parameter.numel():
+                return name
+        return None
+
+    def _product(self, kind: str, args: tuple[Any, ...], out: Tensor) -> None:
+        bias, x, weight = (args[0], args[1], args[2]) if kind == "addmm" else (None, args[0], args[1])
+        if kind == "convolution":
+            bias = args[2]
+        name = self._name(weight)
+        if name is None:
+            for each in (x, bias):
+                if each is not None and (other := self._name(each)) is not None:
+                    self.otherwise.add(other)
+            return
+        reader = self._reader(kind, name, weight, args) if name in self._wanted else None
+        if reader is None or self._units_of[name][reader.dim] is None:
+            self.otherwise.add(name)
+            return
+        self._made_by[out] = reader
+        if bias is None and kind != "convolution":
+            self._awaiting[out] = reader
+        self._biases[reader].add(None if bias is None else self._name(bias) or "")
+        self._see(reader, lambda: self._rows(kind, x, args))
+
+    def _reader(self, kind: str, name: str, weight: Tensor, args: tuple[Any, ...]) -> Reader | None:
+        """Matrix that a product multiplies with; None where it is not made of a parameter's rows."""
+        parameter = self._parameters[name]
+        if kind == "convolution":
+            transposed, groups = args[6], args[8]
+            if transposed or groups != 1 or weight.shape != parameter.shape:
+                return None
+            return Reader(name, 0, len(parameter), parameter[0].numel(), 1)
+        if kind == "bmm":
+            if weight.stride(0) != 0 and len(weight) > 1:
+                return None
+            weight = weight[0]
+        offset = 0 if weight.untyped_storage().data_ptr() in self._casts else parameter.storage_offset()
+        offset = weight.storage_offset() - offset
+        columns, outputs = weight.shape
+        whole = parameter.numel() == weight.numel()
+        rows = weight.stride() == (1, columns) and columns == parameter[0].numel() and offset % columns == 0
+        if parameter.is_contiguous() and rows and not (whole and len(parameter) != outputs):
+            return Reader(name, offset // columns, outputs, columns, 1)
+        if parameter.ndim == 2 and whole and weight.stride() == parameter.stride() and weight.shape == parameter.shape:
+            return Reader(name, 0, outputs, columns, 0)
+        return None
+
+    def _rows(self, kind: str, x: Tensor, args: tuple[Any, ...]) -> Iterator[Tensor]:
+        if kind == "convolution":
+            yield from unfolded(x, args[1].shape[2:], args[3], args[4], args[5], self._mask)
+            return
+        shape = self._shapes.get(x, tuple(x.shape))
+        kept = kept_positions(self._mask, shape[:-1])
+        rows = x.reshape(-1, x.shape[-1])
+        if kept is not None and kept.numel() == len(rows):
+            rows = rows[kept.flatten()]
+        for part in torch.split(rows, max(1, CHUNK_BYTES // (8 * max(rows.shape[1], 1)))):
+            if part.numel():
+                yield part
+
+
+def unfolded(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Unfold the inputs of a convolution into rows that its flattened weight multiplies, (n, columns) each."""
+    space = len(kernel)
+    x = F.pad(x, [each for size in reversed(padding) for each in (size, size)])
+    for dim in range(space):
+        x = x.unfold(2 + dim, dilation[dim] * (kernel[dim] - 1) + 1, stride[dim])[..., :: dilation[dim]]
+    x = x.movedim(1, 1 + space)  # samples, positions, channels, kernel: a view, and much larger than its storage
+    columns = x.shape[1 + space :].numel()
+    kept = kept_positions(mask, tuple(x.shape[: 1 + space]))
+    size = max(1, CHUNK_BYTES // (8 * max(x[:1].numel(), 1)))
+    for start in range(0, len(x), size):
+        rows = x[start : start + size].reshape(-1, columns)
+        if kept is not None:
+            rows = rows[kept[start : start + size].flatten()]
+        if rows.numel():
+            yield rows
+
+
+def watch(calibration: Calibration, see: See) -> Reading:
+    """Run the model itself on the batches, and call `see` for every product with a weight that reads units."""
+    reading = Reading(calibration.model, calibration.structure, see)
+    for batch in calibration.batches:
+        mask = positions_of(batch)
+        with reading.batch(mask):
+            calibration.forward(calibration.model, batch)
+    return reading

@@ -1,0 +1,1 @@
+"""Scoring of candidates on the samples of the search, within the memory there is."""

@@ -1,0 +1,162 @@
+"""Common parts of evaluators: cut candidates from a model, and score them on the samples of the search."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+from torch import Tensor, nn
+
+from autoprune.arguments import said
+from autoprune.data.batch import Batch
+from autoprune.data.sampling import seeded
+from autoprune.evaluators.activation_cache.cache import Sharing
+from autoprune.evaluators.activation_cache.limits import give_back
+from autoprune.evaluators.protocol import Context
+from autoprune.evaluators.scoring.out_of_memory import fitting
+from autoprune.metrics.metric import Weighing
+from autoprune.protocols import Failure, IntArray, Measurement
+from autoprune.structure.slicing.slicing import Edit, Slicer, build
+
+Adapt = Callable[[nn.Module, Edit, Callable[[Batch], object]], None]
+
+DENSE_BYTES = 256 * 2**20
+"""Most memory for outputs of the dense model that only the distortion needs; it is measured on what fits."""
+
+
+class Measuring:
+    """Scores modules and compares them with the outputs of the dense model, which are computed once.
+
+    Args:
+        context: The samples, and the judge that scores them.
+        dense: The dense model in evaluation mode, with buffers of its own.
+    """
+
+    def __init__(self, context: Context, dense: nn.Module) -> None:
+        self._context = context
+        self._run_dense = fitting(bound_forward(context, dense))
+        self._weighing: dict[str, Weighing | None] = {}
+        with seeded(0):
+            self._dense: dict[str, tuple[Tensor | None, ...]] = {
+                part: context.judge.dense_outputs(self._run_dense, getattr(context.subsets, part), memory)
+                for part, memory in (("validation", DENSE_BYTES), ("test", 0))
+            }
+
+    def __call__(self, make: Callable[[], nn.Module], part: str, chunk: slice | None = None) -> Measurement | Failure:
+        """Make a module and score it on the batches `chunk`, all by default, of ``"validation"`` or ``"test"``."""
+        started, rows = time.perf_counter(), chunk or slice(None)
+        context = self._context
+        batches: Sequence[Batch] = getattr(context.subsets, part)[rows]
+        try:
+            with seeded(0):
+                run = fitting(bound_forward(context, make().eval()))
+                scores = context.judge.measure(run, batches, self._dense[part][rows], self._weigh(part, rows))
+        except Exception as error:  # whatever a user's model or metric raises costs this candidate alone
+            return Failure(said(error), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        signal, metric, distortion, weights = scores
+        if not (np.isfinite(signal).all() and np.isfinite(metric).all()):
+            bad = int((~(np.isfinite(signal) & np.isfinite(metric))).sum())
+            return Failure(f"the score of {bad} of {len(signal)} samples is NaN or infinite", seconds)
+        return Measurement(signal, metric, seconds, distortion, weights=weights)
+
+    def _weigh(self, part: str, rows: slice) -> Weighing | None:
+        """Weights of the samples of some batches within the whole part; computed once a part."""
+        if part not in self._weighing:
+            batches, judge = getattr(self._context.subsets, part), self._context.judge
+            self._weighing[part] = judge.weigh(self._run_dense, batches, self._dense[part])
+        weighing = self._weighing[part]
+        return None if weighing is None else weighing.of(rows)
+
+
+class Adapted:
+    """Scores and builds candidates that are cut from a model and then adapted in place.
+
+    Args:
+        context: With the model whose weights candidates inherit; it stays as it is.
+        adapt: ``adapt(module, edit, run)`` changes what was cut before it is scored or delivered, by swapping
+            parameters and not by writing to them, because parameters that do not shrink are shared. ``run(batch)`` runs
+            the module on calibration data. The new values of a layer may depend on the edit of everything before it
+            and on its inputs in these runs, and on nothing after it. The dense candidate is left as it is.
+        reference: Module to compare outputs with, in evaluation mode, with buffers of its own; the dense candidate by
+            default.
+        share_bytes: Most memory for what candidates share, see `autoprune.evaluators.activation_cache.cache`; 0 for
+            none, None for a limit that suits the size of the model.
+    """
+
+    def __init__(
+        self, context: Context, adapt: Adapt, reference: nn.Module | None = None, share_bytes: int | None = 0
+    ) -> None:
+        self._context = context
+        self._adapt = adapt
+        self._slicer = Slicer(context.model)
+        self._held = b""  # the candidate that the skeleton is now
+        dense = self._slicer.cut(Edit({}, {})).eval()  # cut, because the bare skeleton shares the model's buffers
+        self._sharing = Sharing(context, dense, share_bytes)
+        self._measure = Measuring(replace(context, forward=self._sharing.forward), reference or dense)
+
+    def order(self, candidates: IntArray) -> IntArray:
+        """Return the order of evaluation in which candidates, shape (n, d), share most; positions, shape (n,)."""
+        try:
+            order = self._sharing.order([self._edit(candidate) for candidate in candidates])
+        except Exception:  # a candidate that cannot be cut fails when it is scored, alone
+            order = list(range(len(candidates)))
+        return np.array(order, dtype=np.int64)
+
+    def release(self) -> None:
+        """Forget what candidates share, and the latest of them."""
+        self._sharing.store.clear()
+        self._slicer.cut(Edit({}, {}))
+        self._held = b""
+
+    def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
+        """Score candidates, shape (n, d), on validation batches."""
+        makes = [partial(self._kept if chunk else self._cut, candidate) for candidate in candidates]
+        return [self._sharing.score(partial(self._measure, make, "validation", chunk)) for make in makes]
+
+    def test(self, candidate: IntArray) -> Measurement | Failure:
+        """Score a candidate, shape (d,), on the held-out samples."""
+        return self._measure(partial(self._cut, candidate), "test")
+
+    def score(self, module: nn.Module) -> Measurement | Failure:
+        """Score any module on all validation batches, as candidates are."""
+        return self._measure(lambda: module, "validation")
+
+    def build(self, candidate: IntArray) -> nn.Module:
+        """Return the module that is scored, with state of its own, in the training mode of the model."""
+        with seeded(0):
+            return self._cut(candidate, private=True)
+
+    def _kept(self, candidate: IntArray) -> nn.Module:
+        """Module of a candidate from `_cut`; consecutive chunks of one candidate are adapted once.
+
+        With sharing, the calibrated values are remembered there, and the chunk may resume.
+        """
+        held = self._held == candidate.tobytes() and not self._sharing.on
+        return self._slicer.skeleton if held else self._cut(candidate)
+
+    def _cut(self, candidate: IntArray, private: bool = False) -> nn.Module:
+        edit = self._edit(candidate)
+        if not private:
+            self._held = b""
+            self._slicer.release()
+            give_back(self._context.model)
+        module = build(self._context.model, edit) if private else self._slicer.cut(edit)
+        if candidate.any():
+            self._sharing.begin(edit)
+            self._adapt(module, edit, partial(self._sharing.forward, module))
+            self._sharing.settle()
+        if not private:
+            self._held = candidate.tobytes()
+        return module
+
+    def _edit(self, candidate: IntArray) -> Edit:
+        return self._context.structure.edit(self._context.space.pruning(candidate.tolist()))
+
+
+def bound_forward(context: Context, module: nn.Module) -> Callable[[Batch], object]:
+    """The forward of the context, of one module."""
+    return lambda batch: context.forward(module, batch)

@@ -1,0 +1,1 @@
+"""Training inside evaluators: one candidate, or the shared weights of a supernet."""
