@@ -102,7 +102,7 @@ def averaging(module: nn.Module, passes: Passes | None = None) -> Iterator[None]
     Batches that run through `passes` are divided where they do not fit into memory.
 
     The layers stay in evaluation mode and a hook hands them the statistics, because PyTorch's training mode on a CPU
-    sums one value after the other: a fifth of an evaluation of ResNet-20 at 32x32 (benchmarks/overhead.py).
+    sums one value after the other: a fifth of an evaluation of ResNet-20 at 32x32 (benchmarks/execution/overhead.py).
     """
     averages = statistics(module)
     modes = [(m, m.training) for m in module.modules()]

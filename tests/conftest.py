@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoprune import Data
 from tests.processes import MARK, running
-from tests.zoo import ZOO, resnet
+from zoo import ZOO, resnet
 
 torch.set_num_threads(1)  # the same sums in the same order on every machine, and no fight over small tensors
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import autoprune
 from autoprune.testing.contexts import study_for
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 def study_of(model, data, evaluator="adaptive_bn", budget="flops <= 100%", space="channels", metric="auto"):

@@ -25,7 +25,7 @@ from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, widths_of
 from tests.oracle import count_macs, count_params
-from tests.zoo.entries import settled_parameters
+from zoo.entries import settled_parameters
 
 SIZE = 8
 Made = tuple[nn.Module, int, int]

@@ -3,7 +3,7 @@
 import torch
 
 import autoprune
-from tests.zoo import ZOO
+from zoo import ZOO
 
 SAMPLES, BATCH = 400, 40
 

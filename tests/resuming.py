@@ -5,7 +5,7 @@ import torch
 import autoprune
 from autoprune.evaluators import AdaptiveBN
 from autoprune.journal.journal import Journal
-from tests.zoo import ZOO
+from zoo import ZOO
 
 TRIALS = 30
 

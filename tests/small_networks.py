@@ -12,7 +12,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning
-from tests.zoo import draw, settled
+from zoo import draw, settled
 
 IMAGE = (3, 8, 8)
 Forward = Callable[..., Any]

@@ -19,8 +19,8 @@ from autoprune.protocols import Failure, Measurement
 from autoprune.testing.contracts import EvaluatorContract
 from tests.contexts import study_of
 from tests.user_functions import raise_out_of_memory
-from tests.zoo import ZOO
-from tests.zoo.settle import BATCH_NORMS
+from zoo import ZOO
+from zoo.settle import BATCH_NORMS
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import random_pruning, storages
-from tests.zoo import ZOO
-from tests.zoo.hf import HF_ZOO
-from tests.zoo.outputs import leaves
-from tests.zoo.tasks import TASK_ZOO
+from zoo import ZOO
+from zoo.hf import HF_ZOO
+from zoo.outputs import leaves
+from zoo.tasks import TASK_ZOO
 
 pytestmark = pytest.mark.slow
 

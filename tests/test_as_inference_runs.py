@@ -16,7 +16,7 @@ from autoprune.structure.example import Example
 from autoprune.structure.slicing.slicing import build
 from autoprune.structure.tracing.trace import trace
 from tests.measuring import peak_bytes
-from tests.zoo.resnet import resnet
+from zoo.resnet import resnet
 
 
 class Recurrent(nn.Module):

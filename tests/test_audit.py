@@ -17,7 +17,7 @@ from autoprune.audit.audit import spread
 from autoprune.evaluators import AdaptiveBN, FineTune
 from autoprune.result.audit_report import FOUND, NEW_WEIGHTS, RANDOM_UNITS, UNIFORM, Trained, Variant
 from autoprune.result.ranking import rank, tau_difference
-from tests.zoo import ZOO
+from zoo import ZOO
 
 X = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
 Y = ZOO["mlp"].build()(X).argmax(1)

@@ -12,7 +12,7 @@ from torch import nn
 import autoprune
 from autoprune import Data
 from tests.refusals import X, Y, refused, search
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 class TestModels:

@@ -15,7 +15,7 @@ from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from autoprune.testing.contracts import SpaceContract
 from tests.candidates import uniform_order
-from tests.zoo import ZOO, draw
+from zoo import ZOO, draw
 
 
 @cache

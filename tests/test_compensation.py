@@ -17,7 +17,7 @@ from autoprune.protocols import Failure, Measurement
 from autoprune.testing.contracts import EvaluatorContract
 from tests.contexts import classes_context, halved, regression_context, study_of
 from tests.user_functions import raise_out_of_memory
-from tests.zoo import ZOO, draw, settled
+from zoo import ZOO, draw, settled
 
 SHAPES = ((3, 12, 12),)
 

@@ -16,7 +16,7 @@ from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import random_pruning, uniform_order, widths_of
 from tests.oracle import count_macs, count_params
-from tests.zoo import draw, settled
+from zoo import draw, settled
 
 
 class Attention(nn.Module):

@@ -27,7 +27,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import state_of, uniform_order
-from tests.zoo import draw, settled
+from zoo import draw, settled
 
 Scores = dict[str, Tensor]
 

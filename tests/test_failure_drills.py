@@ -9,7 +9,7 @@ import torch
 import autoprune
 from autoprune.evaluators import AdaptiveBN, FineTune
 from autoprune.protocols import Failure, Measurement
-from tests.zoo import ZOO
+from zoo import ZOO
 
 X = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
 Y = ZOO["mlp"].build()(X).argmax(1)

@@ -13,7 +13,7 @@ from autoprune.protocols import Failure, Measurement
 from autoprune.testing.contracts import EvaluatorContract
 from tests.contexts import classes_context, halved, prepared, regression_context, study_of
 from tests.user_functions import raise_out_of_memory, shrink
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 @pytest.fixture(scope="module")

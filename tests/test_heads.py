@@ -13,7 +13,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
-from tests.zoo.hf import HF_ZOO
+from zoo.hf import HF_ZOO
 
 
 class Layout(NamedTuple):

@@ -14,7 +14,7 @@ from tests.hostile_commands import answer, commands, make_module
 
 CALLS, TOGETHER, COMMANDS = 30, 100, 60
 LONG = ("search", "inspect", "profile")
-"""Calls that trace a model: of their values some are drawn, and all are tried by `benchmarks.hostile_calls`."""
+"""Calls that trace a model: some of their values are drawn; `benchmarks.execution.hostile_calls` tries all."""
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from autoprune.inspection.text import human
 from autoprune.protocols import Pruning
 from autoprune.search_spaces import Channels
 from tests.small_networks import perceptron
-from tests.zoo import ZOO
+from zoo import ZOO
 
 NAMES = ("vgg_bn", "resnet20_padded", "densenet", "mobilenet_v2", "shufflenet_v2", "mlp", "tied_autoencoder")
 

@@ -26,9 +26,9 @@ from autoprune.testing.problems import (
     staircase_problem,
     table_problem,
 )
-from tests.zoo.concat import densenet
-from tests.zoo.mobile import mobilenet_v2
-from tests.zoo.resnet import resnet
+from zoo.concat import densenet
+from zoo.mobile import mobilenet_v2
+from zoo.resnet import resnet
 
 
 def assert_within_and_full(problem, candidates, budgets, losses):

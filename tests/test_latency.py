@@ -30,7 +30,7 @@ from autoprune.structure.example import Example
 from autoprune.structure.slicing.slicing import build
 from tests.machine import STEP, Machine, stepped
 from tests.measuring import INPUTS, measured, small
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 class Pulled(Machine):

@@ -15,7 +15,7 @@ from torch import nn
 import autoprune
 from autoprune.evaluators import FineTune
 from tests.searching import quick, seen
-from tests.zoo import ZOO
+from zoo import ZOO
 
 FIRST_SEARCH = """
 import os, sys, warnings

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.oracle import Removed, count_macs, count_params, masked_forward
-from tests.zoo import ZOO, draw, settled
+from zoo import ZOO, draw, settled
 
 Slices = dict[str, dict[int, list[int]]]
 

@@ -50,7 +50,7 @@ def test_nothing_is_imported_from_a_test_module():
     "source",
     [
         "from tests.test_search import seen",
-        "from tests.zoo.test_zoo import leaves",
+        "from zoo.test_zoo import leaves",
         "from tests import test_search",
         "from .test_search import seen",
         "import tests.test_search as other",

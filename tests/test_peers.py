@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import peer_methods
-from benchmarks.peer_report import NAMES, STAGES, interval, missed
-from benchmarks.trained import Trained
-from tests.zoo import resnet
+from benchmarks.peers import methods as peer_methods
+from benchmarks.peers.report import NAMES, STAGES, interval, missed
+from benchmarks.support.trained import Trained
+from zoo import resnet
 
 BEST, OTHER = "autoprune auto", "uniform L2"
 

@@ -22,7 +22,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.testing.contexts import study_for
 from tests.candidates import state_of
-from tests.zoo import ZOO, draw, settled
+from zoo import ZOO, draw, settled
 
 SHAPES = ((3, 8, 8),)
 

@@ -20,7 +20,7 @@ from autoprune.optimizers import RandomSearch
 from autoprune.protocols import FAILED, OK
 from autoprune.result.from_journal import result_from_journal
 from autoprune.study.progress import Progress
-from tests.zoo import ZOO
+from zoo import ZOO
 
 TRIALS = 40
 EIGHTHS = Channels(step=0.125, min_fraction=0.125)  # three dimensions of 8 options: 21 single changes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ["autoprune", "evaluators", "search_spaces", "benchmarks", "examples", "tests/zoo"]
+FOLDERS = ["autoprune", "evaluators", "search_spaces", "benchmarks", "examples", "zoo"]
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 CLAUSE = re.compile(

@@ -20,7 +20,7 @@ from autoprune.protocols import FAILED, OK
 from tests.object_stores import object_stores
 from tests.processes import running
 from tests.sockets import LOOPBACK, listening_of
-from tests.zoo import ZOO
+from zoo import ZOO
 
 pytestmark = pytest.mark.ray
 

@@ -20,7 +20,7 @@ from autoprune.result.recipe import ATTRIBUTE, attach
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 def half(name, seed=0, model=None):

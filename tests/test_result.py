@@ -12,7 +12,7 @@ import autoprune
 from autoprune import Data, Metric, SearchResult
 from autoprune.protocols import FAILED
 from autoprune.result.builders import weights_file
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 @pytest.fixture(scope="module")

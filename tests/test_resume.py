@@ -20,7 +20,7 @@ from autoprune.journal.sqlite_file import FILE_NAME
 from autoprune.optimizers.auto import Auto
 from autoprune.protocols import FAILED, OK, Failure
 from tests.resuming import TRIALS, Counting, interrupted, make_data, rows, search, seen
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 @pytest.mark.slow

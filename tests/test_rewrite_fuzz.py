@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.rewriting import TOKEN_SPECS, Attend, ClassToken, Plain, Rewritten, TokenSpec, Windows, check_tokens
 
-NETWORKS = 12  # benchmarks.fuzz_rewriting runs more
+NETWORKS = 12  # benchmarks.structure.fuzz_rewriting runs more
 
 
 @pytest.mark.slow

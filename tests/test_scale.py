@@ -1,4 +1,4 @@
-"""Structure discovery grows in line with the model, and needs no values; `benchmarks/scale.py` has the large sizes."""
+"""Structure discovery grows in line with the model, and needs no values: `benchmarks.structure.scale` at size."""
 
 import time
 
@@ -10,7 +10,7 @@ from autoprune.structure.analysis import analyse, best_choices
 from autoprune.structure.example import Example
 from autoprune.structure.tracing.trace import trace
 from autoprune.structure.units import Units
-from benchmarks.scale import chain, forward, llama_7b, llama_inputs, resnet50
+from benchmarks.structure.scale import chain, forward, llama_7b, llama_inputs, resnet50
 
 pytestmark = pytest.mark.slow
 

@@ -25,7 +25,7 @@ from autoprune.study.convergence import MOST_TRIALS, planned, why_converged
 from autoprune.testing.contracts import OptimizerContract
 from autoprune.testing.problems import additive_problem, product_problem
 from tests.oracle import count_macs
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 def search(model, budget, data, trials=40, **options):

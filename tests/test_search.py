@@ -26,7 +26,7 @@ from tests.searching import (
     seen,
     undominated,
 )
-from tests.zoo import ZOO
+from zoo import ZOO
 
 TRIALS = 40
 
@@ -169,7 +169,7 @@ import json, torch
 torch.set_num_threads(1)
 import autoprune
 from tests.searching import quick, seen
-from tests.zoo import ZOO
+from zoo import ZOO
 x = torch.randn(240, 64, generator=torch.Generator().manual_seed(0))
 print(json.dumps(seen(quick(ZOO["mlp"].build(), "flops <= 50%", (x, x[:, :10].argmax(1)), trials=40))))
 """

@@ -15,7 +15,7 @@ from autoprune import Channels, Data, Metric
 from autoprune.evaluators import Compensated
 from autoprune.study.request import Request
 from tests.searching import quick, seen
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 def margin(outputs, batch):

@@ -18,7 +18,7 @@ from autoprune.evaluators.activation_cache.store import Store
 from autoprune.execution import LocalExecutor
 from autoprune.protocols import Measurement
 from tests.contexts import study_of
-from tests.zoo import ZOO
+from zoo import ZOO
 
 
 def data_for(*shapes, samples=60, size=16):

@@ -25,9 +25,9 @@ from autoprune.structure.example import Example
 from autoprune.structure.slicing.slicing import Edit, Slicer
 from autoprune.structure.structure import Structure
 from autoprune.testing.contracts import SpaceContract
-from benchmarks.sparsity import BASELINES, erdos_renyi_kernel, share_out
+from benchmarks.peers.sparsity import BASELINES, erdos_renyi_kernel, share_out
 from tests.candidates import outputs_of, random_pruning, state_of, storages
-from tests.zoo import ZOO
+from zoo import ZOO
 
 WORDS = 30
 

@@ -14,7 +14,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from tests.candidates import state_of, widths_of
 from tests.small_networks import IMAGE, Net, assert_right, conv, flattened, known, residual, slots_of
-from tests.zoo import draw, settled
+from zoo import draw, settled
 
 
 class TestHowAModelIsCalled:

@@ -28,7 +28,7 @@ from tests.small_networks import (
     residual,
     slots_of,
 )
-from tests.zoo import draw, settled
+from zoo import draw, settled
 
 
 def gates() -> nn.Module:

@@ -9,7 +9,7 @@ from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse, require_prunable
 from autoprune.structure.example import Example
 from tests.small_networks import IMAGE, Net, conv, flattened, known, picks, residual
-from tests.zoo import draw, settled
+from zoo import draw, settled
 
 
 class TestWhatIsRefused:

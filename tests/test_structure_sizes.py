@@ -18,7 +18,7 @@ from autoprune.structure.sizes.held import hold_size, size_held, sizes_held
 from autoprune.structure.tracing.trace import trace
 from tests.small_networks import IMAGE, Net, assert_right, conv
 from tests.small_transformer import TOKENS, WIDTH, Attention, Sizes, transformer
-from tests.zoo import draw, settled
+from zoo import draw, settled
 
 
 def found_in(model: nn.Module, *shapes: tuple[int, ...]) -> float:

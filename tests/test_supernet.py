@@ -25,7 +25,7 @@ from tests.supernets import (
     rows,
     weights,
 )
-from tests.zoo.attention import EinsumVit
+from zoo.attention import EinsumVit
 
 
 @pytest.fixture(scope="module")

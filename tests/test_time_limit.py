@@ -13,7 +13,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.time_limit import doing, limited, look
 from tests.small_transformer import TOKENS, Attention, transformer
-from tests.zoo import draw
+from zoo import draw
 
 
 class Clock:

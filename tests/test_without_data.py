@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import autoprune
-from tests.zoo import resnet
+from zoo import resnet
 
 
 class Tokens(nn.Module):

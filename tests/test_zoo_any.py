@@ -24,9 +24,9 @@ from autoprune.structure.structure import Structure
 from tests.candidates import gap, random_pruning, widths_of
 from tests.counting import counted_macs, reach
 from tests.oracle import SoftmaxOverKept, count_params, masked_forward
-from tests.zoo.entries import AnyEntry, Inputs
-from tests.zoo.hf import HF_ZOO
-from tests.zoo.tasks import TASK_ZOO
+from zoo.entries import AnyEntry, Inputs
+from zoo.hf import HF_ZOO
+from zoo.tasks import TASK_ZOO
 
 pytestmark = pytest.mark.slow
 

@@ -6,10 +6,10 @@ from operator import attrgetter
 import pytest
 import torch
 
-from tests.zoo.entries import AnyEntry
-from tests.zoo.hf import HF_ZOO
-from tests.zoo.outputs import leaves
-from tests.zoo.tasks import TASK_ZOO
+from zoo.entries import AnyEntry
+from zoo.hf import HF_ZOO
+from zoo.outputs import leaves
+from zoo.tasks import TASK_ZOO
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, state_of, storages, widths_of
 from tests.oracle import count_macs, count_params
-from tests.zoo import ZOO
+from zoo import ZOO
 
 EVERY = pytest.mark.parametrize("name", ZOO)
 CANDIDATES = 20

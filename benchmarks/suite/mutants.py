@@ -1,0 +1,134 @@
+"""Mistakes that a careful reviewer would look for, made one at a time: does a test fail at each?
+
+Run ``python -m benchmarks.suite.mutants`` from the root of the repository (about 40 minutes on one thread); exits with
+1 when more than two of the mutants survive. Each is one small change of the source, applied in a copy of the tree,
+which the named tests alone then judge: it is *killed* if one of them fails or takes longer than the limit. A mutant
+whose text no longer stands exactly once in its module is an error, so the list follows the code. ``--only 3 17`` runs
+some by number and prints them, ``--check`` looks at the texts alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.suite.mutant_cases import MUTANTS, Mutant
+from benchmarks.support.common import environment, table, write
+
+COMMAND = "python -m benchmarks.suite.mutants"
+ROOT = Path(__file__).parents[2]
+COPIED = (
+    "autoprune",
+    "evaluators",
+    "search_spaces",
+    "tests",
+    "docs",
+    "benchmarks",
+    "examples",
+    "pyproject.toml",
+    "README.md",
+)
+LIMIT_SECONDS = 300
+MOST_SURVIVORS = 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of mutants, from 1; nothing is written")
+    parser.add_argument("--check", action="store_true", help="look for the texts, and run nothing")
+    options = parser.parse_args()
+    misplaced = [f"{number}: {why}" for number, mutant in enumerate(MUTANTS, 1) if (why := why_not(mutant))]
+    if misplaced or options.check:
+        print("\n".join(misplaced) or f"{len(MUTANTS)} mutants fit")
+        return int(bool(misplaced))
+    where, rows = environment(COMMAND), []
+    with tempfile.TemporaryDirectory() as name:
+        copy_to(Path(name))
+        for number in options.only or range(1, len(MUTANTS) + 1):
+            mutant = MUTANTS[number - 1]
+            began = time.monotonic()
+            fate = fate_of(mutant, Path(name))
+            rows.append((number, mutant.module, mutant.mistake, fate, f"{time.monotonic() - began:.0f}"))
+            print(rows[-1], file=sys.stderr, flush=True)
+    survived = [row for row in rows if row[3] == "survived"]
+    met = len(survived) <= MOST_SURVIVORS
+    text = (
+        f"{len(rows) - len(survived)} of {len(rows)} killed; at most {MOST_SURVIVORS} may survive.\n\n"
+        f"{table(('', 'module', 'mistake', 'fate', 'seconds'), rows)}\n\nTarget {'met' if met else 'NOT met'}."
+    )
+    if options.only:
+        print(text)
+    else:
+        write("mutants", "Mutants", {"environment": where, "met": met, "rows": rows}, text)
+    return 0 if met else 1
+
+
+def file_of(module: str, root: Path) -> Path:
+    """File of a module, by its name alone."""
+    return root.joinpath(*module.split(".")).with_suffix(".py")
+
+
+def why_not(mutant: Mutant) -> str:
+    """Reason why a mutant cannot be made; empty if it can."""
+    file = file_of(mutant.module, ROOT)
+    if not file.exists():
+        return f"there is no module {mutant.module}"
+    count = file.read_text().count(mutant.old)
+    missing = [test for test in mutant.tests if len(files_of(test, ROOT)) != 1]
+    if missing:
+        return f"there is no test file {missing[0]}"
+    return "" if count == 1 else f"{mutant.old!r} stands {count} times in {mutant.module}"
+
+
+def files_of(test: str, root: Path) -> list[str]:
+    """Pytest's names of a test file, wherever it lies in the folder of tests."""
+    name, separator, part = test.partition("::")
+    found = sorted((root / "tests").rglob(f"{name}.py"))
+    return [f"{file.relative_to(root)}{separator}{part}" for file in found]
+
+
+def copy_to(folder: Path) -> None:
+    """Copy what tests need, links as links."""
+    ignored = shutil.ignore_patterns("__pycache__", "results")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(source, folder)
+
+
+def fate_of(mutant: Mutant, folder: Path) -> str:
+    """Run the tests of a mutant in a copy of the tree, which is left as it was."""
+    file = file_of(mutant.module, folder)
+    before = file.read_text()
+    file.write_text(before.replace(mutant.old, mutant.new))
+    try:
+        return _fate([name for test in mutant.tests for name in files_of(test, folder)], folder)
+    finally:
+        file.write_text(before)
+
+
+def _fate(tests: Sequence[str], folder: Path) -> str:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    variables = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=variables, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "killed: too slow"
+    if done.returncode not in (0, 1):  # nothing was tested, or the mutant is no Python
+        raise RuntimeError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+    return "killed" if done.returncode else "survived"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
