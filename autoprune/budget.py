@@ -159,7 +159,8 @@ class Budget:
         Raises:
             BudgetError: If a limit names another metric, or is on the wrong side for its direction.
         """
-        limits, score_limits = [], list(self.score_limits)
+        limits = []
+        score_limits = list(self.score_limits)
         higher = direction.higher_is_better
         for limit in self.limits:
             if limit.name in costs or not _same_metric(limit.name, metric):
@@ -227,7 +228,9 @@ def _parse_clause(text: str) -> Limit | ScoreLimit:
     match = _CLAUSE.fullmatch(text.strip())
     if match is None:
         raise BudgetError(f"cannot read {shown(text.strip())} as a budget; write {FORMS}")
-    name, unit, value = _cost_name(match["name"]), match["unit"], float(match["number"])
+    name = _cost_name(match["name"])
+    unit = match["unit"]
+    value = float(match["number"])
     at_least = match["sign"] in (">=", "≥")
     if name == THROUGHPUT and not match["drop"]:
         return _throughput(text.strip(), at_least, unit, value)

@@ -81,7 +81,9 @@ class Compensated:
         for name, part in (("bn", bn), ("bias", bias), ("least_squares", least_squares), ("renew", renew)):
             flag(name, part)
         self._bn, self._bias, self._least_squares, self._renew = bn, bias, least_squares, renew
-        self._ridge, self._memory_bytes, self._share_bytes = ridge, memory_bytes, checked_bytes(share_bytes)
+        self._ridge = ridge
+        self._memory_bytes = memory_bytes
+        self._share_bytes = checked_bytes(share_bytes)
         self._collected = False
         self._whole = {"bn": bn, "bias": bias, "least_squares": least_squares}  # the parts that `collect` serves
         self._typical: Pruning | None = None
@@ -126,13 +128,15 @@ class Compensated:
         other = copy.copy(self)
         other._bn, other._bias = parts.get("bn", self._bn), parts.get("bias", self._bias)
         other._least_squares = parts.get("least_squares", self._least_squares)
-        other._solved, other._solved_bytes = OrderedDict(), 0
+        other._solved = OrderedDict()
+        other._solved_bytes = 0
         return other
 
     def judged_on(self, typical: Pruning) -> Compensated:
         """Copy, not prepared yet, that chooses ridges for this pruning instead of for the middle of the space."""
         other = self.with_parts()
-        other._typical, other._collected = typical, False
+        other._typical = typical
+        other._collected = False
         return other
 
     @property
@@ -201,7 +205,8 @@ class Compensated:
 
     def _refit(self, module: nn.Module, edit: Edit, layer: Layer) -> None:
         """Give a weight that reads removed units, and its bias, new values."""
-        reader, name = layer.reader, layer.reader.name
+        reader = layer.reader
+        name = layer.reader.name
         dense = self._context.model.get_parameter(name).detach()
         whole = matrix_of(dense, reader)
         whole = whole.to(torch.promote_types(whole.dtype, torch.float32))

@@ -55,7 +55,9 @@ class FineTune:
         self.steps = whole_number("steps", steps, 1)
         if train_fn is not None and (why := why_no_function(train_fn, 2)):
             raise TypeError(f"train_fn must be a function train_fn(model, steps), or None, {why}")
-        self._train_fn, self._lr, self._seed = train_fn, positive("lr", lr), whole_number("seed", seed, 0, MOST_SEED)
+        self._train_fn = train_fn
+        self._lr = positive("lr", lr)
+        self._seed = whole_number("seed", seed, 0, MOST_SEED)
         if start is not None and (isinstance(start, type) or not hasattr(start, "build")):
             raise TypeError(f"start must be an evaluator, such as Compensated(), or None, got {shown(start)}")
         self._start: Evaluator = Compensated() if start is None else start
@@ -132,7 +134,8 @@ class FineTune:
         """Train a candidate for `steps` steps, from where it was last scored if it was."""
         if not candidate.any():
             return self._start.build(candidate)
-        context, course = self._context, self._course(candidate, steps)
+        context = self._context
+        course = self._course(candidate, steps)
         module = course.module
         modes = [(part, part.training) for part in module.modules()]
         course.go_on(steps)
@@ -152,7 +155,8 @@ class FineTune:
         if begun is not None and begun[0] == candidate.tobytes() and begun[1].taken <= steps:
             return begun[1]
         begun = None  # frees the old training before a new one is made
-        context, module = self._context, self._start.build(candidate)
+        context = self._context
+        module = self._start.build(candidate)
         zeroed = context.structure.edit(context.space.pruning(candidate.tolist())).zeroed
         parameters = dict(module.named_parameters())
         masks = {parameters[name]: parameters[name].detach() != 0 for name in zeroed}

@@ -141,14 +141,16 @@ class Supernet:
             DataError: If `data` cannot be iterated again, or is of an unknown form.
             FileFormatError: If the checkpoint is damaged or no checkpoint.
         """
-        model, identity = build(context.model, Edit({}, {})), self._training_identity(context)
+        model = build(context.model, Edit({}, {}))
+        identity = self._training_identity(context)
         if self._learned.identity == identity:
             load_weights(model, self._learned.weights)
         elif self._own_data and self.data is None:
             raise ValueError("supernet was pickled without its training data, and serves only what it was trained for")
         else:
             Training(context, model, self._recipe(), identity).run()
-            self._learned.identity, self._learned.weights = identity, weights_of(model)
+            self._learned.identity = identity
+            self._learned.weights = weights_of(model)
 
         def adapt(module: nn.Module, _: Edit, run: Callable[[Batch], object]) -> None:
             recalibrate(module, context.subsets.calibration, run)

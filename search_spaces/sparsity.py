@@ -65,7 +65,8 @@ class Sparsity:
         for pattern in self.ignore:
             if not any(fnmatchcase(name, pattern) for both in names.values() for name in both):
                 raise ValueError(f"ignore has {shown(pattern)}, which matches no weight; there are {', '.join(names)}")
-        dimensions, elements = [], []
+        dimensions = []
+        elements = []
         for weight, shape in structure.weights.items():
             if not any(fnmatchcase(name, pattern) for name in names[weight] for pattern in self.ignore):
                 count = math.prod(shape)

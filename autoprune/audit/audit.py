@@ -93,7 +93,8 @@ def audit(
             "audit needs a result with its model and samples, got one that was loaded; pass what autoprune.search "
             "returns, which with run_dir= and resume=True repeats no trial"
         )
-    k, repeats = whole_number("k", k, FEWEST), whole_number("repeats", repeats, 0, MOST_REPEATS)
+    k = whole_number("k", k, FEWEST)
+    repeats = whole_number("repeats", repeats, 0, MOST_REPEATS)
     seed = whole_number("seed", seed, 0, MOST_SEED)
     if steps is not None:
         steps = whole_number("steps", steps, 1, why=", or None")
@@ -233,7 +234,9 @@ class _Work:
 
     def like(self, candidate: IntArray, limited: tuple[str, ...], initialise: Initialise | None) -> None:
         """Plan the trainings of the control networks of a candidate."""
-        build, builder, seed = self.builder.evaluator.build, self.builder, self.seed
+        build = self.builder.evaluator.build
+        builder = self.builder
+        seed = self.seed
         zeroed = builder.context.space.pruning(candidate.tolist()).zeroed
         self.kinds[FOUND] = candidate, lambda repeat: build(candidate)
         uniform = uniform_widths(builder, candidate, limited)

@@ -74,7 +74,8 @@ def reset_parameters(module: nn.Module) -> None:
 
 def with_random_units(builder: FromEvaluator, candidate: IntArray, seed: int) -> nn.Module:
     """Build a candidate by the evaluator of a search with randomly drawn units; zeros are drawn likewise."""
-    context, evaluator = builder.context, copy.deepcopy(builder.fresh)
+    context = builder.context
+    evaluator = copy.deepcopy(builder.fresh)
     generator = np.random.default_rng(seed)
     orders = {group.name: generator.permutation(group.size) for group in context.structure.groups}
     evaluator.prepare(replace(context, space=cast(SearchSpace, _RandomUnits(context.space, orders))))

@@ -307,7 +307,8 @@ def profile(
         from autoprune.cli.user_objects import load_model
         from autoprune.costs.latency.profile import profile as measure
 
-        on, gpus = _device(device), torch.cuda.device_count()
+        on = _device(device)
+        gpus = torch.cuda.device_count()
         if on.type == "cuda" and (on.index or 0) >= gpus:
             raise ValueError(f"device must be one of this machine, got {device!r}, and PyTorch sees {gpus} GPUs here")
         if threads is not None:

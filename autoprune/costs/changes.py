@@ -125,7 +125,8 @@ class Counted:
         """Growth of the `totals` of candidate ``row[i]`` with entry ``dim[i]`` at ``option[i]``, shape (k, c)."""
         changes = self._changes
         step = changes.widths[dim, option] - changes.widths[dim, self.candidates[row, dim]]
-        starts, ends = changes.parts.indptr[dim], changes.parts.indptr[dim + 1]
+        starts = changes.parts.indptr[dim]
+        ends = changes.parts.indptr[dim + 1]
         until = np.cumsum(ends - starts)
         out = np.empty((len(row), len(changes.divisors)))
         first = 0

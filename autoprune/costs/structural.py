@@ -87,13 +87,15 @@ class _Matrix:
     """
 
     def __init__(self, matrix: FloatArray) -> None:
-        self._matrix, self._transposed = matrix, None
+        self._matrix = matrix
+        self._transposed = None
         self.size = matrix.size
         filled = int(np.count_nonzero(matrix))
         if _SPARSE * filled < self.size > _SMALL:
             from scipy.sparse import csr_array
 
-            self._transposed, self.size = csr_array(matrix.T), filled + matrix.shape[1]
+            self._transposed = csr_array(matrix.T)
+            self.size = filled + matrix.shape[1]
 
     def times(self, rows: FloatArray) -> FloatArray:
         """Products, shape (n, columns)."""
@@ -173,7 +175,8 @@ def live_tensors(
 
 def _peaks(born: IntArray, died: IntArray) -> IntArray:
     """Moments that can be the peak: a tensor is released after them, and one was made since the last such moment."""
-    last, peaks = -2, []
+    last = -2
+    peaks = []
     births = np.unique(born)
     for death in np.unique(died).tolist():
         if births[np.searchsorted(births, death) - 1] > last:

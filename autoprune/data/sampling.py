@@ -271,7 +271,10 @@ def _draw_first(source: Any, wanted: Mapping[str, int], seed: int, name: str) ->
             f"{name} data must be a DataLoader, a Dataset, an iterable of batches, or arrays (X, y), "
             f"got {type(source).__name__}"
         )
-    batches, read, total, empty = [], 0, sum(wanted.values()), 0
+    batches = []
+    read = 0
+    total = sum(wanted.values())
+    empty = 0
     with seeded(seed, *generators_of(source)):
         for batch in source:
             batches.append(batch)
@@ -286,7 +289,8 @@ def _draw_first(source: Any, wanted: Mapping[str, int], seed: int, name: str) ->
                 break
     if not all(map(divisible, batches)):
         return _dealt(batches, wanted, name)
-    parts, start = {}, 0
+    parts = {}
+    start = 0
     for part, count in allocate(read, wanted, name).items():
         parts[part] = _cut(batches, start, start + count)
         start += count
@@ -311,10 +315,12 @@ def _dealt(batches: Sequence[Batch], wanted: Mapping[str, int], name: str) -> di
 
 def _cut(batches: Sequence[Batch], start: int, stop: int) -> list[Batch]:
     """Take samples `start` to `stop` of consecutive batches."""
-    cut, offset = [], 0
+    cut = []
+    offset = 0
     for batch in batches:
         size = batch_size(batch)
-        first, last = max(start - offset, 0), min(stop - offset, size)
+        first = max(start - offset, 0)
+        last = min(stop - offset, size)
         if first < last:
             cut.append(slice_batch(batch, first, last))
         offset += size

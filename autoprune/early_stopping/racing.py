@@ -153,7 +153,8 @@ def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = N
     if race is None:
         return only(evaluator, evaluator.evaluate(candidate[None].copy()))
     parts: list[Measurement] = []
-    seen, total = 0, len(race.signal)
+    seen = 0
+    total = len(race.signal)
     while seen < total:
         part = only(evaluator, evaluator.evaluate(candidate[None].copy(), slice(len(parts), len(parts) + 1)))
         if isinstance(part, Failure):

@@ -127,7 +127,8 @@ def behind(objectives: FloatArray, reduction: float) -> NDArray[np.bool_]:
     Returns:
         True for the points on the fronts that are left, shape (n,).
     """
-    left, room = np.ones(len(objectives), dtype=np.bool_), math.ceil((len(objectives) + 1) / reduction)
+    left = np.ones(len(objectives), dtype=np.bool_)
+    room = math.ceil((len(objectives) + 1) / reduction)
     while left.any():
         front = np.flatnonzero(left)[non_dominated(objectives[left])]
         room -= len(front)

@@ -172,7 +172,8 @@ class RayExecutor:
             import ray
 
         _require_authentication(ray.__version__)
-        self._ray, self._connected = ray, not ray.is_initialized()
+        self._ray = ray
+        self._connected = not ray.is_initialized()
         local_room = None
         if self._connected:
             address = self.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -390,7 +391,10 @@ class RayExecutor:
         return min(near, key=lambda task: (not task.strikes, (task.place - at) % 1))
 
     def _launch(self, worker: Worker) -> None:
-        worker.tasks, worker.place, worker.node, worker.at = [], "", "", None
+        worker.tasks = []
+        worker.place = ""
+        worker.node = ""
+        worker.at = None
         actor = self._ray.remote(Actor).options(
             num_cpus=self.cpus_per_worker,
             num_gpus=self.gpus_per_worker,
@@ -419,7 +423,8 @@ class RayExecutor:
         """Number of workers that the nodes have room for when nothing else runs on them."""
         rooms = []
         for node in self._ray.nodes():
-            has, needs = node["Resources"], {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
+            has = node["Resources"]
+            needs = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
             if node["Alive"]:
                 rooms.append(min(int(has.get(name, 0) / need + 1e-9) for name, need in needs.items() if need))
         return sum(rooms)

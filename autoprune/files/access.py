@@ -203,7 +203,8 @@ def require_file(path: str | Path, expected: str, most_bytes: int) -> Path:
     if not stat.S_ISREG(found.st_mode):
         raise FileFormatError(f"{expected}, got {shortened(file)}: it is {kind_of(file)}; name the file")
     if found.st_size > most_bytes:
-        size, most = found.st_size / MIB, most_bytes / MIB
+        size = found.st_size / MIB
+        most = most_bytes / MIB
         raise FileFormatError(f"{expected}, got {shortened(file)}: its {size:,.0f} MiB are over {most:,.0f} MiB")
     return file
 

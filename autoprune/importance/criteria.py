@@ -238,7 +238,8 @@ def _scored(
     reads = _READS.get(criterion, "") if isinstance(criterion, str) else "everything"
     generator = torch.Generator().manual_seed(seed)
     modules, parameters = dict(calibration.model.named_modules()), dict(calibration.model.named_parameters())
-    scores, blind = {}, []
+    scores = {}
+    blind = []
     for group in calibration.structure.groups:
         tensors = _tensors(parameters, modules, group, gradients, activations.get(group.name, ()), generator)
         lacking = reads not in ("", "everything") and not getattr(tensors, reads)
@@ -268,7 +269,9 @@ def _tensors(
     activations: Sequence[Activation],
     generator: torch.Generator,
 ) -> GroupTensors:
-    weights, slopes, scales = [], [], []
+    weights = []
+    slopes = []
+    scales = []
     for slot in group.slots:
         if slot.tensor not in parameters:
             continue
@@ -360,7 +363,8 @@ def _loss(outputs: Tensor, target: Any) -> Tensor | None:
 
 def _drawn_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     """Compute the mean loss towards labels drawn from logits, else towards normal noise around the outputs."""
-    output, classes = main_output(outputs).float(), class_dimension(outputs, batch)
+    output = main_output(outputs).float()
+    classes = class_dimension(outputs, batch)
     if classes is None:
         noise = torch.randn(output.shape, generator=generator).to(output.device)
         return (output * noise).sum() / len(output)

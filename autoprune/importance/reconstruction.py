@@ -67,7 +67,8 @@ def reconstruction_errors(calibration: Calibration, removals: Sequence[Removal])
     found: list[FloatArray | None] = [None] * len(removals)
     for (layer, i), error in errors.items():
         if 0 < energies[layer] < np.inf and np.isfinite(error).all():
-            relative, known = error / energies[layer], found[i]
+            relative = error / energies[layer]
+            known = found[i]
             found[i] = relative if known is None else known + relative
     return found
 
@@ -92,10 +93,13 @@ def reads(model: nn.Module, structure: Structure) -> dict[str, dict[str, IntArra
 
 def _errors(module: nn.Module, x: Tensor, axis: int, options: Sequence[IntArray]) -> FloatArray:
     """Energy of the contribution of each option's inputs to the output of a layer, shape (options,)."""
-    total, seen, energies = torch.zeros((), device=x.device), np.zeros(0, dtype=np.int64), []
+    total = torch.zeros((), device=x.device)
+    seen = np.zeros(0, dtype=np.int64)
+    energies = []
     for inputs in options:
         if not np.isin(seen, inputs).all():
-            total, seen = torch.zeros((), device=x.device), seen[:0]
+            total = torch.zeros((), device=x.device)
+            seen = seen[:0]
         new = torch.from_numpy(np.setdiff1d(inputs, seen)).to(x.device)
         if len(new):
             total = total + _part(module, new)(x.index_select(axis, new))
@@ -106,7 +110,9 @@ def _errors(module: nn.Module, x: Tensor, axis: int, options: Sequence[IntArray]
 
 def _part(module: nn.Module, inputs: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """Make the forward of a layer without its bias and hooks, for some of its inputs only."""
-    part, weight, dim = copy.copy(module), module.get_parameter("weight"), input_dim(module)
+    part = copy.copy(module)
+    weight = module.get_parameter("weight")
+    dim = input_dim(module)
     assert dim is not None
     part.__dict__["_parameters"] = {
         "weight": weight if inputs is None else weight.index_select(dim, inputs),

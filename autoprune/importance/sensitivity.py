@@ -88,7 +88,8 @@ def output_changes(calibration: Calibration, removals: Sequence[Removal], seed: 
             with torch.enable_grad():
                 loss, drawn = sampled_loss(calibration.forward(copied, part), part, generator)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-            samples, draws = samples + batch_size(part), draws + drawn
+            samples = samples + batch_size(part)
+            draws = draws + drawn
             seen: dict[str, list[Tensor]] = defaultdict(list)
             for (name, _), each in products.items():
                 seen[name].append(each)
@@ -105,7 +106,8 @@ def output_changes(calibration: Calibration, removals: Sequence[Removal], seed: 
 
 def _steps(options: Sequence[IntArray]) -> list[tuple[bool, Tensor]]:
     """Difference of each option to the one before: whether it holds all units of that, and its new units."""
-    steps, seen = [], np.zeros(0, dtype=np.int64)
+    steps = []
+    seen = np.zeros(0, dtype=np.int64)
     for units in options:
         more = bool(np.isin(seen, units).all())
         steps.append((more, torch.from_numpy(np.setdiff1d(units, seen) if more else np.unique(units))))
@@ -115,7 +117,8 @@ def _steps(options: Sequence[IntArray]) -> list[tuple[bool, Tensor]]:
 
 def _energies(products: Tensor, steps: Sequence[tuple[bool, Tensor]]) -> FloatArray:
     """Sum over rows (n, units) of the squared sum over the units of each option, shape (options,)."""
-    total, sums = products.new_zeros(len(products)), []
+    total = products.new_zeros(len(products))
+    sums = []
     for more, units in steps:
         new = products[:, units.to(products.device)].sum(1)
         total = total + new if more else new

@@ -138,7 +138,8 @@ class Inspection:
         """Peak bytes of inputs and results of the traced pass; 0 on the meta device."""
         if self.structure.device == "meta":
             return 0
-        batch, dense = self.structure.terms.batch, self.structure.sizes[None].astype(np.float64)
+        batch = self.structure.terms.batch
+        dense = self.structure.sizes[None].astype(np.float64)
         # State is the same at any batch, and activations grow with it.
         one, all_of_it = (StructuralCosts(self.structure, n).memory_bytes(dense)[0] for n in (batch, 2 * batch))
         return int(all_of_it - one)

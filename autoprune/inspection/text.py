@@ -32,7 +32,8 @@ def as_text(found: Inspection) -> str:
 
 def headline(found: Inspection) -> str:
     """Summarise in one line: the numbers of units and of groups."""
-    units, groups = sum(group.units for group in found.groups), len(found.groups)
+    units = sum(group.units for group in found.groups)
+    groups = len(found.groups)
     what = f"{units} removable units in {groups} group{'s' * (groups > 1)}" if units else "nothing can be pruned"
     return f"{found.model}: {what}"
 
@@ -116,7 +117,8 @@ def human(number: float) -> str:
     """Format a number with three digits and a decimal prefix, as in budgets: 2580000 is ``2.58M``."""
     power = 0
     while number >= 999.5 and power < 4:
-        number, power = number / 1000, power + 1
+        number = number / 1000
+        power = power + 1
     digits = 0 if power == 0 else (number < 99.95) + (number < 9.995)  # three digits in all
     return f"{number:.{digits}f}{('', 'k', 'M', 'G', 'T')[power]}"
 

@@ -141,7 +141,9 @@ class Journal:
 
     def record_ask(self, candidates: IntArray, costs: Mapping[str, FloatArray]) -> list[int]:
         """Add a pending trial for each of the candidates (n, d), with its named costs (n,); return the ids."""
-        ask, first, asked = self._next("trials", "ask"), self._next("trials", "id"), time.time()
+        ask = self._next("trials", "ask")
+        first = self._next("trials", "id")
+        asked = time.time()
         rows = [
             (first + i, ask, asked, _json(candidate), _json({name: float(values[i]) for name, values in costs.items()}))
             for i, candidate in enumerate(candidates.tolist())

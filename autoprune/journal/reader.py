@@ -72,7 +72,8 @@ def _connect(path: Path, stack: ExitStack) -> sqlite3.Connection:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="autoprune-")))
         for side in (path, log):
             shutil.copyfile(require_file(side, "run_dir must hold a journal", MOST_BYTES), folder / side.name)
-        path, options = folder / path.name, "mode=rw"
+        path = folder / path.name
+        options = "mode=rw"
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?{options}", uri=True, timeout=BUSY_SECONDS)
     stack.callback(connection.close)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_VALUE_BYTES)

@@ -106,7 +106,8 @@ def patiently(action: Callable[[], T], path: str | Path, most_seconds: float = M
     Raises:
         OSError: If the lock is still held after `most_seconds`.
     """
-    began, told = time.monotonic(), False
+    began = time.monotonic()
+    told = False
     while True:
         try:
             return action()

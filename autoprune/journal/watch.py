@@ -41,7 +41,8 @@ class Watch:
 
     def overwritten(self) -> bool:
         """Return whether someone else changed the contents of the file; a checkpoint of another program does not."""
-        now, before = os.stat(self._path), self._state
+        now = os.stat(self._path)
+        before = self._state
         if (now.st_mtime_ns, now.st_size) == (before.st_mtime_ns, before.st_size):
             return False
         self._state = now

@@ -15,7 +15,8 @@ from autoprune.metrics.scorers import NO_LABEL, main_output, unpadded
 
 def next_token(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token in nats, averaged over the tokens of a sample that count, shape (n,), twice."""
-    logits, wanted = main_output(outputs), next_tokens(outputs, batch)
+    logits = main_output(outputs)
+    wanted = next_tokens(outputs, batch)
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=NO_LABEL)
     loss = losses.sum(1) / (wanted != NO_LABEL).sum(1).clamp(min=1)
@@ -38,7 +39,8 @@ def next_tokens(outputs: Any, batch: Batch) -> Tensor:
     assert ids is not None
     labels = targets(batch)
     wanted = labels if isinstance(labels, Tensor) and labels.shape == ids.shape else ids
-    wanted, kept = wanted.to(logits.device).long()[:, 1:], unpadded(batch, logits)
+    wanted = wanted.to(logits.device).long()[:, 1:]
+    kept = unpadded(batch, logits)
     return wanted.masked_fill(~(kept[:, 1:] & kept[:, :-1]), NO_LABEL)
 
 

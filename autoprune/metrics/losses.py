@@ -120,7 +120,8 @@ class WholeLoss:
             output = main_output(forward(batch))
             if not _fits(outputs, wanted, output, targets(batch)):
                 done.append(self._of(outputs, wanted))
-                outputs, wanted = [], []
+                outputs = []
+                wanted = []
             outputs.append(output)
             wanted.append(targets(batch))
         done.append(self._of(outputs, wanted))
@@ -151,7 +152,8 @@ def sample_loss(loss: Callable[..., Any], outputs: Any, batches: Sequence[Batch]
     reduction, reduced = _reduced(loss)
     if reduction is not None:
         own = "mean" if reduction == "none" else reduction
-        whole, found = reduced(own), SampleLoss(name, reduced("none"), reduced(own), own == "sum")
+        whole = reduced(own)
+        found = SampleLoss(name, reduced("none"), reduced(own), own == "sum")
     else:
         value = _called(loss, output, targets(batches[0]))
         if isinstance(value, Tensor) and value.ndim and len(value) == len(output):
@@ -161,7 +163,8 @@ def sample_loss(loss: Callable[..., Any], outputs: Any, batches: Sequence[Batch]
                 f"loss {name!r} must return one number, or one value a sample, shape (n, ...), got {describe(value)}; "
                 "use autoprune.Metric for anything else"
             )
-        whole, found = loss, SampleLoss(name, SingleSamples(loss))
+        whole = loss
+        found = SampleLoss(name, SingleSamples(loss))
     try:
         if all(_agrees(found, whole, output, batch) for batch in tried):
             return found, ""

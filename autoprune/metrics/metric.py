@@ -280,7 +280,8 @@ class _Watched:
         self._seen: dict[int, Tensor] = {}
 
     def __call__(self, batch: Batch) -> Any:
-        outputs, dense = self._forward(batch), self._dense.get(id(batch))
+        outputs = self._forward(batch)
+        dense = self._dense.get(id(batch))
         if self._distance is not None and dense is not None and next(tensors(outputs), None) is not None:
             output = scorers.main_output(outputs)[: len(dense)]
             if output.shape == dense.shape:  # outputs may change their shape with the candidate, as boxes do
@@ -370,7 +371,8 @@ def summary(values: FloatArray, proportion: bool | None = None, weights: FloatAr
             the same.
     """
     values = np.asarray(values, np.float64)
-    n, mean = len(values), float(values.mean())
+    n = len(values)
+    mean = float(values.mean())
     if n == 1:
         return Summary(mean, float("nan"), (float("nan"), float("nan")))
     stderr = standard_error(values, weights)
@@ -498,7 +500,8 @@ def _misfit(name: str, made: Any, batches: Sequence[Batch]) -> str:
     labels = [targets(batch) for batch in batches]
     if not all(isinstance(label, Tensor) for label in labels):
         return "labels, but batches without any were found in the validation or test data"
-    got, first = f"got {scorers.describe(labels[0])}", labels[0]
+    got = f"got {scorers.describe(labels[0])}"
+    first = labels[0]
     if name == "mse":
         fits = first.is_floating_point() and scorers.align(outputs, first).shape == first.shape
         return "" if fits else f"float targets shaped like the outputs {tuple(outputs.shape)}, {got}"

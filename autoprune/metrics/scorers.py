@@ -44,7 +44,8 @@ def main_output(outputs: Any) -> Tensor:
 
 def accuracy(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cross-entropy, and whether the top class is the label."""
-    logits, labels = _main(outputs), targets(batch).long()
+    logits = _main(outputs)
+    labels = targets(batch).long()
     return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
 
 
@@ -96,7 +97,8 @@ def cosine(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Te
     """
     ours, theirs = _main(outputs), _main(dense)
     if ours.ndim == 3:
-        similar, kept = F.cosine_similarity(ours, theirs, dim=2), unpadded(batch, ours)
+        similar = F.cosine_similarity(ours, theirs, dim=2)
+        kept = unpadded(batch, ours)
         similar = (similar * kept).sum(1) / kept.sum(1).clamp(min=1)
     else:
         similar = F.cosine_similarity(ours.reshape(len(ours), -1), theirs.reshape(len(ours), -1), dim=1)

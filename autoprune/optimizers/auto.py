@@ -105,7 +105,8 @@ class Auto:
 
     def _propose(self, n: int, rng: np.random.Generator) -> IntArray:
         """Propose probes, then the table's front, then refinements, shape (any, d)."""
-        table, known = table_of(self._problem, self._archive.probes()), self._archive.known()
+        table = table_of(self._problem, self._archive.probes())
+        known = self._archive.known()
         found = [next_probes(self._problem, known, n, lambda: self._front(table, _FRONTS[-1], _QUICK_ROUNDS))]
         self._phase = _SCAN if len(found[0]) else _REFINE
         if len(found[0]) < n:
@@ -152,7 +153,8 @@ class Auto:
 
     def _refine(self, n: int, table: Table, known: IntArray, rng: np.random.Generator) -> IntArray:
         """Return proposals, the `n` most promising first, shape (any, d)."""
-        problem, (candidates, objectives) = self._problem.aimed(self._aim()), self._archive.ok()
+        problem = self._problem.aimed(self._aim())
+        (candidates, objectives) = self._archive.ok()
         low, high = problem.budget_range.T
         # Evenly spaced budgets cover the whole range in every ask; the jitter keeps asks from repeating the same ones.
         place = (np.arange(n) + rng.uniform(-0.5, 0.5, n)) / (n - 1) if n > 1 else rng.random(1)
@@ -182,7 +184,8 @@ class Auto:
         A cheap candidate may have the best prediction within every budget, so every second choice must cost nearly as
         much as its budget allows.
         """
-        predicted, costs = self._surrogate.predict(proposals), problem.costs(proposals)
+        predicted = self._surrogate.predict(proposals)
+        costs = problem.costs(proposals)
         low, high = problem.budget_range.T
         chosen: list[int] = []
         for i, budget in enumerate(budgets):

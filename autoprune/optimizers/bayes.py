@@ -68,7 +68,8 @@ class Bayes:
         """Return `n` feasible candidates from the sampler, shape (n, d); some may be known already."""
         with _quiet() as optuna:
             study = self._study(optuna, rng)
-            space, found = _distributions(optuna, self._problem), []
+            space = _distributions(optuna, self._problem)
+            found = []
             for _ in range(n):
                 trial = study.ask(space)
                 options = np.array([[trial.params[name] for name in space]], dtype=np.int64)
@@ -81,7 +82,8 @@ class Bayes:
     def _study(self, optuna: Any, rng: np.random.Generator) -> Any:
         """Make a study of all trials told and pending; shuffled, because TPE weighs late trials more."""
         candidates, objectives = self._archive.ok()
-        order, seed = rng.permutation(len(candidates)), int(rng.integers(2**31))
+        order = rng.permutation(len(candidates))
+        seed = int(rng.integers(2**31))
         candidates, values = candidates[order], objectives[order]
         values[:, 1:] = np.maximum(values[:, 1:], self._problem.budget_range[:, 0])
         if self._sampler == "tpe":

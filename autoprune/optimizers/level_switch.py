@@ -127,7 +127,8 @@ def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: 
         One child for each parent, canonical and within its limits, shape (n, d); rarely the parent itself, where no
         other exchange meets the limits.
     """
-    children, order = parents.copy(), np.argsort(rng.random(parents.shape), axis=1)
+    children = parents.copy()
+    order = np.argsort(rng.random(parents.shape), axis=1)
     raised = _raise_some(problem, children, order, rng)
     _pay(problem, children, raised, order[:, ::-1], limits)
     within = problem.repair(children, limits)
@@ -136,7 +137,8 @@ def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: 
 
 def _raise_some(problem: Problem, children: IntArray, order: IntArray, rng: np.random.Generator) -> NDArray[np.bool_]:
     """Raise the first dimensions in order (n, d) that can be raised, in place; return which, shape (n, d)."""
-    rows, last = np.arange(len(children)), problem.sizes - 1
+    rows = np.arange(len(children))
+    last = problem.sizes - 1
     switches = rng.integers(1, _MOST_SWITCHES + 1, size=(len(children), 2)).min(axis=1)
     raised = np.zeros(children.shape, dtype=np.bool_)
     for dim in order.T:
@@ -151,7 +153,8 @@ def _raise_some(problem: Problem, children: IntArray, order: IntArray, rng: np.r
 
 def _pay(problem: Problem, children: IntArray, raised: NDArray[np.bool_], order: IntArray, limits: FloatArray) -> None:
     """Lower dimensions that were not raised, in order (n, d), in place, each as far as needed to meet the limits."""
-    rows, last = np.arange(len(children)), problem.sizes - 1
+    rows = np.arange(len(children))
+    last = problem.sizes - 1
     over = ~problem.feasible(children, limits)
     position = position_of(problem, children)
     for dim in order.T:

@@ -105,7 +105,8 @@ def breed(
     coupled = np.zeros((0, 2), dtype=np.int64) if coupled is None else coupled
     last = problem.sizes - 1
     bounds = Bounds(n_var=len(last), xl=np.zeros(len(last)), xu=last.astype(np.float64))
-    signal, costs = objectives[:, :1], np.maximum(objectives[:, 1:], problem.budget_range[:, 0])
+    signal = objectives[:, :1]
+    costs = np.maximum(objectives[:, 1:], problem.budget_range[:, 0])
     points = np.hstack([signal, costs])
     best = _first_fronts(points, population)  # the others cannot survive, and pymoo makes an object of each
     trials = Population.new(X=candidates[best].astype(np.float64), F=points[best])
@@ -128,7 +129,8 @@ def breed(
 
 def _first_fronts(points: FloatArray, n: int) -> IntArray:
     """Positions of the best finite points (k, m) by dominance: whole fronts, until they hold `n`, ascending."""
-    taken, waiting = np.zeros(len(points), dtype=np.bool_), np.arange(len(points))
+    taken = np.zeros(len(points), dtype=np.bool_)
+    waiting = np.arange(len(points))
     while len(waiting) and taken.sum() < n:
         front = non_dominated(points[waiting])
         taken[waiting[front]] = True
@@ -151,7 +153,8 @@ def find_coupled(problem: Problem) -> IntArray:
         return np.zeros((0, 2), dtype=np.int64)
     pairs = np.stack(np.triu_indices(d, 1), axis=1)
     moved = np.diag(problem.sizes // 2)
-    dense, alone = problem.costs(np.zeros((1, d), dtype=np.int64)), problem.costs(moved)
+    dense = problem.costs(np.zeros((1, d), dtype=np.int64))
+    alone = problem.costs(moved)
     both = [problem.costs(moved[part].sum(axis=1)) for part in np.array_split(pairs, 1 + len(pairs) // 1024)]
     excess = np.concatenate(both) + dense - alone[pairs].sum(axis=1)
     found: IntArray = pairs[(np.abs(excess) > 1e-9 * dense).any(axis=1)]

@@ -168,7 +168,8 @@ class Problem:
 
     def enumerate(self) -> IntArray:
         """Every candidate of the space, shape (size, d); only for small spaces."""
-        rest, columns = np.arange(self.size, dtype=np.int64), []
+        rest = np.arange(self.size, dtype=np.int64)
+        columns = []
         for size in self.sizes[::-1]:
             columns.append(rest % size)
             rest //= size

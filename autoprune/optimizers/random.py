@@ -77,7 +77,8 @@ def move_to_costs(problem: Problem, levels: FloatArray, costs: FloatArray) -> In
         shift = by[:, None] * problem.ordered
         return np.rint(np.clip(levels + shift, 0.0, 1.0) * last).astype(np.int64)
 
-    over, within = np.full(len(levels), -1.0), np.ones(len(levels))
+    over = np.full(len(levels), -1.0)
+    within = np.ones(len(levels))
     for _ in range(_HALVINGS):
         middle = (over + within) / 2
         met = problem.feasible(shifted(middle), limits)
@@ -108,7 +109,8 @@ def fill_up(
     Returns:
         Canonical candidates within their limits, shape (n, d).
     """
-    position, rows = position_of(problem, candidates), np.arange(len(candidates))
+    position = position_of(problem, candidates)
+    rows = np.arange(len(candidates))
     filled = position.candidates
     order = rng.random(filled.shape) - (0 if first is None else first)
     for dim in np.argsort(order, axis=1).T:

@@ -90,11 +90,13 @@ def _said(name: str, value: float) -> str:
 def _descend(problem: Problem, starts: IntArray, weights: FloatArray) -> IntArray:
     """Improve starts (s, d) one dimension at a time, by the largest weighted cost, then by their sum."""
     position = position_of(problem, starts)
-    current, rows = position.candidates, np.arange(len(starts))
+    current = position.candidates
+    rows = np.arange(len(starts))
     for _ in range(_SWEEPS):
         before = current.copy()
         for j, size in enumerate(problem.sizes.tolist()):
-            row, option = np.repeat(rows, size), np.tile(np.arange(size), len(rows))
+            row = np.repeat(rows, size)
+            option = np.tile(np.arange(size), len(rows))
             weighted = (position.after(row, np.full(len(row), j), option) * weights).reshape(len(rows), size, -1)
             best = np.lexsort((weighted.sum(axis=2), weighted.max(axis=2)), axis=-1)[:, 0]
             position.move(rows, np.full(len(rows), j), best)
@@ -109,14 +111,16 @@ def move_within(problem: Problem, candidates: IntArray, anchors: IntArray, limit
     Returns:
         Canonical feasible candidates, shape (n, d); see `Problem.repair` for what they guarantee.
     """
-    moved, home = _approach(problem, candidates, anchors, limits), candidates
+    moved = _approach(problem, candidates, anchors, limits)
+    home = candidates
     while True:
         moved = _put_back(problem, moved, home, limits)
         canonical = problem.canonical(moved)
         if np.array_equal(canonical, moved):
             return moved
         # Indices only fall from here on, so the loop ends: entries that became irrelevant stay at 0.
-        moved, home = np.array(canonical), np.minimum(home, canonical)
+        moved = np.array(canonical)
+        home = np.minimum(home, canonical)
 
 
 def _approach(problem: Problem, start: IntArray, goal: IntArray, limits: FloatArray) -> IntArray:
@@ -178,7 +182,8 @@ def _steps_back(problem: Problem, moved: IntArray, home: IntArray, limits: Float
 
 def _counted_steps_back(problem: Problem, position: Counted, home: IntArray, limits: FloatArray) -> IntArray:
     """Take the same steps, and after each look again only at those that it bears on; shape (n, d)."""
-    moved, room = position.candidates, position.room(limits)
+    moved = position.candidates
+    room = position.room(limits)
     alive = moved != home
     change = np.zeros((*moved.shape, room.shape[1]))
     row, dim = np.nonzero(alive)
@@ -204,7 +209,9 @@ def _jumps_back(problem: Problem, moved: IntArray, home: IntArray, limits: Float
     gap = moved[row, dim] - home[row, dim]
     count = np.abs(gap)
     offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    row, dim, sign = np.repeat(row, count), np.repeat(dim, count), np.repeat(np.sign(gap), count)
+    row = np.repeat(row, count)
+    dim = np.repeat(dim, count)
+    sign = np.repeat(np.sign(gap), count)
     value = home[row, dim] + sign * offset
     met = _changed_feasible(problem, moved, row, dim, value, limits)
     length = np.abs(moved[row, dim] - value) / np.maximum(problem.sizes[dim] - 1, 1)

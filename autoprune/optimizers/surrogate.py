@@ -69,7 +69,10 @@ class Surrogate:
         told = candidates.tobytes() + objectives.tobytes()
         if told == self._told:
             return
-        self._told, self._fitted, self.tau, self.model = told, None, 0.0, ""
+        self._told = told
+        self._fitted = None
+        self.tau = 0.0
+        self.model = ""
         if len(candidates) >= _FEWEST and np.ptp(objectives[:, 0]) > 0:
             best = _least_dominated(objectives, _MOST)
             self._learn(self._features(candidates[best]), _clipped(objectives[best, 0]), objectives[best, 1:])
@@ -102,7 +105,8 @@ class Surrogate:
 
         folds = np.random.default_rng(0).permutation(len(signal)) % _FOLDS
         costs = costs / self._problem.limits
-        truth, best = _without_trend(signal, costs), -np.inf
+        truth = _without_trend(signal, costs)
+        best = -np.inf
         for name, make in _models():
             predicted = np.empty(len(signal))
             for fold in range(_FOLDS):
@@ -111,7 +115,8 @@ class Surrogate:
             tau = float(np.nan_to_num(kendalltau(_without_trend(predicted, costs), truth).statistic))
             if tau > best:
                 best, chosen, self.model = tau, make, name
-        self.tau, self._fitted = best, chosen().fit(features, signal)
+        self.tau = best
+        self._fitted = chosen().fit(features, signal)
 
 
 def _models() -> Iterator[tuple[str, Callable[[], Any]]]:

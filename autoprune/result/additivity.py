@@ -90,7 +90,8 @@ class Additivity:
 def additivity_of(result: SearchResult) -> Additivity:
     """Compare sums with joint losses; see `SearchResult.additivity`."""
     joint = [t for t in result.trials if t.status == OK and t.feasible and np.count_nonzero(t.candidate) >= 2]
-    fits, missing = {}, set()
+    fits = {}
+    missing = set()
     for table in TABLES:
         single = sensitivity_of(result, table)
         pairs = np.array([(single.of(t.candidate), loss_of(result, t, table)[0]) for t in joint]).reshape(-1, 2)

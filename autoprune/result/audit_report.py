@@ -136,7 +136,8 @@ class Audit:
         for origin, name in ORIGINS.items():
             if found is None or name not in known:
                 continue
-            other, margin = known[name], math.nan
+            other = known[name]
+            margin = math.nan
             value = self.direction.worse_by(other.mean, found.mean)
             if freedom:
                 from scipy.stats import t

@@ -69,7 +69,8 @@ def _interval(judge: Judge, change: float, stderr: float | None, samples: int) -
     centre, n = change, samples
     if judge.proportion:
         squares = n * (n - 1) * stderr**2 + n * change**2 + 1
-        n, centre = n + 2, samples * change / (samples + 2)
+        n = n + 2
+        centre = samples * change / (samples + 2)
         stderr = math.sqrt(squares - n * centre**2) / n
     return centre - 1.96 * stderr, centre + 1.96 * stderr
 

@@ -127,7 +127,8 @@ def _signs(values: FloatArray) -> FloatArray:
 
 def _near(costs: FloatArray) -> NDArray[np.bool_]:
     """Mark the pairs that count as of equal cost."""
-    a, b = costs[:, None], costs[None, :]
+    a = costs[:, None]
+    b = costs[None, :]
     near: NDArray[np.bool_] = np.abs(a - b) <= BAND * np.maximum(np.abs(a), np.abs(b))
     return near
 

@@ -112,7 +112,8 @@ def write(module: nn.Module, path: str | Path, shared: SharedTensors | None = No
             f"module must come from result.build(), but {type(module).__name__} carries no recipe; "
             "save an ordinary model with torch.save(model.state_dict(), ...)"
         )
-    state, text = module.state_dict(), json.dumps(recipe)
+    state = module.state_dict()
+    text = json.dumps(recipe)
     digest = content_hash(state, text)
     metadata = {**FORMAT.header(), HASH: digest, "recipe": text}
     left_out = {} if shared is None else shared.leave_out(state, recipe["slices"])

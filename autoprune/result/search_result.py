@@ -246,7 +246,8 @@ class SearchResult:
     @classmethod
     def _from_json(cls, data: Mapping[str, Any], builder: Builder | None) -> SearchResult:
         trials = tuple(Trial.from_json(trial) for trial in data["trials"])
-        dense, space = Trial.from_json(data["dense"]), space_from_json(data["space"])
+        dense = Trial.from_json(data["dense"])
+        space = space_from_json(data["space"])
         require_consistent(trials, dense, space.sizes.tolist(), data)
         by_id = {trial.id: trial for trial in trials}
         return cls(
@@ -270,7 +271,8 @@ class SearchResult:
             ImportError: If pandas is missing.
         """
         front = {trial.id for trial in self.front}
-        trials, plain = self.trials, ("signal", "distortion", "test_score", "status", "feasible", "reason")
+        trials = self.trials
+        plain = ("signal", "distortion", "test_score", "status", "feasible", "reason")
         predicted = dict.fromkeys(name for trial in trials for name in trial.predicted)
         columns: dict[str, Sequence[Any]] = {
             "trial": [trial.id for trial in trials],

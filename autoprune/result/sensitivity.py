@@ -93,7 +93,8 @@ def loss_of(result: SearchResult, trial: Trial, table: str) -> tuple[float, floa
     """Loss of a trial against the dense model, higher is worse, and its standard error; NaN where it is unknown."""
     if not trial.evaluations:
         return np.nan, np.nan
-    measured, dense = trial.evaluations[-1], result.dense
+    measured = trial.evaluations[-1]
+    dense = result.dense
     if table == "distortion":
         return or_nan(measured.distortion), or_nan(measured.distortion_stderr)
     if table == "signal":

@@ -88,7 +88,8 @@ def _spread(front: Sequence[Trial], most: int) -> list[Trial]:
 
 
 def _row(result: SearchResult, trial: Trial, names: Sequence[str]) -> list[str]:
-    cost, dense = trial.costs[names[0]], result.dense.costs[names[0]]
+    cost = trial.costs[names[0]]
+    dense = result.dense.costs[names[0]]
     held_out = "" if trial.test_score is None else f"{trial.test_score:.4f}"
     return [
         "dense" if trial.id < 0 else str(trial.id),

@@ -28,9 +28,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         UnsupportedModelError: If it is no module.
     """
     if not isinstance(model, nn.Module):
-        got, way_out = type(model).__name__, "load or build it first"
+        got = type(model).__name__
+        way_out = "load or build it first"
         if isinstance(model, type):
-            got, way_out = f"the class {model.__name__}", "make one of it"
+            got = f"the class {model.__name__}"
+            way_out = "make one of it"
         raise UnsupportedModelError(f"model must be an nn.Module, got {got}; {way_out}")
     while True:
         # The wrapper of torch.compile is recognised by its attribute: importing its class takes longer than autoprune.

@@ -51,7 +51,8 @@ class Twin:
 
     def place(self, place: Place) -> Place | None:
         """Return the same place in the twin; None if another operation ran there."""
-        at, ops = place.op + self.shift, self.record.ops
+        at = place.op + self.shift
+        ops = self.record.ops
         if not 0 <= at < len(ops) or ops[at].func != ops[place.op].func:
             return None
         same = self._ranks(ops[at]) == self._ranks(ops[place.op])

@@ -256,13 +256,15 @@ def _group_counts(flow: Propagation, units: Units) -> list[Attribute]:
         if op.index in flow.record.twins:
             continue
         name = "groups" if "groups" in op.args else "group"
-        groups, weight = op.args.get(name), op.args.get("weight")
+        groups = op.args.get(name)
+        weight = op.args.get("weight")
         if not groups or groups == 1 or weight is None or kept_groups(op, flow, 0) == groups:
             continue
         value = flow.record.values[weight.id]
         size = units.affine(flow.of(weight.id)[0], value.shape[0])
         if value.name and size.shares:
-            module, path = value.name.rpartition(".")[0], "groups" if name == "groups" else "num_groups"
+            module = value.name.rpartition(".")[0]
+            path = "groups" if name == "groups" else "num_groups"
             each = value.shape[0] // groups
             count = AffineSize(size.fixed // each, tuple((group, share // each) for group, share in size.shares))
             found[module] = Attribute.of(units, count, module, path)

@@ -65,7 +65,8 @@ class _Builder:
         """Make a product of a constant and sizes of dimensions, each given as (value, dimension)."""
         factors = []
         for value, dim in dims:
-            labels, size = self.flow.of(value)[dim], self.flow.record.values[value].shape[dim]
+            labels = self.flow.of(value)[dim]
+            size = self.flow.record.values[value].shape[dim]
             affine = self.units.affine(labels, size)
             if affine.shares:
                 factors.append(self.sizes.setdefault(affine, len(self.sizes)))
@@ -93,7 +94,8 @@ def cost_terms(flow: Propagation, units: Units) -> Terms:
     record = flow.record
     ops = record.ops[: record.first]
     macs = [build.product(*product) for op in ops for product in products_of(record, op)]
-    params, state = [], []
+    params = []
+    state = []
     for i, value in enumerate(record.values):
         if value.kind in ("parameter", "buffer"):
             state.append(build.whole(value.dtype.itemsize, i))

@@ -138,7 +138,8 @@ def check(
         figures.append("; ".join(f"{name or 'l2'} {values.mean():.4g}" for name, values in base.items()))
         pick = min(base, key=lambda name: base[name].mean())
         if pick and _better(base[pick], base[""]):
-            criterion, importance = pick, ranked[pick]
+            criterion = pick
+            importance = ranked[pick]
             chosen = replace(context, space=settings.bind(context.structure, order_units(importance)))
             base[""] = base[pick]
     else:

@@ -55,18 +55,21 @@ def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
 
 def score_of_constant(study: Study) -> float:
     """Metric of a model that returns the dense model's mean output over the validation samples for each of them."""
-    context, judge = study.context, study.context.judge
+    context = study.context
+    judge = study.context.judge
     batches = context.subsets.validation
     model = Slicer(context.model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
 
     def run(batch: Batch) -> Any:
         return context.forward(model, batch)
 
-    total, rows = torch.zeros(()), 0
+    total = torch.zeros(())
+    rows = 0
     with torch.no_grad():
         for batch in batches:
             output = main_output(run(batch))
-            total, rows = total + output.double().sum(0), rows + len(output)
+            total = total + output.double().sum(0)
+            rows = rows + len(output)
     mean = (total / rows).to(output.dtype)
 
     def constant(batch: Batch) -> Any:

@@ -107,10 +107,12 @@ def why_converged(found: Sequence[Trial], problem: Problem, worst_score: float |
     ]
     if worst_score is not None and np.isfinite(costs[1]):
         saved = 1 - costs[1] / costs[0]
-        what, least = f"made the cheapest one that meets the score limit {saved:.2%} cheaper", _LEAST_SAVING
+        what = f"made the cheapest one that meets the score limit {saved:.2%} cheaper"
+        least = _LEAST_SAVING
     else:
         saved = _growth(_points(before, problem), _points(done, problem))
-        what, least = f"grew the front's hypervolume by {saved:.2%}", _LEAST_GROWTH
+        what = f"grew the front's hypervolume by {saved:.2%}"
+        least = _LEAST_GROWTH
     if saved >= least:
         return ""
     return f"stopped after {len(found)} trials: the last {window} candidates {what}, less than {least:.1%}"
@@ -134,7 +136,8 @@ def _points(trials: Sequence[Trial], problem: Problem) -> FloatArray:
 def _growth(before: FloatArray, after: FloatArray) -> float:
     """Growth of the hypervolume, as a share of its value before."""
     before, after = before[non_dominated(before)], after[non_dominated(after)]
-    low, high = np.minimum(before.min(axis=0), after.min(axis=0)), before.max(axis=0)
+    low = np.minimum(before.min(axis=0), after.min(axis=0))
+    high = before.max(axis=0)
     extent = np.where(high > low, high - low, 1.0)
     volumes = [hypervolume((points - low) / extent, np.full(len(low), 1 + _MARGIN)) for points in (before, after)]
     return volumes[1] / volumes[0] - 1

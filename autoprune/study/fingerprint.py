@@ -146,7 +146,8 @@ def _inner_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> l
     """Settings and functions that differ, by name; code only within one version of Python, as bytecode differs."""
     found = []
     for kind in HANDED_IN:
-        before, after = recorded.get(kind, {}), now[kind]
+        before = recorded.get(kind, {})
+        after = now[kind]
         if kind == "code" and _python(recorded) != _python(now):
             continue
         for name in before.keys() & after.keys():  # a version may know more settings than the one before
@@ -162,7 +163,8 @@ def _python(identity: Mapping[str, Any]) -> list[str]:
 
 def _dense_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences in the score of the dense model; to the last bit on the same machine, versions and threads."""
-    before, after = _scores(recorded.get("dense")), _scores(now["dense"])
+    before = _scores(recorded.get("dense"))
+    after = _scores(now["dense"])
     alike = all(recorded.get(name) == now[name] for name in ("threads", "device", "versions", "machine"))
     slack = 0.0 if alike and now["device"] == "cpu" else _DRIFT
     return [
@@ -186,7 +188,8 @@ def cost_differences(costs: Mapping[str, CostFunction], candidates: IntArray, re
     for name, cost in costs.items():
         pairs = [(i, row[name]) for i, row in enumerate(recorded) if name in row]
         if name not in MEASURED and pairs:
-            rows, before = [i for i, _ in pairs], np.array([value for _, value in pairs])
+            rows = [i for i, _ in pairs]
+            before = np.array([value for _, value in pairs])
             after = cost(candidates[rows])
             if not np.allclose(after, before, rtol=_ROUNDING, atol=0):
                 i = int(np.abs(after - before).argmax())

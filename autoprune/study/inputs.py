@@ -47,7 +47,8 @@ def inputs_of(request: Request) -> Inputs:
         UnsupportedModelError: If the model cannot be traced by its kind.
         DataError: If there is no data that the metric can use.
     """
-    model, example_inputs = unwrap(request.model), request.example_inputs
+    model = unwrap(request.model)
+    example_inputs = request.example_inputs
     device = require_supported(model)
     subsets = _subsets(model, request).to(device)
     forward = selecting(request.forward or batches.default_forward, request.outputs)

@@ -43,7 +43,8 @@ def own_copy(model: nn.Module, borrow: bool = True) -> nn.Module:
     """Copy a model with its tensors; with `borrow`, the parameters of a large one share memory until `settle`."""
     if not (borrow and is_large(model)):
         return build(model, Edit({}, {}))
-    copied, made = skeleton(model), dict[int, Tensor]()
+    copied = skeleton(model)
+    made = dict[int, Tensor]()
     for owner in list(owners(copied)):
         tensor = owner.tensor
         if id(tensor) not in made:

@@ -85,7 +85,8 @@ class Rivals:
         done = [trial for trial in found if trial.status == OK and trial.feasible]
         if self._racing is None or not done:
             return [None] * len(trials)
-        names, ids = self._study.problem.cost_names, np.array([trial.id for trial in done])
+        names = self._study.problem.cost_names
+        ids = np.array([trial.id for trial in done])
         known, costs = costs_of(done, names), costs_of(trials, names)
         signal = np.array([trial.signal for trial in done])
         probes = self._study.problem.probes(np.array([trial.candidate for trial in trials], dtype=np.int64))
@@ -130,7 +131,8 @@ def note_of_racing(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
     if racing is None or not done:
         return ()
     counts = study.context.subsets.samples
-    whole, seen = counts["validation"], [trial.evaluations[-1].samples for trial in done]
+    whole = counts["validation"]
+    seen = [trial.evaluations[-1].samples for trial in done]
     share = (np.mean(seen) + counts["calibration"]) / (whole + counts["calibration"])
     dropped = sum(trial.status == RACED for trial in done)
     return (

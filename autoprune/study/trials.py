@@ -57,7 +57,8 @@ def rows_of(study: Study, trials: Sequence[Trial]) -> Evaluations:
     failed = np.array([trial.status == FAILED for trial in trials])
     measured = [trial.evaluations[-1] for trial in trials]
     costs = costs_of(trials, study.problem.cost_names)
-    worst, direction = study.worst_score, study.context.judge.direction
+    worst = study.worst_score
+    direction = study.context.judge.direction
     return Evaluations(
         candidates=np.array([trial.candidate for trial in trials], dtype=np.int64),
         objectives=np.column_stack([_column(measured, "signal"), np.where(failed[:, None], np.nan, costs)]),
@@ -81,7 +82,8 @@ def result_of(
     study: Study, dense: Trial, found: Sequence[Trial], stopped: str, explained: Sequence[str]
 ) -> SearchResult:
     """Score the front once on held-out samples, as far as there is time, and make the result."""
-    judge, deadline = study.context.judge, study.deadline
+    judge = study.context.judge
+    deadline = study.deadline
     front = find_front(found, tuple(study.limits), judge.direction)
     tests: dict[int, Measurement] = {}
     try:
@@ -138,7 +140,8 @@ def _notes_of_score(study: Study, result: SearchResult, tests: Mapping[int, Meas
     if study.worst_score is None:
         return []
     try:
-        best, dense = result.best(), result.dense
+        best = result.best()
+        dense = result.dense
     except InfeasibleBudgetError as error:
         return [str(error)]
     if not {best.id, dense.id} <= tests.keys():

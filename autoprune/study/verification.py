@@ -43,7 +43,9 @@ def verify(study: Study, found: Sequence[Trial]) -> tuple[list[Trial], tuple[str
     Returns:
         The trials with corrected costs, and notes on the measurements.
     """
-    trials, latency, notes = list(found), study.latency, list[str]()
+    trials = list(found)
+    latency = study.latency
+    notes = list[str]()
     if latency is not None and (why := _why_not_here(study, latency)):
         notes.append(f"latencies are predictions, not verified here: measured with {why}")
         latency = None
@@ -141,7 +143,8 @@ def _candidates(trials: Sequence[Trial]) -> IntArray:
 
 def _corrected(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Trial]:
     """Trials with measured costs where there are some, and with latencies of the refitted model elsewhere."""
-    latency, again = seen.latency, [0.0] * len(trials)
+    latency = seen.latency
+    again = [0.0] * len(trials)
     if latency is not None:
         costs = make_costs(study.context.structure, study.context.space, None, latency.setting.batch, latency)
         again = costs["latency_ms"](_candidates(trials)).tolist()
@@ -152,7 +155,8 @@ def _corrected(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Trial
         if (peak := seen.peaks.get(trial.id)) is not None:
             measured["memory_bytes"] = peak
         if latency is not None:
-            batch, timing = latency.setting.batch, seen.timings.get(trial.id)
+            batch = latency.setting.batch
+            timing = seen.timings.get(trial.id)
             own |= {"latency_ms": ms, "ms_per_sample": ms / batch}
             if timing is not None:
                 unit = latency.dense_ms
@@ -168,7 +172,8 @@ def _corrected(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[Trial
 
 def _notes_on_latency(study: Study, trials: Sequence[Trial], seen: _Seen) -> list[str]:
     """Notes that compare predictions with measurements, in plain words."""
-    measured, latency = [trial for trial in trials if "latency_ms" in trial.predicted], seen.latency
+    measured = [trial for trial in trials if "latency_ms" in trial.predicted]
+    latency = seen.latency
     if not measured or latency is None:
         return []
     notes = [f"latency: {_comparison(study, measured, TIMED)}"]
@@ -189,7 +194,8 @@ def _notes_on_memory(study: Study, trials: Sequence[Trial]) -> list[str]:
 
 def _comparison(study: Study, measured: Sequence[Trial], names: Sequence[str]) -> str:
     """Error of the predictions of the first of some costs, and the number of trials that missed a limit on any."""
-    cost, limits = names[0], {name: limit for name, limit in study.limits.items() if name in names}
+    cost = names[0]
+    limits = {name: limit for name, limit in study.limits.items() if name in names}
     errors = np.array([abs(trial.predicted[cost] / trial.costs[cost] - 1) for trial in measured])
     missed = sum(not within(trial.upper_costs, limits) for trial in measured)
     dense = " against the dense one" if cost in TIMED else ""

@@ -78,8 +78,10 @@ def context_of(model: nn.Module, data: Any, space: str | Settings = "channels", 
 class _Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.second, self.third = nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 8, 1)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 12, 3, padding=1)
+        self.third = nn.Conv2d(12, 8, 1)
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ class OptimizerContract:
 
     def test_a_history_told_in_bulk_and_shuffled_continues_the_same_search(self) -> None:
         known = self.make_problem()
-        first, history = self.make(known.problem, 3), []
+        first = self.make(known.problem, 3)
+        history = []
         for status in (OK, RACED, OK, FAILED, OK, OK):
             candidates = first.ask(8)
             history.append(known.evaluate(candidates, status))
@@ -139,7 +140,8 @@ class OptimizerContract:
 
     def test_nothing_is_proposed_twice_and_a_tiny_space_is_exhausted(self) -> None:
         known = self.make_tiny_problem()
-        optimizer, seen = self.make(known.problem, 0), []
+        optimizer = self.make(known.problem, 0)
+        seen = []
         for _ in range(100):
             candidates = _turn(optimizer, known)
             if not len(candidates):
@@ -292,7 +294,8 @@ class EvaluatorContract:
 
     def test_two_calls_agree_bit_for_bit(self) -> None:
         evaluator, candidates = self._prepared()
-        first, again = evaluator.evaluate(candidates), evaluator.evaluate(candidates[::-1].copy())[::-1]
+        first = evaluator.evaluate(candidates)
+        again = evaluator.evaluate(candidates[::-1].copy())[::-1]
         _assert_same(first, again)
 
     def test_another_evaluator_of_the_same_kind_agrees(self) -> None:
@@ -328,8 +331,11 @@ class EvaluatorContract:
 
     def test_the_model_and_the_random_states_come_back_unchanged(self) -> None:
         context = self.make_context()
-        model, evaluator, candidates = context.model, self.make_evaluator(), self.make_candidates(context)
-        before, states = _fingerprint(model), _random_states()
+        model = context.model
+        evaluator = self.make_evaluator()
+        candidates = self.make_candidates(context)
+        before = _fingerprint(model)
+        states = _random_states()
         evaluator.prepare(context)
         evaluator.evaluate(candidates)
         evaluator.build(candidates[-1])
@@ -340,7 +346,8 @@ class EvaluatorContract:
     def test_it_pickles_before_it_is_prepared(self) -> None:
         context = self.make_context()
         candidates = self.make_candidates(context)
-        copy, original = pickle.loads(pickle.dumps(self.make_evaluator())), self.make_evaluator()
+        copy = pickle.loads(pickle.dumps(self.make_evaluator()))
+        original = self.make_evaluator()
         copy.prepare(context)
         original.prepare(self.make_context())
         _assert_same(copy.evaluate(candidates), original.evaluate(candidates))

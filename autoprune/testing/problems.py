@@ -123,7 +123,8 @@ def blocks_problem(blocks: int, seed: int, budget: float = 0.5) -> KnownProblem:
     Dimensions: for each block whether it is dropped and two widths of five options, then four unordered variants.
     """
     rng = np.random.default_rng(seed)
-    weights, variants = rng.lognormal(0.0, 1.0, blocks), rng.uniform(0.3, 1.5, 4)
+    weights = rng.lognormal(0.0, 1.0, blocks)
+    variants = rng.uniform(0.3, 1.5, 4)
 
     def canonical(candidates: IntArray) -> IntArray:
         relevant = np.ones_like(candidates)

@@ -130,7 +130,9 @@ class Sharing:
         self._by_name = {cut.name: cut for cut in self.cuts}
         self._holders = [(owner.module, owner.key, owner.holder) for owner in owners(module)]
         self._calibrated: OrderedDict[bytes, State] = OrderedDict()
-        self.on, self.proven, self._resumed = bool(self.cuts), False, False
+        self.on = bool(self.cuts)
+        self.proven = False
+        self._resumed = False
         self._active = False
         self._now: _Candidate | None = None
         self._pass: _Pass | None = None
@@ -229,7 +231,8 @@ class Sharing:
         raise RuntimeError("a shared evaluation has to begin anew")
 
     def _forward(self, module: nn.Module, batch: Batch) -> Any:
-        now, place = self._now, self._places.get(id(batch))
+        now = self._now
+        place = self._places.get(id(batch))
         if now is None or place is None or module is not self._module:
             return self._context.forward(module, batch)
         part, index = place
@@ -250,7 +253,8 @@ class Sharing:
 
     def _lay_out(self, memory_bytes: int) -> tuple[tuple[Cut, ...], list[Mark]]:
         """Find the cuts, and the first use of all that candidates change; nothing where sharing is impossible."""
-        context, subsets = self._context, self._context.subsets
+        context = self._context
+        subsets = self._context.subsets
         if not memory_bytes:
             return (), []
         try:
@@ -343,7 +347,8 @@ class Sharing:
         key = (cut.name, now.digests[cut.name], run.part)
         if key in now.refused or any(name not in run.shapes for name in cut.skipped):
             return
-        size, kept = nbytes(outputs), self.store.find(key)
+        size = nbytes(outputs)
+        kept = self.store.find(key)
         if kept is None:
             room = -(-size * self._samples[run.part] // run.samples)
             kept = self.store.admit(key, room, now.touched)

@@ -19,7 +19,9 @@ _NEVER = np.iinfo(np.int64).max - 1
 
 def digests_of(edit: Edit, marks: Sequence[Mark], cuts: Sequence[Cut]) -> dict[str, bytes]:
     """Digest of what the candidate changes before each cut, by its name; that of the whole candidate under `WHOLE`."""
-    digests, digest, left = {}, hashlib.blake2b(digest_size=16), iter(marks)
+    digests = {}
+    digest = hashlib.blake2b(digest_size=16)
+    left = iter(marks)
     mark = next(left, None)
     for cut, end in (*((cut.name, cut.end) for cut in cuts), (WHOLE, _NEVER + 1)):
         while mark is not None and mark[0] < end:

@@ -124,7 +124,9 @@ def choose_cuts(flow: Flow, firsts: IntArray, samples: int, memory_bytes: int) -
         return ()
     size = np.array([max(cut.sample_bytes, 1) * samples for cut in flow.cuts], dtype=np.float64)
     saves: FloatArray = np.array([cut.macs * (firsts >= cut.end) for cut in flow.cuts])
-    best, left, chosen = np.zeros(len(firsts)), float(memory_bytes), set[int]()
+    best = np.zeros(len(firsts))
+    left = float(memory_bytes)
+    chosen = set[int]()
     while True:
         gains = np.maximum(saves - best, 0).mean(axis=1)
         gains[(size > left) | (gains < _LEAST_GAIN * flow.macs)] = 0
@@ -239,7 +241,8 @@ class _Finder:
 
     def flow(self) -> Flow:
         """Return the flow of the record, with its cuts."""
-        record, values = self._record, self._record.values
+        record = self._record
+        values = self._record.values
         reads: dict[str, int] = {}
         for op in record.ops:
             for i in op.inputs():

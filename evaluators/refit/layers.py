@@ -157,12 +157,14 @@ def _separate(readers: Mapping[Reader, int]) -> list[Reader]:
 def _plan(rows: Mapping[Reader, int], memory_bytes: int) -> dict[Reader, Moments]:
     """Choose whole or sketched moments for each weight, given the number of rows that it reads of all samples."""
     work = {reader: n * reader.columns * reader.outputs for reader, n in rows.items()}
-    left, memory = float(max(LEAST_WORK, _SHARE * sum(work.values()))), memory_bytes
+    left = float(max(LEAST_WORK, _SHARE * sum(work.values())))
+    memory = memory_bytes
     found = {}
     waiting = sorted(rows, key=lambda reader: (_whole(reader), reader.columns))
     while waiting:
         reader = waiting.pop(0)
-        n, columns = rows[reader], reader.columns
+        n = rows[reader]
+        columns = reader.columns
         width = 8 if columns <= PRECISE else 4
         share = left / (len(waiting) + 1)
         sketch = 0
@@ -230,7 +232,8 @@ def _choose_ridges(
 
     watch(calibration, see)
     for reader, kept in fitted.items():
-        layer, rows = layers[reader], samples.pop(reader).rows
+        layer = layers[reader]
+        rows = samples.pop(reader).rows
         if len(rows):
             layer.ridge = _best_ridge(
                 layer, matrix_of(calibration.model.get_parameter(reader.name), reader), kept, rows, centred
@@ -243,7 +246,8 @@ def _best_ridge(layer: Layer, weight: Tensor, kept: Tensor, rows: Tensor, centre
         rows = rows - layer.moments.mean.to(rows.dtype)
     gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     gone[kept] = False
-    weight, stay = weight.detach().to(rows.dtype), rows[:, kept]
+    weight = weight.detach().to(rows.dtype)
+    stay = rows[:, kept]
     lost = rows[:, gone] @ weight[:, gone].T
     fits = Normal(layer.moments, centred(layer)).changes(weight, kept, RIDGES)
     errors = torch.stack([lost - stay @ fit.to(rows.dtype).T for fit in fits] + [lost]).double().square().sum((1, 2))

@@ -43,7 +43,8 @@ class Normal:
     def _from_sketch(self, lost: Tensor, gone: Tensor, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
         """Changes from few rows R: D^T = R_S^T (R_S R_S^T + r)^-1 R_gone W_gone^T, where the inverse is small."""
         rows = self.moments.factor(self.centred)
-        stay, wanted = rows[:, kept], rows[:, gone] @ lost.to(rows.dtype).T
+        stay = rows[:, kept]
+        wanted = rows[:, gone] @ lost.to(rows.dtype).T
         scale = len(rows) / max(len(kept), 1)  # `_factors` takes the ridge from the mean of the diagonal
         for factor in _factors(stay @ stay.T, [ridge * scale for ridge in ridges]):
             solved = torch.zeros_like(wanted) if factor is None else torch.cholesky_solve(wanted, factor)

@@ -86,7 +86,8 @@ class Moments:
         assert self._total is not None
         assert self._matrix is not None
         assert self._weights is not None
-        first, self.rows = self.rows, self.rows + len(rows)
+        first = self.rows
+        self.rows = self.rows + len(rows)
         rows = rows.to(dtype) - self._origin.to(dtype)
         self._total += rows.sum(0, dtype=torch.float64)
         if self.sketch_rows is None:

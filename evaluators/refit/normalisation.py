@@ -117,7 +117,9 @@ def _measured(
     act: Callable[[_BatchNorm, int, BatchMoments], None],
 ) -> dict[_BatchNorm, list[BatchMoments]]:
     """Moments of the inputs of norms in each of their calls; `act` is called before each, with its number."""
-    passes, seen, within = Passes(), defaultdict[_BatchNorm, list[BatchMoments]](list), Counter[_BatchNorm]()
+    passes = Passes()
+    seen = defaultdict[_BatchNorm, list[BatchMoments]](list)
+    within = Counter[_BatchNorm]()
 
     def measure(norm: _BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         (x,) = (*args, *kwargs.values())
@@ -134,7 +136,8 @@ def _measured(
     hooks = [norm.register_forward_pre_hook(measure, with_kwargs=True) for norm in norms]
     try:
         for batch in batches:
-            mask, before = positions_of(batch), Counter({norm: len(calls) for norm, calls in seen.items()})
+            mask = positions_of(batch)
+            before = Counter({norm: len(calls) for norm, calls in seen.items()})
             passes.run(run_part, batch)
     finally:
         for hook in hooks:

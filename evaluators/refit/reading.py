@@ -70,7 +70,8 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
 
     def __init__(self, model: nn.Module, structure: Structure, see: See) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        self._see, self._units_of = see, structure.units_of
+        self._see = see
+        self._units_of = structure.units_of
         self._places: dict[int, list[tuple[int, str, nn.Parameter]]] = {}
         held = Counter(owner.name for owner in owners(model))
         self._parameters = dict(model.named_parameters())
@@ -141,7 +142,8 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         """Note the parameters that an operation reads; a copy in another type stands for its original."""
         if name in ("add", "add_") and not kwargs and all(isinstance(each, Tensor) for each in args):
             for product, bias in (args, args[::-1]):
-                reader, added = self._awaiting.get(product), self._name(bias)
+                reader = self._awaiting.get(product)
+                added = self._name(bias)
                 if reader is not None and added is not None:
                     self._biases[reader] = self._biases[reader] - {None} | {added}
                     return

@@ -136,7 +136,9 @@ class BatchMoments:
     @classmethod
     def of_parts(cls, parts: Sequence[BatchMoments]) -> BatchMoments:
         """Moments of a batch from those of its parts, exact but for rounding in float64."""
-        samples, count, kept = sum(p.samples for p in parts), sum(p.count for p in parts), [p for p in parts if p.count]
+        samples = sum(p.samples for p in parts)
+        count = sum(p.count for p in parts)
+        kept = [p for p in parts if p.count]
         if not kept:
             return parts[0]
         mean = torch.stack([p.count / count * p.mean.double() for p in kept]).sum(0)
@@ -171,7 +173,8 @@ class Passes:
 
     def run(self, forward: Callable[[Batch], object], batch: Batch) -> None:
         """Run a forward on a batch."""
-        self._known, self._used = [], 0
+        self._known = []
+        self._used = 0
         try:
             self._halving(partial(self._run_parts, forward), [batch])
         finally:
@@ -185,7 +188,8 @@ class Passes:
         """
         if self._known is None:
             return measure(), True
-        place, self._place = self._place, self._place + 1
+        place = self._place
+        self._place = self._place + 1
         if place == len(self._known):
             own = measure()
             if self._divided:

@@ -47,7 +47,8 @@ class Measuring:
 
     def __call__(self, make: Callable[[], nn.Module], part: str, chunk: slice | None = None) -> Measurement | Failure:
         """Make a module and score it on the batches `chunk`, all by default, of ``"validation"`` or ``"test"``."""
-        started, rows = time.perf_counter(), chunk or slice(None)
+        started = time.perf_counter()
+        rows = chunk or slice(None)
         context = self._context
         batches: Sequence[Batch] = getattr(context.subsets, part)[rows]
         try:
@@ -66,7 +67,8 @@ class Measuring:
     def _weigh(self, part: str, rows: slice) -> Weighing | None:
         """Weights of the samples of some batches within the whole part; computed once a part."""
         if part not in self._weighing:
-            batches, judge = getattr(self._context.subsets, part), self._context.judge
+            batches = getattr(self._context.subsets, part)
+            judge = self._context.judge
             self._weighing[part] = judge.weigh(self._run_dense, batches, self._dense[part])
         weighing = self._weighing[part]
         return None if weighing is None else weighing.of(rows)

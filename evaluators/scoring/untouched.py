@@ -23,7 +23,8 @@ class Untouched:
     """
 
     def __init__(self, model: nn.Module, evaluator: object) -> None:
-        self._model, self._name = model, type(evaluator).__name__
+        self._model = model
+        self._name = type(evaluator).__name__
         self._known = {} if is_ours(evaluator) else {name: (p, p._version) for name, p in model.named_parameters()}
 
     def require(self) -> None:

@@ -64,7 +64,8 @@ class Distillation:
         lr: float,
         seed: int,
     ) -> None:
-        self.module, self.taken = module, 0
+        self.module = module
+        self.taken = 0
         self._context, self._masks, self._lessons = context, masks, lessons
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr)
@@ -97,7 +98,8 @@ class Given:
     """Recipe of the user; it runs once."""
 
     def __init__(self, module: nn.Module, masks: Masks, train_fn: TrainFn, seed: int) -> None:
-        self.module, self.taken = module, 0
+        self.module = module
+        self.taken = 0
         self._masks, self._train_fn, self._seed = masks, train_fn, seed
 
     def go_on(self, steps: int) -> None:

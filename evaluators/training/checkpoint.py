@@ -43,7 +43,8 @@ def read_checkpoint(path: Path, most_bytes: int = MOST_BYTES) -> Any:
     Raises:
         FileFormatError: If the file is corrupted, foreign or of another version.
     """
-    told, way_out = f"checkpoint {shortened(path)}", "remove it to train again, or name another file"
+    told = f"checkpoint {shortened(path)}"
+    way_out = "remove it to train again, or name another file"
     with sound(f"{told} cannot be read", way_out):
         metadata, tensors = read_tensors(path, "checkpoint must be a file that a training wrote", most_bytes)
     with FORMAT.reading(told, way_out):

@@ -41,7 +41,8 @@ class Rounds:
         while True:
             with self._seeded(turn, 0):
                 iterator = iter(self._source)
-            read, given = 0, skipped > 0
+            read = 0
+            given = skipped > 0
             while True:
                 with self._seeded(turn, read + 1):
                     batch = next(iterator, None)
@@ -49,7 +50,8 @@ class Rounds:
                     break
                 read += 1
                 if read > skipped and batch_size(batch) >= self._least:
-                    self.position, given = (turn, read), True
+                    self.position = (turn, read)
+                    given = True
                     yield batch
             if not given:
                 raise DataError(
@@ -57,7 +59,8 @@ class Rounds:
                     f"round {turn} gave {read} batches, none of them large enough; give a DataLoader, a list of "
                     "batches or arrays, and no generator, which ends after one round"
                 )
-            turn, skipped = turn + 1, 0
+            turn = turn + 1
+            skipped = 0
 
     def _seeded(self, turn: int, read: int) -> AbstractContextManager[None]:
         return seeded(mixed(self._seed, turn, read), *generators_of(self._source))

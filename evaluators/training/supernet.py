@@ -98,7 +98,8 @@ class Training:
         self._device = device = self._parameters[0].device
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
         self._mixed = on_gpu if recipe.mixed_precision is None else recipe.mixed_precision
-        make, schedule = recipe.optimizer or partial(torch.optim.AdamW, lr=recipe.lr), recipe.schedule or _falling
+        make = recipe.optimizer or partial(torch.optim.AdamW, lr=recipe.lr)
+        schedule = recipe.schedule or _falling
         self._optimizer = make(self._parameters)
         self._schedule = schedule(self._optimizer, recipe.steps)
         self._sandwich = Sandwich(context, model, recipe.loss, self._precision)
@@ -111,8 +112,10 @@ class Training:
             ValueError: If there is nothing to learn from, a loss is not finite, or the checkpoint is another's.
             FileFormatError: If the checkpoint is damaged.
         """
-        recipe, space = self._recipe, self._context.space
-        rounds, searched = self._resume(), self._context.subsets.calibration[0]
+        recipe = self._recipe
+        space = self._context.space
+        rounds = self._resume()
+        searched = self._context.subsets.calibration[0]
         smallest = space.canonical(space.sizes[None] - 1)
         modes = [(part, part.training) for part in self._model.modules()]
         log.info("training the supernet: %d of %d steps to go", recipe.steps - self._step, recipe.steps)
@@ -151,7 +154,8 @@ class Training:
 
     def _resume(self) -> Rounds:
         """Resume from the checkpoint if there is one."""
-        recipe, position = self._recipe, (0, 0)
+        recipe = self._recipe
+        position = (0, 0)
         if recipe.checkpoint is not None and recipe.checkpoint.exists():
             trained = sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers()))
             state = read_checkpoint(recipe.checkpoint, MOST_TIMES_MODEL * trained + 256 * MIB)
@@ -168,7 +172,8 @@ class Training:
             with sound(told, "remove it to train again, or name another file"):
                 load_weights(self._model, state["weights"])
                 first, second = state["position"]
-                self._step, position = state["step"], (first, second)
+                self._step = state["step"]
+                position = (first, second)
                 if self._step < recipe.steps:
                     self._optimizer.load_state_dict(state["optimizer"])
                     self._schedule.load_state_dict(state["schedule"])

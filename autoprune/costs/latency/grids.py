@@ -154,7 +154,8 @@ def _filled(grid: FloatArray) -> FloatArray:
 def _axis(family: Family, a: int, bench: Bench, refine: bool, most: int) -> Values:
     """Choose at most `most` values of one variable, aligned ones first."""
     step = family.steps[a]
-    lowest, highest = max(family.lowest[a] // step, 1) * step, family.highest[a]
+    lowest = max(family.lowest[a] // step, 1) * step
+    highest = family.highest[a]
     values = sorted({*range(lowest, highest, step), highest})
     aligned = [value for value in values if value % family.aligned == 0]
     others = [value for value in values if value % family.aligned]

@@ -161,14 +161,16 @@ class Latency:
         Raises:
             ValueError: If they are others; names what differs.
         """
-        differing, same = [], ""
+        differing = []
+        same = ""
         if batch != self.setting.batch:
             differing.append(f"its batch size is {self.setting.batch}, and cost_batch is {batch}")
         if model != self.setting.model:
             differing.append(f"its model is {self.setting.model}, and this is {model}")
         here = tuple((group.name, group.size) for group in structure.groups)
         if here != self.groups:
-            own, other = dict(self.groups), dict(here)
+            own = dict(self.groups)
+            other = dict(here)
             names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
             shown = ", ".join(f"{n} ({own.get(n, 'none')} units, here {other.get(n, 'none')})" for n in names[:3])
             differing.append(f"its groups differ in {shown or 'their order'}" + ("..." if len(names) > 3 else ""))
@@ -256,7 +258,8 @@ class Latency:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Latency:
         """Restore what `to_json` wrote."""
-        seen, correction = data["networks"], _none_to_nan(data["correction"])
+        seen = data["networks"]
+        correction = _none_to_nan(data["correction"])
         return cls(
             setting=Setting(**{**data["setting"], "inputs": tuple(data["setting"]["inputs"])}),
             dense_ms=float(data["dense_ms"]),

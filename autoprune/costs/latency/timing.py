@@ -221,7 +221,8 @@ def compare(
         ended = over()
         if ended and done < _LEAST_ROUNDS:
             raise TimeOverError
-        last, due = ended or done >= effort.most_rounds, done >= effort.rounds and done % 3 == 0
+        last = ended or done >= effort.most_rounds
+        due = done >= effort.rounds and done % 3 == 0
         for i in list(waiting):
             enough = done >= min(effort.rounds, _LEAST_ROUNDS) and spent[i] >= effort.most_seconds
             if last or due or enough:

@@ -121,7 +121,8 @@ def _calls_of(example: Example) -> list[_Seen]:
 
     Methods are wrapped, because hooks would disable the fused operation of a module.
     """
-    mode, seen = _Names(), list[_Seen]()
+    mode = _Names()
+    seen = list[_Seen]()
 
     def watch(name: str, module: nn.Module) -> None:
         forward = module.forward

@@ -131,7 +131,8 @@ def measure_memory(example: Example, structure: Structure) -> PeakMemory:
     device = next(example.model.parameters()).device
     allocation_of(lambda: None, device)  # raises here where nothing can be measured, and not once for each operation
     record, calls, rows = sized_operations(example, structure, seed=0, values=True)
-    numbers, dims = rows[: len(calls)], rows[len(calls) :]
+    numbers = rows[: len(calls)]
+    dims = rows[len(calls) :]
     families, _ = families_of(calls, numbers, structure)
     scratch, left_out = _scratch_of(families, device)
     running: dict[Part, list[int]] = {}
@@ -171,7 +172,8 @@ def _between(moments: IntArray, fused: Fused) -> list[int]:
 
 def _scratch_of(families: Sequence[Family], device: torch.device) -> tuple[dict[str, Scratch], list[str]]:
     """Scratch memory of the families that take any, and the families that cannot be run alone."""
-    found, left_out = {}, []
+    found = {}
+    left_out = []
     for family in families:
 
         def run(values: Values, family: Family = family) -> Allocation:
@@ -198,7 +200,8 @@ class _Sizes:
         self.index: dict[Row, int] = {(Fraction(1), ()): 0}
 
     def products(self, which: Sequence[int]) -> Products:
-        coefficients, factors = [], []
+        coefficients = []
+        factors = []
         for i in which:
             constant = [float(row[0]) for row in self.dims[i] if not row[1]]
             coefficients.append(float(np.prod(constant, initial=self.values[i].dtype.itemsize)))

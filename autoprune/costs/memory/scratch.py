@@ -144,7 +144,8 @@ class _Fitter:
 
     def cells(self) -> list[Cell]:
         """Fit formulas for all sizes; the worst box is split first."""
-        open_, ended = [self._judged(*self.box())], []
+        open_ = [self._judged(*self.box())]
+        ended = []
         while open_:
             worst = max(open_, key=lambda box: box.error)
             open_.remove(worst)
@@ -167,7 +168,8 @@ class _Fitter:
         """Fit the formula with the least error in a box."""
         corners = self.corners(low, end)
         drawn = [point for point in self._points(low, end) if point not in corners]
-        fitted, checks = [*corners, *drawn[:-_CHECKS]], drawn[-_CHECKS:]
+        fitted = [*corners, *drawn[:-_CHECKS]]
+        checks = drawn[-_CHECKS:]
         alike = len({self.at(point).pattern for point in (*fitted, *checks)}) == 1
         choices = self._choices()
         errors = [self._error(fitted, checks, blocks, alike) for blocks in choices]
@@ -209,7 +211,8 @@ class _Fitter:
     def _steps(self, low: Values, end: Values, axis: int) -> Values:
         """Steps along one variable, with the others at their largest; equal ends of a range mean no step within."""
         top = tuple(value - step for value, step in zip(end, self.family.steps, strict=True))
-        step, ends = self.family.steps[axis], [top[axis]]
+        step = self.family.steps[axis]
+        ends = [top[axis]]
 
         def taken(value: int) -> tuple[str, Values]:
             found = self.at((*top[:axis], value, *top[axis + 1 :]))
@@ -276,7 +279,9 @@ class _Fitter:
 
     def _bisect(self, a: Values, b: Values, axis: int, holds: Callable[[Values], bool]) -> int:
         """Least value of a variable between points `a` and `b` at which `holds` is no longer true."""
-        low, high, step = a[axis], b[axis], self.family.steps[axis]
+        low = a[axis]
+        high = b[axis]
+        step = self.family.steps[axis]
         while high - low > step:
             middle = (low + high) // 2 // step * step
             if holds((*a[:axis], middle, *a[axis + 1 :])):

@@ -137,7 +137,8 @@ class _Node:
     def _read(self, alone: ModelProto) -> ModelProto:
         """Make a graph of this convolution with a small one after it."""
         (weight,) = (tensor for tensor in alone.graph.initializer if tensor.name == self.node.input[1])
-        channels, places = weight.dims[0], [1] * (len(weight.dims) - 2)
+        channels = weight.dims[0]
+        places = [1] * (len(weight.dims) - 2)
         grouped = self.reader == "grouped convolution"
         kernel = np.ones([channels, 1, *places] if grouped else [1, channels, *places], dtype=np.float32)
         groups = channels if grouped else 1
@@ -174,7 +175,8 @@ def node_operations(runtime: OnnxRuntime, model: ModelProto, inputs: Mapping[str
     def read(name: str) -> _Input:
         if name in constants:
             tensor = constants[name]
-            dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type).name, tuple(tensor.dims)
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+            shape = tuple(tensor.dims)
             if dtype in ("int32", "int64") and np.prod(shape, dtype=np.int64) <= _LONGEST:
                 return _Input(name, "values", dtype, shape, tuple(numpy_helper.to_array(tensor).ravel().tolist()))
             return _Input(name, "weight", dtype, shape)

@@ -97,7 +97,8 @@ def _write_in_place(record: Record, in_place: Sequence[bool]) -> None:
         return
     for op, writes in zip(additions, in_place, strict=True):
         if writes and op.func is torch.ops.aten.add.Tensor:
-            target, (result,) = op.args["self"], op.results()
+            target = op.args["self"]
+            (result,) = op.results()
             record.values[result].base = record.values[target.id].base
             record.ops[op.index] = replace(op, func=torch.ops.aten.add_.Tensor, outputs=target)
 
@@ -164,7 +165,8 @@ def _operations(record: Record, device: torch.device) -> list[TorchOperation]:
     """Operations that compute, each with its numbers separated from everything else."""
     found = []
     for op in record.ops[: record.first]:
-        results, read = op.results(), set(op.inputs())
+        results = op.results()
+        read = set(op.inputs())
         views = all(record.values[i].base != i and i not in read for i in results)
         if not results or views or not read:
             continue

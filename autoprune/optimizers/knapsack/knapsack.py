@@ -84,7 +84,8 @@ class Knapsack:
 
     def _propose(self, n: int, rng: np.random.Generator) -> IntArray:
         """Propose probes, then the front, then perturbed fronts, shape (any, d); some may be known already."""
-        table, known = self.table(), self._archive.known()
+        table = self.table()
+        known = self._archive.known()
         found: list[IntArray] = []
         if self._scan:
             found.append(next_probes(self._problem, known, n, lambda: self._front(table, _SCAN_BUDGETS, _QUICK_ROUNDS)))

@@ -62,7 +62,8 @@ class Moves:
 
     def after(self, candidates: IntArray) -> tuple[FloatArray, FloatArray]:
         """True costs (n, M, c) and steering losses (n, M) of candidates (n, d) after each single move."""
-        n, m = len(candidates), len(self.dims)
+        n = len(candidates)
+        m = len(self.dims)
         costs, losses = self._after(candidates, np.repeat(np.arange(n), m), np.tile(np.arange(m), n))
         return costs.reshape(n, m, -1), losses.reshape(n, m)
 
@@ -85,7 +86,8 @@ class Moves:
         position = counted(self._problem, candidates)
         if position is not None:
             return self._fill_counted(position, limits)
-        filled, rows = candidates.copy(), np.arange(len(candidates))
+        filled = candidates.copy()
+        rows = np.arange(len(candidates))
         for _ in range(2 * len(self.dims)):
             ordered = self._problem.ordered[self.dims]
             # Without an order every other option is a move; along an order only those towards dense are.
@@ -108,9 +110,11 @@ class Moves:
 
     def _fill_counted(self, position: Counted, limits: FloatArray) -> IntArray:
         """Fill as `fill` does; after each move, update only the moves that depend on it."""
-        filled, room = position.candidates, position.room(limits)
+        filled = position.candidates
+        room = position.room(limits)
         for i in range(len(filled)):
-            row, left = np.full(len(self.dims), i), room[i]
+            row = np.full(len(self.dims), i)
+            left = room[i]
             gain = self._gains(filled[i], self.dims, self.options)
             change = position.change(row, self.dims, self.options)
             for _ in range(2 * len(self.dims)):
@@ -172,7 +176,8 @@ class Moves:
             now = self._losses[self._starts[dims] + candidates[row, dims]]
             steered = self._steer(candidates)[row] + (self._losses[move] - now)
             return position.after(row, dims, options), steered
-        costs, losses = np.empty((len(row), len(self._problem.limits))), np.empty(len(row))
+        costs = np.empty((len(row), len(self._problem.limits)))
+        losses = np.empty(len(row))
         chunk = max(1, _ENTRIES_AT_ONCE // candidates.shape[1])
         for start in range(0, len(row), chunk):
             part = slice(start, start + chunk)
@@ -217,7 +222,8 @@ class Moves:
         """Find the best exchange of each candidate, or return the candidate itself; shape (n, d)."""
         cost = self._problem.costs(candidates)
         costs, losses = self.after(candidates)
-        change, slack = (costs - cost[:, None]) / limits[:, None], 1 - cost / limits
+        change = (costs - cost[:, None]) / limits[:, None]
+        slack = 1 - cost / limits
         gain = self._steer(candidates)[:, None] - losses
         swapped = candidates.copy()
         for i in range(len(candidates)):
@@ -232,7 +238,8 @@ class Moves:
 
     def _pairs(self, gain: FloatArray, change: FloatArray, slack: FloatArray) -> tuple[IntArray, IntArray]:
         """Choose at most `_EXCHANGES` pairs of a move to raise and one to lower."""
-        ups, downs = np.flatnonzero(gain > self._tiny), np.flatnonzero((gain <= 0) & (change < 0).any(axis=1))
+        ups = np.flatnonzero(gain > self._tiny)
+        downs = np.flatnonzero((gain <= 0) & (change < 0).any(axis=1))
         ups = ups[np.argsort(-gain[ups], kind="stable")[:_PARTNERS]]
         downs = downs[np.argsort(-gain[downs], kind="stable")[:_PARTNERS]]
         net = gain[ups][:, None] + gain[downs]

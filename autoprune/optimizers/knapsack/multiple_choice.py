@@ -155,7 +155,8 @@ def _fill_table(losses: list[FloatArray], steps: list[IntArray], last: int) -> N
 
 def _trace_back(back: NDArray[np.signedinteger], steps: list[IntArray], at: IntArray) -> IntArray:
     """Follow the table from the bins `at` (n,) of the last dimension; shape (n, d)."""
-    left, chosen = at.copy(), np.empty((len(steps), len(at)), dtype=np.int64)
+    left = at.copy()
+    chosen = np.empty((len(steps), len(at)), dtype=np.int64)
     for j in range(len(steps) - 1, -1, -1):
         chosen[j] = back[j, left]
         left -= steps[j][chosen[j]]

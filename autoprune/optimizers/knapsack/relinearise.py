@@ -66,7 +66,8 @@ def spread_budgets(problem: Problem, n: int) -> FloatArray:
 
     Budgets below the cost of the problem's cheapest candidate are raised to it.
     """
-    places, gaps = [1.0, 0.0], 1
+    places = [1.0, 0.0]
+    gaps = 1
     while len(places) < n:
         places += [(2 * i + 1) / (2 * gaps) for i in range(gaps)][::-1]
         gaps *= 2
@@ -87,8 +88,10 @@ def _relinearise(
     current = _start(problem, moves, limits)
     level = (current / np.maximum(problem.sizes - 1, 1)).mean(axis=1, keepdims=True)
     memory = np.rint(level * problem.ordered * (problem.sizes - 1)).astype(np.int64)
-    best, weights = current.copy(), np.ones_like(limits)
-    rows, unchanged = np.arange(len(limits)), np.zeros(len(limits), dtype=np.int64)
+    best = current.copy()
+    weights = np.ones_like(limits)
+    rows = np.arange(len(limits))
+    unchanged = np.zeros(len(limits), dtype=np.int64)
     for _ in range(rounds):
         if not rows.size:
             break
@@ -156,7 +159,8 @@ def _solve(
 
 def _share(problem: Problem, moves: Moves, candidates: IntArray, limits: FloatArray) -> IntArray:
     """Give each budget the best candidate found for any of them that meets it."""
-    shared, costs = candidates.copy(), problem.costs(candidates)
+    shared = candidates.copy()
+    costs = problem.costs(candidates)
     order = np.argsort(moves.loss(candidates), kind="stable")
     for i, limit in enumerate(limits):
         shared[i] = candidates[next(k for k in order if (costs[k] <= limit).all())]

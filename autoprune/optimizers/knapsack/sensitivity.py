@@ -163,10 +163,13 @@ def _measurements(problem: Problem, probes: Evaluations) -> tuple[list[FloatArra
     ok = (np.array(probes.status, dtype=object) == OK) & (changed <= 1)
     if not ok.any():
         return values, errors
-    loss, stderr = probes.distortion, np.full(len(probes), np.nan)
+    loss = probes.distortion
+    stderr = np.full(len(probes), np.nan)
     if not np.isfinite(loss[ok]).any():
-        signal, dense = probes.objectives[:, 0], ok & (changed == 0)
-        loss, stderr = signal - signal[dense if dense.any() else ok].min(), probes.stderr[:, 0]
+        signal = probes.objectives[:, 0]
+        dense = ok & (changed == 0)
+        loss = signal - signal[dense if dense.any() else ok].min()
+        stderr = probes.stderr[:, 0]
     for i in np.flatnonzero(ok & (changed == 1) & np.isfinite(loss)):
         j = int(probes.candidates[i].argmax())
         option = probes.candidates[i, j]
@@ -184,7 +187,8 @@ def _fit_bend(problem: Problem, values: list[FloatArray]) -> float:
     for row, ordered in zip(values, problem.ordered, strict=True):
         positive = np.flatnonzero(row > 0)
         if ordered and len(positive) > 1:
-            (a, b), position = positive[[0, -1]], _positions(len(row))
+            (a, b) = positive[[0, -1]]
+            position = _positions(len(row))
             bends.append(np.log(row[b] / row[a]) / np.log(position[b] / position[a]))
     return float(np.clip(np.median(bends), *_BENDS)) if bends else _USUAL_BEND
 
@@ -210,7 +214,8 @@ def _prior_scale(problem: Problem, values: list[FloatArray]) -> float:
     """Factor from the prior to the unit of the measurements, by least squares; 1 without either."""
     if problem.prior is None:
         return 1.0
-    seen, expected = np.concatenate(values), np.concatenate(problem.prior)
+    seen = np.concatenate(values)
+    expected = np.concatenate(problem.prior)
     both = np.isfinite(seen) & (expected > 0)
     scale = float(seen[both] @ expected[both] / (expected[both] @ expected[both])) if both.any() else 1.0
     return scale or 1.0  # only zeros measured: the order of the prior is still useful

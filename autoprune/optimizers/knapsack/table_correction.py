@@ -39,7 +39,8 @@ def corrected_tables(
     if len(candidates) >= _FEWEST:
         losses = np.stack([row[candidates[:, j]] for j, row in enumerate(table.losses)], axis=1)
         signal = np.minimum(objectives[:, 0], np.quantile(objectives[:, 0], _CAP))
-        x, y = losses - losses.mean(axis=0), signal - signal.mean()
+        x = losses - losses.mean(axis=0)
+        y = signal - signal.mean()
         total = x.sum(axis=1)
         slope = float(total @ y) / (float(total @ total) or 1.0)
         if slope > 0:

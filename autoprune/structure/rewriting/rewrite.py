@@ -250,7 +250,8 @@ def find_rewrites(checker: Checker) -> dict[str, Description]:
     Args:
         checker: Follows the model; it keeps the sizes that it finds.
     """
-    model, flow = checker.example.model, checker.flow
+    model = checker.example.model
+    flow = checker.flow
     rewriter = Rewriter(checker.example, flow)
     graphs: dict[str, Description] = {}
     stuck: dict[str, str] = {}
@@ -261,7 +262,9 @@ def find_rewrites(checker: Checker) -> dict[str, Description]:
             for more in rewriter.candidates(found.reached, graphs):
                 other = checker.on(rewritten(model, more), more)
                 if other.reach(units, draw) > found.reached:
-                    checker, graphs, found = other, more, other.follow(units, draw)
+                    checker = other
+                    graphs = more
+                    found = other.follow(units, draw)
                     break
             else:
                 stuck |= checker.sizes.stuck_alike(units, found)

@@ -87,7 +87,8 @@ def _unflatten(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shap
 
 def _split(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Arguments:
     key = next((key for key in ("split_size_or_sections", "split_size", "split_sizes") if key in kwargs), "split_size")
-    sizes, dim = _given(args, kwargs, 1, key), _given(args, kwargs, 2, "dim", 0)
+    sizes = _given(args, kwargs, 1, key)
+    dim = _given(args, kwargs, 2, "dim", 0)
     parts = [shapes(leaf)[dim] for leaf in tree_leaves(step.output)]
     several = parts if isinstance(sizes, list) else tuple(parts)
     _put(args, kwargs, 1, key, parts[0] if isinstance(sizes, int) else several)
@@ -96,7 +97,8 @@ def _split(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) 
 
 def _narrow(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Arguments:
     dim = _given(args, kwargs, 1, "dim")
-    whole, part = shapes(args[0])[dim], shapes(step.output)[dim]
+    whole = shapes(args[0])[dim]
+    part = shapes(step.output)[dim]
     if _given(args, kwargs, 2, "start"):
         _put(args, kwargs, 2, "start", whole - part)  # where it is not the end, a check says so
     _put(args, kwargs, 3, "length", part)
@@ -110,7 +112,8 @@ def _norm(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -
 
 
 def _convolution(step: Step, args: list[Any], kwargs: dict[str, Any], shapes: Shapes) -> Arguments:
-    x, weight = args[0], _given(args, kwargs, 1, "weight")
+    x = args[0]
+    weight = _given(args, kwargs, 1, "weight")
     if _given(args, kwargs, 6, "groups", 1) > 1 and isinstance(weight, Held):
         _put(args, kwargs, 6, "groups", shapes(x)[1] // shapes(weight)[1])
     return tuple(args), kwargs
@@ -122,9 +125,12 @@ def _getitem(step: Step, dense: Shapes, shapes: Shapes) -> Arguments:
     plain = all(part is None or part is ... or isinstance(part, int | slice) for part in index)
     if not plain or not isinstance(args[0], Held) or not isinstance(step.output, Held):
         return args, kwargs
-    whole, part = shapes(args[0]), shapes(step.output)
+    whole = shapes(args[0])
+    part = shapes(step.output)
     taken = sum(1 for item in index if item is not None and item is not ...)
-    given, made, new = 0, 0, []
+    given = 0
+    made = 0
+    new = []
     for item in index:
         if item is ...:
             skipped = len(whole) - taken

@@ -130,7 +130,8 @@ def _three_factors(record: Record, op: Op) -> list[Product]:
     """Count a sum of products of three tensors, each broadcast along its missing dimensions: a bilinear layer."""
     dims: dict[int, tuple[int, int]] = {}
     for name, broadcast in _FACTORS:
-        value, expanded = argument(op, name), op.args[broadcast]
+        value = argument(op, name)
+        expanded = op.args[broadcast]
         rank = len(record.values[value].shape) + len(expanded)
         own = [axis for axis in range(rank) if axis not in expanded]
         for dim, axis in enumerate(own):

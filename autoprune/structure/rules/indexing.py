@@ -107,7 +107,8 @@ def gather(flow: Propagation, op: Op) -> list[Dims]:
 @rule("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_")
 def scatter(flow: Propagation, op: Op) -> list[Dims]:
     """Write to a position of one dimension for each entry of the index, which follows the others."""
-    dims, wanted = list(flow.of(op.args["self"].id)), flow.of(op.args["index"].id)
+    dims = list(flow.of(op.args["self"].id))
+    wanted = flow.of(op.args["index"].id)
     axis = op.args["dim"] % len(dims)
     _stay(flow, op, dims[axis])
     source = op.args.get("src")
@@ -122,7 +123,8 @@ def scatter(flow: Propagation, op: Op) -> list[Dims]:
 @rule("index_add", "index_add_", "index_copy", "index_copy_")
 def index_add(flow: Propagation, op: Op) -> list[Dims]:
     """Add rows at positions of one dimension; the other dimensions are joined."""
-    dims, source = list(flow.of(op.args["self"].id)), flow.of(op.args["source"].id)
+    dims = list(flow.of(op.args["self"].id))
+    source = flow.of(op.args["source"].id)
     axis = op.args["dim"] % len(dims)
     for i, labels in enumerate(source):
         if i == axis:

@@ -54,7 +54,9 @@ def matching_runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[tupl
         >>> matching_runs((2, 8, 3, 3), (2, 72))
         [((0, 1), (0, 1)), ((1, 4), (1, 2))]
     """
-    runs, i, k = [], 0, 0
+    runs = []
+    i = 0
+    k = 0
     while i < len(old) or k < len(new):
         j, m = min(i + 1, len(old)), min(k + 1, len(new))
         while prod(old[i:j]) != prod(new[k:m]):
@@ -154,7 +156,8 @@ def expand(flow: Propagation, op: Op) -> list[Dims]:
 
 
 def _repeats(op: Op, narrowed: Narrowed) -> dict[str, Any]:
-    new, old = narrowed.shape(op.results()[0]), narrowed.shape(op.args["self"].id)
+    new = narrowed.shape(op.results()[0])
+    old = narrowed.shape(op.args["self"].id)
     lead = (1,) * (len(new) - len(old))
     return {"repeats": [wide // narrow for wide, narrow in zip(new, (*lead, *old), strict=True)]}
 
@@ -178,7 +181,8 @@ def repeat(flow: Propagation, op: Op) -> list[Dims]:
 def repeat_interleave(flow: Propagation, op: Op) -> list[Dims]:
     """Repeat each index in place; only a constant number of times."""
     dims, _ = source(flow, op)
-    axis, times = op.args.get("dim"), op.args["repeats"]
+    axis = op.args.get("dim")
+    times = op.args["repeats"]
     if not isinstance(times, int) or axis is None:
         for labels in dims:
             flow.freeze(op, labels, f"repeated a varying number of times by {op.where()}")
@@ -201,7 +205,8 @@ def complex_view(flow: Propagation, op: Op) -> list[Dims]:
 
 def _strides(op: Op, narrowed: Narrowed) -> dict[str, Any]:
     """Compute strides that follow the sizes: each is a number of steps along one dimension of the source."""
-    source, shape = op.args["self"].id, narrowed.shape(op.results()[0])
+    source = op.args["self"].id
+    shape = narrowed.shape(op.results()[0])
     if not narrowed.shrinks(source):
         return {}
     steps = strided_steps(narrowed.record, op)

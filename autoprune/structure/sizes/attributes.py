@@ -110,7 +110,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, wi
         waited = self._waited[self.done]
         for i in range(self.done, waited + 1):
             if self.steps[i].func == func and self._expected(self.steps[i], shapes):
-                self.done, self.since = i + 1, 0
+                self.done = i + 1
+                self.since = 0
                 return out
         if self.done <= self.last and self.steps[waited].func == func:
             raise _DivergedError
@@ -240,7 +241,8 @@ class Search:
     def _suspects(self, done: Reach, known: Known) -> list[tuple[Where, Place]]:
         """Sizes in Python that were read and whose dense value shrinks: nearest first, hints before others."""
         suspects = []
-        at, reads = done[0], self._reads(known, done)
+        at = done[0]
+        reads = self._reads(known, done)
         sizes = [(Attribute.of(self.units, s).value({}), place) for s, place in self._shrinking(at).items()]
         for distance, name in enumerate(self._modules_around(at)):
             for path, value in self.repeats.held(name).items():

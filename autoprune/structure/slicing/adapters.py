@@ -69,12 +69,14 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 
 def _convolution(module: _ConvNd) -> None:
     outputs, inputs = module.weight.shape[:2]
-    module.out_channels, module.in_channels = outputs, inputs * module.groups
+    module.out_channels = outputs
+    module.in_channels = inputs * module.groups
 
 
 def _transposed(module: _ConvTransposeNd) -> None:
     inputs, outputs = module.weight.shape[:2]
-    module.in_channels, module.out_channels = inputs, outputs * module.groups
+    module.in_channels = inputs
+    module.out_channels = outputs * module.groups
 
 
 def _linear(module: nn.Linear) -> None:
@@ -207,7 +209,8 @@ def _resize_attention(module: nn.MultiheadAttention) -> None:
         return
     packed = module.in_proj_weight is not None
     weight = module.in_proj_weight if packed else module.q_proj_weight
-    rows, module.embed_dim = weight.shape[0] // 3 if packed else weight.shape[0], weight.shape[1]
+    rows = weight.shape[0] // 3 if packed else weight.shape[0]
+    module.embed_dim = weight.shape[1]
     module.num_heads = rows // module.head_dim
     module.kdim = module.embed_dim if packed else module.k_proj_weight.shape[1]
     module.vdim = module.embed_dim if packed else module.v_proj_weight.shape[1]

@@ -61,7 +61,8 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copied
     made: nn.Module
     if isinstance(module, RecordedModule):
-        made, given = lend(module), module.state()
+        made = lend(module)
+        given = module.state()
     else:
         made, given = kind.__new__(kind), module.__getstate__()  # type: ignore[no-untyped-call]  # as torch has it
     memo[id(module)] = made

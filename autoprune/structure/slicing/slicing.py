@@ -116,7 +116,8 @@ class Slicer:
         self._ranks.clear()
 
     def _edited(self, owner: Owner, edit: Edit, private: bool) -> Tensor:
-        kept, zeroed = edit.slices.get(owner.name, {}), edit.zeroed.get(owner.name, 0)
+        kept = edit.slices.get(owner.name, {})
+        zeroed = edit.zeroed.get(owner.name, 0)
         if not zeroed:
             return _sliced(owner.tensor, kept, private)
         if kept:
@@ -160,7 +161,8 @@ class FreshCuts:
             slicer = Slicer(self._model)
         self._slicer = None  # a cut that a user's class refuses may have changed some modules
         module = slicer.cut(edit)
-        self._slicer, self._before = slicer, python_state(module)
+        self._slicer = slicer
+        self._before = python_state(module)
         return module
 
 

@@ -22,7 +22,8 @@ from autoprune.structure.tracing.record import Foreseen, ModuleCall, Op, Record,
 def module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tell the recorder which module of `model` is running, and have it note each call."""
     names = {id(module): name for name, module in model.named_modules()}
-    record, starts = recorder.record, list[int]()
+    record = recorder.record
+    starts = list[int]()
 
     def enter(module: nn.Module, _: Any) -> None:
         if id(module) in names:
