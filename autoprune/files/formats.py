@@ -42,7 +42,8 @@ class Format:
         """
         name, version = found.get("format"), found.get("version")
         if name != self.name:
-            raise ValueError(f"it has the format {name!r:.60}, and not {self.name!r}; was it written by another tool?")
+            has = "names no format" if name is None else f"has the format {name!r:.60}"
+            raise ValueError(f"it {has}, and not {self.name!r}, so another tool or an earlier version wrote it")
         if str(version) != str(self.version):
             raise ValueError(
                 f"it has version {version!s:.60}, and this autoprune reads {self.version}: use the one that wrote it"
