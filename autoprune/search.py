@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,15 +16,17 @@ from autoprune.costs import GivenCost, Latency
 from autoprune.data.batch import Forward
 from autoprune.early_stopping.racing import Racing
 from autoprune.early_stopping.successive_halving import Rungs
-from autoprune.evaluators import Evaluator
-from autoprune.execution import Executor, make_executor
+from autoprune.evaluators import Evaluator, EvaluatorName
+from autoprune.execution import Executor, ExecutorName, make_executor
+from autoprune.importance.expected_loss import Prior
 from autoprune.journal.sqlite_file import require_free
-from autoprune.metrics.metric import Metric
-from autoprune.optimizers import Problem, find_optimizer
+from autoprune.metrics.metric import Metric, MetricName
+from autoprune.optimizers import OptimizerName, Problem, find_optimizer
 from autoprune.protocols import Optimizer
 from autoprune.result import SearchResult
 from autoprune.result.trials import note_of_probes
 from autoprune.search_spaces import Settings
+from autoprune.structure.analysis import ChecksMode, RewriteMode
 from autoprune.study.constant_output import note_of_no_better
 from autoprune.study.convergence import Deadline
 from autoprune.study.fingerprint import identity_of
@@ -47,26 +49,26 @@ def search(
     budget: str | Budget | Sequence[str | Budget],
     data: Any = None,
     *,
-    metric: str | Metric | Callable[..., Any] = "auto",
+    metric: MetricName | Metric | Callable[..., Any] = "auto",
     space: str | Settings = "channels",
-    evaluator: str | Evaluator = "auto",
-    optimizer: str | Optimizer | Callable[[Problem, int], Optimizer] = "auto",
-    trials: int | str = 200,
+    evaluator: EvaluatorName | Evaluator = "auto",
+    optimizer: OptimizerName | Optimizer | Callable[[Problem, int], Optimizer] = "auto",
+    trials: int | Literal["auto"] = 200,
     max_seconds: float | None = None,
     seed: int = 0,
     start: Start | Sequence[Start] = (),
     forward: Forward | None = None,
     example_inputs: Any = None,
     outputs: Any = None,
-    executor: str | Executor = "local",
-    run_dir: str | None = None,
-    resume: bool | str = False,
+    executor: ExecutorName | Executor = "local",
+    run_dir: str | Path | None = None,
+    resume: bool | Literal["anyway"] = False,
     progress: bool = True,
-    checks: str = "on",
-    rewrite: str = "auto",
+    checks: ChecksMode = "on",
+    rewrite: RewriteMode = "auto",
     costs: Mapping[str, GivenCost] | None = None,
     cost_batch: int = 1,
-    prior: str = "auto",
+    prior: Prior = "auto",
     racing: bool | Racing | Rungs = False,
     latency: Latency | str | Path | None = None,
     labels: str | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from autoprune.arguments import shown
 from autoprune.data.batch import Forward
@@ -12,6 +13,8 @@ from autoprune.evaluators.finetune import FineTune
 from autoprune.evaluators.protocol import Context, Evaluator, Orders, Tells, Trains
 from autoprune.evaluators.scoring.scorer import Adapted, Measuring
 from autoprune.evaluators.supernet import Supernet
+
+EvaluatorName = Literal["auto", "compensated", "adaptive_bn", "finetune", "supernet"]
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     "adaptive_bn": AdaptiveBN,
@@ -46,6 +49,7 @@ __all__ = [
     "Compensated",
     "Context",
     "Evaluator",
+    "EvaluatorName",
     "FineTune",
     "Forward",
     "Measuring",

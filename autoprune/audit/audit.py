@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from autoprune.audit.controls import Initialise, uniform_widths, with_new_weight
 from autoprune.audit.training_log import Key, Record, Trainings, audit_identity
 from autoprune.data.sampling import seeded
 from autoprune.errors import FileFormatError, InfeasibleBudgetError
-from autoprune.evaluators import EVALUATORS, Evaluator, Orders, make_evaluator
+from autoprune.evaluators import EVALUATORS, Evaluator, EvaluatorName, Orders, make_evaluator
 from autoprune.evaluators.scoring.scorer import Measuring
 from autoprune.execution import Outcome, evaluate_one
 from autoprune.protocols import OK, FloatArray, IntArray
@@ -38,11 +39,11 @@ def audit(
     k: int = 16,
     *,
     steps: int | None = None,
-    evaluators: Sequence[str | Evaluator] = (),
+    evaluators: Sequence[EvaluatorName | Evaluator] = (),
     repeats: int = 3,
     initialise: Initialise | None = None,
     seed: int = 0,
-    run_dir: str | None = None,
+    run_dir: str | Path | None = None,
 ) -> SearchResult:
     """Train some candidates of a search by your own recipe, and compare the trained scores with the cheap ones.
 

@@ -56,7 +56,7 @@ class Trainings:
 
     @classmethod
     @contextmanager
-    def open(cls, run_dir: str | None, identity: Mapping[str, Any]) -> Iterator[Trainings]:
+    def open(cls, run_dir: str | Path | None, identity: Mapping[str, Any]) -> Iterator[Trainings]:
         """Continue the file in a folder, or begin it; without a folder keep records in memory.
 
         Raises:

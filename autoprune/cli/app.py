@@ -163,25 +163,23 @@ def search(
             )
         rounded = int(round_to) if round_to is not None and round_to.lstrip("-").isdecimal() else round_to
         dense = load_model(model, weights)
+        named: dict[str, Any] = {"metric": metric, "evaluator": evaluator, "optimizer": optimizer, "rewrite": rewrite}
+        named["trials"] = int(trials) if trials.lstrip("-").isdecimal() else trials
+        named["executor"] = _executor(executor, workers, gpus_per_worker)
         result = search_model(
             dense,
             budget,
             None if data is None else load_object(data, "--data"),
-            metric=metric,
+            **named,  # checked by the search, which lists what there is
             space=_space(space, {"criterion": criterion, "round_to": rounded, "ignore": ignore}),
-            evaluator=evaluator,
-            optimizer=optimizer,
             racing=racing,
-            trials=int(trials) if trials.lstrip("-").isdecimal() else trials,
             max_seconds=max_seconds,
             seed=seed,
             example_inputs=_example_inputs(dense, input_shape, example, needed=data is None),
-            executor=_executor(executor, workers, gpus_per_worker),
             run_dir=str(run_dir),
             resume="anyway" if resume_anyway else resume,
             latency=latency,
             cost_batch=cost_batch,
-            rewrite=rewrite,
         )
         result.save(run_dir, replace=resume)  # of the search before it was resumed
         typer.echo(result)
@@ -280,7 +278,8 @@ def inspect(
         from autoprune.inspection import inspect as inspect_model
 
         dense = load_model(model)
-        found = inspect_model(dense, _example_inputs(dense, input_shape, example), rewrite=rewrite)
+        options: dict[str, Any] = {"rewrite": rewrite}  # checked by the inspection
+        found = inspect_model(dense, _example_inputs(dense, input_shape, example), **options)
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from autoprune.arguments import shown
 from autoprune.execution.local import Executor, Finished, LocalExecutor, Outcome, attempt, evaluate_one
 from autoprune.execution.ray import RayExecutor
+
+ExecutorName = Literal["local", "ray"]
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {"local": LocalExecutor, "ray": RayExecutor}
 """Executors of `search(executor=)` by name."""
@@ -28,6 +31,7 @@ def make_executor(spec: str | Executor) -> Executor:
 __all__ = [
     "EXECUTORS",
     "Executor",
+    "ExecutorName",
     "Finished",
     "LocalExecutor",
     "Outcome",

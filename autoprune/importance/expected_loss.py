@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +19,8 @@ from autoprune.structure.structure import Structure
 
 log = logging.getLogger(__name__)
 
-PRIORS = ("auto", "criterion", "reconstruction", "sensitivity")
+Prior = Literal["auto", "criterion", "reconstruction", "sensitivity"]
+PRIORS = get_args(Prior)
 MAGNITUDES = ("l1", "l2", "bn_scale", "activation_mean")
 """Criteria whose squares are energies."""
 LOSSES = ("taylor",)

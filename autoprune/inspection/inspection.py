@@ -20,7 +20,7 @@ from autoprune.inspection.html import as_html
 from autoprune.inspection.text import as_text
 from autoprune.protocols import FloatArray
 from autoprune.search_spaces import Settings, make_space, why_no_less
-from autoprune.structure.analysis import analyse
+from autoprune.structure.analysis import ChecksMode, RewriteMode, analyse
 from autoprune.structure.example import Example
 from autoprune.structure.given import ExampleInputs, example_of, unwrap
 from autoprune.structure.structure import Structure
@@ -163,8 +163,8 @@ def inspect(
     forward: Forward | None = None,
     outputs: Outputs | None = None,
     space: str | Settings = "channels",
-    checks: str = "on",
-    rewrite: str = "auto",
+    checks: ChecksMode = "on",
+    rewrite: RewriteMode = "auto",
 ) -> Inspection:
     """Report the prunable groups of a model with their share of the costs, and the reasons why the rest stays.
 

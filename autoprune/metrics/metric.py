@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ Scorer: TypeAlias = Callable[[Any, Batch, Tensor | None], tuple[Tensor, Tensor]]
 # (outputs, batch) -> (values that a sample's signal is the mean of, its part of the denominator), one a sample each
 Parts: TypeAlias = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 
-METRICS = (
+MetricName = Literal[
     "accuracy",
     "agreement",
     "auto",
@@ -44,7 +44,8 @@ METRICS = (
     "mse",
     "next_token",
     "relative_error",
-)
+]
+METRICS = get_args(MetricName)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Literal, cast
 
 from autoprune.arguments import shown, why_no_function
 from autoprune.optimizers.auto import Auto
@@ -24,6 +24,7 @@ __all__ = [
     "Bayes",
     "Knapsack",
     "LevelSwitch",
+    "OptimizerName",
     "Problem",
     "RandomSearch",
     "find_optimizer",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 MakeOptimizer = Callable[[Problem, int], Optimizer]
+
+OptimizerName = Literal["auto", "knapsack", "level_switch", "nsga2", "bayes", "random"]
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "auto": Auto,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -38,6 +38,10 @@ MOST_KEPT = 0.9
 """Share of the prunable parameters of evaluation that must stay prunable for training to be followed."""
 
 
+ChecksMode = Literal["on", "strict", "isolated"]
+RewriteMode = Literal["auto", "off"]
+
+
 def analyse(
     example: Example,
     *,
@@ -64,8 +68,8 @@ def analyse(
         TimeoutError: If it took longer than `until`; names the step that was running.
         ValueError: If the model returns NaN or infinity for the inputs, or `checks` or `rewrite` is unknown.
     """
-    one_of("checks", checks, ("on", "strict", "isolated"))
-    one_of("rewrite", rewrite, ("auto", "off"))
+    one_of("checks", checks, get_args(ChecksMode))
+    one_of("rewrite", rewrite, get_args(RewriteMode))
     import_late_ones()
     device = require_supported(example.model)
     if checks == "isolated":

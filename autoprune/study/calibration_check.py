@@ -65,14 +65,14 @@ class Choice:
     parts: Mapping[str, bool]
     note: str
 
-    def save(self, run_dir: str | None) -> None:
+    def save(self, run_dir: str | Path | None) -> None:
         """Write the choice next to the journal, where a resumed search finds it."""
         if run_dir is not None:
             kept = {"criterion": self.criterion, "parts": dict(self.parts), "note": self.note}
             write_json(make_folder(run_dir, "run_dir") / FILE_NAME, {**FORMAT.stamp(), **kept}, "run_dir")
 
     @classmethod
-    def load(cls, run_dir: str | None) -> Choice | None:
+    def load(cls, run_dir: str | Path | None) -> Choice | None:
         """Read the choice of an earlier call of the same search; None if there is none.
 
         Raises:

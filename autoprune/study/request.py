@@ -61,7 +61,7 @@ class Request:
     example_inputs: Any
     outputs: Any
     executor: str | Executor
-    run_dir: str | None
+    run_dir: str | Path | None
     resume: bool | str
     progress: bool
     checks: str
