@@ -17,11 +17,12 @@ class Kind:
     """One kind of space.
 
     Attributes:
-        settings: Class of the settings, which can be made without arguments.
+        settings: Class of the settings, which can be made without arguments; None for a space of many settings, which
+            has no name for ``space=``.
         space: Class of the space that they bind to a model, with a class method ``from_json``.
     """
 
-    settings: type[Settings]
+    settings: type[Settings] | None
     space: type[SearchSpace]
 
 
@@ -55,8 +56,13 @@ def register_space(name: str, settings: type[Settings], space: type[SearchSpace]
     SPACES[name] = Kind(settings, space)  # again, where a module is loaded again
 
 
-def _place(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _place(kind: type | None) -> str:
+    return "no settings of its own" if kind is None else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def settings_by_name() -> dict[str, type[Settings]]:
+    """Classes of settings that ``space=`` takes by name."""
+    return {name: kind.settings for name, kind in SPACES.items() if kind.settings is not None}
 
 
 def make_space(spec: str | Settings) -> Settings:
@@ -65,11 +71,12 @@ def make_space(spec: str | Settings) -> Settings:
     Raises:
         ValueError: If the name is unknown, or these are no settings.
     """
-    if isinstance(spec, str) and spec in SPACES:
-        return SPACES[spec].settings()
+    named = settings_by_name()
+    if isinstance(spec, str) and spec in named:
+        return named[spec]()
     if isinstance(spec, str | type) or not hasattr(spec, "bind"):
         raise ValueError(
-            f"space must be one of {sorted(SPACES)}, or settings such as Channels(...) or Sparsity(...), got "
+            f"space must be one of {sorted(named)}, or settings such as Channels(...) or Sparsity(...), got "
             f"{shown(spec)}"
         )
     return spec

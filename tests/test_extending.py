@@ -37,6 +37,7 @@ from autoprune.testing.contracts import (
     RuleContract,
     SpaceContract,
 )
+from tests import own_space
 from tests.candidates import uniform_order
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -51,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / f"{name}.py").write_text(text)
     spaces, operations = dict(SPACES), dict(OPERATIONS)
     sys.path.insert(0, str(folder))
+    own_space.register()
     yield folder
     sys.path.remove(str(folder))
     SPACES.clear()
@@ -179,6 +181,15 @@ def test_notes_of_an_evaluator_are_asked_for_once(folder):
     assert "dense: 16 samples" in result.notes
 
 
+class TestOwnSpace(SpaceContract):
+    def make_space(self) -> SearchSpace:
+        space: SearchSpace = own_space.OwnUniform().bind(structure(), uniform_order(structure()))
+        return space
+
+    def make_structure(self) -> Structure:
+        return structure()
+
+
 class TestUniformSpace(SpaceContract):
     def make_space(self) -> SearchSpace:
         space: SearchSpace = module("uniform_width").Uniform().bind(structure(), uniform_order(structure()))
@@ -189,22 +200,27 @@ class TestUniformSpace(SpaceContract):
 
 
 BUILD = """
-import sys, torch, uniform_width, autoprune
+import sys, torch, autoprune
+from tests import own_space
 from tests.test_extending import model
+if sys.argv[3] == "UniformSpace":
+    own_space.register()
 result = autoprune.SearchResult.load(sys.argv[1], model=model())
-assert type(result.space) is uniform_width.UniformSpace
+assert type(result.space).__name__ == sys.argv[3]
+assert "uniform_width" not in sys.modules
 torch.save([result.build()(torch.ones(2, 6)), [trial.decoded for trial in result.front]], sys.argv[2])
 """
 
 
 class TestASpaceOfOnesOwn:
-    def test_it_is_searched_saved_loaded_in_another_process_and_built(self, folder, tmp_path):
+    @pytest.mark.parametrize(("space", "kind"), [("uniform", "Choices"), ("own", "UniformSpace")])
+    def test_it_is_searched_saved_loaded_in_another_process_and_built(self, folder, tmp_path, space, kind):
         module("uniform_width")
         result = autoprune.search(
-            model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space="uniform", evaluator="adaptive_bn", trials=4
+            model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space=space, evaluator="adaptive_bn", trials=4
         )
         result.save(tmp_path / "result")
-        command = [sys.executable, "-c", BUILD, tmp_path / "result", tmp_path / "found.pt"]
+        command = [sys.executable, "-c", BUILD, tmp_path / "result", tmp_path / "found.pt", kind]
         env = {**os.environ, "PYTHONPATH": f"{folder}:{DOCUMENT.parents[1]}"}
         finished = subprocess.run(command, env=env, capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr
@@ -214,30 +230,28 @@ class TestASpaceOfOnesOwn:
         assert {name for trial in decoded for name in trial} == {"width"}
 
     def test_without_its_module_loading_says_what_to_import(self, monkeypatch, tmp_path):
-        module("uniform_width")
         result = autoprune.search(
-            model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space="uniform", evaluator="adaptive_bn", trials=2
+            model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space="own", evaluator="adaptive_bn", trials=2
         )
         result.save(tmp_path)
-        monkeypatch.delitem(SPACES, "uniform")
-        with pytest.raises(FileFormatError, match=r"'uniform'.*import the module that calls autoprune.register_space"):
+        monkeypatch.delitem(SPACES, "own")
+        with pytest.raises(FileFormatError, match=r"'own'.*import the module that calls autoprune.register_space"):
             autoprune.SearchResult.load(tmp_path)
 
     def test_one_that_is_not_registered_is_refused_before_the_search(self, monkeypatch):
-        settings = module("uniform_width").Uniform()
-        monkeypatch.delitem(SPACES, "uniform")
-        with pytest.raises(ValueError, match=r"space must be registered.*'uniform'"):
+        settings = own_space.OwnUniform()
+        monkeypatch.delitem(SPACES, "own")
+        with pytest.raises(ValueError, match=r"space must be registered.*'own'"):
             autoprune.search(model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space=settings, trials=2)
 
     def test_a_taken_name_is_refused_and_the_same_class_is_registered_again(self):
-        own = module("uniform_width")
-        autoprune.register_space("uniform", own.Uniform, own.UniformSpace)
+        autoprune.register_space("own", own_space.OwnUniform, own_space.UniformSpace)
         with pytest.raises(ValueError, match="name must be free, but 'channels'"):
-            autoprune.register_space("channels", own.Uniform, own.UniformSpace)
+            autoprune.register_space("channels", own_space.OwnUniform, own_space.UniformSpace)
         with pytest.raises(TypeError, match="space must be a class with a method from_json"):
-            autoprune.register_space("other", own.Uniform, Channels)
+            autoprune.register_space("other", own_space.OwnUniform, Channels)
         with pytest.raises(TypeError, match="settings must be a class with a method bind"):
-            autoprune.register_space("other", ChannelSpace, own.UniformSpace)
+            autoprune.register_space("other", ChannelSpace, own_space.UniformSpace)
 
 
 class Following:

@@ -198,17 +198,18 @@ def _space(spec: str, options: Mapping[str, Any]) -> Settings:
         ValueError: If an option is not one of the space's, or the settings come from a file.
     """
     from autoprune.cli.user_objects import load_object
-    from autoprune.search_spaces import SPACES, make_space
+    from autoprune.search_spaces import make_space, settings_by_name
 
     given = {name: value for name, value in options.items() if value is not None}
-    if spec not in SPACES and ":" not in spec:
-        raise ValueError(f"--space must be one of {sorted(SPACES)}, or FILE.py:NAME, got {spec!r}")
-    known = set(signature(SPACES[spec].settings).parameters) if spec in SPACES else set()
+    named = settings_by_name()
+    if spec not in named and ":" not in spec:
+        raise ValueError(f"--space must be one of {sorted(named)}, or FILE.py:NAME, got {spec!r}")
+    known = set(signature(named[spec]).parameters) if spec in named else set()
     for name in given:
         if name not in known:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} must be left out with --space {spec}, which has no such setting")
-    return SPACES[spec].settings(**given) if spec in SPACES else make_space(load_object(spec, "--space"))
+    return named[spec](**given) if spec in named else make_space(load_object(spec, "--space"))
 
 
 @app.command()
