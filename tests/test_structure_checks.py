@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from autoprune.errors import StructureCheckError
 from autoprune.structure import analysis
 from autoprune.structure.analysis import analyse, best_choices
+from autoprune.structure.checks.checks import Checker
+from autoprune.structure.checks.values import cycle
 from autoprune.structure.example import Example
 from autoprune.structure.structure import Structure
 from autoprune.structure.tracing.trace import trace
@@ -28,7 +31,7 @@ from tests.small_networks import (
     residual,
     slots_of,
 )
-from zoo import draw, settled
+from zoo import ZOO, draw, settled
 
 
 def gates() -> nn.Module:
@@ -106,3 +109,25 @@ def test_isolated_checks_find_the_same_and_survive_a_model_that_kills_its_proces
     ]
     with pytest.raises(StructureCheckError, match="killed its process"):
         analyse(Example(Deadly(), (torch.randn(2, 4),)), checks="isolated")
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 17])
+def test_the_permutation_check_moves_every_unit(size: int):
+    for seed in range(20):
+        moved = cycle(size, np.random.default_rng(seed))
+        assert sorted(moved) == list(range(size))
+        assert (moved != np.arange(size)).all()
+
+
+@pytest.mark.slow
+def test_a_wrong_tie_of_few_units_is_seen_whatever_is_drawn():
+    """Weights of a batch norm with a forgotten coupling are tied to the units of a channel shuffle, in a wrong order."""
+    entry = ZOO["shufflenet_v2"]
+    example = Example(entry.build(), entry.inputs())
+    whole, _ = best_choices(trace(example))
+    made_by = [whole.record.ops[edge.op].where() for edge in whole.edges]
+    first = made_by.index("native_batch_norm in 4.side.1.1")
+    flow = dataclasses.replace(whole, edges=whole.edges[:first] + whole.edges[first + 1 :])
+    for seed in range(6):
+        checker = Checker(flow, example, (), seed=seed)
+        assert checker.sizes.settle() or checker.error({}) is not None, seed
