@@ -121,7 +121,7 @@ def test_the_permutation_check_moves_every_unit(size: int):
 
 @pytest.mark.slow
 def test_a_wrong_tie_of_few_units_is_seen_whatever_is_drawn():
-    """Weights of a batch norm with a forgotten coupling are tied to the units of a channel shuffle, in a wrong order."""
+    """Weights of a batch norm without their coupling are tied to the units of a channel shuffle, in a wrong order."""
     entry = ZOO["shufflenet_v2"]
     example = Example(entry.build(), entry.inputs())
     whole, _ = best_choices(trace(example))
