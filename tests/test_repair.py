@@ -146,6 +146,14 @@ def test_uniform_seeds_start_with_the_dense_candidate_if_it_is_feasible():
     assert seeds[-1].tolist() == [4, 4, 4, 4]
 
 
+def test_uniform_seeds_leave_a_choice_without_an_order_as_it_is():
+    def costs(candidates):
+        return (16.0 - candidates[:, :2].sum(axis=1))[:, None]  # whatever is chosen in the third dimension
+
+    problem = Problem(np.array([9, 9, 4]), ("flops",), np.array([8.0]), costs, ordered=np.array([True, True, False]))
+    assert uniform_seeds(problem, (1.0, 0.5)).tolist() == [[4, 4, 0], [6, 6, 0]]
+
+
 def test_the_budget_range_is_from_half_the_limit_to_the_limit_but_not_above_dense():
     tight = PROBLEMS["additive"]([5] * 4, seed=0, budget=0.5).problem
     np.testing.assert_allclose(tight.budget_range, [[tight.limits[0] / 2, tight.limits[0]]])

@@ -115,13 +115,22 @@ def test_space_passes_through_a_convolution_that_reads_one_place_at_a_time():
     assert_free_and_right(TokensMixed().eval(), (torch.randn(2, 6, 5),), groups=12)
 
 
-def test_space_stays_where_a_convolution_reads_neighbours():
-    class Neighbours(TokensMixed):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = nn.Conv1d(6, 6, 3, padding=1)
+MIXED = {
+    "neighbours": nn.Conv1d(6, 6, 3, padding=1),
+    "places around the edge": nn.Conv1d(6, 6, 1, padding=1),
+    "every other place": nn.Conv1d(6, 6, 1, stride=2),
+    "places between": nn.ConvTranspose1d(6, 6, 1, stride=2, output_padding=1),
+}
 
-    structure = analyse(Example(Neighbours().eval(), (torch.randn(2, 6, 5),)))
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_space_stays_where_a_convolution_does_not_read_each_place_once(kind: str):
+    """Its output has other places than its input, so that removing some of these is no removal of the same there."""
+    torch.manual_seed(0)
+    model, args = TokensMixed(), (torch.randn(2, 6, 5),)
+    model.mix = MIXED[kind]
+    model.leave = nn.Linear(model.mix(model.enter(args[0])).shape[2], 3)
+    structure = analyse(Example(model.eval(), args))
     assert not structure.groups
     assert any("used as space" in frozen.reason for frozen in structure.frozen)
 

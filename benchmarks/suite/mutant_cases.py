@@ -222,11 +222,11 @@ MUTANTS = (
         "values counted from the wrong end",
     ),
     Mutant(
-        REPAIR,
-        "np.where(problem.ordered, start + steps,",
-        "np.where(True, start + steps,",
+        PROBLEM,
+        "np.rint(positions * (problem.sizes - 1) * problem.ordered)",
+        "np.rint(positions * (problem.sizes - 1))",
         ("test_repair",),
-        "choices without an order are interpolated",
+        "choices without an order are pruned like the others",
     ),
     Mutant(
         PROBLEM,

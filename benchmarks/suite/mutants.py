@@ -32,6 +32,7 @@ COPIED = (
     "docs",
     "benchmarks",
     "examples",
+    "zoo",
     "pyproject.toml",
     "README.md",
 )
