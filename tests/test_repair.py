@@ -127,6 +127,12 @@ def test_an_impossible_budget_names_the_cheapest_reachable_costs(sizes):
     assert "width must be at least" in str(error.value)
 
 
+def test_a_probe_changes_at_most_one_dimension_of_the_dense_model():
+    problem = PROBLEMS["additive"]([3, 3, 3], seed=0).problem
+    candidates = np.array([[0, 0, 0], [0, 2, 0], [0, 1, 1], [2, 2, 2]])
+    assert problem.probes(candidates).tolist() == [True, True, False, False]
+
+
 def test_uniform_seeds_prune_all_dimensions_alike_and_just_meet_the_limits():
     problem = PROBLEMS["product"]([33] * 10, seed=0, budget=0.5).problem
     seeds = uniform_seeds(problem, (1.0, 0.75, 0.5))

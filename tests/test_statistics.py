@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ class TestTheEstimateOfACandidateThatWasDroppedEarly:
         rng = np.random.default_rng(2)
         weights = rng.choice([0.5, 1.0, 1.5], SAMPLES)
         weights /= weights.mean()
-        dense, pruned = (values * weights for values in whole)
+        dense, pruned = whole[0] * weights, (whole[1] + 2) * weights  # a change that goes with the weights
         seen = [raced_after(80, rng.permutation(SAMPLES), dense, pruned, weights) for _ in range(4000)]
         assert np.mean([one.signal_stderr for one in seen]) == pytest.approx(np.std([e.signal for e in seen]), rel=0.05)
 
@@ -54,6 +55,13 @@ class TestTheEstimateOfACandidateThatWasDroppedEarly:
         one = raced_after(SAMPLES, np.arange(SAMPLES), *whole)
         assert one.signal == pytest.approx(whole[1].mean())
         assert one.signal_stderr == 0.0
+
+
+def test_squared_standard_errors_are_right_on_average_over_all_draws_of_three_values():
+    values = np.array([0.0, 1.0, 5.0])
+    draws = [Measurement(np.array(draw), np.ones(3), 0.0) for draw in product(values, repeat=3)]
+    found = [Evaluation.of(draw) for draw in draws]
+    assert np.mean([one.signal_stderr**2 for one in found]) == pytest.approx(np.var([one.signal for one in found]))
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,24 @@ def test_grouped_layers_lose_whole_groups_or_as_much_of_each(
     assert_right(model, args, structure)
 
 
+@pytest.mark.parametrize("groups", [2, 3, 4, 6])
+@pytest.mark.parametrize(
+    "layer",
+    [lambda groups: nn.GroupNorm(groups, 12), lambda groups: conv(12, 12, 1, groups=groups)],
+    ids=["norm", "conv"],
+)
+def test_a_grouped_layer_has_as_many_units_as_it_can_where_no_other_choice_is_tried(
+    layer: Callable[[int], nn.Module], groups: int, monkeypatch: pytest.MonkeyPatch
+):
+    def first(record: Record) -> tuple[Propagation, Units]:
+        flow = propagate(record)
+        return flow, find_units(flow)
+
+    monkeypatch.setattr(analysis, "best_choices", first)
+    _, _, structure = known(lambda: nn.Sequential(conv(3, 12), layer(groups), nn.ReLU(), conv(12, 2, 1)))
+    assert structure.groups[0].size == max(groups, 12 // groups)
+
+
 @pytest.mark.slow
 def test_the_better_choice_for_a_grouped_layer_is_found():
     for make in (grouped, grouped_transposed, group_normed, shuffled):

@@ -232,7 +232,7 @@ MUTANTS = (
         PROBLEM,
         "(candidates != 0).sum(axis=1) <= 1",
         "(candidates != 0).sum(axis=1) == 1",
-        ("test_optimizers", "test_auto"),
+        ("test_repair",),
         "dense is no probe",
     ),
     Mutant(
