@@ -237,8 +237,8 @@ class TestFormats:
     @pytest.mark.parametrize(
         ("change", "told"),
         [
-            ({"format": "other"}, "it has the format 'other', and not 'autoprune-example'; was it written by another"),
-            ({"format": None}, "it has the format None"),
+            ({"format": "other"}, "it has the format 'other', and not 'autoprune-example', so another tool or an earlier version"),
+            ({"format": None}, "it names no format, and not 'autoprune-example'"),
             (
                 {"version": 3, "sizes": "of a newer form"},
                 "it has version 3, and this autoprune reads 2: use the one that",

@@ -150,7 +150,7 @@ import threading
 import numpy as np
 from autoprune.journal import Journal
 from autoprune.protocols import Measurement
-from autoprune.statistics import evaluations_of
+from autoprune.metrics.statistics import evaluations_of
 
 journal = Journal.create(sys.argv[1], {})
 while True:

@@ -344,7 +344,7 @@ def test_the_machine_of_these_tests_has_steps():
 
 COUNT_BLOCKS = """
 import ctypes, torch
-from autoprune.costs.timing import CpuClock, Effort, compare
+from autoprune.costs.latency.timing import CpuClock, Effort, compare
 
 class Counts(ctypes.Structure):
     _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]

@@ -104,7 +104,7 @@ def test_checkpoints_of_other_trainings_and_damaged_ones_are_refused(context, tm
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(FileFormatError, match=r"not a checkpoint of a training .*it has the format"):
+    with pytest.raises(FileFormatError, match=r"not a checkpoint of a training .*it names no format"):
         prepared(context, steps=2, checkpoint=file)
 
 
