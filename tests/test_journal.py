@@ -148,7 +148,7 @@ WRITER = """
 import sys
 import threading
 import numpy as np
-from autoprune.journal import Journal
+from autoprune.journal.journal import Journal
 from autoprune.protocols import Measurement
 from autoprune.metrics.statistics import evaluations_of
 
