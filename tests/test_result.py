@@ -267,7 +267,10 @@ class TestSaveAndLoad:
     @pytest.mark.slow
     def test_a_save_that_is_cut_short_leaves_the_earlier_one_whole(self, found, vectors, tmp_path, monkeypatch):
         found.save(tmp_path)
-        other = replace(found, front=tuple(replace(trial, score=0.0) for trial in found.front))
+        others = reversed(found.front)  # other weights of the same trials, whose files would have the same names
+        front = tuple(replace(trial, candidate=o.candidate) for trial, o in zip(found.front, others, strict=True))
+        assert front != found.front
+        other = replace(found, front=front)
 
         def cut_short(*args, **kwargs):
             raise KeyboardInterrupt
