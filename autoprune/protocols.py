@@ -45,10 +45,12 @@ class Pruning:
         kept: Unit indices that stay, ascending, for each group that loses units; other groups stay whole.
         zeroed: Number of elements of each parameter that are set to zero, those of least magnitude first: among the
             elements that stay, where units are removed too.
+        dropped: Names of the residual branches that are removed as a whole, with every group inside them.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     zeroed: Mapping[str, int] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -110,6 +112,15 @@ class ChoosesWidths(Protocol):
 
         No two dimensions choose for the same group.
         """
+        ...
+
+
+@runtime_checkable
+class Silences(Protocol):
+    """Optional protocol: spaces that remove whole parts of a model, in which the widths of groups no longer matter."""
+
+    def silenced(self, candidates: IntArray) -> NDArray[np.bool_]:
+        """Mark the groups that lie inside a dropped part, bool, shape (n, groups), for candidates of shape (n, d)."""
         ...
 
 
