@@ -17,11 +17,12 @@ from autoprune.evaluators.activation_cache.cache import checked_bytes
 from autoprune.evaluators.activation_cache.limits import bytes_of, room_beside
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
 from autoprune.evaluators.protocol import Context
-from autoprune.evaluators.refit.layers import Layer, columns_kept, find_layers, matrix_of
+from autoprune.evaluators.refit.layers import Layer, columns_kept, find_layers
 from autoprune.evaluators.refit.least_squares import Normal
 from autoprune.evaluators.refit.normalisation import Correction
 from autoprune.evaluators.scoring.scorer import Adapted, bound_forward
-from autoprune.importance.criteria import private_copy
+from autoprune.importance.calibration import private_copy
+from autoprune.importance.reading import matrix_of
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning, SearchSpace
 from autoprune.structure.slicing.adapters import refresh_flat_weights
 from autoprune.structure.slicing.slicing import Edit

@@ -14,7 +14,7 @@ from torch import nn
 
 import autoprune
 from autoprune.data.batch import default_forward
-from autoprune.importance import criteria
+from autoprune.importance import calibration as calibration_module
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import distortion_gradients
 from autoprune.metrics.scorers import class_dimension
@@ -69,7 +69,7 @@ def test_every_criterion_that_may_help_is_scored_with_its_figure(case):
 
 @pytest.mark.slow
 def test_the_check_of_a_large_model_takes_few_samples(case, monkeypatch):
-    monkeypatch.setattr(criteria, "WORK", 1)
+    monkeypatch.setattr(calibration_module, "WORK", 1)
     study = study_for(case[0], "flops <= 70%", case[1], metric="accuracy")
     assert any(note.startswith("calibration check on 64 validation samples") for note in study.notes), study.notes
 

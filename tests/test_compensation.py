@@ -12,7 +12,7 @@ from torch import nn
 import autoprune
 from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.evaluators.refit.least_squares import least_squares
-from autoprune.evaluators.refit.reading import unfolded
+from autoprune.importance.reading import unfolded
 from autoprune.protocols import Failure, Measurement
 from autoprune.testing.contracts import EvaluatorContract
 from tests.contexts import classes_context, halved, regression_context, study_of
@@ -110,7 +110,7 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS)
 def test_rows_times_the_flattened_weight_are_what_the_layer_gives(layer, shape, monkeypatch):
-    monkeypatch.setattr("autoprune.evaluators.refit.reading.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("autoprune.importance.reading.CHUNK_BYTES", 2000)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     rows = torch.cat(columns_of(layer, x))
     expected = layer(x)

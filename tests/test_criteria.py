@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprune.data.batch import default_forward
-from autoprune.importance import criteria
+from autoprune.importance import calibration as calibration_module
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import (
     CRITERIA,
@@ -265,9 +265,9 @@ def test_fewer_samples_of_a_large_model_are_looked_at(monkeypatch: pytest.Monkey
     _, structure = network()
     assert structure.macs == 6 * 3 * 9 * 16 + 5 * 6 * 9 * 4 + 4 * 20
     assert affordable(structure, 16, 128) == 128
-    monkeypatch.setattr(criteria, "WORK", 40 * structure.macs)
+    monkeypatch.setattr(calibration_module, "WORK", 40 * structure.macs)
     assert affordable(structure, 16, 128) == 40
-    monkeypatch.setattr(criteria, "WORK", structure.macs)
+    monkeypatch.setattr(calibration_module, "WORK", structure.macs)
     assert affordable(structure, 16, 128) == 16
 
 

@@ -25,8 +25,8 @@ from autoprune.evaluators.activation_cache.resume_points import flow_of
 from autoprune.evaluators.refit import layers as layers_module
 from autoprune.evaluators.refit import normalisation
 from autoprune.evaluators.refit.layers import Layer, find_layers
-from autoprune.evaluators.refit.moments import Sample
 from autoprune.importance.calibration import Calibration
+from autoprune.importance.moments import Sample
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning
 from autoprune.structure import analysis
 from autoprune.structure import units as units_module

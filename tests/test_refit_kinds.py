@@ -8,7 +8,7 @@ from torch import nn
 
 import autoprune
 from autoprune.evaluators import Compensated
-from autoprune.evaluators.refit.padding import positions_of
+from autoprune.importance.padding import positions_of
 from autoprune.testing.contexts import study_for
 
 

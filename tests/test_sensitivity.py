@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from autoprune.data.batch import default_forward
-from autoprune.importance import criteria
+from autoprune.importance import calibration as calibration_module
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import CRITERIA, score_units
 from autoprune.importance.expected_loss import expected_losses
@@ -109,7 +109,7 @@ def test_the_model_and_the_random_states_come_back_unchanged(global_rng_untouche
 
 def test_of_a_large_model_fewer_samples_are_looked_at(monkeypatch):
     model, x, structure = network()
-    monkeypatch.setattr(criteria, "WORK", 1)
+    monkeypatch.setattr(calibration_module, "WORK", 1)
     few = changes(model, structure, [x], OPTIONS)
     np.testing.assert_array_equal(few, changes(model, structure, [x[:8]], OPTIONS))
 

@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from autoprune.data.batch import Batch, Forward
+from autoprune.structure.slicing.skeleton import skeleton
 from autoprune.structure.structure import Structure
+
+WORK = 2**37
+"""Multiply-accumulates of the dense model that are enough to rank units or options: some seconds of a core."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,3 +38,16 @@ class Calibration:
     def on(self, batches: Sequence[Batch]) -> Calibration:
         """Take other batches."""
         return replace(self, batches=batches)
+
+
+def affordable(structure: Structure, least: int, most: int) -> int:
+    """Number of samples for a ranking: fewer for a large model, whose samples are long or hold much information."""
+    return int(min(most, max(least, WORK // max(structure.macs, 1.0))))
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """Copy a model in evaluation mode, so that its forward may write to its buffers; parameters are shared."""
+    copied = skeleton(model).eval()
+    for module in copied.modules():
+        module._buffers.update({key: None if x is None else x.clone() for key, x in module._buffers.items()})
+    return copied

@@ -20,17 +20,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoprune.arguments import naming, shown
 from autoprune.data.batch import Batch, Forward, pieces, targets, to_device
-from autoprune.importance.calibration import Calibration
+from autoprune.importance.calibration import Calibration, private_copy
 from autoprune.metrics.scorers import class_dimension, drawn_cross_entropy, main_output
 from autoprune.protocols import IntArray
-from autoprune.structure.slicing.skeleton import skeleton
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
 
 log = logging.getLogger(__name__)
-
-WORK = 2**37
-"""Multiply-accumulates of the dense model that are enough to rank units or options: some seconds of a core."""
 
 DRAWN = 8
 """Samples whose gradients are averaged before they are squared, where there are no labels."""
@@ -178,11 +174,6 @@ _READS = {
 def rank_units(calibration: Calibration, criterion: str | Criterion, seed: int = 0) -> dict[str, tuple[int, ...]]:
     """Order the units of every group by falling importance; arguments and errors are those of `score_units`."""
     return order_units(score_units(calibration, criterion, seed))
-
-
-def affordable(structure: Structure, least: int, most: int) -> int:
-    """Number of samples for a ranking: fewer for a large model, whose samples are long or hold much information."""
-    return int(min(most, max(least, WORK // max(structure.macs, 1.0))))
 
 
 def order_units(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -370,14 +361,6 @@ def _drawn_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> Tenso
         return (output * noise).sum() / len(output)
     loss, draws = drawn_cross_entropy(output, classes, generator)
     return loss / draws
-
-
-def private_copy(model: nn.Module) -> nn.Module:
-    """Copy a model in evaluation mode, so that its forward may write to its buffers; parameters are shared."""
-    copied = skeleton(model).eval()
-    for module in copied.modules():
-        module._buffers.update({key: None if x is None else x.clone() for key, x in module._buffers.items()})
-    return copied
 
 
 class _Forward(nn.Module):

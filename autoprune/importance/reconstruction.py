@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.data.batch import beginning
-from autoprune.importance.calibration import Calibration
-from autoprune.importance.criteria import input_dim, private_copy, readers
+from autoprune.importance.calibration import Calibration, private_copy
+from autoprune.importance.criteria import input_dim, readers
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.structure import Structure
 

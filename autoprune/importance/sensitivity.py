@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.data.batch import Batch, batch_size, beginning, pieces
-from autoprune.importance.calibration import Calibration
-from autoprune.importance.criteria import affordable, private_copy, readers
+from autoprune.importance.calibration import Calibration, affordable, private_copy
+from autoprune.importance.criteria import readers
 from autoprune.importance.reconstruction import Removal, reads
 from autoprune.metrics.scorers import sampled_loss
 from autoprune.protocols import FloatArray, IntArray

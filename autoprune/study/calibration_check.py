@@ -25,7 +25,8 @@ from autoprune.evaluators.scoring.out_of_memory import Halving, fitting
 from autoprune.evaluators.scoring.scorer import bound_forward
 from autoprune.files.access import make_folder, write_json
 from autoprune.files.formats import Format
-from autoprune.importance.criteria import affordable, order_units, private_copy, score_units_by
+from autoprune.importance.calibration import affordable, private_copy
+from autoprune.importance.criteria import order_units, score_units_by
 from autoprune.protocols import FloatArray, IntArray, Pruning
 from autoprune.search_spaces import Settings
 from autoprune.structure.slicing.slicing import Edit, Slicer

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from autoprune.data.batch import Batch, batch_size, divisible, slice_batch
 from autoprune.evaluators.activation_cache.limits import bytes_of
 from autoprune.evaluators.refit.least_squares import RIDGES, Normal
-from autoprune.evaluators.refit.moments import PRECISE, Moments, Sample
-from autoprune.evaluators.refit.reading import Reader, watch
 from autoprune.evaluators.scoring.out_of_memory import Halving
-from autoprune.importance.calibration import Calibration
-from autoprune.importance.criteria import private_copy
+from autoprune.importance.calibration import Calibration, private_copy
+from autoprune.importance.moments import PRECISE, Moments, Sample
+from autoprune.importance.reading import Reader, matrix_of, watch
 from autoprune.structure.slicing.slicing import Edit
 
 log = logging.getLogger(__name__)
@@ -253,12 +252,6 @@ def _best_ridge(layer: Layer, weight: Tensor, kept: Tensor, rows: Tensor, centre
     errors = torch.stack([lost - stay @ fit.to(rows.dtype).T for fit in fits] + [lost]).double().square().sum((1, 2))
     best = int(errors.argmin())
     return RIDGES[best] if errors.isfinite().all() and best < len(RIDGES) else float("inf")
-
-
-def matrix_of(parameter: Tensor, reader: Reader) -> Tensor:
-    """The matrix (outputs, columns) of a reader, from the dense parameter."""
-    matrix = parameter.flatten(1) if reader.dim else parameter.T
-    return matrix[reader.start : reader.start + reader.outputs]
 
 
 def columns_kept(reader: Reader, model: nn.Module, edit: Edit) -> Tensor | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoprune.evaluators.refit.moments import Moments
+from autoprune.importance.moments import Moments
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges to choose from, as shares of the mean square of the inputs."""

@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.data.batch import Batch
 from autoprune.evaluators.adaptive_bn import moments_of, statistics
-from autoprune.evaluators.refit.padding import kept_positions, positions_of
 from autoprune.evaluators.scoring.out_of_memory import BatchMoments, Passes
 from autoprune.importance.calibration import Calibration
+from autoprune.importance.padding import kept_positions, positions_of
 from autoprune.structure.slicing.slicing import Edit
 
 _MOST = 1e6  # the variance of a channel is corrected by at most this factor, in either direction

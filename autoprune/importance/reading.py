@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from autoprune.evaluators.refit.padding import kept_positions, positions_of
 from autoprune.importance.calibration import Calibration
+from autoprune.importance.padding import kept_positions, positions_of
 from autoprune.structure.owners import owners
 from autoprune.structure.slicing.adapters import refresh_flat_weights
 from autoprune.structure.structure import Structure
@@ -45,6 +45,12 @@ class Reader:
     outputs: int
     columns: int
     dim: int
+
+
+def matrix_of(parameter: Tensor, reader: Reader) -> Tensor:
+    """The matrix (outputs, columns) of a reader, from the dense parameter."""
+    matrix = parameter.flatten(1) if reader.dim else parameter.T
+    return matrix[reader.start : reader.start + reader.outputs]
 
 
 See = Callable[[Reader, Callable[[], Iterator[Tensor]]], None]
