@@ -16,7 +16,7 @@ from autoprune.evaluators.protocol import Context, Evaluator, Tells
 from autoprune.evaluators.scoring.out_of_memory import fitting
 from autoprune.evaluators.scoring.scorer import DENSE_BYTES, Measuring, bound_forward
 from autoprune.evaluators.training.candidate import Course, Distillation, Given, TrainFn
-from autoprune.evaluators.training.distillation import learns_labels
+from autoprune.evaluators.training.distillation import labels_loss_of
 from autoprune.protocols import Failure, IntArray, Measurement
 
 
@@ -83,7 +83,7 @@ class FineTune:
             if context.judge.distance is None:
                 outputs = (None,) * len(calibration)
             lessons = zip(calibration, outputs, strict=True)
-            labelled = learns_labels(context.judge)
+            labelled = labels_loss_of(context.judge) is not None
             self._lessons = [(batch, output) for batch, output in lessons if labelled or output is not None]
             if not self._lessons:
                 raise ValueError("finetune finds neither labels nor outputs to compare; pass FineTune(train_fn=...)")

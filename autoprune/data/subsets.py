@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoprune.arguments import shown, whole_number, why_no_function
-from autoprune.data.batch import Batch, batch_size, divisible, labelled, map_tensors, tensors, to_device
+from autoprune.data.batch import Batch, batch_size, beginning, divisible, labelled, map_tensors, tensors, to_device
 from autoprune.data.sampling import draw, drawn_at_random, even_chunks, seeded
 from autoprune.errors import DataError
 
 MOST_SAMPLES = 2**40
 
 PARTS = ("calibration", "validation", "test")
+
+SAMPLES = {"calibration": 512, "validation": 1024, "test": 1024}
+"""Samples of each part by default."""
+
+TOKENS = {"calibration": 16_384, "validation": 4_096, "test": 4_096}
+"""Tokens of each part by default, for language models."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +50,10 @@ class Data:
         calibration: Samples that statistics and compensation are fitted on; training data as a rule.
         validation: Samples that candidates are compared on.
         test: Samples that only the finished front is scored on.
-        calibration_samples: Samples used for calibration.
-        validation_samples: Samples used for validation.
-        test_samples: Samples used for the test.
+        calibration_samples: Most samples used for calibration; by default 512, or for language models, whose samples
+            hold many tokens each, as many as have 16,384 tokens.
+        validation_samples: The same for validation; by default 1,024, or 4,096 tokens.
+        test_samples: The same for the test; by default 1,024, or 4,096 tokens.
         batch_size: Largest batch for arrays and datasets; a loader keeps its own. On a CPU, smaller ones are faster
             where activations are large (docs/memory.md).
         labels: The key of the target in dict batches, where it is neither ``"labels"`` nor ``"label"``. All other
@@ -56,17 +63,23 @@ class Data:
     calibration: Any = None
     validation: Any = None
     test: Any = None
-    calibration_samples: int = 512
-    validation_samples: int = 1024
-    test_samples: int = 1024
+    calibration_samples: int | None = None
+    validation_samples: int | None = None
+    test_samples: int | None = None
     batch_size: int = 128
     labels: str | None = None
 
     def __post_init__(self) -> None:
         for name in (*(f"{part}_samples" for part in PARTS), "batch_size"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1, MOST_SAMPLES))
+            if name == "batch_size" or getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), 1, MOST_SAMPLES))
         if not isinstance(self.labels, str | None):
             raise TypeError(f"labels must be the key of the target in dict batches, or None, got {shown(self.labels)}")
+
+    def samples(self, part: str) -> int:
+        """Most samples of a part."""
+        given: int | None = getattr(self, f"{part}_samples")
+        return SAMPLES[part] if given is None else given
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +93,7 @@ class Subsets:
         notes: Decisions about the data, in plain words.
         fingerprint: SHA-256 of the contents, so that a resumed search can refuse other data.
         recipe: Arguments of `materialise`, if they draw the same samples on any machine; else None.
+        taken: Samples of each part that `first` left of those drawn; empty if all are there.
         shuffled: Whether validation samples were drawn at random, and so come in a random order.
         synthetic: Whether random inputs replace data.
     """
@@ -90,6 +104,7 @@ class Subsets:
     notes: tuple[str, ...]
     fingerprint: str
     recipe: tuple[Data, int] | None = None
+    taken: Mapping[str, int] = field(default_factory=dict)
     shuffled: bool = True
     synthetic: bool = False
 
@@ -105,6 +120,14 @@ class Subsets:
         )
         return replace(self, calibration=calibration, validation=validation, test=test)
 
+    def first(self, samples: Mapping[str, int]) -> Subsets:
+        """Keep the first samples of the parts that are named, as many as given for each."""
+        if not samples:
+            return self
+        batches = {part: getattr(self, part) for part in PARTS}
+        batches |= {part: tuple(beginning(batches[part], count)) for part, count in samples.items()}
+        return replace(self, **batches, fingerprint=fingerprint(batches), taken=samples)
+
     def to_send(self) -> Subsets:
         """Reduce to the parts that another process needs for `received`: no samples, if it can draw them itself."""
         return self if self.recipe is None else replace(self, calibration=(), validation=(), test=())
@@ -117,7 +140,7 @@ class Subsets:
         """
         if self.recipe is None:
             return self
-        drawn = materialise(*self.recipe)
+        drawn = materialise(*self.recipe).first(self.taken)
         if drawn.fingerprint != self.fingerprint:
             raise DataError(
                 "functions that give data must give the same in every process, but on a worker they gave others; fix "
@@ -156,7 +179,7 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
     batches: dict[str, tuple[Batch, ...]] = {}
     notes: list[str] = []
     for home in dict.fromkeys(homes.values()):
-        wanted = {part: getattr(data, f"{part}_samples") for part in PARTS if homes[part] == home}
+        wanted = {part: data.samples(part) for part in PARTS if homes[part] == home}
         drawn = draw(getattr(data, home), wanted, data.batch_size, seed, home)
         # Clones, so that a model that works in place never reaches the user's tensors.
         marked = partial(labelled, key=data.labels) if data.labels is not None else _as_it_is

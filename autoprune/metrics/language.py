@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoprune.data.batch import Batch, map_tensors, pieces, targets, token_ids
+from autoprune.data.batch import Batch, batch_size, map_tensors, pieces, targets, token_ids
 from autoprune.metrics.scorers import NO_LABEL, main_output, unpadded
 
 
@@ -21,6 +22,24 @@ def next_token(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor
     losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=NO_LABEL)
     loss = losses.sum(1) / (wanted != NO_LABEL).sum(1).clamp(min=1)
     return loss, loss
+
+
+def next_token_by_divergence(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """KL(dense || pruned) in nats, averaged over the tokens of a sample that count, and `next_token`, shape (n,) each.
+
+    The divergence compares whole distributions, so it tells candidates apart on fewer tokens than the loss does.
+
+    Reference:
+        Sieberling et al., "EvoPress", ICML 2025, arXiv:2410.14649, steers its search by the same.
+    """
+    assert dense is not None
+    counts = next_tokens(outputs, batch) != NO_LABEL
+    found = []
+    # One sample at a time: the vocabulary makes the distributions of a batch as large as a small model.
+    for logits, reference, kept in zip(main_output(outputs), dense, counts, strict=True):
+        ours, theirs = (each[:-1][kept].float().log_softmax(-1) for each in (logits, reference))
+        found.append(F.kl_div(ours, theirs, reduction="sum", log_target=True) / max(len(ours), 1))
+    return torch.stack(found), next_token(outputs, batch, None)[1]
 
 
 def foreseen_tokens(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -54,6 +73,30 @@ def why_no_language_model(outputs: Any, batch: Batch) -> str:
     if int(ids.max()) >= logits.shape[2]:
         return f"a vocabulary above the largest token, {int(ids.max())}, got {logits.shape[2]} outputs a position"
     return ""
+
+
+def is_language_model(outputs: Any, batches: Sequence[Batch], forward: Callable[[Batch], Any]) -> bool:
+    """Return whether outputs are logits of each next one of the ``input_ids``, and labels, if any, are such tokens."""
+    first = batches[0]
+    if not isinstance(first, Mapping) or "input_ids" not in first or why_no_language_model(outputs, first):
+        return False
+    labels = targets(first)
+    tokens = labels is None or (isinstance(labels, Tensor) and labels.shape == first["input_ids"].shape)
+    return tokens and foresees(forward, first)
+
+
+def first_tokens(batches: Sequence[Batch], tokens: int) -> int:
+    """Number of samples, from the first, that hold this number of tokens of ``input_ids`` besides padding."""
+    counts: list[int] = []
+    for batch in batches:
+        ids = token_ids(batch)
+        if ids is None:
+            return sum(map(batch_size, batches))
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        kept = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
+        counts += kept.sum(1).tolist()
+    reached = np.flatnonzero(np.cumsum(counts) >= tokens)
+    return int(reached[0]) + 1 if reached.size else len(counts)
 
 
 def foresees(forward: Callable[[Batch], Any], batch: Batch) -> bool:

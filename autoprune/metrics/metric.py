@@ -47,6 +47,9 @@ MetricName = Literal[
 ]
 METRICS = get_args(MetricName)
 
+MOST_DENSE_BYTES = 2 * 2**30
+"""Most memory for the dense model's outputs of validation and test samples, where another signal can do without."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -99,6 +102,8 @@ class Judge:
         parts: Weight of each sample in the value of a set, where they differ; None where all count the same.
         total: Whether that value is a sum and no mean.
         signal_is_distortion: Whether the signal is the distance of outputs to dense ones.
+        labels_loss: Loss on labels for trainings, lower is better, as a `scorer` that needs no dense outputs; None
+            where the metric has none with a useful gradient.
     """
 
     name: str
@@ -112,6 +117,7 @@ class Judge:
     parts: Parts | None = None
     total: bool = False
     signal_is_distortion: bool = False
+    labels_loss: Scorer | None = None
 
     @property
     def direction(self) -> Direction:
@@ -437,9 +443,7 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
             return Judge(name, False, note, scorer=scorers.mse)
         case "next_token":
             note += "; in nats, over tokens that are no padding"
-            distance = partial(scorers.divergence, -1)
-            parts = language.foreseen_tokens
-            return Judge(name, False, note, scorer=language.next_token, parts=parts, distance=distance)
+            return _judge_next_token(note, output, batches)
         case "cosine":
             note += "; to the dense model's outputs"
             return Judge(name, True, note, True, scorer=scorers.cosine, signal_is_distortion=True)
@@ -452,6 +456,29 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
     # One scale for all samples: a sample whose outputs are near zero must not outweigh the others.
     scorer = partial(scorers.relative_error, float(output.float().square().mean()) or 1.0)
     return Judge("relative_error", False, note, True, scorer=scorer, signal_is_distortion=True)
+
+
+def _judge_next_token(note: str, output: Tensor, batches: Sequence[Batch]) -> Judge:
+    """Judge by the loss of the next token, steered by the divergence from the dense model where its outputs fit."""
+    judge = Judge(
+        "next_token",
+        False,
+        note,
+        scorer=language.next_token,
+        parts=language.foreseen_tokens,
+        distance=partial(scorers.divergence, -1),
+        labels_loss=language.next_token,
+    )
+    held = sum(batch_size(batch) for batch in batches) * output[:1].nbytes
+    if held > MOST_DENSE_BYTES:
+        return replace(judge, note=f"{note}; it steers the search, too: the dense model's outputs take {held:,} bytes")
+    return replace(
+        judge,
+        note=f"{note}; the search is steered by KL(dense || pruned) on the same tokens, which varies less",
+        needs_dense=True,
+        scorer=language.next_token_by_divergence,
+        signal_is_distortion=True,
+    )
 
 
 def _note_of_void(output: Tensor, batches: Sequence[Batch]) -> str:
@@ -470,7 +497,7 @@ def _choose(outputs: Any, batches: Sequence[Batch], forward: BoundForward) -> tu
     for name, reason in reasons.items():
         if not _misfit(name, outputs, batches):
             return name, f"metric {name!r} was chosen because {reason}"
-    if _is_language_model(outputs, batches, forward):
+    if language.is_language_model(outputs, batches, forward):
         return "next_token", "metric 'next_token' was chosen because the outputs foresee input_ids"
     if any(targets(batch) is None for batch in batches):
         reason = "labels are missing in the validation or test data"
@@ -481,16 +508,6 @@ def _choose(outputs: Any, batches: Sequence[Batch], forward: BoundForward) -> tu
         if misfit.startswith("labels from"):
             reason = f"accuracy and loss need {misfit}"
     return "agreement", f"metric 'agreement' with the dense model was chosen because {reason}"
-
-
-def _is_language_model(outputs: Any, batches: Sequence[Batch], forward: BoundForward) -> bool:
-    """Return whether outputs are logits of each next one of the ``input_ids``, and labels, if any, are such tokens."""
-    first = batches[0]
-    if not isinstance(first, Mapping) or "input_ids" not in first or language.why_no_language_model(outputs, first):
-        return False
-    labels = targets(first)
-    tokens = labels is None or (isinstance(labels, Tensor) and labels.shape == first["input_ids"].shape)
-    return tokens and language.foresees(forward, first)
 
 
 def _misfit(name: str, made: Any, batches: Sequence[Batch]) -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 20
 WIDTH = 100
+MOST_EXPONENT = 700
+"""Largest loss whose exponential is a float."""
 
 
 def front_table(result: SearchResult, why_empty: str) -> str:
@@ -29,6 +31,11 @@ def front_table(result: SearchResult, why_empty: str) -> str:
     header = ["trial", *names, "of dense", result.metric, "95 % interval", "held out"]
     shown = _spread(result.front, MOST_ROWS)
     rows = [_row(result, trial, names) for trial in (*shown, result.dense)]
+    if result.metric == "next_token":
+        beside = header.index(result.metric) + 1
+        header.insert(beside, "perplexity")
+        for row, trial in zip(rows, (*shown, result.dense), strict=True):
+            row.insert(beside, f"{math.exp(min(trial.score, MOST_EXPONENT)):.4g}")
     if (worst := result.worst_score) is not None:
         header.append("score limit")
         for row, trial in zip(rows, (*shown, result.dense), strict=True):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoprune.arguments import shown
 from autoprune.data import batch as batches
-from autoprune.data.subsets import Subsets, materialise, synthetic
+from autoprune.data.sampling import SMALLEST_PART
+from autoprune.data.subsets import PARTS, TOKENS, Subsets, materialise, synthetic
 from autoprune.errors import DataError
+from autoprune.metrics.language import first_tokens, is_language_model
 from autoprune.structure.analysis import require_supported
 from autoprune.structure.example import Example
 from autoprune.structure.given import examples_of, unwrap
@@ -61,6 +64,35 @@ def inputs_of(request: Request) -> Inputs:
             further.append(first)
         first = batches.fresh(stated)
     return Inputs(model, subsets, forward, Example.of_batch(model, first, forward, further), stated)
+
+
+def counted_in_tokens(request: Request, inputs: Inputs, model: nn.Module) -> Inputs:
+    """Leave a language model as many samples as hold `TOKENS`, where the user gave no number of samples.
+
+    Args:
+        request: With the metric, and the data.
+        inputs: With all samples that were drawn.
+        model: The dense model, in evaluation mode.
+    """
+    data, subsets = request.data, inputs.subsets
+    if subsets.synthetic or not (isinstance(request.metric, str) and request.metric in ("auto", "next_token")):
+        return inputs
+    parts = [part for part in PARTS if getattr(data, f"{part}_samples", None) is None]
+    counts = {part: first_tokens(getattr(subsets, part), TOKENS[part]) for part in parts}
+    fewer = {part: max(count, SMALLEST_PART) for part, count in counts.items()}
+    fewer = {part: count for part, count in fewer.items() if count < subsets.samples[part]}
+
+    def run(batch: batches.Batch) -> Any:
+        with torch.no_grad():
+            return inputs.forward(model, batches.fresh(batch))
+
+    few = batches.pieces(subsets.validation[0], 2)[0]
+    if not fewer or batches.token_ids(few) is None or not is_language_model(run(few), [few], run):
+        return inputs
+    named = ", ".join(f"{count} of {subsets.samples[part]} {part} samples" for part, count in fewer.items())
+    left = subsets.first(fewer)
+    note = f"a language model is judged by tokens: {named} hold enough; for others give Data(validation_samples=...)"
+    return replace(inputs, subsets=replace(left, notes=(*left.notes, note)))
 
 
 def _subsets(model: nn.Module, request: Request) -> Subsets:

@@ -38,7 +38,7 @@ from autoprune.structure.slicing.slicing import Edit, Slicer
 from autoprune.structure.structure import Structure, delivered_as_graphs
 from autoprune.study.calibration_check import Choice, check, ranking, unchecked
 from autoprune.study.convergence import Deadline, planned
-from autoprune.study.inputs import Inputs, inputs_of
+from autoprune.study.inputs import Inputs, counted_in_tokens, inputs_of
 from autoprune.study.layout import Layout, lay_out
 from autoprune.study.mapped_weights import own_copy
 from autoprune.study.measured_costs import measure_costs
@@ -129,6 +129,7 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     # Builds equal the scored models, even if the user trains theirs meanwhile.
     model = own_copy(inputs.model, borrow=_trusted(parts.evaluator, settings))
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
+    inputs = counted_in_tokens(request, inputs, scored)
     calibration = Calibration(scored, structure, inputs.subsets.calibration, batches.Guarded(inputs.forward))
     ranked = _rank(request, settings, inputs, calibration)
     layout = lay_out(request, parts.budget, settings, parts.start, ranked.space, structure, ranked.judge, measured)

@@ -90,7 +90,7 @@ def pair(case: Trained, optimizer: str, seed: int, trials: int, evaluator: str) 
     )
     lost = [trial for trial in raced.trials if trial.status == RACED]
     samples = np.array([trial.evaluations[-1].samples for trial in raced.trials])
-    calibration = autoprune.Data().calibration_samples
+    calibration = autoprune.Data().samples("calibration")
     return Pair(
         optimizer=optimizer,
         seed=seed,

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from autoprune.data.batch import Batch
-from autoprune.metrics.metric import Judge
+from autoprune.metrics.metric import Judge, Scorer
 from autoprune.metrics.scorers import main_output
 
 
-def learns_labels(judge: Judge) -> bool:
-    """Return whether the signal is a loss on labels; a measure of the user's may have no useful gradient."""
-    return judge.per_sample and not judge.needs_dense and judge.proportion is not None
+def labels_loss_of(judge: Judge) -> Scorer | None:
+    """Loss on labels of a judge: its signal, unless that compares with dense outputs or is a measure of the user's."""
+    own = judge.per_sample and not judge.needs_dense and judge.proportion is not None
+    return judge.labels_loss or (judge.scorer if own else None)
 
 
 def lesson_loss(judge: Judge, outputs: Any, batch: Batch, better: Tensor | None, labels: bool = True) -> Tensor | None:
@@ -33,6 +34,7 @@ def lesson_loss(judge: Judge, outputs: Any, batch: Batch, better: Tensor | None,
     losses = []
     if better is not None and judge.distance is not None:
         losses.append(judge.distance(main_output(outputs)[: len(better)], better).mean())
-    if labels and learns_labels(judge) and judge.scorer is not None:
-        losses.append(judge.scorer(outputs, batch, None)[0].mean())
+    loss = labels_loss_of(judge) if labels else None
+    if loss is not None:
+        losses.append(loss(outputs, batch, None)[0].mean())
     return torch.stack(losses).sum() if losses else None
