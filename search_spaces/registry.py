@@ -26,6 +26,10 @@ class Kind:
     space: type[SearchSpace]
 
 
+class UnknownSpaceError(FileFormatError):
+    """A kind of space that no imported module has registered."""
+
+
 SPACES: dict[str, Kind] = {}
 """Every registered kind of space by its name."""
 
@@ -101,13 +105,13 @@ def space_from_json(data: Mapping[str, Any]) -> SearchSpace:
     """Restore a space of any registered kind.
 
     Raises:
-        FileFormatError: If the kind is unknown here.
+        UnknownSpaceError: If the kind is unknown here.
         ValueError: If it is damaged; names the first place that is.
     """
     named = data.get("type")
     kind = SPACES.get(named) if isinstance(named, str) else None
     if kind is None:
-        raise FileFormatError(
+        raise UnknownSpaceError(
             f"space type must be one of {sorted(SPACES)}, got {named!r:.60}; was it saved by a newer version? Of a "
             "space of your own, import the module that calls autoprune.register_space first"
         )

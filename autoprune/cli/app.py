@@ -6,12 +6,7 @@ import json
 import logging
 import math
 import shlex
-import sys
-import time
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,21 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoprune.arguments import shown, whole_number
-from autoprune.errors import AutopruneError, DataError, FileFormatError
-from autoprune.files.access import as_path, shortened
+from autoprune.cli.build import build
+from autoprune.cli.front import front
+from autoprune.cli.mistakes import errors_on_one_line
+from autoprune.cli.options import AsJson, Debug, Example, Imports, InputShape, Model, Rewrite
+from autoprune.cli.user_objects import import_first
+from autoprune.files.access import as_path
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from autoprune.execution import Executor
-    from autoprune.result import SearchResult
-    from autoprune.result.trials import Trial
     from autoprune.search_spaces import Settings
 
-_WATCH_SECONDS = 1.0
 _MOST_THREADS = 4096
-_LOOKS_ALONE = 5  # at a journal that no search holds, until its search counts as killed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,26 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # prints the values of locals, whole tensors among them
     help="Search how much of each layer of a PyTorch model to remove.",
 )
-
-MODEL_HELP = "The dense model, as FILE.py:NAME or package.module:NAME; a function or class is called without arguments."
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The --run-dir of a search.")]
-InputShape = Annotated[
-    str | None, typer.Option(metavar="N,C,H,W", help="Shape of an example input, batch included; it holds noise.")
-]
-Example = Annotated[
-    str | None,
-    typer.Option(metavar="FILE.py:NAME", help="Example input: a tensor, a tuple, or a dict of keyword inputs."),
-]
-Rewrite = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|off",
-        help="Modules whose code ties sizes: auto delivers them as graphs of what they ran, off leaves them.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -144,13 +119,15 @@ def search(
     rewrite: Rewrite = "auto",
     input_shape: InputShape = None,
     example: Example = None,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Search a model under a budget, print the front, and save it in RUN_DIR.
 
     Ctrl-C stops the search, saves what was found so far, and exits with code 130.
     """
-    with _errors_on_one_line(debug):
+    with errors_on_one_line(debug):
+        import_first(imports)
         from autoprune.cli.user_objects import load_model, load_object
         from autoprune.search import search as search_model
 
@@ -212,56 +189,8 @@ def _space(spec: str, options: Mapping[str, Any]) -> Settings:
     return named[spec](**given) if spec in named else make_space(load_object(spec, "--space"))
 
 
-@app.command()
-def front(
-    run_dir: RunDir,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the front into this file.")] = None,
-    as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it as trials come, until the search ends.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Print the front of a search: finished, still running, or killed."""
-    with _errors_on_one_line(debug):
-        result = _watch(run_dir) if watch else _read(run_dir)
-        if plot is not None:
-            _plot(result, plot)
-        typer.echo(json.dumps(_front_json(result), indent=1) if as_json else result)
-
-
-@app.command()
-def build(
-    run_dir: RunDir,
-    model: Annotated[str, typer.Option(metavar="FILE.py:NAME", help=MODEL_HELP)],
-    output: Annotated[Path, typer.Option(help="The safetensors file to write; an existing one is replaced.")],
-    budget: Annotated[
-        list[str] | None, typer.Option(help="Take the best within this budget instead of the best; may be repeated.")
-    ] = None,
-    trial: Annotated[int | None, typer.Option(help="Take this trial of the front.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Write a pruned model of a finished search to one file."""
-    with _errors_on_one_line(debug):
-        from autoprune.cli.user_objects import load_model
-        from autoprune.result import SearchResult
-        from autoprune.result.recipe import save
-
-        if trial is not None and budget:
-            raise ValueError("give --trial or --budget, not both: a trial has the costs it has")
-        if as_path(output, "output").is_dir():
-            raise IsADirectoryError(f"output must be a file to write, got the folder {output}")
-        if not output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"output must lie in a folder that exists, got {output}")
-        as_path(run_dir, "RUN_DIR")
-        if not (run_dir / "result.json").exists() and (run_dir / "journal.sqlite").exists():
-            raise ValueError(
-                f"{run_dir} holds a journal but no saved result, so no weights to build from; "
-                "let its search end or stop it with Ctrl-C, which saves; if it was killed, go on with --resume"
-            )
-        result = SearchResult.load(run_dir, load_model(model, option="--model"))
-        chosen = _choose(result, run_dir, budget, trial)
-        save(result.build(chosen), output)
-        typer.echo(_describe(result, chosen))
-        typer.echo(f"saved as {output}; in Python: autoprune.load({str(output)!r}, fresh_model)")
+app.command()(front)
+app.command()(build)
 
 
 @app.command()
@@ -271,10 +200,12 @@ def inspect(
     input_shape: InputShape = None,
     example: Example = None,
     as_json: AsJson = False,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Report the prunable groups of a model with their costs, and the reasons why the rest stays."""
-    with _errors_on_one_line(debug):
+    with errors_on_one_line(debug):
+        import_first(imports)
         from autoprune.cli.user_objects import load_model
         from autoprune.inspection import inspect as inspect_model
 
@@ -298,10 +229,12 @@ def profile(
     ] = "torch",
     input_shape: InputShape = None,
     example: Example = None,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Measure how long a model and its pruned versions take on this machine, for searches here or elsewhere."""
-    with _errors_on_one_line(debug):
+    with errors_on_one_line(debug):
+        import_first(imports)
         import torch
 
         from autoprune.cli.user_objects import load_model
@@ -334,26 +267,6 @@ def _device(name: str) -> torch.device:
     if found is None or found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {shown(name)}")
     return found
-
-
-@contextmanager
-def _errors_on_one_line(debug: bool) -> Iterator[None]:
-    """Turn mistakes of the user into one line and exit code 2; bugs, ours or the user's, keep their traceback."""
-    try:
-        yield
-    except (AutopruneError, ValueError, OSError, ImportError) as error:
-        if debug or not (isinstance(error, AutopruneError) or _raised_by_autoprune(error)):
-            raise
-        where = " (--debug shows where)" if isinstance(error, DataError) and error.__cause__ is not None else ""
-        typer.echo(f"error: {' '.join(str(error).split())}{where}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _raised_by_autoprune(error: BaseException) -> bool:
-    """Return whether autoprune raised an error, directly or in the standard library, and not the user's code."""
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    tops = [name.partition(".")[0] for name in modules]
-    return [top for top in tops if top not in sys.stdlib_module_names][-1] == "autoprune"
 
 
 def _example_inputs(model: nn.Module, shape: str | None, example: str | None, needed: bool = True) -> Any:
@@ -391,46 +304,6 @@ def _example_inputs(model: nn.Module, shape: str | None, example: str | None, ne
     return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
 
 
-def _read(run_dir: Path) -> SearchResult:
-    """Read the saved result, or the trials in the journal so far."""
-    from autoprune.result import SearchResult
-    from autoprune.result.from_journal import result_from_journal
-
-    if not (as_path(run_dir, "RUN_DIR") / "result.json").exists():
-        return result_from_journal(run_dir)
-    try:
-        return SearchResult.load(run_dir)
-    except FileFormatError as error:
-        if not (run_dir / "journal.sqlite").exists():
-            raise
-        typer.echo(f"warning: {error}", err=True)
-    return result_from_journal(run_dir)
-
-
-def _watch(run_dir: Path) -> SearchResult:
-    """Show the trials in the journal until the search has all of them, saves its result or was killed, or Ctrl-C."""
-    from rich.live import Live
-    from rich.text import Text
-
-    from autoprune.journal.sqlite_file import FILE_NAME, is_written
-    from autoprune.result.from_journal import result_from_journal
-
-    saved = run_dir / "result.json"
-    before = saved.stat().st_mtime_ns if saved.exists() else 0  # of the search before it was resumed
-    result = result_from_journal(run_dir)
-    with Live(Text(str(result)), auto_refresh=False, transient=True) as live, suppress(KeyboardInterrupt):
-        alone = 0
-        while result.stopped == "unfinished" and not (saved.exists() and saved.stat().st_mtime_ns > before):
-            began = time.monotonic()
-            alone = 0 if is_written(run_dir / FILE_NAME) else alone + 1
-            result = result_from_journal(run_dir)
-            if alone >= _LOOKS_ALONE:
-                break
-            live.update(Text(str(result)), refresh=True)
-            time.sleep(max(_WATCH_SECONDS, time.monotonic() - began))  # a long journal takes long to read
-    return result
-
-
 def _executor(name: str, workers: int | None, gpus_per_worker: float) -> str | Executor:
     """Executor by name, or Ray with the options for its workers."""
     if workers is None and not gpus_per_worker:
@@ -440,54 +313,3 @@ def _executor(name: str, workers: int | None, gpus_per_worker: float) -> str | E
     from autoprune.execution import RayExecutor
 
     return RayExecutor(workers=workers, gpus_per_worker=gpus_per_worker)
-
-
-def _front_json(result: SearchResult) -> dict[str, Any]:
-    """The result without the trials off the front, which it counts instead."""
-    whole = result.to_json()
-    dropped = ("format", "version", "space", "trials", "front")
-    status = [trial.status for trial in result.trials]
-    return {
-        **{name: value for name, value in whole.items() if name not in dropped},
-        "trials": {name: status.count(name) for name in ("ok", "raced", "failed", "pending")},
-        "probes": sum(not trial.feasible for trial in result.trials),
-        "front": [trial.to_json() for trial in result.front],
-    }
-
-
-def _plot(result: SearchResult, path: Path) -> None:
-    try:
-        result.plot(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"plot cannot be written to {shortened(path)}: {error!s:.200}") from error
-    typer.echo(f"picture in {path}", err=True)
-
-
-def _choose(result: SearchResult, run_dir: Path, budget: list[str] | None, number: int | None) -> Trial:
-    """The trial to build, among those that were saved with weights."""
-    from autoprune.result.builders import SavedWeights
-
-    builder = result._builder
-    there = builder.there() if isinstance(builder, SavedWeights) else set()
-    saved = tuple(trial for trial in result.trials if trial.id in there)
-    if not saved:
-        raise ValueError(f"{run_dir} was saved without weights; search again, or save the result with weights='front'")
-    if number is None:
-        return replace(result, trials=saved).best(budget or None)
-    for trial in saved:
-        if trial.id == number:
-            return trial
-    raise ValueError(f"trial must be one saved with weights, {[trial.id for trial in saved]}, got {number}")
-
-
-def _describe(result: SearchResult, trial: Trial) -> str:
-    from autoprune.result.tables import engineering
-
-    costs = ", ".join(
-        f"{name} {engineering(value)} ({value / result.dense.costs[name]:.1%} of dense)"
-        for name, value in trial.costs.items()
-    )
-    scores = f"{result.metric} {trial.score:.4f} (dense {result.dense.score:.4f})"
-    if trial.test_score is not None and result.dense.test_score is not None:
-        scores += f", held out {trial.test_score:.4f} (dense {result.dense.test_score:.4f})"
-    return f"trial {trial.id}: {costs}; {scores}"

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pickle
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 
 from autoprune.arguments import shown
 from autoprune.files.access import as_path, shortened
+
+IMPORT = "--import"
 
 
 def load_object(target: str, option: str) -> Any:
@@ -34,7 +37,7 @@ def load_object(target: str, option: str) -> Any:
     source, _, name = target.rpartition(":")
     if not (source and name):
         raise ValueError(f"{option} must be FILE.py:NAME or package.module:NAME, got {shown(target)}")
-    module = _from_file(Path(source), option) if source.endswith(".py") else _from_package(source, option)
+    module = _module(source, option)
     if not hasattr(module, name):
         there = ", ".join(_defined_in(module)) or "nothing"
         raise ValueError(f"{option} must name what is in {source}, which has no {name!r}; it has {there:.200}")
@@ -50,6 +53,23 @@ def load_object(target: str, option: str) -> Any:
             "them in"
         ) from None
     return found()
+
+
+def import_first(sources: Sequence[str] | None) -> None:
+    """Import the modules that register what a command needs, such as a space; their folders stay on ``sys.path``.
+
+    Args:
+        sources: Each ``"FILE.py"`` or ``"package.module"``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If there is no such module, or the name of the file is taken by another module.
+        ValueError: If one has another form.
+    """
+    for source in sources or ():
+        if not source or ":" in source:
+            raise ValueError(f"{IMPORT} must be FILE.py or package.module, got {shown(source)}")
+        _module(source, IMPORT)
 
 
 def load_model(target: str, weights: Path | None = None, option: str = "MODEL") -> nn.Module:
@@ -92,6 +112,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"weights must be a state dict of {type(model).__name__}, got {path}: {what}") from error
 
 
+def _module(source: str, option: str) -> ModuleType:
+    return _from_file(Path(source), option) if source.endswith(".py") else _from_package(source, option)
+
+
 def _from_file(path: Path, option: str) -> ModuleType:
     path = as_path(path, option).resolve()
     if not path.is_file():
@@ -112,8 +136,9 @@ def _from_package(name: str, option: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # something that the module itself imports is missing
+        form = "FILE.py" if option == IMPORT else "FILE.py:NAME"
         raise ImportError(
-            f"{option}: there is no module named {error.name!r} for {name!r}; for a file write FILE.py:NAME"
+            f"{option}: there is no module named {error.name!r} for {name!r}; for a file write {form}"
         ) from error
 
 

@@ -80,7 +80,7 @@ def test_a_front_is_watched_until_the_search_has_all_its_trials(journal_only):
 
 @pytest.mark.slow
 def test_watching_a_killed_search_ends(journal_only, monkeypatch):
-    monkeypatch.setattr("autoprune.cli.app._WATCH_SECONDS", 0.05)
+    monkeypatch.setattr("autoprune.cli.front._WATCH_SECONDS", 0.05)
     printed = ok("front", journal_only[0], "--watch")
     assert "1 pending" in printed
 
