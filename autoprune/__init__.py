@@ -23,6 +23,7 @@ from autoprune.metrics.metric import Metric
 from autoprune.protocols import Pruning
 from autoprune.result import SearchResult
 from autoprune.result.audit_report import Audit
+from autoprune.result.exporting.export import export
 from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
 from autoprune.search import search
@@ -56,6 +57,7 @@ __all__ = [
     "Trial",
     "UnsupportedModelError",
     "audit",
+    "export",
     "inspect",
     "load",
     "profile",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shlex
 from collections.abc import Mapping
 from inspect import signature
@@ -18,12 +17,11 @@ from autoprune.cli.build import build
 from autoprune.cli.front import front
 from autoprune.cli.mistakes import errors_on_one_line
 from autoprune.cli.options import AsJson, Debug, Example, Imports, InputShape, Model, Rewrite
-from autoprune.cli.user_objects import import_first
+from autoprune.cli.user_objects import example_inputs, import_first
 from autoprune.files.access import as_path
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from autoprune.execution import Executor
     from autoprune.search_spaces import Settings
@@ -152,7 +150,7 @@ def search(
             racing=racing,
             max_seconds=max_seconds,
             seed=seed,
-            example_inputs=_example_inputs(dense, input_shape, example, needed=data is None),
+            example_inputs=example_inputs(dense, input_shape, example, needed=data is None),
             run_dir=str(run_dir),
             resume="anyway" if resume_anyway else resume,
             latency=latency,
@@ -211,7 +209,7 @@ def inspect(
 
         dense = load_model(model)
         options: dict[str, Any] = {"rewrite": rewrite}  # checked by the inspection
-        found = inspect_model(dense, _example_inputs(dense, input_shape, example), **options)
+        found = inspect_model(dense, example_inputs(dense, input_shape, example), **options)
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found)
 
 
@@ -249,7 +247,7 @@ def profile(
         if as_path(output, "output").is_dir():
             raise IsADirectoryError(f"output must be a file to write the table to, got the folder {output}")
         dense = load_model(model).to(on)
-        found = measure(dense, _example_inputs(dense, input_shape, example), batch=batch, path=output, runtime=runtime)
+        found = measure(dense, example_inputs(dense, input_shape, example), batch=batch, path=output, runtime=runtime)
         for line in (found, *found.notes):
             typer.echo(line)
         typer.echo(
@@ -267,41 +265,6 @@ def _device(name: str) -> torch.device:
     if found is None or found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {shown(name)}")
     return found
-
-
-def _example_inputs(model: nn.Module, shape: str | None, example: str | None, needed: bool = True) -> Any:
-    """Example inputs: those named, noise of a shape, or None for those of the model, which must exist if `needed`."""
-    import torch
-
-    from autoprune.cli.user_objects import load_object
-    from autoprune.structure.example import require_fits
-    from autoprune.structure.given import example_inputs_of
-
-    if shape is not None and example is not None:
-        raise ValueError("give --input-shape or --example, not both")
-    if example is not None:
-        return load_object(example, "--example")
-    if shape is None and not needed:
-        return None
-    if shape is None:
-        try:
-            example_inputs_of(model)
-        except ValueError as error:
-            raise ValueError(
-                f"{type(model).__name__} carries no example input of its own; give --input-shape, such as 2,3,224,224, "
-                "or --example FILE.py:NAME"
-            ) from error
-        return None
-    try:
-        sizes = [int(size) for size in shape.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise ValueError(
-            f"input-shape must be positive numbers joined by commas, such as 2,3,224,224, got {shown(shape)}"
-        )
-    require_fits("input-shape must be of inputs", shape, 4 * math.prod(sizes))
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
 
 
 def _executor(name: str, workers: int | None, gpus_per_worker: float) -> str | Executor:

@@ -1,40 +1,55 @@
-"""``autoprune build``: one pruned model of a finished search, in a file of its own."""
+"""``autoprune build``: one pruned model of a finished search, to load in Python or to run elsewhere."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autoprune.arguments import one_of
 from autoprune.cli.mistakes import errors_on_one_line
-from autoprune.cli.options import MODEL_HELP, Debug, Imports, RunDir
-from autoprune.cli.user_objects import import_first, load_model
+from autoprune.cli.options import MODEL_HELP, Debug, Example, Imports, InputShape, RunDir
+from autoprune.cli.user_objects import example_inputs, import_first, load_model
 from autoprune.files.access import as_path
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from autoprune.result import SearchResult
     from autoprune.result.trials import Trial
+
+_OWN = "safetensors"
 
 
 def build(
     run_dir: RunDir,
     model: Annotated[str, typer.Option(metavar="FILE.py:NAME", help=MODEL_HELP)],
-    output: Annotated[Path, typer.Option(help="The safetensors file to write; an existing one is replaced.")],
+    output: Annotated[Path, typer.Option(help="The file to write; an existing one is replaced.")],
     budget: Annotated[
         list[str] | None, typer.Option(help="Take the best within this budget instead of the best; may be repeated.")
     ] = None,
     trial: Annotated[int | None, typer.Option(help="Take this trial of the front.")] = None,
+    format: Annotated[  # noqa: A002  # the name of the option
+        str | None,
+        typer.Option(
+            metavar="safetensors|onnx|torch",
+            help="safetensors: weights and recipe, for autoprune.load. onnx, torch (torch.export): for other runtimes, "
+            "compared with the model. By default by the ending: .onnx, .pt2, or else safetensors.",
+        ),
+    ] = None,
+    input_shape: InputShape = None,
+    example: Example = None,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
-    """Write a pruned model of a finished search to one file."""
+    """Write a pruned model of a finished search to one file, to load in Python or to run elsewhere."""
     with errors_on_one_line(debug):
         import_first(imports)
         from autoprune.result import SearchResult
-        from autoprune.result.recipe import save
 
+        wanted = _format(output, format)
         if trial is not None and budget:
             raise ValueError("give --trial or --budget, not both: a trial has the costs it has")
         if as_path(output, "output").is_dir():
@@ -47,11 +62,35 @@ def build(
                 f"{run_dir} holds a journal but no saved result, so no weights to build from; "
                 "let its search end or stop it with Ctrl-C, which saves; if it was killed, go on with --resume"
             )
-        result = SearchResult.load(run_dir, load_model(model, option="--model"))
+        dense = load_model(model, option="--model")
+        result = SearchResult.load(run_dir, dense)
+        given = None if wanted == _OWN else example_inputs(dense, input_shape, example)
         chosen = _choose(result, run_dir, budget, trial)
-        save(result.build(chosen), output)
         typer.echo(_describe(result, chosen))
-        typer.echo(f"saved as {output}; in Python: autoprune.load({str(output)!r}, fresh_model)")
+        typer.echo(_write(result.build(chosen), output, wanted, given))
+
+
+def _format(output: Path, given: str | None) -> str:
+    """Format to write: the one given, or that of the ending.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    from autoprune.result.exporting.export import ENDINGS, FORMATS
+
+    return ENDINGS.get(output.suffix, _OWN) if given is None else one_of("format", given, (_OWN, *FORMATS))
+
+
+def _write(small: nn.Module, output: Path, format: str, example: Any) -> str:  # noqa: A002
+    """Write a pruned model, and say what was written and how to read it."""
+    from autoprune.result.exporting.export import export
+    from autoprune.result.recipe import save
+
+    if format == _OWN:
+        save(small, output)
+        return f"saved as {output}; in Python: autoprune.load({str(output)!r}, fresh_model)"
+    read = {"onnx": "onnxruntime.InferenceSession({!r})", "torch": "torch.export.load({!r}).module()"}
+    return f"{export(small, output, example, format=format)}\nin Python: {read[format].format(str(output))}"
 
 
 def _choose(result: SearchResult, run_dir: Path, budget: list[str] | None, number: int | None) -> Trial:

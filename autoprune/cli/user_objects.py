@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pickle
 import sys
 from collections.abc import Sequence
@@ -90,6 +91,40 @@ def load_model(target: str, weights: Path | None = None, option: str = "MODEL") 
     if weights is not None:
         _load_weights(model, weights)
     return model
+
+
+def example_inputs(model: nn.Module, shape: str | None, example: str | None, needed: bool = True) -> Any:
+    """Example inputs: those named, noise of a shape, or None for those of the model, which must exist if `needed`."""
+    import torch
+
+    from autoprune.structure.example import require_fits
+    from autoprune.structure.given import example_inputs_of
+
+    if shape is not None and example is not None:
+        raise ValueError("give --input-shape or --example, not both")
+    if example is not None:
+        return load_object(example, "--example")
+    if shape is None and not needed:
+        return None
+    if shape is None:
+        try:
+            example_inputs_of(model)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(model).__name__} carries no example input of its own; give --input-shape, such as 2,3,224,224, "
+                "or --example FILE.py:NAME"
+            ) from error
+        return None
+    try:
+        sizes = [int(size) for size in shape.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ValueError(
+            f"input-shape must be positive numbers joined by commas, such as 2,3,224,224, got {shown(shape)}"
+        )
+    require_fits("input-shape must be of inputs", shape, 4 * math.prod(sizes))
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -175,3 +175,15 @@ def test_profile_writes_a_table_that_search_takes(monkeypatch):
     refused = run("search", MODEL, "--data", DATA, *budget[:-1], "other")
     assert refused.exit_code == 2
     assert "batch size is 2" in refused.output
+
+
+def test_build_exports_by_the_ending_or_the_format(searched, tmp_path):
+    small = tmp_path / "small.pt2"
+    output = ok("build", searched[0], "--model", MODEL, "--output", small, "--input-shape", "2,1,4,4")
+    assert "any batch; its outputs differ from the model's by up to 0" in output
+    assert f"in Python: torch.export.load({str(small)!r}).module()" in output
+    x = torch.randn(5, 1, 4, 4)
+    expected = autoprune.SearchResult.load(searched[0], load_model(MODEL)).build().eval()(x)
+    torch.testing.assert_close(torch.export.load(small).module()(x), expected)
+    told = error("build", searched[0], "--model", MODEL, "--output", small, "--format", "tflite")
+    assert "format must be one of ['safetensors', 'onnx', 'torch'], got 'tflite'" in told
