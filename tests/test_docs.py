@@ -24,14 +24,14 @@ def adapters_restored() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("adapters_restored")
-@pytest.mark.parametrize("name", ["not-prunable-enough.md", "adapters.md"])
-def test_the_examples_of_a_document_give_what_it_says(name: str):
+@pytest.mark.parametrize("name", ["not-prunable-enough.md", "adapters.md", "export.md"])
+def test_the_examples_of_a_document_give_what_it_says(name: str, tmp_path: Path):
     blocks = FENCED.findall((DOCS / name).read_text())
     assert blocks
-    test = doctest.DocTestParser().get_doctest("".join(blocks), {}, name, name, 0)
+    test = doctest.DocTestParser().get_doctest("".join(blocks), {"folder": tmp_path}, name, name, 0)
     report: list[str] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        results = doctest.DocTestRunner().run(test, out=report.append)
+        results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
     assert results.failed == 0, "".join(report)
     assert results.attempted > 5

@@ -66,8 +66,9 @@ def build(
         result = SearchResult.load(run_dir, dense)
         given = None if wanted == _OWN else example_inputs(dense, input_shape, example)
         chosen = _choose(result, run_dir, budget, trial)
+        written = _write(result.build(chosen), output, wanted, given)
         typer.echo(_describe(result, chosen))
-        typer.echo(_write(result.build(chosen), output, wanted, given))
+        typer.echo(written)
 
 
 def _format(output: Path, given: str | None) -> str:

@@ -98,7 +98,7 @@ def _export(call: Call) -> ExportedProgram:
             exported = torch.export.export(call.module, call.args, dict(call.kwargs), dynamic_shapes=free)
     except Exception as error:  # the tracer raises many types, and so may a user's forward
         raise UnsupportedModelError(
-            f"{call.name} cannot be exported{why(error)}; the other formats may still work"
+            f"{call.name} cannot be exported{why(error)}; autoprune.save, which needs no trace, still works"
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
