@@ -27,7 +27,7 @@ from autoprune.result.exporting.export import export
 from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
 from autoprune.search import search
-from autoprune.search_spaces import Channels, Sparsity, register_space
+from autoprune.search_spaces import Channels, Product, Sparsity, register_space
 from autoprune.structure.rules import register_rule
 from autoprune.structure.slicing.adapters import register_adapter
 
@@ -47,6 +47,7 @@ __all__ = [
     "Latency",
     "Metric",
     "NothingToPruneError",
+    "Product",
     "Pruning",
     "Racing",
     "RecipeError",

@@ -218,7 +218,7 @@ class Compensated:
         value = module.get_parameter(name).detach().clone()
         matrix = value.flatten(1) if reader.dim else value.T
         kept = columns_kept(reader, self._context.model, edit)
-        if kept is not None and self._least_squares:
+        if kept is not None and self._least_squares and name not in edit.zeroed:
             fitted = whole[rows][:, kept] + self._change(layer, whole, kept)[rows]
             matrix[into] = fitted.to(matrix.dtype)
             _replace(module, name, value)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from autoprune.search_spaces.blocks import Blocks
 from autoprune.search_spaces.channels import Channels, ChannelSpace
 from autoprune.search_spaces.choices import Choice, Choices
-from autoprune.search_spaces.protocol import Settings, needs_latency, why_no_less, with_latency
+from autoprune.search_spaces.product import Product, ProductSpace
+from autoprune.search_spaces.protocol import (
+    FollowsWidths,
+    Restricts,
+    Settings,
+    needs_latency,
+    why_no_less,
+    with_latency,
+)
 from autoprune.search_spaces.registry import (
     SPACES,
     Kind,
@@ -14,23 +23,33 @@ from autoprune.search_spaces.registry import (
     settings_by_name,
     space_from_json,
 )
+from autoprune.search_spaces.restricted import Restricted, refine
 from autoprune.search_spaces.sparsity import Sparsity, SparsitySpace
 
 register_space("channels", Channels, ChannelSpace)
 register_space("sparsity", Sparsity, SparsitySpace)
+register_space("blocks", Blocks, Choices)
 SPACES["choices"] = Kind(None, Choices)
+SPACES["product"] = Kind(None, ProductSpace)
 
 __all__ = [
     "SPACES",
+    "Blocks",
     "ChannelSpace",
     "Channels",
     "Choice",
     "Choices",
+    "FollowsWidths",
+    "Product",
+    "ProductSpace",
+    "Restricted",
+    "Restricts",
     "Settings",
     "Sparsity",
     "SparsitySpace",
     "make_space",
     "needs_latency",
+    "refine",
     "register_space",
     "require_registered",
     "settings_by_name",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from math import lcm
 from typing import Any
 
@@ -17,6 +18,7 @@ from autoprune.files.schema import require_form
 from autoprune.importance.criteria import CRITERIA, Criterion
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.search_spaces.counts import candidates_of, counted, options_of
+from autoprune.search_spaces.options import with_options
 from autoprune.structure.analysis import require_prunable
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
@@ -108,6 +110,15 @@ class Channels:
         named = [f"{name}={shown(value)}" for name, value in stops.items() if value and value != loose.get(name)]
         even = f"step={self.step!r}" if self.options is None else f"options={shown(self.options)}"
         return f"{', '.join((*named, even))} of Channels(...)"
+
+    def finer(self) -> Channels:
+        """Halve the step, or divide a whole number of units by its least divisor; halve the gaps of `options`."""
+        if self.options is not None:
+            halves = [(a + b) / 2 for a, b in pairwise(self.options)]
+            return replace(self, options=tuple(sorted({*self.options, *halves}, reverse=True)))
+        if isinstance(self.step, float):
+            return replace(self, step=self.step / 2)
+        return replace(self, step=max([d for d in range(1, self.step) if self.step % d == 0], default=1))
 
     def bind(self, structure: Structure, order: Mapping[str, Sequence[int]]) -> ChannelSpace:
         """Lay the space out for a model.
@@ -247,6 +258,10 @@ class ChannelSpace:
     def zeroed(self, candidates: IntArray) -> FloatArray:
         """Zeros, shape (n,): whole units are removed, and no single elements."""
         return np.zeros(len(candidates))
+
+    def restricted(self, options: Sequence[Sequence[int]]) -> ChannelSpace:
+        """Return the space with these widths of each group alone."""
+        return replace(self, dimensions=with_options(self.dimensions, options))
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary."""

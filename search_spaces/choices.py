@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from autoprune.files.schema import require_form
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.search_spaces.counts import candidates_of, counted, options_of
+from autoprune.search_spaces.options import require_options
 from autoprune.structure.structure import Structure
 
 _FORM = {
@@ -55,6 +56,9 @@ class Choices:
 
     order: Mapping[str, Sequence[int]]
     dimensions_by_name: Mapping[str, Choice]
+    _dense: FloatArray = field(init=False, repr=False, compare=False)  # units of each group
+    # The columns of each dimension's groups, and their widths by option.
+    _tables: tuple[tuple[IntArray, FloatArray], ...] = field(init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, structure: Structure, order: Mapping[str, Sequence[int]], dimensions: Mapping[str, Choice]) -> Choices:
@@ -96,6 +100,17 @@ class Choices:
                 if group in taken:
                     raise ValueError(f"group {group!r} must be in one dimension, is in {taken[group]!r} and {name!r}")
                 taken[group] = name
+        columns = {group: i for i, group in enumerate(self.order)}
+        tables = tuple(
+            (
+                np.array([columns[group] for group in choice.options[0]], dtype=np.int64),
+                np.array([[kept[group] for group in choice.options[0]] for kept in choice.options], dtype=np.float64),
+            )
+            for choice in self.dimensions_by_name.values()
+        )
+        dense = np.array([len(units) for units in self.order.values()], dtype=np.float64)
+        object.__setattr__(self, "_dense", dense)
+        object.__setattr__(self, "_tables", tables)
 
     def _require_width(self, name: str, number: int, group: str, units: int) -> None:
         if group not in self.order:
@@ -136,12 +151,19 @@ class Choices:
 
     def widths(self, candidates: IntArray) -> FloatArray:
         """Units kept in each group, shape (n, groups), for candidates of shape (n, d)."""
-        columns = {group: i for i, group in enumerate(self.order)}
-        found = np.tile(np.array([len(units) for units in self.order.values()], dtype=np.float64), (len(candidates), 1))
-        for entry, choice in zip(candidates.T, self.dimensions_by_name.values(), strict=True):
-            for group in choice.options[0]:
-                found[:, columns[group]] = np.array([kept[group] for kept in choice.options])[entry]
+        found = np.tile(self._dense, (len(candidates), 1))
+        for entry, (columns, widths) in zip(candidates.T, self._tables, strict=True):
+            found[:, columns] = widths[entry]
         return found
+
+    def restricted(self, options: Sequence[Sequence[int]]) -> Choices:
+        """Return the space with these options of each dimension alone."""
+        require_options(self.dimensions, options)
+        left = {}
+        for (name, choice), kept in zip(self.dimensions_by_name.items(), options, strict=True):
+            labels = [choice.labels[i] for i in kept] if choice.labels else ()
+            left[name] = replace(choice, options=[choice.options[i] for i in kept], labels=labels)
+        return Choices(self.order, left)
 
     def zeroed(self, candidates: IntArray) -> FloatArray:
         """Return 0 for each candidate: no element is set to zero."""

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from autoprune.costs.latency.model import Latency
 from autoprune.importance.criteria import Criterion
-from autoprune.protocols import SearchSpace
+from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.structure.structure import Structure
 
 
@@ -47,9 +47,49 @@ class NamesLimits(Protocol):
         ...
 
 
+@runtime_checkable
+class FollowsWidths(Protocol):
+    """Optional protocol: spaces that set elements to zero, as a share of those that other spaces leave."""
+
+    @property
+    def zeroed_weights(self) -> tuple[str, ...]:
+        """The weight whose elements each dimension sets to zero, length d; no two dimensions share one."""
+        ...
+
+    def zeros_among(self, candidates: IntArray, widths: FloatArray) -> IntArray:
+        """Elements that each dimension sets to zero, shape (n, d), in a model of `widths` as ``SearchSpace.widths``.
+
+        They do not fall along the options, and are 0 at option 0.
+        """
+        ...
+
+
+@runtime_checkable
+class Refines(Protocol):
+    """Optional protocol: settings that know finer ones."""
+
+    def finer(self) -> Settings:
+        """Return settings whose options include these, with others half-way between them."""
+        ...
+
+
+@runtime_checkable
+class Restricts(Protocol):
+    """Optional protocol: spaces of which some options can be left out."""
+
+    def restricted(self, options: Sequence[Sequence[int]]) -> SearchSpace:
+        """Return the space with these options of each dimension alone, ascending indices, 0 among them."""
+        ...
+
+
 def needs_latency(settings: Settings) -> bool:
     """Return whether settings must be given a measured latency before they are bound."""
     return isinstance(settings, FollowsLatency) and settings.needs_latency
+
+
+def finer(settings: Settings) -> Settings:
+    """Return finer settings, or the same where they know none."""
+    return settings.finer() if isinstance(settings, Refines) else settings
 
 
 def with_latency(settings: Settings, latency: Latency, structure: Structure) -> Settings:

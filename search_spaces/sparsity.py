@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoprune.arguments import numbers, patterns, shown
 from autoprune.errors import NothingToPruneError
 from autoprune.files.schema import require_form
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.search_spaces.counts import candidates_of, counted, options_of
+from autoprune.search_spaces.elements import (
+    EXTENT_FORM,
+    Extent,
+    LeftElements,
+    extents_from_json,
+    extents_of,
+    extents_to_json,
+)
+from autoprune.search_spaces.options import with_options
 from autoprune.structure.structure import Structure
 
 LEVELS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -67,6 +77,7 @@ class Sparsity:
                 raise ValueError(f"ignore has {shown(pattern)}, which matches no weight; there are {', '.join(names)}")
         dimensions = []
         elements = []
+        extents = []
         for weight, shape in structure.weights.items():
             if not any(fnmatchcase(name, pattern) for name in names[weight] for pattern in self.ignore):
                 count = math.prod(shape)
@@ -75,13 +86,14 @@ class Sparsity:
                 if len(options) > 1:
                     dimensions.append(Dimension(weight, tuple(sorted(options.values()))))
                     elements.append(count)
+                    extents.append(extents_of(structure, weight))
         if not dimensions:
             raise NothingToPruneError(
                 f"space has nothing to search: none of {len(names)} weights has a second option under {self}; "
                 "loosen ignore= or levels="
             )
         groups = tuple((group.name, group.size) for group in structure.groups)
-        return SparsitySpace(tuple(dimensions), tuple(elements), groups)
+        return SparsitySpace(tuple(dimensions), tuple(elements), groups, tuple(extents))
 
 
 def zeros_at(level: float, elements: int) -> int:
@@ -89,7 +101,21 @@ def zeros_at(level: float, elements: int) -> int:
     return math.floor(Fraction(str(level)) * elements)
 
 
-_FORM = {"groups": [[(str, int)]], "dimensions": [{"name": str, "options": [float], "elements": int}]}
+def _fractions(dimensions: Sequence[Dimension], most: int) -> NDArray[Any]:
+    """Numerators and denominators of levels, shape (2, d, most options): Python integers where int64 would overflow."""
+    table = np.zeros((2, len(dimensions), max(len(dimension.options) for dimension in dimensions)), dtype=object)
+    table[1] = 1
+    for j, dimension in enumerate(dimensions):
+        exact = [Fraction(str(level)) for level in dimension.options]
+        table[:, j, : len(exact)] = [[level.numerator for level in exact], [level.denominator for level in exact]]
+    fits = table.max() * most < 2**63
+    return table.astype(np.int64) if fits else table
+
+
+_FORM = {
+    "groups": [[(str, int)]],
+    "dimensions": [{"name": str, "options": [float], "elements": int, "extents?": [EXTENT_FORM]}],
+}
 
 
 @dataclass(frozen=True)
@@ -100,20 +126,27 @@ class SparsitySpace:
         dimensions: One for each weight with a choice; options are fractions set to zero, rising from 0.
         elements: Elements of each of these weights.
         groups: Name and size of every group of the structure, in its order; all stay whole.
+        extents: Sizes of the dimensions of each weight; without them (in older files) all sizes are taken as constant.
     """
 
     dimensions: tuple[Dimension, ...]
     elements: tuple[int, ...]
     groups: tuple[tuple[str, int], ...]
+    extents: tuple[tuple[Extent, ...], ...] = ()
     _table: FloatArray = field(init=False, repr=False, compare=False)  # elements set to zero by dimension and option
     _rows: IntArray = field(init=False, repr=False, compare=False)
+    _shares: NDArray[Any] = field(init=False, repr=False, compare=False)  # levels as fractions, (2, d, most options)
+    _left: LeftElements = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        extents = self.extents or tuple(((count, ()),) for count in self.elements)
+        object.__setattr__(self, "_left", LeftElements(extents, [name for name, _ in self.groups]))
         table = np.zeros((len(self.dimensions), int(self.sizes.max())))
         for row, dimension, elements in zip(table, self.dimensions, self.elements, strict=True):
             row[: len(dimension.options)] = [zeros_at(level, elements) for level in dimension.options]
         object.__setattr__(self, "_table", table)
         object.__setattr__(self, "_rows", np.arange(len(table)))
+        object.__setattr__(self, "_shares", _fractions(self.dimensions, max(self.elements)))
 
     @property
     def sizes(self) -> IntArray:
@@ -142,16 +175,30 @@ class SparsitySpace:
         zeros: FloatArray = self._table[self._rows, candidates].sum(axis=1)
         return zeros
 
+    @property
+    def zeroed_weights(self) -> tuple[str, ...]:
+        """The weight of each dimension."""
+        return tuple(dimension.name for dimension in self.dimensions)
+
+    def zeros_among(self, candidates: IntArray, widths: FloatArray) -> IntArray:
+        """Elements that each dimension sets to zero, shape (n, d): its level of those left at widths (n, groups)."""
+        left = self._left(widths).astype(self._shares.dtype)
+        numerator, denominator = self._shares[:, self._rows, candidates]
+        return np.asarray(left * numerator // denominator, dtype=np.int64)
+
+    def restricted(self, options: Sequence[Sequence[int]]) -> SparsitySpace:
+        """Return the space with these levels of each weight alone."""
+        return replace(self, dimensions=with_options(self.dimensions, options))
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
-        return {
-            "type": "sparsity",
-            "groups": [list(group) for group in self.groups],
-            "dimensions": [
-                {"name": d.name, "options": list(d.options), "elements": count}
-                for d, count in zip(self.dimensions, self.elements, strict=True)
-            ],
-        }
+        dimensions: list[dict[str, Any]] = [
+            {"name": d.name, "options": list(d.options), "elements": count}
+            for d, count in zip(self.dimensions, self.elements, strict=True)
+        ]
+        for dimension, extents in zip(dimensions, self.extents, strict=False):  # an older file has none
+            dimension["extents"] = extents_to_json(extents)
+        return {"type": "sparsity", "groups": [list(group) for group in self.groups], "dimensions": dimensions}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SparsitySpace:
@@ -165,10 +212,14 @@ class SparsitySpace:
             levels = d["options"]
             if not levels or levels[0] != 0 or levels != sorted(set(levels)) or levels[-1] >= 1 or d["elements"] < 1:
                 raise ValueError(f"space.dimensions[{d['name']!r}] must have elements, and levels that rise from 0")
+        extents = tuple(extents_from_json(d["extents"]) for d in data["dimensions"] if "extents" in d)
+        if extents:
+            _require_extents(extents, data)
         return cls(
             dimensions=tuple(Dimension(d["name"], tuple(d["options"])) for d in data["dimensions"]),
             elements=tuple(d["elements"] for d in data["dimensions"]),
             groups=tuple((str(name), int(size)) for name, size in data["groups"]),
+            extents=extents,
         )
 
     def describe(self) -> str:
@@ -177,3 +228,17 @@ class SparsitySpace:
             f"{counted(len(self.dimensions), 'weight')} of {counted(sum(self.elements), 'element')} with "
             f"{options_of(self.sizes, 'level')}, {candidates_of(self.sizes)}"
         )
+
+
+def _require_extents(extents: Sequence[Sequence[Extent]], data: Mapping[str, Any]) -> None:
+    """Check that the sizes of weights multiply to their elements in the dense model.
+
+    Raises:
+        ValueError: Names the first weight for which they do not.
+    """
+    widths = dict(data["groups"])
+    for d, own in zip(data["dimensions"], extents, strict=False):
+        known = all(name in widths for _, shares in own for name, _ in shares)
+        sizes = [fixed + sum(each * widths[name] for name, each in shares) for fixed, shares in own] if known else []
+        if "extents" not in d or math.prod(sizes) != d["elements"] or not sizes:
+            raise ValueError(f"space.dimensions[{d['name']!r}] must have extents that multiply to its elements")

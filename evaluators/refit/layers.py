@@ -255,9 +255,9 @@ def _best_ridge(layer: Layer, weight: Tensor, kept: Tensor, rows: Tensor, centre
 
 
 def columns_kept(reader: Reader, model: nn.Module, edit: Edit) -> Tensor | None:
-    """Columns that stay, int64, shape (k,); None where all do, or where elements are set to zero."""
+    """Columns that stay, int64, shape (k,); None where all do."""
     slices = edit.slices.get(reader.name, {})
-    if reader.dim not in slices or reader.name in edit.zeroed:
+    if reader.dim not in slices:
         return None
     parameter = model.get_parameter(reader.name)
     columns = np.arange(reader.columns).reshape(parameter.shape[reader.dim], -1)[slices[reader.dim]].ravel()
