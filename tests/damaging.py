@@ -24,7 +24,7 @@ from autoprune.evaluators.training.checkpoint import read_checkpoint, write_chec
 from autoprune.files.tensor_file import HASH, content_hash, read_tensors, write_tensors
 from autoprune.journal.journal import Journal
 from autoprune.journal.sqlite_file import FILE_NAME
-from autoprune.result.from_journal import result_from_journal
+from autoprune.result import SearchResult
 from autoprune.study.calibration_check import FILE_NAME as CHOICE
 from autoprune.study.calibration_check import Choice
 
@@ -117,7 +117,7 @@ def _read_result(folder: Path) -> object:
 
 
 def _read_journal(folder: Path) -> object:
-    result = result_from_journal(folder)
+    result = SearchResult.from_journal(folder)
     with Journal.open(folder) as journal:
         found = [journal.values(trial.id) for trial in result.trials]
     return str(result), result.front and result.best(), found

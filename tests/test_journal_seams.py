@@ -20,7 +20,7 @@ from autoprune.journal.journal import Journal
 from autoprune.journal.sqlite_file import FILE_NAME, LOCK_NAME, patiently
 from autoprune.metrics.statistics import evaluations_of
 from autoprune.protocols import Measurement
-from autoprune.result.from_journal import result_from_journal
+from autoprune.result import SearchResult
 from tests.searching import Watched, quick, seen
 
 CANDIDATES = np.array([[0, 2, 1], [4, 0, 0]], dtype=np.int64)
@@ -364,7 +364,7 @@ class TestHostileFiles:
 
     def test_a_journal_of_no_search_gives_no_result(self, written):
         with pytest.raises(FileFormatError, match=r"journal.sqlite is damaged: 'space' is missing; name another"):
-            result_from_journal(written)
+            SearchResult.from_journal(written)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -381,13 +381,13 @@ class TestHostileFiles:
     )
     def test_a_result_is_not_read_from_facts_that_do_not_fit(self, tmp_path, mlp, vectors, key, value):
         quick(mlp, "flops <= 60%", vectors, trials=2, run_dir=str(tmp_path))
-        assert len(result_from_journal(tmp_path).trials) == 2
+        assert len(SearchResult.from_journal(tmp_path).trials) == 2
         connection = sqlite3.connect(tmp_path / FILE_NAME)
         with connection:
             connection.execute("UPDATE meta SET value = ? WHERE key = ?", (json.dumps(value), key))
         connection.close()
         with pytest.raises(FileFormatError, match=r"journal.sqlite is damaged"):
-            result_from_journal(tmp_path)
+            SearchResult.from_journal(tmp_path)
 
 
 @pytest.mark.slow

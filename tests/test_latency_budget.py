@@ -15,7 +15,7 @@ from autoprune.budget import Budget
 from autoprune.costs.latency.model import Latency
 from autoprune.costs.operations.runtimes import network_call
 from autoprune.errors import BudgetError, InfeasibleBudgetError, NothingToPruneError, UnsupportedModelError
-from autoprune.result.from_journal import result_from_journal
+from autoprune.result import SearchResult
 from autoprune.structure.example import Example
 from tests.machine import Machine
 from tests.measuring import INPUTS, measured, small
@@ -130,7 +130,7 @@ def test_latencies_are_measured_first_where_no_table_is_given(machine, tmp_path)
 @pytest.mark.slow
 def test_a_result_from_the_journal_says_that_its_latencies_are_those_predicted(machine, table, tmp_path):
     autoprune.search(small(), "latency <= 50%", DATA, latency=optimistic(table), run_dir=str(tmp_path), **QUICK)
-    read = result_from_journal(tmp_path)
+    read = SearchResult.from_journal(tmp_path)
     assert not any(trial.predicted for trial in read.trials)
     assert "costs are those that trials were proposed with" in read.notes[-1]
 

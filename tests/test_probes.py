@@ -18,7 +18,6 @@ from autoprune.cli.app import app
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.optimizers import RandomSearch
 from autoprune.protocols import FAILED, OK
-from autoprune.result.from_journal import result_from_journal
 from autoprune.study.progress import Progress
 from zoo import ZOO
 
@@ -151,14 +150,14 @@ class TestInTheLoop:
 class TestOnDisk:
     @pytest.mark.slow
     def test_the_journal_gives_the_same_trials_and_front(self, found, run_dir):
-        read = result_from_journal(run_dir)
+        read = SearchResult.from_journal(run_dir)
         assert [trial.id for trial in read.front] == [trial.id for trial in found.front]
         for one, other in zip(read.trials, found.trials, strict=True):
             assert (one.feasible, one.evaluations[0].distortion) == (other.feasible, other.distortion)
             assert replace(one.evaluations[0], seconds=0) == replace(other.evaluations[0], seconds=0)
         assert any("are probes" in note for note in read.notes)
 
-    @pytest.mark.parametrize("read", [SearchResult.load, result_from_journal])
+    @pytest.mark.parametrize("read", [SearchResult.load, SearchResult.from_journal])
     def test_tables_of_what_was_read_are_those_of_the_search(self, found, run_dir, read):
         for table in ("distortion", "signal", "metric"):
             one, other = read(run_dir).sensitivity(table), found.sensitivity(table)

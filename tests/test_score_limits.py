@@ -18,8 +18,7 @@ from autoprune.optimizers import OPTIMIZERS, RandomSearch, uniform_seeds
 from autoprune.optimizers.auto import Auto
 from autoprune.pareto import Direction
 from autoprune.protocols import FAILED, RACED, Measurement
-from autoprune.result import Evaluation, Trial
-from autoprune.result.from_journal import result_from_journal
+from autoprune.result import Evaluation, SearchResult, Trial
 from autoprune.result.held_out import note_of_held_out
 from autoprune.study.convergence import MOST_TRIALS, planned, why_converged
 from autoprune.testing.contracts import OptimizerContract
@@ -90,7 +89,7 @@ class TestTheCheapestThatKeepsTheScore:
 
     def test_the_journal_gives_the_same_choice(self, kept):
         result, run_dir = kept
-        read = result_from_journal(run_dir)
+        read = SearchResult.from_journal(run_dir)
         assert read.best().id == result.best().id
         assert read.worst_score == result.worst_score
         assert "met" in str(read)
@@ -294,7 +293,7 @@ class TestStoppingByItself:
         assert f"stopped after {len(result.trials)} trials: " in note
         with Journal.open(tmp_path) as journal:
             assert journal.meta()["trials"] == "auto"
-        read = result_from_journal(tmp_path)
+        read = SearchResult.from_journal(tmp_path)
         assert read.notes[0] == f"from the journal: {len(result.trials)} trials finished, 0 pending"
         assert [trial.id for trial in read.front] == [trial.id for trial in result.front]
 

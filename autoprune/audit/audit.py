@@ -25,6 +25,7 @@ from autoprune.protocols import OK, FloatArray, IntArray
 from autoprune.result import SearchResult
 from autoprune.result.audit_report import FOUND, NEW_WEIGHTS, RANDOM_UNITS, UNIFORM, Audit, Trained, Variant
 from autoprune.result.builders import FromEvaluator
+from autoprune.result.choosing import rank_of
 from autoprune.result.ranking import BAND, FEWEST
 from autoprune.result.trials import Trial
 
@@ -145,7 +146,7 @@ def _best(result: SearchResult, pool: Sequence[Trial]) -> Trial:
     except InfeasibleBudgetError:
         best = result.dense
     found = [trial for trial in pool if trial.candidate == best.candidate]
-    return found[0] if found else min(pool, key=result._rank)
+    return found[0] if found else min(pool, key=partial(rank_of, result))
 
 
 def _ranks(values: FloatArray) -> FloatArray:

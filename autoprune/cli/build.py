@@ -56,14 +56,8 @@ def build(
             raise IsADirectoryError(f"output must be a file to write, got the folder {output}")
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"output must lie in a folder that exists, got {output}")
-        as_path(run_dir, "RUN_DIR")
-        if not (run_dir / "result.json").exists() and (run_dir / "journal.sqlite").exists():
-            raise ValueError(
-                f"{run_dir} holds a journal but no saved result, so no weights to build from; "
-                "let its search end or stop it with Ctrl-C, which saves; if it was killed, go on with --resume"
-            )
         dense = load_model(model, option="--model")
-        result = SearchResult.load(run_dir, dense)
+        result = SearchResult.load(as_path(run_dir, "RUN_DIR"), dense)
         given = None if wanted == _OWN else example_inputs(dense, input_shape, example)
         chosen = _choose(result, run_dir, budget, trial)
         written = _write(result.build(chosen), output, wanted, given)
@@ -96,9 +90,14 @@ def _write(small: nn.Module, output: Path, format: str, example: Any) -> str:  #
 
 def _choose(result: SearchResult, run_dir: Path, budget: list[str] | None, number: int | None) -> Trial:
     """The trial to build, among those that were saved with weights."""
-    from autoprune.result.builders import SavedWeights
+    from autoprune.result.builders import FromJournal, SavedWeights
 
     builder = result._builder
+    if isinstance(builder, FromJournal):
+        raise ValueError(
+            f"{run_dir} holds a journal but no saved result that is whole, so no weights to build from; "
+            "let its search end or stop it with Ctrl-C, which saves; if it was killed, go on with --resume"
+        )
     there = builder.there() if isinstance(builder, SavedWeights) else set()
     saved = tuple(trial for trial in result.trials if trial.id in there)
     if not saved:

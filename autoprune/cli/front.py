@@ -6,18 +6,15 @@ import json
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from autoprune.cli.mistakes import errors_on_one_line
 from autoprune.cli.options import AsJson, Debug, Imports, RunDir
 from autoprune.cli.user_objects import import_first
-from autoprune.errors import FileFormatError
 from autoprune.files.access import as_path, shortened
-
-if TYPE_CHECKING:
-    from autoprune.result import SearchResult
+from autoprune.result import SearchResult
 
 _WATCH_SECONDS = 1.0
 _LOOKS_ALONE = 5  # at a journal that no search holds, until its search counts as killed
@@ -34,26 +31,10 @@ def front(
     """Print the front of a search: finished, still running, or killed."""
     with errors_on_one_line(debug):
         import_first(imports)
-        result = _watch(run_dir) if watch else _read(run_dir)
+        result = _watch(run_dir) if watch else SearchResult.load(as_path(run_dir, "RUN_DIR"))
         if plot is not None:
             _plot(result, plot)
         typer.echo(json.dumps(_front_json(result), indent=1) if as_json else result)
-
-
-def _read(run_dir: Path) -> SearchResult:
-    """Read the saved result, or the trials in the journal so far."""
-    from autoprune.result import SearchResult
-    from autoprune.result.from_journal import result_from_journal
-
-    if not (as_path(run_dir, "RUN_DIR") / "result.json").exists():
-        return result_from_journal(run_dir)
-    try:
-        return SearchResult.load(run_dir)
-    except FileFormatError as error:
-        if not (run_dir / "journal.sqlite").exists():
-            raise
-        typer.echo(f"warning: {error}", err=True)
-    return result_from_journal(run_dir)
 
 
 def _watch(run_dir: Path) -> SearchResult:
@@ -62,17 +43,16 @@ def _watch(run_dir: Path) -> SearchResult:
     from rich.text import Text
 
     from autoprune.journal.sqlite_file import FILE_NAME, is_written
-    from autoprune.result.from_journal import result_from_journal
 
     saved = run_dir / "result.json"
     before = saved.stat().st_mtime_ns if saved.exists() else 0  # of the search before it was resumed
-    result = result_from_journal(run_dir)
+    result = SearchResult.from_journal(run_dir)
     with Live(Text(str(result)), auto_refresh=False, transient=True) as live, suppress(KeyboardInterrupt):
         alone = 0
         while result.stopped == "unfinished" and not (saved.exists() and saved.stat().st_mtime_ns > before):
             began = time.monotonic()
             alone = 0 if is_written(run_dir / FILE_NAME) else alone + 1
-            result = result_from_journal(run_dir)
+            result = SearchResult.from_journal(run_dir)
             if alone >= _LOOKS_ALONE:
                 break
             live.update(Text(str(result)), refresh=True)

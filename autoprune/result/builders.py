@@ -20,6 +20,8 @@ from autoprune.result.shared_tensors import FILES, SharedTensors
 from autoprune.result.trials import Trial
 from autoprune.structure.slicing.slicing import Edit, build
 
+_NO_MODEL = "build needs the model; load the result with SearchResult.load(path, model=model)"
+
 
 class Builder(Protocol):
     """Builds the module of a trial."""
@@ -102,7 +104,7 @@ class SavedWeights:
             FileFormatError: If the result was saved without them, or the file is not the one that it was saved with.
         """
         if self._model is None:
-            raise FileFormatError("build needs the model; load the result with SearchResult.load(path, model=model)")
+            raise FileFormatError(_NO_MODEL)
         if trial.id not in self.there():
             raise FileFormatError(
                 f"trial {trial.id} was saved without weights; choose one of the front, or search again"
@@ -127,6 +129,36 @@ class SavedWeights:
         for file in self._folder.glob(FILES):
             dense.load_state_dict(read_tensors(file, "dense tensors", most_bytes)[1], strict=False)
         return SharedTensors(dense, [read_slices(file, most_bytes) for file in files])
+
+
+class FromJournal:
+    """Builds nothing: a journal holds no weights."""
+
+    def build(self, trial: Trial) -> nn.Module:
+        """Refuse.
+
+        Raises:
+            FileFormatError: Always.
+        """
+        raise FileFormatError(
+            f"trial {trial.id} was read from a journal, which holds no weights; resume the search, with resume=True: "
+            "what it returns builds modules, and can be saved"
+        )
+
+    def shared(self, trials: Sequence[Trial]) -> SharedTensors | None:
+        """Return None: nothing is known."""
+        return None
+
+
+def built(builder: Builder | None, trial: Trial) -> nn.Module:
+    """Build the module of a trial.
+
+    Raises:
+        FileFormatError: If there is nothing to build it from.
+    """
+    if builder is None:
+        raise FileFormatError(_NO_MODEL)
+    return builder.build(trial)
 
 
 def weights_file(folder: Path, trial: Trial) -> Path:

@@ -13,8 +13,9 @@ from autoprune.journal.rows import TrialRow
 from autoprune.journal.sqlite_file import FILE_NAME
 from autoprune.pareto import Direction
 from autoprune.protocols import FAILED, OK, RACED, SearchSpace
-from autoprune.result import SearchResult
-from autoprune.result.saving import TRIAL_FORM, require_consistent
+from autoprune.result.builders import FromJournal
+from autoprune.result.form import TRIAL_FORM
+from autoprune.result.saving import require_consistent
 from autoprune.result.trials import Trial, find_front, note_of_probes
 from autoprune.search_spaces import space_from_json
 
@@ -36,15 +37,12 @@ _FORM = {
 }
 
 
-def result_from_journal(run_dir: str | Path) -> SearchResult:
-    """Read the result of a search so far, without disturbing the search.
-
-    Trials that were proposed but not scored yet have the status ``"pending"``. The journal holds no intervals, no
-    scores on held-out data and no costs measured at the end, and models cannot be built from it. The first note gives
-    the state of the search.
+def fields_from_journal(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the fields of a result from a journal, see `SearchResult.from_journal`.
 
     Args:
         run_dir: The ``run_dir`` of a search.
+        notes: First notes of the result.
 
     Raises:
         FileNotFoundError: If `run_dir` holds no journal.
@@ -55,36 +53,35 @@ def result_from_journal(run_dir: str | Path) -> SearchResult:
     told = f"run_dir must hold a journal of autoprune, but {shortened(Path(run_dir) / FILE_NAME)} is damaged"
     with sound(told, "name another run_dir"):
         require_form(meta, _FORM)
-        return _result(meta, rows)
+        return _fields(meta, rows, notes)
 
 
-def _result(meta: Mapping[str, Any], rows: Sequence[TrialRow]) -> SearchResult:
-    """Make the result from rows of any journal whose form fits; raises errors in `DAMAGE`."""
+def _fields(meta: Mapping[str, Any], rows: Sequence[TrialRow], notes: Sequence[str]) -> dict[str, Any]:
+    """Make the fields from rows of any journal whose form fits; raises errors in `DAMAGE`."""
     space = space_from_json(meta["space"])
     trials = tuple(trial_from(row, space, meta["limits"]) for row in rows)
     total = "" if meta["trials"] == "auto" else f" of {meta['trials']}"
     dense = Trial.from_json(meta["dense"])
     require_consistent(trials, dense, space.sizes.tolist(), meta)
     done = sum(trial.status in (OK, RACED, FAILED) for trial in trials)
-    return SearchResult(
-        trials=trials,
-        front=find_front(trials, tuple(meta["limits"]), Direction(meta["higher_is_better"])),
-        dense=dense,
-        space=space,
-        limits=meta["limits"],
-        budget=meta["budget"],
-        metric=meta["metric"],
-        higher_is_better=meta["higher_is_better"],
-        notes=(
+    plain = ("limits", "budget", "metric", "higher_is_better", "seed")
+    return {
+        "trials": trials,
+        "front": find_front(trials, tuple(meta["limits"]), Direction(meta["higher_is_better"])),
+        "dense": dense,
+        "space": space,
+        "notes": (
+            *notes,
             f"from the journal: {done}{total} trials finished, {len(trials) - done} pending",
             *meta["notes"],
             *note_of_probes(trials),
             *([_UNMEASURED] if {"latency_ms", "ms_per_sample", "memory_bytes"} & meta["limits"].keys() else []),
         ),
-        stopped="unfinished" if meta["trials"] == "auto" or done < meta["trials"] else "trials",
-        seconds=_seconds(rows),
-        seed=meta["seed"],
-    )
+        "stopped": "unfinished" if meta["trials"] == "auto" or done < meta["trials"] else "trials",
+        "seconds": _seconds(rows),
+        "_builder": FromJournal(),
+        **{name: meta[name] for name in plain},
+    }
 
 
 def trial_from(row: TrialRow, space: SearchSpace, limits: Mapping[str, float]) -> Trial:

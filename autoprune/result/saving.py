@@ -5,81 +5,78 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from autoprune.arguments import flag, one_of
 from autoprune.budget import Budget
 from autoprune.errors import FileFormatError
-from autoprune.files.access import MIB, UNFINISHED, make_folder, write_json
+from autoprune.files.access import MIB, UNFINISHED, as_path, make_folder, shortened, write_json
 from autoprune.files.formats import Format
-from autoprune.journal.sqlite_file import FILE_NAME as JOURNAL
-from autoprune.metrics.statistics import EVALUATION_FORM
 from autoprune.pareto import Direction
-from autoprune.protocols import FAILED, OK, PENDING, RACED
-from autoprune.result.builders import WeightsFile, weights_file
+from autoprune.result.builders import WeightsFile, built, weights_file
+from autoprune.result.form import RESULT_FORM
 from autoprune.result.recipe import write
 from autoprune.result.shared_tensors import FILES as DENSE
 from autoprune.result.shared_tensors import SharedTensors
 from autoprune.result.trials import Trial
 
+if TYPE_CHECKING:
+    from autoprune.result.search_result import SearchResult
+
 RESULT = "result.json"
+PLAIN = ("budget", "metric", "higher_is_better", "stopped", "seconds", "seed")
+"""Fields that are written as they are."""
 FORMAT = Format("autoprune-result", 1, "a result")
 WEIGHTS = "trial-*.safetensors"
 MOST_BYTES = 1024 * MIB
 """Largest size of a result: 10,000 trials of 250 dimensions take a tenth of it."""
 
+_WAY_OUT = "save it again"
 _MOST_NAME = 100
-_NUMBER = (float, None)
-TRIAL_FORM = {
-    "id": int,
-    "status": frozenset({OK, RACED, FAILED, PENDING}),
-    "reason": str,
-    "test_score": _NUMBER,
-    "feasible?": bool,
-    "candidate": [int],
-    "decoded": {str: object},
-    "costs": {str: float},
-    "predicted?": {str: float},
-    "cost_intervals?": {str: [float]},
-    "score": _NUMBER,
-    "interval": [_NUMBER],
-    "signal": _NUMBER,
-    "evaluations": [EVALUATION_FORM],
-}
-_TRAINED = {"trial": int, "cost": float, "trained": _NUMBER, "reason": str} | {
-    name: {str: _NUMBER} for name in ("scores", "signals")
-}
-_AUDIT = {
-    "rows": [_TRAINED],
-    "evaluators": [str],
-    "notes": [str],
-    "variants": {str: [(float, [float])]},  # what it costs, and the scores
-    "metric": str,
-    "higher_is_better": bool,
-    "samples": int,
-    "cost": str,
-    "steps": (int, None),
-    "winner": int,
-    "seconds": float,
-}
-_FORM = {
-    "budget": str,
-    "metric": str,
-    "higher_is_better": bool,
-    "stopped": str,
-    "seconds": float,
-    "seed": int,
-    "notes": [str],
-    "limits": {str: float},
-    "space": {str: object},
-    "dense": TRIAL_FORM,
-    "trials": [TRIAL_FORM],
-    "front": [int],
-    "audit?": (_AUDIT, None),
-    "weights?": {str: {"file": str, "sha256": str}},
-}
+
+
+def save_result(result: SearchResult, path: str | Path, weights: str = "front", replace: bool = False) -> Path:
+    """Write a result to a folder, see `SearchResult.save`; returns the folder.
+
+    Raises:
+        ValueError: If `weights` is unknown.
+        FileExistsError: If the folder holds a result already and `replace` is false, or it is a file.
+        OSError: If it cannot be written; an earlier result in it is as it was.
+    """
+    one_of("weights", weights, ("best", "front", "none"))
+    replace = flag("replace", replace)
+    folder = as_path(path)
+    if (folder.exists() and not folder.is_dir()) or (not replace and (folder / RESULT).exists()):
+        raise FileExistsError(
+            f"path must be a folder without a result in it, got {shortened(folder)}; pass another path, or "
+            "replace=True to put this result in the place of that one"
+        )
+    kept = result.front if weights == "front" else ()
+    if weights == "best" and result.front:
+        kept = (result.best(),)
+    builder = result._builder
+    shared = builder.shared(kept) if builder is not None and len(kept) > 1 else None
+    write_result(folder, content_of(result), kept, partial(built, builder), shared)
+    return folder
+
+
+def content_of(result: SearchResult) -> dict[str, Any]:
+    """JSON-ready dictionary of everything but weights; NaN becomes null."""
+    return {
+        **FORMAT.stamp(),
+        **{name: getattr(result, name) for name in PLAIN},
+        "notes": list(result.notes),
+        "limits": dict(result.limits),
+        "space": result.space.to_json(),
+        "dense": result.dense.to_json(),
+        "trials": [trial.to_json() for trial in result.trials],
+        "front": [trial.id for trial in result.front],
+        "audit": None if result.audit is None else result.audit.to_json(),
+    }
 
 
 def write_result(
@@ -138,17 +135,12 @@ def read_result(file: Path) -> dict[str, Any]:
     Raises:
         FileFormatError: If it is corrupted or foreign.
     """
-    return FORMAT.read_json(file, "path must be a folder written by result.save", _way_out(file), MOST_BYTES, _FORM)
+    return FORMAT.read_json(file, "path must be a folder written by result.save", _WAY_OUT, MOST_BYTES, RESULT_FORM)
 
 
 def reading(file: Path) -> AbstractContextManager[None]:
     """Make a context that turns all errors of a damaged result into one."""
-    return FORMAT.reading(file, _way_out(file))
-
-
-def _way_out(file: Path) -> str:
-    journal = (file.parent / JOURNAL).exists()
-    return "the journal next to it may be whole: `autoprune front` reads it" if journal else "save it again"
+    return FORMAT.reading(file, _WAY_OUT)
 
 
 def files_of(data: Mapping[str, Any]) -> dict[int, WeightsFile]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,35 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from autoprune.arguments import flag, one_of
 from autoprune.budget import Budget
-from autoprune.errors import FileFormatError, InfeasibleBudgetError
-from autoprune.files.access import as_path, shortened
 from autoprune.pareto import Direction
-from autoprune.protocols import OK, SearchSpace
+from autoprune.protocols import SearchSpace
 from autoprune.result.additivity import Additivity, additivity_of
 from autoprune.result.audit_report import Audit
-from autoprune.result.builders import Builder, SavedWeights
+from autoprune.result.builders import Builder, built
+from autoprune.result.choosing import best_of, judged, why_none
+from autoprune.result.from_journal import fields_from_journal
+from autoprune.result.loading import load_fields
 from autoprune.result.recipe import warn_of_dense_config
-from autoprune.result.saving import (
-    FORMAT,
-    RESULT,
-    files_of,
-    read_result,
-    reading,
-    require_consistent,
-    write_result,
-)
+from autoprune.result.saving import content_of, save_result
 from autoprune.result.sensitivity import Sensitivity, sensitivity_of
-from autoprune.result.tables import data_frame, front_table
-from autoprune.result.trials import Trial, note_of_failures, note_of_probes
-from autoprune.search_spaces import space_from_json
+from autoprune.result.tables import frame_of, front_table
+from autoprune.result.trials import Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
-
-_PLAIN = ("budget", "metric", "higher_is_better", "stopped", "seconds", "seed")
 
 
 @dataclass(frozen=True)
@@ -93,27 +81,10 @@ class SearchResult:
             BudgetError: If the budget cannot be read, or limits an unknown cost or another metric.
             InfeasibleBudgetError: If no trial is within it; the message names the nearest one.
         """
-        done = [trial for trial in self.trials if trial.status == OK and trial.feasible]
-        if not done:
-            raise InfeasibleBudgetError(f"no trial succeeded, so there is no best; {self._why_none()}")
-        wanted = self._wanted if budget is None else self._judged(budget)
-        limits = wanted.resolve(self.dense.costs) if budget is not None else {}
-        measured = {name for trial in done for name in trial.predicted} & {*limits, *self.limits}
-        done = [trial for trial in done if measured <= trial.predicted.keys()]
-        worst = wanted.worst_score(self.dense.score, self.direction)
-        within = [t for t in done if self._excess(t, limits, worst) <= 0]
-        if not within:
-            nearest = min(done, key=lambda t: (self._excess(t, limits, worst), *self._rank(t)))
-            costs = ", ".join(f"{name} {nearest.costs[name]:.6g}" for name in limits or self.limits)
-            kind = "measured trials" if measured else "trials"
-            raise InfeasibleBudgetError(
-                f"budget '{wanted}' is met by none of {len(done)} {kind}; the nearest is trial {nearest.id} with "
-                f"{costs}, {self.metric} {nearest.score:.4f}; search again under this budget"
-            )
-        if worst is None:
-            return min(within, key=self._rank)
-        first = next(iter(limits or self.limits))
-        return min(within, key=lambda t: (t.costs[first], *self._rank(t)))
+        if budget is None:
+            return best_of(self, self._wanted, {})
+        wanted = judged(self, budget)
+        return best_of(self, wanted, wanted.resolve(self.dense.costs))
 
     @property
     def worst_score(self) -> float | None:
@@ -128,32 +99,7 @@ class SearchResult:
     @cached_property
     def _wanted(self) -> Budget:
         """Budget of the search, read once."""
-        return self._judged(self.budget)
-
-    def _judged(self, budget: str | Budget | Sequence[str]) -> Budget:
-        return Budget.parse(budget).judged_by(self.metric, self.direction, self.dense.costs)
-
-    def _rank(self, trial: Trial) -> tuple[float, ...]:
-        return (self.direction.key(trial.score), trial.signal, *trial.costs.values())
-
-    def _excess(self, trial: Trial, limits: Mapping[str, float], worst: float | None) -> float:
-        """Excess of a trial over limits on costs, as a fraction, or on the score; 0 or less if it meets them."""
-        misses = [trial.upper_costs[name] / limit - 1 for name, limit in limits.items()]
-        if worst is not None:
-            misses.append(self.direction.worse_by(trial.score, worst))
-        return max(misses, default=0.0)
-
-    def _why_none(self) -> str:
-        """Reason why no trial is on the front: the commonest failure, measured costs, or too few trials."""
-        if failed := note_of_failures(self.trials):
-            return failed
-        if missed := [trial for trial in self.trials if trial.predicted and not trial.feasible]:
-            over = min(self._excess(trial, self.limits, None) for trial in missed)
-            return (
-                f"{len(missed)} networks predicted to be within the limits were measured to be over, the nearest by "
-                f"{over:.1%}; search again, with more trials or a looser limit"
-            )
-        return "; ".join(("the search ended too early", *note_of_probes(self.trials)))
+        return judged(self, self.budget)
 
     def build(self, what: Trial | str | Budget | Sequence[str] | None = None) -> nn.Module:
         """Build a plain pruned module: of a trial, of the best within a budget, or of the best.
@@ -164,14 +110,9 @@ class SearchResult:
             InfeasibleBudgetError: If no trial is within the budget.
             FileFormatError: If the result was loaded without a model, or without the weights of this trial.
         """
-        module = self._built(what if isinstance(what, Trial) else self.best(what))
+        module = built(self._builder, what if isinstance(what, Trial) else self.best(what))
         warn_of_dense_config(module)
         return module
-
-    def _built(self, trial: Trial) -> nn.Module:
-        if self._builder is None:
-            raise FileFormatError("build needs the model; load the result with SearchResult.load(path, model=model)")
-        return self._builder.build(trial)
 
     def save(self, path: str | Path, weights: str = "front", replace: bool = False) -> Path:
         """Write the result to a folder: ``result.json``, and a safetensors file for each trial that keeps its weights.
@@ -194,73 +135,45 @@ class SearchResult:
             FileExistsError: If the folder holds a result already and `replace` is false, or it is a file.
             OSError: If it cannot be written; an earlier result in it is as it was.
         """
-        one_of("weights", weights, ("best", "front", "none"))
-        replace = flag("replace", replace)
-        folder = as_path(path)
-        if (folder.exists() and not folder.is_dir()) or (not replace and (folder / RESULT).exists()):
-            raise FileExistsError(
-                f"path must be a folder without a result in it, got {shortened(folder)}; pass another path, or "
-                "replace=True to put this result in the place of that one"
-            )
-        kept = self.front if weights == "front" else ()
-        if weights == "best" and self.front:
-            kept = (self.best(),)
-        shared = self._builder.shared(kept) if self._builder is not None and len(kept) > 1 else None
-        write_result(folder, self.to_json(), kept, self._built, shared)
-        return folder
+        return save_result(self, path, weights, replace)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary of everything but weights; NaN becomes null."""
-        return {
-            **FORMAT.stamp(),
-            **{name: getattr(self, name) for name in _PLAIN},
-            "notes": list(self.notes),
-            "limits": dict(self.limits),
-            "space": self.space.to_json(),
-            "dense": self.dense.to_json(),
-            "trials": [trial.to_json() for trial in self.trials],
-            "front": [trial.id for trial in self.front],
-            "audit": None if self.audit is None else self.audit.to_json(),
-        }
+        return content_of(self)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> SearchResult:
         """Read a saved result; with a dense `model` of the class that was pruned, its saved trials can be built.
 
+        Where ``result.json`` is damaged, or was never written, the trials are read from the journal of the search in
+        the same folder, see `from_journal`: the first note says so, and a damaged file is logged as a warning.
+
+        Args:
+            path: The folder of `save`, the ``run_dir`` of a search, or the file ``result.json``.
+            model: Dense; comes back unchanged.
+
         Raises:
-            FileNotFoundError: If there is no result in `path`.
-            FileFormatError: If it is corrupted or foreign.
+            FileNotFoundError: If there is neither a result nor a journal in `path`.
+            FileFormatError: If the result is corrupted or foreign, and there is no journal, or that is corrupted, too.
         """
-        folder = as_path(path)
-        file = folder / RESULT if folder.is_dir() else folder
-        if not file.exists():
-            raise FileNotFoundError(
-                f"path must be a folder written by result.save, got {shortened(folder)}: no {RESULT} there"
-            )
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a dense nn.Module of the class that was pruned, got {type(model).__name__}")
-        data = read_result(file)
-        with reading(file):
-            return cls._from_json(data, SavedWeights(file.parent, model, files_of(data)))
+        return cls(**load_fields(path, model))
 
     @classmethod
-    def _from_json(cls, data: Mapping[str, Any], builder: Builder | None) -> SearchResult:
-        trials = tuple(Trial.from_json(trial) for trial in data["trials"])
-        dense = Trial.from_json(data["dense"])
-        space = space_from_json(data["space"])
-        require_consistent(trials, dense, space.sizes.tolist(), data)
-        by_id = {trial.id: trial for trial in trials}
-        return cls(
-            trials=trials,
-            front=tuple(by_id[i] for i in data["front"]),
-            dense=dense,
-            space=space,
-            notes=tuple(data["notes"]),
-            _builder=builder,
-            limits=data["limits"],
-            audit=Audit.from_json(data["audit"]) if data.get("audit") else None,
-            **{name: data[name] for name in _PLAIN},
-        )
+    def from_journal(cls, run_dir: str | Path) -> SearchResult:
+        """Read the trials of a search from its journal: while it runs, or after it was killed.
+
+        It does not disturb the search. Trials that were proposed but not scored yet have the status ``"pending"``. The
+        journal holds no intervals, no scores on held-out data, no costs measured at the end and no weights to build
+        from. The first note gives the state of the search.
+
+        Args:
+            run_dir: The ``run_dir`` of a search.
+
+        Raises:
+            FileNotFoundError: If `run_dir` holds no journal.
+            FileFormatError: If the journal is corrupted, foreign, or of a newer version.
+        """
+        return cls(**fields_from_journal(run_dir))
 
     def to_frame(self) -> DataFrame:
         """Make a pandas DataFrame of all trials, one row each: costs, scores, status, and one column a dimension.
@@ -270,22 +183,7 @@ class SearchResult:
         Raises:
             ImportError: If pandas is missing.
         """
-        front = {trial.id for trial in self.front}
-        trials = self.trials
-        plain = ("signal", "distortion", "test_score", "status", "feasible", "reason")
-        predicted = dict.fromkeys(name for trial in trials for name in trial.predicted)
-        columns: dict[str, Sequence[Any]] = {
-            "trial": [trial.id for trial in trials],
-            **{name: [trial.costs.get(name, math.nan) for trial in trials] for name in self.dense.costs},
-            **{f"predicted_{name}": [trial.predicted.get(name, math.nan) for trial in trials] for name in predicted},
-            "score": [trial.score for trial in trials],
-            "low": [trial.interval[0] for trial in trials],
-            "high": [trial.interval[1] for trial in trials],
-            **{name: [getattr(trial, name) for trial in trials] for name in plain},
-            "front": [trial.id in front for trial in trials],
-            **{d.name: [trial.decoded[d.name] for trial in trials] for d in self.space.dimensions},
-        }
-        return data_frame(columns, "result.to_frame()")
+        return frame_of(self)
 
     def sensitivity(self, table: str = "distortion") -> Sensitivity:
         """Collect the loss of each option alone, from the trials that change one dimension of the dense model.
@@ -324,4 +222,4 @@ class SearchResult:
         return plot_front(self, path)
 
     def __str__(self) -> str:
-        return front_table(self, "" if self.front else self._why_none())
+        return front_table(self, "" if self.front else why_none(self))

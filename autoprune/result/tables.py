@@ -63,6 +63,30 @@ def front_table(result: SearchResult, why_empty: str) -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *foot])
 
 
+def frame_of(result: SearchResult) -> DataFrame:
+    """Make a pandas DataFrame of all trials, see `SearchResult.to_frame`.
+
+    Raises:
+        ImportError: If pandas is missing.
+    """
+    front = {trial.id for trial in result.front}
+    trials = result.trials
+    plain = ("signal", "distortion", "test_score", "status", "feasible", "reason")
+    predicted = dict.fromkeys(name for trial in trials for name in trial.predicted)
+    columns: dict[str, Sequence[Any]] = {
+        "trial": [trial.id for trial in trials],
+        **{name: [trial.costs.get(name, math.nan) for trial in trials] for name in result.dense.costs},
+        **{f"predicted_{name}": [trial.predicted.get(name, math.nan) for trial in trials] for name in predicted},
+        "score": [trial.score for trial in trials],
+        "low": [trial.interval[0] for trial in trials],
+        "high": [trial.interval[1] for trial in trials],
+        **{name: [getattr(trial, name) for trial in trials] for name in plain},
+        "front": [trial.id in front for trial in trials],
+        **{d.name: [trial.decoded[d.name] for trial in trials] for d in result.space.dimensions},
+    }
+    return data_frame(columns, "result.to_frame()")
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Align rows of equal length in columns, the first one to the left, with a rule under the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

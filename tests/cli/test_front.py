@@ -14,7 +14,7 @@ import autoprune
 from autoprune.journal.journal import Journal
 from autoprune.metrics.statistics import evaluations_of
 from autoprune.protocols import Failure
-from autoprune.result.from_journal import result_from_journal
+from autoprune.result import SearchResult
 from tests.cli.commands import SEARCH, error, ok, run
 
 
@@ -40,7 +40,7 @@ def test_front_draws_a_picture_where_told(searched, tmp_path):
 
 def test_the_journal_of_a_finished_search_gives_its_front(searched, tmp_path):
     shutil.copy(searched[0] / "journal.sqlite", tmp_path)
-    saved, read = autoprune.SearchResult.load(searched[0]), result_from_journal(tmp_path)
+    saved, read = autoprune.SearchResult.load(searched[0]), SearchResult.from_journal(tmp_path)
     assert [(t.id, t.costs, t.decoded) for t in read.front] == [(t.id, t.costs, t.decoded) for t in saved.front]
     assert [t.score for t in read.front] == pytest.approx([t.score for t in saved.front])
     assert read.best().id == saved.best().id
@@ -51,7 +51,7 @@ def test_the_journal_of_a_finished_search_gives_its_front(searched, tmp_path):
 def test_front_of_a_killed_search_leaves_out_what_is_pending(journal_only):
     run_dir, pending = journal_only
     printed = ok("front", run_dir)
-    total = len(result_from_journal(run_dir).trials)
+    total = len(SearchResult.from_journal(run_dir).trials)
     assert f"{total - 1} of 12 trials finished, 1 pending" in printed
     found = json.loads(ok("front", run_dir, "--json"))
     assert found["trials"] == {"ok": total - 1, "raced": 0, "failed": 0, "pending": 1}
@@ -85,14 +85,14 @@ def test_watching_a_killed_search_ends(journal_only, monkeypatch):
     assert "1 pending" in printed
 
 
-def test_a_torn_result_does_not_hide_a_good_journal(journal_only):
+def test_a_torn_result_does_not_hide_a_good_journal(journal_only, caplog):
     run_dir, _ = journal_only
     (run_dir / "result.json").write_text('{"format": "autoprune-result", "tri')
     finished = run("front", run_dir)
     assert finished.exit_code == 0
     assert "1 pending" in finished.stdout
-    assert "result.json is not a result of autoprune, or is damaged" in finished.stderr
-    assert "the journal next to it may be whole" in finished.stderr
+    assert "result.json is not a result of autoprune, or is damaged" in caplog.text
+    assert "this is read from the journal next to it" in " ".join(finished.stdout.split())
 
 
 @pytest.mark.slow

@@ -95,6 +95,8 @@ def test_a_mistake_in_a_build_is_one_line(searched, journal_only, tmp_path):
     assert "the nearest is trial" in error(*command, "--budget", "params <= 1")
     assert "folder that exists" in error(*command[:-1], tmp_path / "missing" / "small.safetensors")
     assert "no saved result" in error("build", journal_only[0], *command[2:])
+    (journal_only[0] / "result.json").write_text("{")
+    assert "no saved result" in error("build", journal_only[0], *command[2:])
     assert "journal.sqlite" in error("front", tmp_path / "missing")
     wrong = error("build", searched[0], "--model", "cli_example.py:model", "--output", out)
     assert "Sequential" in wrong
