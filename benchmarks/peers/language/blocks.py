@@ -45,7 +45,7 @@ def fed(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class Skipped(nn.Module):
-    """In place of a branch: adds nothing to the residual stream."""
+    """A branch that is left out: adds nothing to the residual stream."""
 
     def __init__(self, attention: bool) -> None:
         super().__init__()
