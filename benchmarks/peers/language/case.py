@@ -1,4 +1,4 @@
-"""What every method is given: the model, the calibration sequences, and statistics of one pass over them."""
+"""A model with its calibration sequences, as every method is given it, and statistics of one pass over them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Moments:
 
 @dataclass
 class Statistics:
-    """What one pass of the dense model over the calibration sequences tells.
+    """Averages over one pass of the dense model over the calibration sequences.
 
     Attributes:
         heads: Moments of the inputs of each block's `o_proj`.

@@ -9,8 +9,8 @@ from benchmarks.peers.language.case import Case
 from benchmarks.peers.language.levels import Scorer, Stitched, divergence
 from benchmarks.peers.language.obs import Layer, refitted, removal_order
 
-SEQUENCES = 16  # of the calibration sequences; a whole evaluation passes over these 4,096 tokens
-FIRST = 2  # sequences that all children are scored on
+SEQUENCES = 8  # of the calibration sequences; a whole evaluation passes over these 2,048 tokens
+FIRST = 1  # sequences that all children are scored on
 CHILDREN, SURVIVORS = 8, 2
 SWITCHES = 3  # at most
 AT_ONCE = 16  # neurons between two updates of the surgeon

@@ -12,12 +12,14 @@ from benchmarks.peers.language.depth import angular, last_blocks, short_gpt
 from benchmarks.peers.language.evopress import evo_press
 from benchmarks.peers.language.flap import flap
 from benchmarks.peers.language.multipruner import multi_pruner
+from benchmarks.peers.language.ours import search
 from benchmarks.peers.language.replaceme import replace_me
 from benchmarks.peers.language.slicegpt import slice_gpt
 from benchmarks.peers.language.taylor import llm_pruner
 from benchmarks.peers.language.ziplm import zip_lm
 
 Method = Callable[[Case, float], nn.Module]
+OURS = "autoprune"
 
 PEERS: dict[str, dict[str, Method]] = {
     "last blocks": {
@@ -57,3 +59,4 @@ PEERS: dict[str, dict[str, Method]] = {
     "MultiPruner": {"lazy": multi_pruner},
     "EvoPress": {"damping 1e-2": partial(evo_press, damping=1e-2)},
 }
+METHODS = PEERS | {OURS: {"channels": partial(search, space="channels")}}

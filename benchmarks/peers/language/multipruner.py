@@ -78,7 +78,7 @@ def fewer_groups(levels: Tensor, most: Tensor) -> list[Move]:
 
 
 def greedy(scorer: Scorer, levels: Tensor, moves: Callable[[Tensor], list[Move]], until: float, lazy: bool) -> Tensor:
-    """Make the best move again and again until so many steps have gone."""
+    """Take the best move, one after another, until `until` steps have gone."""
     increases: dict[Move, float] = {}
     scorer.rebase(levels)
     now = scorer.score(levels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from benchmarks.support.common import table
 
 Found = dict[str, Any]
 KINDS = ("news", "wikipedia")
+TRIED = ("80%", 0)  # share and seed at which all variants of a method are tried
 TITLES = {"news": "Lee documents (news, as the calibration text)", "wikipedia": "Wikipedia"}
 
 
@@ -23,27 +23,29 @@ def rows_of(found: Found) -> list[tuple[str, str, str, int, dict[str, Any]]]:
     return rows
 
 
-def best_variant(found: Found, method: str, share: float, seed: int) -> str:
-    """The variant of least loss over both kinds of text at one seed."""
+def best_variant(found: Found, method: str) -> str:
+    """The variant of least loss over both kinds of text where all were tried.
+
+    Raises:
+        ValueError: If they have not been yet.
+    """
     losses = {
         variant: sum(row[kind] for kind in KINDS)
-        for name, variant, of, at, row in rows_of(found)
-        if (name, of, at) == (method, f"{share:.0%}", seed)
+        for name, variant, share, seed, row in rows_of(found)
+        if name == method and (share, seed) == TRIED
     }
+    if not losses:
+        raise ValueError(f"variants of {method} must be tried first; run --shares 0.8 --seeds 0 --methods {method!r}")
     return min(losses, key=losses.__getitem__)
 
 
 def chosen(found: Found) -> dict[tuple[str, str], tuple[str, list[dict[str, Any]]]]:
-    """By method and share: the variant kept, and its cells of all seeds."""
-    by_variant: dict[tuple[str, str], dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
-    for method, variant, share, seed, row in rows_of(found):
-        by_variant[method, share][variant][seed] = row
-    kept = {}
-    for place, variants in by_variant.items():
-        first = min(seed for cells in variants.values() for seed in cells)
-        tried = {name: cells[first] for name, cells in variants.items() if first in cells}
-        best = min(tried, key=lambda name: sum(tried[name][kind] for kind in KINDS))
-        kept[place] = (best, list(variants[best].values()))
+    """Return the variant kept and its cells of all seeds, by method and share."""
+    kept: dict[tuple[str, str], tuple[str, list[dict[str, Any]]]] = {}
+    for method, variant, share, _, row in rows_of(found):
+        only = len({name for of, name, *_ in rows_of(found) if of == method}) == 1
+        if only or variant == best_variant(found, method):
+            kept.setdefault((method, share), (variant, []))[1].append(row)
     return kept
 
 

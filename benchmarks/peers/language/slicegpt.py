@@ -71,7 +71,7 @@ def slice_gpt(case: Case, share: float, rotations: Literal["each", "one"], norme
 
 
 def directions(case: Case, share: float, own: bool) -> int:
-    """How many directions the parameters allow, with a rotation of their own for all norms or not."""
+    """Return the number of directions that the parameters allow, with maps between rotations (`own`) or without."""
     width = case.model.config.hidden_size
     matrices = [p.numel() // width for layer in case.layers for p in layer.parameters() if p.ndim == 2]
     uncut = case.layers[-1].mlp.down_proj.in_features if own else 0  # rows of the last matrix, all of which stay

@@ -17,7 +17,7 @@ AT_ONCE = 16  # neurons between two updates
 
 
 def uniform_neurons(case: Case, share: float, groups: int, blocks: int | None = None) -> int:
-    """Neurons that each of `blocks` blocks may keep next to so many key-value groups, the others being dense."""
+    """Return the neurons that each of `blocks` blocks may keep next to `groups` groups, all other blocks dense."""
     group, neuron = unit_sizes(case.layers[0])
     mlp = case.layers[0].mlp.down_proj.in_features
     pruned = len(case.layers) if blocks is None else blocks
@@ -74,7 +74,7 @@ def prune_neurons(layer: nn.Module, dense: nn.Module, neurons: int, moments: Mom
 
 
 def remaining(layer: Layer, total: int, removed: int) -> Tensor:
-    """Units left when so many have gone, ascending, int64, shape (total - removed,)."""
+    """Indices of the units left after `removed` have gone, ascending, int64, shape (total - removed,)."""
     stays = torch.ones(total, dtype=torch.bool)
     if removed:
         stays[removal_order(layer, removed, AT_ONCE if layer.block == 1 else 1)] = False
