@@ -21,7 +21,7 @@ from autoprune.costs import StructuralCosts
 from autoprune.data.batch import default_forward
 from autoprune.evaluators import AdaptiveBN, Context
 from autoprune.evaluators.activation_cache import limits as room
-from autoprune.evaluators.activation_cache.resume_points import flow_of
+from autoprune.evaluators.activation_cache.flow import flow_of
 from autoprune.evaluators.refit import layers as layers_module
 from autoprune.evaluators.refit import normalisation
 from autoprune.evaluators.refit.layers import Layer, find_layers

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -13,12 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import autoprune
 from autoprune.evaluators import AdaptiveBN, Compensated
-from autoprune.evaluators.activation_cache.resume_points import Cut, Flow, NothingToShareError, choose_cuts, flow_of
+from autoprune.evaluators.activation_cache.cache import ActivationCache
+from autoprune.evaluators.activation_cache.flow import flow_of
+from autoprune.evaluators.activation_cache.passes import Pass
+from autoprune.evaluators.activation_cache.resume_points import Cut, Flow, NothingToShareError, choose_cuts
 from autoprune.evaluators.activation_cache.store import Store
+from autoprune.evaluators.activation_cache.writes import watching
 from autoprune.execution import LocalExecutor
 from autoprune.protocols import Measurement
+from autoprune.structure.slicing.slicing import Edit, Slicer
 from tests.contexts import study_of
 from zoo import ZOO
+
+NOTHING = Edit({}, {})
 
 
 def data_for(*shapes, samples=60, size=16):
@@ -48,8 +56,8 @@ def prepared(kind, context, share_bytes):
     return evaluator
 
 
-def sharing_of(evaluator):
-    return evaluator._adapted._sharing
+def cache_of(evaluator):
+    return evaluator._adapted._cache
 
 
 def assert_identical(found, expected):
@@ -98,7 +106,7 @@ def test_scores_are_the_same_to_the_last_bit_with_less_work(name, kind):
     naive_macs, expected = counted(lambda: plain.evaluate(candidates))
     macs, found = counted(lambda: evaluator.evaluate(candidates))
     assert_identical(found, expected)
-    assert sharing_of(evaluator).proven
+    assert cache_of(evaluator).proven
     assert macs < naive_macs
 
 
@@ -106,11 +114,11 @@ def test_scores_are_the_same_to_the_last_bit_with_less_work(name, kind):
 def test_outputs_that_the_model_writes_to_are_kept_as_they_were():
     context = context_of(Overwriting().eval(), (3, 8, 8))
     candidates, evaluator = relatives(context.space), prepared(AdaptiveBN, context, 2**28)
-    assert any(cut.overwritten for cut in sharing_of(evaluator).cuts)
+    assert any(cut.overwritten for cut in cache_of(evaluator).cuts)
     expected = prepared(AdaptiveBN, context, 0).evaluate(candidates)
     for _ in range(2):
         assert_identical(evaluator.evaluate(candidates), expected)
-    assert sharing_of(evaluator).proven
+    assert cache_of(evaluator).proven
 
 
 @pytest.mark.slow
@@ -119,15 +127,15 @@ def test_memory_stays_within_the_limit_and_scores_stay_the_same(share):
     context = context_of(chain(Block, 6), (3, 8, 8))
     candidates = relatives(context.space, n=8)
     free = prepared(AdaptiveBN, context, 2**30)
-    expected, everything = free.evaluate(candidates), sharing_of(free).store.used
+    expected, everything = free.evaluate(candidates), cache_of(free).store.used
     limit = int(share * everything)
     evaluator = prepared(AdaptiveBN, context, limit)
     for candidate, score in zip(candidates, expected, strict=True):
         assert_identical(evaluator.evaluate(candidate[None]), [score])
-        outputs = [kept.outputs for kept in sharing_of(evaluator).store.kept.values()]
+        outputs = [kept.outputs for kept in cache_of(evaluator).store.kept.values()]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tree_leaves(outputs)}
-        assert sum(held.values()) <= sharing_of(evaluator).store.used <= limit
-    assert sharing_of(evaluator).store.used > 0
+        assert sum(held.values()) <= cache_of(evaluator).store.used <= limit
+    assert cache_of(evaluator).store.used > 0
 
 
 @pytest.mark.slow
@@ -244,7 +252,7 @@ def test_models_that_share_nothing_are_scored_all_the_same(block):
     context = context_of(chain(block), (3, 8, 8))
     candidates = relatives(context.space, n=3)
     evaluator = prepared(AdaptiveBN, context, 2**28)
-    assert not sharing_of(evaluator).cuts
+    assert not cache_of(evaluator).cuts
     assert_identical(evaluator.evaluate(candidates), prepared(AdaptiveBN, context, 0).evaluate(candidates))
 
 
@@ -254,8 +262,8 @@ def test_a_dependence_that_no_trace_shows_ends_sharing_at_the_first_difference(c
     model[1].first = True
     context = context_of(model, (3, 8, 8))
     evaluator = prepared(AdaptiveBN, context, 2**28)
-    assert sharing_of(evaluator).cuts
-    assert not sharing_of(evaluator).on
+    assert cache_of(evaluator).cuts
+    assert not cache_of(evaluator).on
     assert "outputs differ when the model resumes behind" in caplog.text
     candidates = relatives(context.space, n=3)
     assert_identical(evaluator.evaluate(candidates), prepared(AdaptiveBN, context, 0).evaluate(candidates))
@@ -265,10 +273,10 @@ def test_a_dependence_that_no_trace_shows_ends_sharing_at_the_first_difference(c
 def test_a_wrong_score_ends_sharing_at_the_first_candidate_that_resumes(monkeypatch, caplog):
     context = context_of(chain(Block), (3, 8, 8))
     evaluator, candidates = prepared(AdaptiveBN, context, 2**28), relatives(context.space, n=3)
-    serve = sharing_of(evaluator)._serve
-    monkeypatch.setattr(sharing_of(evaluator), "_serve", lambda *place: serve(*place) * 1.001)
+    cached = Pass._cached
+    monkeypatch.setattr(Pass, "_cached", lambda *place: cached(*place) * 1.001)
     assert_identical(evaluator.evaluate(candidates), prepared(AdaptiveBN, context, 0).evaluate(candidates))
-    assert not sharing_of(evaluator).on
+    assert not cache_of(evaluator).on
     assert "scores differ" in caplog.text
 
 
@@ -290,7 +298,125 @@ def test_a_failure_is_a_failure_without_sharing_too():
     plain = prepared(AdaptiveBN, context, 0).evaluate(np.stack([fine, narrow]))
     assert_identical([outcomes[0], outcomes[2]], [plain[0], plain[0]])
     assert [o.reason for o in (outcomes[1], outcomes[3])] == 2 * [plain[1].reason] == 2 * ["RuntimeError: too narrow"]
-    assert sharing_of(evaluator).on
+    assert cache_of(evaluator).on
+
+
+class HoldingModulesInAList(Block):
+    """Writes to a module that PyTorch does not know of."""
+
+    def __init__(self):
+        super().__init__()
+        self.counters = [nn.Identity()]
+
+    def forward(self, x):
+        self.counters[0].calls = 1
+        return super().forward(x)
+
+
+def test_writes_to_modules_in_plain_lists_are_noticed():
+    with pytest.raises(NothingToShareError, match=r"writes the attribute Identity\.calls"):
+        flow_of(chain(HoldingModulesInAList), [(torch.randn(2, 3, 8, 8), None)], autoprune.data.batch.default_forward)
+
+
+def test_a_watched_pass_notes_its_own_writes_alone_and_replaces_nothing_of_pytorch():
+    original, others, written = nn.Module.__setattr__, [], []
+
+    def forward(model, batch):
+        def write():
+            others.append(Remembering())
+            others[0].conv1.groups = 1
+            others.append(nn.Module.__setattr__)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        return model(batch[0])
+
+    model = chain(Remembering, 1)
+    watching(forward, written)(model, (torch.randn(2, 3, 8, 8), None))
+    assert written == ["Remembering.last_mean", "1.last_mean"]  # as it is written, and by comparison afterwards
+    assert others[1] is original
+    assert type(model[1]) is Remembering
+
+
+class Particular(nn.Sequential):
+    """Asks for the exact class of its first module, which an intercepted call changes; tracing does not see it."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 if x.is_meta or type(self[0]) is nn.Conv2d else 2)
+
+
+def test_a_dependence_on_the_exact_class_of_a_module_ends_sharing_before_any_score(caplog):
+    context = context_of(Particular(*chain(Block)).eval(), (3, 8, 8))
+    cache = ActivationCache(context, Slicer(context.model).cut(NOTHING), 2**28)
+    assert "0" in cache.cuts[-1].skipped
+    assert not cache.on
+    assert "outputs differ when the calls of modules are intercepted" in caplog.text
+
+
+def test_a_candidate_cannot_run_outside_its_block():
+    context = context_of(chain(Block), (3, 8, 8))
+    cache = ActivationCache(context, Slicer(context.model).cut(NOTHING), 2**28)
+    with cache.candidate(NOTHING, chain(Block)) as running:
+        pass
+    with pytest.raises(RuntimeError, match="run must be called inside the with block"):
+        running.run(context.subsets.validation[0])
+
+
+class Family:
+    """Relatives of one network, run through a cache of their own, all with one change in the last block."""
+
+    def __init__(self, seed, meet=lambda: None):
+        torch.manual_seed(seed)
+        model = chain(Block, 3)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) / 10)
+        self.meets = False
+        context = context_of(model, (3, 8, 8))
+
+        def forward(module, batch):
+            if self.meets:
+                meet()  # inside a pass, so that the calls of both skeletons are intercepted at the same time
+            return module(batch[0])
+
+        self.context = dataclasses.replace(context, forward=forward)
+        self.slicer = Slicer(model)
+        self.cache = ActivationCache(self.context, self.slicer.cut(NOTHING).eval(), 2**28)
+        self.meets = True
+
+    @torch.no_grad()
+    def outputs(self):
+        """Outputs of three relatives, and how many of them resumed."""
+        sizes = self.context.space.sizes
+        candidates = np.zeros((3, len(sizes)), dtype=np.int64)
+        candidates[:, -1] = 1, 2, 1
+        found, resumed = [], 0
+        for candidate in candidates.tolist():
+            edit = self.context.structure.edit(self.context.space.pruning(candidate))
+            with self.cache.candidate(edit, self.slicer.cut(edit)) as running:
+                found += [running.run(batch) for batch in self.context.subsets.validation]
+            resumed += running.resumed
+        return found, resumed
+
+
+def test_caches_in_two_threads_do_not_disturb_each_other():
+    alone = [Family(seed).outputs() for seed in (0, 1)]
+    assert all(resumed == 2 for _, resumed in alone)
+    meeting = threading.Barrier(2, timeout=30)
+    families, found = [Family(seed, meeting.wait) for seed in (0, 1)], {}
+    threads = [
+        threading.Thread(target=lambda i=i, family=family: found.update({i: family.outputs()}))
+        for i, family in enumerate(families)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, (outputs, resumed) in enumerate(alone):
+        assert found[i][1] == resumed
+        assert all(map(torch.equal, found[i][0], outputs))
+        assert families[i].cache.on
+        assert type(families[i].slicer.skeleton[1]) is Block
 
 
 class SkipToTheEnd(nn.Module):
@@ -381,7 +507,7 @@ def test_a_finished_search_keeps_no_outputs():
     images = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     evaluator = AdaptiveBN()
     autoprune.search(ZOO["vgg_plain"].build(), "flops <= 60%", images, evaluator=evaluator, trials=6, progress=False)
-    store = sharing_of(evaluator).store
+    store = cache_of(evaluator).store
     assert store.peak > 0
     assert store.used == 0
     assert not store.kept

@@ -136,14 +136,14 @@ def run(study: Study, evaluator: Evaluator, stream: Stream, count: bool) -> dict
             outcomes += [found[i] for i in np.argsort(order)]
             seen.append(candidates)
             candidates = stream.send(outcomes[-len(candidates) :])
-    sharing = evaluator._adapted._sharing
+    cache = evaluator._adapted._cache
     return {
         "stream": seen,
         "macs": counter.get_total_flops() // 2,
         "wall_s": time.perf_counter() - wall,
         "cpu_s": time.process_time() - cpu,
-        "peak_bytes": sharing.store.peak,
-        "cuts": len(sharing.cuts),
+        "peak_bytes": cache.store.peak,
+        "cuts": len(cache.cuts),
         "signals": [outcome.signal for outcome in outcomes],
     }
 

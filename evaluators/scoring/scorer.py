@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from autoprune.arguments import said
 from autoprune.data.batch import Batch
 from autoprune.data.sampling import seeded
-from autoprune.evaluators.activation_cache.cache import Sharing
+from autoprune.evaluators.activation_cache.cache import ActivationCache
+from autoprune.evaluators.activation_cache.candidate import Opener, Run
 from autoprune.evaluators.activation_cache.limits import give_back
 from autoprune.evaluators.protocol import Context
 from autoprune.evaluators.scoring.out_of_memory import fitting
@@ -47,14 +48,19 @@ class Measuring:
 
     def __call__(self, make: Callable[[], nn.Module], part: str, chunk: slice | None = None) -> Measurement | Failure:
         """Make a module and score it on the batches `chunk`, all by default, of ``"validation"`` or ``"test"``."""
+        return self.run(lambda: nullcontext(bound_forward(self._context, make().eval())), part, chunk)
+
+    def run(
+        self, opened: Callable[[], AbstractContextManager[Run]], part: str, chunk: slice | None = None
+    ) -> Measurement | Failure:
+        """Score what runs inside ``with opened() as run``, ``run(batch)`` giving outputs, in the same way."""
         started = time.perf_counter()
         rows = chunk or slice(None)
-        context = self._context
-        batches: Sequence[Batch] = getattr(context.subsets, part)[rows]
+        judge = self._context.judge
+        batches: Sequence[Batch] = getattr(self._context.subsets, part)[rows]
         try:
-            with seeded(0):
-                run = fitting(bound_forward(context, make().eval()))
-                scores = context.judge.measure(run, batches, self._dense[part][rows], self._weigh(part, rows))
+            with seeded(0), opened() as run:
+                scores = judge.measure(fitting(run), batches, self._dense[part][rows], self._weigh(part, rows))
         except Exception as error:  # whatever a user's model or metric raises costs this candidate alone
             return Failure(said(error), time.perf_counter() - started)
         seconds = time.perf_counter() - started
@@ -97,31 +103,30 @@ class Adapted:
         self._slicer = Slicer(context.model)
         self._held = b""  # the candidate that the skeleton is now
         dense = self._slicer.cut(Edit({}, {})).eval()  # cut, because the bare skeleton shares the model's buffers
-        self._sharing = Sharing(context, dense, share_bytes)
-        self._measure = Measuring(replace(context, forward=self._sharing.forward), reference or dense)
+        self._cache = ActivationCache(context, dense, share_bytes)
+        self._measure = Measuring(context, reference or dense)
 
     def order(self, candidates: IntArray) -> IntArray:
         """Return the order of evaluation in which candidates, shape (n, d), share most; positions, shape (n,)."""
         try:
-            order = self._sharing.order([self._edit(candidate) for candidate in candidates])
+            order = self._cache.order([self._edit(candidate) for candidate in candidates])
         except Exception:  # a candidate that cannot be cut fails when it is scored, alone
             order = list(range(len(candidates)))
         return np.array(order, dtype=np.int64)
 
     def release(self) -> None:
         """Forget what candidates share, and the latest of them."""
-        self._sharing.store.clear()
+        self._cache.store.clear()
         self._slicer.cut(Edit({}, {}))
         self._held = b""
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on validation batches."""
-        makes = [partial(self._kept if chunk else self._cut, candidate) for candidate in candidates]
-        return [self._sharing.score(partial(self._measure, make, "validation", chunk)) for make in makes]
+        return [self._cache.score(partial(self._scored, candidate, chunk)) for candidate in candidates]
 
     def test(self, candidate: IntArray) -> Measurement | Failure:
         """Score a candidate, shape (d,), on the held-out samples."""
-        return self._measure(partial(self._cut, candidate), "test")
+        return self._measure.run(partial(self._running, candidate, self._cache.alone), "test")
 
     def score(self, module: nn.Module) -> Measurement | Failure:
         """Score any module on all validation batches, as candidates are."""
@@ -130,30 +135,36 @@ class Adapted:
     def build(self, candidate: IntArray) -> nn.Module:
         """Return the module that is scored, with state of its own, in the training mode of the model."""
         with seeded(0):
-            return self._cut(candidate, private=True)
+            edit = self._edit(candidate)
+            module = build(self._context.model, edit)
+            if candidate.any():
+                self._adapt(module, edit, bound_forward(self._context, module))
+            return module
 
-    def _kept(self, candidate: IntArray) -> nn.Module:
-        """Module of a candidate from `_cut`; consecutive chunks of one candidate are adapted once.
+    def _scored(self, candidate: IntArray, chunk: slice | None, opener: Opener) -> Measurement | Failure:
+        return self._measure.run(partial(self._running, candidate, opener, chunk), "validation", chunk)
 
-        With sharing, the calibrated values are remembered there, and the chunk may resume.
+    @contextmanager
+    def _running(self, candidate: IntArray, opener: Opener, chunk: slice | None = None) -> Iterator[Run]:
+        """Cut and adapt a candidate; gives the function that runs it.
+
+        Consecutive chunks of one candidate are adapted once. With a cache, which remembers the calibrated values, the
+        chunk may resume.
         """
-        held = self._held == candidate.tobytes() and not self._sharing.on
-        return self._slicer.skeleton if held else self._cut(candidate)
-
-    def _cut(self, candidate: IntArray, private: bool = False) -> nn.Module:
+        if chunk and self._held == candidate.tobytes() and not self._cache.on:
+            yield bound_forward(self._context, self._slicer.skeleton.eval())
+            return
         edit = self._edit(candidate)
-        if not private:
-            self._held = b""
-            self._slicer.release()
-            give_back(self._context.model)
-        module = build(self._context.model, edit) if private else self._slicer.cut(edit)
-        if candidate.any():
-            self._sharing.begin(edit)
-            self._adapt(module, edit, partial(self._sharing.forward, module))
-            self._sharing.settle()
-        if not private:
+        self._held = b""
+        self._slicer.release()
+        give_back(self._context.model)
+        module = self._slicer.cut(edit)
+        with opener(edit, module) if candidate.any() else self._cache.alone(edit, module) as running:
+            if candidate.any():
+                running.calibrate(partial(self._adapt, module, edit))
             self._held = candidate.tobytes()
-        return module
+            module.eval()
+            yield running.run
 
     def _edit(self, candidate: IntArray) -> Edit:
         return self._context.structure.edit(self._context.space.pruning(candidate.tolist()))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autoprune.structure.sizes.held import DEEPEST, get
+from autoprune.structure.tracing.special_methods import subclass_of
 
 
 class Reads:
@@ -81,6 +82,5 @@ class Reads:
                     seen.add((id(self), name))
                 return inherited(self, name)
 
-            members = {"__getattribute__": __getattribute__, "__module__": kind.__module__}
-            self._kinds[kind] = type(kind)(kind.__name__, (kind,), members)
+            self._kinds[kind] = subclass_of(kind, {"__getattribute__": __getattribute__})
         return self._kinds[kind]
