@@ -105,6 +105,11 @@ class Moments:
         self._matrix.index_add_(0, places, rows * signs[:, None])
         self._weights.index_add_(0, places, signs.double())
 
+    @property
+    def seen(self) -> int:
+        """Number of rows that were offered."""
+        return self._seen
+
     def large(self) -> list[Tensor]:
         """Tensors that take memory in proportion to the products."""
         return [] if self._matrix is None else [self._matrix]

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,15 +69,19 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         model: Runs inside; in evaluation mode.
         structure: Of the model.
         see: Called for each product.
+        tied: Observe weights that several modules hold, too.
 
     Attributes:
+        source: What the product that `see` is called for multiplies, as the operation gets it.
         normalised: Readers whose outputs batch norm reads.
         otherwise: Parameters that go through other operations, too.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, see: See) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, see: See, tied: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._see = see
+        self._receive: See | None = None
+        self.source: Tensor | None = None
         self._units_of = structure.units_of
         self._places: dict[int, list[tuple[int, str, nn.Parameter]]] = {}
         held = Counter(owner.name for owner in owners(model))
@@ -85,7 +90,8 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
             if parameter.numel():
                 place = self._places.setdefault(parameter.untyped_storage().data_ptr(), [])
                 place.append((int(parameter.storage_offset()), name, parameter))
-        self._wanted = {name for name in self._parameters if held[name] == 1 and name in structure.units_of}
+        read = (name for name in self._parameters if name in structure.units_of)
+        self._wanted = {name for name in read if tied or held[name] == 1}
         self._single = {name for name in self._parameters if held[name] == 1}
         self.otherwise: set[str] = set()
         self.normalised: set[Reader] = set()
@@ -98,7 +104,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         self._mask: Tensor | None = None
 
     @contextmanager
-    def batch(self, mask: Tensor | None) -> Iterator[None]:
+    def batch(self, mask: Tensor | None, gradients: bool = False) -> Iterator[None]:
         """Observe one forward pass; `mask` is True at real positions, bool, shape (samples, positions)."""
         fused = torch.backends.mha.get_fastpath_enabled()
         self._mask = mask
@@ -111,10 +117,22 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
                 stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
                 torch._C._set_mkldnn_enabled(False)  # not `flags`, which warns of hardware that is not there
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.set_grad_enabled(gradients))
             stack.enter_context(self)
             yield
         self._casts.clear()
+
+    def backward(self, loss: Tensor, receive: See) -> None:
+        """Run a backward pass inside `batch`, and show what it returns through each weight.
+
+        ``receive(reader, rows)`` gets the rows W^T g, shape (n, columns), for the gradients g of the loss towards the
+        outputs of a product with the matrix W, where its inputs need a gradient.
+        """
+        self._receive = receive
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        finally:
+            self._receive = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -122,7 +140,10 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         """Run the operation, and observe it."""
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "convolution"):
+        if self._receive is not None:
+            if name in ("mm", "bmm", "convolution_backward"):
+                self._returned(name, args, out, self._receive)
+        elif name in ("mm", "addmm", "bmm", "convolution"):
             self._product(name, args, out)
         elif "batch_norm" in name and isinstance(args[0], Tensor) and args[0] in self._made_by:
             self.normalised.add(self._made_by[args[0]])
@@ -189,7 +210,34 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         if bias is None and kind != "convolution":
             self._awaiting[out] = reader
         self._biases[reader].add(None if bias is None else self._name(bias) or "")
+        self.source = x
         self._see(reader, lambda: self._rows(kind, x, args))
+
+    def _returned(self, kind: str, args: tuple[Any, ...], out: Any, receive: See) -> None:
+        """Show a product of gradients with a weight; matrix products have the weight in the second or first place."""
+        if kind == "convolution_backward":
+            places = [("convolution", args[2], out[0])]
+        else:  # g W as it is written, or (W^T g^T) of inputs that are laid out by columns
+            places = [(kind, args[1].transpose(-1, -2), out), (kind, args[0], out.transpose(-1, -2))]
+        for product, weight, found in places:
+            name = self._name(weight)
+            if name in self._wanted and found is not None:
+                reader = self._reader(product, name, weight, args[1:])
+                if reader is not None and self._units_of[name][reader.dim] is not None:
+                    receive(reader, partial(self._returned_rows, product, args[0], weight, found))
+                return
+
+    def _returned_rows(self, kind: str, gradient: Tensor, weight: Tensor, out: Tensor) -> Iterator[Tensor]:
+        if kind != "convolution":
+            yield from self._rows(kind, out, ())
+            return
+        rows = gradient.movedim(1, -1)
+        kept = kept_positions(self._mask, tuple(rows.shape[:-1]))
+        rows = rows.reshape(-1, rows.shape[-1]) if kept is None else rows[kept]
+        matrix = weight.flatten(1)
+        for part in torch.split(rows, max(1, CHUNK_BYTES // (8 * matrix.shape[1]))):
+            if part.numel():
+                yield part @ matrix
 
     def _reader(self, kind: str, name: str, weight: Tensor, args: tuple[Any, ...]) -> Reader | None:
         """Matrix that a product multiplies with; None where it is not made of a parameter's rows."""

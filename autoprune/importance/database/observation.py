@@ -1,0 +1,152 @@
+"""Observation: moments of the inputs of layers, and of the gradients that come back through them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.data.batch import Batch, batch_size, pieces
+from autoprune.data.sampling import seeded
+from autoprune.importance.calibration import Calibration, private_copy
+from autoprune.importance.database.sources import Source
+from autoprune.importance.moments import PRECISE, Moments
+from autoprune.importance.padding import positions_of
+from autoprune.importance.reading import Reader, Reading, matrix_of
+from autoprune.metrics.scorers import sampled_loss
+
+log = logging.getLogger(__name__)
+
+ENOUGH_ROWS = 2**14
+"""Rows that are always taken of an input; of wide ones at least `_FEWEST` for each column."""
+_FEWEST = 32
+_AT_ONCE = 4  # samples in one backward pass, which bounds its memory
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Moments of one source.
+
+    Attributes:
+        source: The input, and the weights W that multiply it.
+        inputs: Moments of its rows x.
+        returned: Moments of the rows W^T g, for gradients g towards the outputs.
+    """
+
+    source: Source
+    inputs: Moments
+    returned: Moments
+
+
+def bytes_of_moments(source: Source) -> int:
+    """Memory that the observation of a source takes."""
+    return 2 * source.columns**2 * (8 if source.columns <= PRECISE else 4)
+
+
+def observe(
+    calibration: Calibration, sources: Sequence[Source], samples: int, seed: int
+) -> tuple[list[Observation], int]:
+    """Run the dense model on the calibration samples, forwards, and on the first of them backwards, too.
+
+    Gradients are those of `sampled_loss`, so that their moments are a part of the Fisher information: the curvature of
+    the divergence from the dense outputs, and no labels are needed.
+
+    Args:
+        calibration: The dense model and the samples.
+        sources: Inputs to observe.
+        samples: Number of samples for backward passes.
+        seed: For the labels drawn.
+
+    Returns:
+        The observations, and the number of labels drawn; 0 where the model has no gradients.
+    """
+    found = [_empty(source) for source in sources]
+    first = {observation.source.readers[0]: observation for observation in found}
+    owner = {reader: observation for observation in found for reader in observation.source.readers}
+
+    def see(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
+        if reader in first:
+            for rows in parts():
+                first[reader].inputs.add(rows.detach())
+
+    def receive(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
+        if reader in owner:
+            for rows in parts():
+                owner[reader].returned.add(rows.detach())
+
+    reading = Reading(calibration.model, calibration.structure, see, tied=True)
+    model = private_copy(calibration.model)
+    starts = _detach(model, {id(calibration.model.get_parameter(reader.name)) for reader in owner})
+    generator = torch.Generator().manual_seed(seed)
+    backward, draws = True, 0
+    with seeded(0):
+        for batch, wanted in _parts(calibration.batches, samples):
+            with reading.batch(positions_of(batch), gradients=wanted and backward):
+                outputs = calibration.forward(model, batch)
+                if wanted and backward:
+                    try:
+                        loss, drawn = sampled_loss(outputs, batch, generator)
+                        reading.backward(loss, receive)
+                        draws += drawn
+                    except Exception as error:  # a user's forward need not have gradients, and may raise anything
+                        log.info("gradients cannot be observed, and all outputs count alike: %s", error)
+                        backward, draws = False, 0
+            for start in starts:
+                start.grad = None
+    return found, draws if any(each.returned.seen for each in found) else 0
+
+
+def slopes_of(observation: Observation, model: nn.Module, draws: int) -> Tensor:
+    """Moments W^T G W in units of the loss, shape (columns, columns): G is half the curvature towards the outputs.
+
+    Without gradients G is one over the energy of the outputs, so that errors are relative.
+    """
+    if draws:
+        returned = observation.returned
+        if not returned.seen:
+            return torch.zeros(returned.columns, returned.columns, dtype=torch.float64)
+        return returned.products(centred=False).double() * (0.5 * returned.seen / draws)
+    inputs = observation.inputs.products(observation.source.centred).double()
+    total = torch.zeros_like(inputs)
+    for reader in observation.source.readers:
+        weight = matrix_of(model.get_parameter(reader.name).detach(), reader).double()
+        products = weight.T @ weight
+        energy = float((products * inputs).sum())
+        if energy > 0:
+            total += products / energy
+    return total
+
+
+def _empty(source: Source) -> Observation:
+    every = max(1.0, source.rows / max(ENOUGH_ROWS, _FEWEST * source.columns))
+    return Observation(source, Moments(source.columns, 0, every), Moments(source.columns, 0))
+
+
+def _parts(batches: Sequence[Batch], samples: int) -> Iterator[tuple[Batch, bool]]:
+    """Batches in parts of a few samples, each with whether it is among the first `samples` samples."""
+    for batch in batches:
+        if samples <= 0:
+            yield batch, False
+            continue
+        for part in pieces(batch, min(_AT_ONCE, samples)):
+            yield part, samples > 0
+            samples -= batch_size(part)
+
+
+def _detach(model: nn.Module, readers: set[int]) -> list[Tensor]:
+    """Replace the parameters of a copy by plain tensors; only those that read no units start a gradient.
+
+    Returns:
+        Those that do.
+    """
+    fresh: dict[int, Tensor] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                starts = id(parameter) not in readers and parameter.is_floating_point()
+                plain = fresh.setdefault(id(parameter), parameter.detach().requires_grad_(starts))
+                module._parameters[key] = plain  # type: ignore[assignment]  # a plain tensor serves too
+    return [tensor for tensor in fresh.values() if tensor.requires_grad]

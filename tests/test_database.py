@@ -1,0 +1,329 @@
+"""Layer database: against explicit least squares for every set of units, on equations alone and on whole networks."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+import autoprune
+from autoprune.data.batch import default_forward
+from autoprune.importance.calibration import Calibration
+from autoprune.importance.database import build as building
+from autoprune.importance.database.build import build_database
+from autoprune.importance.database.database import Database
+from autoprune.importance.database.downdates import remove_greedily
+from autoprune.importance.database.parts import Part, refitted
+from autoprune.metrics.scorers import sampled_loss
+from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
+from tests.candidates import state_of
+from zoo import draw, settled
+
+RIDGE = 1e-3
+
+
+def positive(columns, rows, seed):
+    x = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x.T @ x / rows
+
+
+def part(units, columns, members, fits, seed):
+    """Equations of random inputs, in fewer dimensions than columns, for units whose columns lie anywhere."""
+    places = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))[: units * members]
+    products, slopes = positive(columns, max(4, columns // 2), seed), positive(columns, 2 * columns, seed + 1)
+    return Part(products, slopes, places.reshape(units, members), fits)
+
+
+def explicit(each, units, fit=True):
+    """Loss without some units, by a least squares of its own: the change as an unknown, and the error as a matrix."""
+    gone = each.owned[units].reshape(-1)
+    stays = np.setdiff1d(np.arange(len(each.products)), gone.numpy())
+    weight = torch.linalg.cholesky(each.slopes).T  # any W and G with this W^T G W
+    error = torch.zeros_like(weight)
+    error[:, gone] = -weight[:, gone]
+    ridge = RIDGE * each.products.diagonal().mean() if fit and each.refitted else 0.0
+    if fit and each.refitted:
+        root = torch.linalg.eigh(each.products)
+        rows = root.eigenvectors * root.eigenvalues.clamp(min=0).sqrt()  # H = R R^T
+        stacked = torch.cat([rows[stays].T, ridge**0.5 * torch.eye(len(stays), dtype=torch.float64)])
+        wanted = torch.cat(
+            [rows[gone].T @ weight[:, gone].T, torch.zeros(len(stays), len(weight), dtype=torch.float64)]
+        )
+        error[:, stays] = torch.linalg.lstsq(stacked, wanted).solution.T
+    held = ridge * error[:, stays].square().sum()
+    return float((error @ each.products * error).sum() + held)
+
+
+CASES = {
+    "neurons": (9, [(12, 1, True)]),
+    "a kernel of three, and two layers of one": (6, [(20, 3, True), (6, 1, True), (6, 1, True)]),
+    "a tied layer, which keeps its weights": (7, [(9, 1, True), (8, 1, False)]),
+    "a tied layer alone": (5, [(8, 1, False)]),
+    "heads": (4, [(140, 35, True)]),
+    "more columns than a panel": (40, [(90, 2, True)]),
+}
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request):
+    units, each = CASES[request.param]
+    parts = [part(units, *options, seed=7 * i) for i, options in enumerate(each)]
+    return parts, *remove_greedily(parts, RIDGE)
+
+
+def test_every_step_removes_the_unit_that_costs_least_at_the_exact_loss(case):
+    parts, removal, losses = case
+    units = len(removal)
+    for step in range(0, units - 1, 1 if units < 20 else 17):
+        gone = removal[:step].tolist()
+        left = removal[step:].tolist()
+        exact = {unit: sum(explicit(each, [*gone, unit]) for each in parts) for unit in left}
+        assert losses[step + 1] == pytest.approx(min(exact.values()), rel=1e-6)
+        assert exact[int(removal[step])] == pytest.approx(min(exact.values()), rel=1e-6)
+
+
+def test_losses_are_never_above_those_of_the_same_units_without_a_change(case):
+    parts, removal, losses = case
+    for step in range(1, len(removal)):
+        gone = removal[:step].tolist()
+        assert losses[step] <= sum(explicit(each, gone, fit=False) for each in parts) * (1 + 1e-9)
+
+
+def test_every_unit_is_removed_once_and_the_loss_begins_at_zero(case):
+    _, removal, losses = case
+    assert sorted(removal.tolist()) == list(range(len(removal)))
+    assert losses[0] == 0
+    assert (np.diff(losses) >= 0).all()
+
+
+def test_weights_on_demand_have_the_loss_of_the_table():
+    each = part(9, 12, 1, True, seed=3)
+    removal, losses = remove_greedily([each], RIDGE)
+    gone = each.owned[removal[:5]].reshape(-1)
+    kept = torch.from_numpy(np.setdiff1d(np.arange(12), gone.numpy()))
+    weight = torch.linalg.cholesky(each.slopes).T
+    error = -weight.clone()
+    error[:, kept] += refitted(weight, each.products, kept, RIDGE)
+    change = error[:, kept]
+    ridge = RIDGE * each.products.diagonal().mean()
+    found = (error @ each.products * error).sum() + ridge * change.square().sum()
+    assert float(found) == pytest.approx(losses[5], rel=1e-9)
+
+
+class Net(nn.Module):
+    """Group a is read by two convolutions, b by one with a stride and a kernel of two, c by a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.b = nn.Conv2d(6, 5, 3, stride=2, padding=1, bias=False)
+        self.skip = nn.Conv2d(6, 4, 1)
+        self.c = nn.Conv2d(5, 4, 2, padding=1, dilation=2, bias=False)
+        self.after, self.head = nn.BatchNorm2d(4), nn.Linear(4 * 16, 3)
+
+    def forward(self, x):
+        a = self.norm(self.a(x)).relu()
+        c = self.after(self.c(self.b(a).tanh())) + F.avg_pool2d(self.skip(a), 2)
+        return self.head(c.relu().flatten(1))
+
+
+def network():
+    model = settled(Net, ((3, 8, 8),)).double()
+    x = draw(((3, 8, 8),), 12, seed=3)[0].double()
+    structure = analyse(Example(model, (x[:1],)))
+    return model, x, structure
+
+
+CENTRED = {"b": False, "skip": True, "c": True, "head": True}  # a bias, or batch norm after it
+
+
+def by_hand(model, x, name):
+    """Inputs as rows, gradients as rows, and the matrix of a layer, from hooks and `F.unfold`."""
+    layer = model.get_submodule(name)
+    seen = {}
+    hook = layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out) or out.retain_grad())
+    generator = torch.Generator().manual_seed(0)
+    rows, slopes = [], []
+    draws = 0
+    for samples in x.split(4):
+        loss, drawn = sampled_loss(model(samples), samples, generator)
+        loss.backward()
+        draws += drawn
+        if isinstance(layer, nn.Conv2d):
+            options = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
+            rows.append(F.unfold(seen["x"].detach(), layer.kernel_size, **options).mT.flatten(0, 1))
+            slopes.append(seen["y"].grad.flatten(2).mT.flatten(0, 1))
+        else:
+            rows.append(seen["x"].detach())
+            slopes.append(seen["y"].grad)
+    hook.remove()
+    return torch.cat(rows), torch.cat(slopes), layer.weight.detach().flatten(1), draws
+
+
+@pytest.mark.parametrize(("group", "readers"), [("a", ("b", "skip")), ("b", ("c",)), ("c", ("head",))])
+def test_losses_of_a_network_are_those_of_its_own_inputs_and_gradients(group, readers):
+    model, x, structure = network()
+    found = build_database(Calibration(model, structure, [x], default_forward))
+    table = found.tables[group]
+    units = len(table.removal)
+    parts = []
+    for reader in readers:
+        rows, slopes, weight, draws = by_hand(model, x, reader)
+        rows = rows - rows.mean(0) if CENTRED[reader] else rows
+        curvature = 0.5 / draws * weight.T @ slopes.T @ slopes @ weight
+        curvature.diagonal().add_(1e-13 * curvature.diagonal().mean())  # so that it has a factor
+        owned = torch.arange(weight.shape[1]).reshape(units, -1)
+        parts.append(Part(rows.T @ rows / len(rows), curvature, owned))
+    for step in range(1, units):
+        assert table.losses[step] == pytest.approx(
+            sum(explicit(each, table.removal[:step].tolist()) for each in parts), rel=1e-5
+        )
+
+
+def calibration():
+    model, x, structure = network()
+    return Calibration(model, structure, [x[:8], x[8:]], default_forward)
+
+
+def same(one, other):
+    return (
+        [*one.tables] == [*other.tables]
+        and all((one.tables[name].removal == other.tables[name].removal).all() for name in one.tables)
+        and all((one.tables[name].losses == other.tables[name].losses).all() for name in one.tables)
+        and (one.unpriced, one.weighted, one.identity) == (other.unpriced, other.weighted, other.identity)
+    )
+
+
+def test_a_file_holds_what_was_built(tmp_path):
+    built = build_database(calibration(), tmp_path / "layers.safetensors")
+    assert same(Database.load(tmp_path / "layers.safetensors"), built)
+    assert (tmp_path / "layers.safetensors").stat().st_size < 4096
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    path = tmp_path / "layers.safetensors"
+    priced = []
+
+    def stop_at(most):
+        def remove(parts, ridge):
+            if len(priced) == most:
+                raise KeyboardInterrupt
+            priced.append(len(parts))
+            return remove_greedily(parts, ridge)
+
+        return remove
+
+    monkeypatch.setattr(building, "remove_greedily", stop_at(2))
+    with pytest.raises(KeyboardInterrupt):
+        build_database(calibration(), path)
+    assert len(Database.load(path).tables) == 2
+    monkeypatch.setattr(building, "remove_greedily", stop_at(3))
+    resumed = build_database(calibration(), path)
+    assert len(priced) == 3
+    assert same(resumed, build_database(calibration(), path))
+    monkeypatch.undo()
+    assert same(resumed, build_database(calibration()))
+
+
+def test_a_file_of_other_data_is_replaced(tmp_path, caplog):
+    path = tmp_path / "layers.safetensors"
+    first = build_database(calibration(), path)
+    other = calibration()
+    with caplog.at_level(logging.WARNING):
+        second = build_database(other.on([batch + 1 for batch in other.batches]), path)
+    assert "is of other weights, data or settings" in caplog.text
+    assert first.identity != second.identity
+    assert same(Database.load(path), second)
+
+
+@pytest.mark.parametrize("damage", ["", "order", "bytes"])
+def test_a_damaged_or_foreign_file_is_refused(tmp_path, damage):
+    path = tmp_path / "layers.safetensors"
+    built = build_database(calibration(), path)
+    if damage == "order":
+        built.tables["a"].removal[0] = built.tables["a"].removal[1]
+        built.save(path)
+    elif damage == "bytes":
+        path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    else:
+        save_file({"a/removal": torch.zeros(2)}, path)
+    with pytest.raises(autoprune.FileFormatError, match="layer database"):
+        Database.load(path)
+
+
+def test_moments_beyond_the_memory_are_collected_in_several_passes(monkeypatch):
+    passes = []
+    observed = building.observe
+
+    def observe(calibration, sources, samples, seed):
+        passes.append(len(sources))
+        return observed(calibration, sources, samples, seed)
+
+    monkeypatch.setattr(building, "observe", observe)
+    whole = build_database(calibration())
+    assert passes == [4]
+    passes.clear()
+    parted = build_database(calibration(), memory_bytes=2 * 8 * 64**2)
+    assert passes == [3, 1]
+    assert same(whole, parted)
+
+
+def test_a_group_whose_layers_take_too_much_memory_has_no_price():
+    found = build_database(calibration(), memory_bytes=2 * 8 * 64**2 - 1)
+    assert [*found.tables] == ["a", "b"]
+    assert "memory_bytes" in found.unpriced["c"]
+    assert "without a price: c" in found.note
+
+
+def test_the_model_and_the_random_states_come_back_unchanged(global_rng_untouched):
+    each = calibration()
+    before = state_of(each.model)
+    with global_rng_untouched():
+        build_database(each)
+    assert state_of(each.model) == before
+    assert all(parameter.grad is None for parameter in each.model.parameters())
+
+
+class Tied(nn.Module):
+    """Its head is its embedding, and one group has no layer that reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(11, 6), nn.Linear(6, 8)
+        self.outer, self.scale = nn.Linear(8, 6), nn.Parameter(torch.ones(6))
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens) * self.scale
+        return self.head(x + self.outer(self.inner(x).relu()))
+
+
+def tied():
+    torch.manual_seed(0)
+    model = Tied().eval()
+    tokens = torch.randint(0, 11, (8, 5))
+    return Calibration(model, analyse(Example(model, (tokens[:1],))), [tokens], default_forward)
+
+
+def test_a_tied_head_counts_and_keeps_its_weights():
+    found = build_database(tied())
+    assert {name: len(table.removal) for name, table in found.tables.items()} == {"embed": 6, "inner": 8}
+    assert found.weighted
+
+
+def test_without_gradients_errors_are_relative_to_what_layers_compute():
+    each = tied()
+
+    def blind(model, batch):
+        with torch.no_grad():
+            return model(batch)
+
+    found = build_database(Calibration(each.model, each.structure, each.batches, blind))
+    assert not found.weighted
+    assert "no gradients" in found.note
+    assert all(0 < table.losses[-1] < 3 for table in found.tables.values())
