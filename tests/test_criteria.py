@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from autoprune.data.batch import default_forward
 from autoprune.importance import calibration as calibration_module
-from autoprune.importance.calibration import Calibration
+from autoprune.importance.calibration import Calibration, affordable
 from autoprune.importance.criteria import (
     CRITERIA,
     Criterion,
     GroupTensors,
-    affordable,
     rank_units,
     score_units,
     score_units_by,
