@@ -134,8 +134,9 @@ def search(
         cost_batch: Samples that ``memory_bytes`` and ``latency_ms`` are stated at.
         prior: Expected loss of each option before any evaluation, for optimizers that plan: ``"reconstruction"``, the
             error of the next layers' outputs, in a few forward passes over 32 samples; ``"sensitivity"``, the change of
-            the outputs of the whole model, with a backward pass too; or ``"criterion"``, sums of the scores of units,
-            without any pass. ``"auto"``: reconstruction for models with batch norm, else sensitivity.
+            the outputs of the whole model, with a backward pass too; ``"database"``, that after a re-fit, from a layer
+            database (docs/layer-database.md); or ``"criterion"``, sums of the scores of units, without any pass.
+            ``"auto"``: reconstruction for models with batch norm, else sensitivity.
         racing: Score candidates batch by batch, and drop those that are known to be dominated (see `Racing` and
             docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as trials. Or `Rungs`,
             which stop the trainings of ``"finetune"`` early.

@@ -10,13 +10,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 import autoprune
+from autoprune import Channels
 from autoprune.data.batch import default_forward
 from autoprune.importance.calibration import Calibration
+from autoprune.importance.criteria import rank_units, score_units
 from autoprune.importance.database import build as building
-from autoprune.importance.database.build import build_database
+from autoprune.importance.database.build import build_database, equations_of, layer_database
 from autoprune.importance.database.database import Database
 from autoprune.importance.database.downdates import remove_greedily
 from autoprune.importance.database.parts import Part, refitted
+from autoprune.importance.expected_loss import expected_losses
 from autoprune.metrics.scorers import sampled_loss
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
@@ -78,7 +81,7 @@ def case(request):
 def test_every_step_removes_the_unit_that_costs_least_at_the_exact_loss(case):
     parts, removal, losses = case
     units = len(removal)
-    for step in range(0, units - 1, 1 if units < 20 else 17):
+    for step in range(0, units, 1 if units < 20 else 17):
         gone = removal[:step].tolist()
         left = removal[step:].tolist()
         exact = {unit: sum(explicit(each, [*gone, unit]) for each in parts) for unit in left}
@@ -96,6 +99,7 @@ def test_losses_are_never_above_those_of_the_same_units_without_a_change(case):
 def test_every_unit_is_removed_once_and_the_loss_begins_at_zero(case):
     _, removal, losses = case
     assert sorted(removal.tolist()) == list(range(len(removal)))
+    assert len(losses) == len(removal) + 1
     assert losses[0] == 0
     assert (np.diff(losses) >= 0).all()
 
@@ -327,3 +331,90 @@ def test_without_gradients_errors_are_relative_to_what_layers_compute():
     assert not found.weighted
     assert "no gradients" in found.note
     assert all(0 < table.losses[-1] < 3 for table in found.tables.values())
+
+
+def test_the_criterion_keeps_longest_what_is_removed_last():
+    each = calibration()
+    assert rank_units(each, "obs") == build_database(each).order
+
+
+def test_a_calibration_builds_its_database_once(monkeypatch):
+    built = []
+    monkeypatch.setattr(building, "build_database", lambda *given: built.append(given) or build_database(*given))
+    each = calibration()
+    score_units(each, "obs")
+    assert layer_database(each) is layer_database(each)
+    assert len(built) == 1
+    assert layer_database(each.on(each.batches[:1])) is not layer_database(each)
+
+
+def space_of(structure, order):
+    return Channels(options=(1.0, 0.75, 0.5, 0.25)).bind(structure, order)
+
+
+@pytest.mark.parametrize("criterion", ["obs", "l2"])
+def test_the_prior_is_the_loss_of_as_many_units(criterion):
+    each = calibration()
+    scores = score_units(each, criterion)
+    space = space_of(each.structure, rank_units(each, criterion))
+    expected = expected_losses("database", space, scores, criterion, each)
+    tables = build_database(each).tables
+    for dimension, losses in zip(space.dimensions, expected, strict=True):
+        assert losses.tolist() == [tables[dimension.name].loss(kept) for kept in dimension.options]
+
+
+class Mixed(Net):
+    """Its last group is read by a product of two of its own values, not by a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        a = self.norm(self.a(x)).relu()
+        c = self.after(self.c(self.b(a).tanh())) + F.avg_pool2d(self.skip(a), 2)
+        return self.head(c.relu()).square().mean((1, 2, 3))[:, None]
+
+
+def test_groups_without_a_price_get_scores_in_the_unit_of_the_others(caplog):
+    model, x = settled(Mixed, ((3, 8, 8),)).double(), draw(((3, 8, 8),), 8)[0].double()
+    structure = analyse(Example(model, (x[:1],)))
+    each = Calibration(model, structure, [x], default_forward)
+    (name,) = build_database(each).unpriced
+    space = space_of(structure, rank_units(each, "l2"))
+    with caplog.at_level(logging.WARNING):
+        expected = expected_losses("database", space, score_units(each, "l2"), "l2", each)
+    assert f"without a price: {name}" in caplog.text
+    most = {d.name: losses[-1] for d, losses in zip(space.dimensions, expected, strict=True)}
+    others = [loss for group, loss in most.items() if group != name]
+    assert 1e-2 * min(others) < most[name] < 1e2 * max(others)
+
+
+def test_a_search_by_the_database_keeps_it_in_its_folder(tmp_path):
+    model, x, _ = network()
+    result = autoprune.search(
+        model.float(),
+        "flops <= 70%",
+        autoprune.Data(x.float(), x.float(), batch_size=6),
+        space=Channels(criterion="obs"),
+        prior="database",
+        optimizer="knapsack",
+        trials=6,
+        run_dir=tmp_path / "run",
+        progress=False,
+    )
+    assert result.front
+    assert [*Database.load(tmp_path / "run" / "database.safetensors").tables] == ["a", "b", "c"]
+
+
+def test_weights_on_demand_keep_the_outputs_of_a_layer_best():
+    each = calibration()
+    ((found, _),) = [equations.parts for equations in equations_of(each, ["a"])]
+    (reader,) = found.readers
+    assert reader.name == "b.weight"
+    rows, _, weight, _ = by_hand(each.model, torch.cat([*each.batches]), "b")
+    kept = found.owned[[0, 2, 3, 5]].reshape(-1)
+    error = rows @ weight.T - rows[:, kept] @ refitted(weight, found.products, kept, RIDGE).T
+    plain = torch.linalg.lstsq(rows[:, kept], rows @ weight.T)
+    best = (rows @ weight.T - rows[:, kept] @ plain.solution).square().sum()
+    assert best < error.square().sum() < 1.02 * best

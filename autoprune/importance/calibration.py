@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -24,20 +26,24 @@ class Calibration:
         structure: What can be removed from it.
         batches: Calibration data, on any device.
         forward: Runs a model on a batch.
+        database_file: Where a layer database of it is kept, if one is asked for.
+        derived: Cached values computed from the others alone, by name.
     """
 
     model: nn.Module
     structure: Structure
     batches: Sequence[Batch]
     forward: Forward
+    database_file: Path | None = None
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, model: nn.Module) -> Calibration:
         """Take another model of the same structure, such as a copy."""
-        return replace(self, model=model)
+        return replace(self, model=model, database_file=None)
 
     def on(self, batches: Sequence[Batch]) -> Calibration:
         """Take other batches."""
-        return replace(self, batches=batches)
+        return replace(self, batches=batches, database_file=None)
 
 
 def affordable(structure: Structure, least: int, most: int) -> int:

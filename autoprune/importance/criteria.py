@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from autoprune.arguments import naming, shown
 from autoprune.data.batch import Batch, Forward, pieces, targets, to_device
 from autoprune.importance.calibration import Calibration, private_copy
+from autoprune.importance.database.build import layer_database
 from autoprune.metrics.scorers import class_dimension, drawn_cross_entropy, main_output
 from autoprune.protocols import IntArray
 from autoprune.structure.structure import Structure
@@ -43,6 +44,7 @@ class GroupTensors:
         scales: Slices of normalisation weights only, each of shape (units, elements).
         activations: Statistics of the units in the inputs of each layer that reads them, or empty if not asked for.
         generator: For criteria that draw.
+        ranks: Place of each unit in the order in which a layer database removes them, shape (units,), alone; or empty.
     """
 
     name: str
@@ -51,6 +53,7 @@ class GroupTensors:
     scales: tuple[Tensor, ...]
     activations: tuple[Activation, ...]
     generator: torch.Generator
+    ranks: tuple[Tensor, ...] = ()
 
     @property
     def units(self) -> int:
@@ -153,6 +156,16 @@ def contribution(group: GroupTensors) -> Tensor:
     return torch.stack([(a.mean_square * a.column_norm).sum(1) for a in group.activations]).sum(0)
 
 
+def obs(group: GroupTensors) -> Tensor:
+    """Order of removal in a layer database: each step removes the unit that costs least after a re-fit of the others.
+
+    Reference:
+        Optimal brain surgeon over all layers that read a unit, weighted by the curvature of the loss, see
+        `autoprune.importance.database.downdates.remove_greedily`.
+    """
+    return group.ranks[0]
+
+
 def random(group: GroupTensors) -> Tensor:
     """Random order: the baseline that every criterion must beat."""
     return torch.rand(group.units, generator=group.generator)
@@ -160,7 +173,7 @@ def random(group: GroupTensors) -> Tensor:
 
 CRITERIA: dict[str, Criterion] = {
     function.__name__: function
-    for function in (l1, l2, bn_scale, taylor, activation_mean, fluctuation, contribution, random)
+    for function in (l1, l2, bn_scale, taylor, activation_mean, fluctuation, contribution, obs, random)
 }
 _READS = {
     "bn_scale": "scales",
@@ -168,6 +181,7 @@ _READS = {
     "activation_mean": "activations",
     "fluctuation": "activations",
     "contribution": "activations",
+    "obs": "ranks",
 }
 
 
@@ -214,7 +228,9 @@ def score_units_by(
     gradients = loss_gradients(calibration, seed) if slopes else {}
     watched = not reads.isdisjoint(("activations", "everything"))
     activations = activation_statistics(calibration) if watched else {}
-    return [_scored(calibration, each, gradients, activations, seed, level) for each in criteria]
+    tables = layer_database(calibration).tables if "ranks" in reads else {}
+    ranks = {name: table.ranks for name, table in tables.items()}
+    return [_scored(calibration, each, gradients, activations, ranks, seed, level) for each in criteria]
 
 
 def _scored(
@@ -222,6 +238,7 @@ def _scored(
     criterion: str | Criterion,
     gradients: Mapping[str, Tensor],
     activations: Mapping[str, Sequence[Activation]],
+    ranks: Mapping[str, Tensor],
     seed: int,
     level: int,
 ) -> dict[str, Tensor]:
@@ -233,6 +250,8 @@ def _scored(
     blind = []
     for group in calibration.structure.groups:
         tensors = _tensors(parameters, modules, group, gradients, activations.get(group.name, ()), generator)
+        if group.name in ranks:
+            tensors = replace(tensors, ranks=(ranks[group.name],))
         lacking = reads not in ("", "everything") and not getattr(tensors, reads)
         if lacking:
             blind.append(group.name)

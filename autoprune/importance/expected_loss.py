@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import Criterion
+from autoprune.importance.database.build import layer_database
 from autoprune.importance.reconstruction import Removal, reconstruction_errors
 from autoprune.importance.sensitivity import output_changes
 from autoprune.protocols import FloatArray, SearchSpace
@@ -19,7 +20,7 @@ from autoprune.structure.structure import Structure
 
 log = logging.getLogger(__name__)
 
-Prior = Literal["auto", "criterion", "reconstruction", "sensitivity"]
+Prior = Literal["auto", "criterion", "database", "reconstruction", "sensitivity"]
 PRIORS = get_args(Prior)
 MAGNITUDES = ("l1", "l2", "bn_scale", "activation_mean")
 """Criteria whose squares are energies."""
@@ -40,7 +41,8 @@ def expected_losses(
         kind: ``"reconstruction"``: the squared error of the layers that read a group, relative to what they compute,
             in one forward pass over a few samples; where no such layer is seen, as ``"criterion"``.
             ``"sensitivity"``: the change of the outputs of the whole model, see `output_changes`; as
-            ``"reconstruction"`` where the model has no gradients. ``"criterion"``: sums of the scores of the units
+            ``"reconstruction"`` where the model has no gradients. ``"database"``: the loss of as many units in a layer
+            database, whose order is that of the criterion ``"obs"``. ``"criterion"``: sums of the scores of the units
             removed, see `criterion_losses`. ``"auto"``: ``"reconstruction"`` for models with batch norm, which corrects
             much of the effect of an error on later layers, else ``"sensitivity"``.
         space: Gives the units or weights that each option removes.
@@ -64,12 +66,41 @@ def expected_losses(
     if kind == "auto":
         kind = "reconstruction" if any(isinstance(m, _BatchNorm) for m in model.modules()) else "sensitivity"
     errors: list[FloatArray | None] = [None] * len(removals)
-    if kind != "criterion":
+    if kind == "database":
+        errors = _priced([removal for _, removal in removals], scores, criterion, calibration)
+    elif kind != "criterion":
         errors = _measured(kind, calibration, [removal for _, removal in removals])
     losses = tuple(np.zeros(size) for size in space.sizes)
     for (j, removal), error in zip(removals, errors, strict=True):
         losses[j][1:] += criterion_losses(removal, scores, criterion) if error is None else error
     return losses
+
+
+def _priced(
+    removals: Sequence[Removal],
+    scores: Mapping[str, Tensor],
+    criterion: str | Criterion,
+    calibration: Calibration,
+) -> list[FloatArray | None]:
+    """Losses in a layer database; groups without a price take the scores of their units, in the unit of the others."""
+    database = layer_database(calibration)
+    found: list[FloatArray | None] = []
+    ratios = []
+    for group, options in removals:
+        table = database.tables.get(group)
+        prices = None if table is None else table.losses[[len(units) for units in options]]
+        found.append(prices)
+        if prices is not None:
+            plain = criterion_losses((group, options), scores, criterion)
+            known = (plain > 0) & (prices > 0)
+            ratios += (prices[known] / plain[known]).tolist()
+    if any(prices is None for prices in found):
+        log.warning("prior='database': %s; scores of units stand in", database.note)
+        scale = float(np.median(ratios)) if ratios else 1.0
+        for i, removal in enumerate(removals):
+            if found[i] is None:
+                found[i] = scale * criterion_losses(removal, scores, criterion)
+    return found
 
 
 def _measured(kind: str, calibration: Calibration, removals: Sequence[Removal]) -> list[FloatArray | None]:

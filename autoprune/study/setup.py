@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ from autoprune.study.study import Study
 
 log = logging.getLogger(__name__)
 
+DATABASE = "database.safetensors"
+"""Name of the layer database in the run directory, where the criterion or the prior needs one."""
 LEAST_ANALYSIS_SECONDS = 10.0
 """Time that the analysis of a model may take even if ``max_seconds`` is less."""
 
@@ -130,7 +133,9 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     model = own_copy(inputs.model, borrow=_trusted(parts.evaluator, settings))
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     inputs = counted_in_tokens(request, inputs, scored)
-    calibration = Calibration(scored, structure, inputs.subsets.calibration, batches.Guarded(inputs.forward))
+    forward = batches.Guarded(inputs.forward)
+    kept = None if request.run_dir is None else Path(request.run_dir) / DATABASE
+    calibration = Calibration(scored, structure, inputs.subsets.calibration, forward, kept)
     ranked = _rank(request, settings, inputs, calibration)
     layout = lay_out(request, parts.budget, settings, parts.start, ranked.space, structure, ranked.judge, measured)
     context = Context(model, structure, ranked.space, inputs.subsets, ranked.judge, calibration.forward)

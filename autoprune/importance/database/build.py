@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from autoprune.arguments import positive, whole_number
 from autoprune.data.subsets import fingerprint
+from autoprune.files.access import make_folder
 from autoprune.importance.calibration import Calibration, affordable
 from autoprune.importance.database.database import Database, Table
 from autoprune.importance.database.downdates import remove_greedily
@@ -41,6 +42,27 @@ class _Task:
     @property
     def memory_bytes(self) -> int:
         return sum(bytes_of_moments(source) for source, _ in self.reads)
+
+
+@dataclass(frozen=True, eq=False)
+class Equations:
+    """Equations of all layers that read a group.
+
+    Attributes:
+        group: Its name.
+        parts: The equations.
+        weighted: Whether slopes are in units of the loss, see `Database.weighted`.
+    """
+
+    group: str
+    parts: tuple[Part, ...]
+    weighted: bool
+
+    @property
+    def sound(self) -> bool:
+        """Return whether there are any, and all of them are finite."""
+        finite = (part.products.isfinite().all() and part.slopes.isfinite().all() for part in self.parts)
+        return len(self.parts) > 0 and all(finite)
 
 
 def build_database(
@@ -88,24 +110,47 @@ def build_database(
     found = _started(path, identity)
     waiting, unpriced = _tasks(calibration, memory_bytes, set(found.tables) | set(found.unpriced))
     found = replace(found, unpriced={**found.unpriced, **unpriced})
-    for chunk in _chunks(waiting, memory_bytes):
-        sources = list({id(source): source for task in chunk for source, _ in task.reads}.values())
-        observations, draws = observe(calibration, sources, samples, seed)
-        seen = {id(each.source): each for each in observations}
-        for task in chunk:
-            parts = list(_parts(calibration, task, seen, draws))
-            sound = parts and all(part.products.isfinite().all() and part.slopes.isfinite().all() for part in parts)
-            if sound:
-                table = Table(*remove_greedily(parts, ridge))
-                found = replace(found, tables={**found.tables, task.group: table}, weighted=draws > 0)
-            else:
-                reason = "the moments of its layers are not finite, or there are none"
-                found = replace(found, unpriced={**found.unpriced, task.group: reason})
-            if path is not None:
-                found.save(path)
+    for each in _equations(calibration, waiting, memory_bytes, samples, seed):
+        if each.sound:
+            table = Table(*remove_greedily(each.parts, ridge))
+            found = replace(found, tables={**found.tables, each.group: table}, weighted=each.weighted)
+        else:
+            reason = "the moments of its layers are not finite, or there are none"
+            found = replace(found, unpriced={**found.unpriced, each.group: reason})
+        if path is not None:
+            found.save(path)
     if path is not None and not waiting:
         found.save(path)
     log.info("%s", found.note)
+    return found
+
+
+def equations_of(
+    calibration: Calibration,
+    groups: Collection[str],
+    memory_bytes: int = MEMORY_BYTES,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Iterator[Equations]:
+    """Collect the equations of some groups, to solve weights from them; arguments are those of `build_database`.
+
+    Those that `build_database` could not price are left out.
+    """
+    if samples is None:
+        samples = affordable(calibration.structure, FEWEST_SAMPLES, MOST_SAMPLES)
+    others = {group.name for group in calibration.structure.groups if group.name not in groups}
+    tasks, _ = _tasks(calibration, memory_bytes, others)
+    yield from _equations(calibration, tasks, memory_bytes, samples, seed)
+
+
+def layer_database(calibration: Calibration) -> Database:
+    """The database of a calibration with default settings, built once and kept in its file, if it has one."""
+    path = calibration.database_file
+    if "database" not in calibration.derived:
+        if path is not None:
+            make_folder(path.parent, "run_dir")
+        calibration.derived["database"] = build_database(calibration, path)
+    found: Database = calibration.derived["database"]
     return found
 
 
@@ -163,10 +208,22 @@ def _chunks(tasks: Sequence[_Task], memory_bytes: int) -> Iterator[list[_Task]]:
         yield chunk
 
 
+def _equations(
+    calibration: Calibration, tasks: Sequence[_Task], memory_bytes: int, samples: int, seed: int
+) -> Iterator[Equations]:
+    for chunk in _chunks(tasks, memory_bytes):
+        sources = list({id(source): source for task in chunk for source, _ in task.reads}.values())
+        observations, draws = observe(calibration, sources, samples, seed)
+        seen = {id(each.source): each for each in observations}
+        for task in chunk:
+            yield Equations(task.group, tuple(_parts(calibration, task, seen, draws)), draws > 0)
+
+
 def _parts(calibration: Calibration, task: _Task, seen: Mapping[int, Observation], draws: int) -> Iterator[Part]:
     for source, owned in task.reads:
         observation = seen[id(source)]
         if observation.inputs.rows:
             products = observation.inputs.products(source.centred).double()
             slopes = slopes_of(observation, calibration.model, draws).to(products.device)
-            yield Part(products, slopes, torch.from_numpy(owned).to(products.device), source.refitted)
+            columns = torch.from_numpy(owned).to(products.device)
+            yield Part(products, slopes, columns, source.refitted, source.readers)

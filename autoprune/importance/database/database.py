@@ -31,7 +31,7 @@ class Table:
 
     Attributes:
         removal: Units in the order of removal; the last one stays longest. Int64, shape (units,).
-        losses: Loss with the first 0, 1, ... of them removed, float64, shape (units,); the first is 0.
+        losses: Loss with the first 0, 1, ... and all of them removed, float64, shape (units + 1,); the first is 0.
     """
 
     removal: IntArray
@@ -48,8 +48,8 @@ class Table:
         return torch.from_numpy(np.argsort(self.removal)).float()
 
     def loss(self, kept: int) -> float:
-        """Loss with this number of units kept, at least 1."""
-        return float(self.losses[len(self.losses) - kept])
+        """Loss with this number of units kept; with none, that of a branch that the group is all of."""
+        return float(self.losses[len(self.removal) - kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ class Database:
 
 def _table(tensors: Mapping[str, Tensor], name: str) -> Table:
     table = Table(tensors[f"{name}/removal"].numpy().astype(np.int64), tensors[f"{name}/losses"].numpy())
-    if table.losses.dtype != np.float64 or table.losses.shape != table.removal.shape:
+    if table.losses.dtype != np.float64 or len(table.losses) != len(table.removal) + 1:
         raise FileFormatError(f"{name!r} has losses of another form than its order")
     if sorted(table.removal.tolist()) != list(range(len(table.removal))):
         raise FileFormatError(f"the order of {name!r} does not have every unit once")

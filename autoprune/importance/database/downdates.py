@@ -36,7 +36,7 @@ def remove_greedily(parts: Sequence[Part], ridge: float = RIDGE) -> tuple[IntArr
 
     Returns:
         Units in the order of removal, the last one stays longest, int64, shape (units,); and the loss with the first 0,
-        1, ... units of it removed, float64, shape (units,).
+        1, ... and at last all units of it removed, float64, shape (units + 1,).
     """
     units = len(parts[0].owned)
     alike: dict[tuple[int, int], list[Part]] = defaultdict(list)
@@ -48,7 +48,7 @@ def remove_greedily(parts: Sequence[Part], ridge: float = RIDGE) -> tuple[IntArr
     left = np.ones(units, dtype=bool)
     removal: list[int] = []
     losses = [0.0]
-    while len(removal) < units - 1:
+    for _ in range(units):
         scores = inherited.scores()
         for stack in stacks:
             scores += stack.scores()
@@ -58,9 +58,9 @@ def remove_greedily(parts: Sequence[Part], ridge: float = RIDGE) -> tuple[IntArr
         removal.append(unit)
         losses.append(losses[-1] + max(0.0, float(scores[unit])))
         inherited.remove(unit)
-        for stack in stacks:
+        for stack in stacks if left.any() else ():
             stack.remove(unit)
-    return np.array([*removal, *np.flatnonzero(left)], dtype=np.int64), np.array(losses)
+    return np.array(removal, dtype=np.int64), np.array(losses)
 
 
 class _Inherited:
@@ -138,9 +138,8 @@ class _Stack:
         With R = H^-1[:, S] and A = H^-1[S, S] = C C^T: L = R C^-T; the change of the weights is -W_S A^-1 R^T, so that
         B = R A^-1, and V = K_S - B K_SS / 2 from the slopes K.
         """
-        rows = columns[:, None, :].expand(-1, self._inverse.shape[1], -1)
-        right = self._inverse.gather(2, rows)
-        slopes = self._slopes.gather(2, rows)
+        right = _rows(self._inverse, columns).mT  # rows of symmetric matrices lie together in memory, columns do not
+        slopes = _rows(self._slopes, columns).mT
         if self._filled:
             root, fall, change = (panel[:, :, : self._filled] for panel in self._panel)
             right = right - root @ _rows(root, columns).mT
@@ -195,7 +194,7 @@ class _Stack:
 
 def _rows(matrices: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (parts, k) of matrices (parts, columns, n), shape (parts, k, n)."""
-    return matrices.gather(1, index[:, :, None].expand(-1, -1, matrices.shape[2]))
+    return matrices[torch.arange(len(matrices), device=matrices.device)[:, None], index]
 
 
 def _square(matrices: Tensor, index: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoprune.importance.reading import Reader
+
 RIDGE = 1e-3
 """How strongly a re-fit is held to the inherited weights by default, as a share of the mean square of the inputs.
 
@@ -27,12 +29,14 @@ class Part:
         slopes: W^T G W in units of the loss, float64, shape (columns, columns).
         owned: Columns of each unit, int64, shape (units, members).
         refitted: Whether the weights of the other columns make up for those that go.
+        readers: The weights.
     """
 
     products: Tensor
     slopes: Tensor
     owned: Tensor
     refitted: bool = True
+    readers: tuple[Reader, ...] = ()
 
     def ridge(self, share: float) -> float:
         """The ridge in the unit of `products`: a share of their mean diagonal."""
