@@ -10,7 +10,7 @@ from torch import Tensor
 from autoprune.importance.reading import Reader
 
 RIDGE = 1e-3
-"""How strongly a re-fit is held to the inherited weights by default, as a share of the mean square of the inputs.
+"""Default strength by which a re-fit is held to the inherited weights, as a share of the mean square of the inputs.
 
 Reference:
     GRAIL, arXiv:2602.23795.
