@@ -6,12 +6,14 @@ import inspect
 import math
 import operator
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 MOST_SHOWN = 200
 """Characters of a value in a message."""
@@ -160,6 +162,26 @@ def number(name: str, value: Any, least: float, rule: str) -> float:
     if not is_number(value) or value < least:
         raise ValueError(f"{name} must be a number of {rule}, got {shown(value)}")
     return float(value)
+
+
+def by_name(argument: str, spec: Any, known: Mapping[str, Callable[[], T]], kind: str, method: str) -> T:
+    """Make the part that a name means, or take one already made.
+
+    Args:
+        argument: Name of the argument.
+        spec: What was given for it.
+        known: Functions that make the parts, by name.
+        kind: Name of their protocol, with its article.
+        method: A method that each of them has.
+
+    Raises:
+        ValueError: If it is an unknown name, or no such part.
+    """
+    if isinstance(spec, str) and spec in known:
+        return known[spec]()
+    if isinstance(spec, str | type) or not hasattr(spec, method):
+        raise ValueError(f"{argument} must be one of {sorted(known)} or {kind} instance, got {shown(spec)}")
+    return cast(T, spec)
 
 
 def why_no_function(value: Any, arguments: int, classes: bool = False) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from autoprune.arguments import shown
+from autoprune.arguments import by_name
 from autoprune.data.batch import Forward
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensated import Compensated
@@ -35,11 +35,7 @@ def make_evaluator(spec: str | Evaluator) -> Evaluator:
     Raises:
         ValueError: If it is an unknown name, or no evaluator.
     """
-    if isinstance(spec, str) and spec in EVALUATORS:
-        return EVALUATORS[spec]()
-    if isinstance(spec, str | type) or not hasattr(spec, "evaluate"):
-        raise ValueError(f"evaluator must be one of {sorted(EVALUATORS)} or an Evaluator instance, got {shown(spec)}")
-    return spec
+    return by_name("evaluator", spec, EVALUATORS, "an Evaluator", "evaluate")
 
 
 __all__ = [

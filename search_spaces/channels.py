@@ -18,7 +18,7 @@ from autoprune.files.schema import require_form
 from autoprune.importance.criteria import CRITERIA, Criterion
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.search_spaces.counts import candidates_of, counted, options_of
-from autoprune.search_spaces.options import with_options
+from autoprune.search_spaces.options import decoded, sizes_of, with_options
 from autoprune.structure.analysis import require_prunable
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
@@ -222,7 +222,7 @@ class ChannelSpace:
     @property
     def sizes(self) -> IntArray:
         """Number of options of each dimension, shape (d,)."""
-        return np.array([len(dimension.options) for dimension in self.dimensions], dtype=np.int64)
+        return sizes_of(self.dimensions)
 
     def canonical(self, candidates: IntArray) -> IntArray:
         """Return the candidates as they are: no dimension makes another irrelevant here."""
@@ -230,7 +230,7 @@ class ChannelSpace:
 
     def decode(self, candidate: Sequence[int]) -> dict[str, Any]:
         """Units kept in each group that has a choice."""
-        return {d.name: d.options[int(i)] for d, i in zip(self.dimensions, candidate, strict=True)}
+        return decoded(self.dimensions, candidate)
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
         """Keep the most important units of each group."""

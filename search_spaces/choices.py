@@ -11,7 +11,7 @@ import numpy as np
 from autoprune.files.schema import require_form
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.search_spaces.counts import candidates_of, counted, options_of
-from autoprune.search_spaces.options import require_options
+from autoprune.search_spaces.options import decoded, require_options
 from autoprune.structure.structure import Structure
 
 _FORM = {
@@ -138,7 +138,7 @@ class Choices:
 
     def decode(self, candidate: Sequence[int]) -> dict[str, Any]:
         """Turn option indices, shape (d,), into ``{dimension: label}``."""
-        return {one.name: one.options[i] for one, i in zip(self.dimensions, candidate, strict=True)}
+        return decoded(self.dimensions, candidate)
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
         """Keep the most important units of each group."""

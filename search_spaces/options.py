@@ -1,12 +1,25 @@
-"""Options of dimensions that stay where a space is restricted."""
+"""Options of dimensions: how many there are, those of a candidate, and those that stay in a restricted space."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from autoprune.arguments import shown
-from autoprune.protocols import Dimension
+from autoprune.protocols import Dimension, IntArray
+
+
+def sizes_of(dimensions: Sequence[Dimension]) -> IntArray:
+    """Number of options of each dimension, shape (d,)."""
+    return np.array([len(dimension.options) for dimension in dimensions], dtype=np.int64)
+
+
+def decoded(dimensions: Sequence[Dimension], candidate: Sequence[int]) -> dict[str, Any]:
+    """Turn option indices, shape (d,), into ``{dimension: option}``."""
+    return {d.name: d.options[int(i)] for d, i in zip(dimensions, candidate, strict=True)}
 
 
 def require_options(dimensions: Sequence[Dimension], options: Sequence[Sequence[int]]) -> None:

@@ -17,7 +17,7 @@ from autoprune.importance.criteria import Criterion
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning, SearchSpace
 from autoprune.search_spaces.combined import Combined
 from autoprune.search_spaces.counts import candidates_of
-from autoprune.search_spaces.options import require_options
+from autoprune.search_spaces.options import decoded, require_options
 from autoprune.search_spaces.protocol import Restricts, Settings, finer, needs_latency, why_no_less, with_latency
 from autoprune.search_spaces.registry import make_space, require_registered, space_from_json
 from autoprune.structure.structure import Structure
@@ -143,7 +143,7 @@ class ProductSpace:
 
     def decode(self, candidate: Sequence[int]) -> dict[str, Any]:
         """Turn option indices, shape (d,), into ``{dimension: option}``."""
-        return {d.name: d.options[int(i)] for d, i in zip(self.dimensions, candidate, strict=True)}
+        return decoded(self.dimensions, candidate)
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
         """Keep the units that all members keep, and set to zero what they do of these."""

@@ -25,7 +25,7 @@ from autoprune.search_spaces.elements import (
     extents_of,
     extents_to_json,
 )
-from autoprune.search_spaces.options import with_options
+from autoprune.search_spaces.options import decoded, sizes_of, with_options
 from autoprune.structure.structure import Structure
 
 LEVELS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -151,7 +151,7 @@ class SparsitySpace:
     @property
     def sizes(self) -> IntArray:
         """Number of options of each dimension, shape (d,)."""
-        return np.array([len(dimension.options) for dimension in self.dimensions], dtype=np.int64)
+        return sizes_of(self.dimensions)
 
     def canonical(self, candidates: IntArray) -> IntArray:
         """Return the candidates as they are: no dimension makes another irrelevant here."""
@@ -159,7 +159,7 @@ class SparsitySpace:
 
     def decode(self, candidate: Sequence[int]) -> dict[str, Any]:
         """Fraction set to zero of each weight that has a choice."""
-        return {d.name: d.options[int(i)] for d, i in zip(self.dimensions, candidate, strict=True)}
+        return decoded(self.dimensions, candidate)
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
         """Zero the elements of least magnitude within each weight."""

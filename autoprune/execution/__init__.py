@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from autoprune.arguments import shown
+from autoprune.arguments import by_name
 from autoprune.execution.local import Executor, Finished, LocalExecutor, Outcome, attempt, evaluate_one
 from autoprune.execution.ray import RayExecutor
 
@@ -21,11 +21,7 @@ def make_executor(spec: str | Executor) -> Executor:
     Raises:
         ValueError: If it is an unknown name, or no executor.
     """
-    if isinstance(spec, str) and spec in EXECUTORS:
-        return EXECUTORS[spec]()
-    if isinstance(spec, str | type) or not hasattr(spec, "submit"):
-        raise ValueError(f"executor must be one of {sorted(EXECUTORS)} or an Executor instance, got {shown(spec)}")
-    return spec
+    return by_name("executor", spec, EXECUTORS, "an Executor", "submit")
 
 
 __all__ = [

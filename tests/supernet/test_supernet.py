@@ -16,7 +16,7 @@ from autoprune.evaluators import Supernet
 from autoprune.evaluators.training.sandwich import Sandwich, random_candidates
 from autoprune.testing.contracts import EvaluatorContract
 from tests.contexts import classes_context, halved, regression_context, study_of
-from tests.supernets import (
+from tests.supernet.networks import (
     Dropping,
     Plain,
     context_of,
@@ -26,12 +26,6 @@ from tests.supernets import (
     weights,
 )
 from zoo.attention import EinsumVit
-
-
-@pytest.fixture(scope="module")
-def context():
-    return context_of()
-
 
 CONTEXTS = {
     "tied": partial(classes_context, "tied", "adaptive_bn"),

@@ -7,7 +7,7 @@ import autoprune
 from autoprune.data.sampling import training_loader
 from autoprune.errors import DataError
 from autoprune.evaluators.training.loader import Rounds
-from tests.supernets import (
+from tests.supernet.networks import (
     Augmented,
     Plain,
     assert_equal,
@@ -16,11 +16,6 @@ from tests.supernets import (
     rows,
     weights,
 )
-
-
-@pytest.fixture(scope="module")
-def context():
-    return context_of()
 
 
 class Keyword(Plain):

@@ -16,7 +16,7 @@ import autoprune
 from autoprune.errors import FileFormatError
 from autoprune.evaluators import FineTune, Supernet
 from tests.contexts import halved
-from tests.supernets import (
+from tests.supernet.networks import (
     Augmented,
     Dropping,
     Plain,
@@ -28,12 +28,6 @@ from tests.supernets import (
     rows,
     weights,
 )
-
-
-@pytest.fixture(scope="module")
-def context():
-    return context_of()
-
 
 SGD = {
     "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
