@@ -67,7 +67,7 @@ class Changes:
         self.products = _joined(sums)
         shares = terms.sizes[:, 1:].astype(np.float64)
         self.shares = np.ascontiguousarray(shares[:, groups].T)
-        dense = np.array([group.size for group in structure.groups], dtype=np.float64)
+        dense = structure.dense.astype(np.float64)
         dense[groups] = 0.0
         self.fixed = terms.sizes[:, 0] + shares @ dense
 

@@ -25,9 +25,10 @@ _SPARSE = 8  # a matrix with at most one nonzero entry in this number is stored 
 
 
 class StructuralCosts:
-    """Costs as functions of widths, shape (n, groups): the number of units that each group keeps.
+    """Costs as functions of widths, shape (n, groups + branches): units kept by group, and 1 for each branch kept.
 
-    They are sums of products of integers, exact in float64 up to 2**53.
+    The columns of branches may be left out where all are kept. Costs are sums of products of integers, exact in float64
+    up to 2**53.
 
     Args:
         structure: A traced model.
@@ -38,6 +39,7 @@ class StructuralCosts:
         if batch < 1:
             raise ValueError(f"cost_batch must be at least 1, got {batch}")
         terms = structure.terms
+        self._presence = structure.presence
         self._fixed = terms.sizes[:, 0].astype(np.float64)
         self._each = _Matrix(np.ascontiguousarray(terms.sizes[:, 1:].T, dtype=np.float64))
         self._batch = terms.batch
@@ -71,6 +73,7 @@ class StructuralCosts:
         self, cost: Callable[[FloatArray], FloatArray], widths: FloatArray, matrix: int | None = None
     ) -> FloatArray:
         """Apply a cost to blocks of rows, as large as a product with a matrix of that number of entries allows."""
+        widths = self._presence.effective(widths)
         out = np.empty(len(widths), dtype=np.float64)
         rows = max(PRODUCT // max(matrix or self._each.size, 1), 1)
         for start in range(0, len(widths), rows):

@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from autoprune.inspection.text import (
+    BRANCHES,
     MEANINGS,
     REASONS_SHOWN,
     SHARES,
@@ -46,6 +47,7 @@ def as_html(found: Inspection) -> str:
         f"<h1>{title}</h1>",
         _costs(found),
         *([f"<h2>Groups</h2>{_groups(found)}<p class='note'>{escape(SHARES)}</p>"] if found.groups else []),
+        *([f"<h2>Branches</h2>{_branches(found)}<p class='note'>{escape(BRANCHES)}.</p>"] if found.branches else []),
         f"<h2>{escape(STAYS.partition(',')[0])}</h2>{_stays(found)}",
         *(f"<p class='note'>{escape(note)}</p>" for note in notes(found)),
     ]
@@ -76,6 +78,14 @@ def _groups(found: Inspection) -> str:
         for group in found.groups
     ]
     return _table(("group", *map(_right, ("units", "layers", "flops")), "", _right("params"), ""), rows)
+
+
+def _branches(found: Inspection) -> str:
+    rows = [
+        (f"<code>{escape(branch.name)}</code>", *_share(branch.flops_share), *_share(branch.params_share))
+        for branch in found.branches
+    ]
+    return _table(("branch", _right("flops"), "", _right("params"), ""), rows)
 
 
 def _stays(found: Inspection) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -70,6 +70,23 @@ class GroupShare:
 
 
 @dataclass(frozen=True)
+class BranchShare:
+    """Residual branch that may be dropped, with its share of the costs of the dense model.
+
+    Attributes:
+        name: Module that it consists of, or most of it.
+        parent: Smallest other branch around it: the block of an attention; empty if there is none.
+        flops_share: Share of the FLOPs, in [0, 1).
+        params_share: Share of the parameters, in [0, 1).
+    """
+
+    name: str
+    parent: str
+    flops_share: float
+    params_share: float
+
+
+@dataclass(frozen=True)
 class FrozenPart:
     """Parameters that cannot shrink along some dimension, all for one reason.
 
@@ -104,6 +121,8 @@ class Inspection:
         attributes: Sizes that modules keep in Python and that follow the units, such as ``"h.0.attn.num_heads"``.
         graphs: Modules that are delivered as graphs of their operations, because their code does not follow the widths.
         limits: Smallest groups of the space, in words; empty where these are single units.
+        branches: Residual branches that ``space="depth"`` may drop, in forward order.
+        undropped: Other residual branches, by the module that adds them, with the reason why they stay.
     """
 
     model: str
@@ -116,6 +135,8 @@ class Inspection:
     attributes: tuple[str, ...]
     graphs: tuple[str, ...] = ()
     limits: str = ""
+    branches: tuple[BranchShare, ...] = ()
+    undropped: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary of everything but `structure`, of which it has the device and memory of the trace."""
@@ -131,6 +152,8 @@ class Inspection:
             "attributes": list(self.attributes),
             "graphs": list(self.graphs),
             "limits": self.limits,
+            "branches": [asdict(branch) for branch in self.branches],
+            "undropped": dict(self.undropped),
         }
 
     @property
@@ -204,9 +227,10 @@ def inspect(
     structure = analyse(example, checks=checks, rewrite=rewrite)
     costs = StructuralCosts(structure)
     groups = structure.groups
-    widths = np.tile(structure.sizes.astype(np.float64), (len(groups) + 2, 1))
     least = _least(settings, structure)
-    np.fill_diagonal(widths[: len(groups)], least)  # row i: group i alone is as small as allowed
+    widths = np.tile(structure.dense.astype(np.float64), (len(least) + 2, 1))
+    rows = np.arange(len(least))
+    widths[rows, rows] = np.where(rows < len(groups), least, 0.0)  # row i: group i alone is as small as allowed
     widths[-1] = least  # every group is; the row before is dense
     table = {name: getattr(costs, name)(widths) for name in ("flops", "params", "memory_bytes")}
     shares = {name: ((cost[-2] - cost) / max(cost[-2], 1.0)).tolist() for name, cost in table.items()}
@@ -224,20 +248,25 @@ def inspect(
         untouched={name: parameters[name].numel() for name in structure.untouched},
         attributes=tuple(f"{a.module}.{a.path}".lstrip(".") for a in structure.attributes),
         graphs=tuple(structure.graphs),
-        limits=_limits(settings, structure, least),
+        limits=_limits(settings, structure, least[: len(groups)]),
+        branches=tuple(
+            BranchShare(branch.name, branch.parent or "", shares["flops"][i], shares["params"][i])
+            for i, branch in enumerate(structure.branches, len(groups))
+        ),
+        undropped=structure.undropped,
     )
 
 
 def _least(settings: Settings, structure: Structure) -> FloatArray:
-    """Smallest width of each group in a space, shape (groups,)."""
-    if not structure.groups:
-        return np.zeros(0)
+    """Smallest width of each group in a space, then 0 for each branch that it may drop, shape (groups + branches,)."""
+    least = structure.dense.astype(np.float64)
     order = {group.name: tuple(range(group.size)) for group in structure.groups}
     try:
         space = settings.bind(structure, order)
     except NothingToPruneError:  # a space without a choice
-        return structure.sizes.astype(np.float64)
-    least: FloatArray = space.widths(space.sizes[None] - 1)[0]
+        return least
+    found = space.widths(space.sizes[None] - 1)[0]
+    least[: len(found)] = found
     return least
 
 

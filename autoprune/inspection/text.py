@@ -22,12 +22,18 @@ SHARES = (
     "flops, params: share of the dense model that goes when this group alone keeps as little as it may (above: when "
     "every group does). A layer between two groups counts for both."
 )
+BRANCHES = (
+    'Residual branches and blocks that space="depth" may drop, with the share of the dense model that goes with each'
+)
+BRANCHES_SHOWN = 6
 STAYS = "What stays, and the share of the params there (which may still shrink along another dimension)"
 
 
 def as_text(found: Inspection) -> str:
     """Format in at most `WIDTH` columns; long lists are shortened."""
-    return "\n".join([headline(found), "", *_costs(found), *_groups(found), *_stays(found), *_notes(found)])
+    return "\n".join(
+        [headline(found), "", *_costs(found), *_groups(found), *_branches(found), *_stays(found), *_notes(found)]
+    )
 
 
 def headline(found: Inspection) -> str:
@@ -35,6 +41,9 @@ def headline(found: Inspection) -> str:
     units = sum(group.units for group in found.groups)
     groups = len(found.groups)
     what = f"{units} removable units in {groups} group{'s' * (groups > 1)}" if units else "nothing can be pruned"
+    if branches := len(found.branches):
+        also = f"{branches} branch{'es' * (branches > 1)} that may be dropped"
+        what = f"{what}, {also}" if units else also
     return f"{found.model}: {what}"
 
 
@@ -59,6 +68,20 @@ def _groups(found: Inspection) -> list[str]:
     if len(found.groups) > len(shown):
         lines.append(f"  ... and {len(found.groups) - len(shown)} more")
     return [*lines, "", *_wrap(SHARES, "  ")]
+
+
+def _branches(found: Inspection) -> list[str]:
+    if not found.branches:
+        return []
+    shown = found.branches[:BRANCHES_SHOWN]
+    width = min(max(len("branch"), *(len(branch.name) for branch in shown)), WIDTH - 24)
+    lines = ["", *_wrap(BRANCHES, "  "), f"  {'branch':{width}}    flops   params"]
+    for branch in shown:
+        shares = f"{percent(branch.flops_share):>7}  {percent(branch.params_share):>7}"
+        lines.append(f"  {_shorten(branch.name, width):{width}}  {shares}")
+    if (rest := len(found.branches) - len(shown)) > 0:
+        lines.append(f"  ... and {rest} more: see .branches")
+    return lines
 
 
 def _stays(found: Inspection) -> list[str]:
@@ -88,6 +111,11 @@ def notes(found: Inspection) -> list[str]:
         lines.append(f"Sizes kept in Python that follow the units: {some(found.attributes)}.")
     if found.graphs:
         lines.append(f"Their code ties sizes, so they are delivered as graphs of what they ran: {some(found.graphs)}.")
+    if found.undropped:
+        name, why = next(iter(found.undropped.items()))
+        lines.append(
+            f"Not dropped: {len(found.undropped)} more residual branches, such as that of {name or 'the model'}: {why}."
+        )
     if why := found.structure.untrained:
         lines.append(f"What only training runs was not followed, and may not fit a pruned model: {why}.")
     if missing := found.structure.terms.uncounted:

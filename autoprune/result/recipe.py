@@ -20,6 +20,7 @@ from autoprune.files.tensor_file import HASH, content_hash, read_tensors, requir
 from autoprune.result.shared_tensors import SharedTensors, restored
 from autoprune.structure.given import unwrap
 from autoprune.structure.sizes.held import size_held
+from autoprune.structure.slicing.dropped import require_returns
 from autoprune.structure.slicing.slicing import Edit, build
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ _FORM = {
     "attributes": {str: {str: int}},
     "dense_shapes": {str: [int]},
     "graphs?": {str: _GRAPH},
+    "dropped?": {str: object},
 }
 
 
@@ -47,6 +49,7 @@ def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
         "attributes": {name: dict(values) for name, values in edit.attributes.items()},
         "dense_shapes": {name: shapes[name] for name in edit.slices},
         "graphs": dict(edit.graphs),
+        "dropped": dict(edit.dropped),
     }
     earlier = getattr(dense, ATTRIBUTE, None)
     setattr(module, ATTRIBUTE, recipe if earlier is None else _compose(earlier, recipe))
@@ -83,7 +86,21 @@ def _compose(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
     for name, values in second["attributes"].items():
         attributes.setdefault(name, {}).update(values)
     graphs = {**first.get("graphs", {}), **second["graphs"]}
-    return {"slices": slices, "attributes": attributes, "dense_shapes": shapes, "graphs": graphs}
+    dropped = {**first.get("dropped", {}), **second["dropped"]}
+    return {
+        "slices": slices,
+        "attributes": attributes,
+        "dense_shapes": shapes,
+        "graphs": graphs,
+        "dropped": _outermost(dropped),
+    }
+
+
+def _outermost(dropped: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what lies inside a dropped module: it is no part of the model any more."""
+    return {
+        name: returns for name, returns in dropped.items() if not any(name.startswith(f"{other}.") for other in dropped)
+    }
 
 
 def save(module: nn.Module, path: str | Path) -> None:
@@ -211,7 +228,10 @@ def _edit(recipe: Mapping[str, Any], model: nn.Module) -> Edit:
         name: {int(dim): np.asarray(index, dtype=np.int64) for dim, index in dims.items()}
         for name, dims in recipe["slices"].items()
     }
-    return Edit(slices, recipe["attributes"], graphs=recipe.get("graphs", {}))
+    for name, returns in recipe.get("dropped", {}).items():
+        model.get_submodule(name)
+        require_returns(returns)
+    return Edit(slices, recipe["attributes"], graphs=recipe.get("graphs", {}), dropped=recipe.get("dropped", {}))
 
 
 def _require_numbers(module: nn.Module, name: str, attributes: Iterable[str]) -> None:

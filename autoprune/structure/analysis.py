@@ -13,6 +13,7 @@ from autoprune.arguments import one_of, said
 from autoprune.data.sampling import seeded
 from autoprune.errors import AutopruneError, DataError, NothingToPruneError, StructureCheckError, UnsupportedModelError
 from autoprune.imports import import_late_ones
+from autoprune.structure.branches.check import with_branches
 from autoprune.structure.checks.checks import Checker
 from autoprune.structure.checks.isolated import ProcessDiedError, call_alone
 from autoprune.structure.containers import map_tensors, sizes_of, tensors_in
@@ -116,6 +117,8 @@ def _analysed(example: Example, checks: str, rewrite: str, seed: int) -> Structu
     structure = assemble(flow, units, untouched, checker.sizes.attributes)
     with seeded(seed), torch.inference_mode(False):
         untrained = record.untrained or checker.misfit_in_training(units, structure)
+        doing("smaller models without some residual branches were compared with the dense one")
+        structure = with_branches(structure, units, failures, checker)
     return replace(structure, graphs=graphs, untrained=untrained)
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from torch import nn
 
 from autoprune.protocols import IntArray, Pruning
+from autoprune.structure.branches.branch import Branch, Presence
+from autoprune.structure.branches.numbers import Numbered, closed_up
 from autoprune.structure.labels import Propagation
 from autoprune.structure.rewriting.graph_module import Description
 from autoprune.structure.rules.layers import kept_groups
@@ -63,6 +65,9 @@ class Structure:
         graphs: Modules that are delivered as graphs of their operations, because their code does not follow the widths.
         untrained: Reason why operations of training alone were not followed, in words; empty if they were.
         unread: Groups that no output depends on, and none in training.
+        branches: Parts that may be dropped, in forward order.
+        undropped: Residual branches that stay, by the module that adds them, each with the reason.
+        numbered: Numbers by which layers find their places in a cache, which close up where layers are dropped.
     """
 
     groups: tuple[Group, ...]
@@ -76,6 +81,9 @@ class Structure:
     graphs: Mapping[str, Description] = field(default_factory=dict, repr=False)
     untrained: str = ""
     unread: frozenset[str] = frozenset()
+    branches: tuple[Branch, ...] = ()
+    undropped: Mapping[str, str] = field(default_factory=dict, repr=False)
+    numbered: tuple[Numbered, ...] = field(default=(), repr=False)
 
     @cached_property
     def sizes(self) -> IntArray:
@@ -83,10 +91,20 @@ class Structure:
         return np.array([group.size for group in self.groups], dtype=np.int64)
 
     @cached_property
+    def presence(self) -> Presence:
+        """Presence of branches and of the groups inside them."""
+        return Presence(self.branches, tuple(group.name for group in self.groups))
+
+    @cached_property
+    def dense(self) -> IntArray:
+        """Units in each group, then 1 for each branch, shape (groups + branches,): widths of the dense model."""
+        return np.concatenate([self.sizes, np.ones(len(self.branches), dtype=np.int64)])
+
+    @cached_property
     def macs(self) -> float:
         """Multiply-accumulates of one sample in the dense model."""
         table, products = self.terms.sizes, self.terms.macs
-        dense = table[:, 0] + table[:, 1:] @ np.array([group.size for group in self.groups], dtype=np.int64)
+        dense = table[:, 0] + table[:, 1:] @ self.dense
         return float((products.coefficients * dense[products.factors].astype(float).prod(1)).sum()) / self.terms.batch
 
     @cached_property
@@ -173,23 +191,39 @@ class Structure:
                 found[id(units)] = None if alive.all() else np.flatnonzero(alive)
             return found[id(units)]
 
+        gone = self.presence.outermost(pruning.dropped)
+        vanished = {name for branch in gone for name in (*branch.parameters, *branch.buffers)}
         slices = {}
         touched = {i for group in pruning.kept for i in self._tensors_of[group]}
         for name, dims in (self._named_units[i] for i in sorted(touched)):
             own = {
                 dim: index for dim, units in enumerate(dims) if units is not None if (index := kept(units)) is not None
             }
-            if own:
+            if own and name not in vanished:
                 slices[name] = own
         for name, count in pruning.zeroed.items():
             self._require_elements(name, count, slices.get(name, {}))
-        zeroed = {name: count for name, count in pruning.zeroed.items() if count}
+        zeroed = {name: count for name, count in pruning.zeroed.items() if count and name not in vanished}
         widths = {name: len(units) for name, units in pruning.kept.items()}
         attributes = dict(self._dense_attributes)
         for module in {module for group in pruning.kept for module in self._modules_of[group]}:
             attributes[module] = {each.path: each.value(widths) for each in self._sizes_in[module]}
         # The dense model keeps the user's own modules.
-        return Edit(slices, attributes, zeroed, self.graphs if slices else {})
+        edit = Edit(slices, attributes, zeroed, self.graphs if slices or gone else {})
+        return self._without(edit, gone) if gone else edit
+
+    def _without(self, edit: Edit, gone: Sequence[Branch]) -> Edit:
+        """Leave out the modules of branches, with the sizes that they keep, and close up the numbers of the others."""
+
+        def stay(module: str) -> bool:
+            return not any(branch.holds(module) for branch in gone)
+
+        attributes = {module: dict(own) for module, own in edit.attributes.items() if stay(module)}
+        for module, path, number in closed_up(self.numbered, stay):
+            attributes.setdefault(module, {})[path] = number
+        graphs = {module: made for module, made in edit.graphs.items() if stay(module)}
+        dropped = {module: returns for branch in gone for module, returns in branch.modules.items()}
+        return Edit(edit.slices, attributes, edit.zeroed, graphs, dropped)
 
     def _require_elements(self, name: str, count: int, kept: Mapping[int, IntArray]) -> None:
         if name not in self.weights:

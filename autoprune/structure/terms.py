@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,7 +34,8 @@ class Terms:
     """Costs of a traced model as functions of the widths of its groups.
 
     Attributes:
-        sizes: Affine sizes, shape (s, 1 + groups): fixed part, then indices per unit of each group. Row 0 is 1.
+        sizes: Affine sizes, shape (s, 1 + groups + branches): fixed part, indices per unit of each group, and share of
+            the presence of each branch. Row 0 is 1. They count only for widths of `Presence.effective`.
         macs: Multiply-accumulates of each operation, for the whole traced batch.
         params: Elements of each parameter.
         state_bytes: Bytes of each parameter and buffer.
@@ -55,54 +57,120 @@ class Terms:
     uncounted: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Contents:
+    """Contents of branches in a record.
+
+    Attributes:
+        groups: Numbers of the groups inside each branch.
+        parents: Position of the branch around each; -1 if there is none.
+        ops: Operations inside, with the position of the smallest branch around each.
+        tensors: The same for parameters and buffers, by name.
+        values: The same for values that exist in another form without the branch.
+        handed_on: Values that a branch makes, and those that stand for them without it, with the branch's position.
+    """
+
+    groups: Sequence[frozenset[int]] = ()
+    parents: Sequence[int] = ()
+    ops: Mapping[int, int] = field(default_factory=dict)
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    values: Mapping[int, int] = field(default_factory=dict)
+    handed_on: Sequence[tuple[int, int, int]] = ()
+
+
 class _Builder:
-    def __init__(self, flow: Propagation, units: Units) -> None:
+    def __init__(self, flow: Propagation, units: Units, contents: Contents) -> None:
         self.flow = flow
         self.units = units
+        self.contents = contents
         self.sizes: dict[AffineSize, int] = {AffineSize(1, ()): 0}
 
-    def product(self, coefficient: float, dims: list[tuple[int, int]]) -> tuple[float, tuple[int, ...]]:
-        """Make a product of a constant and sizes of dimensions, each given as (value, dimension)."""
+    def product(
+        self, coefficient: float, dims: list[tuple[int, int]], branch: int = -1
+    ) -> tuple[float, tuple[int, ...]]:
+        """Make a product of a constant, sizes of dimensions, each given as (value, dimension), and a presence.
+
+        The presence is left out where a size vanishes with the branch.
+        """
         factors = []
+        vanishes = branch < 0
         for value, dim in dims:
             labels = self.flow.of(value)[dim]
             size = self.flow.record.values[value].shape[dim]
             affine = self.units.affine(labels, size)
             if affine.shares:
                 factors.append(self.sizes.setdefault(affine, len(self.sizes)))
+                if not affine.fixed and not vanishes:
+                    vanishes = all(group in self.contents.groups[branch] for group, _ in affine.shares)
             else:
                 coefficient *= affine.fixed
+        if not vanishes:
+            factors.append(self._row(self.presence(branch)))
         return coefficient, tuple(sorted(factors))
+
+    def presence(self, branch: int) -> AffineSize:
+        """Return the presence of a branch as a size; that of the model is 1."""
+        return AffineSize(0, ((len(self.units.groups) + branch, 1),)) if branch >= 0 else AffineSize(1, ())
+
+    def _row(self, size: AffineSize) -> int:
+        return self.sizes.setdefault(size, len(self.sizes))
+
+    def instead(self, value: int, branch: int) -> tuple[float, tuple[int, ...]]:
+        """Make the bytes of a value that exists where a branch is dropped and the one around it is not."""
+        around = self.presence(self.contents.parents[branch])
+        shares = (*around.shares, (len(self.units.groups) + branch, -1))
+        coefficient, factors = self.whole(self.flow.record.values[value].dtype.itemsize, value)
+        row = self._row(AffineSize(around.fixed, tuple(sorted(shares))))
+        return coefficient, tuple(sorted((*factors, row)))
 
     def table(self) -> IntArray:
         """Return `Terms.sizes`."""
-        rows = np.zeros((len(self.sizes), 1 + len(self.units.groups)), dtype=np.int64)
+        columns = 1 + len(self.units.groups) + len(self.contents.groups)
+        rows = np.zeros((len(self.sizes), columns), dtype=np.int64)
         for size, i in self.sizes.items():
             rows[i, 0] = size.fixed
             for group, each in size.shares:
                 rows[i, 1 + group] = each
         return rows
 
-    def whole(self, coefficient: float, value: int) -> tuple[float, tuple[int, ...]]:
-        """Make a product of a constant and the number of elements of a value."""
-        return self.product(coefficient, [(value, dim) for dim in range(len(self.flow.record.values[value].shape))])
+    def whole(self, coefficient: float, value: int, branch: int = -1) -> tuple[float, tuple[int, ...]]:
+        """Make a product of a constant, the number of elements of a value, and the presence of a branch."""
+        dims = [(value, dim) for dim in range(len(self.flow.record.values[value].shape))]
+        return self.product(coefficient, dims, branch)
 
 
-def cost_terms(flow: Propagation, units: Units) -> Terms:
-    """Compute the exact costs of the first example from a propagation."""
-    build = _Builder(flow, units)
+def cost_terms(flow: Propagation, units: Units, contents: Contents | None = None) -> Terms:
+    """Compute the exact costs of the first example from a propagation.
+
+    Args:
+        flow: The propagation.
+        units: Its units.
+        contents: Contents of the branches that may be dropped.
+    """
+    held = contents or Contents()
+    build = _Builder(flow, units, held)
     record = flow.record
     ops = record.ops[: record.first]
-    macs = [build.product(*product) for op in ops for product in products_of(record, op)]
+    macs = [build.product(*product, held.ops.get(op.index, -1)) for op in ops for product in products_of(record, op)]
     params = []
     state = []
     for i, value in enumerate(record.values):
         if value.kind in ("parameter", "buffer"):
-            state.append(build.whole(value.dtype.itemsize, i))
+            branch = held.tensors.get(value.name, -1)
+            state.append(build.whole(value.dtype.itemsize, i, branch))
             if value.kind == "parameter":
-                params.append(build.whole(1, i))
+                params.append(build.whole(1, i, branch))
     lives = tensor_lives(record)
-    activations = [build.whole(record.values[i].dtype.itemsize, i) for i, _, _ in lives]
+    spans = {i: (born, died) for i, born, died in lives}
+    activations = []
+    for i, born, _ in lives:
+        branch = held.values.get(i, held.ops.get(born, -1))
+        activations.append(build.whole(record.values[i].dtype.itemsize, i, branch))
+    for result, stream, branch in held.handed_on:  # without the branch, what enters it lives on in place of its result
+        made, given = (record.values[value].base for value in (result, stream))
+        if made in spans and given in spans and spans[given][1] < spans[made][1] and made != given:
+            activations.append(build.instead(made, branch))
+            lives.append((made, spans[given][1], spans[made][1]))
     return Terms(
         sizes=build.table(),
         macs=_products(_merge(macs)),

@@ -112,6 +112,12 @@ class Checker:
             self.shorter = self.shorter if self._short_is_right else None
         return error
 
+    def values_for(self, units: Units, frozen: Mapping[str, str]) -> list[tuple[Values, Propagation, Units]]:
+        """Return checks of values with their labels: on the smaller example, where there is one, then on the whole."""
+        short = self._on_shorter(units, frozen)
+        whole = (self.values, self.flow, units)
+        return [whole] if short is None else [(self.values_of_shorter, *short), whole]
+
     def _on_shorter(self, units: Units, frozen: Mapping[str, str]) -> tuple[Propagation, Units] | None:
         """Return labels and units of the smaller example, if there is one and they are the same."""
         flow = None if self.shorter is None else self.shorter.tied_as(self.flow)

@@ -7,7 +7,7 @@ runs every operation at its dense size and zeroes the removed units. If they agr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.protocols import IntArray
+from autoprune.structure.branches.cut import Cut
 from autoprune.structure.checks.float64 import widened
 from autoprune.structure.labels import Propagation
 from autoprune.structure.rules.registry import operation_of
@@ -35,9 +36,20 @@ class Replay:
         keep: True for units that stay, bool, shape (units,).
         wide: Whether to compute in float64 where another floating-point type was recorded, so that the remaining
             rounding is far below any error.
+        cuts: Branches that are left out.
     """
 
-    def __init__(self, flow: Propagation, units: Units, keep: BoolArray, *, wide: bool = False) -> None:
+    def __init__(
+        self,
+        flow: Propagation,
+        units: Units,
+        keep: BoolArray,
+        *,
+        wide: bool = False,
+        cuts: Collection[Cut] = (),
+    ) -> None:
+        self._exits = {cut.exit: cut for cut in cuts}
+        self._gone = frozenset[int]().union(*(cut.ops for cut in cuts))
         self.flow = flow
         self.record = flow.record
         self.wide = wide
@@ -182,15 +194,28 @@ class Replay:
         with torch.no_grad():
             for op in self.record.ops:
                 look()
-                for i in op.inputs():
-                    fetch(i)
-                results = _tensors(run(op, env))
-                env.update(zip(op.results(), results, strict=True))
+                cut = self._exits.get(op.index)
+                if cut is not None and cut.result != cut.stream:
+                    fetch(cut.stream)
+                    env[cut.result] = env[cut.stream].clone() if cut.stream in env else self._zeros(cut.result, env)
+                elif op.index not in self._gone:
+                    for i in op.inputs():
+                        fetch(i)
+                    if self._gone and not all(i in env for i in op.inputs()):
+                        continue  # nothing that is returned depends on it, only on what is left out
+                    results = _tensors(run(op, env))
+                    env.update(zip(op.results(), results, strict=True))
                 for i in last.get(op.index, ()):
                     env.pop(i, None)
             for i in self.record.outputs:
                 fetch(i)
         return [env[i] for i in self.record.outputs]
+
+    def _zeros(self, value: int, env: Mapping[int, Tensor]) -> Tensor:
+        """Make what is left of a sum of which every term is left out."""
+        dtype = self.record.values[value].dtype
+        device = next((tensor.device for tensor in env.values()), torch.device("cpu"))
+        return torch.zeros(self.shape(value), dtype=widened(dtype) if self.wide else dtype, device=device)
 
     def _private(self, tensor: Tensor, shared: Tensor) -> Tensor:
         """Make a tensor that operations may write to from a shared one, wide if wanted."""
@@ -201,6 +226,8 @@ class Replay:
         last: dict[int, int] = {}
         for op in self.record.ops:
             last.update(dict.fromkeys([*op.inputs(), *op.results()], op.index))
+            if op.index in self._exits:
+                last[self._exits[op.index].stream] = op.index
         for value in self.record.outputs:
             last.pop(value, None)
         out: dict[int, list[int]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.protocols import IntArray, Pruning
+from autoprune.structure.branches.cut import Cut
 from autoprune.structure.checks.replay import Replay
 from autoprune.structure.checks.rounding import compare, native_tolerances, wide_tolerances
 from autoprune.structure.containers import tensors_in
@@ -115,6 +116,14 @@ class Values:
         sliced = replay.sliced(self.tensors, self.inputs)
         compare("replay", sliced, replay.masked(self.tensors, self.inputs), self.replayed)
         self._module(lambda: Slicer(self.example.model).cut(structure.edit(pruning)), sliced)
+
+    def without(
+        self, flow: Propagation, units: Units, structure: Structure, pruning: Pruning, cuts: Collection[Cut]
+    ) -> None:
+        """Check that the user's forward without branches agrees with the record without them."""
+        replay = Replay(flow, units, structure.keep(pruning), wide=self.wide, cuts=cuts)
+        shorter = replay.sliced(self.tensors, self.inputs)
+        self._module(lambda: Slicer(self.example.model).cut(structure.edit(pruning)), shorter)
 
     def _module(self, cut: Callable[[], nn.Module], sliced: list[Tensor]) -> None:
         """Check that the user's forward agrees in float64, or, if it does not run so, in its own type."""

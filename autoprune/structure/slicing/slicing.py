@@ -15,6 +15,7 @@ from autoprune.structure.python_state import python_state, same_state
 from autoprune.structure.rewriting.graph_module import Description, RecordedModule
 from autoprune.structure.sizes.held import hold_size, size_held
 from autoprune.structure.slicing.adapters import adapter_of
+from autoprune.structure.slicing.dropped import Dropped
 from autoprune.structure.slicing.skeleton import skeleton
 
 Slices = Mapping[str, Mapping[int, IntArray]]
@@ -30,12 +31,14 @@ class Edit:
         attributes: Sizes that modules keep in Python, by module and attribute path.
         zeroed: Number of elements of a parameter that are set to zero: those of least magnitude among those that stay.
         graphs: Modules that are delivered as graphs of their operations, because their code does not follow the widths.
+        dropped: Modules that are left out, each with what stands for its return value, see `Dropped`.
     """
 
     slices: Slices
     attributes: Mapping[str, Mapping[str, int]]
     zeroed: Mapping[str, int] = field(default_factory=dict)
     graphs: Mapping[str, Description] = field(default_factory=dict)
+    dropped: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Slicer:
@@ -56,6 +59,14 @@ class Slicer:
         self._changed = {name for name, adapter in adapters.items() if adapter.prepare is not None}
         self._dense: dict[tuple[str, str], int] = {}
         self._recorded: dict[str, RecordedModule] = {}
+        names = {id(module): name for name, module in self._modules.items()}
+        self._spots: dict[str, list[tuple[dict[str, Any], str]]] = {}  # the places of each module
+        for module in self._modules.values():
+            for key, child in module._modules.items():
+                if child is not None:
+                    self._spots.setdefault(names[id(child)], []).append((module._modules, key))
+        self._around = {owner.module: {owner.module, *_parents(owner.module)} for owner in self._owners}
+        self._left_out: list[tuple[dict[str, Any], str, nn.Module]] = []
         self._ranks: dict[str, Tensor] = {}
 
     def cut(self, edit: Edit, *, private: bool = False) -> nn.Module:
@@ -67,8 +78,12 @@ class Slicer:
         """
         made: dict[int, Tensor] = {}
         changed = set()
+        self._restore()
         self._exchange(edit.graphs)
+        self._leave_out(edit.dropped)
         for owner in self._owners:
+            if not self._around[owner.module].isdisjoint(edit.dropped):
+                continue
             if id(owner.tensor) not in made:
                 made[id(owner.tensor)] = self._edited(owner, edit, private)
             owner.holder[owner.key] = made[id(owner.tensor)]
@@ -85,6 +100,20 @@ class Slicer:
         """Keep no tensor of the last cut: until the next one, the skeleton holds the model's own and must not run."""
         for owner in self._owners:
             owner.holder[owner.key] = owner.tensor
+
+    def _leave_out(self, dropped: Mapping[str, Any]) -> None:
+        """Put modules without parameters in place of those that are dropped."""
+        for name, returns in dropped.items():
+            made = Dropped(self._modules[name], returns)
+            for holder, key in self._spots[name]:
+                self._left_out.append((holder, key, holder[key]))
+                holder[key] = made
+
+    def _restore(self) -> None:
+        """Put the modules back that the last cut left out."""
+        for holder, key, original in self._left_out:
+            holder[key] = original
+        self._left_out.clear()
 
     def _exchange(self, graphs: Mapping[str, Description]) -> None:
         """Put recorded modules in place of their originals, and restore the originals of the last cut.

@@ -108,6 +108,9 @@ class ModuleCall:
         last: Index after its last operation.
         inputs: Leaves of its arguments, positional and by keyword, in order; tensors as `Ref`.
         outputs: Leaves of its return value, before its own hooks; tensors as `Ref`.
+        places: Position or keyword of the argument that holds each leaf of `inputs`.
+        form: Containers of its return value, JSON-ready: ``{"leaf": 0}`` is the first of `outputs`; None where it has
+            others than tuples, lists and dictionaries.
     """
 
     name: str
@@ -115,6 +118,8 @@ class ModuleCall:
     last: int
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
+    places: tuple[int | str, ...] = ()
+    form: Any = None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -34,7 +35,11 @@ def module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         if id(module) in names and recorder.path:
             # Only leaves: a container of the user's may check its entries, and a `Ref` is no tensor.
             inputs, outputs = (tuple(map(recorder.known, tree_leaves(tree))) for tree in ((args, kwargs), output))
-            record.calls.append(ModuleCall(recorder.path.pop(), starts.pop(), len(record.ops), inputs, outputs))
+            places = tuple(place for place, tree in (*enumerate(args), *kwargs.items()) for _ in tree_leaves(tree))
+            first = starts.pop()
+            name = recorder.path.pop()
+            form = form_of(output)
+            record.calls.append(ModuleCall(name, first, len(record.ops), inputs, outputs, places, form))
 
     # On each module: PyTorch's note of a global hook with keyword arguments outlives the hook's removal.
     handles = [module.register_forward_hook(leave, with_kwargs=True) for module in model.modules()]
@@ -44,6 +49,31 @@ def module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def form_of(tree: Any) -> Any:
+    """Describe plain containers, with their leaves numbered in the order of `tree_leaves`; None for any others."""
+    numbers = count()
+
+    def described(node: Any) -> Any:
+        if type(node) in (tuple, list):
+            return {type(node).__name__: [described(entry) for entry in node]}
+        if type(node) is dict and all(isinstance(key, str) for key in node):
+            return {"dict": {key: described(entry) for key, entry in node.items()}}
+        if not _is_leaf(node):
+            raise TypeError
+        return {"leaf": next(numbers)}
+
+    try:
+        return described(tree)
+    except TypeError:
+        return None
+
+
+def _is_leaf(node: Any) -> bool:
+    """Return whether an object is a leaf of PyTorch's trees."""
+    leaves = tree_leaves(node)
+    return len(leaves) == 1 and leaves[0] is node
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, without types

@@ -1,0 +1,151 @@
+"""Branches of a structure: what they hold, how they lie inside each other, and which of them are present."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from autoprune.protocols import FloatArray
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Part of a model that is added to a stream and may be dropped: attention, a feed-forward part, or a whole block.
+
+    Attributes:
+        name: The smallest module that says what it is, for example ``"model.layers.3.self_attn"``.
+        groups: Groups all of whose units lie inside it.
+        parameters: Parameters that vanish with it.
+        buffers: Buffers that vanish with it.
+        parent: Name of the smallest other branch around it; None if there is none.
+        members: Branches that make it up: it is dropped when all of them are. Empty where more would stay of it then.
+        whole: Whether a module that hands its input on takes its place; else zeros are added.
+        modules: Modules that vanish, each with what stands for its return value, JSON-ready.
+    """
+
+    name: str
+    groups: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = field(default=(), repr=False)
+    parent: str | None = None
+    members: tuple[str, ...] = ()
+    whole: bool = False
+    modules: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def holds(self, module: str) -> bool:
+        """Return whether a module lies inside it."""
+        return any(inside(module, own) for own in self.modules)
+
+
+def inside(module: str, other: str) -> bool:
+    """Return whether a module is another one or lies inside it, by their names."""
+    return module == other or module.startswith(f"{other}.")
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Presence of branches, and of the groups inside them.
+
+    Attributes:
+        branches: In the order of a structure.
+        groups: Names of all groups of the structure, in order.
+    """
+
+    branches: tuple[Branch, ...]
+    groups: tuple[str, ...]
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Position of each branch by its name."""
+        return {branch.name: i for i, branch in enumerate(self.branches)}
+
+    @cached_property
+    def _outermost_first(self) -> list[int]:
+        depth = [len(self.around(branch.name)) for branch in self.branches]
+        return sorted(range(len(depth)), key=depth.__getitem__)
+
+    @cached_property
+    def _around_group(self) -> tuple[list[int], list[int]]:
+        """Positions of the groups inside branches, and the smallest branch around each."""
+        at = {name: i for i, name in enumerate(self.groups)}
+        around = {at[name]: b for b in self._outermost_first for name in self.branches[b].groups}
+        return list(around), list(around.values())
+
+    def around(self, name: str) -> list[str]:
+        """Names of the branches around one, the smallest first."""
+        found = []
+        parent = self.branches[self.positions[name]].parent
+        while parent is not None:
+            found.append(parent)
+            parent = self.branches[self.positions[parent]].parent
+        return found
+
+    def branch_of(self, module: str) -> int:
+        """Position of the smallest branch that holds a module; -1 if there is none."""
+        holding = [b for b in reversed(self._outermost_first) if self.branches[b].holds(module)]
+        return holding[0] if holding else -1
+
+    def closed(self, dropped: Iterable[str]) -> set[str]:
+        """Add the branches that vanish with some: those all of whose members do, and those inside others.
+
+        Raises:
+            ValueError: If a name is unknown.
+        """
+        present = np.ones((1, len(self.groups) + len(self.branches)))
+        for name in dropped:
+            if name not in self.positions:
+                raise ValueError(
+                    f"pruning.dropped must name branches of the model, got {name!r}; see structure.branches"
+                )
+            present[0, len(self.groups) + self.positions[name]] = 0
+        left = self.effective(present)[0, len(self.groups) :]
+        return {branch.name for branch, there in zip(self.branches, left, strict=True) if not there}
+
+    def outermost(self, dropped: Iterable[str]) -> list[Branch]:
+        """Return the branches that vanish and lie in no other one that does, in order."""
+        gone = self.closed(dropped)
+        return [b for b in self.branches if b.name in gone and gone.isdisjoint(self.around(b.name))]
+
+    def effective(self, widths: FloatArray) -> FloatArray:
+        """Return widths (n, groups + branches) with all zero that lies in a dropped branch.
+
+        Args:
+            widths: Units kept in each group, then 1 for each branch that is kept and 0 for others. Columns of branches
+                may be left out where all are kept.
+        """
+        groups = len(self.groups)
+        if widths.shape[1] == groups:
+            return np.hstack([widths, np.ones((len(widths), len(self.branches)))])
+        present = widths[:, groups:]
+        if present.all():
+            return widths
+        present = present.copy()
+        for b in reversed(self._outermost_first):
+            members = [self.positions[name] for name in self.branches[b].members]
+            if members:
+                present[:, b] = np.minimum(present[:, b], present[:, members].max(axis=1))
+        for b in self._outermost_first:
+            parent = self.branches[b].parent
+            if parent is not None:
+                present[:, b] *= present[:, self.positions[parent]]
+        out = np.hstack([widths[:, :groups], present])
+        inner, around = self._around_group
+        out[:, inner] *= present[:, around]
+        return out
+
+
+def relatives(branches: Sequence[Branch]) -> list[int | None]:
+    """Find the smallest other branch around each, by the modules that vanish; None where there is none."""
+    found: list[int | None] = []
+    for i, own in enumerate(branches):
+        around = [
+            j
+            for j, other in enumerate(branches)
+            if j != i and all(map(other.holds, own.modules)) and not all(map(own.holds, other.modules))
+        ]
+        found.append(min(around, key=lambda j: len(branches[j].parameters)) if around else None)
+    return found

@@ -1,0 +1,124 @@
+"""Modules in place of those that were left out: without parameters, they hand an input on or return zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ATOMS = (bool, int, float, str, type(None), torch.dtype)
+
+
+class Dropped(nn.Module):
+    """Stands for a module that was left out.
+
+    Attributes of the original that are plain numbers, names or flags can still be read, also through its submodules,
+    because code around it may do so; its parameters read as None.
+
+    Args:
+        module: The module that was left out; nothing of it is kept but these attributes.
+        returns: What calls return, JSON-ready: ``{"same": ["x", 0]}`` is the argument of that name or position,
+            ``{"zeros": ["x", 0]}`` zeros like it, ``{"value": null}`` that value; ``{"tuple": [...]}``, ``{"list":
+            [...]}`` and ``{"dict": {...}}`` hold more of these.
+
+    Raises:
+        ValueError: If `returns` is anything else.
+    """
+
+    def __init__(self, module: nn.Module, returns: Any) -> None:
+        super().__init__()
+        require_returns(returns)
+        self.returns = returns
+        self._held = _plain(module)
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what stands for the module's result."""
+        return _filled(self.returns, args, kwargs)
+
+    def extra_repr(self) -> str:
+        """Describe what calls return."""
+        return str(self.returns)
+
+    def __getattr__(self, name: str) -> Any:
+        held = self.__dict__.get("_held", {})
+        if name in held:
+            return _Held(held[name]) if isinstance(held[name], dict) else held[name]
+        return super().__getattr__(name)
+
+
+class _Held:
+    """Plain attributes of a submodule that was left out."""
+
+    def __init__(self, attributes: Mapping[str, Any]) -> None:
+        self._attributes = attributes
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name not in self._attributes:
+            raise AttributeError(f"the module was dropped, and its {name!r} with it")
+        value = self._attributes[name]
+        return _Held(value) if isinstance(value, dict) else value
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Copy the plain attributes of a module and of its submodules; parameters and buffers are None."""
+    if isinstance(module, Dropped):
+        return module._held
+    found: dict[str, Any] = {
+        name: value
+        for name, value in vars(module).items()
+        if name != "training" and (type(value) in _ATOMS or _plain_tuple(value))
+    }
+    found |= dict.fromkeys((*module._parameters, *module._buffers))
+    return found | {name: None if child is None else _plain(child) for name, child in module._modules.items()}
+
+
+def _plain_tuple(value: Any) -> bool:
+    return type(value) is tuple and all(type(entry) in _ATOMS for entry in value)
+
+
+def require_returns(returns: Any) -> None:
+    """Refuse a description of return values that `Dropped` does not know.
+
+    Raises:
+        ValueError: Says what it is.
+    """
+    if not isinstance(returns, Mapping) or len(returns) != 1:
+        raise ValueError(f"a dropped module must return something of one kind, got {returns!r:.80}")
+    ((kind, inner),) = returns.items()
+    if kind in ("tuple", "list") and isinstance(inner, list):
+        for entry in inner:
+            require_returns(entry)
+    elif kind == "dict" and isinstance(inner, Mapping):
+        for entry in inner.values():
+            require_returns(entry)
+    elif kind in ("same", "zeros"):
+        if not (isinstance(inner, list) and list(map(type, inner)) == [str, int]):
+            raise ValueError(f"a dropped module must name an argument and its position, got {inner!r:.80}")
+    elif kind != "value" or type(inner) not in (bool, int, float, str, type(None)):
+        raise ValueError(f"a dropped module must return arguments, zeros or plain values, got {returns!r:.80}")
+
+
+def _filled(returns: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    ((kind, inner),) = returns.items()
+    if kind == "tuple":
+        return tuple(_filled(entry, args, kwargs) for entry in inner)
+    if kind == "list":
+        return [_filled(entry, args, kwargs) for entry in inner]
+    if kind == "dict":
+        return {name: _filled(entry, args, kwargs) for name, entry in inner.items()}
+    if kind == "value":
+        return inner
+    given = _argument(inner, args, kwargs)
+    return torch.zeros_like(given) if kind == "zeros" and isinstance(given, Tensor) else given
+
+
+def _argument(place: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    name, position = place
+    if name in kwargs:
+        return kwargs[name]
+    if 0 <= position < len(args):
+        return args[position]
+    raise TypeError(f"a dropped module hands on its argument {name or position!r}, and it was called without")

@@ -1,0 +1,38 @@
+"""A search of autoprune with what the peers are given."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import autoprune
+from benchmarks.peers.language.case import Case
+
+STREAM = ("model.embed_tokens*",)  # stays as wide as it is: the embedding is not counted, so must not pay
+FITTED, COMPARED, LEFT = 48, 12, 4  # of the 64 sequences: weights, candidates, and a look at the finished front
+BATCH = 8
+
+
+def search(case: Case, share: float, space: str) -> nn.Module:
+    """The best network that a search finds on the calibration sequences alone, its weights re-fitted on them.
+
+    Args:
+        case: Model and calibration sequences; `case.evaluations` is the number of trials.
+        share: Of the parameters that may stay; the budget counts those of the embedding, too.
+        space: ``"channels"``: neurons and key-value groups with their heads.
+    """
+    spaces = {"channels": autoprune.Channels(ignore=STREAM)}
+    embedding = case.model.get_submodule("model.embed_tokens").get_parameter("weight").numel()
+    data = autoprune.Data(
+        {"input_ids": case.ids},
+        calibration_samples=FITTED,
+        validation_samples=COMPARED,
+        test_samples=LEFT,
+        batch_size=BATCH,
+    )
+    limit = f"params <= {embedding + case.most(share)}"
+    result = autoprune.search(case.model, limit, data, space=spaces[space], trials=case.evaluations, seed=case.seed)
+    case.kept["evaluations"] = float(len(result.trials))
+    case.kept["notes"] = list(result.notes)
+    with torch.no_grad():
+        return result.build()
