@@ -67,6 +67,12 @@ def perceptron(inputs: int = 4, hidden: int = 8) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 3))
 
 
+def chain(layers: int, width: int = 8) -> nn.Sequential:
+    """Linear layers of one width behind each other, from 4 inputs to 2 outputs."""
+    middle = [each for _ in range(layers - 2) for each in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), *middle, nn.Linear(width, 2)).eval()
+
+
 def residual() -> nn.Module:
     def forward(s: Net, x: Tensor) -> Tensor:
         y = s.stem(x)

@@ -141,7 +141,7 @@ def test_an_upward_or_sideways_import_is_found(module, source):
         ("autoprune.cli.app", "from autoprune.search import search"),
         ("autoprune.result.trials", "from .. import __version__"),
         ("autoprune", "from .search import search"),
-        ("autoprune.testing.contracts", "from .. import search"),
+        ("autoprune.testing.contexts", "from .. import search"),
     ],
 )
 def test_a_downward_import_is_allowed(module, source):
