@@ -24,6 +24,7 @@ from autoprune.protocols import Pruning
 from autoprune.result import SearchResult
 from autoprune.result.audit_report import Audit
 from autoprune.result.exporting.export import export
+from autoprune.result.pretrained.folder import from_pretrained
 from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
 from autoprune.search import search
@@ -59,6 +60,7 @@ __all__ = [
     "UnsupportedModelError",
     "audit",
     "export",
+    "from_pretrained",
     "inspect",
     "load",
     "profile",

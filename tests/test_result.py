@@ -46,29 +46,6 @@ def with_a_failure(found):
     return replace(found, trials=tuple(failed if trial is victim else trial for trial in found.trials))
 
 
-class Pretrained(torch.nn.Sequential):
-    """Saves itself with a config, as models of transformers do."""
-
-    def save_pretrained(self, path):
-        raise NotImplementedError
-
-
-@pytest.mark.slow
-def test_a_built_model_that_would_save_a_dense_config_is_warned_of(vectors, tmp_path, caplog):
-    model = Pretrained(*ZOO["mlp"].build())
-    result = search(model, vectors, trials=4)
-    result.save(tmp_path / "result")  # which builds each on the front
-    assert not [record for record in caplog.records if "save_pretrained" in record.message]
-    small = result.build()
-    autoprune.save(small, tmp_path / "small.safetensors")
-    autoprune.load(tmp_path / "small.safetensors", model)
-    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert [message.partition(";")[0] for message in said] == [
-        "Pretrained.save_pretrained would write the config of the dense model, which cannot load these weights"
-    ] * 2
-    assert "autoprune.load(path, fresh_model)" in said[0]
-
-
 class TestBest:
     @pytest.mark.slow
     def test_it_is_the_best_score_within_a_tighter_budget(self, found):

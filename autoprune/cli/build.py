@@ -26,7 +26,7 @@ _OWN = "safetensors"
 def build(
     run_dir: RunDir,
     model: Annotated[str, typer.Option(metavar="FILE.py:NAME", help=MODEL_HELP)],
-    output: Annotated[Path, typer.Option(help="The file to write; an existing one is replaced.")],
+    output: Annotated[Path, typer.Option(help="The file, or folder for hf, to write; an existing file is replaced.")],
     budget: Annotated[
         list[str] | None, typer.Option(help="Take the best within this budget instead of the best; may be repeated.")
     ] = None,
@@ -34,9 +34,10 @@ def build(
     format: Annotated[  # noqa: A002  # the name of the option
         str | None,
         typer.Option(
-            metavar="safetensors|onnx|torch",
+            metavar="safetensors|onnx|torch|hf",
             help="safetensors: weights and recipe, for autoprune.load. onnx, torch (torch.export): for other runtimes, "
-            "compared with the model. By default by the ending: .onnx, .pt2, or else safetensors.",
+            "compared with the model. hf: a folder for autoprune.from_pretrained. By default by the ending: .onnx, "
+            ".pt2, or else safetensors.",
         ),
     ] = None,
     input_shape: InputShape = None,
@@ -52,7 +53,7 @@ def build(
         wanted = _format(output, format)
         if trial is not None and budget:
             raise ValueError("give --trial or --budget, not both: a trial has the costs it has")
-        if as_path(output, "output").is_dir():
+        if as_path(output, "output").is_dir() and wanted != "hf":
             raise IsADirectoryError(f"output must be a file to write, got the folder {output}")
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"output must lie in a folder that exists, got {output}")
@@ -84,7 +85,11 @@ def _write(small: nn.Module, output: Path, format: str, example: Any) -> str:  #
     if format == _OWN:
         save(small, output)
         return f"saved as {output}; in Python: autoprune.load({str(output)!r}, fresh_model)"
-    read = {"onnx": "onnxruntime.InferenceSession({!r})", "torch": "torch.export.load({!r}).module()"}
+    read = {
+        "onnx": "onnxruntime.InferenceSession({!r})",
+        "torch": "torch.export.load({!r}).module()",
+        "hf": "autoprune.from_pretrained({!r})",
+    }
     return f"{export(small, output, example, format=format)}\nin Python: {read[format].format(str(output))}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from autoprune.files.access import MIB, as_path, parse_json, shortened, sound
 from autoprune.files.formats import Format
 from autoprune.files.schema import require_form
 from autoprune.files.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
+from autoprune.result.pretrained.section import keep_in_config
 from autoprune.result.shared_tensors import SharedTensors, restored
 from autoprune.structure.given import unwrap
 from autoprune.structure.sizes.held import size_held
 from autoprune.structure.slicing.dropped import require_returns
 from autoprune.structure.slicing.slicing import Edit, build
-
-log = logging.getLogger(__name__)
 
 FORMAT = Format("autoprune-model", 1, "a pruned model")
 ATTRIBUTE = "_autoprune_recipe"
@@ -52,22 +50,10 @@ def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
         "dropped": dict(edit.dropped),
     }
     earlier = getattr(dense, ATTRIBUTE, None)
-    setattr(module, ATTRIBUTE, recipe if earlier is None else _compose(earlier, recipe))
+    recipe = recipe if earlier is None else _compose(earlier, recipe)
+    setattr(module, ATTRIBUTE, recipe)
+    keep_in_config(module, recipe, dense)
     return module
-
-
-def warn_of_dense_config(module: nn.Module) -> None:
-    """Warn that ``save_pretrained`` of a pruned model of transformers loses the pruned sizes.
-
-    It writes the pruned weights next to the config of the dense model, and ``from_pretrained`` then makes dense layers,
-    which the weights do not fit.
-    """
-    if callable(getattr(module, "save_pretrained", None)):
-        log.warning(
-            "%s.save_pretrained would write the config of the dense model, which cannot load these weights; save it "
-            "with autoprune.save(model, path), and load it with autoprune.load(path, fresh_model)",
-            type(module).__name__,
-        )
 
 
 def slices_of(edit: Edit) -> dict[str, dict[str, list[int]]]:
@@ -156,7 +142,6 @@ def load(path: str | Path, fresh_model: nn.Module) -> nn.Module:
         TypeError: If `fresh_model` is no module.
     """
     module, _ = read(path, fresh_model)
-    warn_of_dense_config(module)
     return module
 
 
@@ -183,6 +168,7 @@ def read(path: str | Path, fresh_model: nn.Module) -> tuple[nn.Module, str]:
         _require_fit(state, module.state_dict())
         module.load_state_dict(state)
     setattr(module, ATTRIBUTE, recipe)
+    keep_in_config(module, recipe, fresh_model)
     return module, digest
 
 

@@ -19,7 +19,6 @@ from autoprune.result.builders import Builder, built
 from autoprune.result.choosing import best_of, judged, why_none
 from autoprune.result.from_journal import fields_from_journal
 from autoprune.result.loading import load_fields
-from autoprune.result.recipe import warn_of_dense_config
 from autoprune.result.saving import content_of, save_result
 from autoprune.result.sensitivity import Sensitivity, sensitivity_of
 from autoprune.result.tables import frame_of, front_table
@@ -110,9 +109,7 @@ class SearchResult:
             InfeasibleBudgetError: If no trial is within the budget.
             FileFormatError: If the result was loaded without a model, or without the weights of this trial.
         """
-        module = built(self._builder, what if isinstance(what, Trial) else self.best(what))
-        warn_of_dense_config(module)
-        return module
+        return built(self._builder, what if isinstance(what, Trial) else self.best(what))
 
     def save(self, path: str | Path, weights: str = "front", replace: bool = False) -> Path:
         """Write the result to a folder: ``result.json``, and a safetensors file for each trial that keeps its weights.

@@ -186,4 +186,4 @@ def test_build_exports_by_the_ending_or_the_format(searched, tmp_path):
     expected = autoprune.SearchResult.load(searched[0], load_model(MODEL)).build().eval()(x)
     torch.testing.assert_close(torch.export.load(small).module()(x), expected)
     told = error("build", searched[0], "--model", MODEL, "--output", small, "--format", "tflite")
-    assert "format must be one of ['safetensors', 'onnx', 'torch'], got 'tflite'" in told
+    assert "format must be one of ['safetensors', 'onnx', 'torch', 'hf'], got 'tflite'" in told

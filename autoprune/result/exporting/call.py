@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Call:
         kwargs: Keyword inputs, tensors all of them.
         dynamic: Dimensions that may have other sizes, by the position of the tensor among the inputs: 0 is the batch, 1
             a sequence.
+        constants: Keyword inputs that are no tensors, and settings that exported models need.
         reference: Runs the model as the user would.
     """
 
@@ -44,6 +46,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     dynamic: Mapping[int, tuple[int, ...]]
+    constants: Mapping[str, Any]
     reference: Callable[..., Any]
 
     @classmethod
@@ -69,7 +72,8 @@ class Call:
         leaves = [leaf for leaf in tree_leaves((example.args, changing)) if isinstance(leaf, Tensor)]
         dynamic = {i: dims for i, leaf in enumerate(leaves) if (dims := _dynamic(leaf, batched))}
         name = type(model).__name__
-        return cls(copied, name, example.args, changing, dynamic, lambda *a, **k: reference(*a, **k, **constants))
+        run = partial(reference, **constants)
+        return cls(copied, name, example.args, changing, dynamic, constants, run)
 
     @property
     def leaves(self) -> list[Any]:

@@ -11,13 +11,13 @@ from torch import nn
 from autoprune.arguments import one_of
 from autoprune.files.access import as_path, replacing, shortened
 from autoprune.result.exporting.call import Call
-from autoprune.result.exporting.parity import Parity, checked_tolerance
+from autoprune.result.exporting.parity import Parity, checked_tolerance, compare
 from autoprune.result.exporting.program import Program, traced
 from autoprune.result.exporting.torch_program import write_program
 from autoprune.structure.given import ExampleInputs, unwrap
 
 ENDINGS = {".onnx": "onnx", ".pt2": "torch"}
-FORMATS = ("onnx", "torch")
+FORMATS = ("onnx", "torch", "hf")
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Exported:
     """Exported file, after its outputs were compared with the model's.
 
     Attributes:
-        path: The file.
-        format: ``"onnx"`` or ``"torch"``.
+        path: The file, or the folder.
+        format: ``"onnx"``, ``"torch"`` or ``"hf"``.
         parity: Differences of its outputs.
         dynamic: Names of the dimensions that may have any size, by input and dimension.
         notes: What is fixed or was left out, in plain words.
@@ -39,6 +39,9 @@ class Exported:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
+        if self.format == "hf":
+            same = "a model loaded from it gives the same outputs to the last bit"
+            return "\n".join([f"{self.path}: {same}", *(f"note: {note}" for note in self.notes)])
         free = sorted({word for dims in self.dynamic.values() for word in dims.values()})
         sizes = f"any {' and '.join(free)}" if free else "the sizes of the example"
         lines = [
@@ -64,10 +67,11 @@ def export(
 
     Args:
         small: The module. It stays as it is.
-        path: The file to write; an existing one is replaced as a whole.
+        path: The file to write; an existing one is replaced as a whole. For ``"hf"`` a folder; other files in it stay.
         example: A tensor, a tuple of positional inputs, or a dict of keyword inputs; None for the model's own.
-        format: ``"onnx"``, compared under onnxruntime, or ``"torch"``, a program of ``torch.export``, compared after it
-            is loaded again. None goes by the ending of `path`: ``.onnx`` or ``.pt2``.
+        format: ``"onnx"``, compared under onnxruntime; ``"torch"``, a program of ``torch.export``, compared after it is
+            loaded again; or ``"hf"``, a folder for `autoprune.from_pretrained`, for models of transformers, which then
+            gives the same outputs to the last bit. None goes by the ending of `path`: ``.onnx`` or ``.pt2``.
         tolerance: Largest difference of an output as a fraction of its largest value; by default 1e-4 for float32.
 
     Returns:
@@ -84,11 +88,28 @@ def export(
     tolerance = checked_tolerance(tolerance)
     target = as_path(path)
     format = _format_of(target, format)  # noqa: A001
+    if format == "hf":
+        return _export_folder(small, target, example)
     write = _writer(format)
     with replacing(target) as fresh:  # so that a path that cannot be written fails first
         program = traced(Call.of(small, example))
         parity = write(program, fresh, tolerance)
     return Exported(target, format, parity, program.dynamic, program.notes)
+
+
+def _export_folder(small: nn.Module, folder: Path, example: ExampleInputs | None) -> Exported:
+    from autoprune.result.pretrained.writing import require_pretrained, write_pretrained
+
+    require_pretrained(small)
+    call = Call.of(small, example)
+    expected = call.run()
+
+    def equal(loaded: nn.Module) -> Parity:
+        found = call.outputs_of(lambda *args, **kwargs: loaded(*args, **kwargs, **call.constants))
+        return compare([expected], [found], f"{call.name} loaded from its folder", 0.0)
+
+    parity, notes = write_pretrained(small, folder, equal)
+    return Exported(folder, "hf", parity, {}, notes)
 
 
 def _format_of(path: Path, given: str | None) -> str:

@@ -118,10 +118,13 @@ def _dynamic_in(exported: ExportedProgram, call: Call) -> tuple[tuple[str, ...],
             f"{call.name} was exported with {len(tensors)} inputs, and takes {len(call.tensors)} tensors"
         )
     sizes = [placeholders[name].meta["val"].shape for name in tensors]
-    found = {
-        i: tuple(dim for dim in dims if isinstance(sizes[i][dim], torch.SymInt)) for i, dims in call.dynamic.items()
-    }
+    found = {i: tuple(dim for dim in dims if _free(sizes[i][dim])) for i, dims in call.dynamic.items()}
     return tuple(tensors), found
+
+
+def _free(size: Any) -> bool:
+    """Return whether a traced size may have other values: it may also have become a constant later in the trace."""
+    return isinstance(size, torch.SymInt) and not size.node.shape_env.replace(size.node.expr).is_number
 
 
 def _with_dynamic(call: Call, found: dict[int, tuple[int, ...]]) -> Call:
