@@ -19,13 +19,27 @@ from tests.uneven import answers, uneven
 from zoo.hf import HF_ZOO
 
 LLAMA = "LlamaForCausalLM"
-NAMES = ["BertForSequenceClassification", "GPT2LMHeadModel", LLAMA, "Qwen3ForCausalLM", "ViTForImageClassification"]
+SHALLOW = f"{LLAMA}-shallow"
+DROPPED = ("model.layers.0.mlp", "model.layers.1.self_attn")
+NAMES = [
+    "BertForSequenceClassification",
+    "GPT2LMHeadModel",
+    LLAMA,
+    "Qwen3ForCausalLM",
+    "ViTForImageClassification",
+    SHALLOW,
+]
+
+
+def kind_of(name):
+    """The class of a model by its name here."""
+    return name.partition("-")[0]
 
 
 @pytest.fixture(scope="module")
 def small():
     """Pruned models by name."""
-    return {name: uneven(name) for name in NAMES}
+    return {name: uneven(kind_of(name), dropped=DROPPED if name == SHALLOW else ()) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +47,7 @@ def folder(small, tmp_path_factory):
     """A folder for each model as autoprune exports it, one as it saves itself, and the answers of a fresh process."""
     folder = tmp_path_factory.mktemp("pretrained")
     for name, model in small.items():
-        autoprune.export(model, folder / name, HF_ZOO[name].inputs(), format="hf")
+        autoprune.export(model, folder / name, HF_ZOO[kind_of(name)].inputs(), format="hf")
         model.save_pretrained(folder / f"{name}-self")
     names = [each for name in NAMES for each in (name, f"{name}-self")]
     subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.uneven", folder, *names], check=True)
@@ -44,9 +58,9 @@ def folder(small, tmp_path_factory):
 @pytest.mark.parametrize("writer", ["", "-self"], ids=["export", "save_pretrained"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_process_gives_the_same_outputs_and_generates_the_same(name, writer, small, folder):
-    dense = sum(p.numel() for p in HF_ZOO[name].build().parameters())
+    dense = sum(p.numel() for p in HF_ZOO[kind_of(name)].build().parameters())
     assert sum(p.numel() for p in small[name].parameters()) < 0.9 * dense
-    expected = answers(small[name], name)
+    expected = answers(small[name], kind_of(name))
     found = load_file(folder / f"{name}{writer}.safetensors")
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -64,6 +78,13 @@ def test_the_config_says_which_layers_differ_and_in_what(small, folder):
         assert own["num_key_value_heads"] * config["head_dim"] == layer.self_attn.k_proj.weight.shape[0]
     assert config["hidden_size"] == small[LLAMA].model.embed_tokens.weight.shape[1]
     assert per_layer
+
+
+@pytest.mark.slow
+def test_the_config_says_which_parts_were_left_out(folder):
+    config = json.loads((folder / SHALLOW / "config.json").read_text())
+    assert [config["per_layer_config"][str(i)]["skip"] for i in range(2)] == [["mlp"], ["attention"]]
+    assert "mlp" not in str(autoprune.from_pretrained(folder / SHALLOW).model.layers[0].state_dict().keys())
 
 
 @pytest.mark.slow
@@ -156,6 +177,7 @@ CALLS_THE_SYSTEM = {"name": "x", "inputs": [], "nodes": [["os", "system"]], "out
             "cannot be used",
         ),
         ({"section": {"buffers": {"model.rotary_emb.inv_freq": {"0": [10**6]}}}}, "other entries"),
+        ({"section": {"dropped": {"model.layers.0.mlp": {"call": "system"}}}}, "zeros or plain values"),
         ({"section": {"version": 2}}, "has version 2"),
         ({"section": {"types": {"model.rotary_emb.inv_freq": "load"}}}, "the type 'load'"),
     ],

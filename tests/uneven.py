@@ -5,6 +5,7 @@ of the model in each folder FOLDER/NAME next to it.
 """
 
 import sys
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -23,8 +24,14 @@ from zoo.hf import HF_ZOO
 SHARES = (0.5, 1.0, 0.75)
 
 
-def uneven(name: str, shares: tuple[float, ...] = SHARES) -> nn.Module:
-    """A model of the zoo; its groups keep these shares of their units, one after the other, chosen at random."""
+def uneven(name: str, shares: tuple[float, ...] = SHARES, dropped: tuple[str, ...] = ()) -> nn.Module:
+    """A model of the zoo; its groups keep these shares of their units, one after the other, chosen at random.
+
+    Args:
+        name: In the zoo.
+        shares: Of the units.
+        dropped: Branches that are left out.
+    """
     entry = HF_ZOO[name]
     model = entry.build()
     structure = analyse(Example(model, (), entry.inputs(), forward=lambda model, **given: entry.forward(model, given)))
@@ -35,7 +42,7 @@ def uneven(name: str, shares: tuple[float, ...] = SHARES) -> nn.Module:
         int(np.argmin([abs(units - share * dimension.options[0]) for units in dimension.options]))
         for share, dimension in zip(cycle(shares), space.dimensions, strict=False)
     ]
-    pruning = space.pruning(candidate)
+    pruning = replace(space.pruning(candidate), dropped=dropped)
     return attach(structure.build(model, pruning), structure.edit(pruning), model).eval()
 
 

@@ -19,8 +19,10 @@ from torch.overrides import TorchFunctionMode
 from autoprune.data.sampling import seeded
 from autoprune.files.access import MIB
 from autoprune.protocols import IntArray
+from autoprune.structure.branches.branch import inside
 from autoprune.structure.owners import Owner, owners
 from autoprune.structure.sizes.held import size_held
+from autoprune.structure.slicing.dropped import require_returns
 from autoprune.structure.slicing.slicing import Edit, build
 
 MOST_TIMES = 64
@@ -71,7 +73,7 @@ def _edit(
     slices: dict[str, dict[int, IntArray]] = {}
     larger = {}
     for owner in _first_owners(outline):
-        if any(owner.module == name or owner.module.startswith(f"{name}.") for name in section["dropped"]):
+        if any(inside(owner.module, name) for name in section["dropped"]):
             continue
         if owner.name in section["buffers"]:
             slices[owner.name] = _kept(owner, section["buffers"][owner.name])
@@ -79,13 +81,11 @@ def _edit(
             slices[owner.name] = cut
             larger[owner.name] = list(owner.tensor.shape)
     _require_numbers(outline, section["attributes"])
-    for name in section["dropped"]:
+    dropped = section["dropped"]
+    for name, returns in dropped.items():
         outline.get_submodule(name)
-    return Edit(slices, section["attributes"], graphs=section["graphs"], **_dropped(section)), larger
-
-
-def _dropped(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {"dropped": section["dropped"]} if section["dropped"] else {}
+        require_returns(returns)
+    return Edit(slices, section["attributes"], graphs=section["graphs"], dropped=dropped), larger
 
 
 def _kept(owner: Owner, dims: Mapping[str, list[int]]) -> dict[int, IntArray]:

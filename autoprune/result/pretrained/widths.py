@@ -7,6 +7,7 @@ model; no table of architectures is needed.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ NAMES = {
 """Fields by their names in most configs, with the names that others give them."""
 
 _LAYERS = "num_hidden_layers"
+_NORM = re.compile(r"norm|\bln_?\d?\b|dropout", re.IGNORECASE)
 _WORDS = {ATTENTION: ("attn", "attention"), MLP: ("mlp", "ffn", "feed_forward", "feedforward")}
 
 Make = Callable[[Mapping[str, Any]], nn.Module]
@@ -205,8 +207,9 @@ def _skipped(layer: str, dropped: Mapping[str, Any]) -> tuple[str, ...]:
     """Parts of a layer that were left out, by common names."""
     if layer in dropped:
         return (ATTENTION, MLP)
-    inside = [name.removeprefix(f"{layer}.") for name in dropped if name.startswith(f"{layer}.")]
-    return tuple(sorted({_word(name) for name in inside}))
+    within = [name.removeprefix(f"{layer}.") for name in dropped if name.startswith(f"{layer}.")]
+    parts = [_word(name) for name in within if not _NORM.search(name)]  # which only prepare what a part reads
+    return tuple(sorted(set(parts or within)))
 
 
 def _word(name: str) -> str:
