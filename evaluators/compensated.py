@@ -23,7 +23,7 @@ from autoprune.evaluators.refit.normalisation import Correction
 from autoprune.evaluators.scoring.scorer import Adapted, bound_forward
 from autoprune.importance.calibration import private_copy
 from autoprune.importance.reading import matrix_of
-from autoprune.protocols import Failure, IntArray, Measurement, Pruning, SearchSpace
+from autoprune.protocols import Failure, IntArray, Measurement, Pruning, SearchSpace, Silences
 from autoprune.structure.slicing.adapters import refresh_flat_weights
 from autoprune.structure.slicing.slicing import Edit
 
@@ -253,8 +253,13 @@ class Compensated:
 
 
 def middle_of(space: SearchSpace) -> Pruning:
-    """Pruning with the middle option of every dimension."""
-    return space.pruning((np.array(space.sizes) // 2).tolist())
+    """Pruning with the middle option of every dimension that drops no part as a whole."""
+    middle = np.array(space.sizes) // 2
+    if isinstance(space, Silences):
+        for j in np.flatnonzero(middle):
+            alone = np.where(np.arange(len(middle)) == j, middle, 0)
+            middle[j] = 0 if space.pruning(alone.tolist()).dropped else middle[j]
+    return space.pruning(middle.tolist())
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

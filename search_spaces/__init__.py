@@ -5,6 +5,7 @@ from __future__ import annotations
 from autoprune.search_spaces.blocks import Blocks
 from autoprune.search_spaces.channels import Channels, ChannelSpace
 from autoprune.search_spaces.choices import Choice, Choices
+from autoprune.search_spaces.depth import Depth, DepthSpace
 from autoprune.search_spaces.product import Product, ProductSpace
 from autoprune.search_spaces.protocol import (
     FollowsWidths,
@@ -29,6 +30,7 @@ from autoprune.search_spaces.sparsity import Sparsity, SparsitySpace
 register_space("channels", Channels, ChannelSpace)
 register_space("sparsity", Sparsity, SparsitySpace)
 register_space("blocks", Blocks, Choices)
+register_space("depth", Depth, DepthSpace)
 SPACES["choices"] = Kind(None, Choices)
 SPACES["product"] = Kind(None, ProductSpace)
 
@@ -39,6 +41,8 @@ __all__ = [
     "Channels",
     "Choice",
     "Choices",
+    "Depth",
+    "DepthSpace",
     "FollowsWidths",
     "Product",
     "ProductSpace",

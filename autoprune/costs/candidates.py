@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
+from autoprune.structure.branches.branch import Presence
 from autoprune.structure.structure import Structure
 
 
@@ -24,20 +25,30 @@ class Candidates:
 
     indices: IntArray
     _space: SearchSpace = field(repr=False)
-    _groups: tuple[str, ...] = field(repr=False)
+    _presence: Presence = field(repr=False)
 
     @classmethod
     def of(cls, indices: IntArray, space: SearchSpace, structure: Structure) -> Candidates:
         """Give option indices, shape (n, d), their meaning in a space for a traced model."""
-        return cls(indices, space, tuple(group.name for group in structure.groups))
+        return cls(indices, space, structure.presence)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     @cached_property
     def widths(self) -> Mapping[str, FloatArray]:
-        """Units kept in each group of the model, by name as in `autoprune.inspect`, shape (n,) each."""
-        return dict(zip(self._groups, self._space.widths(self.indices).T, strict=True))
+        """Units kept in each group, by its name in `autoprune.inspect`, shape (n,) each; 0 where it is dropped."""
+        return dict(zip(self._presence.groups, self._effective.T, strict=False))
+
+    @cached_property
+    def present(self) -> Mapping[str, FloatArray]:
+        """Presence of each branch of the model, by name: 1 where it is kept and 0 where it is dropped, shape (n,)."""
+        branches = self._effective.T[len(self._presence.groups) :]
+        return {branch.name: column for branch, column in zip(self._presence.branches, branches, strict=True)}
+
+    @cached_property
+    def _effective(self) -> FloatArray:
+        return self._presence.effective(self._space.widths(self.indices))
 
     @cached_property
     def options(self) -> Mapping[str, NDArray[Any]]:

@@ -11,6 +11,7 @@ from autoprune.arguments import shown
 from autoprune.costs.candidates import Candidates, GivenCost
 from autoprune.costs.latency.model import Latency
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
+from autoprune.structure.branches.branch import Presence
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products
 
@@ -210,11 +211,12 @@ def make_costs(
         ValueError: If a user's cost takes the name of a built-in one, or its result has the wrong shape.
     """
     exact = StructuralCosts(structure, batch)
-    built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": memory or exact.memory_bytes}
+    peak = exact.memory_bytes if memory is None else partial(_peak, memory, exact, len(structure.groups))
+    built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": peak}
     costs: dict[str, CostFunction] = {name: partial(_of_widths, cost, space) for name, cost in built_in.items()}
     costs["nonzero_params"] = partial(_nonzero_params, exact, space)
     if latency is not None:
-        costs["latency_ms"] = partial(_latency_ms, latency, space)
+        costs["latency_ms"] = partial(_latency_ms, latency, space, structure.presence)
     known = sorted(costs)
     for name, function in (user or {}).items():
         if name in costs:
@@ -225,12 +227,32 @@ def make_costs(
     return costs
 
 
-def _latency_ms(latency: Latency, space: SearchSpace, candidates: IntArray) -> FloatArray:
+def _latency_ms(latency: Latency, space: SearchSpace, presence: Presence, candidates: IntArray) -> FloatArray:
     """Predicted milliseconds; for the dense network those that were measured."""
-    widths = space.widths(candidates)
-    dense = (widths == [size for _, size in latency.groups]).all(axis=1)
+    groups = len(latency.groups)
+    widths = predicted_widths(presence, space, candidates)
+    dense = (widths[:, :groups] == [size for _, size in latency.groups]).all(axis=1) & widths[:, groups:].all(axis=1)
     ms: FloatArray = np.where(dense, latency.dense_ms, latency.predict(widths))
     return ms
+
+
+def predicted_widths(presence: Presence, space: SearchSpace, candidates: IntArray) -> FloatArray:
+    """Widths as `Latency.predict` takes them: a table has no width of 0, so groups in dropped branches keep theirs."""
+    groups = len(presence.groups)
+    given = space.widths(candidates)
+    return np.hstack([given[:, :groups], presence.effective(given)[:, groups:]])
+
+
+def _peak(
+    memory: Callable[[FloatArray], FloatArray], exact: StructuralCosts, groups: int, widths: FloatArray
+) -> FloatArray:
+    """Peak of memory; with branches dropped, that of all of them less what tensors and parameters take less."""
+    peak = memory(widths[:, :groups])
+    dropped = ~widths[:, groups:].all(axis=1)
+    if dropped.any():
+        some = widths[dropped]
+        peak[dropped] -= exact.memory_bytes(some[:, :groups]) - exact.memory_bytes(some)
+    return peak
 
 
 def _per_sample(latency_ms: CostFunction, batch: int, candidates: IntArray) -> FloatArray:

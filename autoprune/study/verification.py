@@ -14,6 +14,7 @@ from autoprune.costs.latency.profile import time_networks
 from autoprune.costs.latency.setting import setting_of
 from autoprune.costs.latency.timing import Timing, clock_for, note_of_noise
 from autoprune.costs.operations.runtimes import runtime_of
+from autoprune.costs.structural import predicted_widths
 from autoprune.data.sampling import seeded
 from autoprune.errors import UnsupportedModelError
 from autoprune.protocols import IntArray
@@ -124,7 +125,7 @@ class _Seen:
         clock = clock_for(next(context.model.parameters()).device, runtime.elsewhere)
         timings = time_networks(calls, dense, clock)
         self.timings.update(zip((trial.id for trial in trials), timings, strict=True))
-        widths = context.space.widths(_candidates(trials)).astype(np.int64)
+        widths = predicted_widths(context.structure.presence, context.space, _candidates(trials)).astype(np.int64)
         ratio, uncertainty = np.array([(timing.ratio, timing.uncertainty) for timing in timings]).T
         return latency.refitted(widths, ratio, uncertainty)
 

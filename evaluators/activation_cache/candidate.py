@@ -73,6 +73,7 @@ class Resuming:
         self._alone = Alone(shared.model.forward, module)
         self._is_skeleton = module is shared.model.module
         digests = shared.plan.digests(edit)
+        self._dropped = frozenset(edit.dropped)
         self._digest = digests[WHOLE]
         self._entries = Entries(shared.store, shared.plan, shared.samples, digests)
         self._known = shared.calibrated.known(self._digest)
@@ -140,7 +141,7 @@ class Resuming:
             return None
         resume = self._calibration if calibrates else self._entries.last_for_batch(place)
         self.resumed |= resume is not None  # before it runs: a placeholder may raise before the cut
-        own = Pass(self._shared.plan, place, resume, self._entries.keep)
+        own = Pass(self._shared.plan, place, resume, self._entries.keep, self._dropped)
         try:
             outputs = self._shared.model.run(own, batch)
         finally:

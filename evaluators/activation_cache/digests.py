@@ -39,6 +39,7 @@ def first_operations(context: Context, flow: Flow) -> IntArray:
     firsts = []
     for edit in changed:
         places = [flow.reads.get(name, _NEVER) for name in {*edit.slices, *edit.zeroed}]
+        places += [flow.enters.get(name, 0) for name in edit.dropped]
         for name, values in edit.attributes.items():
             if values != dense.attributes.get(name):
                 places.append(flow.enters.get(name, 0))
@@ -50,14 +51,16 @@ def marks_of(context: Context, flow: Flow) -> list[Mark]:
     """First use of each tensor and module that candidates may change: operation, name, and whether it is a tensor."""
     structure = context.structure
     tensors = ((flow.reads.get(name, _NEVER), name, True) for name in {*structure.units_of, *structure.weights})
-    modules = ((flow.enters.get(name, -1), name, False) for name in {each.module for each in structure.attributes})
+    changed = {each.module for each in structure.attributes} | {each.module for each in structure.numbered}
+    changed |= {name for branch in structure.branches for name in branch.modules}
+    modules = ((flow.enters.get(name, -1), name, False) for name in changed)
     return sorted([*tensors, *modules])
 
 
 def _describe(edit: Edit, name: str, tensor: bool, write: Callable[[bytes], None]) -> None:
     """Feed the change that an edit makes to a tensor or a module to a hash."""
     if not tensor:
-        write(repr((name, sorted(edit.attributes.get(name, {}).items()))).encode())
+        write(repr((name, sorted(edit.attributes.get(name, {}).items()), edit.dropped.get(name))).encode())
     elif name in edit.slices or name in edit.zeroed:
         write(repr((name, edit.zeroed.get(name, 0))).encode())
         for dim, index in sorted(edit.slices.get(name, {}).items()):

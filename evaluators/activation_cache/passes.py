@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from autoprune.data.batch import Batch, Forward
 from autoprune.evaluators.activation_cache.plan import Plan
 from autoprune.evaluators.activation_cache.resume_points import Cut
 from autoprune.evaluators.activation_cache.store import Kept, copied, placeholder, versions
+from autoprune.structure.branches.branch import inside
 from autoprune.structure.tracing.special_methods import overridden, subclass_of
 
 CALIBRATION = "calibration"
@@ -51,6 +52,7 @@ class Pass:
         place: Of the batch.
         resume: Cut that the pass resumes at, and its cache entry; None to run everything.
         computed: Called with this pass, every cut that it computes, and the outputs there.
+        dropped: Modules that the model leaves out, and which nothing calls.
 
     Attributes:
         place: As above.
@@ -59,9 +61,15 @@ class Pass:
     """
 
     def __init__(
-        self, plan: Plan, place: Place, resume: Resume | None, computed: Callable[[Pass, Cut, Any], None]
+        self,
+        plan: Plan,
+        place: Place,
+        resume: Resume | None,
+        computed: Callable[[Pass, Cut, Any], None],
+        dropped: Collection[str] = (),
     ) -> None:
         self._plan, self._resume, self._computed = plan, resume, computed
+        self._dropped = dropped
         self.place = place
         self.shapes: dict[str, Any] = {} if resume is None else dict(resume[1].shapes[place.index])
         self.fault: str | None = None
@@ -89,7 +97,8 @@ class Pass:
 
     def check(self) -> None:
         """Note a fault if the pass, now complete, called modules in another way than the trace did."""
-        expected = self._plan.watched if self._resume is None else {self._resume[0].name, *self._resume[0].skipped}
+        planned = self._plan.watched if self._resume is None else {self._resume[0].name, *self._resume[0].skipped}
+        expected = {name for name in planned if not any(inside(name, gone) for gone in self._dropped)}
         if Counter(name for name in self._called if name in expected) != Counter(expected):
             self.fault = self.fault or "modules are not called in the way that was traced"
 
@@ -98,7 +107,7 @@ class Pass:
         index = self.place.index
         kept.outputs[index] = outputs = tree_map(copied, outputs) if cut.overwritten else outputs
         kept.versions[index] = versions(outputs)
-        kept.shapes[index] = {name: self.shapes[name] for name in cut.skipped}
+        kept.shapes[index] = {name: self.shapes[name] for name in cut.skipped if name in self.shapes}
 
     def _cached(self, cut: Cut, kept: Kept) -> Any:
         outputs = kept.outputs[self.place.index]

@@ -44,7 +44,8 @@ _FORM = {
         "networks": int,
     },
     "groups": [[(str, int)]],
-    "parts": [{"family": str, "count": int, "sizes": [[(int, [[int]])]]}],
+    "branches?": [str],
+    "parts": [{"family": str, "count": int, "sizes": [[(int, [[int]])]], "branch?": int}],
     "tables": [
         {"family": str, "kind": str, "axes": [[int]], "aligned?": int} | dict.fromkeys(("ms", "low", "high"), object)
     ],
@@ -67,6 +68,7 @@ class Latency:
         evidence: Whole networks that were measured.
         correction: From the parts to the whole.
         notes: Omitted operations, and the noise of the machine, in plain words.
+        branches: Branches of the structure whose operations are known; none where the runtime does not tell.
     """
 
     setting: Setting
@@ -77,6 +79,7 @@ class Latency:
     evidence: Evidence
     correction: Correction = None  # type: ignore[assignment]  # fitted below if not given
     notes: tuple[str, ...] = field(default=())
+    branches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.correction is None:
@@ -85,7 +88,13 @@ class Latency:
             object.__setattr__(self, "correction", fit(kinds, seen.ratio * self.dense_ms, seen.uncertainty))
 
     def predict(self, widths: FloatArray) -> FloatArray:
-        """Milliseconds of the whole network for the batch, shape (n,), at widths (n, groups)."""
+        """Milliseconds of the whole network for the batch, shape (n,), at widths (n, groups).
+
+        Columns of branches may follow: 1 where one is kept, and 0 where it or one around it is dropped.
+
+        Raises:
+            ValueError: If a branch is dropped and it is not known which operations vanish with it.
+        """
         kinds = self.by_kind(widths)
         total = np.full(len(widths), self.correction.constant_ms)
         for kind, ms in kinds.items():
@@ -117,6 +126,7 @@ class Latency:
 
         Parts with a size that is no multiple of 8 are a separate kind.
         """
+        present = self._present(widths)
         values = part_values(self.parts, widths)
         whole = {size: value % _ALIGNED == 0 for size, value in values.items()}
         places: dict[tuple[tuple[int, ...], int, Any], Place] = {}
@@ -130,20 +140,37 @@ class Latency:
                 if (axis, aligned, size) not in places:
                     places[axis, aligned, size] = place(axis, aligned, values[size])
             ms = part.count * interpolate(table, [places[key] for key in keys])
+            if part.branch >= 0 and present is not None:
+                ms = ms * present[:, part.branch]
             aligned = np.logical_and.reduce([whole[size] for size in part.sizes], axis=0) | np.zeros(len(widths), bool)
             for kind, rows in ((table.kind, aligned), (f"unaligned {table.kind}", ~aligned)):
                 kinds[kind] = kinds.get(kind, np.zeros(len(widths))) + np.where(rows, ms, 0.0)
         return kinds
+
+    def _present(self, widths: FloatArray) -> FloatArray | None:
+        """Columns of branches; None where all are kept."""
+        present = widths[:, len(self.groups) :]
+        if present.all():
+            return None
+        if present.shape[1] != len(self.branches):
+            raise ValueError(
+                f"latency must know the operations of {present.shape[1]} branches to predict networks without some, "
+                f"and this table, of the runtime {self.setting.runtime}, knows those of {len(self.branches)}; measure "
+                "again with autoprune.profile and runtime='torch', or limit another cost"
+            )
+        return present
 
     @cached_property
     def _by_key(self) -> dict[str, Table]:
         return {table.key: table for table in self.tables}
 
     def refitted(self, widths: IntArray, ratio: FloatArray, uncertainty: FloatArray) -> Latency:
-        """Fit the model again with more whole networks, widths (m, groups), added to its evidence."""
+        """Fit the model again with more whole networks, widths as in `predict`, added to its evidence."""
         old = self.evidence
+        columns = max(old.widths.shape[1], widths.shape[1])
+        padded = [np.pad(w, ((0, 0), (0, columns - w.shape[1])), constant_values=1) for w in (old.widths, widths)]
         evidence = Evidence(
-            np.concatenate([old.widths, widths]),
+            np.concatenate(padded),
             np.concatenate([old.ratio, ratio]),
             np.concatenate([old.uncertainty, uncertainty]),
         )
@@ -213,7 +240,9 @@ class Latency:
     def _require_sound(self) -> None:
         """Refuse tables and evidence whose shapes do not match, and figures that are no times."""
         seen = self.evidence
-        widths = np.array([[size for _, size in self.groups], *seen.widths.tolist()], dtype=np.float64)
+        dense = np.ones((1, seen.widths.shape[1] if len(seen.widths) else len(self.groups)))
+        dense[0, : len(self.groups)] = [size for _, size in self.groups]
+        widths = np.concatenate([dense, seen.widths]) if len(seen.widths) else dense
         whole = all(
             grid.shape == tuple(map(len, t.axes)) for t in self.tables for grid in (t.ms, t.low, t.high)
         ) and all(of.shape == (len(seen.widths),) for of in (seen.ratio, seen.uncertainty))
@@ -233,9 +262,15 @@ class Latency:
             "correction": _nan_to_none(asdict(self.correction)),
             "groups": [list(group) for group in self.groups],
             "parts": [
-                {"family": part.family, "count": part.count, "sizes": [[f, list(map(list, s))] for f, s in part.sizes]}
+                {
+                    "family": part.family,
+                    "count": part.count,
+                    "sizes": [[f, list(map(list, s))] for f, s in part.sizes],
+                    "branch": part.branch,
+                }
                 for part in self.parts
             ],
+            "branches": list(self.branches),
             "tables": [
                 {
                     "family": table.key,
@@ -277,9 +312,15 @@ class Latency:
                 for t in data["tables"]
             ),
             parts=tuple(
-                Part(p["family"], tuple((f, tuple((g, each) for g, each in s)) for f, s in p["sizes"]), p["count"])
+                Part(
+                    p["family"],
+                    tuple((f, tuple((g, each) for g, each in s)) for f, s in p["sizes"]),
+                    p["count"],
+                    p.get("branch", -1),
+                )
                 for p in data["parts"]
             ),
+            branches=tuple(data.get("branches", ())),
             evidence=Evidence(
                 np.array(seen["widths"], dtype=np.int64),
                 np.array(seen["ratio"], dtype=np.float64),

@@ -209,6 +209,7 @@ def profile_structure(
         parts=tuple(parts),
         evidence=Evidence(widths, ratio, uncertainty),
         notes=tuple(note for note in notes if note),
+        branches=tuple(b.name for b in structure.branches) if any(part.branch >= 0 for part in parts) else (),
     )
     if path is not None:
         latency.save(path)

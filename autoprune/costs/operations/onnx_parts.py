@@ -81,6 +81,10 @@ class _Node:
     def aligned(self) -> int:
         return _ALIGNED if self.node.op_type in _CONVOLUTIONS else 1
 
+    @property
+    def module(self) -> str:
+        return ""  # a graph of operators does not say
+
     def where(self) -> str:
         return f"{self.node.op_type} {self.node.name!r}"
 

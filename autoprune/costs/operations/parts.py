@@ -44,6 +44,7 @@ class Operation(Protocol):
         numbers: All sizes and other whole numbers in its arguments.
         kind: One of those of `Family`.
         aligned: As `Family` has it.
+        module: Qualified name of the module that ran it; empty where that is not known.
     """
 
     @property
@@ -54,6 +55,8 @@ class Operation(Protocol):
     def kind(self) -> str: ...  # noqa: D102
     @property
     def aligned(self) -> int: ...  # noqa: D102
+    @property
+    def module(self) -> str: ...  # noqa: D102
 
     def where(self) -> str:
         """Return its name and place in the model, for messages."""
@@ -107,11 +110,13 @@ class Part:
         family: Key of their family.
         sizes: The values of its variables as functions of the widths.
         count: How many there are.
+        branch: Position of the smallest branch of the structure that they vanish with; -1 if there is none.
     """
 
     family: str
     sizes: tuple[Size, ...]
     count: int
+    branch: int = -1
 
 
 def parts_of(
@@ -249,7 +254,8 @@ def families_of(
 ) -> tuple[list[Family], list[Part]]:
     """Families of operations, and the parts where they occur; `rows` holds the numbers of each call."""
     families: dict[str, Family] = {}
-    counts: dict[tuple[str, tuple[Size, ...]], int] = {}
+    counts: dict[tuple[str, tuple[Size, ...], int], int] = {}
+    branches: dict[str, int] = {}
     least = np.array([group.multiple for group in structure.groups], dtype=np.int64)
     for call, own in zip(calls, rows, strict=True):
         variables: dict[Size, int] = {}
@@ -275,9 +281,12 @@ def families_of(
             lowest = list(map(min, known.lowest, lowest))
         make = _maker(call, tuple(slots))
         families[key] = Family(key, call.kind, dense, tuple(lowest), tuple(steps), call.aligned, make)
-        place = (key, tuple(variables))
+        if call.module not in branches:
+            branches[call.module] = structure.presence.branch_of(call.module) if call.module else -1
+        place = (key, tuple(variables), branches[call.module])
         counts[place] = counts.get(place, 0) + 1
-    return list(families.values()), [Part(key, sizes, count) for (key, sizes), count in counts.items()]
+    parts = [Part(key, sizes, count, branch) for (key, sizes, branch), count in counts.items()]
+    return list(families.values()), parts
 
 
 def _at(size: Size, widths: IntArray) -> int:

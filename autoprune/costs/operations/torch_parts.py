@@ -125,6 +125,11 @@ class TorchOperation:
             return "matmul"
         return "norm" if "norm" in name else "elementwise"
 
+    @property
+    def module(self) -> str:
+        """Module that ran it."""
+        return self.op.module
+
     def where(self) -> str:
         """Its name and place in the model."""
         return self.op.where()

@@ -35,11 +35,13 @@ class SpaceContract:
     def test_option_zero_is_dense(self) -> None:
         space, structure = self.make_space(), self.make_structure()
         dense = np.zeros(len(space.sizes), dtype=np.int64)
-        assert space.widths(dense[None])[0].tolist() == structure.sizes.tolist()
+        widths = space.widths(dense[None])[0].tolist()
+        assert widths == structure.dense[: len(widths)].tolist()
         assert space.zeroed(dense[None]).tolist() == [0]
         edit = structure.edit(space.pruning(dense.tolist()))
         assert not edit.slices
         assert not edit.zeroed
+        assert not edit.dropped
 
     def test_later_options_of_ordered_dimensions_cost_fewer_nonzero_parameters(self) -> None:
         space = self.make_space()
@@ -98,7 +100,8 @@ class SpaceContract:
         candidates = space.canonical(draw(space))
         widths, zeroed = space.widths(candidates), space.zeroed(candidates)
         assert widths.dtype == zeroed.dtype == np.float64
-        assert widths.shape == (len(candidates), len(groups))
+        assert len(widths) == len(candidates)
+        assert widths.shape[1] in (len(groups), len(structure.dense))  # columns of branches are left out by many
         assert zeroed.shape == (len(candidates),)
         for candidate, row, zeros in zip(candidates, widths, zeroed, strict=True):
             pruning = space.pruning(candidate.tolist())
@@ -107,7 +110,10 @@ class SpaceContract:
             assert sum(pruning.zeroed.values()) == zeros
             for units in kept.values():
                 assert list(units) == sorted(set(units))
-            assert [len(kept.get(name, range(size))) for name, size in groups.items()] == row.tolist()
+            assert [len(kept.get(name, range(size))) for name, size in groups.items()] == row[: len(groups)].tolist()
+            gone = structure.presence.closed(pruning.dropped)
+            present = [branch.name not in gone for branch in structure.branches]
+            assert row[len(groups) :].tolist() in ([], present)
 
     def test_it_describes_itself_in_one_line(self) -> None:
         description = self.make_space().describe()
