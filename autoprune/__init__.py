@@ -18,6 +18,7 @@ from autoprune.errors import (
     StructureCheckError,
     UnsupportedModelError,
 )
+from autoprune.execution import Execution
 from autoprune.inspection import Inspection, inspect
 from autoprune.metrics.metric import Metric
 from autoprune.protocols import Pruning
@@ -29,8 +30,10 @@ from autoprune.result.recipe import load, save
 from autoprune.result.trials import Trial
 from autoprune.search import search
 from autoprune.search_spaces import Channels, Product, Sparsity, register_space
+from autoprune.structure.call import Call
 from autoprune.structure.rules import register_rule
 from autoprune.structure.slicing.adapters import register_adapter
+from autoprune.study.start import Start
 
 __version__ = "0.1.0"
 
@@ -39,9 +42,11 @@ __all__ = [
     "AutopruneError",
     "Budget",
     "BudgetError",
+    "Call",
     "Channels",
     "Data",
     "DataError",
+    "Execution",
     "FileFormatError",
     "InfeasibleBudgetError",
     "Inspection",
@@ -55,6 +60,7 @@ __all__ = [
     "Rungs",
     "SearchResult",
     "Sparsity",
+    "Start",
     "StructureCheckError",
     "Trial",
     "UnsupportedModelError",

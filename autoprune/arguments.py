@@ -8,7 +8,8 @@ import operator
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -200,6 +201,30 @@ def why_no_function(value: Any, arguments: int, classes: bool = False) -> str:
     except TypeError:
         return f"got {shown(value)}, which takes {signature!s:.100}"
     return ""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def pointing(places: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function to say, in a TypeError, where an argument belongs that it takes as part of another.
+
+    Args:
+        places: What to write, by the name of the argument.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if misplaced := [name for name in kwargs if name in places]:
+                write = ", ".join(dict.fromkeys(places[name] for name in misplaced))
+                raise TypeError(f"{function.__name__}() has no argument {', '.join(misplaced)}; write {write}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 @contextmanager

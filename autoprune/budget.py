@@ -213,7 +213,7 @@ class Budget:
                 nearest = difflib.get_close_matches(limit.name, dense_costs, n=1, cutoff=0.75)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else _OWN
                 if limit.name in ("latency_ms", "ms_per_sample"):
-                    hint = "; search under a limit on latency, or pass it a table with latency="
+                    hint = "; search under a limit on latency, or pass it a table as costs={'latency_ms': table}"
                 raise BudgetError(f"budget must limit one of {sorted(dense_costs)}, got {limit.name!r}{hint}")
             absolute[limit.name] = limit.value * (dense_costs[limit.name] if limit.relative else 1.0)
         return absolute

@@ -10,15 +10,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from autoprune.arguments import shown
+from autoprune.arguments import pointing, shown
 from autoprune.budget import Budget
 from autoprune.costs import GivenCost, Latency
-from autoprune.data.batch import Forward
 from autoprune.early_stopping.racing import Racing
 from autoprune.early_stopping.successive_halving import Rungs
 from autoprune.evaluators import Evaluator, EvaluatorName
-from autoprune.execution import Executor, ExecutorName, make_executor
-from autoprune.importance.expected_loss import Prior
+from autoprune.execution import Execution, Executor, ExecutorName, execution_of
 from autoprune.journal.sqlite_file import require_free
 from autoprune.metrics.metric import Metric, MetricName
 from autoprune.optimizers import OptimizerName, Problem, find_optimizer
@@ -26,24 +24,25 @@ from autoprune.protocols import Optimizer
 from autoprune.result import SearchResult
 from autoprune.result.trials import note_of_probes
 from autoprune.search_spaces import Settings
-from autoprune.structure.analysis import ChecksMode, RewriteMode
+from autoprune.structure.call import CallOrInputs, call_of
 from autoprune.study.constant_output import note_of_no_better
 from autoprune.study.convergence import Deadline
 from autoprune.study.fingerprint import identity_of
 from autoprune.study.loop import Loop
 from autoprune.study.mapped_weights import settle
 from autoprune.study.progress import Progress
-from autoprune.study.request import Request
+from autoprune.study.request import PLACES, Request
 from autoprune.study.resume import open_journal
 from autoprune.study.rivals import Rivals, note_of_racing
 from autoprune.study.setup import set_up
-from autoprune.study.start import Start
+from autoprune.study.start import Beginning, Start, start_of
 from autoprune.study.trials import dense_of, result_of
 from autoprune.study.verification import verify
 
 log = logging.getLogger(__name__)
 
 
+@pointing(PLACES)
 def search(
     model: nn.Module,
     budget: str | Budget | Sequence[str | Budget],
@@ -56,22 +55,11 @@ def search(
     trials: int | Literal["auto"] = 200,
     max_seconds: float | None = None,
     seed: int = 0,
-    start: Start | Sequence[Start] = (),
-    forward: Forward | None = None,
-    example_inputs: Any = None,
-    outputs: Any = None,
-    executor: ExecutorName | Executor = "local",
-    run_dir: str | Path | None = None,
-    resume: bool | Literal["anyway"] = False,
-    progress: bool = True,
-    checks: ChecksMode = "on",
-    rewrite: RewriteMode = "auto",
-    costs: Mapping[str, GivenCost] | None = None,
-    cost_batch: int = 1,
-    prior: Prior = "auto",
-    racing: bool | Racing | Rungs = False,
-    latency: Latency | str | Path | None = None,
-    labels: str | None = None,
+    start: Start | Beginning | Sequence[Beginning] = (),
+    example: CallOrInputs | None = None,
+    costs: Mapping[str, GivenCost | Latency | str | Path] | None = None,
+    early_stopping: bool | Racing | Rungs = False,
+    execution: ExecutorName | Executor | Execution = "local",
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
 
@@ -84,8 +72,8 @@ def search(
             then minimises cost subject to that limit on the validation data, and a note says whether it also holds on
             held-out data. It minimises the first cost that the budget also limits, else ``flops``, or
             ``nonzero_params`` where the space does not change the FLOPs.
-        data: `Data`, a DataLoader, or (X, y) arrays. Without data, seeded random inputs shaped like `example_inputs`
-            stand in, and the score is agreement with the dense model on them.
+        data: `Data`, a DataLoader, or (X, y) arrays. Without data, seeded random inputs shaped like `example` stand
+            in, and the score is agreement with the dense model on them.
         metric: ``"auto"`` (accuracy for class labels, else a loss that fits, the loss of the next token for language
             models, else agreement), another name, a loss module or function, or a `Metric`. By name also
             ``"next_token"`` (nats, padding left out), ``"miou"``, and against the dense outputs ``"cosine"`` and
@@ -110,41 +98,25 @@ def search(
             networks: if the time is over before (10 seconds at least for the analysis), that is an error, which says
             how far it came.
         seed: The same seed, data and threads give the same front.
-        start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results.
-        forward: ``forward(model, batch)``, where calling the model with the inputs of a batch is not enough.
-        example_inputs: A tensor, a tuple or a dict of inputs; needed only without data. With data they give the size
-            that costs are stated at, such as the length of a sequence. A list of these covers branches of the forward
-            that the data may not take.
-        outputs: Outputs that matter: a key, an index, several of these, or a function of the model's return value.
-        executor: ``"local"``, ``"ray"`` (workers on this machine, or on the cluster of the job that this runs in), or
-            an `Executor`, such as ``autoprune.execution.RayExecutor(address="auto", gpus_per_worker=0.5)``.
-        run_dir: A separate folder for the journal of the run; without it the journal is in memory.
-        resume: Continue the search in `run_dir`, or begin it if there is none yet. No finished trial is repeated;
-            pending ones are evaluated again. The other arguments must be those of that search, but `trials` may be more
-            or ``"auto"``, and `executor` and `optimizer` others: functions are compared by their code, and the dense
-            model must have the same score. ``"anyway"`` continues in spite of differences, which a note then names.
-        progress: Show a progress line in a terminal.
-        checks: ``"on"`` freezes groups that fail a check of the traced structure, ``"strict"`` raises, ``"isolated"``
-            checks in a separate process.
-        rewrite: ``"auto"`` delivers modules whose code ties sizes, such as ``reshape(B, N, C)`` with ``C`` from the
-            input's shape, as an ``fx.GraphModule`` of their operations; a note names them. ``"off"`` keeps the class of
-            every module, and freezes or ties the groups that such code stops.
+        start: Candidates to begin from: option indices, ``{dimension: option}``, trials, or earlier results. Or a
+            `Start` of these, which also chooses the expected loss of options that optimizers plan with.
+        example: Inputs that the model is called with: a tensor, a tuple or a dict; needed only without data. With data
+            they give the size that costs are stated at, such as the length of a sequence. A list of these covers
+            branches of the forward that the data may not take. Or a `Call` of such inputs, which also says how to run
+            the model (``forward``), which ``outputs`` matter, and how it is traced: ``checks``, ``rewrite``, and
+            ``cost_batch``, the samples that latencies and memory are stated at.
         costs: Further costs by name, which the budget may limit: functions that give (n,) for n candidates, as
-            ``autoprune.costs.Candidates`` with ``.widths`` by group and ``.indices``.
-        cost_batch: Samples that ``memory_bytes`` and ``latency_ms`` are stated at.
-        prior: Expected loss of each option before any evaluation, for optimizers that plan: ``"reconstruction"``, the
-            error of the next layers' outputs, in a few forward passes over 32 samples; ``"sensitivity"``, the change of
-            the outputs of the whole model, with a backward pass too; ``"database"``, that after a re-fit, from a layer
-            database (docs/layer-database.md); or ``"criterion"``, sums of the scores of units, without any pass.
-            ``"auto"``: reconstruction for models with batch norm, else sensitivity.
-        racing: Score candidates batch by batch, and drop those that are known to be dominated (see `Racing` and
-            docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as trials. Or `Rungs`,
-            which stop the trainings of ``"finetune"`` early.
-        latency: A table from `autoprune.profile`, or its file, for budgets on ``latency_ms`` or ``throughput``; without
-            it, latencies are measured here first. Candidates must meet the limit at the upper end of their predicted
+            ``autoprune.costs.Candidates`` with ``.widths`` by group and ``.indices``. ``"latency_ms"`` may be a table
+            from `autoprune.profile` or its file instead, for budgets on ``latency_ms`` or ``throughput``; without it,
+            latencies are measured here first. Candidates must meet the limit at the upper end of their predicted
             interval; the networks on the front are then measured against the dense one, if this is the machine of the
-            table. For a device out of reach, pass ``costs={"latency_ms": function}`` instead.
-        labels: The key of the target in dict batches, as in `Data`.
+            table. For a device out of reach, pass a function.
+        early_stopping: True or `Racing` scores candidates batch by batch, and drops those that are known to be
+            dominated (see docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as
+            trials. Or `Rungs`, which stop the trainings of ``"finetune"`` early.
+        execution: ``"local"``, ``"ray"``, an `Executor`, such as ``autoprune.execution.RayExecutor(workers=8)``, or an
+            `Execution` of one of these, which also names the ``run_dir`` that a search is kept in and resumed from:
+            ``autoprune.Execution(run_dir="runs/a", resume=True)``.
 
     Returns:
         The front and all measurements; ``result.build()`` gives a plain pruned module. Ctrl-C returns the trials so
@@ -157,7 +129,7 @@ def search(
         UnsupportedModelError: If the model is scripted, quantised, or on several devices.
         NothingToPruneError: If nothing can be removed; says why.
         DataError: If the data is empty, or lacks labels that the metric needs.
-        OSError: If `run_dir` cannot be written, or is in use by another search.
+        OSError: If the ``run_dir`` cannot be written, or is in use by another search.
         TimeoutError: If `max_seconds` was over before the model was analysed, or before there was a table of latencies
             for a limit on them.
         ValueError: If another argument is out of range or an unknown name, or differs from the resumed search.
@@ -178,26 +150,16 @@ def search(
         trials=trials,
         max_seconds=max_seconds,
         seed=seed,
-        start=start,
-        forward=forward,
-        example_inputs=example_inputs,
-        outputs=outputs,
-        executor=executor,
-        run_dir=run_dir,
-        resume=resume,
-        progress=progress,
-        checks=checks,
-        rewrite=rewrite,
+        start=start_of(start),
+        example=call_of(example),
         costs=costs,
-        cost_batch=cost_batch,
-        prior=prior,
-        racing=racing,
-        latency=latency,
-        labels=labels,
+        early_stopping=early_stopping,
+        execution=execution_of(execution),
     )
-    if request.run_dir is not None:
-        require_free(request.run_dir, bool(request.resume))
-    runner = make_executor(request.executor)
+    run_dir = request.execution.run_dir
+    if run_dir is not None:
+        require_free(run_dir, bool(request.execution.resume))
+    runner = request.execution.make_executor()
     make_optimizer = find_optimizer(request.optimizer)  # an unknown name must fail before the model is traced
     study = set_up(request, Deadline(began, request.max_seconds))
     for note in study.notes:
@@ -209,8 +171,8 @@ def search(
     dense = dense_of(study)
     with open_journal(study, identity_of(study, dense, proposer, runner)) as journal:
         if study.choice is not None:
-            study.choice.save(request.run_dir)
-        bar = Progress(request.most, study.context.judge.name, request.progress)
+            study.choice.save(run_dir)
+        bar = Progress(request.most, study.context.judge.name, request.execution.progress)
         ended = Loop(study, proposer, runner, journal, Rivals(study, journal), bar).run()
     found, verified = verify(study, ended.trials)
     explained = (

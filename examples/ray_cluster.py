@@ -40,11 +40,13 @@ def main() -> None:
     result = autoprune.search(
         make_model(),
         "flops <= 50%",
-        example_inputs=torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+        example=torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
         trials=options.trials,
-        executor=RayExecutor(options.address, options.workers, gpus_per_worker=options.gpus_per_worker),
-        run_dir=options.run_dir,
-        resume=True,
+        execution=autoprune.Execution(
+            executor=RayExecutor(options.address, options.workers, gpus_per_worker=options.gpus_per_worker),
+            run_dir=options.run_dir,
+            resume=True,
+        ),
     )
     print(result)
 

@@ -178,7 +178,8 @@ class Channels:
         if self.needs_latency:
             if group.name not in self.edges:
                 raise ValueError(
-                    "round_to='auto' needs measured latencies: a latency budget without costs=, or latency="
+                    "round_to='auto' needs measured latencies: a table as costs={'latency_ms': table}, or a budget on "
+                    "latency without costs="
                 )
             rounded = {min((edge for edge in self.edges[group.name] if edge >= w), default=w) for w in rounded}
         # Option 0 is dense whatever the bounds say: every candidate is compared with it.

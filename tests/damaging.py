@@ -68,7 +68,7 @@ def make_all(folder: Path) -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     run = folder / "journal"
     result = autoprune.search(
-        model(), "flops <= 60%", (x, x[:, :4].argmax(1)), trials=6, progress=False, run_dir=str(run)
+        model(), "flops <= 60%", (x, x[:, :4].argmax(1)), trials=6, execution=autoprune.Execution(run_dir=str(run))
     )
     result.save(folder / "result")
     for name in ("recipe", "checkpoint", "table", "log"):

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from autoprune.structure.slicing.adapters import ADAPTERS
 from tests.damaging import model
 from tests.hostile import X, Y, deadline, judged, restored, simulated_clock
 from tests.hostile_values import BUDGETS, COSTS, DATA, EXAMPLES, FORWARD, METRIC, OUTPUTS, SPACE, START, VALUES, labels
+from tests.searching import grouped
 
 PATHS = ("text", "path")
 MANY = ("2**70",)
@@ -59,8 +61,8 @@ class Call:
 
 
 def _search(**given: Any) -> object:
-    settings = {"trials": 1, "progress": False, "evaluator": "adaptive_bn", "prior": "criterion"}
-    return autoprune.search(**{**settings, **given})
+    settings = {"trials": 1, "evaluator": "adaptive_bn", "prior": "criterion"}
+    return autoprune.search(**grouped(**{**settings, **given}))
 
 
 def _profile(**given: Any) -> object:
@@ -68,9 +70,18 @@ def _profile(**given: Any) -> object:
         return autoprune.profile(**given)
 
 
+def _called(inputs: Any = None) -> dict[str, Callable[[], Any]]:
+    """Wrong ways to call a model, by name."""
+    return {
+        f"{name} {value}": partial(lambda name, make: autoprune.Call(**{"inputs": inputs, name: make()}), name, make)
+        for name, values in (("forward", FORWARD), ("outputs", OUTPUTS))
+        for value, make in values.items()
+    }
+
+
 def make_calls(folder: Path) -> dict[str, Call]:
     """Every public call, on a result and files of its own in a folder."""
-    result = autoprune.search(model(), "flops <= 60%", (X, Y), trials=8, progress=False, evaluator="adaptive_bn")
+    result = autoprune.search(model(), "flops <= 60%", (X, Y), trials=8, evaluator="adaptive_bn")
     saved, small = result.save(folder / "result"), folder / "small.safetensors"
     autoprune.save(result.build(), small)
     result.plot()  # whose first call imports a library, for longer than a call may take where others use the machine
@@ -89,6 +100,14 @@ def make_calls(folder: Path) -> dict[str, Call]:
             "edges": ("{}", "{'a': 1}", "{5: None}"),
         },
         autoprune.Sparsity: {"ignore": (*EMPTY, "words", "{'a': 1}")},
+        autoprune.Call: {
+            "inputs": anything,  # run by a search
+            "forward": ("None",),
+            "outputs": ("None", "text", "no text", "long text", "True", "0", "-1", "2**70", "module"),
+            "cost_batch": MANY,
+        },
+        autoprune.Start: {"candidates": anything},  # of a space that a search knows
+        autoprune.Execution: {"run_dir": ("None", *PATHS, "no text", "long text"), "resume": (), "progress": PLAIN},
         autoprune.Racing: {},
         autoprune.Rungs: {"reduction": ("2.5", *MANY)},
         RayExecutor: {
@@ -142,65 +161,54 @@ def make_calls(folder: Path) -> dict[str, Call]:
                 "budget": ("flops <= 50",),
                 "trials": MANY,
                 "seed": ("0",),
-                "cost_batch": MANY,
                 "max_seconds": ("None", "2.5", *MANY),
                 "start": EMPTY,
-                **dict.fromkeys(("forward", "outputs", "example_inputs", "labels", "latency"), ("None",)),
+                "example": ("None",),
                 "costs": ("None", "{}"),
-                "racing": PLAIN,
-                "run_dir": ("None", *PATHS),
-                "progress": PLAIN,
+                "early_stopping": PLAIN,
             },
             words={
-                "data": "data|batch|samples|labels|forward|example_inputs",
+                "data": "data|batch|samples|labels|forward|example",
                 "budget": _BUDGET,
-                "outputs": "outputs|forward",
-                "forward": "forward|model|output|costs",
                 "metric": "metric|loss|output",
                 "space": _SPACE,
-                "example_inputs": "example_inputs|forward|model",
+                "example": "example|forward|model|output|costs",
+                "execution": "execution|run_dir",
             },
             own={
                 "data": {**DATA, "255": labels(255), "-7": labels(-7)},
                 "budget": BUDGETS,
                 "start": START,
                 "costs": COSTS,
-                "outputs": OUTPUTS,
-                "forward": FORWARD,
                 "metric": METRIC,
                 "space": {name: make for name, make in SPACE.items() if name != "edges"},  # which measures latencies
-                "example_inputs": EXAMPLES,
-                "run_dir": {"a file": lambda: small},
+                "example": {**EXAMPLES, **_called()},
+                "execution": {"a file": lambda: autoprune.Execution(run_dir=small)},
             },
         ),
         "inspect": Call(
             autoprune.inspect,
             autoprune.inspect,
-            lambda: {"model": model(), "example_inputs": X[:2]},
+            lambda: {"model": model(), "example": X[:2]},
             takes={
-                "forward": ("None", "few rows", "complex", "a constant"),
-                "outputs": ("None",),
+                "example": ("forward few rows", "forward complex", "forward a constant"),
                 "space": tuple(name for name in SPACE if name not in ("no such module", "edges")),
             },
-            words={
-                "outputs": "outputs|forward",  # what a function of the user's raises comes from the forward
-                "forward": "forward|model",
-                "space": _SPACE,
-            },
-            own={"example_inputs": EXAMPLES, "outputs": OUTPUTS, "forward": FORWARD, "space": SPACE},
+            words={"example": "example|outputs|forward|model", "space": _SPACE},
+            own={"example": {**EXAMPLES, **_called(X[:2])}, "space": SPACE},
         ),
         "profile": Call(
             autoprune.profile,
             _profile,
-            lambda: {"model": model(), "example_inputs": X[:2], "networks": 6},
+            lambda: {"model": model(), "example": X[:2], "networks": 6},
             takes={
                 "seed": ("0",),
-                "forward": ("None", "few rows", "complex"),
-                "outputs": ("None",),
+                "batch": ("None",),
+                "example": ("forward few rows", "forward complex"),
                 "path": ("None", *PATHS),
             },
-            words={"outputs": "outputs|forward", "forward": "forward|model"},
-            own={"example_inputs": EXAMPLES, "outputs": OUTPUTS, "forward": FORWARD, "space": SPACE},
+            words={"example": "example|outputs|forward|model"},
+            own={"example": {**EXAMPLES, **_called(X[:2])}},
         ),
         "audit": Call(
             autoprune.audit,
@@ -287,7 +295,7 @@ def make_calls(folder: Path) -> dict[str, Call]:
             },
             words={"needs_dense": "needs_dense|fn"},
         ),
-        **{kind.__name__: Call(kind, kind, dict, takes=takes) for kind, takes in settings.items()},
+        **{kind.__name__: Call(kind, kind, dict, takes, {"candidates": "start"}) for kind, takes in settings.items()},
     }
 
 
@@ -342,12 +350,14 @@ def arguments_of(call: Call) -> list[str]:
 
 def outcome(call: Call, wrong: Wrong) -> tuple[str, str]:
     """``"accepted"``, ``"refused"`` or ``"WRONG"`` for a call in the current folder, and why."""
-    values = {argument: call.values(argument)[name]() for argument, name in wrong.values.items()}
+    values: dict[str, Any] = {}
     with deadline(), restored():
         try:
+            for argument, name in wrong.values.items():
+                values[argument] = call.values(argument)[name]()  # a group may refuse it already
             call.run(**{**call.valid(), **values})
         except (AutopruneError, ValueError, TypeError, OSError) as error:
-            words = [call.words.get(argument, argument) for argument in values]
+            words = [call.words.get(argument, argument) for argument in wrong.values]
             files = [
                 re.escape(str(value)[-20:]) for value in values.values() if isinstance(value, str | Path) and value
             ]

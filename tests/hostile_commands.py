@@ -58,7 +58,7 @@ TAKEN = {
 }
 """Words that an option takes, by design: those that are written to take nearly any name."""
 
-ALIASES = {"input-shape": ("example_inputs",), "example": ("example_inputs",), "RUN_DIR": ("run_dir", "path must be")}
+ALIASES = {"input-shape": ("example",), "RUN_DIR": ("run_dir", "path must be")}
 """Names of options in messages of the library."""
 
 LEFT_OUT = (("search --round-to", "auto"),)  # which measures latencies

@@ -7,6 +7,7 @@ import torch
 
 import autoprune
 from autoprune import Channels
+from tests.searching import grouped
 
 GENERATOR = torch.Generator().manual_seed(0)
 EIGHTHS = Channels(step=0.125, min_fraction=0.125)
@@ -14,7 +15,7 @@ X, Y = torch.randn(120, 64, generator=GENERATOR), torch.randint(0, 10, (120,), g
 
 
 def search(model, budget="flops <= 50%", data=(X, Y), trials=2, **options):
-    return autoprune.search(model, budget, data, trials=trials, progress=False, **options)
+    return autoprune.search(model, budget, data, trials=trials, **grouped(**options))
 
 
 def refused(error, *parts):

@@ -5,6 +5,7 @@ import torch
 import autoprune
 from autoprune.evaluators import AdaptiveBN
 from autoprune.journal.journal import Journal
+from tests.searching import grouped
 from zoo import ZOO
 
 TRIALS = 30
@@ -17,10 +18,8 @@ def make_data(seed=0):
 
 def search(run_dir, resume=False, budget="flops <= 50%", model=None, data=None, trials=TRIALS, **options):
     model, data = model or ZOO["mlp"].build(), data or make_data()
-    options = {"optimizer": "level_switch", "evaluator": "adaptive_bn", **options}
-    return autoprune.search(
-        model, budget, data, trials=trials, run_dir=run_dir, resume=resume, progress=False, **options
-    )
+    options = {"optimizer": "level_switch", "evaluator": "adaptive_bn", "run_dir": run_dir, "resume": resume, **options}
+    return autoprune.search(model, budget, data, trials=trials, **grouped(**options))
 
 
 def seen(result):

@@ -1,6 +1,6 @@
 """Short searches, and what their results must satisfy."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -9,9 +9,27 @@ from autoprune.evaluators import AdaptiveBN
 from autoprune.protocols import OK
 from tests.oracle import count_macs, count_params
 
+GROUPS = {
+    "example": (autoprune.Call, "inputs"),
+    "start": (autoprune.Start, "candidates"),
+    "execution": (autoprune.Execution, "executor"),
+}
+
+
+def grouped(**options):
+    """Arguments of `autoprune.search` from these with its groups taken apart, so that tests can set each for itself."""
+    for name, (group, main) in GROUPS.items():
+        own = {field.name: options.pop(field.name) for field in fields(group) if field.name in options}
+        given = options.get(name)
+        if own and isinstance(given, group):
+            options[name] = replace(given, **own)
+        elif own:
+            options[name] = group(**({main: given} if name in options else {}), **own)
+    return options
+
 
 def quick(model, budget, *args, trials=4, **options):
-    return autoprune.search(model, budget, *args, trials=trials, progress=False, **options)
+    return autoprune.search(model, budget, *args, trials=trials, **grouped(**options))
 
 
 def seen(result):

@@ -17,6 +17,7 @@ from autoprune.audit.audit import spread
 from autoprune.evaluators import AdaptiveBN, FineTune
 from autoprune.result.audit_report import FOUND, NEW_WEIGHTS, RANDOM_UNITS, UNIFORM, Trained, Variant
 from autoprune.result.ranking import rank, tau_difference
+from tests.searching import grouped
 from zoo import ZOO
 
 X = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
@@ -25,8 +26,8 @@ DATA = autoprune.Data(calibration=(X[:100], Y[:100]), validation=(X[100:200], Y[
 
 
 def search(budget="flops <= 60%", trials=30, **options):
-    options = {"optimizer": "nsga2", "evaluator": "adaptive_bn", "progress": False, **options}
-    return autoprune.search(ZOO["mlp"].build(), budget, DATA, trials=trials, **options)
+    options = {"optimizer": "nsga2", "evaluator": "adaptive_bn", **options}
+    return autoprune.search(ZOO["mlp"].build(), budget, DATA, trials=trials, **grouped(**options))
 
 
 class Recipe:

@@ -261,7 +261,7 @@ def test_a_search_tells_its_phases_and_its_surrogate_while_it_runs_and_in_the_re
     monkeypatch.setattr(Progress, "due", lambda self, done: True)
     monkeypatch.setattr(Progress, "update", lambda self, done, failed, best, front, phase: phases.append(phase))
     data = Data(digits.train, digits.validation, digits.test, calibration_samples=64, validation_samples=64)
-    result = autoprune.search(digits_model, "flops <= 50%", data, trials=60, progress=False)
+    result = autoprune.search(digits_model, "flops <= 50%", data, trials=60)
     assert list(dict.fromkeys(phases)) == ["sensitivity scan", "knapsack front", "refinement"]
     notes = " ".join(result.notes)
     assert "sensitivity scan" in notes

@@ -191,7 +191,7 @@ class TestData:
             "inspect": lambda: autoprune.inspect(mlp, inputs[:2]),
             "profile": lambda: autoprune.profile(mlp, inputs[:2]),
         }
-        with refused(autoprune.DataError, "forward must run on the data, or the example_inputs", named, "forward="):
+        with refused(autoprune.DataError, "forward must run on the data, or the example", named, "forward="):
             calls[call]()
 
     @pytest.mark.slow
@@ -221,21 +221,21 @@ class TestData:
 
     def test_a_metric_without_data_is_refused(self, mlp):
         with refused(autoprune.DataError, "metric 'accuracy' needs data", "pass data=", "metric='agreement'"):
-            search(mlp, data=None, metric="accuracy", example_inputs=X)
+            search(mlp, data=None, metric="accuracy", example=X)
 
     def test_neither_data_nor_an_example_is_refused(self, mlp):
-        with refused(ValueError, "example_inputs must be given", "Sequential carries no example", "pass a tensor"):
+        with refused(ValueError, "example must be given", "Sequential carries no example", "pass a tensor"):
             search(mlp, data=None)
 
     @pytest.mark.parametrize("example", [{"x": 5}, (5,), torch.tensor(3.0)])
     def test_an_example_without_samples_is_refused(self, mlp, example):
-        with refused(autoprune.DataError, "example_inputs must hold a tensor with a dimension for samples, got"):
-            search(mlp, data=None, example_inputs=example)
+        with refused(autoprune.DataError, "example must hold a tensor with a dimension for samples, got"):
+            search(mlp, data=None, example=example)
 
     def test_an_empty_example_is_refused(self, mlp):
-        with refused(autoprune.DataError, "example_inputs must hold at least one input, got ()"):
-            search(mlp, data=None, example_inputs=())
-        with refused(ValueError, "example_inputs must hold at least one sample, got torch.float32 of shape (0, 64)"):
+        with refused(autoprune.DataError, "example must hold at least one input, got ()"):
+            search(mlp, data=None, example=())
+        with refused(ValueError, "example must hold at least one sample, got torch.float32 of shape (0, 64)"):
             autoprune.inspect(mlp, X[:0])
 
     @pytest.mark.slow

@@ -10,6 +10,7 @@ from autoprune import Channels, Sparsity
 from autoprune.evaluators import AdaptiveBN
 from autoprune.execution import LocalExecutor
 from tests.refusals import EIGHTHS, X, refused, search
+from tests.searching import grouped
 
 
 class TestBudgets:
@@ -61,7 +62,7 @@ class TestNames:
             ("evaluator", "'adaptive_bn', 'auto'"),
             ("space", "'channels', 'sparsity'"),
             ("metric", "'accuracy', 'agreement', 'auto'"),
-            ("executor", "'local'"),
+            ("execution", "'local'"),
         ],
     )
     def test_an_unknown_one_is_refused_with_those_known(self, mlp, argument, known):
@@ -76,14 +77,14 @@ class TestNames:
         with refused(ValueError, "checks must be one of ['on', 'strict', 'isolated']", "got 'off'"):
             search(mlp, checks="off")
 
-    @pytest.mark.parametrize(("argument", "value"), [("evaluator", AdaptiveBN), ("executor", LocalExecutor)])
+    @pytest.mark.parametrize(("argument", "value"), [("evaluator", AdaptiveBN), ("execution", LocalExecutor)])
     def test_a_class_in_place_of_an_instance_is_named(self, mlp, argument, value):
         with refused(ValueError, f"{argument} must be one of", "instance, got <class"):
             search(mlp, **{argument: value})
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("argument", "value"), [("optimizer", 3), ("evaluator", 3), ("space", 3), ("metric", 3), ("executor", 3)]
+        ("argument", "value"), [("optimizer", 3), ("evaluator", 3), ("space", 3), ("metric", 3), ("execution", 3)]
     )
     def test_something_of_another_kind_is_named(self, mlp, argument, value):
         with refused((ValueError, TypeError), f"{argument} must be ", "got "):
@@ -163,8 +164,12 @@ class TestLatency:
 
     @pytest.mark.slow
     def test_a_table_of_another_kind_is_named(self, mlp):
-        with refused(ValueError, "latency must be a table of autoprune.profile or the file of one, got 3"):
-            search(mlp, "latency <= 50%", latency=3)
+        with refused(
+            ValueError,
+            "costs['latency_ms'] must be a function of n candidates giving (n,), a table of autoprune.profile or",
+            "got 3",
+        ):
+            search(mlp, "latency <= 50%", costs={"latency_ms": 3})
 
     def test_a_unit_that_is_not_known_names_that_of_the_cost(self, mlp):
         with refused(autoprune.BudgetError, "the unit of latency_ms must be % or one of", "'ms'", "got 's'"):
@@ -178,7 +183,7 @@ class TestLatency:
 
     @pytest.mark.slow
     def test_a_limit_on_latency_after_a_search_without_says_how_to_search(self, mlp):
-        with refused(autoprune.BudgetError, "got 'latency_ms'", "pass it a table with latency="):
+        with refused(autoprune.BudgetError, "got 'latency_ms'", "pass it a table as costs={'latency_ms': table}"):
             search(mlp).best("latency <= 50%")
 
     @pytest.mark.parametrize(
@@ -190,18 +195,18 @@ class TestLatency:
             ("seed", -1, "seed must be an integer of at least 0, got -1"),
             ("runtime", "tensorrt", "runtime must be 'torch', 'onnxruntime' or 'onnxruntime:PROVIDER', got 'tensorrt'"),
             ("runtime", 5, "runtime must be 'torch', 'onnxruntime' or 'onnxruntime:PROVIDER', got 5"),
-            ("example_inputs", X[:0], "example_inputs must hold at least one sample, got torch.float32"),
+            ("inputs", X[:0], "example must hold at least one sample, got torch.float32"),
             ("batch", True, "batch must be an integer of at least 1, got True"),
             ("seed", 2**64, "seed must be an integer of at most"),
             ("forward", len, "forward must be a function forward(model, batch), or None, got <built-in function len>"),
             ("outputs", 1.5, "outputs must be a key, an index,"),
             ("batch", 10**12, "batch must be a number of samples that fit into memory, got 1000000000000"),
-            ("example_inputs", (), "example_inputs must hold a tensor with a dimension for samples"),
+            ("inputs", (), "example must hold a tensor with a dimension for samples"),
         ],
     )
     def test_what_profile_cannot_use_is_named(self, mlp, argument, value, named):
         with refused((TypeError, ValueError), named):
-            autoprune.profile(mlp, **{"example_inputs": X[:2], argument: value})
+            autoprune.profile(mlp, **grouped(**{"inputs": X[:2], argument: value}))
 
     def test_a_table_goes_to_a_file_in_a_folder_that_exists(self, mlp, tmp_path):
         with refused(IsADirectoryError, "path must be a file to write the table to, got the folder"):

@@ -8,6 +8,7 @@ import autoprune
 from autoprune.evaluators import AdaptiveBN
 from autoprune.protocols import FAILED, OK, Failure, Measurement
 from tests.refusals import EIGHTHS, refused
+from tests.searching import grouped
 
 X = torch.randn(120, 64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(120) % 10
@@ -32,8 +33,8 @@ def proposing(*asks):
 
 def search(model, optimizer=None, evaluator=None, **options):
     chosen = {name: value for name, value in (("optimizer", optimizer), ("evaluator", evaluator)) if value is not None}
-    settings = {"space": EIGHTHS, "trials": 8, "progress": False, **chosen, **options}
-    return autoprune.search(model, "flops <= 90%", (X, Y), **settings)
+    settings = {"space": EIGHTHS, "trials": 8, **chosen, **options}
+    return autoprune.search(model, "flops <= 90%", (X, Y), **grouped(**settings))
 
 
 WRONG_PROPOSALS = {
@@ -179,7 +180,7 @@ class TestEvaluators:
         (
             "prior",
             ["criterion"],
-            "prior must be one of ['auto', 'criterion', 'reconstruction', 'sensitivity'], got ['criterion']",
+            "prior must be one of ['auto', 'criterion', 'database', 'reconstruction', 'sensitivity'], got ['",
         ),
         ("start", 5, "start must be a list of results, trials,"),
         ("start", "dense", "start must be a list of results, trials,"),

@@ -91,10 +91,14 @@ def test_another_criterion_is_chosen_only_where_more_than_luck_speaks_for_it(cas
 def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path, monkeypatch):
     monkeypatch.setattr("autoprune.study.setup.check", None)
     run_dir = str(tmp_path)
-    result = autoprune.search(case[0], "flops <= 70%", case[1], max_seconds=1e-6, run_dir=run_dir, progress=False)
+    result = autoprune.search(
+        case[0], "flops <= 70%", case[1], max_seconds=1e-6, execution=autoprune.Execution(run_dir=run_dir)
+    )
     assert (result.stopped, result.trials) == ("time", ())
     (note,) = [note for note in result.notes if note.startswith("the calibration check was left out")]
-    again = autoprune.search(case[0], "flops <= 70%", case[1], trials=2, run_dir=run_dir, resume=True, progress=False)
+    again = autoprune.search(
+        case[0], "flops <= 70%", case[1], trials=2, execution=autoprune.Execution(run_dir=run_dir, resume=True)
+    )
     assert len(again.trials) == 2
     assert note in again.notes
 
@@ -113,9 +117,13 @@ def test_what_resumes_and_what_workers_get_scores_to_the_last_bit_what_the_check
         return choice, chosen.with_parts(**parts), checking.ranking(given[0], "taylor", given[-1])
 
     monkeypatch.setattr("autoprune.study.setup.check", choosing)
-    first = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    first = study_for(
+        case[0], "flops <= 70%", case[1], metric="accuracy", execution=autoprune.Execution(run_dir=str(tmp_path))
+    )
     first.choice.save(str(tmp_path))
-    again = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    again = study_for(
+        case[0], "flops <= 70%", case[1], metric="accuracy", execution=autoprune.Execution(run_dir=str(tmp_path))
+    )
     worker = pickle.loads(pickle.dumps(first.fresh))
     worker.prepare(first.context)
     candidates = np.array([first.problem.sizes // 2, first.problem.sizes - 1])
@@ -131,18 +139,28 @@ def test_a_damaged_choice_is_named_with_the_way_out(case, tmp_path):
     for damaged in (text[:40], text.replace('"bn"', '"bm"'), "[]"):
         (tmp_path / FILE_NAME).write_text(damaged)
         with pytest.raises(autoprune.FileFormatError, match=r"refit\.json is not the choice of a .* delete it"):
-            study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+            study_for(
+                case[0],
+                "flops <= 70%",
+                case[1],
+                metric="accuracy",
+                execution=autoprune.Execution(run_dir=str(tmp_path)),
+            )
 
 
 @pytest.mark.slow
 def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
-    first = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    first = study_for(
+        case[0], "flops <= 70%", case[1], metric="accuracy", execution=autoprune.Execution(run_dir=str(tmp_path))
+    )
     assert not list(tmp_path.iterdir())  # until the search begins
     first.choice.save(str(tmp_path))
     kept = json.loads((tmp_path / FILE_NAME).read_text())
     kept["parts"]["bias"] = False
     (tmp_path / FILE_NAME).write_text(json.dumps(kept))
-    again = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", run_dir=str(tmp_path))
+    again = study_for(
+        case[0], "flops <= 70%", case[1], metric="accuracy", execution=autoprune.Execution(run_dir=str(tmp_path))
+    )
     assert again.evaluator.settings == first.evaluator.settings | {"bias": False}
     assert again.context.space.to_json() == first.context.space.to_json()
 

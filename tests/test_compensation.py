@@ -271,7 +271,7 @@ def test_least_squares_beats_statistics_alone_and_a_search_saves_what_it_built(d
     statistics.prepare(study.context)
     (fitted,), (adapted,) = study.evaluator.evaluate(candidate[None]), statistics.evaluate(candidate[None])
     assert fitted.metric.mean() > adapted.metric.mean() + 0.05
-    result = autoprune.search(digits_model, "flops <= 50%", data, evaluator="compensated", trials=2, progress=False)
+    result = autoprune.search(digits_model, "flops <= 50%", data, evaluator="compensated", trials=2)
     small = result.build()
     autoprune.save(small, tmp_path / "small.safetensors")
     loaded = autoprune.load(tmp_path / "small.safetensors", digits_model)

@@ -129,9 +129,7 @@ def test_a_search_may_prune_packed_sequences():
     rnn = nn.GRU(12, 24, batch_first=True)
     lengths = lambda s, x: packed(s, x) if len(x) < 3 else s.head(s.rnn(s.embed(x))[0].mean(1))  # noqa: E731
     model = Net(lengths, embed=nn.Linear(4, 12), rnn=rnn, head=nn.Linear(24, 3))
-    result = autoprune.search(
-        model, "flops <= 50%", example_inputs=torch.randn(2, 6, 4), trials=3, optimizer="random", progress=False
-    )
+    result = autoprune.search(model, "flops <= 50%", example=torch.randn(2, 6, 4), trials=3, optimizer="random")
     built = result.build()
     assert built(torch.randn(2, 6, 4)).shape == (2, 3)
     built.train()(torch.randn(5, 6, 4)).sum().backward()

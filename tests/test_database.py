@@ -397,11 +397,10 @@ def test_a_search_by_the_database_keeps_it_in_its_folder(tmp_path):
         "flops <= 70%",
         autoprune.Data(x.float(), x.float(), batch_size=6),
         space=Channels(criterion="obs"),
-        prior="database",
         optimizer="knapsack",
         trials=6,
-        run_dir=tmp_path / "run",
-        progress=False,
+        start=autoprune.Start(prior="database"),
+        execution=autoprune.Execution(run_dir=tmp_path / "run"),
     )
     assert result.front
     assert [*Database.load(tmp_path / "run" / "database.safetensors").tables] == ["a", "b", "c"]

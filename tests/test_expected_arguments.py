@@ -10,10 +10,11 @@ from torch import nn
 import autoprune
 from autoprune.study.convergence import Deadline
 from autoprune.study.progress import Progress
+from tests.searching import grouped
 
 
 def quick(model, budget, data, **options):
-    return autoprune.search(model, budget, data, **{"trials": 4, "progress": False, "optimizer": "random", **options})
+    return autoprune.search(model, budget, data, **grouped(**{"trials": 4, "optimizer": "random", **options}))
 
 
 class Tagger(nn.Module):
@@ -31,32 +32,33 @@ def texts(length=5, n=36):
     return [{"words": words[i : i + 6], "target": words[i : i + 6, 0] % 3} for i in range(0, n, 6)]
 
 
+def labelled(key):
+    return autoprune.Data(validation=texts(), labels=key)
+
+
 def forward(model, batch):
     return model(batch["words"])["scores"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["search", "data"])
-def test_labels_are_found_under_any_key(how):
-    options = {"labels": "target"} if how == "search" else {}
-    data = texts() if how == "search" else autoprune.Data(validation=texts(), labels="target")
-    result = quick(Tagger().eval(), "flops <= 80%", data, outputs="scores", **options)
+def test_labels_are_found_under_any_key():
+    result = quick(Tagger().eval(), "flops <= 80%", labelled("target"), outputs="scores")
     assert result.metric == "accuracy"
 
 
 def test_a_key_that_batches_lack_is_named():
     with pytest.raises(autoprune.DataError, match=r"labels='y' must be a key of every batch.*'target', 'words'"):
-        quick(Tagger().eval(), "flops <= 80%", texts(), labels="y")
+        quick(Tagger().eval(), "flops <= 80%", labelled("y"))
 
 
 @pytest.mark.slow
 def test_one_forward_serves_search_inspect_and_profile(tmp_path):
     model, example = Tagger().eval(), {"words": texts()[0]["words"]}
-    searched = quick(model, "flops <= 80%", texts(), forward=forward, labels="target")
-    found = autoprune.inspect(model, example, forward=forward)
+    searched = quick(model, "flops <= 80%", labelled("target"), forward=forward)
+    found = autoprune.inspect(model, autoprune.Call(inputs=example, forward=forward))
     assert found.dense["flops"] == searched.dense.costs["flops"]
-    table = autoprune.profile(model, example, forward=forward, networks=6)
-    assert quick(model, "flops <= 80%", texts(), forward=forward, labels="target", latency=table).front
+    table = autoprune.profile(model, autoprune.Call(inputs=example, forward=forward), networks=6)
+    assert quick(model, "flops <= 80%", labelled("target"), forward=forward, costs={"latency_ms": table}).front
 
 
 def test_several_inputs_reach_the_forward_as_in_a_batch_without_a_target():
@@ -69,7 +71,10 @@ def test_several_inputs_reach_the_forward_as_in_a_batch_without_a_target():
         assert target is None
         return model(first, second)
 
-    autoprune.inspect(nn.Sequential(model), (torch.ones(2, 4), torch.ones(2, 4)), forward=lambda m, b: run(m[0], b))
+    autoprune.inspect(
+        nn.Sequential(model),
+        autoprune.Call(inputs=(torch.ones(2, 4), torch.ones(2, 4)), forward=lambda m, b: run(m[0], b)),
+    )
     assert set(seen) == {3}
 
 
@@ -80,7 +85,7 @@ def test_example_inputs_next_to_data_say_at_what_size_costs_are_stated():
     )
     x = torch.randn(30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = quick(model, "flops <= 80%", (x, torch.arange(30) % 3))
-    large = quick(model, "flops <= 80%", (x, torch.arange(30) % 3), example_inputs=torch.zeros(1, 3, 16, 16))
+    large = quick(model, "flops <= 80%", (x, torch.arange(30) % 3), example=torch.zeros(1, 3, 16, 16))
     conv = 3 * 8 * 9
     assert plain.dense.costs["flops"] == conv * 64 + 24
     assert large.dense.costs["flops"] == conv * 256 + 24

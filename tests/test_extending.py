@@ -113,8 +113,8 @@ class TestOnMyPhone(CostContract):
 
 def test_a_cost_of_widths_is_a_latency_budget():
     result = autoprune.search(
-        model(), "latency_ms <= 1.0", example_inputs=torch.ones(2, 6), evaluator="adaptive_bn", trials=4,
-        costs={"latency_ms": module("on_my_phone").on_my_phone}, progress=False,
+        model(), "latency_ms <= 1.0", example=torch.ones(2, 6), evaluator="adaptive_bn", trials=4,
+        costs={"latency_ms": module("on_my_phone").on_my_phone},
     )  # fmt: skip
     for trial in result.front:
         widths = [np.interp(trial.decoded["0"], [1, 8, 16], [0.1, 0.3, 0.5]), 0.2 + (trial.decoded["2"] - 4) * 0.125]
@@ -158,7 +158,7 @@ def test_all_of_them_work_in_one_search(folder):
     result = autoprune.search(
         gated(), "params <= 70%", (torch.randn(90, 6), torch.randint(0, 3, (90,))),
         metric=module("top2").top2, space=module("uniform_width").Uniform(), evaluator=module("as_cut").AsCut(),
-        optimizer=module("hill_climber").HillClimber, trials=5, progress=False,
+        optimizer=module("hill_climber").HillClimber, trials=5,
     )  # fmt: skip
     assert result.metric == "top2"
     assert result.front[0].status == "ok"
@@ -175,7 +175,7 @@ def test_notes_of_an_evaluator_are_asked_for_once(folder):
             return (f"dense: {len(dense.signal)} samples",)
 
     result = autoprune.search(
-        model(), "flops <= 60%", (torch.ones(40, 6), torch.arange(40) % 3), evaluator=Talks(), trials=2, progress=False
+        model(), "flops <= 60%", (torch.ones(40, 6), torch.arange(40) % 3), evaluator=Talks(), trials=2
     )
     assert Talks.asked == 1
     assert "dense: 16 samples" in result.notes
@@ -217,7 +217,7 @@ class TestASpaceOfOnesOwn:
     def test_it_is_searched_saved_loaded_in_another_process_and_built(self, folder, tmp_path, space, kind):
         module("uniform_width")
         result = autoprune.search(
-            model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space=space, evaluator="adaptive_bn", trials=4
+            model(), "flops <= 60%", example=torch.ones(2, 6), space=space, evaluator="adaptive_bn", trials=4
         )
         result.save(tmp_path / "result")
         command = [sys.executable, "-c", BUILD, tmp_path / "result", tmp_path / "found.pt", kind]
@@ -231,7 +231,7 @@ class TestASpaceOfOnesOwn:
 
     def test_without_its_module_loading_says_what_to_import(self, monkeypatch, tmp_path):
         result = autoprune.search(
-            model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space="own", evaluator="adaptive_bn", trials=2
+            model(), "flops <= 60%", example=torch.ones(2, 6), space="own", evaluator="adaptive_bn", trials=2
         )
         result.save(tmp_path)
         monkeypatch.delitem(SPACES, "own")
@@ -242,7 +242,7 @@ class TestASpaceOfOnesOwn:
         settings = own_space.OwnUniform()
         monkeypatch.delitem(SPACES, "own")
         with pytest.raises(ValueError, match=r"space must be registered.*'own'"):
-            autoprune.search(model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space=settings, trials=2)
+            autoprune.search(model(), "flops <= 60%", example=torch.ones(2, 6), space=settings, trials=2)
 
     def test_a_taken_name_is_refused_and_the_same_class_is_registered_again(self):
         autoprune.register_space("own", own_space.OwnUniform, own_space.UniformSpace)
@@ -271,7 +271,7 @@ class Following:
 def test_settings_of_ones_own_may_follow_the_measured_latency():
     table = autoprune.profile(model(), torch.ones(1, 6), networks=6)
     result = autoprune.search(
-        model(), "flops <= 60%", example_inputs=torch.ones(2, 6), space=Following(), latency=table, trials=2
+        model(), "flops <= 60%", example=torch.ones(2, 6), space=Following(), costs={"latency_ms": table}, trials=2
     )
     assert [dimension.name for dimension in result.space.dimensions] == ["width"]
 

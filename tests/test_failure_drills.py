@@ -9,6 +9,7 @@ import torch
 import autoprune
 from autoprune.evaluators import AdaptiveBN, FineTune
 from autoprune.protocols import Failure, Measurement
+from tests.searching import grouped
 from zoo import ZOO
 
 X = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
@@ -57,8 +58,8 @@ class Faulty:
 
 
 def search(evaluator, **options):
-    options = {"trials": 24, "progress": False, **options}
-    return autoprune.search(ZOO["mlp"].build(), "flops <= 60%", (X, Y), evaluator=evaluator, **options)
+    options = {"trials": 24, **options}
+    return autoprune.search(ZOO["mlp"].build(), "flops <= 60%", (X, Y), evaluator=evaluator, **grouped(**options))
 
 
 @pytest.mark.slow

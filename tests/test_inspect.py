@@ -59,9 +59,7 @@ def test_what_is_removable_is_what_a_search_with_the_same_space_reaches(space):
     model, inputs = perceptron(hidden=64), torch.randn(2, 4)
     found = inspect(nn.Sequential(model, nn.ReLU(), nn.Linear(3, 2)), inputs, space=space)
     with pytest.raises(autoprune.InfeasibleBudgetError) as raised:
-        autoprune.search(
-            nn.Sequential(model, nn.ReLU(), nn.Linear(3, 2)), "flops <= 0.1%", space=space, example_inputs=inputs
-        )
+        autoprune.search(nn.Sequential(model, nn.ReLU(), nn.Linear(3, 2)), "flops <= 0.1%", space=space, example=inputs)
     cheapest = int(re.search(r"at least (\d+), the cheapest reachable", str(raised.value)).group(1))
     assert found.removable["flops"] == pytest.approx(1 - cheapest / found.dense["flops"])
     (settings,) = re.findall(r"what stops there is (.*) of Channels", str(raised.value))
@@ -118,7 +116,7 @@ def test_frozen_parts_come_by_reason_largest_first_with_the_share_they_involve()
     assert (reads.tensors, reads.params_share) == (("0.weight",), pytest.approx(320 / total))
     assert (returns.reason, returns.tensors) == ("returned by the model", ("2.weight", "2.bias"))
     assert returns.params_share == pytest.approx(27 / total)
-    assert "outputs= or forward=" in returns.remedy
+    assert "Call(outputs=...) or Call(forward=...)" in returns.remedy
     text = str(found)
     assert text.index(reads.reason) < text.index(returns.reason)
     assert returns.remedy in " ".join(text.split())
@@ -194,7 +192,7 @@ def test_forward_leaves_out_what_does_not_matter():
     assert not leaky.groups
     assert leaky.untouched == {"unused.weight": 25, "unused.bias": 5}
     assert "30 params that the forward pass did not read: unused.weight, unused.bias" in str(leaky)
-    freed = inspect(Leaky(), torch.ones(2, 4), forward=lambda model, x: model(x)[0])
+    freed = inspect(Leaky(), autoprune.Call(inputs=torch.ones(2, 4), forward=lambda model, x: model(x)[0]))
     assert [group.name for group in freed.groups] == ["body"]
 
 
@@ -251,7 +249,7 @@ def test_errors_of_the_analysis_pass_through():
     with pytest.raises(UnsupportedModelError, match="ScriptModule"):
         inspect(scripted, torch.ones(2, 4))
     with pytest.raises(ValueError, match="checks must be"):
-        inspect(perceptron(), torch.ones(2, 4), checks="off")
+        inspect(perceptron(), autoprune.Call(inputs=torch.ones(2, 4), checks="off"))
 
 
 class Heads(nn.Module):

@@ -25,17 +25,17 @@ def test_given_inputs_are_told_apart_by_type():
 @pytest.mark.parametrize("given", [[[torch.ones(2, 4)]], 3, {0: torch.ones(2, 4)}])
 def test_inputs_of_another_form_are_refused(given):
     wrong = type(given[0] if isinstance(given, list) else given).__name__
-    with pytest.raises(ValueError, match=rf"example_inputs must be a tensor, .* got {wrong}; .*\(x,\)"):
+    with pytest.raises(ValueError, match=rf"example must be a tensor, .* got {wrong}; .*\(x,\)"):
         examples_of(perceptron(), given)
 
 
 def test_an_empty_list_of_examples_is_refused():
-    with pytest.raises(ValueError, match="example_inputs must hold at least one example, got an empty list"):
+    with pytest.raises(ValueError, match="example must hold at least one example, got an empty list"):
         inspect(perceptron(), [])
 
 
 def test_a_model_without_an_example_asks_for_one():
-    with pytest.raises(ValueError, match="example_inputs must be given, because Sequential carries no example"):
+    with pytest.raises(ValueError, match="example must be given, because Sequential carries no example"):
         inspect(perceptron())
 
 
@@ -78,7 +78,7 @@ def test_dummy_inputs_that_are_not_the_main_input_are_passed_over():
     model = perceptron()
     model.dummy_inputs = {"input_ids": torch.ones(2, 4, dtype=torch.int64)}
     model.main_input_name = "pixel_values"
-    with pytest.raises(ValueError, match="example_inputs must be given"):
+    with pytest.raises(ValueError, match="example must be given"):
         example_inputs_of(model)
     model.main_input_name = "input_ids"
     assert set(example_inputs_of(model)[1]) == {"input_ids"}

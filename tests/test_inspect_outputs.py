@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autoprune import Call
 from autoprune.inspection import inspect
 from tests.small_networks import perceptron
 
@@ -34,7 +35,7 @@ def test_what_is_returned_is_named_with_the_outputs_to_pass_for_freeing_it():
     assert returned.keys() == {"returned as 'logits'", "returned as 'hidden_states'", "returned as 'neck'"}
     hidden = returned["returned as 'hidden_states'"]
     assert hidden.tensors == ("body.weight", "body.bias", "neck.weight")
-    assert hidden.remedy == "if it does not matter, pass outputs=['logits', 'neck']"
+    assert hidden.remedy == "if it does not matter, pass autoprune.Call(outputs=['logits', 'neck'])"
     assert hidden.params_share == pytest.approx((64 + 16 + 128) / found.dense["params"])
     assert returned["returned as 'logits'"].tensors == ("head.weight", "head.bias")
     assert "returned as 'hidden_states': body.weight, body.bias, neck.weight" in " ".join(str(found).split())
@@ -51,7 +52,7 @@ def test_what_is_returned_is_named_with_the_outputs_to_pass_for_freeing_it():
     ],
 )
 def test_outputs_that_do_not_matter_free_what_reaches_them_alone(model, outputs, groups):
-    found = inspect(model, torch.ones(2, 4), outputs=outputs)
+    found = inspect(model, Call(inputs=torch.ones(2, 4), outputs=outputs))
     assert [group.name for group in found.groups] == groups
     assert "returned by the model" in {part.reason for part in found.frozen}
 
@@ -60,8 +61,8 @@ def test_outputs_that_do_not_matter_free_what_reaches_them_alone(model, outputs,
 def test_following_the_advice_frees_what_it_was_given_for():
     model = SidesInTuple()
     advice = next(part.remedy for part in inspect(model, torch.ones(2, 4)).frozen if part.reason == "returned as 1")
-    assert advice.endswith("outputs=[0, 2]")
-    assert [group.name for group in inspect(model, torch.ones(2, 4), outputs=[0, 2]).groups] == ["body"]
+    assert advice.endswith("autoprune.Call(outputs=[0, 2])")
+    assert [group.name for group in inspect(model, Call(inputs=torch.ones(2, 4), outputs=[0, 2])).groups] == ["body"]
 
 
 def test_of_two_outputs_the_other_one_is_advised():
@@ -71,10 +72,10 @@ def test_of_two_outputs_the_other_one_is_advised():
             return made["logits"], made["neck"]
 
     remedies = {part.reason: part.remedy for part in inspect(Two(), torch.ones(2, 4)).frozen}
-    assert remedies["returned as 1"] == "if it does not matter, pass outputs=0"
+    assert remedies["returned as 1"] == "if it does not matter, pass autoprune.Call(outputs=0)"
 
 
 @pytest.mark.parametrize(("model", "outputs"), [(Sides(), "nothing"), (SidesInTuple(), 3), (perceptron(), 0)])
 def test_outputs_that_select_nothing_are_refused(model, outputs):
     with pytest.raises(ValueError, match=f"outputs must select from what the model returns .* got {outputs!r}"):
-        inspect(model, torch.ones(2, 4), outputs=outputs)
+        inspect(model, Call(inputs=torch.ones(2, 4), outputs=outputs))

@@ -280,7 +280,7 @@ class TestHarmDuringASearch:
             "flops <= 60%",
             vectors,
             trials=20,
-            racing=True,
+            early_stopping=True,
             evaluator=Watched(harm_once),
             run_dir=str(tmp_path / "run"),
         )

@@ -26,6 +26,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.slicing.slicing import build
 from autoprune.study import mapped_weights as mapped
+from tests.searching import grouped
 from tests.small_networks import chain
 
 
@@ -97,7 +98,7 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 def searched(model: nn.Module, **options: Any) -> autoprune.SearchResult:
     draw = torch.Generator().manual_seed(0)
     data = torch.randn(64, 4, generator=draw), torch.randint(0, 2, (64,), generator=draw)
-    return autoprune.search(model, "flops <= 60%", data, trials=6, progress=False, **options)
+    return autoprune.search(model, "flops <= 60%", data, trials=6, **grouped(**options))
 
 
 def seeded_chain() -> nn.Module:

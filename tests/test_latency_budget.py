@@ -21,7 +21,7 @@ from tests.machine import Machine
 from tests.measuring import INPUTS, measured, small
 
 DATA = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 5)
-QUICK = {"trials": 24, "progress": False, "prior": "criterion", "evaluator": "adaptive_bn"}
+QUICK = {"trials": 24, "start": autoprune.Start(prior="criterion"), "evaluator": "adaptive_bn"}
 
 
 @pytest.fixture
@@ -67,7 +67,9 @@ class TestBudget:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["auto", "knapsack", "nsga2"])
 def test_what_is_offered_is_within_the_budget_as_measured(machine, table, optimizer):
-    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, optimizer=optimizer, **QUICK)
+    result = autoprune.search(
+        small(), "latency <= 50%", DATA, costs={"latency_ms": table}, optimizer=optimizer, **QUICK
+    )
     assert result.front
     for trial in result.front:
         built = true_ms(result.build(trial))
@@ -87,7 +89,7 @@ def optimistic(table: Latency) -> Latency:
 
 @pytest.mark.slow
 def test_a_wrong_table_is_corrected_by_what_is_measured(machine, table):
-    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), **QUICK)
+    result = autoprune.search(small(), "latency <= 60%", DATA, costs={"latency_ms": optimistic(table)}, **QUICK)
     missed = [trial for trial in result.trials if trial.predicted and not trial.feasible]
     assert missed
     assert all(trial.costs["latency_ms"] <= result.limits["latency_ms"] for trial in result.front)
@@ -105,7 +107,7 @@ def test_a_network_that_may_be_over_the_limit_by_its_interval_gives_way(machine,
         return [replace(timing, high=1.3 * timing.ratio) for timing in timed(*given)]
 
     monkeypatch.setattr(verify, "time_networks", unsure)
-    result = autoprune.search(small(), "latency <= 60%", DATA, latency=table, **QUICK)
+    result = autoprune.search(small(), "latency <= 60%", DATA, costs={"latency_ms": table}, **QUICK)
     limit = result.limits["latency_ms"]
     gave_way = [
         trial for trial in result.trials if trial.predicted and limit / 1.3 < trial.costs["latency_ms"] <= limit
@@ -117,19 +119,32 @@ def test_a_network_that_may_be_over_the_limit_by_its_interval_gives_way(machine,
 
 @pytest.mark.slow
 def test_latencies_are_measured_first_where_no_table_is_given(machine, tmp_path):
-    result = autoprune.search(small(), "throughput >= 150%", DATA, run_dir=str(tmp_path), **QUICK)
+    result = autoprune.search(
+        small(), "throughput >= 150%", DATA, execution=autoprune.Execution(run_dir=str(tmp_path)), **QUICK
+    )
     limit = result.dense.costs["ms_per_sample"] / 1.5
     assert result.best().costs["ms_per_sample"] <= limit
     assert Latency.load(tmp_path / "latency.json").dense_ms == pytest.approx(true_ms(small()), rel=0.01)
     again = autoprune.search(
-        small(), "throughput >= 150%", DATA, run_dir=str(tmp_path), resume=True, **{**QUICK, "trials": 28}
+        small(),
+        "throughput >= 150%",
+        DATA,
+        execution=autoprune.Execution(run_dir=str(tmp_path), resume=True),
+        **{**QUICK, "trials": 28},
     )
     assert len(again.trials) == 28
 
 
 @pytest.mark.slow
 def test_a_result_from_the_journal_says_that_its_latencies_are_those_predicted(machine, table, tmp_path):
-    autoprune.search(small(), "latency <= 50%", DATA, latency=optimistic(table), run_dir=str(tmp_path), **QUICK)
+    autoprune.search(
+        small(),
+        "latency <= 50%",
+        DATA,
+        costs={"latency_ms": optimistic(table)},
+        execution=autoprune.Execution(run_dir=str(tmp_path)),
+        **QUICK,
+    )
     read = SearchResult.from_journal(tmp_path)
     assert not any(trial.predicted for trial in read.trials)
     assert "costs are those that trials were proposed with" in read.notes[-1]
@@ -141,7 +156,9 @@ def test_a_table_of_another_process_gives_the_same_search(machine, table, tmp_pa
     made = "from tests.test_latency_budget import make_table; import sys; make_table().save(sys.argv[1])"
     subprocess.run([sys.executable, "-c", made, str(path)], check=True)
     budget = ["latency <= 50%", "params <= 60%"]
-    first, second = (autoprune.search(small(), budget, DATA, latency=given, **QUICK) for given in (table, str(path)))
+    first, second = (
+        autoprune.search(small(), budget, DATA, costs={"latency_ms": given}, **QUICK) for given in (table, str(path))
+    )
     assert [t.candidate for t in first.trials] == [t.candidate for t in second.trials]
     assert [t.costs for t in first.front] == [t.costs for t in second.front]
 
@@ -149,7 +166,7 @@ def test_a_table_of_another_process_gives_the_same_search(machine, table, tmp_pa
 @pytest.mark.slow
 def test_a_table_of_another_machine_predicts_and_says_that_nothing_was_verified(machine, table):
     elsewhere = replace(table, setting=replace(table.setting, machine="a phone"))
-    result = autoprune.search(small(), "latency <= 50%", DATA, latency=elsewhere, **QUICK)
+    result = autoprune.search(small(), "latency <= 50%", DATA, costs={"latency_ms": elsewhere}, **QUICK)
     assert any("not verified here" in note and "a phone" in note for note in result.notes)
     assert all(not trial.predicted for trial in result.trials)
 
@@ -158,16 +175,30 @@ def test_a_table_of_another_machine_predicts_and_says_that_nothing_was_verified(
 def test_a_table_that_an_earlier_search_left_is_named_where_it_does_not_fit(table, tmp_path):
     table.save(tmp_path / "latency.json")
     with pytest.raises(ValueError, match=r"run_dir holds .*latency\.json of an earlier search.*cost_batch is 8"):
-        autoprune.search(small(), "latency <= 50%", DATA, run_dir=str(tmp_path), cost_batch=8, **QUICK)
+        autoprune.search(
+            small(),
+            "latency <= 50%",
+            DATA,
+            execution=autoprune.Execution(run_dir=str(tmp_path)),
+            example=autoprune.Call(cost_batch=8),
+            **QUICK,
+        )
 
 
 @pytest.mark.slow
 def test_a_table_of_inputs_of_another_size_is_refused_unless_the_user_makes_them(machine, table):
     large = torch.nn.functional.interpolate(DATA[0], scale_factor=2)
     with pytest.raises(ValueError, match="its inputs are 1x3x8x8, and these are 1x3x16x16"):
-        autoprune.search(small(), "latency <= 50%", (large, DATA[1]), latency=table, **QUICK)
+        autoprune.search(small(), "latency <= 50%", (large, DATA[1]), costs={"latency_ms": table}, **QUICK)
     forward = lambda model, batch: model(batch[0][:, :, ::2, ::2])  # noqa: E731
-    assert autoprune.search(small(), "latency <= 50%", (large, DATA[1]), latency=table, forward=forward, **QUICK).front
+    assert autoprune.search(
+        small(),
+        "latency <= 50%",
+        (large, DATA[1]),
+        costs={"latency_ms": table},
+        example=autoprune.Call(forward=forward),
+        **QUICK,
+    ).front
 
 
 @pytest.fixture
@@ -188,14 +219,23 @@ def whole() -> int:
 @pytest.mark.slow
 def test_measuring_latencies_stops_between_networks_and_the_result_says_so(ticking, whole, tmp_path):
     run_dir = str(tmp_path)
-    result = autoprune.search(small(), "latency <= 50%", DATA, max_seconds=0.85 * whole, run_dir=run_dir, **QUICK)
+    result = autoprune.search(
+        small(),
+        "latency <= 50%",
+        DATA,
+        max_seconds=0.85 * whole,
+        execution=autoprune.Execution(run_dir=run_dir),
+        **QUICK,
+    )
     assert ticking.calls < 0.95 * whole
     assert result.stopped == "time"
     assert result.trials == ()
     (note,) = [note for note in result.notes if note.startswith("time was over when")]
     measured = int(re.search(r"(\d+) of 36 networks were measured", note).group(1))
     assert len(Latency.load(tmp_path / "latency.json").evidence.ratio) == measured < 36
-    again = autoprune.search(small(), "latency <= 50%", DATA, resume=True, run_dir=run_dir, **QUICK)
+    again = autoprune.search(
+        small(), "latency <= 50%", DATA, execution=autoprune.Execution(resume=True, run_dir=run_dir), **QUICK
+    )
     assert len(again.trials) == QUICK["trials"]
     assert note in again.notes
 
@@ -204,22 +244,33 @@ def test_measuring_latencies_stops_between_networks_and_the_result_says_so(ticki
 def test_too_little_time_for_a_table_is_an_error_that_keeps_what_was_measured(ticking, whole, tmp_path):
     run_dir = str(tmp_path)
     with pytest.raises(TimeoutError, match=r"max_seconds=.* was over before latencies were measured: \d+ of \d+ kinds"):
-        autoprune.search(small(), "latency <= 50%", DATA, max_seconds=0.4 * whole, run_dir=run_dir, **QUICK)
+        autoprune.search(
+            small(),
+            "latency <= 50%",
+            DATA,
+            max_seconds=0.4 * whole,
+            execution=autoprune.Execution(run_dir=run_dir),
+            **QUICK,
+        )
     assert ticking.calls < 0.5 * whole
     kept, ticking.calls = ticking.calls, 0
     assert (tmp_path / "latency.json.partial").exists()
     one = {**QUICK, "trials": 1}
-    result = autoprune.search(small(), "latency <= 50%", DATA, resume=True, run_dir=run_dir, **one)
+    result = autoprune.search(
+        small(), "latency <= 50%", DATA, execution=autoprune.Execution(resume=True, run_dir=run_dir), **one
+    )
     assert ticking.calls <= whole - 0.7 * kept
     assert not any("time was over" in note for note in result.notes)
     assert not (tmp_path / "latency.json.partial").exists()
 
 
 @pytest.mark.slow
-def test_a_table_of_other_groups_says_to_profile_with_the_same_outputs(machine, table):
+def test_a_table_of_other_groups_says_to_profile_with_the_same_example(machine, table):
     other = replace(table, groups=(("0", 12), *table.groups[1:]))
-    with pytest.raises(ValueError, match=r"its groups differ in 0 \(12 units, here 24\).*with the same outputs=, forw"):
-        autoprune.search(small(), "latency <= 50%", DATA, latency=other, **QUICK)
+    with pytest.raises(
+        ValueError, match=r"its groups differ in 0 \(12 units, here 24\).*with the same example= as here"
+    ):
+        autoprune.search(small(), "latency <= 50%", DATA, costs={"latency_ms": other}, **QUICK)
 
 
 @pytest.mark.slow
@@ -235,7 +286,7 @@ def test_mappings_that_are_no_dicts_cost_what_dicts_cost(machine):
     def searched(kind):
         data = [kind({"pixels": x}) for x in DATA[0].split(16)]
         budget = ["latency <= 60%", "memory <= 90%", "flops <= 80%"]
-        return autoprune.search(Named(), budget, data, cost_batch=3, **{**QUICK, "trials": 6})
+        return autoprune.search(Named(), budget, data, example=autoprune.Call(cost_batch=3), **{**QUICK, "trials": 6})
 
     first, second = searched(dict), searched(UserDict)
     assert first.dense.costs == second.dense.costs
@@ -255,10 +306,15 @@ def test_a_function_of_the_user_is_a_latency_too():
 
 @pytest.mark.slow
 def test_a_search_is_not_resumed_with_another_function_for_its_cost(tmp_path):
-    def searched(dense, **options):
+    def searched(dense, resume=False):
         costs = {"latency_ms": lambda candidates: dense - candidates.indices.sum(axis=1)}
         return autoprune.search(
-            small(), "latency_ms <= 8", DATA, costs=costs, run_dir=str(tmp_path), **QUICK, **options
+            small(),
+            "latency_ms <= 8",
+            DATA,
+            costs=costs,
+            execution=autoprune.Execution(run_dir=tmp_path, resume=resume),
+            **QUICK,
         )
 
     searched(10.0)
@@ -277,17 +333,19 @@ def test_a_model_without_a_choice_of_widths_is_refused_before_anything_is_timed(
 @pytest.mark.slow
 def test_an_impossible_latency_names_the_lowest_reachable(machine, table):
     with pytest.raises(InfeasibleBudgetError, match="latency_ms must be at least"):
-        autoprune.search(small(), "latency_ms <= 0.0001", DATA, latency=table, **QUICK)
+        autoprune.search(small(), "latency_ms <= 0.0001", DATA, costs={"latency_ms": table}, **QUICK)
 
 
 def test_a_table_for_another_batch_size_is_refused_before_anything_is_searched(table):
     with pytest.raises(ValueError, match="batch size is 1, and cost_batch is 8"):
-        autoprune.search(small(), "latency <= 50%", DATA, latency=table, cost_batch=8, **QUICK)
+        autoprune.search(
+            small(), "latency <= 50%", DATA, costs={"latency_ms": table}, example=autoprune.Call(cost_batch=8), **QUICK
+        )
 
 
 @pytest.mark.slow
 def test_all_costs_of_a_result_survive_saving(machine, table, tmp_path):
-    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
+    result = autoprune.search(small(), "latency <= 50%", DATA, costs={"latency_ms": table}, **QUICK)
     loaded = autoprune.SearchResult.load(result.save(tmp_path / "a", weights="none"))
     assert [t.predicted for t in loaded.front] == [t.predicted for t in result.front]
     assert [t.cost_intervals for t in loaded.front] == [t.cost_intervals for t in result.front]
@@ -300,7 +358,7 @@ def test_round_to_auto_takes_widths_at_the_right_edges_of_steps(machine, table):
     assert set(edges["3"]) >= {8, 16, 24, 32, 40}
     assert not {9, 17, 25, 33} & set(edges["3"])
     space = autoprune.Channels(round_to="auto")
-    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, space=space, **QUICK)
+    result = autoprune.search(small(), "latency <= 50%", DATA, costs={"latency_ms": table}, space=space, **QUICK)
     (options,) = (d.options for d in result.space.dimensions if d.name == "3")
     assert set(options) <= set(edges["3"])
     assert result.front
@@ -324,7 +382,7 @@ def test_an_interrupted_verification_returns_what_was_measured(machine, table, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verify, "time_networks", pulled)
-    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
+    result = autoprune.search(small(), "latency <= 50%", DATA, costs={"latency_ms": table}, **QUICK)
     assert result.front
     assert any("interrupted: some latencies" in note for note in result.notes)
 
@@ -339,7 +397,7 @@ def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeyp
 
     monkeypatch.setattr(verify, "time_networks", refused)
     budget = ["latency <= 60%", "memory <= 90%"]
-    result = autoprune.search(small(), budget, DATA, latency=table, **QUICK)
+    result = autoprune.search(small(), budget, DATA, costs={"latency_ms": table}, **QUICK)
     assert result.front
     assert all(trial.predicted.keys() == {"memory_bytes"} for trial in result.front)
     said = [note for note in result.notes if "predictions" in note]
@@ -349,7 +407,9 @@ def test_memory_is_measured_also_where_latency_cannot_be(machine, table, monkeyp
 
 @pytest.mark.slow
 def test_a_network_over_one_limit_is_not_said_to_miss_another(machine, table):
-    result = autoprune.search(small(), ["latency <= 60%", "memory <= 95%"], DATA, latency=optimistic(table), **QUICK)
+    result = autoprune.search(
+        small(), ["latency <= 60%", "memory <= 95%"], DATA, costs={"latency_ms": optimistic(table)}, **QUICK
+    )
     (timed,) = (note for note in result.notes if note.startswith("latency: ") and "were measured" in note)
     (weighed,) = (note for note in result.notes if note.startswith("memory_bytes: ") and "were measured" in note)
     assert "missed a limit and gave way" in timed
@@ -358,7 +418,9 @@ def test_a_network_over_one_limit_is_not_said_to_miss_another(machine, table):
 
 @pytest.mark.slow
 def test_what_a_corrected_table_puts_over_the_limit_is_no_probe(machine, table):
-    result = autoprune.search(small(), "latency <= 60%", DATA, latency=optimistic(table), optimizer="random", **QUICK)
+    result = autoprune.search(
+        small(), "latency <= 60%", DATA, costs={"latency_ms": optimistic(table)}, optimizer="random", **QUICK
+    )
     over = [trial for trial in result.trials if not trial.feasible and not trial.predicted]
     single = sum(np.count_nonzero(trial.candidate) <= 1 for trial in over)
     assert single < len(over)
@@ -372,7 +434,7 @@ def test_where_all_networks_miss_the_error_says_by_how_much(machine, table, monk
 
     slow = Machine(cold=1.3, per_pass=1.0)
     monkeypatch.setattr(verify, "clock_for", lambda *_: slow)
-    result = autoprune.search(small(), "latency <= 50%", DATA, latency=table, **QUICK)
+    result = autoprune.search(small(), "latency <= 50%", DATA, costs={"latency_ms": table}, **QUICK)
     with pytest.raises(InfeasibleBudgetError, match="were measured to be over, the nearest by"):
         result.best()
 
@@ -382,14 +444,14 @@ class TestBest:
 
     @pytest.mark.slow
     def test_a_later_limit_on_latency_is_met_by_a_network_that_was_measured(self, machine, table):
-        result = autoprune.search(small(), "flops <= 80%", DATA, latency=table, **QUICK)
+        result = autoprune.search(small(), "flops <= 80%", DATA, costs={"latency_ms": table}, **QUICK)
         assert all(trial.predicted for trial in result.front)
         fast = result.best("latency <= 60%")
         assert fast.costs["latency_ms"] == pytest.approx(true_ms(result.build(fast)), rel=1e-6)
 
     @pytest.mark.slow
     def test_a_better_trial_that_was_only_predicted_is_passed_over(self, machine, table):
-        result = autoprune.search(small(), "latency <= 80%", DATA, latency=table, **QUICK)
+        result = autoprune.search(small(), "latency <= 80%", DATA, costs={"latency_ms": table}, **QUICK)
         best = result.best()
         rumour = replace(best, id=999, score=1.1, predicted={}, cost_intervals={})
         assert replace(result, trials=(*result.trials, rumour)).best().id == best.id
@@ -397,7 +459,7 @@ class TestBest:
 
     @pytest.mark.slow
     def test_a_time_is_within_a_limit_only_with_its_whole_interval(self, machine, table):
-        result = autoprune.search(small(), "latency <= 80%", DATA, latency=table, **QUICK)
+        result = autoprune.search(small(), "latency <= 80%", DATA, costs={"latency_ms": table}, **QUICK)
         best = result.best()
         ms = best.costs["latency_ms"]
         unsure = replace(best, cost_intervals={"latency_ms": (0.9 * ms, 1.1 * ms)})
@@ -411,5 +473,5 @@ class TestBest:
     @pytest.mark.slow
     def test_without_measurements_predictions_count(self, machine, table):
         elsewhere = replace(table, setting=replace(table.setting, machine="a phone"))
-        result = autoprune.search(small(), "latency <= 50%", DATA, latency=elsewhere, **QUICK)
+        result = autoprune.search(small(), "latency <= 50%", DATA, costs={"latency_ms": elsewhere}, **QUICK)
         assert result.best("latency <= 50%").costs["latency_ms"] <= 0.5 * result.dense.costs["latency_ms"]

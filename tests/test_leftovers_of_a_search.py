@@ -33,7 +33,7 @@ def parent(pid):
         return None
 
 model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-options = {"trials": 3, "progress": False, "example_inputs": torch.zeros(2, 8), **eval(sys.argv[1])}
+options = {"trials": 3, "example": torch.zeros(2, 8), **eval(sys.argv[1])}
 before = state()
 autoprune.search(model, "flops <= 60%", **options)
 for name, old, new in zip(("warning filters", "environment", "open files", "processes"), before, state(), strict=True):
@@ -43,9 +43,12 @@ for name, old, new in zip(("warning filters", "environment", "open files", "proc
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files and processes are found in /proc")
-@pytest.mark.parametrize("options", [{}, {"checks": "isolated"}, {"optimizer": "bayes"}])
+@pytest.mark.parametrize(
+    "options",
+    ["{}", "{'example': autoprune.Call(inputs=torch.zeros(2, 8), checks='isolated')}", "{'optimizer': 'bayes'}"],
+)
 def test_the_first_search_of_a_process_leaves_it_as_it_was(options):
-    call = [sys.executable, "-c", FIRST_SEARCH, repr(options)]
+    call = [sys.executable, "-c", FIRST_SEARCH, options]
     finished = subprocess.run(call, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-2000:]
 
@@ -78,7 +81,7 @@ SEARCHES = {
         None,
         trials=3,
         optimizer="random",
-        example_inputs=torch.zeros(2, 3, 64),
+        example=torch.zeros(2, 3, 64),
     ),
 }
 
@@ -139,7 +142,7 @@ class TestIsolatedChecks:
                 return super().forward(x)
 
         model = Talks(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-        result = quick(model, "flops <= 60%", None, example_inputs=torch.zeros(2, 8), trials=2, checks="isolated")
+        result = quick(model, "flops <= 60%", None, example=torch.zeros(2, 8), trials=2, checks="isolated")
         assert len(result.trials) == 2
 
     @pytest.mark.slow
@@ -148,4 +151,4 @@ class TestIsolatedChecks:
         with torch.no_grad():
             model[0].weight.fill_(float("nan"))
         with pytest.raises(ValueError, match="model must return finite outputs"):
-            autoprune.search(model, "flops <= 60%", example_inputs=torch.ones(2, 8), checks="isolated", progress=False)
+            autoprune.search(model, "flops <= 60%", example=autoprune.Call(inputs=torch.ones(2, 8), checks="isolated"))

@@ -140,10 +140,18 @@ def test_a_search_reports_racing_and_resuming_what_the_loss_says(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)).eval()
     data = Data((INPUTS, HOLES), (INPUTS, HOLES), (INPUTS, HOLES), batch_size=10)
     loss = nn.CrossEntropyLoss(ignore_index=255, weight=WEIGHTS)
-    options = {"metric": loss, "progress": False, "optimizer": "random", "run_dir": str(tmp_path / "run")}
+    options = {"metric": loss, "optimizer": "random", "early_stopping": Racing()}
     expected = float(loss(net(INPUTS).detach(), HOLES))
-    first = autoprune.search(net, "flops <= 80%", data, trials=6, racing=Racing(), **options)
-    again = autoprune.search(net, "flops <= 80%", data, trials=7, racing=Racing(), resume=True, **options)
+    first = autoprune.search(
+        net,
+        "flops <= 80%",
+        data,
+        trials=6,
+        execution=autoprune.Execution(run_dir=tmp_path / "run"),
+        **options,
+    )
+    resumed = autoprune.Execution(run_dir=tmp_path / "run", resume=True)
+    again = autoprune.search(net, "flops <= 80%", data, trials=7, execution=resumed, **options)
     assert first.dense.score == pytest.approx(expected, rel=1e-4)
     assert first.dense.test_score == pytest.approx(expected, rel=1e-4)
     intervals = [[trial.interval for trial in result.trials[:6] if trial.status == "ok"] for result in (first, again)]

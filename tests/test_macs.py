@@ -287,12 +287,10 @@ def test_a_budget_on_flops_is_refused_where_an_operation_has_no_formula(unknown:
     )
     x = torch.randn(4, 6)
     with pytest.raises(UnsupportedModelError, match=r"autoprune_test::mix.*latency_ms.*register_rule"):
-        autoprune.search(model, "flops <= 50%", example_inputs=x, trials=1, progress=False)
+        autoprune.search(model, "flops <= 50%", example=x, trials=1)
     assert "autoprune_test::mix" in str(autoprune.inspect(model, x))
     assert "flops leave out autoprune_test::mix" in " ".join(
-        autoprune.search(
-            model, "params <= 80%", example_inputs=x, trials=1, progress=False, evaluator="adaptive_bn"
-        ).notes
+        autoprune.search(model, "params <= 80%", example=x, trials=1, evaluator="adaptive_bn").notes
     )
     products = lambda record, op: [(1, [(op.args["x"].id, 0), *((op.args["weight"].id, d) for d in (0, 1))])]  # noqa: E731
     autoprune.register_rule("autoprune_test::mix", macs=products)

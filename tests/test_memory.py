@@ -144,10 +144,9 @@ def test_a_metric_of_the_whole_set_sees_whole_batches(digits, digits_model):
             "flops <= 50%",
             digits.validation,
             metric=Metric(batches_and_mean, True, per_sample=False),
-            forward=forward,
+            example=autoprune.Call(forward=forward),
             trials=4,
             optimizer="random",
-            progress=False,
         )
         scores.append([trial.score for trial in result.trials])
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
@@ -172,7 +171,12 @@ def test_a_search_goes_on_where_single_samples_do_not_fit(digits, digits_model):
 
     dense = sum(parameter.numel() for parameter in digits_model.parameters())
     result = autoprune.search(
-        digits_model, "flops <= 50%", digits.validation, forward=forward, trials=8, optimizer="random", progress=False
+        digits_model,
+        "flops <= 50%",
+        digits.validation,
+        example=autoprune.Call(forward=forward),
+        trials=8,
+        optimizer="random",
     )
     failed = [trial for trial in result.trials if trial.status == "failed"]
     assert len(result.trials) == 8

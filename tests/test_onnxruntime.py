@@ -206,7 +206,12 @@ class TestTable:
     def test_what_a_search_offers_is_measured_under_onnxruntime(self, table, monkeypatch):
         Counting(monkeypatch)
         result = autoprune.search(
-            small(), "latency <= 60%", DATA, latency=table, trials=12, progress=False, prior="criterion"
+            small(),
+            "latency <= 60%",
+            DATA,
+            costs={"latency_ms": table},
+            trials=12,
+            start=autoprune.Start(prior="criterion"),
         )
         dense = sum(p.numel() for p in small().parameters())
         assert result.front
@@ -227,7 +232,12 @@ class TestTable:
     def test_a_table_of_another_runtime_or_version_verifies_nothing_and_says_so(self, table, setting, said):
         other = replace(table, setting=replace(table.setting, **setting))
         result = autoprune.search(
-            small(), "latency <= 60%", DATA, latency=other, trials=6, progress=False, prior="criterion"
+            small(),
+            "latency <= 60%",
+            DATA,
+            costs={"latency_ms": other},
+            trials=6,
+            start=autoprune.Start(prior="criterion"),
         )
         (note,) = (note for note in result.notes if "not verified here" in note)
         assert said in note

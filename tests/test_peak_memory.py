@@ -122,7 +122,7 @@ def test_while_the_user_profiles_nothing_is_measured_and_nothing_taken_from_them
 @pytest.mark.slow
 def test_measuring_leaves_the_random_state_alone(global_rng_untouched):
     with global_rng_untouched():
-        autoprune.search(small(), "memory <= 70%", DATA, trials=4, progress=False, prior="criterion")
+        autoprune.search(small(), "memory <= 70%", DATA, trials=4, start=autoprune.Start(prior="criterion"))
 
 
 def family(highest, steps=None) -> Family:
@@ -213,7 +213,9 @@ def test_an_operation_that_cannot_be_run_alone_counts_without_scratch_and_is_sai
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["memory <= 70%", ["memory_bytes <= 70%", "flops <= 60%"]])
 def test_what_is_offered_under_a_memory_budget_was_measured_to_be_within(budget):
-    result = autoprune.search(small(), budget, DATA, trials=16, cost_batch=2, progress=False, prior="criterion")
+    result = autoprune.search(
+        small(), budget, DATA, trials=16, example=autoprune.Call(cost_batch=2), start=autoprune.Start(prior="criterion")
+    )
     assert result.front
     for trial in result.front:
         measured = peak_bytes(result.build(trial).eval(), DATA[0][:2])
@@ -226,6 +228,6 @@ def test_what_is_offered_under_a_memory_budget_was_measured_to_be_within(budget)
 
 @pytest.mark.slow
 def test_memory_that_no_budget_limits_is_not_measured():
-    result = autoprune.search(small(), "flops <= 60%", DATA, trials=4, progress=False, prior="criterion")
+    result = autoprune.search(small(), "flops <= 60%", DATA, trials=4, start=autoprune.Start(prior="criterion"))
     assert all(not trial.predicted for trial in result.trials)
     assert not any(note.startswith("memory_bytes") for note in result.notes)

@@ -221,7 +221,7 @@ class TestInASearch:
             Data(digits.train, digits.validation, digits.test, validation_samples=200),
             space=Channels(step=0.25),
             evaluator="auto",
-            prior=prior,
+            start=autoprune.Start(prior=prior),
         )
         sizes = study.problem.sizes
         where = [(j, k) for j, size in enumerate(sizes) for k in range(1, size)]
@@ -239,7 +239,7 @@ class TestInASearch:
 
         data = torch.randn(60, 64, generator=torch.Generator().manual_seed(0))
         for prior in ("criterion", "reconstruction"):
-            options = {"trials": 3, "optimizer": make, "prior": prior, "progress": False}
+            options = {"trials": 3, "optimizer": make, "start": autoprune.Start(prior=prior)}
             space = Channels(step=0.125, min_fraction=0.125)
             autoprune.search(ZOO["mlp"].build(), "flops <= 50%", data, space=space, **options)
         assert [problem.trials for problem in seen] == [3, 3]
@@ -252,7 +252,7 @@ class TestInASearch:
             ValueError,
             match=r"prior must be one of \['auto', 'criterion', 'database', .*\], got 'l2'",
         ):
-            autoprune.search(ZOO["mlp"].build(), "flops <= 50%", torch.randn(60, 64), prior="l2")
+            autoprune.search(ZOO["mlp"].build(), "flops <= 50%", torch.randn(60, 64), start=autoprune.Start(prior="l2"))
 
 
 def test_weights_set_to_zero_lose_their_share_of_the_squares():

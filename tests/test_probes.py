@@ -73,7 +73,7 @@ def found(data, run_dir, scan):
         scan.append(Scan(problem, seed))
         return scan[0]
 
-    options = {"trials": TRIALS, "space": EIGHTHS, "run_dir": str(run_dir), "progress": False}
+    options = {"trials": TRIALS, "space": EIGHTHS, "execution": autoprune.Execution(run_dir=run_dir)}
     result = autoprune.search(settled_mlp(), "flops <= 50%", data, optimizer=make, **options)
     result.save(run_dir)
     return result
@@ -122,7 +122,7 @@ class TestInTheLoop:
 
     @pytest.mark.slow
     def test_a_search_without_probes_says_nothing_of_them(self, data):
-        options = {"trials": 4, "optimizer": "nsga2", "progress": False}
+        options = {"trials": 4, "optimizer": "nsga2"}
         result = autoprune.search(settled_mlp(), "flops <= 50%", data, **options)
         assert "probes" not in str(result)
         assert all(trial.feasible for trial in result.trials)
@@ -132,7 +132,7 @@ class TestInTheLoop:
         shown = []
         monkeypatch.setattr(Progress, "due", lambda self, done: True)
         monkeypatch.setattr(Progress, "update", lambda self, done, failed, best, front, _: shown.append((done, front)))
-        options = {"trials": 24, "space": EIGHTHS, "optimizer": Scan, "progress": False}
+        options = {"trials": 24, "space": EIGHTHS, "optimizer": Scan}
         with caplog.at_level(logging.INFO, logger="autoprune"):
             result = autoprune.search(settled_mlp(), "flops <= 20%", data, **options)
         assert any("trials are probes" in record.getMessage() for record in caplog.records)
@@ -263,9 +263,7 @@ class TestSensitivity:
             return sum(forward(batch).mean() for batch in batches)
 
         metric = Metric(mean, higher_is_better=True, per_sample=False)
-        result = autoprune.search(
-            settled_mlp(), "flops <= 50%", data, metric=metric, optimizer=Scan, trials=4, progress=False
-        )
+        result = autoprune.search(settled_mlp(), "flops <= 50%", data, metric=metric, optimizer=Scan, trials=4)
         table = result.sensitivity("metric")
         assert np.isfinite(table.losses[0, 1:5]).all()
         assert np.isnan(table.stderr[0, 1:5]).all()

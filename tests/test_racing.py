@@ -27,7 +27,7 @@ from tests.labelled import BATCH, SAMPLES, make_data
 from tests.resuming import Counting, rows, seen
 from tests.resuming import search as search_any
 
-search = partial(search_any, data=make_data(), optimizer="random", racing=True)
+search = partial(search_any, data=make_data(), optimizer="random", early_stopping=True)
 
 
 def lead_by_t_test(differences, error):
@@ -206,7 +206,7 @@ class TestWhoIsTheRival:
 def pair(tmp_path_factory):
     """The same search with and without racing; random proposals do not depend on what was seen."""
     run_dir = tmp_path_factory.mktemp("raced")
-    return search(None, racing=False), search(run_dir), run_dir
+    return search(None, early_stopping=False), search(run_dir), run_dir
 
 
 @pytest.mark.slow
@@ -321,9 +321,9 @@ class TestWhereItCannotWork:
 
     def test_other_settings_are_refused_by_name(self):
         with pytest.raises(
-            ValueError, match=r"racing must be True, False, an autoprune.Racing or autoprune.Rungs, got 0.05"
+            ValueError, match=r"early_stopping must be True, False, an autoprune.Racing or autoprune.Rungs, got 0.05"
         ):
-            search(None, racing=0.05)
+            search(None, early_stopping=0.05)
         with pytest.raises(ValueError, match=r"delta must be a probability between 0 and 1, got 1"):
             Racing(delta=1)
 
@@ -333,12 +333,12 @@ class TestWhereItCannotWork:
 class TestOnRay:
     def test_synchronous_workers_race_as_a_local_search_does(self, pair):
         _, raced, _ = pair
-        assert seen(search(None, executor=RayExecutor(workers=2, synchronous=True))) == seen(raced)
+        assert seen(search(None, execution=RayExecutor(workers=2, synchronous=True))) == seen(raced)
 
     def test_asynchronous_workers_drop_what_is_dominated(self, pair, tmp_path):
         full, _, _ = pair
         signal = {trial.candidate: trial.signal for trial in full.trials}
-        result = search(tmp_path, executor=RayExecutor(workers=2))
+        result = search(tmp_path, execution=RayExecutor(workers=2))
         dropped = [trial for trial in result.trials if trial.status == RACED]
         assert dropped
         assert all(len(row.evaluations) == 1 for row in rows(tmp_path))

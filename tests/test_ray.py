@@ -19,6 +19,7 @@ from autoprune.journal.journal import Journal
 from autoprune.protocols import FAILED, OK
 from tests.object_stores import object_stores
 from tests.processes import running
+from tests.searching import grouped
 from tests.sockets import LOOPBACK, listening_of
 from zoo import ZOO
 
@@ -31,8 +32,10 @@ def make_data():
 
 
 def search(trials=24, data=None, **options):
-    options = {"optimizer": "level_switch", "progress": False, **options}
-    return autoprune.search(ZOO["mlp"].build(), "flops <= 50%", data or make_data(), trials=trials, **options)
+    options = {"optimizer": "level_switch", **options}
+    return autoprune.search(
+        ZOO["mlp"].build(), "flops <= 50%", data or make_data(), trials=trials, **grouped(**options)
+    )
 
 
 def scores(result):
@@ -120,7 +123,7 @@ def alive(ray):
 
 
 def test_synchronous_workers_give_the_trials_and_the_front_of_a_local_search(two_workers, local):
-    result = search(trials=40, executor=two_workers(synchronous=True))
+    result = search(trials=40, execution=two_workers(synchronous=True))
     assert [(t.candidate, *scores(result)[t.candidate]) for t in result.trials] == [
         (t.candidate, *scores(local)[t.candidate]) for t in local.trials
     ]
@@ -129,7 +132,7 @@ def test_synchronous_workers_give_the_trials_and_the_front_of_a_local_search(two
 
 def test_asynchronous_workers_score_as_here_and_the_journal_says_who_did(two_workers, local, tmp_path):
     result = search(
-        executor=two_workers(), metric="auto", forward=lambda model, batch: model(batch[0]), run_dir=tmp_path
+        execution=two_workers(), metric="auto", forward=lambda model, batch: model(batch[0]), run_dir=tmp_path
     )
     assert_whole(result)
     common = scores(result).keys() & scores(local).keys()
@@ -147,19 +150,19 @@ def test_workers_draw_samples_for_themselves_where_functions_give_them(two_worke
         (tmp_path / str(os.getpid())).touch()
         return make_data()
 
-    result = search(8, data=autoprune.Data(validation=give), executor=two_workers(synchronous=True))
+    result = search(8, data=autoprune.Data(validation=give), execution=two_workers(synchronous=True))
     assert {str(os.getpid())} < {mark.name for mark in tmp_path.iterdir()}
     assert scores(result) == {c: scores(local)[c] for c in scores(result)}
 
 
 def test_workers_share_a_gpu(ray, local):
-    result = search(executor=RayExecutor(cpus_per_worker=0.1, gpus_per_worker=0.5))
+    result = search(execution=RayExecutor(cpus_per_worker=0.1, gpus_per_worker=0.5))
     assert_whole(result)
 
 
 def test_a_candidate_that_ends_its_process_fails_after_a_second_try_and_the_search_goes_on(two_workers, caplog):
     with caplog.at_level(logging.WARNING, "autoprune"):
-        result = search(12, executor=two_workers(ahead=0), evaluator=Faulty(die))  # nothing waits behind it
+        result = search(12, execution=two_workers(ahead=0), evaluator=Faulty(die))  # nothing waits behind it
     assert_whole(result, 12)
     failed = [trial for trial in result.trials if trial.status == FAILED]
     assert {trial.id for trial in failed} == {trial.id for trial in result.trials if odd(trial.candidate)}
@@ -170,7 +173,7 @@ def test_a_candidate_that_ends_its_process_fails_after_a_second_try_and_the_sear
 
 def test_what_hangs_once_is_replaced_and_its_candidate_scored(two_workers, local, tmp_path):
     evaluator = Faulty(hang, marks=tmp_path)
-    result = search(12, executor=two_workers(timeout_seconds=8, ahead=0), evaluator=evaluator)
+    result = search(12, execution=two_workers(timeout_seconds=8, ahead=0), evaluator=evaluator)
     assert_whole(result, 12)
     assert {trial.status for trial in result.trials} == {OK}
     assert list(tmp_path.iterdir())
@@ -185,7 +188,7 @@ def test_kill_9_of_a_worker_loses_nothing(two_workers, tmp_path, caplog):
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with caplog.at_level(logging.WARNING, "autoprune"):
-        result = search(executor=two_workers(), evaluator=Slow(), run_dir=tmp_path)
+        result = search(execution=two_workers(), evaluator=Slow(), run_dir=tmp_path)
     killer.join(10)
     assert_whole(result)
     assert {trial.status for trial in result.trials} == {OK}
@@ -220,12 +223,12 @@ def test_a_resumed_asynchronous_search_evaluates_what_was_pending(two_workers, t
         def __getattr__(self, name):
             return getattr(self.inner, name)
 
-    search(executor=Stops(two_workers()), run_dir=tmp_path)
+    search(execution=Stops(two_workers()), run_dir=tmp_path)
     with Journal.open(tmp_path) as journal:
         before = {row.id: (row.candidate, row.evaluations) for row in journal.trials()}
     pending = [i for i, (_, evaluations) in before.items() if not evaluations]
     assert pending
-    assert_whole(search(executor=two_workers(), run_dir=tmp_path, resume=True))
+    assert_whole(search(execution=two_workers(), run_dir=tmp_path, resume=True))
     with Journal.open(tmp_path) as journal:
         after = journal.trials()
     assert {i: after[i].candidate for i in before} == {i: candidate for i, (candidate, _) in before.items()}
@@ -241,7 +244,7 @@ def test_a_driver_holds_no_more_tasks_than_its_workers_have_slots(two_workers):
         held.append(len(executor._unreleased))
 
     executor.submit = watched
-    search(executor=executor)
+    search(execution=executor)
     assert max(held) == 4
 
 
@@ -315,7 +318,7 @@ class Unpreparable(AdaptiveBN):
 
 def test_workers_that_cannot_start_are_given_up_with_the_reason(two_workers):
     with pytest.raises(RuntimeError, match=r"no worker could be started: .*the licence server is down"):
-        search(executor=two_workers(max_restarts=1), evaluator=Unpreparable())
+        search(execution=two_workers(max_restarts=1), evaluator=Unpreparable())
 
 
 @pytest.mark.parametrize(
@@ -354,7 +357,7 @@ def test_a_ray_with_token_authentication_is_taken(version):
 
 def test_workers_larger_than_any_node_are_refused(ray):
     with pytest.raises(ValueError, match=r"1 workers must fit, each with cpus_per_worker=64 .* room for 0 .*2 CPUs"):
-        search(executor=RayExecutor(cpus_per_worker=64))
+        search(execution=RayExecutor(cpus_per_worker=64))
 
 
 class TestOtherRays:
@@ -368,7 +371,7 @@ class TestOtherRays:
 
     def test_a_ray_of_its_own_is_shut_down_and_leaves_the_random_state_alone(self, ray, global_rng_untouched):
         with global_rng_untouched():
-            assert_whole(search(4, executor=RayExecutor(workers=1)), 4)
+            assert_whole(search(4, execution=RayExecutor(workers=1)), 4)
 
     def test_it_listens_on_the_loopback_only_and_leaves_the_environment_as_it_was(self, ray):
         executor, listening = RayExecutor(workers=1), []
@@ -380,7 +383,7 @@ class TestOtherRays:
             return finished
 
         executor.gather = watched
-        assert_whole(search(4, executor=executor), 4)
+        assert_whole(search(4, execution=executor), 4)
         assert len(set(listening)) >= 4, "Ray and its worker"
         assert {address for address, _ in listening} <= LOOPBACK
         assert dict(os.environ) == before
@@ -397,9 +400,9 @@ class TestOtherRays:
             "metric": {"metric": autoprune.Metric(metric, True)},
             "forward": {"forward": lambda model, batch: model(batch[0]) if lock else None},
         }[name]
-        pattern = rf"^{name} must be something that pickle can send to the workers of Ray, but .*use executor='local'$"
+        pattern = rf"^{name} must be something that pickle can send to the workers of Ray, but .*use execution='local'$"
         with pytest.raises(TypeError, match=pattern) as caught:
-            search(4, executor=RayExecutor(workers=1), **options)
+            search(4, execution=RayExecutor(workers=1), **options)
         assert len(str(caught.value)) <= 500
 
     def test_model_and_data_are_stored_once_a_node_however_many_tasks(self, ray):
@@ -422,7 +425,7 @@ class TestOtherRays:
 
         executor.start, executor.gather = start_all, watched
         try:
-            assert_whole(search(60, (x, x[:, :10].argmax(1)), executor=executor), 60)
+            assert_whole(search(60, (x, x[:, :10].argmax(1)), execution=executor), 60)
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -447,7 +450,7 @@ class TestOtherRays:
 
         executor.submit = submit_and_change
         try:
-            result = search(60, executor=executor, evaluator=Slow(), run_dir=tmp_path)
+            result = search(60, execution=executor, evaluator=Slow(), run_dir=tmp_path)
         finally:
             ray.shutdown()
             cluster.shutdown()

@@ -12,6 +12,7 @@ import autoprune
 from autoprune import Data, Metric, SearchResult
 from autoprune.protocols import FAILED
 from autoprune.result.builders import weights_file
+from tests.searching import grouped
 from zoo import ZOO
 
 
@@ -22,7 +23,7 @@ def vectors():
 
 
 def search(model, data, budget="flops <= 60%", trials=30, **options):
-    return autoprune.search(model, budget, data, trials=trials, progress=False, **options)
+    return autoprune.search(model, budget, data, trials=trials, **grouped(**options))
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +392,7 @@ class TestLookingAtIt:
     @pytest.mark.slow
     @pytest.mark.parametrize("budget", ["flops <= 60%", ["flops <= 60%", "params <= 60%", "memory_bytes <= 99%"]])
     def test_the_text_fits_a_terminal(self, budget):
-        result = search(ZOO["mlp"].build(), None, budget=budget, trials=8, example_inputs=torch.randn(2, 64))
+        result = search(ZOO["mlp"].build(), None, budget=budget, trials=8, example=torch.randn(2, 64))
         lines = str(result).splitlines()
         assert max(map(len, lines)) <= 100
         assert sum(line.split()[:1] == ["dense"] for line in lines) == 1

@@ -19,7 +19,12 @@ def searched(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("searched")
     inputs = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
     result = autoprune.search(
-        ZOO["mlp"].build(), "flops <= 60%", inputs, trials=4, optimizer="random", progress=False, run_dir=run_dir
+        ZOO["mlp"].build(),
+        "flops <= 60%",
+        inputs,
+        trials=4,
+        optimizer="random",
+        execution=autoprune.Execution(run_dir=run_dir),
     )
     result.save(run_dir)
     return run_dir, result

@@ -88,7 +88,7 @@ def test_a_result_recorded_but_not_told_is_told_and_not_evaluated_again(tmp_path
 
     whole = search(None)
     with pytest.raises(OSError, match="gone"):
-        search(tmp_path, executor=Dies())
+        search(tmp_path, execution=Dies())
     connection = sqlite3.connect(tmp_path / FILE_NAME)
     connection.execute("DELETE FROM tells WHERE trial = 4")
     connection.commit()
@@ -135,7 +135,7 @@ class Untouched(LocalExecutor):
 def test_a_finished_search_returns_at_once(tmp_path):
     whole = search(tmp_path, evaluator=Counting())
     evaluator = Counting()
-    assert seen(search(tmp_path, True, evaluator=evaluator, executor=Untouched())) == seen(whole)
+    assert seen(search(tmp_path, True, evaluator=evaluator, execution=Untouched())) == seen(whole)
     assert evaluator.count == 0
 
 
@@ -193,7 +193,7 @@ class TestStoppingByItself:
             resumed = search(tmp_path, True, evaluator=Counting(), **self.options)
             assert seen(resumed) == seen(whole)
             assert why in resumed.notes
-        search(tmp_path, True, evaluator=Counting(0), executor=Untouched(), **self.options)
+        search(tmp_path, True, evaluator=Counting(0), execution=Untouched(), **self.options)
 
     @pytest.mark.slow
     def test_a_number_of_trials_may_become_auto_and_the_other_way_round(self, tmp_path):

@@ -357,7 +357,7 @@ def test_an_inspection_names_what_is_delivered_as_a_graph():
     assert found.graphs == ("1.attention",)
     assert found.to_dict()["graphs"] == ["1.attention"]
     assert "delivered as graphs of what they ran: 1.attention" in " ".join(str(found).split())
-    assert autoprune.inspect(model, tokens(), rewrite="off").graphs == ()
+    assert autoprune.inspect(model, autoprune.Call(inputs=tokens(), rewrite="off")).graphs == ()
 
 
 @pytest.mark.slow
@@ -366,7 +366,7 @@ def test_a_search_scores_what_it_delivers_and_says_so(tmp_path):
     model = Pixels(Reduced()).eval()
     x, y = torch.randn(96, 3, 8, 8), torch.randint(5, (96,))
     data = torch.utils.data.TensorDataset(x, y)
-    result = autoprune.search(model, "flops <= 70%", data, trials=4, progress=False)
+    result = autoprune.search(model, "flops <= 70%", data, trials=4)
     assert any("delivered as graphs: Reduced ('inner')" in note for note in result.notes)
     trial = min(result.front, key=lambda trial: trial.costs["flops"])
     built = result.build(trial)

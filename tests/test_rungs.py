@@ -74,7 +74,7 @@ def _counted():
 
 
 def search(run_dir, *arguments, **options):
-    options = {"optimizer": "random", "racing": Rungs(), "evaluator": Watched(), **options}
+    options = {"optimizer": "random", "early_stopping": Rungs(), "evaluator": Watched(), **options}
     return search_any(run_dir, *arguments, data=make_data(), **options)
 
 
@@ -273,7 +273,7 @@ def pair(tmp_path_factory):
     """The same search without and with rungs; random proposals do not depend on what was seen."""
     run_dir, watched, before = tmp_path_factory.mktemp("rungs"), Watched(), Steps.taken
     with_rungs = search(run_dir, evaluator=watched)
-    return search(None, racing=False), with_rungs, run_dir, watched.before_tests - before
+    return search(None, early_stopping=False), with_rungs, run_dir, watched.before_tests - before
 
 
 def reached(trial):
@@ -408,6 +408,6 @@ class TestWhereItCannotWork:
 @pytest.mark.usefixtures("ray")
 def test_synchronous_workers_on_ray_stop_whom_a_local_search_does(pair):
     _, result, _, _ = pair
-    remote = search(None, executor=RayExecutor(workers=2, synchronous=True))
+    remote = search(None, execution=RayExecutor(workers=2, synchronous=True))
     assert seen(remote) == seen(result)
     assert [reached(trial) for trial in remote.trials] == [reached(trial) for trial in result.trials]

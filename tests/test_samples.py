@@ -196,7 +196,7 @@ def test_the_tensors_of_the_user_stay_as_they_are_without_data_too():
     example = INPUTS[:2].clone()
     model = Reads(writing).eval()
     autoprune.inspect(model, example)
-    quick(model, "flops <= 60%", example_inputs=[example])
+    quick(model, "flops <= 60%", example=[example])
     assert torch.equal(example, INPUTS[:2])
 
 

@@ -24,11 +24,12 @@ from autoprune.study.convergence import MOST_TRIALS, planned, why_converged
 from autoprune.testing.contracts import OptimizerContract
 from autoprune.testing.problems import additive_problem, product_problem
 from tests.oracle import count_macs
+from tests.searching import grouped
 from zoo import ZOO
 
 
 def search(model, budget, data, trials=40, **options):
-    return autoprune.search(model, budget, data, trials=trials, progress=False, **options)
+    return autoprune.search(model, budget, data, trials=trials, **grouped(**options))
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ TRIALS = 40
 
 @pytest.fixture(scope="module")
 def found(digits_model, data):
-    return autoprune.search(digits_model, "flops <= 50%", data, trials=TRIALS, progress=False)
+    return autoprune.search(digits_model, "flops <= 50%", data, trials=TRIALS)
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """Data that scores are from, the start of a search, and its optimizers."""
 
 import math
-from dataclasses import fields
-from inspect import signature
 
 import pytest
 import torch
@@ -10,10 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import autoprune
 from autoprune import Channels, Data, Metric
 from autoprune.evaluators import Compensated
-from autoprune.study.request import Request
 from tests.searching import quick, seen
 from zoo import ZOO
 
@@ -78,7 +74,7 @@ class TestMetrics:
 
     @pytest.mark.slow
     def test_without_data_random_inputs_stand_in_and_the_result_says_so(self, mlp):
-        result = quick(mlp, "flops <= 50%", example_inputs=torch.randn(2, 64))
+        result = quick(mlp, "flops <= 50%", example=torch.randn(2, 64))
         assert result.metric == "agreement"
         assert any("no data given: 256 random inputs" in note for note in result.notes)
         assert result.trials[0].evaluations[0].samples == 256
@@ -170,7 +166,3 @@ def test_optimizers_are_named_classes_functions_or_instances(mlp, vectors):
     named = quick(mlp, "flops <= 50%", vectors, trials=10, optimizer="random")
     made = quick(mlp, "flops <= 50%", vectors, trials=10, optimizer=lambda problem, seed: RandomSearch(problem, seed))
     assert seen(quick(mlp, "flops <= 50%", vectors, trials=10, optimizer=RandomSearch)) == seen(named) == seen(made)
-
-
-def test_a_request_has_the_arguments_of_search():
-    assert [field.name for field in fields(Request)] == list(signature(autoprune.search).parameters)

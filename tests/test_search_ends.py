@@ -112,7 +112,7 @@ class TestStopping:
                 return super().gather()
 
         with pytest.raises(OSError, match="the node is gone"):
-            quick(mlp, "flops <= 50%", vectors, trials=20, executor=Broken(), run_dir=tmp_path)
+            quick(mlp, "flops <= 50%", vectors, trials=20, execution=Broken(), run_dir=tmp_path)
         journal = Journal.open(tmp_path)
         assert sorted(row.status for row in journal.trials()) == [OK] * 3 + ["pending"] * 5
         journal.close()

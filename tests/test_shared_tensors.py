@@ -34,7 +34,7 @@ def words(seed=0):
 def found():
     data = torch.randint(0, 2_000, (60, 5), generator=torch.Generator().manual_seed(0))
     space = autoprune.Channels(ignore=["embedding"])
-    return autoprune.search(words(), "params <= 99%", data, space=space, trials=20, progress=False)
+    return autoprune.search(words(), "params <= 99%", data, space=space, trials=20)
 
 
 def bits(module):

@@ -506,7 +506,7 @@ def test_a_negative_limit_is_refused(kind):
 def test_a_finished_search_keeps_no_outputs():
     images = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     evaluator = AdaptiveBN()
-    autoprune.search(ZOO["vgg_plain"].build(), "flops <= 60%", images, evaluator=evaluator, trials=6, progress=False)
+    autoprune.search(ZOO["vgg_plain"].build(), "flops <= 60%", images, evaluator=evaluator, trials=6)
     store = cache_of(evaluator).store
     assert store.peak > 0
     assert store.used == 0

@@ -334,9 +334,7 @@ class TestWhatIsRefused:
 def found(digits, digits_model):
     data = autoprune.Data(calibration=digits.train, validation=digits.validation, test=digits.test)
     budget = "nonzero_params <= 20%"
-    return autoprune.search(
-        digits_model, budget, data, space="sparsity", optimizer="random", trials=24, seed=0, progress=False
-    )
+    return autoprune.search(digits_model, budget, data, space="sparsity", optimizer="random", trials=24, seed=0)
 
 
 @pytest.mark.slow
@@ -373,9 +371,7 @@ class TestSearch:
         model = nn.Linear(8, 4)
         data = torch.randn(40, 8), torch.randint(0, 4, (40,))
         with pytest.raises(NothingToPruneError, match="nothing to prune"):
-            autoprune.search(model, "params <= 50%", data, progress=False)
-        result = autoprune.search(
-            model, "nonzero_params <= 50%", data, space=autoprune.Sparsity(levels=(0, 0.6)), progress=False
-        )
+            autoprune.search(model, "params <= 50%", data)
+        result = autoprune.search(model, "nonzero_params <= 50%", data, space=autoprune.Sparsity(levels=(0, 0.6)))
         assert [trial.decoded for trial in result.trials] == [{"weight": 0.6}]
         assert (result.build().weight == 0).sum() == 19

@@ -118,7 +118,7 @@ class TestASearchComputesOnce:
     @pytest.mark.parametrize("racing", [False, True])
     def test_the_statistics_of_a_trial(self, mlp, vectors, counted, racing):
 
-        result = quick(mlp, "flops <= 60%", vectors, trials=self.TRIALS, racing=racing, optimizer="random")
+        result = quick(mlp, "flops <= 60%", vectors, trials=self.TRIALS, early_stopping=racing, optimizer="random")
         assert len(result.trials) == self.TRIALS
         assert counted.total() == self.TRIALS + 1  # the dense model too
 
@@ -139,7 +139,9 @@ class TestASearchComputesOnce:
 
     def test_the_journal_holds_the_costs_and_the_statistics_of_the_trials_to_the_last_bit(self, mlp, vectors, tmp_path):
 
-        result = quick(mlp, "flops <= 60%, params <= 80%", vectors, run_dir=tmp_path, racing=True, trials=self.TRIALS)
+        result = quick(
+            mlp, "flops <= 60%, params <= 80%", vectors, run_dir=tmp_path, early_stopping=True, trials=self.TRIALS
+        )
         with Journal.open(tmp_path) as journal:
             for row, trial in zip(journal.trials(), result.trials, strict=True):
                 assert (row.costs, row.evaluations) == (trial.costs, trial.evaluations)

@@ -93,7 +93,7 @@ def test_an_isolated_analysis_ends_as_well(model):
 def test_a_search_names_the_argument_and_the_way_out(model, monkeypatch):
     monkeypatch.setattr("autoprune.study.setup.LEAST_ANALYSIS_SECONDS", 0.0)
     with pytest.raises(TimeoutError, match=r"max_seconds=0\.001 was over before it was known .*; give more time"):
-        autoprune.search(model, "flops <= 60%", example_inputs=draw((TOKENS,)), max_seconds=1e-3, progress=False)
+        autoprune.search(model, "flops <= 60%", example=draw((TOKENS,)), max_seconds=1e-3)
 
 
 def test_limits_end_with_what_is_inside():

@@ -113,9 +113,7 @@ def test_what_cannot_be_followed_is_said(run: Any, word: str):
     assert [group.name for group in found.groups] == ["a"]
     assert word in found.structure.untrained
     assert "training" in str(found)
-    result = autoprune.search(
-        model, "flops <= 60%", example_inputs=x, trials=2, optimizer="random", evaluator="adaptive_bn", progress=False
-    )
+    result = autoprune.search(model, "flops <= 60%", example=x, trials=2, optimizer="random", evaluator="adaptive_bn")
     assert any(word in note for note in result.notes)
 
 

@@ -34,7 +34,8 @@ folder = Path("runs/a")
 model = nn.Linear(4, 2)
 x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
 data = autoprune.Data(calibration=(x, y), validation=(x, y))
-found: autoprune.Inspection = autoprune.inspect(model, x)
+call = autoprune.Call(inputs=[(x,), {"input": x}], forward=lambda model, batch: model(batch))
+found: autoprune.Inspection = autoprune.inspect(model, call)
 table: autoprune.Latency = autoprune.profile(model, x, path=folder / "table.json")
 result: autoprune.SearchResult = autoprune.search(
     model,
@@ -45,11 +46,14 @@ result: autoprune.SearchResult = autoprune.search(
     evaluator="adaptive_bn",
     optimizer="nsga2",
     trials="auto",
-    racing=autoprune.Racing(delta=0.01),
-    run_dir=folder,
-    resume="anyway",
-    latency=table,
+    start=autoprune.Start(candidates=[{"0": 1}], prior="sensitivity"),
+    example=autoprune.Call(inputs=x, outputs=lambda made: made, checks="strict", rewrite="off", cost_batch=8),
+    costs={"latency_ms": table},
+    early_stopping=autoprune.Racing(delta=0.01),
+    execution=autoprune.Execution(run_dir=folder, resume="anyway"),
 )
+plain = autoprune.search(model, "flops <= 50%", example=[x, x], start=[result], execution="ray")
+plain = autoprune.search(model, "latency <= 50%", data, costs={"latency_ms": folder / "table.json"})
 best: autoprune.Trial = result.best("flops <= 40%")
 small: nn.Module = result.build(best)
 result.save(folder)
@@ -65,7 +69,11 @@ WRONG = {
     'optimizer="nsga2"': 'optimizer="nsga"',
     'trials="auto"': 'trials="all"',
     'resume="anyway"': 'resume="yes"',
-    "run_dir=folder,\n    resume": "run_dir=3,\n    resume",
+    "run_dir=folder, resume": "run_dir=3, resume",
+    'checks="strict"': 'checks="stricter"',
+    'rewrite="off"': 'rewrite="no"',
+    'prior="sensitivity"': 'prior="sensitive"',
+    'execution="ray"': 'execution="dask"',
     'evaluators=["finetune"]': 'evaluators=["fine-tune"]',
 }
 
@@ -88,8 +96,15 @@ def test_a_strict_script_of_every_verb_is_accepted_and_each_misspelt_name_refuse
         assert wrong.count(right) == 1
         wrong = wrong.replace(right, mistake)
     told = mypy(tmp_path, wrong)
-    for argument in ("evaluator", "optimizer", "trials", "resume", "run_dir"):
-        assert f'Argument "{argument}" to "search" has incompatible type' in told
+    arguments = {
+        "search": ("evaluator", "optimizer", "trials", "execution"),
+        "Execution": ("resume", "run_dir"),
+        "Call": ("checks", "rewrite"),
+        "Start": ("prior",),
+    }
+    for call, names in arguments.items():
+        for name in names:
+            assert f'Argument "{name}" to "{call}" has incompatible type' in told
     assert "fine-tune" in told
 
 

@@ -63,7 +63,7 @@ def test_a_search_takes_them_away_first_and_loses_nothing_by_it():
     torch.manual_seed(0)
     model = TwoHeads().eval()
     x = torch.randn(96, 8)
-    result = autoprune.search(model, "flops <= 75%", x, outputs="logits", trials=6, progress=False, seed=0)
+    result = autoprune.search(model, "flops <= 75%", x, example=autoprune.Call(outputs="logits"), trials=6, seed=0)
     pruned = [trial for trial in result.trials if any(trial.candidate)]
     assert {name: pruned[0].decoded[name] for name in ("trunk.0", "wanted.0", "other.0", "other.2")} == {
         "trunk.0": 16,

@@ -149,7 +149,7 @@ def test_random_graphs_have_the_edges_of_the_example():
 def test_a_search_over_graphs(net, data, example):
     given = stream() if data == "stream" else DataLoader(graphs(120), batch_size=10, collate_fn=collated)
     example_inputs = stream(1, size=3)[0][:3] if example else None
-    result = autoprune.search(net, "flops <= 60%", given, trials=6, example_inputs=example_inputs, progress=False)
+    result = autoprune.search(net, "flops <= 60%", given, trials=6, example=example_inputs)
     assert result.metric == "accuracy"
     assert any(note.startswith("batches are used as a whole") for note in result.notes)
     x, edges, ids, _ = stream(1, size=7)[0]
@@ -171,7 +171,7 @@ def test_a_search_over_nodes(supervised):
     batches = [(*batch[:3], batch[0][:, :CLASSES].argmax(1)) for batch in stream()]
     data = batches if supervised else None
     example = None if supervised else batches[0][:3]
-    result = autoprune.search(net, "flops <= 60%", data, trials=4, example_inputs=example, progress=False)
+    result = autoprune.search(net, "flops <= 60%", data, trials=4, example=example)
     assert result.metric == ("accuracy" if supervised else "agreement")
     assert result.front
     assert result.build()(*batches[1][:3]).shape == (len(batches[1][0]), CLASSES)
@@ -180,4 +180,4 @@ def test_a_search_over_nodes(supervised):
 @pytest.mark.slow
 def test_a_latency_is_of_one_batch_as_it_is(net):
     with pytest.raises(ValueError, match=r"cost_batch must be 1 for inputs that cannot be cut by samples.*got 4"):
-        autoprune.search(net, "latency <= 60%", stream(), trials=2, cost_batch=4, progress=False)
+        autoprune.search(net, "latency <= 60%", stream(), trials=2, example=autoprune.Call(cost_batch=4))

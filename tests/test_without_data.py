@@ -55,9 +55,7 @@ CASES = {
 def test_it_searches_and_says_what_the_scores_mean(name):
     make, example, metric = CASES[name]
     model, inputs = seeded(make).eval(), seeded(example)
-    result = autoprune.search(
-        model, "flops <= 60%", example_inputs=inputs, trials=4, optimizer="random", progress=False
-    )
+    result = autoprune.search(model, "flops <= 60%", example=inputs, trials=4, optimizer="random")
     assert (result.metric, len(result.trials)) == (metric, 4)
     assert all(trial.status == "ok" and trial.costs["flops"] <= result.limits["flops"] for trial in result.trials)
     foot = " ".join(str(result).split("\n\n")[1].split())
@@ -74,7 +72,7 @@ def test_it_searches_and_says_what_the_scores_mean(name):
 def test_scores_of_random_inputs_are_those_of_the_built_model():
     model = seeded(Critic).eval()
     example = seeded(lambda: (torch.randn(2, 5), torch.randn(2, 3)))
-    result = autoprune.search(model, "flops <= 60%", example_inputs=example, trials=4, progress=False)
+    result = autoprune.search(model, "flops <= 60%", example=example, trials=4)
     context = result._builder.context
     trial = result.best()
     built, pairs = result.build(trial), [(batch[0], batch[1]) for batch in context.subsets.validation]
@@ -89,7 +87,7 @@ def test_scores_of_random_inputs_are_those_of_the_built_model():
 def test_the_same_seed_draws_the_same_inputs():
     found = [
         autoprune.search(
-            seeded(Tokens).eval(), "flops <= 60%", trials=3, seed=seed, optimizer="random", progress=False
+            seeded(Tokens).eval(), "flops <= 60%", trials=3, seed=seed, optimizer="random"
         )._builder.context.subsets.fingerprint
         for seed in (0, 0, 1)
     ]
@@ -98,6 +96,6 @@ def test_the_same_seed_draws_the_same_inputs():
 
 @pytest.mark.slow
 def test_an_audit_of_it_warns_that_it_says_little():
-    result = autoprune.search(seeded(Tokens).eval(), "flops <= 60%", trials=6, optimizer="random", progress=False)
+    result = autoprune.search(seeded(Tokens).eval(), "flops <= 60%", trials=6, optimizer="random")
     report = autoprune.audit(result, lambda model: None, 4, repeats=0).audit
     assert any("random inputs: search with data" in note for note in report.notes)

@@ -127,7 +127,9 @@ def search(
     with errors_on_one_line(debug):
         import_first(imports)
         from autoprune.cli.user_objects import load_model, load_object
+        from autoprune.execution import Execution
         from autoprune.search import search as search_model
+        from autoprune.structure.call import Call
 
         saved = as_path(run_dir, "run-dir") / "result.json"
         if saved.exists() and not (
@@ -138,23 +140,22 @@ def search(
             )
         rounded = int(round_to) if round_to is not None and round_to.lstrip("-").isdecimal() else round_to
         dense = load_model(model, weights)
-        named: dict[str, Any] = {"metric": metric, "evaluator": evaluator, "optimizer": optimizer, "rewrite": rewrite}
+        named: dict[str, Any] = {"metric": metric, "evaluator": evaluator, "optimizer": optimizer}
         named["trials"] = int(trials) if trials.lstrip("-").isdecimal() else trials
-        named["executor"] = _executor(executor, workers, gpus_per_worker)
+        call: dict[str, Any] = {"rewrite": rewrite, "cost_batch": cost_batch}
+        runner: Any = _executor(executor, workers, gpus_per_worker)
         result = search_model(
             dense,
             budget,
             None if data is None else load_object(data, "--data"),
             **named,  # checked by the search, which lists what there is
             space=_space(space, {"criterion": criterion, "round_to": rounded, "ignore": ignore}),
-            racing=racing,
+            early_stopping=racing,
             max_seconds=max_seconds,
             seed=seed,
-            example_inputs=example_inputs(dense, input_shape, example, needed=data is None),
-            run_dir=str(run_dir),
-            resume="anyway" if resume_anyway else resume,
-            latency=latency,
-            cost_batch=cost_batch,
+            example=Call(inputs=example_inputs(dense, input_shape, example, needed=data is None), **call),
+            costs=None if latency is None else {"latency_ms": latency},
+            execution=Execution(executor=runner, run_dir=run_dir, resume="anyway" if resume_anyway else resume),
         )
         result.save(run_dir, replace=resume)  # of the search before it was resumed
         typer.echo(result)
@@ -206,10 +207,11 @@ def inspect(
         import_first(imports)
         from autoprune.cli.user_objects import load_model
         from autoprune.inspection import inspect as inspect_model
+        from autoprune.structure.call import Call
 
         dense = load_model(model)
-        options: dict[str, Any] = {"rewrite": rewrite}  # checked by the inspection
-        found = inspect_model(dense, example_inputs(dense, input_shape, example), **options)
+        options: dict[str, Any] = {"rewrite": rewrite}  # checked by the call
+        found = inspect_model(dense, Call(inputs=example_inputs(dense, input_shape, example), **options))
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from autoprune.arguments import shown, why_no_function
 from autoprune.budget import ALIASES, THROUGHPUT
 from autoprune.costs.candidates import GivenCost
+from autoprune.costs.latency.model import Latency
 from autoprune.costs.structural import CostFunction
 from autoprune.protocols import SearchSpace
 
 
-def require_functions(costs: Mapping[str, GivenCost]) -> None:
-    """Check that costs are functions by name, under names that no other cost has.
+def require_costs(costs: Mapping[str, GivenCost | Latency | str | Path]) -> None:
+    """Check that costs are functions by name, under names that no other cost has; latencies may be a table instead.
 
     Raises:
         ValueError: Names the cost.
@@ -24,8 +26,10 @@ def require_functions(costs: Mapping[str, GivenCost]) -> None:
     for name, function in costs.items():
         if not isinstance(name, str):
             raise ValueError(f"costs must have names of text, such as 'energy_mj', got {shown(name)}")
-        if why := why_no_function(function, 1):
-            raise ValueError(f"costs[{name!r}] must be a function of n candidates giving (n,), {why}")
+        table = name == "latency_ms" and isinstance(function, Latency | str | Path)
+        if not table and (why := why_no_function(function, 1)):
+            or_table = ", a table of autoprune.profile or its file" if name == "latency_ms" else ""
+            raise ValueError(f"costs[{name!r}] must be a function of n candidates giving (n,){or_table}, {why}")
         if name in (*ALIASES, THROUGHPUT, "ms_per_sample"):
             raise ValueError(
                 f"costs must not hold {name!r}, which budgets take for another cost; call a latency 'latency_ms', in "

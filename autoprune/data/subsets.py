@@ -221,7 +221,7 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
         for part in PARTS
     }
     note = (
-        f"no data given: {samples} random inputs with the shape and spread of example_inputs stand in for each of "
+        f"no data given: {samples} random inputs with the shape and spread of the example stand in for each of "
         f"calibration, validation and test (seed {seed}); scores say how close a candidate stays to the dense model on "
         "such inputs, not how well it does its task: measure that before you use one, or give data"
     )
@@ -241,7 +241,7 @@ def _homes(data: Data) -> dict[str, str]:
     if not sources:
         raise DataError(
             "data must hold a source for at least one of calibration, validation and test, got none; "
-            "to search without data, leave data out and give example_inputs"
+            "to search without data, leave data out and give example="
         )
     first = {part: next(p for p in sources if sources[p] is source) for part, source in sources.items()}
     fallback = next(first[part] for part in ("validation", "calibration", "test") if part in first)

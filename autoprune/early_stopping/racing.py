@@ -34,7 +34,7 @@ _SLACK = 1e-6  # rounding may take a loss below zero by this much
 
 @dataclass(frozen=True)
 class Racing:
-    """Drop candidates early: ``search(..., racing=Racing(delta=0.01))``; ``racing=True`` takes the defaults.
+    """Drop candidates early: ``search(..., early_stopping=Racing(delta=0.01))``; True takes the defaults.
 
     Attributes:
         delta: Largest probability that the search drops even one candidate whose mean signal on all validation samples

@@ -29,7 +29,7 @@ MOST_RUNGS = 100
 
 @dataclass(frozen=True)
 class Rungs:
-    """Stop trainings early, as with ``racing=Rungs(3)`` and ``evaluator=autoprune.evaluators.FineTune(steps=900)``.
+    """Stop trainings early, as with ``early_stopping=Rungs(3)`` and ``evaluator=FineTune(steps=900)``.
 
     Candidates are then scored after 100 and 300 steps. There, trials are ranked by fronts: those that none
     dominates in score and cost, those that only these dominate, and so on. A candidate is stopped if one that costs no

@@ -73,7 +73,7 @@ def _require_authentication(version: str) -> None:
     if numbers < _FIRST_WITH_TOKENS:
         first = ".".join(map(str, _FIRST_WITH_TOKENS))
         raise ImportError(
-            f"executor='ray' needs Ray {first} or newer, the first with token authentication, got {version}; "
+            f"execution='ray' needs Ray {first} or newer, the first with token authentication, got {version}; "
             f"pip install 'ray>={first}'"
         )
 
@@ -214,7 +214,7 @@ class RayExecutor:
                 if (why := self._why_unpicklable(part)) is not None:
                     raise TypeError(
                         f"{name} must be something that pickle can send to the workers of Ray, but it cannot "
-                        f"({brief(why)}); keep locks, files, sockets and generators out of it, or use executor='local'"
+                        f"({brief(why)}); keep locks, files, sockets and generators out of it, or use execution='local'"
                     ) from error
             raise
 

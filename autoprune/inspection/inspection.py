@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from autoprune.arguments import pointing
 from autoprune.costs.structural import StructuralCosts
-from autoprune.data.batch import Forward
 from autoprune.errors import NothingToPruneError
 from autoprune.files.access import write_text
 from autoprune.inspection.by_output import frozen_by_output
@@ -20,20 +20,18 @@ from autoprune.inspection.html import as_html
 from autoprune.inspection.text import as_text
 from autoprune.protocols import FloatArray
 from autoprune.search_spaces import Settings, make_space, why_no_less
-from autoprune.structure.analysis import ChecksMode, RewriteMode, analyse
+from autoprune.structure.analysis import analyse
+from autoprune.structure.call import PLACES, CallOrInputs, Outputs, call_of, example_of
 from autoprune.structure.example import Example
-from autoprune.structure.given import ExampleInputs, example_of, unwrap
+from autoprune.structure.given import unwrap
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Frozen, Group
-
-Outputs: TypeAlias = str | int | Sequence[str | int] | Callable[[Any], Any]
-"""Choice of outputs: a key, an index, several of these, or a function of the model's return value."""
 
 SIZES = "its forward needs a size that no attribute holds: write -1 or x.shape in views, or register_adapter()"
 RETURNED = "returned by the model"
 REMEDIES = {
     RETURNED: "right for the outputs that matter; where inner features are returned too, leave them out "
-    "with outputs= or forward=",
+    "with autoprune.Call(outputs=...) or Call(forward=...)",
     " has no rule": "if these layers matter, compute the same with matrix products, convolutions and elementwise "
     "operations",
     "looked up by index": "the rows are what data may ask for; their width shrinks with the layers that read it",
@@ -112,7 +110,7 @@ class Inspection:
         model: Class of the model.
         structure: Structure that `inspect` found, for more detail.
         dense: Costs of the dense model: ``flops`` (multiply-accumulates of one sample), ``params`` and
-            ``memory_bytes`` (parameters, buffers and the peak of activations, batch size 1).
+            ``memory_bytes`` (parameters, buffers and the peak of activations, of `cost_batch` samples).
         removable: Share of each cost, in [0, 1), that is removed if every group is as small as allowed: the most that a
             search with the same `space` can reach.
         groups: In forward order.
@@ -123,6 +121,7 @@ class Inspection:
         limits: Smallest groups of the space, in words; empty where these are single units.
         branches: Residual branches that ``space="depth"`` may drop, in forward order.
         undropped: Other residual branches, by the module that adds them, with the reason why they stay.
+        cost_batch: Samples that ``memory_bytes`` is stated at.
     """
 
     model: str
@@ -137,6 +136,7 @@ class Inspection:
     limits: str = ""
     branches: tuple[BranchShare, ...] = ()
     undropped: Mapping[str, str] = field(default_factory=dict)
+    cost_batch: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary of everything but `structure`, of which it has the device and memory of the trace."""
@@ -154,6 +154,7 @@ class Inspection:
             "limits": self.limits,
             "branches": [asdict(branch) for branch in self.branches],
             "undropped": dict(self.undropped),
+            "cost_batch": self.cost_batch,
         }
 
     @property
@@ -179,15 +180,12 @@ class Inspection:
         return as_text(self)
 
 
+@pointing(PLACES)
 def inspect(
     model: nn.Module,
-    example_inputs: ExampleInputs | list[ExampleInputs] | None = None,
+    example: CallOrInputs | None = None,
     *,
-    forward: Forward | None = None,
-    outputs: Outputs | None = None,
     space: str | Settings = "channels",
-    checks: ChecksMode = "on",
-    rewrite: RewriteMode = "auto",
 ) -> Inspection:
     """Report the prunable groups of a model with their share of the costs, and the reasons why the rest stays.
 
@@ -195,25 +193,17 @@ def inspect(
 
     Args:
         model: Any module that runs on the inputs; DataParallel, DDP and compiled wrappers are looked through.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs; None for the example that
-            the model carries (``example_input_array``, ``dummy_inputs``, timm's ``pretrained_cfg``). A list of these
-            covers the branches of a forward: a group must be prunable in all of them, and costs are the first's.
-        forward: ``forward(model, batch)`` as in `autoprune.search`, where calling the model is not enough; returns the
-            outputs that matter. The batch is the example: a tensor or dict as given, several inputs as a tuple with
-            None at its end, in place of the target.
-        outputs: Outputs that matter: a key, an index, several of these, or a function of the model's return value.
-            Units that reach only other outputs can be pruned.
+        example: A tensor, a tuple of positional inputs or a dict of keyword inputs; None for the example that the model
+            carries. A list of these covers the branches of a forward. Or a `Call` of such inputs, which also says how
+            to run the model, which outputs matter, and how it is traced.
         space: As in `autoprune.search`; it limits how small groups may be. ``Channels(step=1, min_fraction=1e-9)`` lets
             each keep a single unit.
-        checks: ``"on"`` freezes a group that fails a check; ``"strict"`` raises instead.
-        rewrite: ``"auto"`` delivers modules whose code ties sizes as graphs of their operations; ``"off"`` freezes or
-            ties the groups that such code stops.
 
     Raises:
-        ValueError: If there are no example inputs, or the model returns NaN or infinity for them, or `outputs`
-            selects nothing from its return value.
+        ValueError: If there are no example inputs, or the model returns NaN or infinity for them, or the
+            outputs select nothing from its return value.
         UnsupportedModelError: If the model is scripted, quantised, spread over devices, or cannot be copied.
-        StructureCheckError: If a group fails and `checks` is ``"strict"``.
+        StructureCheckError: If a group fails and the checks are ``"strict"``.
 
     Example:
         >>> import torch
@@ -223,9 +213,10 @@ def inspect(
     """
     settings = make_space(space)
     model = unwrap(model)
-    example = example_of(model, example_inputs, forward, outputs)
-    structure = analyse(example, checks=checks, rewrite=rewrite)
-    costs = StructuralCosts(structure)
+    call = call_of(example)
+    traced = example_of(model, call)
+    structure = analyse(traced, checks=call.checks, rewrite=call.rewrite)
+    costs = StructuralCosts(structure, call.cost_batch)
     groups = structure.groups
     least = _least(settings, structure)
     widths = np.tile(structure.dense.astype(np.float64), (len(least) + 2, 1))
@@ -244,7 +235,7 @@ def inspect(
             GroupShare(group.name, group.size, _layers(group), shares["flops"][i], shares["params"][i])
             for i, group in enumerate(groups)
         ),
-        frozen=_frozen(_by_output(example, structure, outputs), parameters, table["params"][-2]),
+        frozen=_frozen(_by_output(traced, structure, call.outputs), parameters, table["params"][-2]),
         untouched={name: parameters[name].numel() for name in structure.untouched},
         attributes=tuple(f"{a.module}.{a.path}".lstrip(".") for a in structure.attributes),
         graphs=tuple(structure.graphs),
@@ -254,6 +245,7 @@ def inspect(
             for i, branch in enumerate(structure.branches, len(groups))
         ),
         undropped=structure.undropped,
+        cost_batch=call.cost_batch,
     )
 
 
@@ -291,7 +283,7 @@ def _by_output(example: Example, structure: Structure, outputs: Outputs | None) 
         keys = [key for key, own in by_output.items() if part.reason == RETURNED and (part.tensor, part.dim) in own]
         for key in keys:
             others = [other for other in by_output if other != key]
-            remedy = f"if it does not matter, pass outputs={others if len(others) > 1 else others[0]!r}"
+            remedy = f"if it does not matter, pass autoprune.Call(outputs={others if len(others) > 1 else others[0]!r})"
             found.append((replace(part, reason=f"returned as {key!r}"), remedy))
         if not keys:
             found.append((part, next((text for key, text in REMEDIES.items() if key in part.reason), "")))

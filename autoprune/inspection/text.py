@@ -16,7 +16,7 @@ REASONS_SHOWN = 3
 MEANINGS = {
     "flops": "multiply-accumulates of one sample",
     "params": "",
-    "memory_bytes": "weights, buffers and peak of activations, one sample",
+    "memory_bytes": "weights, buffers and peak of activations, {samples}",
 }
 SHARES = (
     "flops, params: share of the dense model that goes when this group alone keeps as little as it may (above: when "
@@ -49,9 +49,11 @@ def headline(found: Inspection) -> str:
 
 def _costs(found: Inspection) -> list[str]:
     lines = [f"  {'cost':12}    dense  removable"]
+    samples = "one sample" if found.cost_batch == 1 else f"{found.cost_batch} samples"
     for name, dense in found.dense.items():
         share = percent(found.removable[name])
-        lines.append(f"  {name:12}  {amount(name, dense):>7}    {share:>7}  {MEANINGS[name]}".rstrip())
+        meaning = MEANINGS[name].format(samples=samples)
+        lines.append(f"  {name:12}  {amount(name, dense):>7}    {share:>7}  {meaning}".rstrip())
     return lines
 
 

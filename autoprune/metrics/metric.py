@@ -327,7 +327,7 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: BoundForward) -
         got = scorers.describe(scorers.main_output(outputs))
         raise DataError(
             f"the model's output must be real to be scored by {shown(metric)}, got {got}; select another with "
-            "outputs=, or pass an autoprune.Metric"
+            "autoprune.Call(outputs=...), or pass an autoprune.Metric"
         )
     if isinstance(metric, Metric):
         judge = _judge_metric(metric)
@@ -349,8 +349,8 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: BoundForward) -
         if not isinstance(metric, Metric) and rows < batch_size(first):
             raise DataError(
                 f"the model must return at least one row for each sample to be scored by {judge.name!r}, got {rows} "
-                f"for {batch_size(first)} samples; select with outputs= or forward=, or pass a Metric of the "
-                "whole set"
+                f"for {batch_size(first)} samples; select with autoprune.Call(outputs=...) or Call(forward=...), or "
+                "pass a Metric of the whole set"
             )
         with naming(f"metric {judge.name!r} must score the outputs of the dense model"):
             judge.score_batch(outputs, first, scorers.main_output(outputs) if judge.needs_dense else None)

@@ -38,7 +38,7 @@ def main_output(outputs: Any) -> Tensor:
         return tensor
     raise DataError(
         f"the model must return a tensor, or a tuple, list or dict that holds one, got {describe(outputs)}; "
-        "give forward=, a function (model, batch) that returns the tensor to judge"
+        "give autoprune.Call(forward=...), a function (model, batch) that returns the tensor to judge"
     )
 
 

@@ -102,7 +102,7 @@ def _analysed(example: Example, checks: str, rewrite: str, seed: int) -> Structu
         if not all(torch.isfinite(out).all() for out in dense if out.is_floating_point()):
             raise ValueError(
                 "model must return finite outputs for the example inputs, got NaN or infinity; "
-                "check its weights and pass example_inputs= that look like real data"
+                "check its weights and pass as example= what looks like real data"
             )
         doing("it was found out how far the code follows smaller widths")
         graphs = find_rewrites(checker) if rewrite == "auto" else {}
@@ -137,9 +137,9 @@ def _require_runs(example: Example) -> None:
             raise
         except Exception as error:  # the user's forward may raise anything
             raise DataError(
-                f"the model's forward must run on the data, or the example_inputs, but with tensors of "
+                f"the model's forward must run on the data, or the example, but with tensors of "
                 f"{sizes_of(tensors_in((args, kwargs), objects=True))} it raises {said(error)}; give inputs that it "
-                "takes, or forward="
+                "takes, or autoprune.Call(forward=...)"
             ) from error
 
 
@@ -163,7 +163,7 @@ def _isolated(example: Example, settings: dict[str, Any]) -> Structure:
     except ProcessDiedError as error:
         raise StructureCheckError(
             "checks='isolated' and the model's forward killed its process on a sliced copy, in a native kernel for "
-            "example; leave modules out with forward= or outputs=, or run with checks='on' to see where"
+            "example; leave modules out with autoprune.Call(outputs=...), or run with checks='on' to see where"
         ) from error
 
 

@@ -122,9 +122,7 @@ class Example:
         """
         leaves = self._leaves()
         if not leaves or not (size := len(leaves[0])):
-            raise ValueError(
-                "example_inputs must hold a tensor with a dimension for samples and at least one, got none"
-            )
+            raise ValueError("example must hold a tensor with a dimension for samples and at least one, got none")
         if not self.divisible:
             if n == 1:
                 return replace(self, further=())

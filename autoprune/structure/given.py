@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.arguments import shown
-from autoprune.data.batch import Forward, fresh, on_call, tensors
+from autoprune.data.batch import fresh, tensors
 from autoprune.data.sampling import seeded
 from autoprune.errors import UnsupportedModelError
-from autoprune.structure.example import Example, called
-from autoprune.structure.outputs import require_selecting
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """One input, positional inputs, or keyword inputs."""
@@ -43,7 +41,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def example_inputs_of(model: nn.Module, given: ExampleInputs | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs_of(model: nn.Module, given: Any = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Find positional and keyword inputs that the model can be called with.
 
     Without `given`, the model's own example: ``example_input_array`` (Lightning), ``dummy_inputs`` (transformers), or
@@ -65,12 +63,12 @@ def example_inputs_of(model: nn.Module, given: ExampleInputs | None = None) -> t
         example = fresh(_carried(model) if given is None else given)
     if example is None:
         raise ValueError(
-            f"example_inputs must be given, because {type(model).__name__} carries no example of its own "
+            f"example must be given, because {type(model).__name__} carries no example of its own "
             f"(example_input_array, dummy_inputs or pretrained_cfg['input_size']); pass {FORMS}"
         )
     held = [tensor for tensor in tensors(example) if tensor.ndim]
     if held and not any(tensor.numel() for tensor in held):
-        raise ValueError(f"example_inputs must hold at least one sample, got {shown(example)}; give one or two")
+        raise ValueError(f"example must hold at least one sample, got {shown(example)}; give one or two")
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping) and all(isinstance(name, str) for name in example):
@@ -78,13 +76,13 @@ def example_inputs_of(model: nn.Module, given: ExampleInputs | None = None) -> t
     if isinstance(example, tuple):
         return example, {}
     raise ValueError(
-        f"example_inputs must be {FORMS}, got {type(example).__name__}; put a single input of another type into a "
-        "tuple: (x,)"
+        f"example must be {FORMS}, or an autoprune.Call of these, got {type(example).__name__}; put a single input of "
+        "another type into a tuple: (x,)"
     )
 
 
 def examples_of(
-    model: nn.Module, given: ExampleInputs | list[ExampleInputs] | None = None
+    model: nn.Module, given: ExampleInputs | Sequence[ExampleInputs] | None = None
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Find the arguments of one call for each example in a list, or of a single call; see `example_inputs_of`.
 
@@ -94,33 +92,8 @@ def examples_of(
     if not isinstance(given, list):
         return [example_inputs_of(model, given)]
     if not given:
-        raise ValueError(f"example_inputs must hold at least one example, got an empty list; pass {FORMS}")
+        raise ValueError(f"example must hold at least one example, got an empty list; pass {FORMS}")
     return [example_inputs_of(model, example) for example in given]
-
-
-def example_of(
-    model: nn.Module,
-    given: ExampleInputs | list[ExampleInputs] | None = None,
-    forward: Forward | None = None,
-    outputs: Any = None,
-) -> Example:
-    """Make the example of what a user gives to `autoprune.inspect` or `autoprune.profile`.
-
-    Args:
-        model: Unwrapped.
-        given: One example or a list of them, as in `examples_of`; those after the first are further calls.
-        forward: ``forward(model, batch)``, of the inputs as `autoprune.data.batch.of_call` makes a batch of them; None
-            calls the model.
-        outputs: Outputs that matter, as in `autoprune.structure.outputs.selecting`.
-
-    Raises:
-        ValueError: If there is no example, or one has another form.
-        TypeError: If `forward` or `outputs` is none of these.
-    """
-    (args, kwargs), *further = examples_of(model, given)
-    require_selecting(forward, outputs)
-    run = called if forward is None else on_call(forward)
-    return Example(model, args, kwargs, run, further).selecting(outputs)
 
 
 def _carried(model: nn.Module) -> Any:

@@ -51,15 +51,15 @@ def inputs_of(request: Request) -> Inputs:
         DataError: If there is no data that the metric can use.
     """
     model = unwrap(request.model)
-    example_inputs = request.example_inputs
+    call = request.example
     device = require_supported(model)
     subsets = _subsets(model, request).to(device)
-    forward = selecting(request.forward or batches.default_forward, request.outputs)
+    forward = selecting(call.forward or batches.default_forward, call.outputs)
     first = batches.fresh(batches.pieces(subsets.calibration[0], 2)[0])
-    further = _branches(model, example_inputs)
+    further = _branches(model, call.inputs)
     stated = subsets.calibration[0]
-    if request.data is not None and example_inputs is not None and not further:
-        stated = batches.to_device(_like(model, example_inputs, stated), device)
+    if request.data is not None and call.inputs is not None and not further:
+        stated = batches.to_device(_like(model, call.inputs, stated), device)
         if not _same_sizes(stated, first):  # the data may take other branches of the forward
             further.append(first)
         first = batches.fresh(stated)
@@ -96,18 +96,19 @@ def counted_in_tokens(request: Request, inputs: Inputs, model: nn.Module) -> Inp
 
 
 def _subsets(model: nn.Module, request: Request) -> Subsets:
-    metric, example_inputs = request.metric, request.example_inputs
+    metric = request.metric
     if request.data is not None:
         return materialise(request.data, request.seed)
     if not (isinstance(metric, str) and metric in ("auto", "agreement")):
         raise DataError(
             f"metric {shown(metric)} needs data; pass data=, or metric='agreement' to compare with the model"
         )
-    (args, kwargs), *_ = examples_of(model, example_inputs)
+    (args, kwargs), *_ = examples_of(model, request.example.inputs)
     if not args and not kwargs:
-        raise DataError(f"example_inputs must hold at least one input, got {shown(example_inputs)}")
+        raise DataError(f"example must hold at least one input, got {shown(request.example.inputs)}")
     if not any(tensor.ndim for tensor in batches.tensors((args, kwargs))):
-        raise DataError(f"example_inputs must hold a tensor with a dimension for samples, got {shown(example_inputs)}")
+        given = shown(request.example.inputs)
+        raise DataError(f"example must hold a tensor with a dimension for samples, got {given}")
     return synthetic(kwargs or (args if len(args) > 1 else args[0]), SYNTHETIC_SAMPLES, request.seed)
 
 

@@ -20,7 +20,7 @@ from autoprune.search_spaces import Settings, why_no_less
 from autoprune.structure.structure import Structure
 from autoprune.study.measured_costs import MeasuredCosts
 from autoprune.study.request import Request
-from autoprune.study.start import Start, candidates_of
+from autoprune.study.start import Beginning, candidates_of
 from autoprune.study.study import TIMED
 
 _ROUNDING = 1e-9  # a user's cost of the cheapest candidate may differ in its last bit with the size of the population
@@ -59,7 +59,7 @@ def lay_out(
     request: Request,
     budget: Budget,
     settings: Settings,
-    start: Sequence[Start],
+    start: Sequence[Beginning],
     space: SearchSpace,
     structure: Structure,
     judge: Judge,
@@ -72,8 +72,8 @@ def lay_out(
         InfeasibleBudgetError: If no candidate can meet it; names the cheapest and what stops there.
     """
     predict = None if measured.memory is None else measured.memory.predict
-    costs = make_costs(structure, space, request.costs, request.cost_batch, measured.latency, predict)
-    require_steady({name: costs[name] for name in request.costs or {}}, space)
+    costs = make_costs(structure, space, request.cost_functions, request.example.cost_batch, measured.latency, predict)
+    require_steady({name: costs[name] for name in request.cost_functions}, space)
     budget = budget.judged_by(judge.name, judge.direction, costs)
     limits = budget.resolve({name: float(cost(_dense(space))[0]) for name, cost in costs.items()})
     limits = limits or _cost_to_minimise(space, costs, not structure.terms.uncounted)
@@ -133,7 +133,7 @@ def _problem(
     space: SearchSpace,
     costs: Mapping[str, CostFunction],
     limits: Mapping[str, float],
-    start: Sequence[Start],
+    start: Sequence[Beginning],
     minimise: bool,
 ) -> Problem:
     """Lay out the problem; the budget range is the whole reachable one if the cost is minimised."""

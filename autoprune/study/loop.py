@@ -9,13 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from autoprune.border import proposals, same_samples
-from autoprune.execution import Executor
+from autoprune.execution import ANYWAY, Executor
 from autoprune.journal.journal import Journal
 from autoprune.protocols import FAILED, Explains, IntArray, Optimizer
 from autoprune.result.trials import Trial, find_front
 from autoprune.study.convergence import why_converged, why_not_converged
 from autoprune.study.progress import Progress
-from autoprune.study.request import ANYWAY
 from autoprune.study.resume import recall
 from autoprune.study.rivals import Rivals
 from autoprune.study.study import Study

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoprune.arguments import shown
 from autoprune.budget import Budget
 from autoprune.costs import Latency
 from autoprune.costs.latency.profile import profile_structure
@@ -56,7 +55,7 @@ def measure_costs(
     needed = needs_latency(settings) or not limited.isdisjoint(TIMED)
     priced = Example.of_batch(inputs.model, inputs.stated, inputs.forward)
     if needed or request.latency is not None or "memory_bytes" in limited:
-        priced = priced.resized(request.cost_batch, "cost_batch")
+        priced = priced.resized(request.example.cost_batch, "cost_batch")
     latency = _latency_of(request, needed, structure, priced, deadline)
     memory, without = _memory_of("memory_bytes" in limited, structure, priced)
     notes = [] if latency is None else [f"latency: {latency}", *latency.notes]
@@ -73,20 +72,17 @@ def _latency_of(
     Unless the model is called with batches as they are, the table may be of inputs of other sizes.
     """
     given = request.latency
-    if given is None and ("latency_ms" in (request.costs or {}) or not needed):
+    if given is None and ("latency_ms" in request.cost_functions or not needed):
         return None
-    kept = None if request.run_dir is None else Path(request.run_dir) / "latency.json"
+    kept = None if request.execution.run_dir is None else Path(request.execution.run_dir) / "latency.json"
     if given is None and kept is not None and kept.exists():
         given = kept
     if given is None:
         return _measured(structure, example, kept, deadline)
-    if not isinstance(given, Latency | str | Path):
-        raise ValueError(f"latency must be a table of autoprune.profile or the file of one, got {shown(given)}")
     found = given if isinstance(given, Latency) else Latency.load(given)
     try:
-        found.require_match(
-            structure, example.samples, type(example.model).__name__, example.batch if request.forward is None else None
-        )
+        batch = example.batch if request.example.forward is None else None
+        found.require_match(structure, example.samples, type(example.model).__name__, batch)
     except ValueError as error:
         if given != kept:
             raise

@@ -22,8 +22,9 @@ def require_training(evaluator: Evaluator, rungs: Rungs) -> Trains:
     """
     if not isinstance(evaluator, Trains):
         raise ValueError(
-            "racing=Rungs(...) needs an evaluator that trains each candidate, such as "
-            f"autoprune.evaluators.FineTune(steps=900), got {type(evaluator).__name__}; use that, or racing=True"
+            "early_stopping=Rungs(...) needs an evaluator that trains each candidate, such as "
+            f"autoprune.evaluators.FineTune(steps=900), got {type(evaluator).__name__}; use that, or "
+            "early_stopping=True"
         )
     rungs.steps(evaluator.steps)
     return evaluator

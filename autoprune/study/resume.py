@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from autoprune.errors import FileFormatError
+from autoprune.execution import ANYWAY
 from autoprune.journal.journal import Journal
 from autoprune.journal.rows import TrialRow
 from autoprune.journal.sqlite_file import FILE_NAME
@@ -19,7 +20,6 @@ from autoprune.metrics.metric import summary
 from autoprune.protocols import OK, Optimizer, Pends
 from autoprune.result.trials import Trial
 from autoprune.study.fingerprint import cost_differences, require_same
-from autoprune.study.request import ANYWAY
 from autoprune.study.study import Study
 from autoprune.study.trials import proposed, rows_of
 
@@ -57,7 +57,8 @@ def open_journal(study: Study, identity: Mapping[str, Any]) -> Journal:
         OSError: If `run_dir` cannot be written or is in use, or holds a journal and `resume` is false.
         FileFormatError: If the journal is corrupted, foreign, or of a newer version.
     """
-    run_dir, resume = study.request.run_dir, study.request.resume
+    run_dir = study.request.execution.run_dir
+    resume = study.request.execution.resume
     if not resume or run_dir is None or not (Path(run_dir) / FILE_NAME).exists():
         return Journal.create(run_dir, identity)
     journal = Journal.resume(run_dir)

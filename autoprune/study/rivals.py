@@ -19,7 +19,7 @@ from autoprune.study.study import Study
 
 
 def find_racing(spec: bool | Racing | Rungs) -> Racing | Rungs | None:
-    """Make the settings of ``search(racing=)``; None for no racing.
+    """Make the settings of ``search(early_stopping=)``; None for none.
 
     Raises:
         ValueError: If it is neither a bool nor a `Racing` nor `Rungs`.
@@ -27,7 +27,9 @@ def find_racing(spec: bool | Racing | Rungs) -> Racing | Rungs | None:
     if isinstance(spec, bool):
         return Racing() if spec else None
     if not isinstance(spec, Racing | Rungs):
-        raise ValueError(f"racing must be True, False, an autoprune.Racing or autoprune.Rungs, got {shown(spec)}")
+        raise ValueError(
+            f"early_stopping must be True, False, an autoprune.Racing or autoprune.Rungs, got {shown(spec)}"
+        )
     return spec
 
 

@@ -45,7 +45,7 @@ from autoprune.study.mapped_weights import own_copy
 from autoprune.study.measured_costs import measure_costs
 from autoprune.study.request import Request
 from autoprune.study.rivals import find_racing, why_not_applicable
-from autoprune.study.start import Start, starts_of
+from autoprune.study.start import Beginning, starts_of
 from autoprune.study.study import Study
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Parts:
     settings: Settings
     evaluator: Evaluator
     racing: Racing | Rungs | None
-    start: Sequence[Start]
+    start: Sequence[Beginning]
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ def parts_of(request: Request) -> Parts:
         ValueError: If a name is unknown.
     """
     return Parts(
-        racing=find_racing(request.racing),
+        racing=find_racing(request.early_stopping),
         budget=Budget.parse(request.budget),
         settings=make_space(request.space),
         evaluator=make_evaluator(request.evaluator),
-        start=starts_of(request.start),
+        start=starts_of(request.start.candidates),
     )
 
 
@@ -134,7 +134,8 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     scored = Slicer(model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
     inputs = counted_in_tokens(request, inputs, scored)
     forward = batches.Guarded(inputs.forward)
-    kept = None if request.run_dir is None else Path(request.run_dir) / DATABASE
+    run_dir = request.execution.run_dir
+    kept = None if run_dir is None else Path(run_dir) / DATABASE
     calibration = Calibration(scored, structure, inputs.subsets.calibration, forward, kept)
     ranked = _rank(request, settings, inputs, calibration)
     layout = lay_out(request, parts.budget, settings, parts.start, ranked.space, structure, ranked.judge, measured)
@@ -142,7 +143,7 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     refit = _refit(request, parts.evaluator, settings, context, ranked, layout, deadline)
     with seeded(0):
         scores, criterion = refit.ranked.scores, refit.ranked.criterion
-        expected = expected_losses(request.prior, refit.context.space, scores, criterion, calibration)
+        expected = expected_losses(request.start.prior, refit.context.space, scores, criterion, calibration)
     trials = planned(request.trials, len(ranked.space.sizes))
     problem = replace(layout.problem, trials=trials, prior=expected)
     untouched = Untouched(model, refit.evaluator)
@@ -180,7 +181,8 @@ def _analysed(request: Request, inputs: Inputs, deadline: Deadline) -> Structure
     Raises:
         TimeoutError: If that takes longer than the search may.
     """
-    analysis = partial(analyse, inputs.example, checks=request.checks, rewrite=request.rewrite, seed=request.seed)
+    call = request.example
+    analysis = partial(analyse, inputs.example, checks=call.checks, rewrite=call.rewrite, seed=request.seed)
     if deadline.seconds is None:
         return analysis()
     try:
@@ -188,7 +190,7 @@ def _analysed(request: Request, inputs: Inputs, deadline: Deadline) -> Structure
     except TimeoutError as error:
         raise TimeoutError(
             f"max_seconds={deadline.seconds:g} was over before it was known what can be removed from the model: "
-            f"{error}; give more time, or shorter inputs as example_inputs="
+            f"{error}; give more time, or shorter inputs as example="
         ) from error
 
 
@@ -240,7 +242,7 @@ def _refit(
         return _Refit(context, evaluator, fresh, ranked)
     scores, criterion = ranked.scores, ranked.criterion
     middle = middle_of(context.space)  # by l2: its ridges must not depend on the choice of the check
-    choice = Choice.load(request.run_dir) or (unchecked(settings) if deadline.passed else None)
+    choice = Choice.load(request.execution.run_dir) or (unchecked(settings) if deadline.passed else None)
     if choice is None:
         choice, evaluator, scores = check(context, settings, scores, layout.uniform, request.seed)
     else:
@@ -350,7 +352,7 @@ def _blaming_data(forward: Callable[[batches.Batch], Any]) -> Callable[[batches.
             sizes = sizes_of([*batches.tensors(batch)])
             raise DataError(
                 f"data must hold batches that the model takes, but with tensors of {sizes} its forward raises "
-                f"{said(error)}; give others, or forward="
+                f"{said(error)}; give others, or autoprune.Call(forward=...)"
             ) from error
 
     return run

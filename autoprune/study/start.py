@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from autoprune.arguments import is_number, is_whole, shown
+from autoprune.arguments import is_number, is_whole, one_of, shown
+from autoprune.importance.expected_loss import PRIORS, Prior
 from autoprune.protocols import SearchSpace
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial
 
-Start = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
+Beginning = SearchResult | Trial | Mapping[str, Any] | Sequence[int]
 """Candidate to begin from: option indices, ``{dimension: option}``, a trial, or the front of a result."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Start:
+    """Beginning of a search: ``search(..., start=autoprune.Start(candidates=[earlier], prior="sensitivity"))``.
+
+    Attributes:
+        candidates: Candidates to begin with: option indices, ``{dimension: option}``, trials, or earlier results.
+        prior: Expected loss of each option before any evaluation, for optimizers that plan: ``"reconstruction"``, the
+            error of the next layers' outputs, in a few forward passes over 32 samples; ``"sensitivity"``, the change of
+            the outputs of the whole model, with a backward pass too; ``"database"``, that after a re-fit, from a layer
+            database (docs/layer-database.md); or ``"criterion"``, sums of the scores of units, without any pass.
+            ``"auto"``: reconstruction for models with batch norm, else sensitivity.
+
+    Raises:
+        ValueError: If `prior` is unknown, or `candidates` is no list of such.
+    """
+
+    candidates: Beginning | Sequence[Beginning] = ()
+    prior: Prior = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", starts_of(self.candidates))
+        one_of("prior", self.prior, PRIORS)
+
+
+def start_of(given: Start | Beginning | Sequence[Beginning]) -> Start:
+    """Make the start that ``start=`` stands for."""
+    return given if isinstance(given, Start) else Start(candidates=given)
+
 
 _STARTS = "results, trials, dictionaries of {dimension: option}, or lists of option indices"
 
 
-def starts_of(start: Start | Sequence[Start]) -> list[Start]:
+def starts_of(start: Beginning | Sequence[Beginning]) -> list[Beginning]:
     """Make a list of the candidates to begin from."""
     if isinstance(start, SearchResult | Trial | Mapping):
         return [start]
@@ -28,7 +60,7 @@ def starts_of(start: Start | Sequence[Start]) -> list[Start]:
     return list[Any](start)
 
 
-def candidates_of(start: Start, space: SearchSpace) -> list[list[int]]:
+def candidates_of(start: Beginning, space: SearchSpace) -> list[list[int]]:
     """Option indices of the candidates that a search begins from.
 
     Raises:

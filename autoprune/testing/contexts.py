@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from autoprune.data.sampling import seeded
 from autoprune.data.subsets import Data
 from autoprune.evaluators.protocol import Context
+from autoprune.execution import execution_of
 from autoprune.search import search
 from autoprune.search_spaces import Settings
+from autoprune.structure.call import call_of
 from autoprune.study.convergence import Deadline
 from autoprune.study.request import Request
 from autoprune.study.setup import set_up
+from autoprune.study.start import start_of
 from autoprune.study.study import Study
 
 SAMPLES = 120
@@ -36,7 +39,13 @@ def study_for(model: nn.Module, budget: Any, data: Any = None, **options: Any) -
     """
     given = inspect.signature(search).bind(model, budget, data, **options)
     given.apply_defaults()
-    request = Request(**given.arguments)
+    as_given = given.arguments
+    groups = {
+        "start": start_of(as_given["start"]),
+        "example": call_of(as_given["example"]),
+        "execution": execution_of(as_given["execution"]),
+    }
+    request = Request(**{**as_given, **groups})
     return set_up(request, Deadline(time.monotonic(), request.max_seconds))
 
 

@@ -183,8 +183,16 @@ class Timed:
 
     def search(self, budget: str, trials: int, seed: int, **options: Any) -> autoprune.SearchResult:
         if not budget.startswith("flops"):
-            options |= {"latency": self.latency, "cost_batch": self.batch}
-        return autoprune.search(self.model, budget, self.data, trials=trials, seed=seed, progress=False, **options)
+            options |= {"costs": {"latency_ms": self.latency}, "example": autoprune.Call(cost_batch=self.batch)}
+        return autoprune.search(
+            self.model,
+            budget,
+            self.data,
+            trials=trials,
+            seed=seed,
+            execution=autoprune.Execution(progress=False),
+            **options,
+        )
 
     def measure(self, result: autoprune.SearchResult, trials: Sequence[autoprune.Trial]) -> list[float]:
         """Time of each as a share of the dense network's, all in one interleaved run."""

@@ -59,7 +59,7 @@ def run(case: Case, k: int, trials: int, repeats: int) -> autoprune.Audit:
     samples = autoprune.Data(
         calibration=data["train"], validation=data["validation"], test=data["test"], test_samples=2000
     )
-    result = autoprune.search(model, BUDGET, samples, trials=trials, progress=False)
+    result = autoprune.search(model, BUDGET, samples, trials=trials, execution=autoprune.Execution(progress=False))
     report = autoprune.audit(result, recipe, k, evaluators=EVALUATED, repeats=repeats).audit
     assert report is not None
     return report

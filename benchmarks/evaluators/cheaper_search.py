@@ -60,10 +60,10 @@ def search(case: Trained, seed: int, trials: int, optimizer: str, evaluator: Eva
         data,
         evaluator=evaluator,
         optimizer=optimizer,
-        racing=racing,
+        early_stopping=racing,
         trials=trials,
         seed=seed,
-        progress=False,
+        execution=autoprune.Execution(progress=False),
     )
 
 

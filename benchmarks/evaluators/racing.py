@@ -78,7 +78,13 @@ def search(case: Trained, seed: int, trials: int, **options: Any) -> tuple[Searc
     data = autoprune.Data(calibration=case.data["train"], validation=case.data["validation"], test=case.data["test"])
     began = time.process_time()
     result = autoprune.search(
-        case.model, f"flops <= {BUDGETS[0]}%", data, trials=trials, seed=seed, progress=False, **options
+        case.model,
+        f"flops <= {BUDGETS[0]}%",
+        data,
+        trials=trials,
+        seed=seed,
+        execution=autoprune.Execution(progress=False),
+        **options,
     )
     return result, time.process_time() - began
 
@@ -86,7 +92,8 @@ def search(case: Trained, seed: int, trials: int, **options: Any) -> tuple[Searc
 def pair(case: Trained, optimizer: str, seed: int, trials: int, evaluator: str) -> Pair:
     """Search without and with racing, and check what was dropped."""
     (full, full_cpu), (raced, raced_cpu) = (
-        search(case, seed, trials, optimizer=optimizer, evaluator=evaluator, racing=racing) for racing in (False, True)
+        search(case, seed, trials, optimizer=optimizer, evaluator=evaluator, early_stopping=racing)
+        for racing in (False, True)
     )
     lost = [trial for trial in raced.trials if trial.status == RACED]
     samples = np.array([trial.evaluations[-1].samples for trial in raced.trials])

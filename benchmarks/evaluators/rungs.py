@@ -83,7 +83,7 @@ def search(
         seed=seed,
         optimizer=optimizer,
         evaluator=FineTune(steps=steps),
-        progress=False,
+        execution=autoprune.Execution(progress=False),
         **options,
     )
     return result, time.process_time() - began
@@ -92,7 +92,7 @@ def search(
 def pair(case: Case, seed: int, trials: int, optimizer: str, steps: int) -> Pair:
     """Search without and with rungs."""
     full, full_cpu = search(case, seed, trials, optimizer, steps)
-    short, short_cpu = search(case, seed, trials, optimizer, steps, racing=autoprune.Rungs())
+    short, short_cpu = search(case, seed, trials, optimizer, steps, early_stopping=autoprune.Rungs())
     taken = [max(one.steps or steps for one in trial.evaluations) for trial in short.trials]
     stopped = {trial.candidate for trial in short.trials if trial.status == RACED}
     same = {trial.candidate for trial in full.trials} == {trial.candidate for trial in short.trials}

@@ -52,10 +52,7 @@ def search(run_dir: str | None, executor: str | Executor = "local") -> autoprune
         "flops <= 50%",
         (x, x[:, :10].argmax(1)),
         trials=TRIALS,
-        executor=executor,
-        run_dir=run_dir,
-        resume=run_dir is not None,
-        progress=False,
+        execution=autoprune.Execution(executor=executor, run_dir=run_dir, resume=run_dir is not None, progress=False),
     )
 
 

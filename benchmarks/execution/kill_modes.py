@@ -36,7 +36,7 @@ def _supernet(run_dir: Path) -> Options:
 MODES: dict[str, Callable[[Path], Options]] = {
     "local, moments": lambda run_dir: {},
     "supernet": _supernet,
-    "racing": lambda run_dir: {"racing": True, "optimizer": "nsga2"},
+    "racing": lambda run_dir: {"early_stopping": True, "optimizer": "nsga2"},
     "fine-tune": lambda run_dir: {"evaluator": FineTune(steps=4)},
     "bayes": lambda run_dir: {"optimizer": "bayes"},
     "latency profiling and verification": lambda run_dir: {"budget": "latency <= 93%"},
@@ -57,9 +57,7 @@ def run(run_dir: str, mode: str) -> None:
         options.pop("budget"),
         (x, x[:, :10].argmax(1)),
         trials=TRIALS,
-        run_dir=run_dir,
-        resume=True,
-        progress=False,
+        execution=autoprune.Execution(run_dir=run_dir, resume=True, progress=False),
         **options,
     )
     trials = [[t.id, t.candidate, t.score, t.signal, t.distortion, dict(t.costs), t.status] for t in result.trials]

@@ -114,7 +114,9 @@ def data(samples: int, *shape: int) -> tuple[Tensor, Tensor]:
 def searched(model: nn.Module, given: tuple[Tensor, Tensor], trials: int) -> Any:
     import autoprune
 
-    return autoprune.search(model.eval(), "flops <= 50%", given, trials=trials, progress=False)
+    return autoprune.search(
+        model.eval(), "flops <= 50%", given, trials=trials, execution=autoprune.Execution(progress=False)
+    )
 
 
 def resident_mb(which: str) -> float:

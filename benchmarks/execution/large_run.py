@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from autoprune.execution import Execution
 from autoprune.journal.sqlite_file import FILE_NAME
 from benchmarks.execution.simulated import SimulatedWorkers, search
 from benchmarks.support.common import environment, table, write
@@ -44,17 +45,27 @@ def measure(optimizer: str, trials: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     options = {"optimizer": optimizer, "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
-        search(DIMENSIONS, trials=WARM, run_dir=f"{folder}/warm", **options)
+        search(DIMENSIONS, trials=WARM, execution=Execution(run_dir=f"{folder}/warm", progress=False), **options)
         before = resident_mb("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         began, workers = time.perf_counter(), SimulatedWorkers(64, at_once)
-        result = search(DIMENSIONS, trials=trials, executor=workers, run_dir=f"{folder}/run", **options)
+        result = search(
+            DIMENSIONS,
+            trials=trials,
+            execution=Execution(executor=workers, run_dir=f"{folder}/run", progress=False),
+            **options,
+        )
         seconds, peak = time.perf_counter() - began, resident_mb("VmHWM")
         size = sum(file.stat().st_size for file in Path(folder, "run").iterdir() if file.name.startswith(FILE_NAME))
         found = [trial.candidate for trial in result.trials]
         del result
         began = time.process_time()
-        more = search(DIMENSIONS, trials=trials + MORE, run_dir=f"{folder}/run", resume=True, **options)
+        more = search(
+            DIMENSIONS,
+            trials=trials + MORE,
+            execution=Execution(run_dir=f"{folder}/run", resume=True, progress=False),
+            **options,
+        )
         resumed = time.process_time() - began
     assert [trial.candidate for trial in more.trials[:trials]] == found
     assert len({trial.candidate for trial in more.trials}) == trials + MORE

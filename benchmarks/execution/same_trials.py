@@ -150,10 +150,13 @@ def searched(quick: bool) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # Checkouts of before and after the arguments were grouped are compared.
+    grouped = hasattr(autoprune, "Execution")
+    quiet = {"execution": autoprune.Execution(progress=False)} if grouped else {"progress": False}
     made, found = networks(), {}
     for name, (network, options) in cases(quick).items():
         model, (inputs, labels) = made[network]
-        given = {"budget": "flops <= 60%", "trials": 8, "seed": SEED, "progress": False, **options}
+        given = {"budget": "flops <= 60%", "trials": 8, "seed": SEED, **quiet, **options}
         samples = given.pop("samples", VALIDATION)
         data = autoprune.Data(
             calibration=(inputs[:64], labels[:64]),

@@ -50,7 +50,8 @@ DIMENSIONS, WORKERS = 30, 64
 
 def run(executor: Any, trials: int, optimizer: str = "level_switch", **options: Any) -> autoprune.SearchResult:
     with tempfile.TemporaryDirectory() as folder:
-        return search(DIMENSIONS, trials=trials, optimizer=optimizer, executor=executor, run_dir=folder, **options)
+        execution = autoprune.Execution(executor=executor, run_dir=folder, progress=False)
+        return search(DIMENSIONS, trials=trials, optimizer=optimizer, execution=execution, **options)
 
 
 def simulated_utilisation(trials: int) -> dict[str, float]:
@@ -128,7 +129,7 @@ def real_workers(trials: int, samples: int, rounds: int = 2) -> dict[str, Any]:
     for _ in range(rounds):
         for name, workers, threads in (("1 x 1 thread", 1, 1), ("2 x 1 thread", 2, 1), ("1 x 2 threads", 1, 2)):
             watched = Watched(RayExecutor(workers=workers, threads_per_worker=threads))
-            search_resnet(samples, executor=watched, evaluator=AdaptiveBN(), trials=trials)
+            search_resnet(samples, watched, evaluator=AdaptiveBN(), trials=trials)
             found[name] = max(found.get(name, 0.0), watched.best_rate)
             print(name, found[name], flush=True)
     return found
@@ -143,7 +144,7 @@ def stores(trials: int, samples: int) -> dict[str, Any]:
     cluster.add_node(num_cpus=2)
     watched = Watched(RayExecutor(address=cluster.address), ask=lambda: object_stores(ray))
     try:
-        search_resnet(samples, executor=watched, evaluator=InMemory(), trials=trials)
+        search_resnet(samples, watched, evaluator=InMemory(), trials=trials)
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -159,14 +160,21 @@ def stores(trials: int, samples: int) -> dict[str, Any]:
     }
 
 
-def search_resnet(samples: int, **options: Any) -> autoprune.SearchResult:
+def search_resnet(samples: int, executor: Any, **options: Any) -> autoprune.SearchResult:
     """Random search over ResNet-20 at 32x32, with `samples` samples in each of three sets."""
     torch.manual_seed(0)
     model = resnet(20, width=16).eval()
     x, y = torch.randn(3 * samples, 3, 32, 32), torch.randint(0, 10, (3 * samples,))
     parts = [(x[i * samples : (i + 1) * samples], y[i * samples : (i + 1) * samples]) for i in range(3)]
     data = autoprune.Data(*parts, calibration_samples=samples, validation_samples=samples, test_samples=samples)
-    return autoprune.search(model, "flops <= 50%", data, optimizer="random", progress=False, **options)
+    return autoprune.search(
+        model,
+        "flops <= 50%",
+        data,
+        optimizer="random",
+        execution=autoprune.Execution(executor=executor, progress=False),
+        **options,
+    )
 
 
 class Watched:

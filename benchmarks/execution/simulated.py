@@ -14,7 +14,7 @@ from torch import nn
 import autoprune
 from autoprune.early_stopping.racing import Race
 from autoprune.evaluators import Context, Evaluator
-from autoprune.execution import Finished
+from autoprune.execution import Execution, Finished
 from autoprune.protocols import FloatArray, IntArray, Measurement
 
 WIDTH = 16
@@ -32,7 +32,7 @@ def chain(dimensions: int) -> nn.Module:
 def search(dimensions: int, **options: Any) -> autoprune.SearchResult:
     """A search of `chain` that evaluates in memory, unless told otherwise."""
     x, y = torch.zeros(12, 8), torch.zeros(12, dtype=torch.int64)
-    options = {"evaluator": InMemory(), "metric": "cross_entropy", "progress": False, **options}
+    options = {"evaluator": InMemory(), "metric": "cross_entropy", "execution": Execution(progress=False), **options}
     return autoprune.search(chain(dimensions), "flops <= 50%", (x, y), **options)
 
 

@@ -68,7 +68,7 @@ def measured(network: str, space: str) -> SearchResult:
         evaluator="adaptive_bn",
         optimizer=Script,
         trials=10**6,  # the script ends by itself
-        progress=False,
+        execution=autoprune.Execution(progress=False),
     )
 
 

@@ -65,12 +65,19 @@ def main() -> int:
     parts = [(x[i * SAMPLES : (i + 1) * SAMPLES], y[i * SAMPLES : (i + 1) * SAMPLES]) for i in range(3)]
     data = autoprune.Data(*parts, calibration_samples=SAMPLES, validation_samples=SAMPLES)
     small = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
-    autoprune.search(small, "flops <= 50%", (x[:90, 0, 0, :4], y[:90]), trials=40, progress=False)  # imports
+    autoprune.search(
+        small, "flops <= 50%", (x[:90, 0, 0, :4], y[:90]), trials=40, execution=autoprune.Execution(progress=False)
+    )  # imports
     timed = Timed()
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         autoprune.search(
-            model, "flops <= 50%", data, evaluator=timed, trials=TRIALS, run_dir=f"{folder}/run", progress=False
+            model,
+            "flops <= 50%",
+            data,
+            evaluator=timed,
+            trials=TRIALS,
+            execution=autoprune.Execution(run_dir=f"{folder}/run", progress=False),
         )
     ended = time.process_time()
     engine = ended - timed.prepared - timed.seconds["evaluate"] - timed.seconds["test"]

@@ -79,9 +79,9 @@ def search(model: nn.Module, share: float, data: Any, trials: int, ignore: tuple
         data,
         metric=autoprune.Metric(next_token, higher_is_better=False, name="next-token loss"),
         space=autoprune.Channels(ignore=ignore),
-        forward=forward,
+        example=autoprune.Call(forward=forward),
         trials=trials,
-        progress=False,
+        execution=autoprune.Execution(progress=False),
     )
 
 
@@ -147,7 +147,7 @@ def depth(share: float, model: nn.Module, background: Tensor, held: Tensor) -> d
 def inspected(model: nn.Module, samples: int, tokens: int) -> dict[str, float]:
     ids = torch.randint(0, 49152, (samples, tokens), generator=torch.Generator().manual_seed(0))
     began = time.process_time()
-    found = autoprune.inspect(model, {"input_ids": ids}, outputs="logits")
+    found = autoprune.inspect(model, autoprune.Call(inputs={"input_ids": ids}, outputs="logits"))
     return {"seconds": time.process_time() - began, "removable": found.removable["flops"]}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 from torch.nn import functional as F
 
-from autoprune import Channels, Data, search
+from autoprune import Channels, Data, Execution, search
 from autoprune.data.subsets import Subsets, materialise
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.optimizers import uniform_seeds
@@ -243,7 +243,7 @@ def ours(case: Case, optimizer: str) -> Pruned:
             optimizer=optimizer,
             trials=TRIALS,
             seed=case.seed,
-            progress=False,
+            execution=Execution(progress=False),
         )
         networks[share] = result.build()
         evaluations += len(result.trials)

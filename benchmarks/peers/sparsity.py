@@ -106,7 +106,7 @@ def searched(model: nn.Module, data: dict[str, Part], weights: Weights, nonzero:
         space=autoprune.Sparsity(levels=LEVELS),
         optimizer=optimizer,
         trials=TRIALS,
-        progress=False,
+        execution=autoprune.Execution(progress=False),
     )
     best = min(result.front, key=lambda trial: trial.signal)
     zeroed = result.space.pruning(best.candidate).zeroed

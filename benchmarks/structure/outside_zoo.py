@@ -96,7 +96,14 @@ def examine(name: str) -> Iterator[dict[str, Any]]:
     began = time.process_time()
     data = autoprune.Data(calibration=(x[:BATCH],), validation=(x[BATCH:],), test=(x[:BATCH],), batch_size=BATCH)
     result = autoprune.search(
-        model, "flops <= 70%", data, trials=4, optimizer="random", space=autoprune.Channels(), seed=0, progress=False
+        model,
+        "flops <= 70%",
+        data,
+        trials=4,
+        optimizer="random",
+        space=autoprune.Channels(),
+        seed=0,
+        execution=autoprune.Execution(progress=False),
     )
     failed = [trial.reason for trial in result.trials if trial.status == "failed"]
     yield {"search_seconds": round(time.process_time() - began, 1), "failed": failed, "notes": len(result.notes)}

@@ -149,9 +149,7 @@ def test_workers_get_the_weights_and_neither_train_nor_see_the_training_data():
     def search(executor):
         evaluator = Supernet(steps=3, data=Unpicklable(135, interrupt), batch_size=45)
         data = autoprune.Data(validation=rows(), batch_size=16)
-        return autoprune.search(
-            made(Dropping), "flops <= 60%", data, evaluator=evaluator, executor=executor, trials=8, progress=False
-        )
+        return autoprune.search(made(Dropping), "flops <= 60%", data, evaluator=evaluator, execution=executor, trials=8)
 
     local, remote = search("local"), search(autoprune.execution.RayExecutor(workers=1, synchronous=True))
     assert {t.status for t in remote.trials} == {"ok"}
@@ -171,7 +169,7 @@ def test_a_search_killed_while_its_supernet_trains_is_resumed_as_if_nothing_had_
         supernet = Supernet(
             6, Augmented(most, interrupt), batch_size=45, checkpoint=tmp_path / run_dir / "weights", checkpoint_steps=2
         )
-        settings = {"trials": 4, "progress": False, "run_dir": tmp_path / run_dir, "resume": True}
+        settings = {"trials": 4, "execution": autoprune.Execution(run_dir=tmp_path / run_dir, resume=True)}
         data = autoprune.Data(validation=rows(), batch_size=16)
         result = autoprune.search(made(Dropping), "flops <= 60%", data, evaluator=supernet, **settings)
         return [(trial.candidate, trial.signal) for trial in result.trials]

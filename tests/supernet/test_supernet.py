@@ -165,8 +165,15 @@ def test_a_loss_is_asked_for_where_there_is_nothing_to_learn_and_serves_all_cand
 @pytest.mark.slow
 def test_a_search_says_what_its_dense_network_is_and_builds_what_it_scored(tmp_path):
     data, model = autoprune.Data(validation=rows(), batch_size=16), made(Dropping)
-    settings = {"trials": 4, "progress": False, "run_dir": tmp_path / "run"}
-    result = autoprune.search(model, "flops <= 60%", data, evaluator=Supernet(steps=4), **settings)
+    run_dir = tmp_path / "run"
+    result = autoprune.search(
+        model,
+        "flops <= 60%",
+        data,
+        evaluator=Supernet(steps=4),
+        execution=autoprune.Execution(run_dir=run_dir),
+        trials=4,
+    )
     (note,) = [note for note in result.notes if "largest of the supernet" in note]
     assert f"validation accuracy {result.dense.score:.4f}" in note
     autoprune.save(result.build(), tmp_path / "small.safetensors")
@@ -176,7 +183,14 @@ def test_a_search_says_what_its_dense_network_is_and_builds_what_it_scored(tmp_p
     with torch.no_grad():
         assert float((loaded(x).argmax(1) == y).double().mean()) == pytest.approx(result.best().score)
     with pytest.raises(ValueError, match=r"differs in evaluator \(Supernet with weights"):
-        autoprune.search(model, "flops <= 60%", data, evaluator=Supernet(steps=5), resume=True, **settings)
+        autoprune.search(
+            model,
+            "flops <= 60%",
+            data,
+            evaluator=Supernet(steps=5),
+            execution=autoprune.Execution(run_dir=run_dir, resume=True),
+            trials=4,
+        )
 
 
 @pytest.mark.slow

@@ -201,7 +201,7 @@ class Latency:
             names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
             shown = ", ".join(f"{n} ({own.get(n, 'none')} units, here {other.get(n, 'none')})" for n in names[:3])
             differing.append(f"its groups differ in {shown or 'their order'}" + ("..." if len(names) > 3 else ""))
-            same = ", with the same outputs=, forward= and example_inputs= as here"
+            same = ", with the same example= as here"
         if not differing and example is not None:
             own = Counter(given.partition(" ")[2] for given in self.setting.inputs)
             needed, all_here = map(_shapes, (inputs(example), example))
@@ -209,7 +209,7 @@ class Latency:
                 differing.append(f"its inputs are {', '.join(own)}, and these are {', '.join(needed)}")
         if differing:
             raise ValueError(
-                f"latency must be a table of this model at this batch size, but {'; '.join(differing)}; "
+                f"latency_ms must be a table of this model at this batch size, but {'; '.join(differing)}; "
                 f"measure again with autoprune.profile{same}"
             )
 
@@ -230,7 +230,7 @@ class Latency:
             FileFormatError: If it is damaged, foreign, or of another version.
         """
         way_out = "measure again with autoprune profile"
-        expected = "latency must be a file written by autoprune profile"
+        expected = "latency_ms must be a file written by autoprune profile"
         data = FORMAT.read_json(path, expected, way_out, MOST_BYTES, _FORM)
         with FORMAT.reading(path, way_out):
             found = cls.from_json(data)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from autoprune.arguments import MOST_SEED, whole_number
+from autoprune.arguments import MOST_SEED, pointing, whole_number
 from autoprune.costs.latency.allocator import keeping_freed_memory
 from autoprune.costs.latency.correction import Evidence
 from autoprune.costs.latency.grids import Bench, measure_tables
@@ -33,13 +33,13 @@ from autoprune.costs.latency.timing import (
 )
 from autoprune.costs.operations.parts import draw_widths, prefixes
 from autoprune.costs.operations.runtimes import TORCH, Runtime, runtime_of
-from autoprune.data.batch import Forward
 from autoprune.data.sampling import seeded
 from autoprune.files.access import as_path
 from autoprune.protocols import IntArray
 from autoprune.structure.analysis import analyse, require_prunable, require_supported
+from autoprune.structure.call import PLACES, CallOrInputs, call_of, example_of
 from autoprune.structure.example import Example
-from autoprune.structure.given import ExampleInputs, example_of, unwrap
+from autoprune.structure.given import unwrap
 from autoprune.structure.slicing.slicing import build
 from autoprune.structure.structure import Structure
 
@@ -61,13 +61,12 @@ _AT_ONCE = 12  # networks that exist at once
 _ALIGNED_EVERY = 4  # one of this number of networks has multiples of 8 as widths, which random ones never have all
 
 
+@pointing(PLACES)
 def profile(
     model: nn.Module,
-    example_inputs: ExampleInputs | None = None,
+    example: CallOrInputs | None = None,
     *,
-    batch: int = 1,
-    forward: Forward | None = None,
-    outputs: Any = None,
+    batch: int | None = None,
     networks: int = NETWORKS,
     seed: int = 0,
     path: str | Path | None = None,
@@ -80,13 +79,10 @@ def profile(
 
     Args:
         model: Any module that runs on the inputs.
-        example_inputs: A tensor, a tuple or a dict of inputs; None for the example that the model carries. Repeated or
-            cut to `batch` samples. In a list of these the first is timed; the others cover further branches.
-        batch: Samples of one forward pass.
-        forward: ``forward(model, batch)`` as in `autoprune.search`, where calling the model is not enough; returns the
-            outputs that matter. The batch is the example: a tensor or dict as given, several inputs as a tuple with
-            None at its end, in place of the target.
-        outputs: Outputs that matter, as in `autoprune.search`.
+        example: A tensor, a tuple or a dict of inputs; None for the example that the model carries. Repeated or cut to
+            `batch` samples. In a list of these the first is timed; the others cover further branches. Or a `Call` of
+            such inputs, as in `autoprune.search`.
+        batch: Samples of one forward pass; None for the ``cost_batch`` of the example, which is 1 if not given.
         networks: Whole networks to measure, at least 6.
         seed: Draws their widths.
         path: File of the table. Measurements are kept next to it meanwhile, and an interrupted run continues.
@@ -106,7 +102,8 @@ def profile(
     Example:
         >>> autoprune.profile(model, torch.randn(1, 3, 32, 32), path="table.json")  # doctest: +SKIP
     """
-    batch = whole_number("batch", batch, 1)
+    call = call_of(example)
+    batch = call.cost_batch if batch is None else whole_number("batch", batch, 1)
     networks = whole_number(
         "networks", networks, FEWEST_NETWORKS, MOST_NETWORKS, why=", to fit to some and judge on others"
     )
@@ -116,11 +113,9 @@ def profile(
         _require_writable(as_path(path))
     model = unwrap(model)
     require_supported(model)
-    example = example_of(model, example_inputs, forward, outputs)
-    structure = analyse(_of_two(example))
-    return profile_structure(
-        example.resized(batch), structure, networks=networks, seed=seed, path=path, runtime=runtime
-    )
+    timed = example_of(model, call)
+    structure = analyse(_of_two(timed), checks=call.checks, rewrite=call.rewrite)
+    return profile_structure(timed.resized(batch), structure, networks=networks, seed=seed, path=path, runtime=runtime)
 
 
 def _of_two(example: Example) -> Example:

@@ -127,7 +127,7 @@ def require_same(given: Any, recorded: Any, name: str) -> None:
     shown = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
     raise ValueError(
         f"{name} must be {recorded!r}, as in the example inputs, got {shown}; this module was rewritten for pruning: "
-        "give examples of both kinds, or search with rewrite='off'"
+        "give a list of examples of both kinds, or autoprune.Call(rewrite='off')"
     )
 
 
@@ -140,7 +140,7 @@ def require_identical(given: Tensor, other: Tensor, name: str) -> None:
     if given is not other:
         raise ValueError(
             f"{name} must be a tensor given for another argument, too, as in the example inputs; this module was "
-            "rewritten for pruning: give examples of both kinds, or search with rewrite='off'"
+            "rewritten for pruning: give a list of examples of both kinds, or autoprune.Call(rewrite='off')"
         )
 
 

@@ -105,7 +105,8 @@ def _trace(
     out = tensors_in(outputs)
     if not out:
         raise UnsupportedModelError(
-            f"model must return at least one tensor, got {type(outputs[0]).__name__}; pass forward= to return one"
+            f"model must return at least one tensor, got {type(outputs[0]).__name__}; return one with "
+            "autoprune.Call(forward=...)"
         )
     record.outputs = [recorder.lookup(leaf) for leaf in out]
     for value in record.values:
