@@ -172,7 +172,8 @@ class Compensated:
 
     def held(self) -> list[Tensor]:
         """The products of inputs, which `build` needs."""
-        return [tensor for layers in self._layers.values() for layer in layers for tensor in layer.moments.large()]
+        moments = {id(layer.moments): layer.moments for layers in self._layers.values() for layer in layers}
+        return [tensor for each in moments.values() for tensor in each.large()]
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""

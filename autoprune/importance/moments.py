@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,6 +11,10 @@ from torch import Tensor
 PRECISE = 512
 """Columns up to which products are taken in float64, which costs little there; float32 is enough to solve with."""
 
+BLOCKED = 256
+"""Columns from which on only one half of the products is computed, in blocks: they are symmetric."""
+
+_BLOCKS = 4
 _MIX = 2654435761  # Knuth's multiplicative hash: scatters row numbers, so that no stride meets the width of an image
 
 
@@ -66,6 +71,7 @@ class Moments:
     _total: Tensor | None = field(default=None, repr=False)
     _matrix: Tensor | None = field(default=None, repr=False)
     _weights: Tensor | None = field(default=None, repr=False)  # signs added up in each row of the sketch
+    _halved: bool = field(default=False, repr=False)  # the products lack the half above the diagonal
 
     def add(self, rows: Tensor) -> None:
         """Take rows, shape (n, columns), into the moments."""
@@ -93,7 +99,7 @@ class Moments:
         if self.sketch_rows is None:
             return
         if self.sketch_rows == 0:
-            self._matrix.addmm_(rows.T, rows)
+            self._multiply(rows)
             return
         places = first + torch.arange(len(rows), dtype=torch.int64, device=rows.device)
         signs = torch.ones(len(rows), dtype=dtype, device=rows.device)
@@ -105,6 +111,15 @@ class Moments:
         self._matrix.index_add_(0, places, rows * signs[:, None])
         self._weights.index_add_(0, places, signs.double())
 
+    def _multiply(self, rows: Tensor) -> None:
+        """Add the products of rows, below the diagonal alone where that is cheaper."""
+        assert self._matrix is not None
+        self._halved = self.columns >= BLOCKED
+        blocks = _BLOCKS if self._halved else 1
+        edges = [self.columns * i // blocks for i in range(blocks + 1)]
+        for first, last in pairwise(edges):
+            self._matrix[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
+
     @property
     def seen(self) -> int:
         """Number of rows that were offered."""
@@ -112,7 +127,14 @@ class Moments:
 
     def large(self) -> list[Tensor]:
         """Tensors that take memory in proportion to the products."""
+        self._complete()
         return [] if self._matrix is None else [self._matrix]
+
+    def _complete(self) -> None:
+        """Copy the products below the diagonal to the other half."""
+        if self._halved and self._matrix is not None:
+            self._matrix.copy_(self._matrix.tril() + self._matrix.tril(-1).T)
+            self._halved = False
 
     @property
     def mean(self) -> Tensor:
@@ -141,6 +163,7 @@ class Moments:
     def products(self, centred: bool) -> Tensor:
         """Mean products of any two columns, or the covariance, shape (columns, columns); not of a sketch."""
         assert self._matrix is not None
+        self._complete()
         matrix = self._matrix / self.rows - torch.outer(self._offset, self._offset).to(self._matrix.dtype)
         return matrix if centred else matrix + torch.outer(self.mean, self.mean).to(matrix.dtype)
 

@@ -75,6 +75,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         source: What the product that `see` is called for multiplies, as the operation gets it.
         normalised: Readers whose outputs batch norm reads.
         otherwise: Parameters that go through other operations, too.
+        firsts: For each reader the readers that read the same values just before it, or itself where none did.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, see: See, tied: bool = False) -> None:
@@ -95,6 +96,8 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         self._single = {name for name in self._parameters if held[name] == 1}
         self.otherwise: set[str] = set()
         self.normalised: set[Reader] = set()
+        self.firsts: dict[Reader, set[Reader]] = defaultdict(set)
+        self._latest: tuple[Any, Reader, Tensor] | None = None  # with what was read, so that its memory stays taken
         self._biases: dict[Reader, set[str | None]] = defaultdict(set)
         self._awaiting: MutableMapping[Tensor, Reader] = WeakIdKeyDictionary()  # products that a bias may follow
         self._casts: dict[int, tuple[str, Tensor]] = {}
@@ -121,6 +124,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
             stack.enter_context(self)
             yield
         self._casts.clear()
+        self._latest = None
 
     def backward(self, loss: Tensor, receive: See) -> None:
         """Run a backward pass inside `batch`, and show what it returns through each weight.
@@ -210,8 +214,19 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         if bias is None and kind != "convolution":
             self._awaiting[out] = reader
         self._biases[reader].add(None if bias is None else self._name(bias) or "")
+        self.firsts[reader].add(self._first(reader, x, args[3:] if kind == "convolution" else ()))
         self.source = x
         self._see(reader, lambda: self._rows(kind, x, args))
+
+    def _first(self, reader: Reader, x: Tensor, geometry: Sequence[Any]) -> Reader:
+        """Reader that was the first to read these values, with no other read in between."""
+        if x.is_inference() or x.layout != torch.strided:  # without a version, which shows writes
+            return reader
+        storage = x.untyped_storage().data_ptr(), x.storage_offset(), x._version
+        seen = *storage, x.shape, x.stride(), self._shapes.get(x), reader.columns, str(geometry)
+        if self._latest is None or self._latest[0] != seen:
+            self._latest = seen, reader, x
+        return self._latest[1]
 
     def _returned(self, kind: str, args: tuple[Any, ...], out: Any, receive: See) -> None:
         """Show a product of gradients with a weight; matrix products have the weight in the second or first place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from autoprune.structure.slicing.slicing import Edit
 log = logging.getLogger(__name__)
 
 
-COUNTED = 16
+COUNTED = 4
 """Samples on which the rows that each weight reads are counted."""
 LEAST_WORK = 2**28
 """Multiply-accumulates for the equations of a candidate that are always allowed: some hundredths of a second."""
@@ -32,7 +32,7 @@ _SETUP = 8  # such passes, for the products of inputs
 _FEWEST = 16  # rows for each column that are taken even beyond that
 _SKETCHES = (4096, 2048, 1024, 512, 256, 128, 64)
 _JUDGED, _FEWEST_JUDGED = 1024, 64  # held-out rows that a ridge is judged on
-_OUTPUTS = 64  # of a layer that are enough for that, because each is fitted on its own
+_MOST_LEFT_OUT = 2.0  # held-out rows for each of these: more are fetched in another pass
 JUDGED_BYTES = 2**27
 """Most memory for rows that ridges are judged on; half of the model where that is more."""
 _DEFAULT_RIDGE = 1e-2  # where no sample can be held out
@@ -44,7 +44,8 @@ class Layer:
 
     Attributes:
         reader: The weight.
-        moments: Of its inputs, with the padding of convolutions and without that of batches.
+        moments: Of its inputs, with the padding of convolutions and without that of batches; one object for weights
+            that read the same values.
         bias: The parameter that is added to its output, or None.
         normalised: Whether batch norm reads its output, and so subtracts any constant.
         ridge: How strongly the fit is held to the inherited weights; infinite where no fit does better on held-out
@@ -98,7 +99,6 @@ def _find(
             layer.ridge = ridge
     elif judged:
         _choose_ridges(calibration.on(judged), layers, typical, centred, held / total)
-        _take(calibration.on(judged), layers)
     return [layer for layer in layers.values() if layer.moments.finite]
 
 
@@ -133,11 +133,36 @@ def _laid_out(calibration: Calibration, memory_bytes: int) -> dict[Reader, Layer
     scale = sum(map(batch_size, calibration.batches)) / max(sum(map(batch_size, few)), 1)
     usable = [reader for reader in _separate(rows) if rows[reader] and reader.name not in reading.otherwise]
     counts = {reader: max(1, round(rows[reader] * scale)) for reader in usable}
-    plan = _plan(counts, memory_bytes)
+    shared = _shared(usable, rows, reading.firsts)
+    outputs = Counter[Reader]()
+    for reader in usable:
+        outputs[shared[reader]] += reader.outputs
+    asked = {replace(first, outputs=many): first for first, many in outputs.items()}
+    plan = _plan({each: counts[first] for each, first in asked.items()}, memory_bytes)
+    moments = {first: plan[each] for each, first in asked.items()}
     return {
-        reader: Layer(reader, plan[reader], reading.bias_of(reader), reader in reading.normalised, rows=counts[reader])
+        reader: Layer(
+            reader,
+            moments[shared[reader]],
+            reading.bias_of(reader),
+            reader in reading.normalised,
+            rows=counts[reader],
+        )
         for reader in usable
     }
+
+
+def _shared(
+    readers: Sequence[Reader], rows: Mapping[Reader, int], firsts: Mapping[Reader, set[Reader]]
+) -> dict[Reader, Reader]:
+    """For each reader the one whose moments serve it, too: both always read the same values, as q, k and v do."""
+    serving: dict[tuple[frozenset[Reader], int], Reader] = {}
+    found = {}
+    for reader in readers:
+        always = frozenset(firsts[reader])
+        alone = len(always) > 1 or firsts[next(iter(always))] != always
+        found[reader] = reader if alone else serving.setdefault((always, rows[reader]), reader)
+    return found
 
 
 def _separate(readers: Mapping[Reader, int]) -> list[Reader]:
@@ -195,13 +220,22 @@ def _sketched(reader: Reader, rows: int) -> float:
 
 def _take(calibration: Calibration, layers: Mapping[Reader, Layer]) -> None:
     """Add what the layers read to their moments."""
+    firsts = _firsts(layers)
 
     def see(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
-        if reader in layers:
+        if reader in firsts:
             for rows in parts():
                 layers[reader].moments.add(rows)
 
     watch(calibration, see)
+
+
+def _firsts(layers: Mapping[Reader, Layer]) -> dict[Reader, list[Layer]]:
+    """The first reader of each of the moments, with all layers that share them."""
+    sharing: dict[int, list[Layer]] = defaultdict(list)
+    for layer in layers.values():
+        sharing[id(layer.moments)].append(layer)
+    return {each[0].reader: each for each in sharing.values()}
 
 
 def _choose_ridges(
@@ -211,47 +245,87 @@ def _choose_ridges(
     centred: Callable[[Layer], bool],
     share: float,
 ) -> None:
-    """Choose each ridge by the error on held-out rows, spread over all of the samples."""
+    """Choose each ridge by the error on held-out rows, spread over all of the samples; then the moments take these."""
+    firsts = _firsts(layers)
+    kept = {reader: columns_kept(reader, calibration.model, typical) for reader in layers}
     fitted = {}
-    for reader, layer in layers.items():
-        kept = columns_kept(reader, calibration.model, typical)
-        if kept is not None and layer.moments.sketch_rows is not None and layer.moments.finite:
-            fitted[reader] = kept
-    if not fitted:
-        return
+    for first, sharing in firsts.items():
+        moments = layers[first].moments
+        read = [layer for layer in sharing if kept[layer.reader] is not None]
+        if read and moments.sketch_rows is not None and moments.finite:
+            fitted[first] = read
     width = 4 * sum(reader.columns for reader in fitted)
-    most = max(JUDGED_BYTES, bytes_of(calibration.model) // 2) // width
+    most = max(JUDGED_BYTES, bytes_of(calibration.model) // 2) // max(width, 1)
     judged = max(_FEWEST_JUDGED, min(_JUDGED, most))
-    samples = {reader: Sample(max(1.0, layers[reader].rows * share / judged)) for reader in fitted}
+    samples = {first: Sample(max(1.0, layers[first].rows * share / judged)) for first in fitted}
 
     def see(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
-        if reader in samples:
+        if reader in firsts:
             for rows in parts():
-                samples[reader].add(rows)
+                samples[reader].add(rows) if reader in samples else layers[reader].moments.add(rows)
 
     watch(calibration, see)
-    for reader, kept in fitted.items():
-        layer = layers[reader]
-        rows = samples.pop(reader).rows
-        if len(rows):
-            layer.ridge = _best_ridge(
-                layer, matrix_of(calibration.model.get_parameter(reader.name), reader), kept, rows, centred
-            )
+    waiting = {}
+    for first, read in fitted.items():
+        sample = samples.pop(first)
+        if len(sample.rows):
+            _set_ridges(calibration.model, read, kept, sample.rows, centred)
+        if sample.every <= _MOST_LEFT_OUT:
+            layers[first].moments.add(sample.rows)
+        else:
+            waiting[first] = layers[first]
+    if waiting:
+        _take(calibration, waiting)
 
 
-def _best_ridge(layer: Layer, weight: Tensor, kept: Tensor, rows: Tensor, centred: Callable[[Layer], bool]) -> float:
-    """Ridge whose fit has the least error on rows (n, columns); infinite where none is better than no fit."""
-    if centred(layer):
-        rows = rows - layer.moments.mean.to(rows.dtype)
-    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+def _set_ridges(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    kept: Mapping[Reader, Tensor | None],
+    rows: Tensor,
+    centred: Callable[[Layer], bool],
+) -> None:
+    """Set the ridges of layers that share moments; equations that several have in common are solved once."""
+    alike: dict[tuple[bool, bytes], list[Layer]] = defaultdict(list)
+    for layer in layers:
+        stay = kept[layer.reader]
+        assert stay is not None
+        alike[centred(layer), stay.cpu().numpy().tobytes()].append(layer)
+    for (about_mean, _), each in alike.items():
+        stay = kept[each[0].reader]
+        assert stay is not None
+        weights = [matrix_of(model.get_parameter(layer.reader.name), layer.reader) for layer in each]
+        for layer, ridge in zip(each, _best_ridges(each[0].moments, about_mean, weights, stay, rows), strict=True):
+            layer.ridge = ridge
+
+
+def _best_ridges(moments: Moments, centred: bool, weights: Sequence[Tensor], kept: Tensor, rows: Tensor) -> list[float]:
+    """Ridge of each weight with the least error on rows (n, columns); infinite where no fit is better."""
+    if centred:
+        rows = rows - moments.mean.to(rows.dtype)
+    gone = torch.ones(rows.shape[1], dtype=torch.bool, device=rows.device)
     gone[kept] = False
-    weight = weight.detach().to(rows.dtype)
+    read = torch.cat([weight.detach()[:, gone] for weight in weights]).to(rows.dtype)
+    alone = int(gone.sum()) < len(read)  # then the inputs that go are fitted themselves, and multiplied afterwards
+    each = read if not alone else torch.eye(read.shape[1], dtype=rows.dtype, device=rows.device)
+    whole = rows.new_zeros(len(each), rows.shape[1])
+    whole[:, gone] = each
+    lost = rows[:, gone] @ each.T
     stay = rows[:, kept]
-    lost = rows[:, gone] @ weight[:, gone].T
-    fits = Normal(layer.moments, centred(layer)).changes(weight, kept, RIDGES)
-    errors = torch.stack([lost - stay @ fit.to(rows.dtype).T for fit in fits] + [lost]).double().square().sum((1, 2))
-    best = int(errors.argmin())
-    return RIDGES[best] if errors.isfinite().all() and best < len(RIDGES) else float("inf")
+
+    def errors(left: Tensor) -> Tensor:
+        outputs = left @ read.T if alone else left
+        parts = torch.split(outputs, [len(weight) for weight in weights], dim=1)
+        return torch.stack([part.double().square().sum() for part in parts])
+
+    fits = Normal(moments, centred).changes(whole, kept, RIDGES)
+    found = torch.stack([*(errors(lost - stay @ fit.to(rows.dtype).T) for fit in fits), errors(lost)])
+    best = found.argmin(0).tolist()
+    finite = found.isfinite().all(0).tolist()
+    return [
+        RIDGES[place] if usable and place < len(RIDGES) else float("inf")
+        for place, usable in zip(best, finite, strict=True)
+    ]
 
 
 def columns_kept(reader: Reader, model: nn.Module, edit: Edit) -> Tensor | None:

@@ -70,9 +70,13 @@ def least_squares(weight: Tensor, products: Tensor, kept: Tensor, ridges: Sequen
     """
     gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     gone[kept] = False
-    cross = weight[:, gone].to(products.dtype) @ products[gone][:, kept]
+    lost = weight[:, gone].to(products.dtype)
+    cross = products[gone][:, kept]
+    few = len(cross) < len(lost)  # then each input that goes is fitted by those that stay, whatever reads it
+    wanted = cross if few else lost @ cross
     for factor in _factors(products[kept][:, kept], ridges):
-        yield torch.zeros_like(cross) if factor is None else torch.cholesky_solve(cross.T, factor).T
+        fitted = torch.zeros_like(wanted) if factor is None else torch.cholesky_solve(wanted.T, factor).T
+        yield lost @ fitted if few else fitted
 
 
 def _factors(matrix: Tensor, ridges: Sequence[float]) -> Iterator[Tensor | None]:
