@@ -313,10 +313,14 @@ def _best_ridges(moments: Moments, centred: bool, weights: Sequence[Tensor], kep
     lost = rows[:, gone] @ each.T
     stay = rows[:, kept]
 
+    outputs = [len(weight) for weight in weights]
+    squares = [part.T @ part for part in torch.split(read, outputs)] if alone else []
+
     def errors(left: Tensor) -> Tensor:
-        outputs = left @ read.T if alone else left
-        parts = torch.split(outputs, [len(weight) for weight in weights], dim=1)
-        return torch.stack([part.double().square().sum() for part in parts])
+        if alone:  # the squared norm of their product with the weights, without this product
+            products = left.T @ left
+            return torch.stack([(products * square).sum(dtype=torch.float64) for square in squares])
+        return torch.stack([part.square().sum(dtype=torch.float64) for part in torch.split(left, outputs, dim=1)])
 
     fits = Normal(moments, centred).changes(whole, kept, RIDGES)
     found = torch.stack([*(errors(lost - stay @ fit.to(rows.dtype).T) for fit in fits), errors(lost)])
