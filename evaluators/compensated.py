@@ -17,7 +17,8 @@ from autoprune.evaluators.activation_cache.cache import checked_bytes
 from autoprune.evaluators.activation_cache.limits import bytes_of, room_beside
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
 from autoprune.evaluators.protocol import Context
-from autoprune.evaluators.refit.layers import Layer, columns_kept, find_layers
+from autoprune.evaluators.refit.finding import find_layers
+from autoprune.evaluators.refit.layers import Layer, columns_kept
 from autoprune.evaluators.refit.least_squares import Normal
 from autoprune.evaluators.refit.normalisation import Correction
 from autoprune.evaluators.scoring.scorer import Adapted, bound_forward
