@@ -17,8 +17,7 @@ from autoprune.data.batch import default_forward
 from autoprune.evaluators import AdaptiveBN, Context
 from autoprune.evaluators.activation_cache import limits as room
 from autoprune.evaluators.activation_cache.flow import flow_of
-from autoprune.evaluators.refit import layers as layers_module
-from autoprune.evaluators.refit.layers import Layer, find_layers
+from autoprune.evaluators.refit import finding, ridges
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.moments import Sample
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning
@@ -222,30 +221,30 @@ class TestMemory:
         typical = structure.edit(Pruning(half))
         passes: list[int] = []
         judged: list[int] = []
-        best_ridge = layers_module._best_ridge
+        best_ridges = ridges._best_ridges
 
         def forward(module: nn.Module, batch: Any) -> Any:
             passes.append(len(batch[0]))
             return module(batch[0])
 
-        def counting(layer: Layer, weight: Tensor, kept: Tensor, rows: Tensor, centred: Any) -> float:
+        def counting(moments: Any, centred: bool, weights: Any, kept: Tensor, rows: Tensor) -> list[float]:
             judged.append(len(rows))
-            return best_ridge(layer, weight, kept, rows, centred)
+            return best_ridges(moments, centred, weights, kept, rows)
 
-        monkeypatch.setattr(layers_module, "_best_ridge", counting)
+        monkeypatch.setattr(ridges, "_best_ridges", counting)
 
         def found() -> int:
             passes.clear()
             judged.clear()
-            find_layers(Calibration(model, structure, batches, forward), 2**20, None, typical, lambda _: True)
+            finding.find_layers(Calibration(model, structure, batches, forward), 2**20, None, typical, lambda _: True)
             return sum(passes)
 
         usual = found()
-        assert usual == layers_module.COUNTED + 3 * 1024 + 2 * 1024  # judged, and then taken in
+        assert usual == finding.COUNTED + 3 * 1024 + 1024  # judged, and taken in without another pass
         assert set(judged) == {1024}
-        monkeypatch.setattr(layers_module, "JUDGED_BYTES", 1)
-        monkeypatch.setattr(layers_module, "bytes_of", lambda _: 0)
-        assert found() == usual
+        monkeypatch.setattr(ridges, "JUDGED_BYTES", 1)
+        monkeypatch.setattr(ridges, "bytes_of", lambda _: 0)
+        assert found() == usual + 1024  # which the few rows cannot replace
         assert all(40 <= rows <= 90 for rows in judged), judged
 
     def test_a_sample_does_not_depend_on_how_rows_are_divided_and_reaches_all_of_them(self):

@@ -46,9 +46,16 @@ class Calibration:
         return replace(self, batches=batches, database_file=None)
 
 
-def affordable(structure: Structure, least: int, most: int) -> int:
-    """Number of samples for a ranking: fewer for a large model, whose samples are long or hold much information."""
-    return int(min(most, max(least, WORK // max(structure.macs, 1.0))))
+def affordable(structure: Structure, least: int, most: int, passes: int = 1) -> int:
+    """Number of samples for a ranking: fewer for a large model, whose samples are long or hold much information.
+
+    Args:
+        structure: Of the model.
+        least: Samples that are taken in any case.
+        most: Samples that are enough.
+        passes: Forward passes whose work each sample takes; a backward pass takes that of two.
+    """
+    return int(min(most, max(least, WORK // max(passes * structure.macs, 1.0))))
 
 
 def private_copy(model: nn.Module) -> nn.Module:

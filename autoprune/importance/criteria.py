@@ -6,7 +6,8 @@ A criterion gets every parameter slice that is removed with a unit, and returns 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -225,9 +226,19 @@ def score_units_by(
     reads = {_READS.get(each, "") if isinstance(each, str) else "everything" for each in criteria}
     labelled = all(isinstance(targets(batch), Tensor) for batch in calibration.batches)
     slopes = "gradients" in reads or ("everything" in reads and labelled)
-    gradients = loss_gradients(calibration, seed) if slopes else {}
     watched = not reads.isdisjoint(("activations", "everything"))
-    activations = activation_statistics(calibration) if watched else {}
+    gradients: Mapping[str, Tensor] = {}
+    activations: Mapping[str, Sequence[Activation]] = {}
+    if slopes and watched and not any(isinstance(targets(batch), Tensor) for batch in calibration.batches):
+        device = next(calibration.model.parameters()).device
+        placed = [to_device(batch, device) for batch in calibration.batches]
+        copied = calibration.of(private_copy(calibration.model)).on(placed)
+        with _observed(copied) as sums:  # the pass for gradients shows activations, too
+            gradients = distortion_gradients(copied, seed)
+        activations = _activations(copied, sums)
+    else:
+        gradients = loss_gradients(calibration, seed) if slopes else {}
+        activations = activation_statistics(calibration) if watched else {}
     tables = layer_database(calibration).tables if "ranks" in reads else {}
     ranks = {name: table.ranks for name, table in tables.items()}
     return [_scored(calibration, each, gradients, activations, ranks, seed, level) for each in criteria]
@@ -312,6 +323,8 @@ def loss_gradients(calibration: Calibration, seed: int = 0) -> dict[str, Tensor]
     state = _state_of(copied)
     device = next(calibration.model.parameters()).device
     placed = [to_device(batch, device) for batch in calibration.batches]
+    if not all(isinstance(targets(batch), Tensor) for batch in placed):
+        return distortion_gradients(calibration.on(placed), seed)
     for batch in placed:
         with torch.enable_grad():
             loss = _loss(main_output(functional_call(copied, state, (batch,))), targets(batch))
@@ -394,8 +407,18 @@ class _Forward(nn.Module):
 
 def activation_statistics(calibration: Calibration) -> dict[str, list[Activation]]:
     """Collect statistics of the inputs of every ungrouped convolution and linear layer that reads a group."""
-    copied = private_copy(calibration.model)
-    structure = calibration.structure
+    copied = calibration.of(private_copy(calibration.model))
+    device = next(calibration.model.parameters()).device
+    with _observed(copied) as sums, torch.no_grad():
+        for batch in calibration.batches:
+            calibration.forward(copied.model, to_device(batch, device))
+    return _activations(copied, sums)
+
+
+@contextmanager
+def _observed(calibration: Calibration) -> Iterator[dict[str, list[Tensor]]]:
+    """Add up moments of what layers read while the model runs; shape (channels,) each, and the number of values."""
+    model = calibration.model
     sums: dict[str, list[Tensor]] = {}
 
     def watch(name: str, axis: int) -> Callable[..., None]:
@@ -408,23 +431,27 @@ def activation_statistics(calibration: Calibration) -> dict[str, list[Activation
 
         return hook
 
-    watched = readers(copied, structure)
+    watched = readers(model, calibration.structure)
     handles = [
-        copied.get_submodule(n).register_forward_pre_hook(watch(n, axis), with_kwargs=True)
+        model.get_submodule(n).register_forward_pre_hook(watch(n, axis), with_kwargs=True)
         for n, axis in watched.items()
     ]
-    device = next(calibration.model.parameters()).device
-    with torch.no_grad():
-        for batch in calibration.batches:
-            calibration.forward(copied, to_device(batch, device))
-    for handle in handles:
-        handle.remove()
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _activations(calibration: Calibration, sums: Mapping[str, list[Tensor]]) -> dict[str, list[Activation]]:
+    """Statistics of the units of each group in each layer that reads it, from what was added up."""
     out: dict[str, list[Activation]] = {}
-    for group in structure.groups:
+    model = calibration.model
+    for group in calibration.structure.groups:
         for slot in group.slots:
             name, _, key = slot.tensor.rpartition(".")
-            if key == "weight" and name in sums and slot.dim == input_dim(copied.get_submodule(name)):
-                weight = copied.get_submodule(name).get_parameter("weight")
+            if key == "weight" and name in sums and slot.dim == input_dim(model.get_submodule(name)):
+                weight = model.get_submodule(name).get_parameter("weight")
                 out.setdefault(group.name, []).append(_activation(sums[name], weight, slot.dim, slot.indices))
     return out
 

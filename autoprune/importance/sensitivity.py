@@ -82,7 +82,7 @@ def output_changes(calibration: Calibration, removals: Sequence[Removal], seed: 
     steps = [_steps(options) for _, options in removals]
     samples = draws = 0
     try:
-        for part in _parts(calibration.batches, affordable(structure, FEWEST_SAMPLES, MOST_SAMPLES)):
+        for part in _parts(calibration.batches, affordable(structure, FEWEST_SAMPLES, MOST_SAMPLES, passes=2)):
             if samples >= FEWEST_SAMPLES and draws >= DRAWS:
                 break
             with torch.enable_grad():

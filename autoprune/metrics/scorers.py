@@ -168,7 +168,9 @@ def sampled_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> tupl
 def drawn_cross_entropy(output: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, int]:
     """Cross-entropy of a label drawn from the softmax along `classes` at every position, summed, and their number."""
     logits = output.movedim(classes, -1).flatten(0, -2).log_softmax(-1)
-    drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator).to(logits.device)
+    chances = logits.detach().exp().double().cumsum(-1)  # `multinomial` draws a number for each class
+    lots = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
+    drawn = torch.searchsorted(chances, lots * chances[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
     return -logits.gather(1, drawn).sum(), len(logits)
 
 

@@ -38,9 +38,11 @@ MOST_SAMPLES = 1024
 """Validation samples of the check: all of a small model's, by default; fewer for a large one."""
 RANKED = 128
 """Most calibration samples for criteria in the check; at most `FEWEST_RANKED` for a large model."""
-FEWEST_RANKED = 16
+FEWEST_RANKED = 8
 CRITERIA = (("taylor",), ("fluctuation", "contribution"))
-"""Criteria tried in addition to l2; those that share a pass over the samples are grouped."""
+"""Criteria tried in addition to l2; those that need the same passes over the samples are grouped."""
+RACED = 8
+"""Fewest validation samples after which a way that is clearly worse than another is given up."""
 FILE_NAME = "refit.json"
 FORMAT = Format("autoprune-refit", 1, "the choice of a calibration check")
 
@@ -125,41 +127,40 @@ def check(
     renew, told = _renewed(context, trial)
     ranked = {}
     if settings.criterion == "auto" and scores:  # first, because gradients take as much memory as the model
-        ranked = {name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()}
+        ranked = _tried(context, [name for names in CRITERIA for name in names], seed) or {
+            name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()
+        }
     refit = Compensated(renew=renew).judged_on(middle_of(context.space))
     refit.collect(context)
-    base = {"": trial.score(refit, context, candidate)}
-    figures = []
+    base: dict[str, FloatArray] = {}
+    best: FloatArray | None = None
+    pick = ""
+    for name in (*reversed(ranked), ""):  # l2 comes last: in large models it is the one that is given up
+        order = order_units(ranked[name] if name else scores)
+        bound = replace(context, space=settings.bind(context.structure, order)) if name else context
+        base[name] = trial.score(refit, bound, candidate, best)
+        if best is None or (len(base[name]) >= len(best) and base[name].mean() < best.mean()):
+            best, pick = base[name], name
+    figures = [trial.told({name or "l2": base[name] for name in ("", *ranked)})] if ranked else []
     criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
-    importance, chosen = scores, context
-    if settings.criterion == "auto" and scores:
-        for name, found in ranked.items():
-            bound = replace(context, space=settings.bind(context.structure, order_units(found)))
-            base[name] = trial.score(refit, bound, candidate)
-        figures.append("; ".join(f"{name or 'l2'} {values.mean():.4g}" for name, values in base.items()))
-        pick = min(base, key=lambda name: base[name].mean())
-        if pick and _better(base[pick], base[""]):
-            criterion = pick
-            importance = ranked[pick]
-            chosen = replace(context, space=settings.bind(context.structure, order_units(importance)))
-            base[""] = base[pick]
-    else:
-        figures.append(f"{base[''].mean():.4g}")
+    importance, chosen, whole = scores, context, base[""]
+    if pick and _better(base[pick], base[""]):
+        criterion, importance, whole = pick, ranked[pick], base[pick]
+        chosen = replace(context, space=settings.bind(context.structure, order_units(importance)))
     off: list[str] = []
     without = {}
     for part in refit.parts:
         lesser = refit.with_parts(**{part: False})
-        without[part] = trial.score(lesser, chosen, candidate)
+        without[part] = trial.score(lesser, chosen, candidate, whole)
         if part == "bn" and renew:
             continue
-        if _better(without[part], base[""]):
+        if _better(without[part], whole):
             off.append(part)
     if len(off) > 1:  # parts may replace each other: only the one with the least effect is switched off
         off = [min(off, key=lambda part: without[part].mean())]
+    figures = figures or [f"{whole.mean():.4g}"]
     if without:
-        figures.append(
-            "without " + ", ".join(f"{_PARTS[part]} {values.mean():.4g}" for part, values in without.items())
-        )
+        figures.append("without " + trial.told({_PARTS[part]: values for part, values in without.items()}, ", "))
     final = refit.with_parts(**dict.fromkeys(off, False))
     on = [_PARTS[part] for part in final.parts]
     note = (
@@ -187,21 +188,51 @@ class _Trial:
         with seeded(0):
             self._dense = context.judge.dense_outputs(run, self._batches, 0)
 
-    def measure(self, module: nn.Module) -> FloatArray:
-        """Signal of a module, one value a sample; infinite where it cannot be scored."""
-        context = self._context
-        with seeded(0):
-            found = context.judge.measure(fitting(bound_forward(context, module)), self._batches, self._dense)
-        return np.where(np.isfinite(found.signal), found.signal, np.inf)
+    def measure(self, module: nn.Module, best: FloatArray | None = None) -> FloatArray:
+        """Signal of a module, one value a sample; infinite where it cannot be scored.
 
-    def score(self, refit: Compensated, context: Context, candidate: IntArray) -> FloatArray:
-        """Signal of a candidate of the space of `context`, re-fitted."""
+        Args:
+            module: In evaluation mode.
+            best: Signals of another one: where this is worse by two standard errors on the first samples, a quarter but
+                at least `RACED`, the others are left out.
+        """
+        judge = self._context.judge
+        run = fitting(bound_forward(self._context, module))
+        signals = np.empty(0)
+        with seeded(0):
+            for part in self._parts(best is not None):
+                found = judge.measure(run, self._batches[part], self._dense[part]).signal
+                signals = np.concatenate([signals, np.where(np.isfinite(found), found, np.inf)])
+                if best is not None and len(best) > len(signals) and _better(best, signals, errors=2.0):
+                    break
+        return signals
+
+    def _parts(self, raced: bool) -> list[slice]:
+        """Batches to score before it is asked whether more are needed, and the others."""
+        if raced and self._context.judge.per_sample and self._context.judge.parts is None:
+            counts = np.cumsum([batch_size(batch) for batch in self._batches])
+            first = int(np.searchsorted(counts, max(RACED, self.samples / 4))) + 1
+            if first < len(self._batches):
+                return [slice(0, first), slice(first, None)]
+        return [slice(None)]
+
+    def told(self, signals: Mapping[str, FloatArray], between: str = "; ") -> str:
+        """Means of signals, with their number where not all samples were scored."""
+        return between.join(
+            f"{name} {each.mean():.4g}" + (f" ({len(each)} samples)" if 1 < len(each) < self.samples else "")
+            for name, each in signals.items()
+        )
+
+    def score(
+        self, refit: Compensated, context: Context, candidate: IntArray, best: FloatArray | None = None
+    ) -> FloatArray:
+        """Signal of a candidate of the space of `context`, re-fitted; `best` as in `measure`."""
         edit = context.structure.edit(context.space.pruning(candidate.tolist()))
         try:
             module = self._slicer.cut(edit).eval()
             with seeded(0):
                 refit.adapt(module, edit, bound_forward(context, module))
-            return self.measure(module)
+            return self.measure(module, best)
         except Exception as error:  # an error of a user's model or metric rules out this choice alone
             log.info("calibration check: %s: %s", type(error).__name__, error)
             return np.full(1, np.inf)
@@ -229,10 +260,14 @@ def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
 
 
 def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:
-    """Return whether signal a is lower than b by more than this number of standard errors of the paired difference."""
-    if len(a) != len(b) or not np.isfinite(a).all() or not np.isfinite(b).all():
+    """Return whether signal a is lower than b by more than this number of standard errors of the paired difference.
+
+    Where one has fewer samples, on these.
+    """
+    if not np.isfinite(a).all() or not np.isfinite(b).all():
         return float(a.mean()) < float(b.mean())
-    gain = b - a
+    common = min(len(a), len(b))
+    gain = b[:common] - a[:common]
     error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     return bool(gain.mean() > errors * error and gain.mean() > 0)
 
@@ -244,7 +279,7 @@ def ranking(context: Context, criterion: str, seed: int) -> dict[str, Tensor]:
 
 def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
     calibration = context.calibration.of(private_copy(context.model))
-    some = beginning(calibration.batches, affordable(calibration.structure, FEWEST_RANKED, RANKED))
+    some = beginning(calibration.batches, affordable(calibration.structure, FEWEST_RANKED, RANKED, passes=2))
 
     def score(parts: Sequence[Batch]) -> Sequence[dict[str, Tensor]]:
         with seeded(0), torch.enable_grad():

@@ -106,11 +106,15 @@ def _best_ridges(moments: Moments, centred: bool, weights: Sequence[Tensor], kep
             return torch.stack([(products * square).sum(dtype=torch.float64) for square in squares])
         return torch.stack([part.square().sum(dtype=torch.float64) for part in torch.split(left, outputs, dim=1)])
 
-    fits = Normal(moments, centred).changes(whole, kept, RIDGES)
-    found = torch.stack([*(errors(lost - stay @ fit.to(rows.dtype).T) for fit in fits), errors(lost)])
-    best = found.argmin(0).tolist()
-    finite = found.isfinite().all(0).tolist()
+    ridges = sorted(RIDGES, reverse=True)
+    found = [errors(lost)]
+    for fit in Normal(moments, centred).changes(whole, kept, ridges):
+        found.append(errors(lost - stay @ fit.to(rows.dtype).T))
+        if (found[-1] > found[-2]).all():  # errors have one minimum, and lesser ridges would lie beyond it
+            break
+    each = torch.stack(found)
+    finite = each.isfinite().all(0).tolist()
     return [
-        RIDGES[place] if usable and place < len(RIDGES) else float("inf")
-        for place, usable in zip(best, finite, strict=True)
+        ridges[place - 1] if usable and place else float("inf")
+        for place, usable in zip(each.argmin(0).tolist(), finite, strict=True)
     ]

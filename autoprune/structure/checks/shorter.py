@@ -72,7 +72,7 @@ def shorten(flow: Propagation, example: Example) -> Shorter | None:
     for cut in _cuts(leaves, record.batch, macs / ENOUGH_MACS):
         small = example.mapped(cut)
         try:
-            found = trace(small, training=bool(record.trained))
+            found = trace(small, training=_trains_otherwise(record))
         except Exception as error:  # a model may need the original sizes
             log.info("the model does not run on a smaller example: %s", error)
             continue
@@ -124,10 +124,18 @@ def _cuts(leaves: list[Tensor], batch: int, excess: float) -> Iterator[Callable[
 
 def _same(whole: Record, small: Record) -> bool:
     """Return whether two records hold the same operations on the same values, apart from sizes."""
+    trained = _trains_otherwise(whole)
 
     def outline(record: Record) -> tuple[Any, ...]:
         ops = [(op.func, op.inputs(), op.results(), op.module) for op in (*record.ops, *record.training)]
-        values = [(value.kind, value.name, len(value.shape), value.dtype) for value in record.values]
-        return ops, values, record.inputs, record.outputs, record.twins, record.trained, record.training_ends
+        met = record.values if trained else record.values[: record.met]
+        values = [(value.kind, value.name, len(value.shape), value.dtype) for value in met]
+        last = (record.twins, record.trained, record.training_ends) if trained else ()
+        return ops, values, record.inputs, record.outputs, *last
 
     return outline(whole) == outline(small)
+
+
+def _trains_otherwise(record: Record) -> bool:
+    """Return whether a pass in training mode runs more than one in evaluation."""
+    return bool(record.training or record.training_ends)
