@@ -126,7 +126,7 @@ def _laid_out(calibration: Calibration, memory_bytes: int) -> dict[Reader, Layer
 def _shared(
     readers: Sequence[Reader], rows: Mapping[Reader, int], firsts: Mapping[Reader, set[Reader]]
 ) -> dict[Reader, Reader]:
-    """For each reader the one whose moments serve it, too: both always read the same values, as q, k and v do."""
+    """The reader whose moments serve each one, too: both always read the same values, as q, k and v do."""
     serving: dict[tuple[frozenset[Reader], int], Reader] = {}
     found = {}
     for reader in readers:
