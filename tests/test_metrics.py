@@ -282,7 +282,7 @@ class TestRefusals:
             resolve_metric(name, subsets_of(INPUTS, labels), linear(outputs))
 
     def test_outputs_without_a_tensor_are_refused(self):
-        with pytest.raises(DataError, match=r"the model must return a tensor.*got 'text'; give forward="):
+        with pytest.raises(DataError, match=r"the model must return a tensor.*got 'text'; give autoprune.Call"):
             resolve_metric("auto", LABELLED, lambda batch: "text")
 
     def test_a_judge_says_which_method_fits_it(self):
