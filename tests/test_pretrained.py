@@ -110,6 +110,7 @@ def test_equal_layers_are_loaded_by_transformers_itself(tmp_path):
 @pytest.mark.slow
 def test_a_loaded_model_is_saved_and_pruned_on(folder, tmp_path):
     loaded = autoprune.from_pretrained(folder / LLAMA)
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())  # or kernels round otherwise
     autoprune.save(loaded, tmp_path / "small.safetensors")
     again = autoprune.load(tmp_path / "small.safetensors", HF_ZOO[LLAMA].build()).eval()
     assert torch.equal(answers(again, LLAMA)["outputs"], answers(loaded, LLAMA)["outputs"])

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import stat
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import autoprune
+from autoprune.errors import FileFormatError
 from autoprune.files.tensor_file import HASH, content_hash, write_tensors
+from autoprune.protocols import Pruning
 from autoprune.result.recipe import ATTRIBUTE, attach
 from autoprune.search_spaces import Channels
 from autoprune.structure.analysis import analyse
@@ -286,8 +289,8 @@ class TestRefusals:
 
     @pytest.mark.slow
     def test_what_is_no_model_is_named(self, file):
-        with pytest.raises(TypeError, match=r"fresh_model must be a dense nn.Module of the class .*, got NoneType"):
-            autoprune.load(file, None)
+        with pytest.raises(TypeError, match=r"fresh_model must be a dense nn.Module of the class .*, got str"):
+            autoprune.load(file, "mlp")
 
 
 class TestWriting:
@@ -326,3 +329,52 @@ class TestWriting:
             autoprune.save(half("mlp", seed=1), file)
         assert file.read_bytes() == before
         assert list(tmp_path.iterdir()) == [file]
+
+
+class WithoutArguments(nn.Module):
+    """A class that a file may name, because it takes no arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A pruned model of that class, and its file."""
+    model = WithoutArguments()
+    structure = analyse(Example(model, (torch.ones(2, 6),)))
+    pruning = Pruning({group.name: tuple(range(5)) for group in structure.groups})
+    small = attach(structure.build(model, pruning), structure.edit(pruning), model)
+    autoprune.save(small, tmp_path / "small.safetensors")
+    return small, tmp_path / "small.safetensors"
+
+
+def test_a_file_of_a_class_without_arguments_is_loaded_alone(named):
+    small, path = named
+    before = torch.random.get_rng_state()
+    loaded = autoprune.load(path)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert type(loaded) is WithoutArguments
+    assert torch.equal(loaded(torch.ones(4, 6)), small(torch.ones(4, 6)))
+
+
+def test_a_file_without_a_class_to_make_asks_for_a_model(tmp_path):
+    autoprune.save(half("mlp"), tmp_path / "small.safetensors")
+    with pytest.raises(FileFormatError, match="names no class that is made without arguments; pass fresh_model"):
+        autoprune.load(tmp_path / "small.safetensors")
+
+
+@pytest.mark.parametrize(
+    "path", ["os:abort", "antigravity:Net", "torch.nn:Linear", "torch:nn.Module.x", "nothing", ":"]
+)
+def test_a_file_makes_nothing_be_imported_or_called_but_a_class_of_modules(path, named):
+    small, file = named
+    getattr(small, ATTRIBUTE)["class"] = path
+    autoprune.save(small, file)
+    with pytest.raises(FileFormatError, match="no class of models that is imported and made without"):
+        autoprune.load(file)
+    assert "antigravity" not in sys.modules

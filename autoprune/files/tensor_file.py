@@ -52,16 +52,12 @@ def read_tensors(path: str | Path, expected: str, most_bytes: int) -> tuple[dict
         FileNotFoundError: If there is no such file.
         FileFormatError: If it is no safetensors file, or cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    return _read(path, expected, most_bytes, tensors=True)
 
-    file = require_file(path, expected, most_bytes)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            return metadata, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no dictionary
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:  # of a damaged header
-        told = f"{shortened(file)} is not a safetensors file or is corrupted: {brief(error)}"
-        raise FileFormatError(f"{told}; write it again, or name another") from error
+
+def read_metadata(path: str | Path, expected: str, most_bytes: int = 2**63) -> dict[str, str]:
+    """Read the header of a safetensors file, as `read_tensors` does, and none of its tensors."""
+    return _read(path, expected, most_bytes, tensors=False)[0]
 
 
 def require_whole(metadata: Mapping[str, str], text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -81,3 +77,19 @@ def require_whole(metadata: Mapping[str, str], text: str, tensors: Mapping[str, 
 def content_hash(tensors: Mapping[str, Tensor], text: str) -> str:
     """SHA-256 of a text and of the names, types, shapes and values of tensors, whatever their order."""
     return fingerprint([text, {name: tensors[name] for name in sorted(tensors)}])
+
+
+def _read(
+    path: str | Path, expected: str, most_bytes: int, *, tensors: bool
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    file = require_file(path, expected, most_bytes)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            names = opened.keys() if tensors else ()
+            return metadata, {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:  # of a damaged header
+        told = f"{shortened(file)} is not a safetensors file or is corrupted: {brief(error)}"
+        raise FileFormatError(f"{told}; write it again, or name another") from error

@@ -15,7 +15,9 @@ from autoprune.errors import FileFormatError
 from autoprune.files.access import MIB, as_path, parse_json, shortened, sound
 from autoprune.files.formats import Format
 from autoprune.files.schema import require_form
-from autoprune.files.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
+from autoprune.files.tensor_file import HASH, content_hash, read_metadata, read_tensors, require_whole, write_tensors
+from autoprune.result.fresh import class_path
+from autoprune.result.fresh import fresh_model as fresh_of
 from autoprune.result.pretrained.section import keep_in_config
 from autoprune.result.shared_tensors import SharedTensors, restored
 from autoprune.structure.given import unwrap
@@ -36,6 +38,7 @@ _FORM = {
     "dense_shapes": {str: [int]},
     "graphs?": {str: _GRAPH},
     "dropped?": {str: object},
+    "class?": str,
 }
 
 
@@ -48,6 +51,7 @@ def attach(module: nn.Module, edit: Edit, dense: nn.Module) -> nn.Module:
         "dense_shapes": {name: shapes[name] for name in edit.slices},
         "graphs": dict(edit.graphs),
         "dropped": dict(edit.dropped),
+        "class": class_path(type(dense)),
     }
     earlier = getattr(dense, ATTRIBUTE, None)
     recipe = recipe if earlier is None else _compose(earlier, recipe)
@@ -79,6 +83,7 @@ def _compose(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
         "dense_shapes": shapes,
         "graphs": graphs,
         "dropped": _outermost(dropped),
+        "class": first.get("class", ""),
     }
 
 
@@ -126,12 +131,13 @@ def write(module: nn.Module, path: str | Path, shared: SharedTensors | None = No
     return digest
 
 
-def load(path: str | Path, fresh_model: nn.Module) -> nn.Module:
+def load(path: str | Path, fresh_model: nn.Module | None = None) -> nn.Module:
     """Load a saved pruned model into the user's own class.
 
     Args:
         path: A file that `save` wrote.
-        fresh_model: A dense model of the class that was pruned, with any weights; stays as it is.
+        fresh_model: A dense model of the class that was pruned, with any weights; stays as it is. None makes one of the
+            class that the file names, if its module is imported and it takes no arguments.
 
     Returns:
         A new module with the saved weights, on the device and in the training mode of `fresh_model`.
@@ -145,8 +151,10 @@ def load(path: str | Path, fresh_model: nn.Module) -> nn.Module:
     return module
 
 
-def read(path: str | Path, fresh_model: nn.Module) -> tuple[nn.Module, str]:
+def read(path: str | Path, fresh_model: nn.Module | None) -> tuple[nn.Module, str]:
     """Load a model as `load` does, and return it with the hash of its content."""
+    if fresh_model is None:
+        fresh_model = made_for(path)
     if not isinstance(fresh_model, nn.Module):
         raise TypeError(
             f"fresh_model must be a dense nn.Module of the class that was pruned, got {type(fresh_model).__name__}"
@@ -170,6 +178,12 @@ def read(path: str | Path, fresh_model: nn.Module) -> tuple[nn.Module, str]:
     setattr(module, ATTRIBUTE, recipe)
     keep_in_config(module, recipe, fresh_model)
     return module, digest
+
+
+def made_for(path: str | Path) -> nn.Module:
+    """Make a fresh model for a file, of the class that its recipe names."""
+    metadata = read_metadata(path, "path must be a file written by autoprune.save")
+    return fresh_of(_recipe_in(metadata, shortened(path)).get("class", ""), shortened(path))
 
 
 def most_bytes_of(dense: nn.Module) -> int:

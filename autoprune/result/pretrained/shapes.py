@@ -141,7 +141,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
                 raise ValueError(f"it lacks {owner.name!r}")
             continue
         if owner.name not in made:
-            tensor = state[owner.name]
+            tensor = state[owner.name].clone()  # at an aligned address: kernels for others round in another order
             parameter = isinstance(owner.tensor, nn.Parameter)
             made[owner.name] = nn.Parameter(tensor, owner.tensor.requires_grad) if parameter else tensor
         owner.holder[owner.key] = made[owner.name]
