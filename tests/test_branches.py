@@ -139,6 +139,24 @@ class TestWhatIsOffered:
             built = found.build(model, Pruning(dropped=(branch.name,)))
             torch.testing.assert_close(built(x), model.last(model.first(x).relu()))
 
+    def test_padding_before_layers_that_go_is_made_up_for(self) -> None:
+        class Causal(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Conv1d(4, 6, 3), nn.Conv1d(6, 4, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.a(nn.functional.pad(x, (2, 0))).relu()
+                out: Tensor = self.b(nn.functional.pad(y, (2, 0))) + x
+                return out.relu()
+
+        model = nn.Sequential(nn.Conv1d(2, 4, 1), Causal(), nn.Conv1d(4, 2, 1))
+        found = structure_of(model, torch.randn(2, 2, 9))
+        (branch,) = found.branches
+        x = torch.randn(2, 2, 12)  # of another length
+        built = found.build(model, Pruning(dropped=(branch.name,)))
+        torch.testing.assert_close(built(x), model[2](model[0](x).relu()))
+
     def test_layers_that_many_blocks_share_go_from_all_of_them(self) -> None:
         def run(net: nn.Module, x: Tensor) -> Tensor:
             for _ in range(3):
@@ -333,7 +351,7 @@ def test_the_inspection_lists_what_may_be_dropped() -> None:
 class TestDropped:
     def test_it_keeps_plain_attributes_and_no_parameters(self) -> None:
         module = nn.MultiheadAttention(4, 2)
-        stand_in = Dropped(module, {"tuple": [{"zeros": ["query", 0]}, {"value": None}]})
+        stand_in = Dropped(module, {"tuple": [{"zeros": ["query", 0, []]}, {"value": None}]})
         assert stand_in.num_heads == 2
         assert stand_in.in_proj_weight is None
         assert stand_in.out_proj.in_features == 4
@@ -346,7 +364,13 @@ class TestDropped:
         assert stand_in(x) is x
         assert stand_in(input=x) is x
 
-    @pytest.mark.parametrize("returns", [None, {"same": "x"}, {"run": ["x", 0]}, {"tuple": [3]}, {"value": [1]}])
+    def test_zeros_may_be_longer_than_the_argument(self) -> None:
+        stand_in = Dropped(linear(), {"list": [{"zeros": ["input", 0, [0, 2]]}, {"zeros": ["input", 0, [0, 0]]}]})
+        assert [tuple(zeros.shape) for zeros in stand_in(torch.randn(3, 4))] == [(3, 6), (3, 4)]
+
+    @pytest.mark.parametrize(
+        "returns", [None, {"same": "x"}, {"zeros": ["x", 0]}, {"run": ["x", 0]}, {"tuple": [3]}, {"value": [1]}]
+    )
     def test_it_refuses_other_descriptions(self, returns: Any) -> None:
         with pytest.raises(ValueError, match="a dropped module must"):
             Dropped(linear(), returns)

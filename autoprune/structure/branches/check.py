@@ -39,7 +39,7 @@ def with_branches(structure: Structure, units: Units, frozen: Mapping[str, str],
         frozen: Groups that failed other checks, with the reasons.
         checker: Runs the model on its example.
     """
-    found = find_branches(checker.flow.record, checker.example.model)
+    found = find_branches(checker.flow, units, checker.example.model)
     if not found.branches and not found.refused:
         return structure
     whole = replace(
@@ -131,7 +131,7 @@ def _error(structure: Structure, runs: Sequence[Run], seed: int, plans: dict[str
 
 
 def _draws(structure: Structure, rng: np.random.Generator) -> list[Pruning]:
-    """Draw prunings that drop every branch once where those around it stay, in two halves for each depth."""
+    """Draw prunings that drop every branch where those around it stay, in two halves for each depth; one is dense."""
     depth = {branch.name: len(structure.presence.around(branch.name)) for branch in structure.branches}
     kept = {group.name: some(group, rng) for group in structure.groups}
     draws = []
@@ -139,8 +139,8 @@ def _draws(structure: Structure, rng: np.random.Generator) -> list[Pruning]:
         names = [name for name in depth if depth[name] == level]
         first = set(rng.permutation(names)[: len(names) // 2].tolist())
         halves = [tuple(first), tuple(name for name in names if name not in first)]
-        draws += [Pruning(dropped=half) for half in halves if half]
-    return [replace(draws[0], kept=kept), *draws[1:]] if draws else []
+        draws += [Pruning(kept, dropped=half) for half in halves if half]
+    return [*draws, replace(draws[-1], kept={})] if draws else []
 
 
 def _contents(checker: Checker, branches: Sequence[Branch], structure: Structure, found: Found) -> Contents:

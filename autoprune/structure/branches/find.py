@@ -14,9 +14,9 @@ from autoprune.structure.branches.blocks import Block, find_blocks
 from autoprune.structure.branches.branch import Branch, inside, relatives
 from autoprune.structure.branches.dataflow import Dataflow
 from autoprune.structure.branches.plan import Calls, NotLeftOutError, Plan, joined, plan_of
+from autoprune.structure.labels import Propagation
 from autoprune.structure.owners import owners
-from autoprune.structure.tracing.record import Record
-from autoprune.structure.units import Group
+from autoprune.structure.units import AffineSize, Group, Units
 
 MAIN = 0.6
 """Share of a branch's parameters from which on the module that holds them gives it its name."""
@@ -41,15 +41,21 @@ class Found:
     refused: dict[str, str]
 
 
-def find_branches(record: Record, model: nn.Module) -> Found:
+def find_branches(labels: Propagation, units: Units, model: nn.Module) -> Found:
     """Find the residual branches of a traced model.
 
     Args:
-        record: Its passes.
+        labels: Labels of its record.
+        units: Their units.
         model: The model, for its parameters.
     """
+    record = labels.record
     flow = Dataflow(record)
-    calls = Calls(flow, model)
+
+    def sizes(value: int, dim: int) -> AffineSize:
+        return units.affine(labels.of(value)[dim], record.values[value].shape[dim])
+
+    calls = Calls(flow, model, sizes)
     additions = find_additions(flow)
     stay: set[str] = set()
     while True:

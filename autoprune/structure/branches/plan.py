@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from autoprune.structure.branches.cut import Cut
 from autoprune.structure.branches.dataflow import Dataflow
 from autoprune.structure.macs import products_of
 from autoprune.structure.tracing.record import ModuleCall, Ref
+from autoprune.structure.units import AffineSize
 
 ATOMS = (bool, int, float, str, type(None))
 
@@ -58,10 +59,12 @@ class Calls:
     Args:
         flow: Dependences of the pass.
         model: The model.
+        sizes: ``sizes(value, dim)``: a size as a function of the widths.
     """
 
     flow: Dataflow
     model: nn.Module
+    sizes: Callable[[int, int], AffineSize]
     all: list[ModuleCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -109,14 +112,22 @@ class Calls:
                 return self._argument(call, place)
         return None
 
-    def any_place(self, call: ModuleCall, shape: tuple[int, ...]) -> list[Any] | None:
-        """Return the argument that has a shape, or else any of its number of dimensions."""
+    def zeros(self, call: ModuleCall, value: int) -> Any | None:
+        """Describe zeros in place of a result: like an argument of its sizes, or else of its number of dimensions.
+
+        Of an argument with other sizes, those that depend on no width differ by as much as here: padding, for example.
+        Others are taken as they are, because it may be what stands for the result of another module that goes.
+        """
         values = self.flow.record.values
+        shape = values[value].shape
         tensors = [leaf.id for leaf in call.inputs if isinstance(leaf, Ref) and values[leaf.id].dtype.is_floating_point]
         alike = [i for i in tensors if len(values[i].shape) == len(shape)]
-        for value in sorted(alike, key=lambda i: values[i].shape != shape):
-            if (place := self.place(call, value)) is not None:
-                return place
+        for given in sorted(alike, key=lambda i: [self.sizes(i, d) != self.sizes(value, d) for d in range(len(shape))]):
+            place = self.place(call, given)
+            if place is not None:
+                sizes = [(self.sizes(value, d), self.sizes(given, d)) for d in range(len(shape))]
+                more = [0 if own.shares or other.shares else own.fixed - other.fixed for own, other in sizes]
+                return {"zeros": [*place, more]}
         return None
 
     def _argument(self, call: ModuleCall, place: int | str) -> list[Any]:
@@ -222,10 +233,10 @@ def _zeros(calls: Calls, call: ModuleCall) -> dict[int, Any] | None:
         read = {use for source in flow.sources(value, call.last) for use in flow.uses[source]}
         if read.isdisjoint(range(call.last, flow.end + 1)):
             continue
-        place = calls.any_place(call, flow.record.values[value].shape)
-        if place is None:
+        zeros = calls.zeros(call, value)
+        if zeros is None:
             return None
-        instead[value] = {"zeros": place}
+        instead[value] = zeros
     return instead
 
 

@@ -20,8 +20,8 @@ class Dropped(nn.Module):
     Args:
         module: The module that was left out; nothing of it is kept but these attributes.
         returns: What calls return, JSON-ready: ``{"same": ["x", 0]}`` is the argument of that name or position,
-            ``{"zeros": ["x", 0]}`` zeros like it, ``{"value": null}`` that value; ``{"tuple": [...]}``, ``{"list":
-            [...]}`` and ``{"dict": {...}}`` hold more of these.
+            ``{"zeros": ["x", 0, [0, 2]]}`` zeros like it with two more along dimension 1, ``{"value": null}`` a plain
+            value; ``{"tuple": [...]}``, ``{"list": [...]}`` and ``{"dict": {...}}`` hold more of these.
 
     Raises:
         ValueError: If `returns` is anything else.
@@ -95,7 +95,9 @@ def require_returns(returns: Any) -> None:
         for entry in inner.values():
             require_returns(entry)
     elif kind in ("same", "zeros"):
-        if not (isinstance(inner, list) and list(map(type, inner)) == [str, int]):
+        place, more = (inner[:2], inner[2:]) if isinstance(inner, list) else (None, [])
+        sizes = all(type(entry) is list and all(type(n) is int for n in entry) for entry in more)
+        if not (place and list(map(type, place)) == [str, int] and sizes and len(more) == (kind == "zeros")):
             raise ValueError(f"a dropped module must name an argument and its position, got {inner!r:.80}")
     elif kind != "value" or type(inner) not in (bool, int, float, str, type(None)):
         raise ValueError(f"a dropped module must return arguments, zeros or plain values, got {returns!r:.80}")
@@ -111,12 +113,16 @@ def _filled(returns: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[s
         return {name: _filled(entry, args, kwargs) for name, entry in inner.items()}
     if kind == "value":
         return inner
-    given = _argument(inner, args, kwargs)
-    return torch.zeros_like(given) if kind == "zeros" and isinstance(given, Tensor) else given
+    given = _argument(inner[0], inner[1], args, kwargs)
+    if kind == "same" or not isinstance(given, Tensor):
+        return given
+    more = inner[2]
+    if not any(more):
+        return torch.zeros_like(given)
+    return given.new_zeros([size + n for size, n in zip(given.shape, more, strict=True)])
 
 
-def _argument(place: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    name, position = place
+def _argument(name: str, position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if name in kwargs:
         return kwargs[name]
     if 0 <= position < len(args):
