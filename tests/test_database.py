@@ -169,7 +169,7 @@ def by_hand(model, x, name):
 
 
 @pytest.mark.parametrize(("group", "readers"), [("a", ("b", "skip")), ("b", ("c",)), ("c", ("head",))])
-def test_losses_of_a_network_are_those_of_its_own_inputs_and_gradients(group, readers):
+def test_errors_of_a_network_are_those_of_its_own_inputs_and_gradients(group, readers):
     model, x, structure = network()
     found = build_database(Calibration(model, structure, [x], default_forward))
     table = found.tables[group]
@@ -183,8 +183,28 @@ def test_losses_of_a_network_are_those_of_its_own_inputs_and_gradients(group, re
         owned = torch.arange(weight.shape[1]).reshape(units, -1)
         parts.append(Part(rows.T @ rows / len(rows), curvature, owned))
     for step in range(1, units):
-        assert table.losses[step] == pytest.approx(
+        assert table.errors[step] == pytest.approx(
             sum(explicit(each, table.removal[:step].tolist()) for each in parts), rel=1e-5
+        )
+
+
+def test_losses_are_those_of_inputs_times_gradients_less_what_the_refit_saves():
+    model, x, structure = network()
+    table = build_database(Calibration(model, structure, [x], default_forward)).tables["a"]
+    total, errors = torch.zeros(6, 12, dtype=torch.float64), []
+    for reader in ("b", "skip"):
+        rows, slopes, weight, draws = by_hand(model, x, reader)
+        rows = rows - rows.mean(0) if CENTRED[reader] else rows
+        products = (rows * (slopes @ weight)).unflatten(0, (12, -1)).sum(1)
+        total += products.unflatten(1, (6, -1)).sum(2).T
+        pairs = 0.5 / draws * (rows.T @ rows / len(rows)) * (weight.T @ slopes.T @ slopes @ weight)
+        errors.append(pairs.unflatten(0, (6, -1)).unflatten(2, (6, -1)).sum((1, 3)))
+    for step in range(1, 7):
+        gone = table.removal[:step]
+        plain = float(sum(errors)[gone][:, gone].sum())
+        loss = 0.5 / 12 * float(total[gone].sum(0).square().sum())
+        assert table.losses[step] == pytest.approx(
+            max(table.losses[step - 1], loss * table.errors[step] / plain), rel=1e-4
         )
 
 
@@ -197,6 +217,7 @@ def same(one, other):
     return (
         [*one.tables] == [*other.tables]
         and all((one.tables[name].removal == other.tables[name].removal).all() for name in one.tables)
+        and all((one.tables[name].errors == other.tables[name].errors).all() for name in one.tables)
         and all((one.tables[name].losses == other.tables[name].losses).all() for name in one.tables)
         and (one.unpriced, one.weighted, one.identity) == (other.unpriced, other.weighted, other.identity)
     )
@@ -360,7 +381,7 @@ def test_the_prior_is_the_loss_of_as_many_units(criterion):
     expected = expected_losses("database", space, scores, criterion, each)
     tables = build_database(each).tables
     for dimension, losses in zip(space.dimensions, expected, strict=True):
-        assert losses.tolist() == [tables[dimension.name].loss(kept) for kept in dimension.options]
+        assert losses.tolist() == pytest.approx([tables[dimension.name].loss(kept) for kept in dimension.options])
 
 
 class Mixed(Net):

@@ -16,6 +16,7 @@ from autoprune.files.access import make_folder
 from autoprune.importance.calibration import Calibration, affordable
 from autoprune.importance.database.database import Database, Table
 from autoprune.importance.database.downdates import remove_greedily
+from autoprune.importance.database.influence import losses_of
 from autoprune.importance.database.observation import Observation, bytes_of_moments, observe, slopes_of
 from autoprune.importance.database.parts import RIDGE, Part
 from autoprune.importance.database.sources import Source, find_sources, owned_columns
@@ -77,9 +78,10 @@ def build_database(
 
     One forward pass over the calibration samples collects the moments of the inputs of all layers that read units, and
     a backward pass over the first of them those of the gradients; labels are not used. One pass of downdates a group
-    then gives a nested order of its units and the loss of each number removed, see `remove_greedily`. All layers that
-    read a group count: linear ones, ungrouped convolutions, projections of attention, recurrent cells. Of the rows of a
-    layer at most 16,384, or 32 times its columns, are taken.
+    then gives a nested order of its units and the error of each number removed, see `remove_greedily`; products of
+    inputs and gradients give the loss, see `losses_of`. All layers that read a group count: linear ones, ungrouped
+    convolutions, projections of attention, recurrent cells. Of the rows of a layer at most 16,384, or 32 times its
+    columns, are taken.
 
     Args:
         calibration: The dense model and the samples.
@@ -112,7 +114,8 @@ def build_database(
     found = replace(found, unpriced={**found.unpriced, **unpriced})
     for each in _equations(calibration, waiting, memory_bytes, samples, seed):
         if each.sound:
-            table = Table(*remove_greedily(each.parts, ridge))
+            removal, errors = remove_greedily(each.parts, ridge)
+            table = Table(removal, errors, losses_of(each.parts, removal, errors))
             found = replace(found, tables={**found.tables, each.group: table}, weighted=each.weighted)
         else:
             reason = "the moments of its layers are not finite, or there are none"
@@ -226,4 +229,6 @@ def _parts(calibration: Calibration, task: _Task, seen: Mapping[int, Observation
             products = observation.inputs.products(source.centred).double()
             slopes = slopes_of(observation, calibration.model, draws).to(products.device)
             columns = torch.from_numpy(owned).to(products.device)
-            yield Part(products, slopes, columns, source.refitted, source.readers)
+            sums = observation.influence.sums(observation.inputs.mean if source.centred else None)
+            influence = None if sums is None or not draws else sums * (0.5 / draws) ** 0.5
+            yield Part(products, slopes, columns, source.refitted, source.readers, influence)

@@ -31,10 +31,13 @@ class Table:
 
     Attributes:
         removal: Units in the order of removal; the last one stays longest. Int64, shape (units,).
-        losses: Loss with the first 0, 1, ... and all of them removed, float64, shape (units + 1,); the first is 0.
+        errors: Error of the layers that read them with the first 0, 1, ... and all of them removed, tr(G E H E^T) from
+            moments of inputs and of gradients, float64, shape (units + 1,); the first is 0.
+        losses: Estimate of the loss of the whole model for the same, see `losses_of`.
     """
 
     removal: IntArray
+    errors: FloatArray
     losses: FloatArray
 
     @property
@@ -98,6 +101,7 @@ class Database:
         tensors = {}
         for name, table in self.tables.items():
             tensors[f"{name}/removal"] = torch.from_numpy(table.removal.astype(np.int32))
+            tensors[f"{name}/errors"] = torch.from_numpy(table.errors)
             tensors[f"{name}/losses"] = torch.from_numpy(table.losses)
         content = {"identity": self.identity, "weighted": self.weighted, "unpriced": dict(self.unpriced)}
         text = json.dumps(content)
@@ -125,9 +129,11 @@ class Database:
 
 
 def _table(tensors: Mapping[str, Tensor], name: str) -> Table:
-    table = Table(tensors[f"{name}/removal"].numpy().astype(np.int64), tensors[f"{name}/losses"].numpy())
-    if table.losses.dtype != np.float64 or len(table.losses) != len(table.removal) + 1:
-        raise FileFormatError(f"{name!r} has losses of another form than its order")
+    removal, errors, losses = (tensors[f"{name}/{key}"].numpy() for key in ("removal", "errors", "losses"))
+    table = Table(removal.astype(np.int64), errors, losses)
+    for values in (errors, losses):
+        if values.dtype != np.float64 or values.shape != (len(removal) + 1,) or not np.isfinite(values).all():
+            raise FileFormatError(f"{name!r} has errors or losses of another form than its order")
     if sorted(table.removal.tolist()) != list(range(len(table.removal))):
         raise FileFormatError(f"the order of {name!r} does not have every unit once")
     return table

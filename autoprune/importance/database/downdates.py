@@ -24,19 +24,19 @@ PANEL = 64
 
 
 def remove_greedily(parts: Sequence[Part], ridge: float = RIDGE) -> tuple[IntArray, FloatArray]:
-    """Order the units of a group by removal, with the least loss of every number removed.
+    """Order the units of a group by removal, with the least error of every number removed.
 
-    The loss of a removal is the error of all layers, tr(G E H E^T), after the best change D of the weights that stay,
-    plus the ridge times tr(G D D^T), by which the change is held to the inherited weights. So it is never above that of
-    the same units without a change.
+    The error of a removal is that of all layers, tr(G E H E^T), after the best change D of the weights that stay, plus
+    the ridge times tr(G D D^T), by which the change is held to the inherited weights. So it is never above that of the
+    same units without a change.
 
     Args:
         parts: At least one, all with the same number of units.
         ridge: Share of the mean diagonal of H.
 
     Returns:
-        Units in the order of removal, the last one stays longest, int64, shape (units,); and the loss with the first 0,
-        1, ... and at last all units of it removed, float64, shape (units + 1,).
+        Units in the order of removal, the last one stays longest, int64, shape (units,); and the error with the first
+        0, 1, ... and at last all units of it removed, float64, shape (units + 1,).
     """
     units = len(parts[0].owned)
     alike: dict[tuple[int, int], list[Part]] = defaultdict(list)
@@ -47,7 +47,7 @@ def remove_greedily(parts: Sequence[Part], ridge: float = RIDGE) -> tuple[IntArr
     stacks = [_Stack(each, ridge) for each in alike.values()]
     left = np.ones(units, dtype=bool)
     removal: list[int] = []
-    losses = [0.0]
+    errors = [0.0]
     for _ in range(units):
         scores = inherited.scores()
         for stack in stacks:
@@ -56,11 +56,11 @@ def remove_greedily(parts: Sequence[Part], ridge: float = RIDGE) -> tuple[IntArr
         unit = int(scores.argmin())
         left[unit] = False
         removal.append(unit)
-        losses.append(losses[-1] + max(0.0, float(scores[unit])))
+        errors.append(errors[-1] + max(0.0, float(scores[unit])))
         inherited.remove(unit)
         for stack in stacks if left.any() else ():
             stack.remove(unit)
-    return np.array(removal, dtype=np.int64), np.array(losses)
+    return np.array(removal, dtype=np.int64), np.array(errors)
 
 
 class _Inherited:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autoprune.data.batch import Batch, batch_size, pieces
 from autoprune.data.sampling import seeded
 from autoprune.importance.calibration import Calibration, private_copy
+from autoprune.importance.database.influence import Influence
 from autoprune.importance.database.sources import Source
 from autoprune.importance.moments import PRECISE, Moments
 from autoprune.importance.padding import positions_of
@@ -34,11 +35,13 @@ class Observation:
         source: The input, and the weights W that multiply it.
         inputs: Moments of its rows x.
         returned: Moments of the rows W^T g, for gradients g towards the outputs.
+        influence: Products of both.
     """
 
     source: Source
     inputs: Moments
     returned: Moments
+    influence: Influence
 
 
 def bytes_of_moments(source: Source) -> int:
@@ -69,13 +72,20 @@ def observe(
 
     def see(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
         if reader in first:
+            taken = []
             for rows in parts():
                 first[reader].inputs.add(rows.detach())
+                if torch.is_grad_enabled():
+                    taken.append(rows.detach())
+            if taken:
+                first[reader].influence.read(torch.cat(taken))
 
     def receive(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
         if reader in owner:
-            for rows in parts():
-                owner[reader].returned.add(rows.detach())
+            own = owner[reader]
+            rows = torch.cat([rows.detach() for rows in parts()])
+            own.returned.add(rows)
+            own.influence.receive(reader, rows)
 
     reading = Reading(calibration.model, calibration.structure, see, tied=True)
     model = private_copy(calibration.model)
@@ -84,12 +94,16 @@ def observe(
     backward, draws = True, 0
     with seeded(0):
         for batch, wanted in _parts(calibration.batches, samples):
-            with reading.batch(positions_of(batch), gradients=wanted and backward):
+            mask = positions_of(batch)
+            with reading.batch(mask, gradients=wanted and backward):
                 outputs = calibration.forward(model, batch)
                 if wanted and backward:
                     try:
                         loss, drawn = sampled_loss(outputs, batch, generator)
                         reading.backward(loss, receive)
+                        apart = drawn > batch_size(batch)
+                        for each in found:
+                            each.influence.end(draws, batch_size(batch), mask, apart)
                         draws += drawn
                     except Exception as error:  # a user's forward need not have gradients, and may raise anything
                         log.info("gradients cannot be observed, and all outputs count alike: %s", error)
@@ -122,7 +136,7 @@ def slopes_of(observation: Observation, model: nn.Module, draws: int) -> Tensor:
 
 def _empty(source: Source) -> Observation:
     every = max(1.0, source.rows / max(ENOUGH_ROWS, _FEWEST * source.columns))
-    return Observation(source, Moments(source.columns, 0, every), Moments(source.columns, 0))
+    return Observation(source, Moments(source.columns, 0, every), Moments(source.columns, 0), Influence(source.columns))
 
 
 def _parts(batches: Sequence[Batch], samples: int) -> Iterator[tuple[Batch, bool]]:

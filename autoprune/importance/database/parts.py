@@ -30,6 +30,8 @@ class Part:
         owned: Columns of each unit, int64, shape (units, members).
         refitted: Whether the weights of the other columns make up for those that go.
         readers: The weights.
+        influence: Sketch of the products of inputs and gradients, in square roots of the loss, shape (buckets,
+            columns); None where it is not known.
     """
 
     products: Tensor
@@ -37,6 +39,7 @@ class Part:
     owned: Tensor
     refitted: bool = True
     readers: tuple[Reader, ...] = ()
+    influence: Tensor | None = None
 
     def ridge(self, share: float) -> float:
         """The ridge in the unit of `products`: a share of their mean diagonal."""
