@@ -19,12 +19,18 @@ import autoprune
 from autoprune.audit.training_log import FILE as LOG
 from autoprune.audit.training_log import Trainings
 from autoprune.costs.latency.model import Latency
+from autoprune.data.batch import default_forward
 from autoprune.errors import AutopruneError
 from autoprune.evaluators.training.checkpoint import read_checkpoint, write_checkpoint
 from autoprune.files.tensor_file import HASH, content_hash, read_tensors, write_tensors
+from autoprune.importance.calibration import Calibration
+from autoprune.importance.database.build import build_database
+from autoprune.importance.database.database import Database
 from autoprune.journal.journal import Journal
 from autoprune.journal.sqlite_file import FILE_NAME
 from autoprune.result import SearchResult
+from autoprune.structure.analysis import analyse
+from autoprune.structure.example import Example
 from autoprune.study.calibration_check import FILE_NAME as CHOICE
 from autoprune.study.calibration_check import Choice
 
@@ -71,7 +77,7 @@ def make_all(folder: Path) -> None:
         model(), "flops <= 60%", (x, x[:, :4].argmax(1)), trials=6, execution=autoprune.Execution(run_dir=str(run))
     )
     result.save(folder / "result")
-    for name in ("recipe", "checkpoint", "table", "log"):
+    for name in ("recipe", "checkpoint", "table", "log", "database"):
         (folder / name).mkdir()
     autoprune.save(result.build(), folder / "recipe" / "small.safetensors")
     state = {"step": 3, "weights": {"a": torch.ones(3)}, "identity": {"lr": 0.1}, "position": (0, 1)}
@@ -102,6 +108,9 @@ def make_all(folder: Path) -> None:
         {"key": ["a", i], "record": {"score": 0.5, "signal": 1.0, "seconds": 1.0, "reason": ""}} for i in range(4)
     ]
     (folder / "log" / LOG).write_text("".join("\n" + json.dumps(line) for line in lines))
+    dense = model()
+    calibration = Calibration(dense, analyse(Example(dense, (x[:1],))), [x], default_forward)
+    build_database(calibration, folder / "database" / "layers.safetensors")
     Choice("l2", {"bn": True, "bias": True, "least_squares": True, "renew": False}, "why").save(str(folder / "choice"))
     for name in KINDS:
         KINDS[name].read(folder / name)
@@ -126,6 +135,11 @@ def _read_journal(folder: Path) -> object:
 def _read_table(folder: Path) -> object:
     latency = Latency.load(folder / "table.json")
     return str(latency), latency.predict(np.array([[16.0, 6.0], [3.0, 2.0]]))
+
+
+def _read_database(folder: Path) -> object:
+    database = Database.load(folder / "layers.safetensors")
+    return database.note, [table.loss(1) for table in database.tables.values()]
 
 
 def _read_log(folder: Path) -> object:
@@ -222,6 +236,7 @@ KINDS = {
         lambda folder: read_checkpoint(folder / "supernet.safetensors"),
         _header_edits("supernet.safetensors", "state"),
     ),
+    "database": Kind("layers.safetensors", _read_database, _header_edits("layers.safetensors", "content")),
 }
 
 
