@@ -10,7 +10,7 @@ from torch import nn
 from autoprune.data.batch import Forward
 from autoprune.data.subsets import Subsets
 from autoprune.importance.calibration import Calibration
-from autoprune.metrics.metric import Judge
+from autoprune.metrics.judge import Judge
 from autoprune.protocols import Failure, IntArray, Measurement, SearchSpace
 from autoprune.structure.structure import Structure
 

@@ -10,8 +10,8 @@ from torch import nn
 import autoprune
 from autoprune.data.subsets import TOKENS, materialise
 from autoprune.evaluators.training.distillation import labels_loss_of
-from autoprune.metrics import metric as metrics
-from autoprune.metrics.metric import resolve_metric
+from autoprune.metrics import choosing
+from autoprune.metrics.choosing import resolve_metric
 
 VOCABULARY, POSITIONS = 23, 32
 
@@ -92,7 +92,7 @@ class TestDivergence:
         assert "KL(dense || pruned)" in judge.note
 
     def test_the_loss_steers_where_dense_outputs_would_take_too_much_memory(self, monkeypatch):
-        monkeypatch.setattr(metrics, "MOST_DENSE_BYTES", 1000)
+        monkeypatch.setattr(choosing, "MOST_DENSE_BYTES", 1000)
         dense = Recurrent()
         judge = resolve_metric("next_token", materialise(texts(32), 0), lambda batch: dense(batch["input_ids"]))
         assert not judge.needs_dense

@@ -12,8 +12,9 @@ import autoprune
 from autoprune.data.subsets import Data, materialise
 from autoprune.early_stopping.racing import Racing
 from autoprune.errors import DataError
-from autoprune.metrics.metric import resolve_metric, summary
+from autoprune.metrics.choosing import resolve_metric
 from autoprune.metrics.statistics import Evaluation
+from autoprune.metrics.summary import summary
 from autoprune.protocols import Measurement
 
 GENERATOR = torch.Generator().manual_seed(0)

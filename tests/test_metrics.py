@@ -13,8 +13,11 @@ from torch.distributions import Categorical, kl_divergence
 from autoprune.data.batch import slice_batch
 from autoprune.data.subsets import Data, materialise
 from autoprune.errors import DataError
-from autoprune.metrics.metric import Judge, Metric, resolve_metric, summary
+from autoprune.metrics.choosing import resolve_metric
+from autoprune.metrics.judge import Judge
+from autoprune.metrics.metric import Metric
 from autoprune.metrics.scorers import main_output
+from autoprune.metrics.summary import summary
 
 CLASSES = 3
 

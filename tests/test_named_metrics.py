@@ -8,7 +8,8 @@ from torch import nn
 
 from autoprune.data.subsets import Data, materialise
 from autoprune.errors import DataError
-from autoprune.metrics.metric import Metric, resolve_metric
+from autoprune.metrics.choosing import resolve_metric
+from autoprune.metrics.metric import Metric
 
 VOCABULARY = 11
 

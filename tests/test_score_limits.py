@@ -13,7 +13,7 @@ from autoprune import Channels, Metric, Sparsity
 from autoprune.budget import Budget, ScoreLimit
 from autoprune.errors import BudgetError, InfeasibleBudgetError
 from autoprune.journal.journal import Journal
-from autoprune.metrics.metric import Judge
+from autoprune.metrics.judge import Judge
 from autoprune.optimizers import OPTIMIZERS, RandomSearch, uniform_seeds
 from autoprune.optimizers.auto import Auto
 from autoprune.pareto import Direction

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from autoprune.budget import Budget, ScoreLimit
-from autoprune.metrics.metric import Judge, summary
+from autoprune.metrics.judge import Judge
 from autoprune.metrics.statistics import Evaluation
+from autoprune.metrics.summary import summary
 from autoprune.protocols import Measurement
 from autoprune.result.trials import Trial
 

@@ -13,7 +13,7 @@ from autoprune.costs import CostFunction, Latency, make_costs
 from autoprune.costs.changes import Changes, LimitedCosts
 from autoprune.costs.given import require_steady
 from autoprune.errors import BudgetError, InfeasibleBudgetError
-from autoprune.metrics.metric import Judge
+from autoprune.metrics.judge import Judge
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.protocols import ChoosesWidths, IntArray, SearchSpace
 from autoprune.search_spaces import Settings, why_no_less

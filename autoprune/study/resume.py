@@ -16,7 +16,7 @@ from autoprune.execution import ANYWAY
 from autoprune.journal.journal import Journal
 from autoprune.journal.rows import TrialRow
 from autoprune.journal.sqlite_file import FILE_NAME
-from autoprune.metrics.metric import summary
+from autoprune.metrics.summary import summary
 from autoprune.protocols import OK, Optimizer, Pends
 from autoprune.result.trials import Trial
 from autoprune.study.fingerprint import cost_differences, require_same

@@ -30,7 +30,8 @@ from autoprune.files.access import brief
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import Criterion, order_units, score_units
 from autoprune.importance.expected_loss import expected_losses
-from autoprune.metrics.metric import Judge, resolve_metric
+from autoprune.metrics.choosing import resolve_metric
+from autoprune.metrics.judge import Judge
 from autoprune.protocols import Failure, Measurement, SearchSpace
 from autoprune.search_spaces import Settings, make_space, require_registered, with_latency
 from autoprune.structure.analysis import analyse

@@ -13,8 +13,8 @@ import numpy as np
 from autoprune.border import checked
 from autoprune.errors import InfeasibleBudgetError
 from autoprune.execution import Outcome, attempt
-from autoprune.metrics.metric import summary
 from autoprune.metrics.statistics import Evaluation, evaluations_of
+from autoprune.metrics.summary import summary
 from autoprune.pareto import Direction
 from autoprune.protocols import FAILED, Evaluations, FloatArray, IntArray, Measurement
 from autoprune.result import SearchResult

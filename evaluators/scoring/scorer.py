@@ -18,7 +18,7 @@ from autoprune.evaluators.activation_cache.candidate import Opener, Run
 from autoprune.evaluators.activation_cache.limits import give_back
 from autoprune.evaluators.protocol import Context
 from autoprune.evaluators.scoring.out_of_memory import fitting
-from autoprune.metrics.metric import Weighing
+from autoprune.metrics.judge import Weighing
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.structure.slicing.slicing import Edit, Slicer, build
 

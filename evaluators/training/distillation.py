@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoprune.data.batch import Batch
-from autoprune.metrics.metric import Judge, Scorer
+from autoprune.metrics.judge import Judge, Scorer
 from autoprune.metrics.scorers import main_output
 
 
