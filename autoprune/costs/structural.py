@@ -240,7 +240,8 @@ def predicted_widths(presence: Presence, space: SearchSpace, candidates: IntArra
     """Widths as `Latency.predict` takes them: a table has no width of 0, so groups in dropped branches keep theirs."""
     groups = len(presence.groups)
     given = space.widths(candidates)
-    return np.hstack([given[:, :groups], presence.effective(given)[:, groups:]])
+    effective = presence.effective(given)
+    return np.hstack([given[:, :groups], effective[:, groups:]]) if len(given) else effective
 
 
 def _peak(

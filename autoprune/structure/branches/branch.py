@@ -118,6 +118,8 @@ class Presence:
                 may be left out where all are kept.
         """
         groups = len(self.groups)
+        if not len(widths):  # a space of the user's may give an array without columns for no candidates
+            return np.zeros((0, groups + len(self.branches)))
         if widths.shape[1] == groups:
             return np.hstack([widths, np.ones((len(widths), len(self.branches)))])
         present = widths[:, groups:]
