@@ -131,7 +131,7 @@ class Checker:
         try:
             values.permutation(*labels, rng)
             structure = assemble(self.flow, units, self.untouched, self.sizes.attributes)
-            for pruning in _draws(units.groups, rng):
+            for pruning in _draws(units.groups, rng, values.dear):
                 if structure.device == "meta":
                     self._shapes(units, structure, pruning)
                 values.agree(*labels, structure, pruning)
@@ -228,10 +228,16 @@ def _kinds(names: Sequence[str]) -> list[list[str]]:
     return list(kinds.values())
 
 
-def _draws(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:
-    """Draw prunings: one unit fewer of every group, which best shows misplaced units, and a random number of units."""
+def _draws(groups: Sequence[Group], rng: np.random.Generator, dear: bool) -> list[Pruning]:
+    """Draw prunings: one unit fewer of every group, which best shows misplaced units, and a random number of units.
+
+    Where passes are dear, a single one: each group at random in one way or the other.
+    """
     fewer = {group.name: some(group, rng, group.size - group.multiple) for group in groups}
-    return [Pruning(fewer), Pruning({group.name: some(group, rng) for group in groups})]
+    fewest = {group.name: some(group, rng) for group in groups}
+    if not dear:
+        return [Pruning(fewer), Pruning(fewest)]
+    return [Pruning({name: (fewer if rng.integers(2) else fewest)[name] for name in fewer})]
 
 
 def _apart(groups: Sequence[Group], rng: np.random.Generator) -> list[Pruning]:

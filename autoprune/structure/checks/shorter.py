@@ -104,8 +104,8 @@ def _cuts(leaves: list[Tensor], batch: int, excess: float) -> Iterator[Callable[
     longest = max((size for leaf in leaves for size in leaf.shape[1:]), default=0)
     dims = max((list(leaf.shape[1:]).count(longest) for leaf in leaves), default=0)
     length = longest
-    while excess > 1 and length % 2 == 0 and length // 2 >= FEWEST:
-        length //= 2
+    while excess > 1 and length // 2 >= FEWEST and (length % 2 == 0 or length == longest):
+        length = (length + 1) // 2  # an odd length is of a convolutional network, to which each will do
         excess /= 2**dims
 
     def cut(tensor: Tensor, longest: int, length: int) -> Tensor:

@@ -17,12 +17,18 @@ from autoprune.structure.checks.rounding import compare, native_tolerances, wide
 from autoprune.structure.containers import tensors_in
 from autoprune.structure.example import Example
 from autoprune.structure.labels import Propagation
+from autoprune.structure.macs import dense_macs
 from autoprune.structure.slicing.skeleton import skeleton
 from autoprune.structure.slicing.slicing import Slicer
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Slot, Units, find_units
 
 log = logging.getLogger(__name__)
+
+DEAR_WORK = 2**33
+"""Multiply-accumulates of a pass from which on few passes are made: some tenths of a second in float64."""
+
+_COPY_WORK = 32  # for each parameter, which every pass slices and widens
 
 
 def cycle(size: int, rng: np.random.Generator) -> IntArray:
@@ -47,6 +53,13 @@ class Values:
         named = (*example.model.named_parameters(), *example.model.named_buffers())
         self.tensors = {name: tensor.detach() for name, tensor in named}
         self.inputs = tensors_in([(a, dict(k)) for a, k in example.inputs], objects=True)
+
+    @cached_property
+    def dear(self) -> bool:
+        """True if a pass takes long."""
+        record = self.flow.record
+        copied = sum(tensor.numel() for tensor in self.tensors.values())
+        return sum(dense_macs(record, op) for op in record.ops) + _COPY_WORK * copied >= DEAR_WORK
 
     @cached_property
     def dense(self) -> list[Tensor]:
