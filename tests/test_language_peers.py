@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.peers.language import depth, evopress, flap, multipruner, replaceme, slicegpt, taylor, ziplm
+from benchmarks.peers.language import depth, evopress, flap, multipruner, replaceme, slicegpt, surgeon, taylor, ziplm
 from benchmarks.peers.language.blocks import attended, embedded, fed, layers_of, mean_loss, parameters
 from benchmarks.peers.language.case import Case
 from benchmarks.peers.language.levels import Scorer, Stitched, next_token
@@ -67,7 +67,7 @@ def layer():
 
 @pytest.fixture(scope="module")
 def stitched(case):
-    return Stitched(case, evopress.Surgeon(case, 1e-2))
+    return Stitched(case, surgeon.surgeon_of(case, 1e-2))
 
 
 def inputs_of(case, name):

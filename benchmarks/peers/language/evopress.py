@@ -7,38 +7,12 @@ from torch import Tensor, nn
 
 from benchmarks.peers.language.case import Case
 from benchmarks.peers.language.levels import Scorer, Stitched, divergence
-from benchmarks.peers.language.obs import Layer, refitted, removal_order
+from benchmarks.peers.language.surgeon import surgeon_of
 
 SEQUENCES = 8  # of the calibration sequences; a whole evaluation passes over these 2,048 tokens
 FIRST = 1  # sequences that all children are scored on
 CHILDREN, SURVIVORS = 8, 2
 SWITCHES = 3  # at most
-AT_ONCE = 16  # neurons between two updates of the surgeon
-
-
-class Surgeon:
-    """Orders of removal and re-fitted weights of every part, from moments of the dense network."""
-
-    def __init__(self, case: Case, damping: float) -> None:
-        size = case.layers[0].self_attn.head_dim * case.layers[0].self_attn.num_key_value_groups
-        pairs = list(zip(case.layers, case.statistics.heads, case.statistics.neurons, strict=True))
-        self.heads = [Layer.of(each.self_attn.o_proj.weight, m, size, damping) for each, m, _ in pairs]
-        self.mlps = [Layer.of(each.mlp.down_proj.weight, m, 1, damping) for each, _, m in pairs]
-        self.orders: dict[tuple[int, bool], Tensor] = {}
-
-    def groups(self, block: int, kept: int) -> tuple[Tensor, Tensor]:
-        return self._kept(block, self.heads[block], kept)
-
-    def neurons(self, block: int, kept: int) -> tuple[Tensor, Tensor]:
-        return self._kept(block, self.mlps[block], kept)
-
-    def _kept(self, block: int, layer: Layer, kept: int) -> tuple[Tensor, Tensor]:
-        key = (block, layer.block == 1)
-        if key not in self.orders:
-            units = len(layer.gram) // layer.block
-            self.orders[key] = removal_order(layer, units, AT_ONCE if layer.block == 1 else 1)
-        units = self.orders[key][len(self.orders[key]) - kept :].sort().values
-        return units, refitted(layer, units) if kept else torch.empty(0)
 
 
 def evo_press(case: Case, share: float, damping: float) -> nn.Module:
@@ -53,7 +27,7 @@ def evo_press(case: Case, share: float, damping: float) -> nn.Module:
         Search", ICML 2025, arXiv:2410.14649, algorithm 1 (level-switch mutation, elitism in the last selection).
         Sequences of the last selection stay the same here, so that the parent keeps its score.
     """
-    stitched = case.kept.setdefault(f"surgeon {damping}", Stitched(case, Surgeon(case, damping)))
+    stitched = Stitched(case, surgeon_of(case, damping))
     ids = case.ids[:SEQUENCES]
     with torch.no_grad():
         dense = torch.cat([case.fast(input_ids=part, use_cache=False).logits for part in ids.split(4)])

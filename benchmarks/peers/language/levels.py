@@ -18,6 +18,7 @@ from benchmarks.peers.language.blocks import attended, embedded, fed, keep_group
 from benchmarks.peers.language.case import Case
 from benchmarks.peers.language.flap import unit_sizes
 
+Scores = dict[tuple[tuple[int, ...], tuple[int, ...]], float]  # by levels and rows
 Fitness = Callable[[Tensor, Tensor], float]  # (logits of the rows, indices of the rows) -> lower is better
 
 
@@ -103,8 +104,9 @@ def shell(module: nn.Module) -> nn.Module:
 class Scorer:
     """Scores levels on a few sequences; what agrees with the current base up to some block is not computed again."""
 
-    def __init__(self, stitched: Stitched, ids: Tensor, fitness: Fitness) -> None:
+    def __init__(self, stitched: Stitched, ids: Tensor, fitness: Fitness, known: Scores | None = None) -> None:
         self.stitched = stitched
+        self.known: Scores = {} if known is None else known
         self.fitness = fitness
         self.start, self.call = embedded(stitched.case.fast, ids)
         self.evaluations = 0.0  # in passes over all sequences, whatever was saved
@@ -116,6 +118,12 @@ class Scorer:
         """Fitness of the network, on some of the sequences or on all."""
         chosen = torch.arange(len(self.start)) if rows is None else rows
         self.evaluations += len(chosen) / len(self.start)
+        name = (tuple(levels.tolist()), tuple(chosen.tolist()))
+        if name not in self.known:
+            self.known[name] = self._score(levels, chosen)
+        return self.known[name]
+
+    def _score(self, levels: Tensor, chosen: Tensor) -> float:
         same = (levels == self.base).long().cumprod(0).sum() // 2
         x = self.states[int(same)][chosen]
         for i in range(2 * int(same), len(levels), 2):
@@ -134,6 +142,13 @@ class Scorer:
     def advance(self, x: Tensor, levels: Tensor, place: int) -> Tensor:
         x = attended(self.stitched.part(place, int(levels[place])), x, self.call)
         return fed(self.stitched.part(place + 1, int(levels[place + 1])), x)
+
+
+def remember(case: Case, method: str) -> Scores:
+    """Scores that a method may use again for another share of the same case."""
+    found = case.kept.setdefault(f"scores of {method}", {})
+    assert isinstance(found, dict)
+    return found
 
 
 def next_token(ids: Tensor) -> Fitness:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers.language.blocks import columns_of
 from benchmarks.peers.language.case import Case
-from benchmarks.peers.language.levels import Scorer, Stitched, next_token
+from benchmarks.peers.language.levels import Scorer, Stitched, next_token, remember
 
 DISTRIBUTION = (0.44, 0.52, 0.04)  # of what is removed: whole parts, neurons, heads; the default of its code
 SEQUENCES = 4  # of the calibration sequences; each evaluation passes over these 1,024 tokens
@@ -54,7 +54,8 @@ def multi_pruner(case: Case, share: float, lazy: bool = True) -> nn.Module:
         A step of neurons is a ninth of a layer, as a key-value group has as many parameters; its default is an 11th.
     """
     stitched = Stitched(case, Magnitudes(case))
-    scorer = Scorer(stitched, case.ids[:SEQUENCES], next_token(case.ids[:SEQUENCES]))
+    ids = case.ids[:SEQUENCES]
+    scorer = Scorer(stitched, ids, next_token(ids), remember(case, "MultiPruner"))
     levels = torch.zeros_like(stitched.most)
     quota = stitched.steps(share)
     until = 0.0

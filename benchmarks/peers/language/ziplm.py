@@ -12,8 +12,7 @@ from benchmarks.peers.language.blocks import attended, embedded, fed, keep_group
 from benchmarks.peers.language.case import BATCH, Case, Moments
 from benchmarks.peers.language.flap import unit_sizes
 from benchmarks.peers.language.obs import Layer, refitted, removal_order
-
-AT_ONCE = 16  # neurons between two updates
+from benchmarks.peers.language.surgeon import AT_ONCE, surgeon_of
 
 
 def uniform_neurons(case: Case, share: float, groups: int, blocks: int | None = None) -> int:
@@ -43,9 +42,10 @@ def zip_lm(case: Case, share: float, groups: int, damping: float, sequential: bo
     model = case.copy()
     neurons = uniform_neurons(case, share, groups)
     if not sequential:
+        surgeon = surgeon_of(case, damping)
         for i, layer in enumerate(layers_of(model)):
-            prune_groups(layer, case.layers[i], groups, case.statistics.heads[i], damping)
-            prune_neurons(layer, case.layers[i], neurons, case.statistics.neurons[i], damping)
+            keep_groups(layer, *surgeon.groups(i, groups))
+            keep_neurons(layer, *surgeon.neurons(i, neurons))
         return model
     streams = [embedded(case.fast, part)[0] for part in case.ids.split(BATCH)]
     call = embedded(case.fast, case.ids[:1])[1]
