@@ -8,11 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.peers.language import depth, evopress, flap, multipruner, replaceme, slicegpt, surgeon, taylor, ziplm
+from benchmarks.peers.language.__main__ import cells
 from benchmarks.peers.language.blocks import attended, embedded, fed, layers_of, mean_loss, parameters
 from benchmarks.peers.language.case import Case
 from benchmarks.peers.language.levels import Scorer, Stitched, next_token
-from benchmarks.peers.language.methods import PEERS
+from benchmarks.peers.language.methods import METHODS, OURS, PEERS
 from benchmarks.peers.language.obs import Layer, refitted, removal_order
+from benchmarks.peers.language.report import report
 
 transformers = pytest.importorskip("transformers")
 
@@ -452,3 +454,44 @@ class TestEvoPress:
         gone = sum(p.numel() for p in case.layers[1].self_attn.parameters()) + WIDTH
         gone += sum(p.numel() for p in case.layers[2].mlp.parameters()) + WIDTH
         assert parameters(network) == case.parameters - gone
+
+
+@pytest.mark.slow
+def test_a_search_of_ours_meets_the_same_count_and_leaves_the_stream_as_wide_as_it_is(case):
+    single = Case(copy.deepcopy(case.model).float(), case.ids.repeat(3, 1)[:64], evaluations=2, dtype=torch.float32)
+    network = METHODS[OURS]["channels"](single, 0.74)
+    assert parameters(network) <= 0.7405 * single.parameters
+    assert network.model.embed_tokens.weight.shape == single.model.model.embed_tokens.weight.shape
+    assert single.kept["evaluations"] == 2
+
+
+class TestHarness:
+    FOUND = {
+        "dense": {"news": 3.0, "wikipedia": 4.0},
+        "cells": {
+            f"{method} | {variant} | {share} | {seed}": {"news": 3 + rise, "wikipedia": 4 + rise, "cpu_seconds": 1.0}
+            for method, variant, share, seed, rise in [
+                ("FLAP", "as in the paper", "80%", 0, 0.4),
+                ("FLAP", "heads squared, as in its code", "80%", 0, 0.3),
+                ("FLAP", "heads squared, as in its code", "80%", 1, 0.5),
+                ("ShortGPT", "block influence", "80%", 0, 0.8),
+                ("autoprune", "channels", "80%", 0, 0.2),
+            ]
+        },
+    }
+
+    def test_all_variants_are_tried_once_and_the_best_goes_on(self):
+        left = list(cells(self.FOUND, ["FLAP"], [0.9, 0.8], [0, 1]))
+        best = "heads squared, as in its code"
+        assert left == [("FLAP", best, 0.9, 0), ("FLAP", best, 0.9, 1)]
+        first = next(cells({"cells": {}}, ["FLAP"], [0.9, 0.8], [0, 1]))
+        assert first == ("FLAP", "as in the paper", 0.8, 0)
+
+    def test_variants_must_be_tried_before_another_share(self):
+        with pytest.raises(ValueError, match="must be tried first"):
+            list(cells({"cells": {}}, ["FLAP"], [0.9], [0]))
+
+    def test_the_report_compares_ours_with_the_best_peer_of_each_share(self):
+        text = report(self.FOUND)
+        assert "| FLAP | 0.400 ± 0.100 (30.0) x2 |" in text
+        assert "| news | 0.50 of FLAP's |" in text

@@ -10,7 +10,7 @@ from benchmarks.peers.language.case import Case
 
 STREAM = ("model.embed_tokens*",)  # stays as wide as it is: the embedding is not counted, so must not pay
 FITTED, COMPARED, LEFT = 48, 12, 4  # of the 64 sequences: weights, candidates, and a look at the finished front
-BATCH = 8
+BATCH = 4
 
 
 def search(case: Case, share: float, space: str) -> nn.Module:
@@ -24,11 +24,10 @@ def search(case: Case, share: float, space: str) -> nn.Module:
     spaces = {"channels": autoprune.Channels(ignore=STREAM)}
     embedding = case.model.get_submodule("model.embed_tokens").get_parameter("weight").numel()
     data = autoprune.Data(
-        {"input_ids": case.ids},
+        [{"input_ids": part} for part in case.ids.split(BATCH)],
         calibration_samples=FITTED,
         validation_samples=COMPARED,
         test_samples=LEFT,
-        batch_size=BATCH,
     )
     limit = f"params <= {embedding + case.most(share)}"
     result = autoprune.search(case.model, limit, data, space=spaces[space], trials=case.evaluations, seed=case.seed)
