@@ -14,6 +14,7 @@ from benchmarks.peers.language.case import Case
 from benchmarks.peers.language.levels import Scorer, Stitched, next_token
 from benchmarks.peers.language.methods import METHODS, OURS, PEERS
 from benchmarks.peers.language.obs import Layer, refitted, removal_order
+from benchmarks.peers.language.ours import SPACES
 from benchmarks.peers.language.report import report
 
 transformers = pytest.importorskip("transformers")
@@ -457,9 +458,10 @@ class TestEvoPress:
 
 
 @pytest.mark.slow
-def test_a_search_of_ours_meets_the_same_count_and_leaves_the_stream_as_wide_as_it_is(case):
+@pytest.mark.parametrize("space", SPACES)
+def test_a_search_of_ours_meets_the_same_count_and_leaves_the_stream_as_wide_as_it_is(case, space):
     single = Case(copy.deepcopy(case.model).float(), case.ids.repeat(3, 1)[:64], evaluations=2, dtype=torch.float32)
-    network = METHODS[OURS]["channels"](single, 0.74)
+    network = METHODS[OURS][space](single, 0.74)
     assert parameters(network) <= 0.7405 * single.parameters
     assert network.model.embed_tokens.weight.shape == single.model.model.embed_tokens.weight.shape
     assert single.kept["evaluations"] == 2

@@ -12,7 +12,7 @@ from benchmarks.peers.language.depth import angular, last_blocks, short_gpt
 from benchmarks.peers.language.evopress import evo_press
 from benchmarks.peers.language.flap import flap
 from benchmarks.peers.language.multipruner import multi_pruner
-from benchmarks.peers.language.ours import search
+from benchmarks.peers.language.ours import SPACES, search
 from benchmarks.peers.language.replaceme import replace_me
 from benchmarks.peers.language.slicegpt import slice_gpt
 from benchmarks.peers.language.taylor import llm_pruner
@@ -59,4 +59,4 @@ PEERS: dict[str, dict[str, Method]] = {
     "MultiPruner": {"lazy": multi_pruner},
     "EvoPress": {"damping 1e-2": partial(evo_press, damping=1e-2)},
 }
-METHODS = PEERS | {OURS: {"channels": partial(search, space="channels")}}
+METHODS = PEERS | {OURS: {space: partial(search, space=space) for space in SPACES}}

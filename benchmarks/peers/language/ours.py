@@ -6,11 +6,17 @@ import torch
 from torch import nn
 
 import autoprune
+from autoprune.search_spaces import Channels, Depth, Product, Settings
 from benchmarks.peers.language.case import Case
 
 STREAM = ("model.embed_tokens*",)  # stays as wide as it is: the embedding is not counted, so must not pay
 FITTED, COMPARED, LEFT = 48, 12, 4  # of the 64 sequences: weights, candidates, and a look at the finished front
 BATCH = 4
+SPACES: dict[str, Settings] = {
+    "channels": Channels(ignore=STREAM),  # neurons, and key-value groups with their heads
+    "depth": Depth(),  # attention and feed-forward parts, each kept or dropped
+    "product": Product(Channels(ignore=STREAM), Depth()),
+}
 
 
 def search(case: Case, share: float, space: str) -> nn.Module:
@@ -19,9 +25,8 @@ def search(case: Case, share: float, space: str) -> nn.Module:
     Args:
         case: Model and calibration sequences; `case.evaluations` is the number of trials.
         share: Of the parameters that may stay; the budget counts those of the embedding, too.
-        space: ``"channels"``: neurons and key-value groups with their heads.
+        space: A name in `SPACES`.
     """
-    spaces = {"channels": autoprune.Channels(ignore=STREAM)}
     embedding = case.model.get_submodule("model.embed_tokens").get_parameter("weight").numel()
     data = autoprune.Data(
         [{"input_ids": part} for part in case.ids.split(BATCH)],
@@ -30,7 +35,15 @@ def search(case: Case, share: float, space: str) -> nn.Module:
         test_samples=LEFT,
     )
     limit = f"params <= {embedding + case.most(share)}"
-    result = autoprune.search(case.model, limit, data, space=spaces[space], trials=case.evaluations, seed=case.seed)
+    result = autoprune.search(
+        case.model,
+        limit,
+        data,
+        metric="next_token",
+        space=SPACES[space],
+        trials=case.evaluations,
+        seed=case.seed,
+    )
     case.kept["evaluations"] = float(len(result.trials))
     case.kept["notes"] = list(result.notes)
     with torch.no_grad():
