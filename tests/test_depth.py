@@ -152,7 +152,7 @@ def data() -> autoprune.Data:
 
 
 def found(model: nn.Module, **settings: Any) -> autoprune.SearchResult:
-    return autoprune.search(model, "params <= 80%", data(), trials=8, progress=False, **settings)
+    return autoprune.search(model, "params <= 80%", data(), trials=8, **settings)
 
 
 class TestEvaluators(EvaluatorContract):
@@ -221,7 +221,7 @@ class TestSearches:
         entry = ZOO["preactivation_resnet"]
         x = torch.randn(24, *entry.inputs()[0].shape[1:])
         batches = autoprune.Data(calibration=[x[:8]], validation=[x[8:16]], test=[x[16:]])
-        result = autoprune.search(entry.build(), "flops <= 75%", batches, space="depth", trials=6, progress=False)
+        result = autoprune.search(entry.build(), "flops <= 75%", batches, space="depth", trials=6)
         assert result.best("flops <= 75%").costs["flops"] <= 0.75 * result.dense.costs["flops"]
 
 
@@ -246,7 +246,7 @@ class TestLatencyAndMemory:
             replace(latency, branches=()).predict(predicted_widths(found.presence, space, ladder))
 
     def test_a_search_within_a_peak_of_memory_drops_blocks(self) -> None:
-        settings: Any = {"space": "depth", "trials": 6, "optimizer": "random", "progress": False}
+        settings: Any = {"space": "depth", "trials": 6, "optimizer": "random"}
         result = autoprune.search(transformer("plain", 4), "memory <= 70%", data(), **settings)
         best = result.best("memory <= 70%")
         assert best.costs["memory_bytes"] <= 0.7 * result.dense.costs["memory_bytes"]
