@@ -21,6 +21,7 @@ from autoprune.importance.database.downdates import remove_greedily
 from autoprune.importance.database.parts import Part, refitted
 from autoprune.importance.expected_loss import expected_losses
 from autoprune.metrics.scorers import sampled_loss
+from autoprune.search_spaces.depth import Depth
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from tests.candidates import state_of
@@ -191,21 +192,24 @@ def test_errors_of_a_network_are_those_of_its_own_inputs_and_gradients(group, re
 def test_losses_are_those_of_inputs_times_gradients_less_what_the_refit_saves():
     model, x, structure = network()
     table = build_database(Calibration(model, structure, [x], default_forward)).tables["a"]
-    total, errors = torch.zeros(6, 12, dtype=torch.float64), []
+    total, errors, freedom = torch.zeros(6, 12, dtype=torch.float64), [], []
     for reader in ("b", "skip"):
         rows, slopes, weight, draws = by_hand(model, x, reader)
         rows = rows - rows.mean(0) if CENTRED[reader] else rows
         products = (rows * (slopes @ weight)).unflatten(0, (12, -1)).sum(1)
         total += products.unflatten(1, (6, -1)).sum(2).T
         pairs = 0.5 / draws * (rows.T @ rows / len(rows)) * (weight.T @ slopes.T @ slopes @ weight)
+        whole = rows.T @ rows / len(rows)
+        held = whole + RIDGE * whole.diagonal().mean() * torch.eye(len(whole), dtype=torch.float64)
+        freedom.append(float(torch.linalg.solve(held, whole).trace()) / len(rows))
         errors.append(pairs.unflatten(0, (6, -1)).unflatten(2, (6, -1)).sum((1, 3)))
     for step in range(1, 7):
         gone = table.removal[:step]
         plain = float(sum(errors)[gone][:, gone].sum())
         loss = 0.5 / 12 * float(total[gone].sum(0).square().sum())
-        assert table.losses[step] == pytest.approx(
-            max(table.losses[step - 1], loss * table.errors[step] / plain), rel=1e-4
-        )
+        free = max(freedom) * (6 - step) / 6
+        left = min(1.0, table.errors[step] / plain * (1 + free) / (1 - free))
+        assert table.losses[step] == pytest.approx(max(table.losses[step - 1], loss * left), rel=1e-6)
 
 
 def calibration():
@@ -438,3 +442,25 @@ def test_weights_on_demand_keep_the_outputs_of_a_layer_best():
     plain = torch.linalg.lstsq(rows[:, kept], rows @ weight.T)
     best = (rows @ weight.T - rows[:, kept] @ plain.solution).square().sum()
     assert best < error.square().sum() < 1.02 * best
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.norm, self.inner, self.outer = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        x = self.enter(x)
+        return self.head(x + self.outer(self.inner(self.norm(x)).relu()))
+
+
+def test_a_dropped_branch_costs_what_its_groups_cost_without_any_unit():
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(32, 4)
+    structure = analyse(Example(model, (x[:1],)))
+    each = Calibration(model, structure, [x], default_forward)
+    space = Depth(min_kept=0).bind(structure, {})
+    (losses,) = expected_losses("database", space, {}, None, each)
+    assert losses.tolist() == [0.0, build_database(each).tables["inner"].loss(0)]
+    assert losses[1] > 0

@@ -47,18 +47,20 @@ def expected_losses(
             much of the effect of an error on later layers, else ``"sensitivity"``.
         space: Gives the units or weights that each option removes.
         scores: Importance of the units of each group.
-        criterion: Criterion of the scores; None where no unit is removed.
+        criterion: Criterion of the scores; None where no unit is ranked.
         calibration: The dense model, and the samples for errors of layers and changes of outputs.
 
     Returns:
-        None if a dimension neither removes units nor sets weights to zero, so that it has no prior. Weights set to zero
-        lose a share of their squared sum, for every kind, see `criterion_losses`.
+        None if a dimension neither removes units nor sets weights to zero, or drops what cannot be measured, so that it
+        has no prior. Weights set to zero lose a share of their squared sum, for every kind, see `criterion_losses`.
     """
     model = calibration.model
     structure = calibration.structure
     d = len(space.sizes)
     if criterion is None:
-        return _zeroed_losses(space, dict(model.named_parameters()))
+        zeroed = _zeroed_losses(space, dict(model.named_parameters()))
+        if zeroed is not None or kind == "criterion":
+            return zeroed
     removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
     if {j for j, _ in removals} != set(range(d)):
         return None
@@ -72,14 +74,18 @@ def expected_losses(
         errors = _measured(kind, calibration, [removal for _, removal in removals])
     losses = tuple(np.zeros(size) for size in space.sizes)
     for (j, removal), error in zip(removals, errors, strict=True):
-        losses[j][1:] += criterion_losses(removal, scores, criterion) if error is None else error
+        if error is None:
+            if criterion is None:
+                return None
+            error = criterion_losses(removal, scores, criterion)
+        losses[j][1:] += error
     return losses
 
 
 def _priced(
     removals: Sequence[Removal],
     scores: Mapping[str, Tensor],
-    criterion: str | Criterion,
+    criterion: str | Criterion | None,
     calibration: Calibration,
 ) -> list[FloatArray | None]:
     """Losses in a layer database; groups without a price take the scores of their units, in the unit of the others."""
@@ -90,11 +96,11 @@ def _priced(
         table = database.tables.get(group)
         prices = None if table is None else table.losses[[len(units) for units in options]]
         found.append(prices)
-        if prices is not None:
+        if prices is not None and criterion is not None:
             plain = criterion_losses((group, options), scores, criterion)
             known = (plain > 0) & (prices > 0)
             ratios += (prices[known] / plain[known]).tolist()
-    if any(prices is None for prices in found):
+    if criterion is not None and any(prices is None for prices in found):
         log.warning("prior='database': %s; scores of units stand in", database.note)
         scale = float(np.median(ratios)) if ratios else 1.0
         for i, removal in enumerate(removals):
@@ -155,10 +161,17 @@ def _zeroed_losses(space: SearchSpace, parameters: Mapping[str, Tensor]) -> tupl
 
 
 def _removals(space: SearchSpace, structure: Structure, dimension: int) -> list[Removal]:
-    """Units that the options of a dimension, without the dense one, remove from each group that they touch."""
+    """Units that the options of a dimension, without the dense one, remove from each group that they touch.
+
+    A branch that is dropped loses all units of the groups inside it.
+    """
     alone = np.zeros((space.sizes[dimension] - 1, len(space.sizes)), dtype=np.int64)
     alone[:, dimension] = np.arange(1, space.sizes[dimension])
-    kept = [space.pruning(candidate).kept for candidate in alone.tolist()]
+    inside = {branch.name: branch.groups for branch in structure.branches}
+    kept: list[dict[str, tuple[int, ...]]] = []
+    for pruning in map(space.pruning, alone.tolist()):
+        emptied = {group: () for branch in pruning.dropped for group in inside[branch]}
+        kept.append({**pruning.kept, **emptied})
     sizes = {group.name: group.size for group in structure.groups}
     return [
         (name, [np.setdiff1d(np.arange(sizes[name]), each.get(name, range(sizes[name]))) for each in kept])

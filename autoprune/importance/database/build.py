@@ -115,7 +115,7 @@ def build_database(
     for each in _equations(calibration, waiting, memory_bytes, samples, seed):
         if each.sound:
             removal, errors = remove_greedily(each.parts, ridge)
-            table = Table(removal, errors, losses_of(each.parts, removal, errors))
+            table = Table(removal, errors, losses_of(each.parts, removal, errors, ridge))
             found = replace(found, tables={**found.tables, each.group: table}, weighted=each.weighted)
         else:
             reason = "the moments of its layers are not finite, or there are none"
@@ -231,4 +231,5 @@ def _parts(calibration: Calibration, task: _Task, seen: Mapping[int, Observation
             columns = torch.from_numpy(owned).to(products.device)
             sums = observation.influence.sums(observation.inputs.mean if source.centred else None)
             influence = None if sums is None or not draws else sums * (0.5 / draws) ** 0.5
-            yield Part(products, slopes, columns, source.refitted, source.readers, influence)
+            rows = observation.inputs.rows
+            yield Part(products, slopes, columns, source.refitted, source.readers, influence, rows)

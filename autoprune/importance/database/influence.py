@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.importance.database.parts import Part
+from autoprune.importance.database.parts import RIDGE, Part
 from autoprune.protocols import FloatArray, IntArray
 
 BUCKETS = 64
@@ -75,19 +75,25 @@ class Influence:
         return self._products - mean * self._returned
 
 
-def losses_of(parts: Sequence[Part], removal: IntArray, errors: FloatArray) -> FloatArray:
+def losses_of(parts: Sequence[Part], removal: IntArray, errors: FloatArray, ridge: float = RIDGE) -> FloatArray:
     """Losses of every number of units removed, in the order of removal.
 
     Each is the loss without a re-fit, from the products of inputs and gradients of all layers together, times the share
-    of the error that the re-fit leaves.
+    of the error that the re-fit leaves on new rows: more than on those that it is fitted to, by (1 + f) / (1 - f) for f
+    degrees of freedom a row, and never more than all of it.
 
     Args:
         parts: Equations of the group.
         removal: Units in the order of removal, shape (units,).
         errors: Errors after a re-fit, shape (units + 1,), see `remove_greedily`.
+        ridge: Of the re-fit.
 
     Returns:
         Losses, never falling, shape (units + 1,); the errors themselves where a product is not known.
+
+    Reference:
+        New rows: Akaike, "Fitting autoregressive models for prediction", Ann. Inst. Stat. Math. 21, 1969,
+        doi:10.1007/BF02532251; degrees of freedom in proportion to the units that stay.
     """
     influences = [part.influence for part in parts]
     order = torch.from_numpy(removal)
@@ -105,7 +111,9 @@ def losses_of(parts: Sequence[Part], removal: IntArray, errors: FloatArray) -> F
         # The sum over the first k rows and columns grows by twice the new row's part before the diagonal, and that.
         plain += (2 * between.tril(-1).sum(1) + between.diagonal()).cumsum(0).cpu().numpy()
     loss = single.cumsum(0).square().sum(1).numpy()
-    left = np.clip(np.divide(errors[1:], plain, out=np.ones_like(plain), where=plain > 0), 0.0, 1.0)
+    left = np.divide(errors[1:], plain, out=np.ones_like(plain), where=plain > 0)
+    freedom = max(part.freedom(ridge) for part in parts) * (1 - np.arange(1, len(plain) + 1) / len(plain))
+    left = np.clip(left * (1 + freedom) / np.maximum(1 - freedom, 1e-3), 0.0, 1.0)
     found: FloatArray = np.maximum.accumulate(np.append(0.0, loss * left))
     return found
 

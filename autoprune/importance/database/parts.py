@@ -32,6 +32,7 @@ class Part:
         readers: The weights.
         influence: Sketch of the products of inputs and gradients, in square roots of the loss, shape (buckets,
             columns); None where it is not known.
+        rows: Number of rows that H is an average over; 0 if unknown.
     """
 
     products: Tensor
@@ -40,10 +41,19 @@ class Part:
     refitted: bool = True
     readers: tuple[Reader, ...] = ()
     influence: Tensor | None = None
+    rows: int = 0
 
     def ridge(self, share: float) -> float:
         """The ridge in the unit of `products`: a share of their mean diagonal."""
         return share * float(self.products.diagonal().mean())
+
+    def freedom(self, share: float) -> float:
+        """Degrees of freedom of a re-fit on all columns with this ridge, as a share of the rows, at most 1."""
+        ridge = self.ridge(share)
+        if not (self.refitted and self.rows and ridge > 0):
+            return 0.0
+        values = torch.linalg.eigvalsh(self.products).clamp(min=0)
+        return min(1.0, float((values / (values + ridge)).sum()) / self.rows)
 
 
 def refitted(weight: Tensor, products: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
