@@ -88,6 +88,19 @@ def test_another_criterion_is_chosen_only_where_more_than_luck_speaks_for_it(cas
     assert study.choice.parts["least_squares"]
 
 
+@pytest.mark.parametrize("metric", ["accuracy", F.cross_entropy], ids=["of samples", "of a weighed set"])
+def test_what_is_clearly_worse_is_given_up_after_some_samples_whose_signals_are_those_of_all(case, metric):
+    data = dataclasses.replace(case[1], batch_size=8)
+    context = study_for(case[0], "flops <= 70%", data, metric=metric, evaluator="adaptive_bn").context
+    trial = checking._Trial(context)
+    whole = trial.measure(context.model)
+    assert len(whole) == trial.samples == 65
+    np.testing.assert_array_equal(trial.measure(context.model, whole + 1.0), whole)
+    few = trial.measure(context.model, whole - 1.0)
+    assert 65 / 4 <= len(few) <= 65 / 4 + 8
+    np.testing.assert_array_equal(few, whole[: len(few)])
+
+
 @pytest.mark.slow
 def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path, monkeypatch):
     monkeypatch.setattr("autoprune.study.setup.check", None)

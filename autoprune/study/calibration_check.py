@@ -7,7 +7,7 @@ validation samples. Parts that make the score worse there are switched off; a no
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from autoprune.files.access import make_folder, write_json
 from autoprune.files.formats import Format
 from autoprune.importance.calibration import affordable, private_copy
 from autoprune.importance.criteria import order_units, score_units_by
+from autoprune.metrics.judge import Weighing
 from autoprune.protocols import FloatArray, IntArray, Pruning
 from autoprune.search_spaces import Settings
 from autoprune.structure.slicing.slicing import Edit, Slicer
@@ -132,6 +133,8 @@ def check(
         }
     refit = Compensated(renew=renew).judged_on(middle_of(context.space))
     refit.collect(context)
+    if {"bias", "bn"}.isdisjoint(refit.parts):  # it leaves means to them, and differs from contribution in nothing else
+        ranked.pop("fluctuation", None)
     base: dict[str, FloatArray] = {}
     best: FloatArray | None = None
     pick = ""
@@ -187,6 +190,15 @@ class _Trial:
         run = fitting(bound_forward(context, dense))
         with seeded(0):
             self._dense = context.judge.dense_outputs(run, self._batches, 0)
+            self._weighing = self._weighed(run)
+
+    def _weighed(self, run: Callable[[Batch], object]) -> Weighing | None:
+        """Weights of the samples, found once: else every measurement would run its module twice."""
+        try:
+            return self._context.judge.weigh(run, self._batches, self._dense)
+        except Exception as error:  # of a user's metric; measurements raise it again, where it rules out a choice
+            log.info("calibration check: %s: %s", type(error).__name__, error)
+            return None
 
     def measure(self, module: nn.Module, best: FloatArray | None = None) -> FloatArray:
         """Signal of a module, one value a sample; infinite where it cannot be scored.
@@ -201,7 +213,8 @@ class _Trial:
         signals = np.empty(0)
         with seeded(0):
             for part in self._parts(best is not None):
-                found = judge.measure(run, self._batches[part], self._dense[part]).signal
+                weighing = None if self._weighing is None else self._weighing.of(part)
+                found = judge.measure(run, self._batches[part], self._dense[part], weighing).signal
                 signals = np.concatenate([signals, np.where(np.isfinite(found), found, np.inf)])
                 if best is not None and len(best) > len(signals) and _better(best, signals, errors=2.0):
                     break
@@ -209,7 +222,8 @@ class _Trial:
 
     def _parts(self, raced: bool) -> list[slice]:
         """Batches to score before it is asked whether more are needed, and the others."""
-        if raced and self._context.judge.per_sample and self._context.judge.parts is None:
+        judge = self._context.judge
+        if raced and judge.per_sample and (judge.parts is None or self._weighing is not None):
             counts = np.cumsum([batch_size(batch) for batch in self._batches])
             first = int(np.searchsorted(counts, max(RACED, self.samples / 4))) + 1
             if first < len(self._batches):
