@@ -353,10 +353,26 @@ class TestDropped:
         module = nn.MultiheadAttention(4, 2)
         stand_in = Dropped(module, {"tuple": [{"zeros": ["query", 0, []]}, {"value": None}]})
         assert stand_in.num_heads == 2
-        assert stand_in.in_proj_weight is None
+        assert not isinstance(stand_in.in_proj_weight, Tensor)
         assert stand_in.out_proj.in_features == 4
         assert not list(stand_in.parameters())
         assert not stand_in.state_dict()
+
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    def test_encoder_layers_of_pytorch_do_not_fuse_what_is_left(self, padded: bool) -> None:
+        torch.manual_seed(0)
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+        x = torch.randn(2, 5, 8)
+        mask = torch.arange(5) > torch.tensor([[2], [4]]) if padded else None
+        found = analyse(Example(encoder, (x,)))
+        for branch in found.branches:
+            small = found.build(encoder, Pruning(dropped=(branch.name,)))
+            slow = small(x, src_key_padding_mask=mask).detach()  # with gradients nothing is fused
+            with torch.no_grad():
+                fast = small(x, src_key_padding_mask=mask)
+            real = torch.ones(2, 5, dtype=torch.bool) if mask is None else ~mask
+            torch.testing.assert_close(fast[real], slow[real])
 
     def test_it_finds_arguments_by_name_and_by_position(self) -> None:
         stand_in = Dropped(linear(), {"same": ["input", 0]})

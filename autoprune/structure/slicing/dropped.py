@@ -62,8 +62,20 @@ class _Held:
         return _Held(value) if isinstance(value, dict) else value
 
 
+class _Absent:
+    """Stands for a parameter or buffer of a module that was left out.
+
+    PyTorch's encoder layers read the parameters of their submodules to choose a fused operation; where one has a
+    ``__torch_function__`` of its own, they call the submodules instead.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AttributeError(f"{function} needs a parameter of a module that was dropped")
+
+
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """Copy the plain attributes of a module and of its submodules; parameters and buffers are None."""
+    """Copy the plain attributes of a module and of its submodules; parameters and buffers are `_Absent`."""
     if isinstance(module, Dropped):
         return module._held
     found: dict[str, Any] = {
@@ -71,7 +83,8 @@ def _plain(module: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if name != "training" and (type(value) in _ATOMS or _plain_tuple(value))
     }
-    found |= dict.fromkeys((*module._parameters, *module._buffers))
+    tensors = {**module._parameters, **module._buffers}
+    found |= {name: None if tensor is None else _Absent() for name, tensor in tensors.items()}
     return found | {name: None if child is None else _plain(child) for name, child in module._modules.items()}
 
 
