@@ -164,8 +164,9 @@ class Moments:
         """Mean products of any two columns, or the covariance, shape (columns, columns); not of a sketch."""
         assert self._matrix is not None
         self._complete()
-        matrix = self._matrix / self.rows - torch.outer(self._offset, self._offset).to(self._matrix.dtype)
-        return matrix if centred else matrix + torch.outer(self.mean, self.mean).to(matrix.dtype)
+        offset, mean = self._offset.to(self._matrix.dtype), self.mean.to(self._matrix.dtype)
+        left, right = ([-offset], [offset]) if centred else ([-offset, mean], [offset, mean])
+        return torch.addmm(self._matrix, torch.stack(left, 1), torch.stack(right), beta=1 / self.rows)
 
     @property
     def _offset(self) -> Tensor:
