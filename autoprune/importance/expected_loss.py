@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import Criterion
 from autoprune.importance.database.build import layer_database
+from autoprune.importance.dropped import dropped_losses
 from autoprune.importance.reconstruction import Removal, reconstruction_errors
 from autoprune.importance.sensitivity import output_changes
-from autoprune.protocols import FloatArray, SearchSpace
+from autoprune.protocols import FloatArray, Pruning, SearchSpace
 from autoprune.structure.structure import Structure
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ def expected_losses(
     Returns:
         None if a dimension neither removes units nor sets weights to zero, or drops what cannot be measured, so that it
         has no prior. Weights set to zero lose a share of their squared sum, for every kind, see `criterion_losses`.
+        Branches that are dropped lose what all units inside them do, for errors and changes of outputs corrected by
+        `dropped_losses`.
     """
     model = calibration.model
     structure = calibration.structure
@@ -62,7 +65,8 @@ def expected_losses(
         if zeroed is not None or kind == "criterion":
             return zeroed
     removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
-    if {j for j, _ in removals} != set(range(d)):
+    drops = {j: prunings for j in range(d) if (prunings := _drops(space, j))}
+    if {j for j, _ in removals} | drops.keys() != set(range(d)):
         return None
     removals = [(j, removal) for j, removal in removals if removal[0] not in structure.unread]
     if kind == "auto":
@@ -79,7 +83,36 @@ def expected_losses(
                 return None
             error = criterion_losses(removal, scores, criterion)
         losses[j][1:] += error
+    if drops and kind in ("reconstruction", "sensitivity"):
+        _measure_drops(drops, losses, calibration)
     return losses
+
+
+def _drops(space: SearchSpace, dimension: int) -> list[Pruning]:
+    """Prunings of the options of a dimension, if all but the dense one drop a branch; else none."""
+    alone = np.zeros((space.sizes[dimension] - 1, len(space.sizes)), dtype=np.int64)
+    alone[:, dimension] = np.arange(1, space.sizes[dimension])
+    prunings = [space.pruning(candidate) for candidate in alone.tolist()]
+    return prunings if all(pruning.dropped for pruning in prunings) else []
+
+
+def _measure_drops(drops: Mapping[int, list[Pruning]], losses: Sequence[FloatArray], calibration: Calibration) -> None:
+    """Order branches by measured losses, in the unit of the others.
+
+    The estimates of `losses`, for the units inside the branches, are of the right unit, and far off for what is as
+    large as a branch; their median ratio to the measured losses converts these.
+    """
+    measured = dropped_losses(calibration, [pruning for prunings in drops.values() for pruning in prunings])
+    if measured is None:
+        return
+    estimated = np.concatenate([losses[j][1:] for j in drops])
+    finite = np.isfinite(measured)
+    measured = np.where(finite, measured, 10 * measured[finite].max(initial=1.0))  # worse than all that can be told
+    known = (estimated > 0) & (measured > 0) & finite
+    scale = float(np.median(estimated[known] / measured[known])) if known.any() else 1.0
+    ends = np.cumsum([len(prunings) for prunings in drops.values()])
+    for j, each in zip(drops, np.split(scale * measured, ends[:-1]), strict=True):
+        losses[j][1:] = each
 
 
 def _priced(
