@@ -66,51 +66,70 @@ def observe(
     Returns:
         The observations, and the number of labels drawn; 0 where the model has no gradients.
     """
-    found = [_empty(source) for source in sources]
-    first = {observation.source.readers[0]: observation for observation in found}
-    owner = {reader: observation for observation in found for reader in observation.source.readers}
+    if samples:
+        try:
+            return _observed(calibration, sources, samples, seed)
+        except Exception as error:  # a user's forward need not have gradients, and may raise anything under autograd
+            log.info("gradients cannot be observed, and all outputs count alike: %s", error)
+    return _observed(calibration, sources, 0, seed)
 
-    def see(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
-        if reader in first:
-            taken = []
-            for rows in parts():
-                first[reader].inputs.add(rows.detach())
-                if torch.is_grad_enabled():
-                    taken.append(rows.detach())
-            if taken:
-                first[reader].influence.read(torch.cat(taken))
 
-    def receive(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
-        if reader in owner:
-            own = owner[reader]
-            rows = torch.cat([rows.detach() for rows in parts()])
-            own.returned.add(rows)
-            own.influence.receive(reader, rows)
-
-    reading = Reading(calibration.model, calibration.structure, see, tied=True)
+def _observed(
+    calibration: Calibration, sources: Sequence[Source], samples: int, seed: int
+) -> tuple[list[Observation], int]:
+    watch = _Watch(sources)
+    reading = Reading(calibration.model, calibration.structure, watch.see, tied=True)
     model = private_copy(calibration.model)
-    starts = _detach(model, {id(calibration.model.get_parameter(reader.name)) for reader in owner})
+    starts = _detach(model, {id(calibration.model.get_parameter(reader.name)) for reader in watch.owner})
     generator = torch.Generator().manual_seed(seed)
-    backward, draws = True, 0
+    draws = 0
     with seeded(0):
-        for batch, wanted in _parts(calibration.batches, samples):
+        for batch, backward in _parts(calibration.batches, samples):
             mask = positions_of(batch)
-            with reading.batch(mask, gradients=wanted and backward):
+            with reading.batch(mask, gradients=backward):
                 outputs = calibration.forward(model, batch)
-                if wanted and backward:
-                    try:
-                        loss, drawn = sampled_loss(outputs, batch, generator)
-                        reading.backward(loss, receive)
-                        apart = drawn > batch_size(batch)
-                        for each in found:
-                            each.influence.end(draws, batch_size(batch), mask, apart)
-                        draws += drawn
-                    except Exception as error:  # a user's forward need not have gradients, and may raise anything
-                        log.info("gradients cannot be observed, and all outputs count alike: %s", error)
-                        backward, draws = False, 0
+                if backward:
+                    loss, drawn = sampled_loss(outputs, batch, generator)
+                    reading.backward(loss, watch.receive)
+                    for each in watch.found:
+                        each.influence.end(draws, batch_size(batch), mask, apart=drawn > batch_size(batch))
+                    draws += drawn
             for start in starts:
                 start.grad = None
-    return found, draws if any(each.returned.seen for each in found) else 0
+    return watch.found, draws if any(each.returned.seen for each in watch.found) else 0
+
+
+class _Watch:
+    """Receiver of what the weights read, and of what comes back through them.
+
+    Attributes:
+        found: An observation of each source.
+        owner: That of each reader.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.found = [_empty(source) for source in sources]
+        self.owner = {reader: each for each in self.found for reader in each.source.readers}
+
+    def see(self, reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
+        own = self.owner.get(reader)
+        if own is None or reader != own.source.readers[0]:  # the others read the same
+            return
+        taken = []
+        for rows in parts():
+            own.inputs.add(rows.detach())
+            if torch.is_grad_enabled():
+                taken.append(rows.detach())
+        if taken:
+            own.influence.read(torch.cat(taken))  # a copy: later operations may write to the input
+
+    def receive(self, reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
+        own = self.owner.get(reader)
+        back = [] if own is None else [rows.detach() for rows in parts()]
+        if own is not None and back:
+            rows = torch.cat(back)
+            own.returned.add(rows)
+            own.influence.receive(reader, rows)
 
 
 def slopes_of(observation: Observation, model: nn.Module, draws: int) -> Tensor:

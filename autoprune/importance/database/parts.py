@@ -52,8 +52,12 @@ class Part:
         ridge = self.ridge(share)
         if not (self.refitted and self.rows and ridge > 0):
             return 0.0
-        values = torch.linalg.eigvalsh(self.products).clamp(min=0)
-        return min(1.0, float((values / (values + ridge)).sum()) / self.rows)
+        matrix = self.products.clone()
+        matrix.diagonal().add_(ridge)
+        root = torch.linalg.cholesky(matrix)
+        inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
+        # tr(H (H + r)^-1), and a square of the inverse root sums up to the trace of the inverse.
+        return min(1.0, (len(root) - ridge * float(inverse.square().sum())) / self.rows)
 
 
 def refitted(weight: Tensor, products: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
