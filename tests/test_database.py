@@ -464,3 +464,43 @@ def test_a_dropped_branch_costs_what_its_groups_cost_without_any_unit():
     (losses,) = expected_losses("database", space, {}, None, each)
     assert losses.tolist() == [0.0, build_database(each).tables["inner"].loss(0)]
     assert losses[1] > 0
+
+
+def test_the_loss_without_any_unit_is_the_curvature_of_the_divergence_as_they_fade():
+    model, _, structure = network()
+    x = draw(((3, 8, 8),), 64, seed=4)[0].double()
+    loss = build_database(Calibration(model, structure, [x], default_forward)).tables["c"].losses[-1]
+    read = []
+    hook = model.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    with torch.no_grad():
+        dense = model(x).log_softmax(1)
+        hook.remove()
+        step = 1e-3 * (read[0] - read[0].mean(0))  # the bias makes up for the mean
+        faded = model.head(read[0] - step).log_softmax(1)
+    divergence = F.kl_div(faded, dense, reduction="batchmean", log_target=True) / 1e-6
+    assert loss == pytest.approx(float(divergence), rel=0.5)  # 64 drawn labels: 18 % of noise
+
+
+class Attending(nn.Module):
+    """Reads its units by projections of attention, and by a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.attention = nn.Linear(6, 8), nn.MultiheadAttention(8, 4, batch_first=True)
+        self.matrix = nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x):
+        x = self.enter(x).relu()
+        return self.attention(x, x, x, need_weights=False)[0].mean(1) @ self.matrix
+
+
+def test_projections_of_attention_and_bare_parameters_count_as_layers():
+    torch.manual_seed(0)
+    model, x = Attending().eval(), torch.randn(12, 5, 6)
+    structure = analyse(Example(model, (x[:1],)))
+    found = build_database(Calibration(model, structure, [x], default_forward))
+    assert {name: len(table.removal) for name, table in found.tables.items()} == {
+        group.name: group.size for group in structure.groups
+    }
+    assert found.weighted
+    assert all(table.losses[-1] > 0 for table in found.tables.values())
