@@ -14,6 +14,7 @@ from torch import nn
 import autoprune
 from autoprune.errors import FileFormatError, UnsupportedModelError
 from autoprune.result.pretrained.layers import LayerWidths
+from autoprune.result.pretrained.section import keep_in_config
 from autoprune.result.pretrained.writing import pretrained_widths
 from tests.uneven import answers, uneven
 from zoo.hf import HF_ZOO
@@ -230,6 +231,23 @@ def test_a_folder_keeps_other_files_and_an_export_that_fails_changes_nothing(sma
     with pytest.raises(UnsupportedModelError, match="nothing was written"):
         autoprune.export(model, tmp_path, HF_ZOO[LLAMA].inputs(), format="hf")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+class SavesItself(nn.Linear):
+    """Saves itself with a config of another library."""
+
+    config = {"width": 3}
+
+    def save_pretrained(self, path):
+        raise NotImplementedError
+
+
+def test_a_config_of_another_library_is_warned_of_once(caplog):
+    for _ in range(2):
+        keep_in_config(SavesItself(3, 2), {}, SavesItself(3, 2))
+        keep_in_config(nn.Linear(3, 2), {}, nn.Linear(3, 2))
+    (record,) = caplog.records
+    assert "SavesItself.save_pretrained would write the config of the dense model" in record.message
 
 
 WIDTHS = LayerWidths(

@@ -1,9 +1,9 @@
 """Exported networks of the zoo, dense and pruned to half of the FLOPs: parity, sizes of files, and time.
 
 Run ``python -m benchmarks.structure.export_parity`` from the root of the repository: about 15 minutes of processor time
-on one thread; it goes on where it stopped, and names repeat these alone. Each network runs in a process of its own. It
-is pruned by one share of the units of every group, chosen at random, and exported to ONNX and as a program of
-torch.export. Time is processor time of onnxruntime on one thread, for 8 samples.
+on one thread; it goes on where it stopped, and names repeat these alone. Each network is pruned by one share of the
+units of every group, chosen at random, and exported to ONNX and as a program of torch.export. Time is processor time of
+onnxruntime on one thread, for 8 samples.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -173,24 +171,20 @@ def repeated(tensor: torch.Tensor, free: bool) -> torch.Tensor:
     return tensor[torch.arange(BATCH) % len(tensor)] if free else tensor
 
 
+def in_turn() -> list[str]:
+    """Networks, the first of every kind before the second of any."""
+    return [name for _, name in sorted((names.index(name), name) for names in NETWORKS.values() for name in names)]
+
+
 def main() -> None:
-    """Measure what is missing, each network in a process of its own, and write the report."""
+    """Measure what is missing, and write the report."""
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", help="networks to measure again")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.one:
-        print(json.dumps(measure(given.one)))
-        return
     results = json.loads(FOUND.read_text()) if FOUND.exists() else {"environment": environment(COMMAND), "networks": {}}
-    for name in given.names or [name for name in KIND if name not in results["networks"]]:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.structure.export_parity", "--one", name]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            print(name, ended.stderr[-2000:])
-            continue
-        results["networks"][name] = json.loads(ended.stdout.splitlines()[-1])
+    for name in given.names or [name for name in in_turn() if name not in results["networks"]]:
+        results["networks"][name] = measure(name)
         FOUND.write_text(json.dumps(results, indent=1) + "\n")
         print(name, results["networks"][name]["pruned"]["onnx"], flush=True)
     found = results["networks"]

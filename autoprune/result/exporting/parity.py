@@ -15,6 +15,7 @@ from autoprune.errors import UnsupportedModelError
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed, as a fraction of the largest value of an output, by the type of the output."""
 
+_WAY_OUT = ". Pass tolerance= if that is rounding, or export model.double() to find out"
 _SMALLEST = 1e-30  # an output of zeros alone must be matched
 
 
@@ -82,8 +83,8 @@ def compare(calls: Sequence[Outputs], found: Sequence[Sequence[Tensor]], what: s
             if not share <= most:
                 raise UnsupportedModelError(
                     f"output {i} of {what}, for inputs {call.inputs}, differs from the module's by up to {apart:.3g}, "
-                    f"{share:.3g} of its largest value, and {most:.3g} is allowed; nothing was written. Pass "
-                    "tolerance= if that is rounding, or export model.double() to find out"
+                    f"{share:.3g} of its largest value, and {most:.3g} is allowed; nothing was written"
+                    f"{_WAY_OUT * (most > 0)}"
                 )
             absolute = max(absolute, apart)
             relative = max(relative, share)

@@ -6,13 +6,17 @@ in it: those of the weights count.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from autoprune.files.formats import Format
 from autoprune.structure.owners import owners
+
+log = logging.getLogger(__name__)
 
 KEY = "autoprune"
 FORMAT = Format("autoprune-pretrained", 1, "a pruned model of transformers")
@@ -30,6 +34,8 @@ FORM = {
 def keep_in_config(module: nn.Module, recipe: Mapping[str, Any], dense: nn.Module) -> None:
     """Put the section into the config of a pruned model; other modules, without such a config, stay as they are.
 
+    Models of other libraries that save themselves with a config are warned of, once for each class.
+
     Args:
         module: Built by autoprune; its config is its own.
         recipe: What was cut, from the model that the weights came from.
@@ -37,8 +43,10 @@ def keep_in_config(module: nn.Module, recipe: Mapping[str, Any], dense: nn.Modul
     """
     config: Any = getattr(module, "config", None)
     before: Any = getattr(dense, "config", None)
-    writes = callable(getattr(module, "save_pretrained", None))
-    if not (writes and hasattr(config, "to_dict") and hasattr(before, "to_dict")):
+    if not callable(getattr(module, "save_pretrained", None)):
+        return
+    if not (hasattr(config, "to_dict") and hasattr(before, "to_dict")):
+        _warn(type(module).__name__)
         return
     now, then = config.to_dict(), before.to_dict()
     earlier = then.pop(KEY, None) or {}
@@ -52,6 +60,15 @@ def keep_in_config(module: nn.Module, recipe: Mapping[str, Any], dense: nn.Modul
         "dense": {**changed, **earlier.get("dense", {})},
         "attention": getattr(config, "_attn_implementation", None),
     }
+
+
+@cache
+def _warn(name: str) -> None:
+    log.warning(
+        "%s.save_pretrained would write the config of the dense model, which cannot load pruned weights; save it with "
+        "autoprune.save(model, path), and load it with autoprune.load(path, fresh_model)",
+        name,
+    )
 
 
 def _buffers(module: nn.Module, slices: Mapping[str, Any]) -> dict[str, Any]:
