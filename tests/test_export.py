@@ -188,7 +188,49 @@ def test_a_batch_that_the_code_fixes_is_fixed_with_a_note(ending, tmp_path):
     written = autoprune.export(Pairs(), tmp_path / f"small{ending}", torch.randn(2, 4))
     assert written.dynamic == {}
     assert any("batch has a fixed size" in note for note in written.notes)
+    if ending == ".onnx":
+        import onnx
+
+        (node,) = onnx.load(written.path).graph.input
+        assert [dim.dim_value for dim in node.type.tensor_type.shape.dim] == [2, 4]
     assert "the sizes of the example" in str(written)
+
+
+class Counts(nn.Module):
+    """Asks for the number of samples in Python, which one of the two tracers takes for a constant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), 2, -1).sum(1) * 3.0
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_batch_that_the_code_asks_for_in_python_has_any_size(ending, tmp_path):
+    written = autoprune.export(Counts(), tmp_path / f"small{ending}", torch.randn(2, 4))
+    assert written.dynamic == {"x": {0: "batch"}}
+    x = torch.randn(7, 4)
+    torch.testing.assert_close(run(written.path, x)[0], Counts()(x))
+
+
+class Wraps(nn.Module):
+    """Takes a remainder by a size, for which ONNX has no translation where the size is free."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(0).long() % x.shape[0]
+
+
+@pytest.mark.slow
+@without_onnx
+def test_sizes_are_fixed_in_the_file_where_the_format_cannot_have_them_free(tmp_path):
+    import onnx
+
+    x = torch.rand(2, 4) * 5
+    assert autoprune.export(Wraps(), tmp_path / "small.pt2", x).dynamic == {"x": {0: "batch"}}
+    written = autoprune.export(Wraps(), tmp_path / "small.onnx", x)
+    assert written.dynamic == {}
+    assert "all sizes are fixed, because otherwise Wraps cannot be exported to ONNX" in written.notes[0]
+    (node,) = onnx.load(written.path).graph.input
+    assert [dim.dim_value for dim in node.type.tensor_type.shape.dim] == [2, 4]
+    assert torch.equal(run(written.path, x)[0], Wraps()(x))
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -154,7 +154,7 @@ def timed(sessions: Mapping[str, onnxruntime.InferenceSession], inputs: Any) -> 
     for which, session in sessions.items():
         nodes = session.get_inputs()
         given = inputs if isinstance(inputs, dict) else dict(zip([n.name for n in nodes], tensors, strict=False))
-        free = all(isinstance(node.shape[0], str) for node in nodes)
+        free = all(node.shape and node.shape[0] == "batch" for node in nodes)
         feeds[which] = {node.name: repeated(given[node.name], free).numpy() for node in nodes}
     seconds: dict[str, list[float]] = {which: [] for which in sessions}
     for _ in range(ROUNDS):

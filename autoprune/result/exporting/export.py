@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from autoprune.arguments import one_of
-from autoprune.files.access import as_path, replacing, shortened
+from autoprune.errors import UnsupportedModelError
+from autoprune.files.access import as_path, brief, replacing, shortened
 from autoprune.result.exporting.call import Call
 from autoprune.result.exporting.parity import Parity, checked_tolerance, compare
 from autoprune.result.exporting.program import Program, traced
@@ -93,8 +94,15 @@ def export(
         return _export_folder(small, target, example)
     write = _writer(format)
     with replacing(target) as fresh:  # so that a path that cannot be written fails first
-        program = traced(Call.of(small, example))
-        parity = write(program, fresh, tolerance)
+        call = Call.of(small, example)
+        program = traced(call)
+        try:
+            parity = write(program, fresh, tolerance)
+        except UnsupportedModelError as error:
+            if not program.dynamic:
+                raise
+            program = traced(call.fixed(0, 1), (f"all sizes are fixed, because otherwise {brief(ValueError(error))}",))
+            parity = write(program, fresh, tolerance)
     return Exported(target, format, parity, program.dynamic, program.notes)
 
 

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ BATCH, SEQUENCE = "batch", "sequence"
 DIMENSIONS = {0: BATCH, 1: SEQUENCE}
 _OPERATION = re.compile(r"\b(?:aten|prims|prim|torchvision|quantized|higher_order)[.:]+\w+(?:\.\w+)?")
 _NOISY = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+
+
+Traced = tuple[ExportedProgram, tuple[str, ...], dict[int, tuple[int, ...]]]
+"""Program, names of its inputs, and the dynamic dimensions of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,33 +50,40 @@ class Program:
     notes: tuple[str, ...]
 
 
-def traced(call: Call) -> Program:
+def traced(call: Call, notes: tuple[str, ...] = ()) -> Program:
     """Trace a call with dynamic dimensions, and with fewer where tracing or another size goes wrong.
+
+    Args:
+        call: The call.
+        notes: Those of the program begin with these.
 
     Raises:
         UnsupportedModelError: If it cannot be traced at any size; names the operation or the line.
     """
-    notes: list[str] = []
+    told = list(notes)
     attempts = [call]
     for fewer in (call.fixed(1), call.fixed(0, 1)):
         if fewer.dynamic != attempts[-1].dynamic:
             attempts.append(fewer)
     for tried in attempts[:-1]:
         try:
-            return _traced(tried, notes)
+            return _traced(tried, told)
         except UnsupportedModelError as error:
             fixed = SEQUENCE if any(1 in dims for dims in tried.dynamic.values()) else BATCH
-            notes.append(f"the {fixed} has a fixed size: {brief(error)}")
-    return _traced(attempts[-1], notes)
+            told.append(f"the {fixed} has a fixed size: {brief(ValueError(error))}")
+    return _traced(attempts[-1], told)
 
 
 def _traced(call: Call, notes: list[str]) -> Program:
-    exported = _export(call)
+    exported = _export(call, strict=False)
     inputs, found = _dynamic_in(exported, call)
-    missing = sorted({dim for i, dims in call.dynamic.items() for dim in dims if dim not in found.get(i, ())})
-    told = "has a fixed size in some inputs: the model's code makes it a constant"
-    notes = [*notes, *(f"the {DIMENSIONS[dim]} {told}" for dim in missing)]
-    other = Call.of_other_sizes(_with_dynamic(call, found))
+    if found != call.dynamic:
+        exported, inputs, found = _by_bytecode(call, (exported, inputs, found))
+    if found != call.dynamic:  # trace again, because files would name sizes that became constants later in the trace
+        lost = sorted({dim for i, dims in call.dynamic.items() for dim in dims if dim not in found.get(i, ())})
+        told = [f"the {DIMENSIONS[dim]} has a fixed size: the model's code makes it a constant" for dim in lost]
+        return _traced(replace(call, dynamic=found), [*notes, *told])
+    other = call.of_other_sizes()
     calls = (call,) if other is None else (call, other)
     try:
         expected = tuple(each.run() for each in calls)
@@ -82,11 +93,21 @@ def _traced(call: Call, notes: list[str]) -> Program:
         raise
     except Exception as error:  # the model or its program may refuse other sizes in any way
         raise UnsupportedModelError(f"{call.name} does not run with inputs of other sizes: {brief(error)}") from error
-    dynamic = {inputs[i]: {dim: DIMENSIONS[dim] for dim in dims} for i, dims in found.items() if dims}
+    dynamic = {inputs[i]: {dim: DIMENSIONS[dim] for dim in dims} for i, dims in found.items()}
     return Program(exported, calls, expected, inputs, dynamic, tuple(dict.fromkeys(notes)))
 
 
-def _export(call: Call) -> ExportedProgram:
+def _by_bytecode(call: Call, before: Traced) -> Traced:
+    """Trace again by analysing bytecode, which follows ``len(x)``, unless that goes wrong or fixes as much."""
+    try:
+        exported = _export(call, strict=True)
+        inputs, found = _dynamic_in(exported, call)
+    except UnsupportedModelError:
+        return before
+    return (exported, inputs, found) if found == call.dynamic else before
+
+
+def _export(call: Call, *, strict: bool) -> ExportedProgram:
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]  # torch's
     for i, dims in call.dynamic.items():
         shapes[call.tensors[i]] = dict.fromkeys(dims, Dim.AUTO)
@@ -95,7 +116,9 @@ def _export(call: Call) -> ExportedProgram:
     try:
         with torch.no_grad(), quiet(), redirect_stderr(io.StringIO()):  # to which the tracer prints whole graphs
             free = shapes if call.dynamic else None
-            exported = torch.export.export(call.module, call.args, dict(call.kwargs), dynamic_shapes=free)
+            exported = torch.export.export(
+                call.module, call.args, dict(call.kwargs), dynamic_shapes=free, strict=strict
+            )
     except Exception as error:  # the tracer raises many types, and so may a user's forward
         raise UnsupportedModelError(
             f"{call.name} cannot be exported{why(error)}; autoprune.save, which needs no trace, still works"
@@ -119,17 +142,14 @@ def _dynamic_in(exported: ExportedProgram, call: Call) -> tuple[tuple[str, ...],
         )
     sizes = [placeholders[name].meta["val"].shape for name in tensors]
     found = {i: tuple(dim for dim in dims if _free(sizes[i][dim])) for i, dims in call.dynamic.items()}
-    return tuple(tensors), found
+    if any(0 in dims and 0 not in found[i] for i, dims in call.dynamic.items()):  # samples of all inputs, or of none
+        found = {i: tuple(dim for dim in dims if dim) for i, dims in found.items()}
+    return tuple(tensors), {i: dims for i, dims in found.items() if dims}
 
 
 def _free(size: Any) -> bool:
     """Return whether a traced size may have other values: it may also have become a constant later in the trace."""
     return isinstance(size, torch.SymInt) and not size.node.shape_env.replace(size.node.expr).is_number
-
-
-def _with_dynamic(call: Call, found: dict[int, tuple[int, ...]]) -> Call:
-    gone = {dim for dim in DIMENSIONS if not all(dim in found[i] for i, dims in call.dynamic.items() if dim in dims)}
-    return call.fixed(*gone)
 
 
 def why(error: BaseException) -> str:
