@@ -87,8 +87,8 @@ def search(
             or ``"adaptive_bn"`` (statistics alone), ``"finetune"`` (a short training), ``"supernet"`` (one training of
             weights that all candidates share), or an `Evaluator`: those of ``autoprune.evaluators`` with settings, such
             as ``autoprune.evaluators.FineTune(steps=900)``, or one of your own.
-        optimizer: ``"auto"``, ``"knapsack"``, ``"level_switch"``, ``"nsga2"``, ``"bayes"`` or ``"random"``, an
-            `Optimizer`, or a function of (problem, seed), such as ``autoprune.optimizers.NSGA2``.
+        optimizer: ``"auto"``, ``"knapsack"``, ``"milp"``, ``"level_switch"``, ``"nsga2"``, ``"bayes"`` or ``"random"``,
+            an `Optimizer`, or a function of (problem, seed), such as ``autoprune.optimizers.NSGA2``.
         trials: Candidates to evaluate, probes included. ``"auto"`` stops when the latest quarter of them has gained
             next to nothing (see `autoprune.study.convergence.why_converged`), at 1,000 at the latest; a note gives the
             reason.

@@ -14,6 +14,7 @@ from autoprune.optimizers import (
     LevelSwitch,
     RandomSearch,
     find_optimizer,
+    milp,
     uniform_seeds,
 )
 from autoprune.optimizers.history import Archive
@@ -48,6 +49,11 @@ def knapsack(problem, seed):
     return Knapsack(dataclasses.replace(problem, trials=40), seed)
 
 
+def exact(problem, seed):
+    """As `knapsack`, with five budgets solved exactly."""
+    return milp(dataclasses.replace(problem, trials=10), seed)
+
+
 def auto(problem, seed):
     """A scan and a front of at most 21 candidates, so that the contract tests see the refinement too."""
     return Auto(dataclasses.replace(problem, trials=40), seed)
@@ -59,6 +65,7 @@ NAMED = {
     "level_switch": LevelSwitch,
     "bayes": Bayes,
     "knapsack": knapsack,
+    "milp": exact,
     "auto": auto,
 }
 MAKERS = [pytest.param(maker, id=name) for name, maker in NAMED.items()]
@@ -66,7 +73,8 @@ CASES = [
     pytest.param(maker, kind, id=f"{name}-{kind}")
     for name, maker in NAMED.items()
     for kind in LARGE_AND_TINY
-    if maker is not Bayes or kind in ("additive", "blocks")  # it is slow; these two are without and with categories
+    # Those that are slow see two kinds, without and with categories; "blocks" has products, too.
+    if name not in ("bayes", "milp") or kind in ("additive", "blocks")
 ]
 
 

@@ -48,7 +48,7 @@ def search(
     metric: Annotated[
         str, typer.Option(help="auto, accuracy, agreement, cosine, loss, miou, mse, next_token or relative_error.")
     ] = "auto",
-    optimizer: Annotated[str, typer.Option(help="auto, knapsack, level_switch, nsga2, bayes or random.")] = "auto",
+    optimizer: Annotated[str, typer.Option(help="auto, knapsack, milp, level_switch, nsga2, bayes, random.")] = "auto",
     evaluator: Annotated[str, typer.Option(help="auto, adaptive_bn, compensated, finetune or supernet.")] = "auto",
     racing: Annotated[bool, typer.Option(help="Drop candidates once they are known to be dominated.")] = False,
     space: Annotated[

@@ -9,7 +9,7 @@ from autoprune.arguments import shown, why_no_function
 from autoprune.optimizers.auto import Auto
 from autoprune.optimizers.bayes import Bayes
 from autoprune.optimizers.history import Archive
-from autoprune.optimizers.knapsack.knapsack import Knapsack
+from autoprune.optimizers.knapsack.knapsack import Knapsack, milp
 from autoprune.optimizers.level_switch import LevelSwitch
 from autoprune.optimizers.nsga2 import NSGA2
 from autoprune.optimizers.problem import Problem, uniform_seeds
@@ -28,18 +28,20 @@ __all__ = [
     "Problem",
     "RandomSearch",
     "find_optimizer",
+    "milp",
     "uniform_seeds",
 ]
 
 MakeOptimizer = Callable[[Problem, int], Optimizer]
 
-OptimizerName = Literal["auto", "knapsack", "level_switch", "nsga2", "bayes", "random"]
+OptimizerName = Literal["auto", "knapsack", "milp", "level_switch", "nsga2", "bayes", "random"]
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "auto": Auto,
     "bayes": Bayes,
     "knapsack": Knapsack,
     "level_switch": LevelSwitch,
+    "milp": milp,
     "nsga2": NSGA2,
     "random": RandomSearch,
 }
