@@ -19,7 +19,7 @@ from autoprune.protocols import FloatArray, IntArray
 _ENTRIES = 2**18  # most products of options of pairs: beyond, the program takes longer than it is worth
 _ROWS = 2**14  # candidates priced at once
 _ROUNDING = 1e-9  # of a cost: less is no coupling
-_NODES = 200  # each takes up to tenths of a second
+_NODES = 500  # some seconds; SciPy hands over no choice where a tree is cut off, so the knapsack stands then
 _ROUNDS = 2
 
 
