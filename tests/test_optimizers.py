@@ -201,7 +201,7 @@ def test_an_unknown_optimizer_is_refused_with_the_names_there_are():
     problem = additive_problem([3, 3], seed=0).problem
     with pytest.raises(
         ValueError,
-        match=r"must be one of \['auto', 'bayes', 'knapsack', 'level_switch', 'nsga2', 'random'\], got 'nsga3'",
+        match=r"must be one of \['auto', 'bayes', 'knapsack', 'level_switch', 'milp', 'nsga2', 'random'\], got 'nsga3'",
     ):
         find_optimizer("nsga3")(problem, 0)
     with pytest.raises(TypeError, match=r"have ask and tell, got 3"):
