@@ -20,6 +20,7 @@ from autoprune.evaluators.protocol import Context
 from autoprune.evaluators.refit.finding import find_layers
 from autoprune.evaluators.refit.layers import Layer, columns_kept
 from autoprune.evaluators.refit.least_squares import Normal
+from autoprune.evaluators.refit.linear_maps import LinearMaps
 from autoprune.evaluators.refit.normalisation import Correction
 from autoprune.evaluators.scoring.scorer import Adapted, bound_forward
 from autoprune.importance.calibration import private_copy
@@ -89,6 +90,7 @@ class Compensated:
         self._collected = False
         self._whole = {"bn": bn, "bias": bias, "least_squares": least_squares}  # the parts that `collect` serves
         self._typical: Pruning | None = None
+        self._maps: LinearMaps | None = None
 
     def prepare(self, context: Context) -> None:
         """Collect the inputs of layers, and make the skeleton that every candidate is cut from."""
@@ -120,6 +122,11 @@ class Compensated:
             with seeded(0):
                 for layer in find_layers(calibration, memory, self._ridge, typical, whole._centred):
                     self._layers[layer.reader.name].append(layer)
+        self._maps = (
+            LinearMaps(calibration, context.structure.branches)
+            if whole._least_squares and drops(context.space)
+            else None
+        )
         self._collected = True
 
     def with_parts(self, **parts: bool) -> Compensated:
@@ -151,7 +158,8 @@ class Compensated:
         """Parts that are on and change something in this model; known after `collect`."""
         layers = [layer for each in self._layers.values() for layer in each]
         busy = {
-            "least_squares": any(layer.moments.sketch_rows is not None for layer in layers),
+            "least_squares": any(layer.moments.sketch_rows is not None for layer in layers)
+            or (self._maps is not None and self._maps.useful),
             "bias": any(map(self._shifted, layers)),
             "bn": self._correction is not None,
         }
@@ -203,6 +211,8 @@ class Compensated:
             if name in edit.zeroed or layers[0].reader.dim in edit.slices.get(name, {}):
                 for layer in layers:
                     self._refit(module, edit, layer)
+        if self._least_squares and self._maps is not None:
+            self._maps.apply(module, edit, _replace)
         if self._bn and self._correction is not None:
             self._correction.apply(module, edit, run)
 
@@ -262,6 +272,11 @@ def middle_of(space: SearchSpace) -> Pruning:
             alone = np.where(np.arange(len(middle)) == j, middle, 0)
             middle[j] = 0 if space.pruning(alone.tolist()).dropped else middle[j]
     return space.pruning(middle.tolist())
+
+
+def drops(space: SearchSpace) -> bool:
+    """Return whether candidates of a space may drop parts as a whole."""
+    return isinstance(space, Silences) and bool(space.pruning((np.array(space.sizes) - 1).tolist()).dropped)
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

@@ -13,6 +13,7 @@ from autoprune.evaluators.activation_cache.digests import Mark, digests_of, firs
 from autoprune.evaluators.activation_cache.flow import flow_of
 from autoprune.evaluators.activation_cache.resume_points import Cut, NothingToShareError, choose_cuts
 from autoprune.evaluators.protocol import Context
+from autoprune.structure.branches.branch import Branch
 from autoprune.structure.slicing.slicing import Edit
 
 log = logging.getLogger(__name__)
@@ -25,14 +26,16 @@ class Plan:
     Attributes:
         cuts: Those whose outputs are kept, in the order of the pass; none where sharing is impossible.
         marks: First use of each tensor and module that candidates change.
+        branches: Those that candidates may drop.
     """
 
     cuts: tuple[Cut, ...] = ()
     marks: Sequence[Mark] = ()
+    branches: Sequence[Branch] = ()
 
     def digests(self, edit: Edit) -> dict[str, bytes]:
         """Digests of what a candidate changes before each cut, see `digests_of`."""
-        return digests_of(edit, self.marks, self.cuts)
+        return digests_of(edit, self.marks, self.cuts, self.branches)
 
     @cached_property
     def by_name(self) -> dict[str, Cut]:
@@ -70,4 +73,5 @@ def plan_of(context: Context, memory_bytes: int) -> Plan:
         log.info("candidates share no computation: %s", said(error))
         return Plan()
     samples = subsets.samples["calibration"] + subsets.samples["validation"]
-    return Plan(choose_cuts(flow, firsts, samples, memory_bytes), marks_of(context, flow))
+    cuts = choose_cuts(flow, firsts, samples, memory_bytes)
+    return Plan(cuts, marks_of(context, flow), context.structure.branches)

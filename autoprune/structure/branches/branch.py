@@ -25,6 +25,9 @@ class Branch:
         members: Branches that make it up: it is dropped when all of them are. Empty where more would stay of it then.
         whole: Whether a module that hands its input on takes its place; else zeros are added.
         modules: Modules that vanish, each with what stands for its return value, JSON-ready.
+        follows: Of a whole module, the branch whose result it is given; empty if there is none.
+        fed_by: Of a whole module, the linear layer whose output is the last to be added to what it is given, so that a
+            linear map in its place can be merged into that layer; empty if there is none.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Branch:
     members: tuple[str, ...] = ()
     whole: bool = False
     modules: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    follows: str = ""
+    fed_by: str = ""
 
     def holds(self, module: str) -> bool:
         """Return whether a module lies inside it."""

@@ -13,6 +13,7 @@ from autoprune.structure.branches.additions import Addition, find_additions
 from autoprune.structure.branches.blocks import Block, find_blocks
 from autoprune.structure.branches.branch import Branch, inside, relatives
 from autoprune.structure.branches.dataflow import Dataflow
+from autoprune.structure.branches.handover import find_handovers
 from autoprune.structure.branches.plan import Calls, NotLeftOutError, Plan, joined, plan_of
 from autoprune.structure.labels import Propagation
 from autoprune.structure.owners import owners
@@ -74,7 +75,15 @@ def find_branches(labels: Propagation, units: Units, model: nn.Module) -> Found:
             refused.setdefault(_common(tuple(plan.modules)), f"{others[0]} runs elsewhere, too")
         else:
             alone.append(plan)
-    return _arranged(calls, alone, _sums(additions, alone) | _members(blocks), refused)
+    found = _arranged(calls, alone, _sums(additions, alone) | _members(blocks), refused)
+    handovers = find_handovers(calls, additions, found.plans)
+    linked = (
+        replace(branch, follows=handovers[branch.name][0], fed_by=handovers[branch.name][1])
+        if branch.name in handovers
+        else branch
+        for branch in found.branches
+    )
+    return replace(found, branches=tuple(linked))
 
 
 def _planned(calls: Calls, additions: Sequence[Addition], stay: set[str], refused: dict[str, str]) -> list[Plan]:

@@ -36,7 +36,7 @@ class Dropped(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what stands for the module's result."""
-        return _filled(self.returns, args, kwargs)
+        return returned(self.returns, args, kwargs)
 
     def extra_repr(self) -> str:
         """Describe what calls return."""
@@ -116,14 +116,15 @@ def require_returns(returns: Any) -> None:
         raise ValueError(f"a dropped module must return arguments, zeros or plain values, got {returns!r:.80}")
 
 
-def _filled(returns: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def returned(returns: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Make what stands for the result of a dropped module from the arguments that it is called with."""
     ((kind, inner),) = returns.items()
     if kind == "tuple":
-        return tuple(_filled(entry, args, kwargs) for entry in inner)
+        return tuple(returned(entry, args, kwargs) for entry in inner)
     if kind == "list":
-        return [_filled(entry, args, kwargs) for entry in inner]
+        return [returned(entry, args, kwargs) for entry in inner]
     if kind == "dict":
-        return {name: _filled(entry, args, kwargs) for name, entry in inner.items()}
+        return {name: returned(entry, args, kwargs) for name, entry in inner.items()}
     if kind == "value":
         return inner
     given = _argument(inner[0], inner[1], args, kwargs)
