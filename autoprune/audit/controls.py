@@ -102,5 +102,6 @@ class _RandomUnits:
         return getattr(self._space, name)
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
-        kept = self._space.pruning(candidate).kept
-        return Pruning({name: tuple(sorted(self._orders[name][: len(units)].tolist())) for name, units in kept.items()})
+        given = self._space.pruning(candidate)
+        drawn = {n: tuple(sorted(self._orders[n][: len(units)].tolist())) for n, units in given.kept.items()}
+        return Pruning(drawn, dropped=given.dropped)

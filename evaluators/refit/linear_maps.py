@@ -30,7 +30,10 @@ MOST_BYTES = 2**29
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridges that are tried, as multiples of the mean square of the layer's outputs."""
 
-_HELD_OUT = 4  # every fourth row judges the ridges
+LEAST_GAIN = 0.98
+"""Largest share of the held-out error that a map may leave: any ridge gains a little by chance."""
+
+_HELD_OUT = 4  # one row in four judges the ridges; drawn, because positions of sequences repeat
 _AGREES = 1e-3  # relative difference between a layer's output and its product
 
 
@@ -121,8 +124,9 @@ class LinearMaps:
                 fed = fed[:, index]
                 added = added[:, index]
             bias = getattr(self._feeds[run.fed_by], "bias", None) is not None
-            # Norms divide by the length of the stream, and few tokens, such as the first, are a thousand times longer.
-            weight = 1 / after.norm(dim=1, keepdim=True).clamp(min=torch.finfo(after.dtype).tiny)
+            # Norms divide by the length of the stream, but the few tokens where it is a thousand times longer, such as
+            # the first, are those that attention rests on: the root is between the two.
+            weight = after.norm(dim=1, keepdim=True).clamp(min=torch.finfo(after.dtype).tiny).rsqrt()
             self._found[key] = fitted_map(fed, added, weight, bias) if len(fed) == len(added) else None
         return self._found[key]
 
@@ -133,13 +137,15 @@ class LinearMaps:
         row_bytes = 4 * max(widths) * (2 * len(self._blocks) + len(widths))
         most = max(min(MOST_ROWS, MOST_BYTES // row_bytes) // max(len(calibration.batches), 1), 1)
         mask: Tensor | None = None
+        batches = 0
 
         def keep(kind: str, name: str, given: Tensor) -> None:
             rows = given.detach().flatten(0, -2)
             real = kept_positions(mask, given.shape[:-1])
             if real is not None:
                 rows = rows[real.flatten()]
-            index = torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()
+            drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(batches))[:most]
+            index = drawn.sort().values.to(rows.device)  # the same for all that has as many rows
             self._rows.setdefault((kind, name), []).append(rows[index].float())
 
         with ExitStack() as stack:
@@ -149,6 +155,7 @@ class LinearMaps:
             for name, layer in self._feeds.items():
                 stack.callback(layer.register_forward_hook(self._watching_layer(name, keep)).remove)
             for batch in calibration.batches:
+                batches += 1
                 mask = positions_of(batch)
                 calibration.forward(calibration.model, batch)
 
@@ -201,7 +208,8 @@ def fitted_map(fed: Tensor, added: Tensor, weight: Tensor, intercept: bool) -> L
         intercept: Whether a constant is fitted, too.
     """
     fed, added, weight = (each.double() for each in (fed, added, weight))
-    held = torch.arange(len(fed), device=fed.device) % _HELD_OUT == _HELD_OUT - 1
+    order = torch.randperm(len(fed), generator=torch.Generator().manual_seed(0)).to(fed.device)
+    held = order % _HELD_OUT == 0
     part = _Regression(fed[~held], added[~held], weight[~held], intercept)
 
     def error(found: LinearMap | None) -> float:
@@ -210,7 +218,7 @@ def fitted_map(fed: Tensor, added: Tensor, weight: Tensor, intercept: bool) -> L
 
     errors = {ridge: error(part.map(ridge)) for ridge in RIDGES}
     best = min(errors, key=errors.__getitem__)
-    if not held.any() or errors[best] >= error(None):
+    if not held.any() or errors[best] > LEAST_GAIN * error(None):
         return None
     found = _Regression(fed, added, weight, intercept).map(best)
     return LinearMap(found.change.float(), None if found.shift is None else found.shift.float())
