@@ -17,7 +17,7 @@ EXTENT_FORM = {"fixed": int, "shares": {str: int}}
 
 
 def extents_of(structure: Structure, weight: str) -> tuple[Extent, ...]:
-    """Sizes of the dimensions of a weight as functions of the widths."""
+    """Sizes of the dimensions of a weight as functions of the widths, then the presence of each branch around it."""
     found = []
     for dim, size in enumerate(structure.weights[weight]):
         shares: dict[str, int] = {}
@@ -27,7 +27,13 @@ def extents_of(structure: Structure, weight: str) -> tuple[Extent, ...]:
                 shares[group.name] = members
                 size -= members * group.size
         found.append((size, tuple(shares.items())))
-    return tuple(found)
+    presences = ((0, ((presence_of(branch.name), 1),)) for branch in structure.branches if weight in branch.parameters)
+    return (*found, *presences)
+
+
+def presence_of(branch: str) -> str:
+    """Name of the width of a branch, 1 where it is kept and 0 where it is dropped; no group has such a name."""
+    return f"branch {branch}"
 
 
 def extents_to_json(extents: Sequence[Extent]) -> list[dict[str, Any]]:
@@ -46,23 +52,28 @@ class LeftElements:
 
     Args:
         weights: Sizes of the dimensions of each weight.
-        groups: Names of the groups, in the order of widths.
+        columns: Names of the groups and of the presences of branches, in the order of widths.
     """
 
-    def __init__(self, weights: Sequence[Sequence[Extent]], groups: Sequence[str]) -> None:
+    def __init__(self, weights: Sequence[Sequence[Extent]], columns: Sequence[str]) -> None:
         from scipy.sparse import csr_array
 
-        columns = {name: i for i, name in enumerate(groups)}
+        places = {name: i for i, name in enumerate(columns)}
         sizes = [extent for extents in weights for extent in extents]
-        entries = [(row, columns[name], each) for row, (_, shares) in enumerate(sizes) for name, each in shares]
+        entries = [(row, places[name], each) for row, (_, shares) in enumerate(sizes) for name, each in shares]
         row, column, each = np.array(entries, dtype=np.int64).reshape(-1, 3).T
-        self._groups = len(groups)
+        self._columns = len(columns)
         self._fixed = np.array([fixed for fixed, _ in sizes], dtype=np.int64)
-        self._shares = csr_array((each, (row, column)), shape=(len(sizes), len(groups)))
+        self._shares = csr_array((each, (row, column)), shape=(len(sizes), len(columns)))
         self._starts = np.cumsum([0, *map(len, weights)])[:-1]
 
     def __call__(self, widths: FloatArray) -> IntArray:
-        """Elements left of each weight, int64, shape (n, weights), at widths (n, groups or more)."""
-        sizes = self._fixed + (self._shares @ widths[:, : self._groups].astype(np.int64).T).T
+        """Elements left of each weight, int64, shape (n, weights), at widths (n, groups + branches).
+
+        The columns of branches may be left out where all are kept.
+        """
+        missing = self._columns - widths.shape[1]
+        whole = np.pad(widths, ((0, 0), (0, missing)), constant_values=1.0).astype(np.int64)
+        sizes = self._fixed + (self._shares @ whole.T).T
         left: IntArray = np.multiply.reduceat(sizes, self._starts, axis=1)
         return left

@@ -24,6 +24,7 @@ from autoprune.search_spaces.elements import (
     extents_from_json,
     extents_of,
     extents_to_json,
+    presence_of,
 )
 from autoprune.search_spaces.options import decoded, sizes_of, with_options
 from autoprune.structure.structure import Structure
@@ -93,7 +94,8 @@ class Sparsity:
                 "loosen ignore= or levels="
             )
         groups = tuple((group.name, group.size) for group in structure.groups)
-        return SparsitySpace(tuple(dimensions), tuple(elements), groups, tuple(extents))
+        branches = tuple(branch.name for branch in structure.branches)
+        return SparsitySpace(tuple(dimensions), tuple(elements), groups, tuple(extents), branches)
 
 
 def zeros_at(level: float, elements: int) -> int:
@@ -114,6 +116,7 @@ def _fractions(dimensions: Sequence[Dimension], most: int) -> NDArray[Any]:
 
 _FORM = {
     "groups": [[(str, int)]],
+    "branches?": [str],
     "dimensions": [{"name": str, "options": [float], "elements": int, "extents?": [EXTENT_FORM]}],
 }
 
@@ -126,13 +129,16 @@ class SparsitySpace:
         dimensions: One for each weight with a choice; options are fractions set to zero, rising from 0.
         elements: Elements of each of these weights.
         groups: Name and size of every group of the structure, in its order; all stay whole.
-        extents: Sizes of the dimensions of each weight; without them (in older files) all sizes are taken as constant.
+        extents: Sizes of the dimensions of each weight, and presences of branches around it; without them (in older
+            files) all sizes are taken as constant.
+        branches: Name of every branch of the structure, in its order.
     """
 
     dimensions: tuple[Dimension, ...]
     elements: tuple[int, ...]
     groups: tuple[tuple[str, int], ...]
     extents: tuple[tuple[Extent, ...], ...] = ()
+    branches: tuple[str, ...] = ()
     _table: FloatArray = field(init=False, repr=False, compare=False)  # elements set to zero by dimension and option
     _rows: IntArray = field(init=False, repr=False, compare=False)
     _shares: NDArray[Any] = field(init=False, repr=False, compare=False)  # levels as fractions, (2, d, most options)
@@ -140,13 +146,17 @@ class SparsitySpace:
 
     def __post_init__(self) -> None:
         extents = self.extents or tuple(((count, ()),) for count in self.elements)
-        object.__setattr__(self, "_left", LeftElements(extents, [name for name, _ in self.groups]))
+        object.__setattr__(self, "_left", LeftElements(extents, self._columns))
         table = np.zeros((len(self.dimensions), int(self.sizes.max())))
         for row, dimension, elements in zip(table, self.dimensions, self.elements, strict=True):
             row[: len(dimension.options)] = [zeros_at(level, elements) for level in dimension.options]
         object.__setattr__(self, "_table", table)
         object.__setattr__(self, "_rows", np.arange(len(table)))
         object.__setattr__(self, "_shares", _fractions(self.dimensions, max(self.elements)))
+
+    @property
+    def _columns(self) -> list[str]:
+        return [*(name for name, _ in self.groups), *map(presence_of, self.branches)]
 
     @property
     def sizes(self) -> IntArray:
@@ -198,7 +208,8 @@ class SparsitySpace:
         ]
         for dimension, extents in zip(dimensions, self.extents, strict=False):  # an older file has none
             dimension["extents"] = extents_to_json(extents)
-        return {"type": "sparsity", "groups": [list(group) for group in self.groups], "dimensions": dimensions}
+        found = {"type": "sparsity", "groups": [list(group) for group in self.groups], "dimensions": dimensions}
+        return found | ({"branches": list(self.branches)} if self.branches else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SparsitySpace:
@@ -220,6 +231,7 @@ class SparsitySpace:
             elements=tuple(d["elements"] for d in data["dimensions"]),
             groups=tuple((str(name), int(size)) for name, size in data["groups"]),
             extents=extents,
+            branches=tuple(data.get("branches", ())),
         )
 
     def describe(self) -> str:
@@ -236,7 +248,7 @@ def _require_extents(extents: Sequence[Sequence[Extent]], data: Mapping[str, Any
     Raises:
         ValueError: Names the first weight for which they do not.
     """
-    widths = dict(data["groups"])
+    widths = {**dict(data["groups"]), **{presence_of(branch): 1 for branch in data.get("branches", ())}}
     for d, own in zip(data["dimensions"], extents, strict=False):
         known = all(name in widths for _, shares in own for name, _ in shares)
         sizes = [fixed + sum(each * widths[name] for name, each in shares) for fixed, shares in own] if known else []
