@@ -174,9 +174,9 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the exporters: what they warn of is measured afterwards."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
+def quiet(*libraries: str) -> Iterator[None]:
+    """Silence libraries, by default the exporters: what they warn of is measured afterwards."""
+    loggers = [logging.getLogger(name) for name in libraries or _NOISY]
     before = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -133,13 +133,13 @@ def _numbers(config: Mapping[str, Any]) -> list[tuple[str, int]]:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of one file, or of those that an index names."""
     expected = f"path must be a folder with {WEIGHTS}"
-    if not (folder / INDEX).exists():
-        if not (folder / WEIGHTS).exists():
-            raise FileNotFoundError(
-                f"{expected}, got {shortened(folder)}: there is none; other files of weights are pickles, which are "
-                "never read"
-            )
+    if (folder / WEIGHTS).exists():
         return read_tensors(folder / WEIGHTS, expected, MOST_WEIGHTS)[1]
+    if not (folder / INDEX).exists():
+        raise FileNotFoundError(
+            f"{expected}, got {shortened(folder)}: there is none; other files of weights are pickles, which are never "
+            "read"
+        )
     file = require_file(folder / INDEX, expected, MOST_CONFIG)
     with _damaged(file):
         index = read_json(file, MOST_CONFIG)

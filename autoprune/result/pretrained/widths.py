@@ -62,29 +62,40 @@ def widths_of(module: nn.Module, make: Make, dense: Mapping[str, Any], dropped: 
         dense: The config of the dense model.
         dropped: Names of modules that were left out.
     """
-    names = {field: name for field in NAMES if (name := _own_name(field, dense))}
-    if FEED_FORWARD in names and dense[names[FEED_FORWARD]] is None and HIDDEN in names:
-        dense = {**dense, names[FEED_FORWARD]: 4 * dense[names[HIDDEN]]}  # as GPT-2 and its kin mean it
-    names = {field: name for field, name in names.items() if type(dense[name]) is int}
+    dense, names = _fields(dense)
+    base = {field: int(dense[name]) for field, name in names.items()}
     with seeded(0), torch.device("meta"):
         outline = make(dense)
-        follows = _followers(make, outline, {field: dense[name] for field, name in names.items()}, names, dense)
-    base = {field: int(dense[name]) for field, name in names.items()}
+        follows = _followers(make, outline, base, names, dense)
     reading = _Reading(_sizes(outline), _sizes(module), follows, base)
-    prefix = _stack(outline)
-    outside = reading.values("", prefix)
+    stack = _stack(outline)
+    outside = reading.values("", stack)
     known = {**base, **{field: outside[field] for field in (HIDDEN, HEAD_SIZE) if field in outside}}
-    layers = None
-    if prefix:
-        count = len(outline.get_submodule(prefix))  # type: ignore[arg-type]  # a list of layers
-        read = [reading.values(f"{prefix}.{i}.", "", known) for i in range(count)]
-        inner = tuple({f: v for f, v in own.items() if f not in (HIDDEN, HEAD_SIZE)} for own in read)
-        layers = LayerWidths(inner, tuple(_skipped(f"{prefix}.{i}", dropped) for i in range(count)))
+    layers = _layers(reading, outline, stack, known, dropped) if stack else None
     whole = {**reading.values("", "", known), **outside} if layers is None else {**outside, **layers.plain()}
     plain = {names[field]: value for field, value in whole.items() if value != base[field]}
     varied = {} if layers is None else layers.per_layer_config(base)
     per_layer = {i: {names.get(key, key): value for key, value in own.items()} for i, own in varied.items()}
     return Widths(plain, per_layer, layers)
+
+
+def _fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A config with the sizes that it implies, and the names of its fields by common names."""
+    names = {field: name for field in NAMES if (name := next((each for each in NAMES[field] if each in config), ""))}
+    full = dict(config)
+    if FEED_FORWARD in names and full[names[FEED_FORWARD]] is None and HIDDEN in names:
+        full[names[FEED_FORWARD]] = 4 * full[names[HIDDEN]]  # as GPT-2 and its kin mean it
+    return full, {field: name for field, name in names.items() if type(full[name]) is int}
+
+
+def _layers(
+    reading: _Reading, outline: nn.Module, stack: str, known: Mapping[str, int], dropped: Mapping[str, Any]
+) -> LayerWidths:
+    """Widths of each layer of a stack."""
+    count = sum(1 for _ in outline.get_submodule(stack).children())
+    read = [reading.values(f"{stack}.{i}.", "", known) for i in range(count)]
+    inner = tuple({f: v for f, v in own.items() if f not in (HIDDEN, HEAD_SIZE)} for own in read)
+    return LayerWidths(inner, tuple(_skipped(f"{stack}.{i}", dropped) for i in range(count)))
 
 
 @dataclass(frozen=True)
@@ -139,10 +150,6 @@ class _Reading:
 def _agreed(field: str, values: list[int | None]) -> int | None:
     ((commonest, count),) = Counter(values).most_common(1)
     return commonest if field == HIDDEN or count == len(values) else None
-
-
-def _own_name(field: str, config: Mapping[str, Any]) -> str:
-    return next((name for name in NAMES[field] if name in config), "")
 
 
 def _followers(

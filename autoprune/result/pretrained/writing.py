@@ -16,6 +16,7 @@ from torch import nn
 from autoprune.errors import UnsupportedModelError
 from autoprune.files.access import as_path, brief, explaining, make_folder, write_json
 from autoprune.files.tensor_file import write_tensors
+from autoprune.result.exporting.program import quiet
 from autoprune.result.pretrained.folder import CONFIG, GENERATION, WEIGHTS, from_pretrained, transformers_library
 from autoprune.result.pretrained.section import FORM, FORMAT, KEY
 from autoprune.result.pretrained.widths import Widths, widths_of
@@ -130,7 +131,8 @@ def _readable(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
     """
     for allowed in ({}, {ALLOW: True}):
         try:
-            kind.config_class.from_dict({**copy.deepcopy(dict(config)), **allowed})
+            with quiet("transformers"):  # which warns of what is allowed here
+                kind.config_class.from_dict({**copy.deepcopy(dict(config)), **allowed})
         except Exception:  # classes check their configs in any way
             continue
         return {PER_LAYER: config[PER_LAYER], **allowed}
