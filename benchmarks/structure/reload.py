@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def report(found: dict[str, Any]) -> str:
-    """What was found, in words."""
+    """Put the findings into words."""
     dense, small = (f"{count / 1e6:.1f} M" for count in found["parameters"])
     equal = "equal to the last bit" if all(found["equal"].values()) else f"different: {found['equal']}"
     sizes = ", ".join(f"`{name}` {size / 1e3:,.0f} kB" for name, size in sorted(found["bytes"].items()))
