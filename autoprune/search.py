@@ -81,8 +81,10 @@ def search(
             the score is its value of the whole set. One without a ``reduction`` is called on single samples if their
             mean is its value of a batch, else on the whole set at once, and then bad candidates cannot be stopped
             early.
-        space: ``"channels"``, ``"sparsity"``, or settings: ``Channels(round_to=8, ignore=["head*"], ...)``,
-            ``Sparsity(levels=(0, 0.5, 0.9), ...)``.
+        space: ``"channels"``, ``"sparsity"``, ``"depth"``, ``"blocks"`` (all repeated blocks alike), ``"auto"`` (the
+            widths that suit the model, with its depth; a note says which), or settings:
+            ``Channels(round_to=8, ignore=["head*"], ...)``, ``Sparsity(levels=(0, 0.5, 0.9), ...)``,
+            ``Product(Channels(), Depth())``.
         evaluator: ``"auto"`` is ``"compensated"`` (layers re-fitted by least squares, with biases and statistics);
             or ``"adaptive_bn"`` (statistics alone), ``"finetune"`` (a short training), ``"supernet"`` (one training of
             weights that all candidates share), or an `Evaluator`: those of ``autoprune.evaluators`` with settings, such

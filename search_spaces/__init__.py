@@ -26,11 +26,13 @@ from autoprune.search_spaces.registry import (
 )
 from autoprune.search_spaces.restricted import Restricted, refine
 from autoprune.search_spaces.sparsity import Sparsity, SparsitySpace
+from autoprune.search_spaces.suited import Suited
 
 register_space("channels", Channels, ChannelSpace)
 register_space("sparsity", Sparsity, SparsitySpace)
 register_space("blocks", Blocks, Choices)
 register_space("depth", Depth, DepthSpace)
+register_space("auto", Suited, ProductSpace)
 SPACES["choices"] = Kind(None, Choices)
 SPACES["product"] = Kind(None, ProductSpace)
 
@@ -51,6 +53,7 @@ __all__ = [
     "Settings",
     "Sparsity",
     "SparsitySpace",
+    "Suited",
     "make_space",
     "needs_latency",
     "refine",
