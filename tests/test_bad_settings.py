@@ -60,7 +60,7 @@ class TestNames:
         [
             ("optimizer", "'nsga2', 'random'"),
             ("evaluator", "'adaptive_bn', 'auto'"),
-            ("space", "'channels', 'sparsity'"),
+            ("space", "'auto', 'blocks', 'channels', 'depth', 'sparsity'"),
             ("metric", "'accuracy', 'agreement', 'auto'"),
             ("execution", "'local'"),
         ],
