@@ -57,6 +57,6 @@ PEERS: dict[str, dict[str, Method]] = {
         "3 groups, pruned inputs": partial(zip_lm, groups=3, damping=1e-2, sequential=True),
     },
     "MultiPruner": {"lazy": multi_pruner},
-    "EvoPress": {"damping 1e-2": partial(evo_press, damping=1e-2)},
+    "EvoPress": {"damping 1e-4": partial(evo_press, damping=1e-4)},
 }
 METHODS = PEERS | {OURS: {space: partial(search, space=space) for space in SPACES}}
