@@ -63,8 +63,10 @@ def report(found: Found) -> str:
         header = [TITLES[kind], *(f"{share} of the parameters" for share in shares)]
         lines = [[method, *(cell(found, kept.get((method, share)), kind) for share in shares)] for method in methods]
         text += f"\n\n{table(header, lines)}"
-    return f"{text}\n\n{against(found, kept, shares)}Variants kept, and processor seconds of pruning, those of what cells share counted in the first of them:\n\n" + table(
-        ["", *shares], [[method, *(variant_of(kept.get((method, share))) for share in shares)] for method in methods]
+    lines = [[method, *(variant_of(kept.get((method, share))) for share in shares)] for method in methods]
+    return (
+        f"{text}\n\n{against(found, kept, shares)}Variants kept, and processor seconds of pruning, passes that "
+        f"cells share counted in the first of them:\n\n{table(['', *shares], lines)}"
     )
 
 
