@@ -19,19 +19,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
+from autoprune import Channels, Data
 from autoprune.data.batch import Batch, Forward, batch_size, default_forward
+from autoprune.evaluators import Compensated
 from autoprune.importance.calibration import Calibration
+from autoprune.importance.criteria import score_units
 from autoprune.importance.database.build import build_database, equations_of
 from autoprune.importance.database.database import Database
 from autoprune.importance.database.downdates import remove_greedily
 from autoprune.importance.database.parts import RIDGE, Part, refitted
+from autoprune.importance.expected_loss import expected_losses
 from autoprune.importance.reading import matrix_of
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.structure.slicing.slicing import Slicer
+from autoprune.testing.contexts import study_for
 from benchmarks.peers import language_model
 from benchmarks.support.common import RESULTS, environment, table, write
 from benchmarks.support.pretrained import Sentences, folder_of, sentences, tokens
@@ -40,6 +46,8 @@ LEVELS = tuple(1 - i / 8 for i in range(1, 8))
 """Shares of units kept at which losses are compared, next to all and none of them."""
 SEQUENCES, LENGTH, SENTENCES = 64, 256, 128
 SMALLER = 0.75
+CALIBRATED, VALIDATED = 96, 48
+CRITERIA = ("obs", "contribution", "l2", "taylor")
 FEW = 4
 """Batches on which errors are compared, and a candidate is timed."""
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.evaluators.layer_database"
@@ -169,6 +177,42 @@ def stitched(calibration: Calibration, database: Database) -> dict[str, Any]:
     }
 
 
+def quality() -> dict[str, Any]:
+    """MiniLM with fewer units everywhere, by criterion; and priors against the loss of each group alone at half."""
+    texts = sentences(CALIBRATED + VALIDATED)
+    data = Data(tokens(texts[:CALIBRATED], 16), tokens(texts[CALIBRATED:], 16), batch_size=16)
+    found: dict[str, Any] = {"uniform": {}}
+    for criterion in CRITERIA:
+        study = study_for(
+            Sentences(),
+            "flops <= 90%",
+            data,
+            space=Channels(options=(1.0, 0.75, 0.5), criterion=criterion),
+            evaluator=Compensated(ridge=RIDGE),
+            metric="relative_error",
+        )
+        space = study.context.space
+        most = np.array(space.sizes) - 1
+        levels = np.stack([np.minimum(level, most) for level in (1, 2)])
+        found["uniform"][criterion] = [_signal(each) for each in study.evaluator.evaluate(levels)]
+        if criterion == "obs":
+            measured = [_signal(each) for each in study.evaluator.evaluate(np.diag(levels[1]))]
+            calibration = Calibration(
+                study.context.model, study.context.structure, study.context.subsets.calibration, default_forward
+            )
+            scores = score_units(calibration, "l2")
+            for kind in ("database", "sensitivity", "reconstruction"):
+                expected = expected_losses(kind, space, scores, "l2", calibration)
+                assert expected is not None
+                rank = stats.spearmanr(measured, [row[-1] for row in expected]).statistic
+                found.setdefault("priors", {})[kind] = float(rank)
+    return found
+
+
+def _signal(outcome: Any) -> float:
+    return float(outcome.signal.mean())
+
+
 def report(found: Mapping[str, Any]) -> str:
     rows, notes = [], []
     for name in (each for each in MODELS if each in found):
@@ -193,6 +237,16 @@ def report(found: Mapping[str, Any]) -> str:
             f"units is cut in {stitch['cut']:.2f} s and solved in {stitch['solve']:.1f} s; {stitch['samples']} samples "
             f"take it {stitch['forward']:.1f} s. Without a price: {without}."
         )
+    if "quality" in found:
+        levels = [[name, *(f"{value:.3f}" for value in row)] for name, row in found["quality"]["uniform"].items()]
+        ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in found["quality"]["priors"].items())
+        notes.append(
+            "MiniLM with fewer units in every group, re-fitted: squared error of the embeddings relative to their mean "
+            f"square on {VALIDATED} other sentences.\n\n{table(['ranked by', '75 %', '50 %'], levels)}"
+        )
+        notes.append(
+            f"Rank correlation of priors with the measured loss of each group alone at half its units: {ranks}."
+        )
     header = ["", "groups, units", "processor time", "file", "memory", "from float64 OBS", "of no re-fit"]
     header += ["cut / forward", "cut and solved / forward"]
     return (
@@ -204,7 +258,8 @@ def report(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS)
+    parser.add_argument("--models", nargs="*", default=[*MODELS], choices=MODELS)
+    parser.add_argument("--no-quality", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept = RESULTS / "layer_database.json"
@@ -218,6 +273,9 @@ def main() -> None:
         few = calibration.on(calibration.batches[:FEW])
         exact = compared(few, list(dict.fromkeys(some)))
         found[name] = {"build": own, "exact": exact, "stitch": stitched(few, database)}
+        write("layer_database", "The layer database", found, report(found))
+    if not options.no_quality:
+        found["quality"] = quality()
         write("layer_database", "The layer database", found, report(found))
 
 
