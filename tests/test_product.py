@@ -276,7 +276,7 @@ def test_sparsity_of_an_older_file_takes_sizes_as_constant():
     assert space.zeros_among(last, space.widths(last)).sum() == space.zeroed(last)
 
 
-@pytest.mark.parametrize("optimizer", ["auto", "knapsack", "level_switch", "nsga2", "bayes", "random"])
+@pytest.mark.parametrize("optimizer", ["auto", "knapsack", "milp", "level_switch", "nsga2", "bayes", "random"])
 def test_every_optimizer_searches_a_product_within_both_limits(optimizer):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 4, generator=generator)
