@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,9 @@ def test_a_killed_search_is_resumed_and_a_finished_one_takes_more_trials(searche
     ok(*command, "--trials", 14)
     more = autoprune.SearchResult.load(run_dir)
     assert len(more.trials) == 14
-    assert more.trials[:10] == resumed.trials[:10]
+    # Held-out scores are of the front, which further trials change.
+    earlier, later = ([replace(t, test_score=None) for t in each.trials[:10]] for each in (resumed, more))
+    assert later == earlier
 
 
 @pytest.mark.slow
