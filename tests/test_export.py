@@ -14,6 +14,8 @@ from autoprune.errors import UnsupportedModelError
 from autoprune.result.exporting.export import export
 from autoprune.result.exporting.parity import Outputs, compare
 from autoprune.result.exporting.torch_program import METADATA
+from tests.uneven import uneven
+from zoo.hf import HF_ZOO
 
 without_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
 ENDINGS = [pytest.param(".onnx", marks=[pytest.mark.slow, without_onnx]), ".pt2"]
@@ -284,3 +286,15 @@ def test_a_value_that_differs_is_found_wherever_it_is(value):
 def test_whole_numbers_must_be_equal_whatever_the_tolerance():
     with pytest.raises(UnsupportedModelError, match="output 0 of a"):
         compare([Outputs("x", [torch.tensor([100000])])], [[torch.tensor([100001])]], "a", 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_transformer_with_uneven_layers_and_without_branches_is_exported(ending, tmp_path):
+    small = uneven("LlamaForCausalLM", dropped=("model.layers.0.mlp", "model.layers.1.self_attn"))
+    written = export(small, tmp_path / f"small{ending}", HF_ZOO["LlamaForCausalLM"].inputs())
+    assert written.dynamic == {"input_ids": {0: "batch", 1: "sequence"}}
+    ids = torch.arange(4, 25).reshape(3, 7)
+    with torch.no_grad():
+        expected = small(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(run(written.path, input_ids=ids)[0], expected, rtol=1e-4, atol=1e-5)

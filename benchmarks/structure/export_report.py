@@ -54,16 +54,19 @@ def summary(found: Mapping[str, Any]) -> str:
     off = [100 * _off(own, "tensors") for own in complete]
     whole = [100 * _off(own, "bytes") for own in complete]
     speed = [own["ms"]["dense"] / own["ms"]["pruned"] for own in complete]
+    slower = [f"`{name}`" for name, own in found.items() if "ms" in own and own["ms"]["dense"] < own["ms"]["pruned"]]
     return (
         f"{len(found)} networks of {len({own['kind'] for own in found.values()})} kinds: {len(every) - refused} of "
         f"{len(every)} files written, {refused} refused. Largest difference, as a share of an output's largest value: "
-        f"{worst['onnx']:.1e} under onnxruntime, {worst['torch']:.1e} of programs loaded again (target: 1e-4).\n\n"
+        f"{worst['onnx']:.1e} under onnxruntime, {worst['torch']:.1e} of programs loaded again (target: 1e-4); "
+        f"{max(each.get('absolute', 0.0) for _, each in every):.1e} absolute.\n\n"
         "The weights in a pruned ONNX file are smaller in proportion to the model's within "
-        f"{max(off):.1f} points (median {statistics.median(off):.1f}; target: 5). Whole files are within "
-        f"{max(whole):.0f} points (median {statistics.median(whole):.0f}): the graph of these small networks takes "
-        "much of a file, and does not shrink.\n\n"
+        f"{max(off):.1f} points (median {statistics.median(off):.1f}; target: 5). Whole files are within 5 points for "
+        f"{sum(gap <= 5 for gap in whole)} of {len(whole)}, and within {max(whole):.0f} for all: the graph of a "
+        "network of a few thousand parameters takes most of its file, and does not shrink.\n\n"
         f"At half of the FLOPs onnxruntime is {statistics.median(speed):.2f} times as fast in the median "
-        f"({min(speed):.2f} to {max(speed):.2f}): these networks take less than a millisecond.\n\n"
+        f"({min(speed):.2f} to {max(speed):.2f}). Widths are whatever meets the share of the FLOPs, and slower than "
+        f"before are {', '.join(slower) or 'none'}.\n\n"
         "Sizes are in kB, with the share of the dense one in brackets; ms is processor time for 8 samples."
     )
 
