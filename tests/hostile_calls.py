@@ -90,6 +90,7 @@ def make_calls(folder: Path) -> dict[str, Call]:
         autoprune.Data: {
             "labels": ("None", "text", "no text", "long text"),
             **dict.fromkeys(("calibration", "validation", "test"), anything),  # read by a search
+            **dict.fromkeys(("calibration_samples", "validation_samples", "test_samples"), ("None",)),
         },
         autoprune.Channels: {
             "options": ("None",),

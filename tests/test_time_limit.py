@@ -59,6 +59,7 @@ def test_wherever_it_ends_it_says_what_it_was_doing_and_leaves_no_trace(model, m
         "time was over while the forward pass was traced",
         "time was over while it was found out how far the code follows smaller widths",
         f"time was over while smaller models were compared with the dense one, of {len(whole.groups)} groups in all",
+        "time was over while smaller models without some residual branches were compared with the dense one",
     ]
     monkeypatch.undo()
     again = analyse(Example(model, inputs))

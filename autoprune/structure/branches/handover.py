@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from autoprune.structure.branches.additions import Addition, is_passage
 from autoprune.structure.branches.branch import Branch
 from autoprune.structure.branches.plan import Calls, Plan
@@ -63,7 +65,8 @@ def _made_by(calls: Calls, addition: Addition) -> ModuleCall | None:
     while True:
         for call in calls.all:
             weight = getattr(calls.modules[call.name], "weight", None)
-            linear = weight is not None and weight.ndim == 2 and not calls.modules[call.name]._modules
+            # What was dropped before has something else in its place.
+            linear = isinstance(weight, Tensor) and weight.ndim == 2 and not calls.modules[call.name]._modules
             if linear and Ref(value) in call.outputs and calls.times[call.name] == 1:
                 return call
         sources = calls.flow.sources(value, before)
