@@ -18,7 +18,7 @@ def salience(case: Case) -> list[dict[str, Tensor]]:
     found = case.kept.get("salience")
     if found is None:
         found = case.kept["salience"] = _salience(case)
-    return found  # type: ignore[return-value]
+    return found  # type: ignore[return-value]  # `kept` holds values of many kinds
 
 
 def _salience(case: Case) -> list[dict[str, Tensor]]:
