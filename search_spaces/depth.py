@@ -138,11 +138,15 @@ class DepthSpace:
     least: int = 0
     _presence: Presence = field(init=False, repr=False, compare=False)
     _columns: IntArray = field(init=False, repr=False, compare=False)  # the branch of each dimension
+    _inner: FloatArray = field(init=False, repr=False, compare=False)  # 1 where a dimension lies around another, (d, d)
 
     def __post_init__(self) -> None:
         presence = Presence(self.branches, tuple(name for name, _ in self.groups))
         object.__setattr__(self, "_presence", presence)
         object.__setattr__(self, "_columns", np.array([presence.positions[d.name] for d in self.dimensions]))
+        around = [set(presence.around(d.name)) for d in self.dimensions]
+        inner = np.array([[d.name in other for other in around] for d in self.dimensions], dtype=np.float64)
+        object.__setattr__(self, "_inner", inner)
 
     @property
     def sizes(self) -> IntArray:
@@ -153,8 +157,7 @@ class DepthSpace:
         """Keep the fewest parts that must stay, and name a block in the place of all that lies inside it."""
         chosen = self._with_least(candidates)
         gone = self._present(chosen)[:, self._columns] == 0
-        inner = self._inner()
-        covered = gone @ inner > 0  # lies inside another dimension that is dropped
+        covered = gone.astype(np.float64) @ self._inner > 0  # lies inside another dimension that is dropped
         return np.where(gone & ~covered, np.maximum(chosen, 1), 0)
 
     def _with_least(self, candidates: IntArray) -> IntArray:
@@ -168,21 +171,20 @@ class DepthSpace:
             chosen[few, (chosen[few] > 0).argmax(axis=1)] = 0
         return chosen
 
-    def _inner(self) -> NDArray[np.bool_]:
-        """Mark where the branch of a dimension, a row, lies around that of another, a column; shape (d, d)."""
-        around = [set(self._presence.around(d.name)) for d in self.dimensions]
-        return np.array([[d.name in other for other in around] for d in self.dimensions])
-
     def _present(self, candidates: IntArray) -> FloatArray:
         """Presence of every branch, shape (n, branches)."""
+        return self._effective(candidates)[:, len(self.groups) :]
+
+    def _effective(self, candidates: IntArray) -> FloatArray:
+        """Presence of every group and branch, shape (n, groups + branches)."""
         groups = len(self.groups)
-        widths = np.ones((len(candidates), groups + len(self.branches)))
-        widths[:, groups + self._columns] = candidates == 0
-        return self._presence.effective(widths)[:, groups:]
+        there = np.ones((len(candidates), groups + len(self.branches)))
+        there[:, groups + self._columns] = candidates == 0
+        return self._presence.effective(there)
 
     def silenced(self, candidates: IntArray) -> NDArray[np.bool_]:
         """Mark the groups that lie inside a dropped part, bool, shape (n, groups)."""
-        marked: NDArray[np.bool_] = self._presence.effective(self.widths(candidates))[:, : len(self.groups)] == 0
+        marked: NDArray[np.bool_] = self._effective(self._with_least(candidates))[:, : len(self.groups)] == 0
         return marked
 
     def decode(self, candidate: Sequence[int]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from autoprune.protocols import FloatArray
+from autoprune.protocols import FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,30 @@ class Presence:
         around = {at[name]: b for b in self._outermost_first for name in self.branches[b].groups}
         return list(around), list(around.values())
 
+    @cached_property
+    def _joined(self) -> list[tuple[IntArray, IntArray]]:
+        """Branches that members make up, (k,), and those members, (k, m); of one depth and number, the inner first."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for b, branch in enumerate(self.branches):
+            if branch.members:
+                alike.setdefault((-len(self.around(branch.name)), len(branch.members)), []).append(b)
+        return [
+            (np.array(found), np.array([[self.positions[name] for name in self.branches[b].members] for b in found]))
+            for _, found in sorted(alike.items())
+        ]
+
+    @cached_property
+    def _nested(self) -> list[tuple[IntArray, IntArray]]:
+        """Branches inside others, (k,), and the smallest around each, (k,); of one depth, the outer first."""
+        alike: dict[int, list[tuple[int, int]]] = {}
+        for b, branch in enumerate(self.branches):
+            if branch.parent is not None:
+                depth = len(self.around(branch.name))
+                alike.setdefault(depth, []).append((b, self.positions[branch.parent]))
+        return [
+            (np.array([b for b, _ in found]), np.array([p for _, p in found])) for _, found in sorted(alike.items())
+        ]
+
     def around(self, name: str) -> list[str]:
         """Names of the branches around one, the smallest first."""
         found = []
@@ -131,14 +155,10 @@ class Presence:
         if present.all():
             return widths
         present = present.copy()
-        for b in reversed(self._outermost_first):
-            members = [self.positions[name] for name in self.branches[b].members]
-            if members:
-                present[:, b] = np.minimum(present[:, b], present[:, members].max(axis=1))
-        for b in self._outermost_first:
-            parent = self.branches[b].parent
-            if parent is not None:
-                present[:, b] *= present[:, self.positions[parent]]
+        for whole, members in self._joined:
+            present[:, whole] = np.minimum(present[:, whole], present[:, members].max(axis=2))
+        for own, parents in self._nested:
+            present[:, own] *= present[:, parents]
         out = np.hstack([widths[:, :groups], present])
         inner, around = self._around_group
         out[:, inner] *= present[:, around]
