@@ -1,0 +1,1 @@
+"""Masks of zeros in weights, and the weights that make up for them."""
