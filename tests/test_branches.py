@@ -390,3 +390,21 @@ class TestDropped:
     def test_it_refuses_other_descriptions(self, returns: Any) -> None:
         with pytest.raises(ValueError, match="a dropped module must"):
             Dropped(linear(), returns)
+
+
+class TiedWidths(nn.Module):
+    """Residual branches on the model's own input, whose widths are all fixed by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x).relu()
+        return x + self.second(x).relu()
+
+
+def test_branches_are_found_where_no_width_can_shrink() -> None:
+    structure = analyse(Example(TiedWidths(), (torch.ones(2, 8),)))
+    assert not structure.groups
+    assert [branch.name for branch in structure.branches] == ["first", "second"]

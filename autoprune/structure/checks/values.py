@@ -66,9 +66,18 @@ class Values:
         """Outputs of the unchanged model, in its own type."""
         return self.example.run(skeleton(self.example.model))
 
-    @cached_property
+    @property
     def exact(self) -> list[Tensor]:
         """Outputs of the record, in float64 where possible."""
+        return self._exact[0]
+
+    @property
+    def wide(self) -> bool:
+        """True if the record runs in float64."""
+        return self._exact[1]
+
+    @cached_property
+    def _exact(self) -> tuple[list[Tensor], bool]:
         units = find_units(self.flow)
         for wide in (True, False):
             try:
@@ -77,10 +86,8 @@ class Values:
             except Exception as error:  # the device or an operation may have no float64
                 log.info("the record does not run %s: %s", "in float64" if wide else "again", error)
             else:
-                self.wide = wide
-                return found
-        self.wide = False
-        return self.dense  # a record that does not run fails every check, with its own message
+                return found, wide
+        return self.dense, False  # a record that does not run fails every check, with its own message
 
     @cached_property
     def native(self) -> list[float]:
