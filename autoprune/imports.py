@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 _LOCK = threading.RLock()
 _LATE = ("torch._dynamo", "scipy.special", "scipy.sparse")  # imported by tracing and its checks anyway
@@ -33,3 +34,18 @@ def import_late_ones() -> None:
     with importing():
         for name in _LATE:
             import_module(name)
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[Any]:
+    """Import Optuna, without its messages and warnings about experimental features; its settings are restored."""
+    import optuna
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield optuna
+    finally:
+        optuna.logging.set_verbosity(verbosity)

@@ -25,6 +25,7 @@ from autoprune.result import SearchResult
 from autoprune.result.trials import note_of_probes
 from autoprune.search_spaces import Settings
 from autoprune.structure.call import CallOrInputs, call_of
+from autoprune.study.calls import Calls, callbacks_of, open_storage
 from autoprune.study.constant_output import note_of_no_better
 from autoprune.study.convergence import Deadline
 from autoprune.study.fingerprint import identity_of
@@ -117,8 +118,8 @@ def search(
             dominated (see docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as
             trials. Or `Rungs`, which stop the trainings of ``"finetune"`` early.
         execution: ``"local"``, ``"ray"``, an `Executor`, such as ``autoprune.execution.RayExecutor(workers=8)``, or an
-            `Execution` of one of these, which also names the ``run_dir`` that a search is kept in and resumed from:
-            ``autoprune.Execution(run_dir="runs/a", resume=True)``.
+            `Execution` of one of these, which also names the ``run_dir`` that a search is kept in and resumed from, and
+            trackers: ``autoprune.Execution(run_dir="runs/a", resume=True)``.
 
     Returns:
         The front and all measurements; ``result.build()`` gives a plain pruned module. Ctrl-C returns the trials so
@@ -162,6 +163,7 @@ def search(
     if run_dir is not None:
         require_free(run_dir, bool(request.execution.resume))
     runner = request.execution.make_executor()
+    storage = open_storage(request.execution)
     make_optimizer = find_optimizer(request.optimizer)  # an unknown name must fail before the model is traced
     study = set_up(request, Deadline(began, request.max_seconds))
     for note in study.notes:
@@ -175,7 +177,8 @@ def search(
         if study.choice is not None:
             study.choice.save(run_dir)
         bar = Progress(request.most, study.context.judge.name, request.execution.progress)
-        ended = Loop(study, proposer, runner, journal, Rivals(study, journal), bar).run()
+        calls = Calls(callbacks_of(study, storage), journal)
+        ended = Loop(study, proposer, runner, journal, Rivals(study, journal), bar, calls).run()
     found, verified = verify(study, ended.trials)
     explained = (
         *study.deadline.note_of_setup(setup, len(found)),
@@ -188,4 +191,4 @@ def search(
         log.info("%s", note)
     result = result_of(study, dense, found, ended.stopped, explained)
     settle(study.context.model, study.evaluator)
-    return result
+    return calls.end(result)

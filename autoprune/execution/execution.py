@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from autoprune.arguments import by_name, flag, shown
+from autoprune.execution.callbacks import Callback, require_callbacks
 from autoprune.execution.local import Executor, LocalExecutor
 from autoprune.execution.ray import RayExecutor
 from autoprune.files.access import as_path
@@ -34,10 +35,14 @@ class Execution:
             pending ones are evaluated again. The other arguments must be those of that search, but `trials` may be more
             or ``"auto"``, and `executor` and `optimizer` others: functions are compared by their code, and the dense
             model must have the same score. ``"anyway"`` continues in spite of differences, which a note then names.
-        progress: Show a progress line in a terminal.
+        progress: Show the progress as a line in a terminal, or as a bar in a notebook.
+        callbacks: Called after each trial and at the end, see `autoprune.execution.Callback`: those of
+            ``autoprune.execution.trackers`` write to MLflow, TensorBoard or Weights & Biases.
+        storage: An Optuna storage, or its URL, such as ``"sqlite:///runs/optuna.db"``, to add each trial to as well, so
+            that optuna-dashboard shows the search while it runs. A resumed search continues its study there.
 
     Raises:
-        TypeError: If `run_dir` is no path.
+        TypeError: If `run_dir` is no path, or `callbacks` no list of callbacks.
         ValueError: If another field is out of range or an unknown name, or there is no `run_dir` to resume.
     """
 
@@ -45,6 +50,8 @@ class Execution:
     run_dir: str | Path | None = None
     resume: bool | Literal["anyway"] = False
     progress: bool = True
+    callbacks: Sequence[Callback] = ()
+    storage: Any = None
 
     def __post_init__(self) -> None:
         self.make_executor()  # whose errors are those of the name
@@ -54,6 +61,7 @@ class Execution:
         self._fill("run_dir", None if self.run_dir is None else str(as_path(self.run_dir, "run_dir")))
         self._fill("resume", ANYWAY if anyway else flag("resume", self.resume, "or 'anyway'"))
         self._fill("progress", flag("progress", self.progress))
+        self._fill("callbacks", require_callbacks(self.callbacks))
         if self.resume and self.run_dir is None:
             raise ValueError("resume=True needs the run_dir of an earlier search, got run_dir=None")
 

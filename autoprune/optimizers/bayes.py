@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, final
 
 import numpy as np
 
+from autoprune.imports import quiet_optuna
 from autoprune.optimizers.history import Archive
 from autoprune.optimizers.problem import Problem
 from autoprune.optimizers.random import draw, fill_up
@@ -66,7 +64,7 @@ class Bayes:
 
     def _sample(self, n: int, rng: np.random.Generator) -> IntArray:
         """Return `n` feasible candidates from the sampler, shape (n, d); some may be known already."""
-        with _quiet() as optuna:
+        with quiet_optuna() as optuna:
             study = self._study(optuna, rng)
             space = _distributions(optuna, self._problem)
             found = []
@@ -112,18 +110,3 @@ def _trial(optuna: Any, space: dict[str, Any], candidate: IntArray, values: list
     state = optuna.trial.TrialState.RUNNING if values is None else optuna.trial.TrialState.COMPLETE
     params = dict(zip(space, candidate.tolist(), strict=True))
     return optuna.trial.create_trial(state=state, values=values, params=params, distributions=space)
-
-
-@contextmanager
-def _quiet() -> Iterator[Any]:
-    """Silence Optuna's messages and warnings about experimental features; its settings are restored afterwards."""
-    import optuna
-
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield optuna
-    finally:
-        optuna.logging.set_verbosity(verbosity)

@@ -19,12 +19,14 @@ from autoprune.result.builders import Builder, built
 from autoprune.result.choosing import best_of, judged, why_none
 from autoprune.result.from_journal import fields_from_journal
 from autoprune.result.loading import load_fields
+from autoprune.result.optuna_study import to_optuna
 from autoprune.result.saving import content_of, save_result
 from autoprune.result.sensitivity import Sensitivity, sensitivity_of
 from autoprune.result.tables import frame_of, front_table
 from autoprune.result.trials import Trial
 
 if TYPE_CHECKING:
+    import optuna
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
@@ -181,6 +183,21 @@ class SearchResult:
             ImportError: If pandas is missing.
         """
         return frame_of(self)
+
+    def to_optuna(self, storage: Any = None, name: str | None = None) -> optuna.Study:
+        """Make an Optuna study of all trials, for optuna-dashboard and Optuna's plots.
+
+        It optimises the score and each limited cost. Trials over a limit break its constraints, and raced ones are
+        pruned. Each has its number in the search under ``trial``; only the length of times is that of the search.
+
+        Args:
+            storage: An Optuna storage, or its URL, such as ``"sqlite:///runs/optuna.db"``; None keeps it in memory.
+            name: Name of the study; None for the budget and the time. A number is added to one that is taken.
+
+        Raises:
+            ValueError: If the storage cannot be opened.
+        """
+        return to_optuna(self, storage, name)
 
     def sensitivity(self, table: str = "distortion") -> Sensitivity:
         """Collect the loss of each option alone, from the trials that change one dimension of the dense model.

@@ -13,6 +13,7 @@ from autoprune.execution import ANYWAY, Executor
 from autoprune.journal.journal import Journal
 from autoprune.protocols import FAILED, Explains, IntArray, Optimizer
 from autoprune.result.trials import Trial, find_front
+from autoprune.study.calls import Calls
 from autoprune.study.convergence import why_converged, why_not_converged
 from autoprune.study.progress import Progress
 from autoprune.study.resume import recall
@@ -47,6 +48,7 @@ class Loop:
         journal: Records them; what it holds already comes first.
         rivals: Pairs candidates with the trials that they must not be worse than.
         progress: Shows the state.
+        calls: Calls the user's callbacks.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Loop:
         journal: Journal,
         rivals: Rivals,
         progress: Progress,
+        calls: Calls,
     ) -> None:
         self._study = study
         self._optimizer = optimizer
@@ -64,6 +67,7 @@ class Loop:
         self._journal = journal
         self._rivals = rivals
         self._progress = progress
+        self._calls = calls
         self._pending: dict[int, Trial] = {}
         self._found: list[Trial] = []
         self._asked = 0
@@ -84,6 +88,7 @@ class Loop:
                 self._executor.start(self._study.evaluator, self._study.context, self._study.fresh)
             with self._progress:
                 try:
+                    self._calls.tell(history.found)
                     self._submit(history.pending)
                     self._repeat()
                 except KeyboardInterrupt:
@@ -92,6 +97,7 @@ class Loop:
                     self._stopped = "interrupted"
         finally:
             self._executor.stop()
+        self._calls.flush()
         if not self._why and request.adaptive:
             self._why = why_not_converged(self._stopped, len(self._found))
         why = (self._why,) if self._why else ()
@@ -160,6 +166,7 @@ class Loop:
             self._found.append(trial)
             self._optimizer.tell(rows_of(self._study, [trial]))
             self._journal.record_tell([number])
+            self._calls.tell([trial])
             if self._progress.due(len(self._found)):
                 self._show()
 
