@@ -48,17 +48,18 @@ class MLflow:
 
     def on_trial(self, trial: Trial) -> None:
         """Log the numbers of a trial, with its number as the step."""
+        client = self._opened()
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
         metrics = [Metric(name, value, now, trial.id) for name, value in numbers_of(trial).items()]
-        self._opened().log_batch(self.run_id, metrics=metrics)
+        client.log_batch(self.run_id, metrics=metrics)
 
     def on_end(self, result: SearchResult) -> None:
         """Log the settings as parameters, and the result as JSON and as text; end the run, unless it is another's."""
+        client = self._opened()
         from mlflow.entities import Param
 
-        client = self._opened()
         params = [Param(name, str(value)) for name, value in settings_of(result).items()]
         client.log_batch(self.run_id, params=params)
         client.log_dict(self.run_id, result.to_json(), "result.json")
