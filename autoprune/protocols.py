@@ -46,11 +46,13 @@ class Pruning:
         zeroed: Number of elements of each parameter that are set to zero, those of least magnitude first: among the
             elements that stay, where units are removed too.
         dropped: Names of the residual branches that are removed as a whole, with every group inside them.
+        patterns: Pattern of the zeros of a parameter, such as ``"2:4"`` or ``"4x4"``; others are single elements.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     zeroed: Mapping[str, int] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    patterns: Mapping[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -121,6 +123,20 @@ class Silences(Protocol):
 
     def silenced(self, candidates: IntArray) -> NDArray[np.bool_]:
         """Mark the groups that lie inside a dropped part, bool, shape (n, groups), for candidates of shape (n, d)."""
+        ...
+
+
+@runtime_checkable
+class SetsZeros(Protocol):
+    """Optional protocol: spaces that set elements of weights to zero."""
+
+    @property
+    def zeroed_weights(self) -> tuple[str, ...]:
+        """Names of the weights, each once."""
+        ...
+
+    def zeros_by_weight(self, candidates: IntArray) -> IntArray:
+        """Elements of each of them that are set to zero, shape (n, weights), for candidates of shape (n, d)."""
         ...
 
 

@@ -108,6 +108,23 @@ class Combined:
                 total += member.zeroed(own)
         return total
 
+    @property
+    def zeroed_weights(self) -> tuple[str, ...]:
+        """Weights that members set elements of to zero."""
+        return tuple(
+            name for member in self._members if isinstance(member, FollowsWidths) for name in member.zeroed_weights
+        )
+
+    def zeros_by_weight(self, candidates: IntArray) -> IntArray:
+        """Elements of each of them that are set to zero, shape (n, weights)."""
+        widths = self.widths(candidates)
+        found = [
+            member.zeros_among(candidates[:, part], widths)
+            for member, part in zip(self._members, self._parts, strict=True)
+            if isinstance(member, FollowsWidths)
+        ]
+        return np.concatenate(found, axis=1) if found else np.zeros((len(candidates), 0), dtype=np.int64)
+
     def pruning(self, candidate: Sequence[int]) -> Pruning:
         """Keep the units that all members keep."""
         row = self.canonical(np.array([candidate], dtype=np.int64))
@@ -116,6 +133,7 @@ class Combined:
         kept: dict[str, tuple[int, ...]] = {}
         zeroed: dict[str, int] = {}
         dropped: dict[str, None] = {}
+        patterns: dict[str, str] = {}
         for member, part in zip(self._members, self._parts, strict=True):
             own = member.pruning(row[0, part].tolist())
             dropped.update(dict.fromkeys(own.dropped))
@@ -127,7 +145,9 @@ class Combined:
                 zeroed |= {name: count for name, count in zip(member.zeroed_weights, zeros, strict=True) if count}
             else:
                 zeroed |= own.zeroed
-        return Pruning(kept, zeroed, tuple(dropped))
+            patterns |= own.patterns
+        patterns = {name: pattern for name, pattern in patterns.items() if name in zeroed}
+        return Pruning(kept, zeroed, tuple(dropped), patterns)
 
     def canonical(self, candidates: IntArray) -> IntArray:
         """Lower entries that change nothing; shape (n, d) in and out. Repeated until nothing changes."""
@@ -190,12 +210,17 @@ def _name_once(candidates: IntArray, dims: IntArray, tables: Sequence[FloatArray
 
 
 def _first_equal(member: FollowsWidths, candidates: IntArray, widths: FloatArray) -> IntArray:
-    """Lower each entry to the first option that sets as many elements to zero; shape (n, d)."""
-    found = candidates
-    zeros = member.zeros_among(found, widths)
+    """Lower each entry to the first option that sets as many elements to zero; shape (n, d).
+
+    Options of a dimension without an order may set other elements to zero: they are lowered to none alone.
+    """
+    dimensions = getattr(member, "dimensions", ())
+    ordered = np.array([dimension.ordered for dimension in dimensions] or [True])
+    zeros = member.zeros_among(candidates, widths)
+    found = np.where(~ordered & (zeros == 0), 0, candidates)
     while True:
         lower = np.maximum(found - 1, 0)
-        same = (found > 0) & (member.zeros_among(lower, widths) == zeros)
+        same = ordered & (found > 0) & (member.zeros_among(lower, widths) == zeros)
         if not same.any():
             return found
         found = np.where(same, lower, found)

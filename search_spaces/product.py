@@ -157,6 +157,15 @@ class ProductSpace:
         """Elements set to zero, shape (n,)."""
         return self._joined.zeroed(candidates)
 
+    @property
+    def zeroed_weights(self) -> tuple[str, ...]:
+        """Weights that members set elements of to zero."""
+        return self._joined.zeroed_weights
+
+    def zeros_by_weight(self, candidates: IntArray) -> IntArray:
+        """Elements of each of them that are set to zero, among those that stay, shape (n, weights)."""
+        return self._joined.zeros_by_weight(candidates)
+
     def restricted(self, options: Sequence[Sequence[int]]) -> ProductSpace:
         """Return the product of the members with these options of each dimension alone.
 

@@ -1,4 +1,4 @@
-"""Unstructured sparsity: one dimension per weight, each option a fraction of its elements that is set to zero."""
+"""Sparsity: one dimension per weight, each option a fraction of its elements, or a pattern, that is set to zero."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoprune.arguments import numbers, patterns, shown
 from autoprune.errors import NothingToPruneError
 from autoprune.files.schema import require_form
 from autoprune.protocols import Dimension, FloatArray, IntArray, Pruning
 from autoprune.search_spaces.counts import candidates_of, counted, options_of
-from autoprune.search_spaces.elements import (
+from autoprune.search_spaces.options import decoded, sizes_of, with_options
+from autoprune.search_spaces.zeros import Option, ZeroCounts, is_ordered, options_for, parsed
+from autoprune.structure.elements import (
     EXTENT_FORM,
     Extent,
-    LeftElements,
     extents_from_json,
     extents_of,
     extents_to_json,
     presence_of,
 )
-from autoprune.search_spaces.options import decoded, sizes_of, with_options
+from autoprune.structure.slicing.zeros import UNSTRUCTURED, Pattern
 from autoprune.structure.structure import Structure
 
 LEVELS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -41,7 +40,10 @@ class Sparsity:
     and the cost to limit is ``nonzero_params``. A fine-tune moves them away from zero again unless it masks them.
 
     Attributes:
-        levels: Fractions of the elements set to zero, rising from 0 to below 1.
+        levels: Fractions of the elements set to zero, rising from 0 to below 1; of blocks, for patterns of blocks.
+        patterns: Forms of the zeros, each of which every weight may take: ``"unstructured"``, N of M neighbouring
+            inputs that stay such as ``"2:4"``, blocks of outputs x inputs such as ``"1x8"``; docs/sparsity.md. Where
+            two options set equally many elements to zero, a dimension has no order.
         ignore: Weights to leave as they are, by the name or glob of the parameter or of its module.
 
     Raises:
@@ -50,6 +52,7 @@ class Sparsity:
 
     levels: tuple[float, ...] = LEVELS
     ignore: Sequence[str] = ()
+    patterns: Sequence[str] = (UNSTRUCTURED,)
 
     criterion = None
     """None: no unit is removed, so none is ranked."""
@@ -60,6 +63,12 @@ class Sparsity:
             raise ValueError(f"levels must be fractions rising from 0 to below 1, got {shown(self.levels)}")
         object.__setattr__(self, "levels", tuple(levels))
         object.__setattr__(self, "ignore", patterns("ignore", self.ignore))
+        names = list(dict.fromkeys(patterns("patterns", self.patterns)))
+        if not names:
+            raise ValueError("patterns must hold at least one form of zeros, such as 'unstructured' or '2:4', got none")
+        for name in names:
+            Pattern.parse(name)
+        object.__setattr__(self, "patterns", tuple(names))
 
     def bind(self, structure: Structure, order: Mapping[str, Sequence[int]] | None = None) -> SparsitySpace:
         """Lay the space out for a model.
@@ -81,12 +90,10 @@ class Sparsity:
         extents = []
         for weight, shape in structure.weights.items():
             if not any(fnmatchcase(name, pattern) for name in names[weight] for pattern in self.ignore):
-                count = math.prod(shape)
-                # Of levels that zero equally many elements of a small weight one is enough.
-                options = {zeros_at(level, count): level for level in reversed(self.levels)}
+                options = options_for(shape, self.levels, self.patterns)
                 if len(options) > 1:
-                    dimensions.append(Dimension(weight, tuple(sorted(options.values()))))
-                    elements.append(count)
+                    dimensions.append(Dimension(weight, tuple(options), is_ordered(options, shape)))
+                    elements.append(math.prod(shape))
                     extents.append(extents_of(structure, weight))
         if not dimensions:
             raise NothingToPruneError(
@@ -98,26 +105,12 @@ class Sparsity:
         return SparsitySpace(tuple(dimensions), tuple(elements), groups, tuple(extents), branches)
 
 
-def zeros_at(level: float, elements: int) -> int:
-    """Number of elements that a level sets to zero, rounded down; the level counts as its decimal notation."""
-    return math.floor(Fraction(str(level)) * elements)
-
-
-def _fractions(dimensions: Sequence[Dimension], most: int) -> NDArray[Any]:
-    """Numerators and denominators of levels, shape (2, d, most options): Python integers where int64 would overflow."""
-    table = np.zeros((2, len(dimensions), max(len(dimension.options) for dimension in dimensions)), dtype=object)
-    table[1] = 1
-    for j, dimension in enumerate(dimensions):
-        exact = [Fraction(str(level)) for level in dimension.options]
-        table[:, j, : len(exact)] = [[level.numerator for level in exact], [level.denominator for level in exact]]
-    fits = table.max() * most < 2**63
-    return table.astype(np.int64) if fits else table
-
-
 _FORM = {
     "groups": [[(str, int)]],
     "branches?": [str],
-    "dimensions": [{"name": str, "options": [float], "elements": int, "extents?": [EXTENT_FORM]}],
+    "dimensions": [
+        {"name": str, "options": [(float, str)], "elements": int, "ordered?": bool, "extents?": [EXTENT_FORM]}
+    ],
 }
 
 
@@ -126,7 +119,8 @@ class SparsitySpace:
     """Sparsity of the weights of one model.
 
     Attributes:
-        dimensions: One for each weight with a choice; options are fractions set to zero, rising from 0.
+        dimensions: One for each weight with a choice; options are fractions set to zero, or patterns, by rising
+            numbers of zeros from 0.
         elements: Elements of each of these weights.
         groups: Name and size of every group of the structure, in its order; all stay whole.
         extents: Sizes of the dimensions of each weight, and presences of branches around it; without them (in older
@@ -139,20 +133,16 @@ class SparsitySpace:
     groups: tuple[tuple[str, int], ...]
     extents: tuple[tuple[Extent, ...], ...] = ()
     branches: tuple[str, ...] = ()
-    _table: FloatArray = field(init=False, repr=False, compare=False)  # elements set to zero by dimension and option
+    _count: ZeroCounts = field(init=False, repr=False, compare=False)
     _rows: IntArray = field(init=False, repr=False, compare=False)
-    _shares: NDArray[Any] = field(init=False, repr=False, compare=False)  # levels as fractions, (2, d, most options)
-    _left: LeftElements = field(init=False, repr=False, compare=False)
+    _names: tuple[tuple[str | None, ...], ...] = field(init=False, repr=False, compare=False)  # patterns of options
 
     def __post_init__(self) -> None:
         extents = self.extents or tuple(((count, ()),) for count in self.elements)
-        object.__setattr__(self, "_left", LeftElements(extents, self._columns))
-        table = np.zeros((len(self.dimensions), int(self.sizes.max())))
-        for row, dimension, elements in zip(table, self.dimensions, self.elements, strict=True):
-            row[: len(dimension.options)] = [zeros_at(level, elements) for level in dimension.options]
-        object.__setattr__(self, "_table", table)
-        object.__setattr__(self, "_rows", np.arange(len(table)))
-        object.__setattr__(self, "_shares", _fractions(self.dimensions, max(self.elements)))
+        dense = [size for _, size in self.groups] + [1] * len(self.branches)
+        object.__setattr__(self, "_count", ZeroCounts(self.dimensions, extents, self._columns, dense))
+        object.__setattr__(self, "_rows", np.arange(len(self.dimensions)))
+        object.__setattr__(self, "_names", tuple(tuple(map(_pattern_of, d.options)) for d in self.dimensions))
 
     @property
     def _columns(self) -> list[str]:
@@ -172,9 +162,15 @@ class SparsitySpace:
         return decoded(self.dimensions, candidate)
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
-        """Zero the elements of least magnitude within each weight."""
-        counts = self._table[self._rows, list(candidate)]
-        return Pruning(zeroed={d.name: int(n) for d, n in zip(self.dimensions, counts, strict=True) if n})
+        """Zero the elements of least magnitude within each weight, or within each cell of its pattern."""
+        counts = self._count.table[self._rows, list(candidate)]
+        zeroed = {d.name: int(n) for d, n in zip(self.dimensions, counts, strict=True) if n}
+        return Pruning(zeroed=zeroed, patterns=self.patterns_of(candidate))
+
+    def patterns_of(self, candidate: Sequence[int]) -> dict[str, str]:
+        """Pattern of the zeros of each weight, where it is not single elements."""
+        names = ((d.name, own[i]) for d, own, i in zip(self.dimensions, self._names, candidate, strict=True))
+        return {name: pattern for name, pattern in names if pattern}
 
     def widths(self, candidates: IntArray) -> FloatArray:
         """Every unit stays; shape (n, groups)."""
@@ -182,7 +178,12 @@ class SparsitySpace:
 
     def zeroed(self, candidates: IntArray) -> FloatArray:
         """Elements set to zero, shape (n,)."""
-        zeros: FloatArray = self._table[self._rows, candidates].sum(axis=1)
+        zeros: FloatArray = self.zeros_by_weight(candidates).sum(axis=1).astype(np.float64)
+        return zeros
+
+    def zeros_by_weight(self, candidates: IntArray) -> IntArray:
+        """Elements of each weight that are set to zero, shape (n, d)."""
+        zeros: IntArray = self._count.table[self._rows, candidates]
         return zeros
 
     @property
@@ -192,9 +193,7 @@ class SparsitySpace:
 
     def zeros_among(self, candidates: IntArray, widths: FloatArray) -> IntArray:
         """Elements that each dimension sets to zero, shape (n, d): its level of those left at widths (n, groups)."""
-        left = self._left(widths).astype(self._shares.dtype)
-        numerator, denominator = self._shares[:, self._rows, candidates]
-        return np.asarray(left * numerator // denominator, dtype=np.int64)
+        return self._count(candidates, widths)
 
     def restricted(self, options: Sequence[Sequence[int]]) -> SparsitySpace:
         """Return the space with these levels of each weight alone."""
@@ -203,7 +202,7 @@ class SparsitySpace:
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
         dimensions: list[dict[str, Any]] = [
-            {"name": d.name, "options": list(d.options), "elements": count}
+            {"name": d.name, "options": list(d.options), "elements": count, **({} if d.ordered else {"ordered": False})}
             for d, count in zip(self.dimensions, self.elements, strict=True)
         ]
         for dimension, extents in zip(dimensions, self.extents, strict=False):  # an older file has none
@@ -220,14 +219,14 @@ class SparsitySpace:
         """
         require_form(data, _FORM, "space")
         for d in data["dimensions"]:
-            levels = d["options"]
-            if not levels or levels[0] != 0 or levels != sorted(set(levels)) or levels[-1] >= 1 or d["elements"] < 1:
-                raise ValueError(f"space.dimensions[{d['name']!r}] must have elements, and levels that rise from 0")
+            _require_options(d)
         extents = tuple(extents_from_json(d["extents"]) for d in data["dimensions"] if "extents" in d)
         if extents:
             _require_extents(extents, data)
         return cls(
-            dimensions=tuple(Dimension(d["name"], tuple(d["options"])) for d in data["dimensions"]),
+            dimensions=tuple(
+                Dimension(d["name"], tuple(d["options"]), d.get("ordered", True)) for d in data["dimensions"]
+            ),
             elements=tuple(d["elements"] for d in data["dimensions"]),
             groups=tuple((str(name), int(size)) for name, size in data["groups"]),
             extents=extents,
@@ -240,6 +239,32 @@ class SparsitySpace:
             f"{counted(len(self.dimensions), 'weight')} of {counted(sum(self.elements), 'element')} with "
             f"{options_of(self.sizes, 'level')}, {candidates_of(self.sizes)}"
         )
+
+
+def _pattern_of(option: Option) -> str | None:
+    """Name of the pattern of an option; None for single elements."""
+    name = parsed(option)[0].name
+    return None if name == UNSTRUCTURED else name
+
+
+def _require_options(dimension: Mapping[str, Any]) -> None:
+    """Check the options of one weight in a file.
+
+    Raises:
+        ValueError: Names the weight.
+    """
+    options = dimension["options"]
+    name = dimension["name"]
+    shares = [option for option in options if not isinstance(option, str)]
+    if not options or options[0] != 0 or shares != sorted(set(shares)) or shares[-1] >= 1 or dimension["elements"] < 1:
+        raise ValueError(f"space.dimensions[{name!r}] must have elements, and levels that rise from 0")
+    for option in options:
+        try:
+            parsed(option)
+        except ValueError as error:
+            raise ValueError(f"space.dimensions[{name!r}]: {error}") from error
+    if len(set(map(str, options))) < len(options):
+        raise ValueError(f"space.dimensions[{name!r}] must have every option once")
 
 
 def _require_extents(extents: Sequence[Sequence[Extent]], data: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from autoprune.arguments import shown
 from autoprune.costs.candidates import Candidates, GivenCost
 from autoprune.costs.latency.model import Latency
+from autoprune.costs.zeros import ZeroCosts
 from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.structure.branches.branch import Presence
 from autoprune.structure.structure import Structure
@@ -57,6 +58,10 @@ class StructuralCosts:
     def params(self, widths: FloatArray) -> FloatArray:
         """Elements of the parameters, shared ones counted once, shape (n,)."""
         return self._blocks(self._params, widths)
+
+    def state_bytes(self, widths: FloatArray) -> FloatArray:
+        """Bytes of parameters and buffers, shared ones counted once, shape (n,)."""
+        return self._blocks(self._state, widths)
 
     def memory_bytes(self, widths: FloatArray) -> FloatArray:
         """Bytes of parameters and buffers plus the largest sum of tensors alive at once, shape (n,).
@@ -215,6 +220,8 @@ def make_costs(
     built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": peak}
     costs: dict[str, CostFunction] = {name: partial(_of_widths, cost, space) for name, cost in built_in.items()}
     costs["nonzero_params"] = partial(_nonzero_params, exact, space)
+    zeros = ZeroCosts(structure, exact)
+    costs |= {"sparse_flops": partial(zeros.sparse_flops, space), "stored_bytes": partial(zeros.stored_bytes, space)}
     if latency is not None:
         costs["latency_ms"] = partial(_latency_ms, latency, space, structure.presence)
     known = sorted(costs)

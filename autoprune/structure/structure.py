@@ -17,7 +17,8 @@ from autoprune.structure.labels import Propagation
 from autoprune.structure.rewriting.graph_module import Description
 from autoprune.structure.rules.layers import kept_groups
 from autoprune.structure.slicing.slicing import Edit, build
-from autoprune.structure.terms import Terms, cost_terms, multiplied_parameters
+from autoprune.structure.slicing.zeros import Pattern
+from autoprune.structure.terms import Terms, WeightUse, cost_terms, multiplied_parameters, uses_of
 from autoprune.structure.tracing.record import Record
 from autoprune.structure.units import AffineSize, BoolArray, Frozen, Group, Units, find_frozen
 
@@ -68,6 +69,7 @@ class Structure:
         branches: Parts that may be dropped, in forward order.
         undropped: Residual branches that stay, by the module that adds them, each with the reason.
         numbered: Numbers by which layers find their places in a cache, which close up where layers are dropped.
+        uses: Use of each of `weights` in one sample.
     """
 
     groups: tuple[Group, ...]
@@ -84,6 +86,7 @@ class Structure:
     branches: tuple[Branch, ...] = ()
     undropped: Mapping[str, str] = field(default_factory=dict, repr=False)
     numbered: tuple[Numbered, ...] = field(default=(), repr=False)
+    uses: Mapping[str, WeightUse] = field(default_factory=dict, repr=False)
 
     @cached_property
     def sizes(self) -> IntArray:
@@ -202,14 +205,15 @@ class Structure:
             if own and name not in vanished:
                 slices[name] = own
         for name, count in pruning.zeroed.items():
-            self._require_elements(name, count, slices.get(name, {}))
+            self._require_elements(name, count, slices.get(name, {}), pruning.patterns.get(name))
         zeroed = {name: count for name, count in pruning.zeroed.items() if count and name not in vanished}
         widths = {name: len(units) for name, units in pruning.kept.items()}
         attributes = dict(self._dense_attributes)
         for module in {module for group in pruning.kept for module in self._modules_of[group]}:
             attributes[module] = {each.path: each.value(widths) for each in self._sizes_in[module]}
         # The dense model keeps the user's own modules.
-        edit = Edit(slices, attributes, zeroed, self.graphs if slices or gone else {})
+        patterns = {name: pattern for name, pattern in pruning.patterns.items() if name in zeroed}
+        edit = Edit(slices, attributes, zeroed, self.graphs if slices or gone else {}, {}, patterns)
         return self._without(edit, gone) if gone else edit
 
     def _without(self, edit: Edit, gone: Sequence[Branch]) -> Edit:
@@ -223,14 +227,23 @@ class Structure:
             attributes.setdefault(module, {})[path] = number
         graphs = {module: made for module, made in edit.graphs.items() if stay(module)}
         dropped = {module: returns for branch in gone for module, returns in branch.modules.items()}
-        return Edit(edit.slices, attributes, edit.zeroed, graphs, dropped)
+        return Edit(edit.slices, attributes, edit.zeroed, graphs, dropped, edit.patterns)
 
-    def _require_elements(self, name: str, count: int, kept: Mapping[int, IntArray]) -> None:
+    def _require_elements(self, name: str, count: int, kept: Mapping[int, IntArray], pattern: str | None) -> None:
         if name not in self.weights:
             raise ValueError(f"pruning.zeroed must name weights of the model, got {name!r}; see structure.weights")
-        left = math.prod(len(kept[dim]) if dim in kept else size for dim, size in enumerate(self.weights[name]))
+        shape = tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(self.weights[name]))
+        left = math.prod(shape)
         if not 0 <= count <= left:
             raise ValueError(f"pruning.zeroed[{name!r}] must be a number of its elements, 0 to {left}, got {count}")
+        if pattern is not None:
+            form = Pattern.parse(pattern)
+            if (form.stay and count != form.zeros(shape)) or count % form.each or count > form.zeros(shape):
+                raise ValueError(
+                    f"pruning.zeroed[{name!r}] must be a number of zeros that {pattern} can have in a weight of shape "
+                    f"{shape}: {form.zeros(shape)}{'' if form.stay else f', or fewer by multiples of {form.each}'}; "
+                    f"got {count}"
+                )
 
     def build(self, model: nn.Module, pruning: Pruning) -> nn.Module:
         """Build the pruned `model` as a plain module that shares no state with it."""
@@ -266,6 +279,7 @@ def assemble(
         attributes=(*_group_counts(flow, units), *attributes),
         terms=units.derived["terms"],
         weights=multiplied_parameters(flow.record),
+        uses=uses_of(flow.record),
         device=flow.record.device,
         unread=_unread(flow.record, units.groups),
     )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from autoprune.protocols import FloatArray, IntArray
 from autoprune.structure.labels import Propagation
-from autoprune.structure.macs import products_of, uncounted
+from autoprune.structure.macs import dense_macs, products_of, uncounted
 from autoprune.structure.rules.registry import operation_of
-from autoprune.structure.tracing.record import Record
+from autoprune.structure.tracing.record import Op, Record
 from autoprune.structure.units import AffineSize, Units
 
 
@@ -209,6 +209,33 @@ def tensor_lives(record: Record) -> list[tuple[int, int, int]]:
     return lives
 
 
+@dataclass(frozen=True)
+class WeightUse:
+    """Use of a weight that is multiplied.
+
+    Attributes:
+        times: Multiply-accumulates of one of its elements for one sample, on average: 0 where no formula is known.
+        item_bytes: Bytes of an element.
+    """
+
+    times: float
+    item_bytes: int
+
+
+def uses_of(record: Record) -> dict[str, WeightUse]:
+    """Uses of the weights that `multiplied_parameters` finds."""
+    values = {value.name: value for value in record.values if value.kind == "parameter"}
+    macs = dict.fromkeys(multiplied_parameters(record), 0.0)
+    for op, name in _multiplied(record):
+        if op.index < record.first:
+            macs[name] += dense_macs(record, op)
+    samples = max(record.batch, 1)
+    return {
+        name: WeightUse(count / (samples * math.prod(values[name].shape)), values[name].dtype.itemsize)
+        for name, count in macs.items()
+    }
+
+
 def multiplied_parameters(record: Record) -> dict[str, tuple[int, ...]]:
     """Find shapes of the parameters that convolutions and matrix products read, by name, in the order first read.
 
@@ -216,9 +243,14 @@ def multiplied_parameters(record: Record) -> dict[str, tuple[int, ...]]:
     or computed from parameters alone, as weight norm does: then the largest of these counts. Where both factors come
     from parameters, as when a layer reads learned queries, the second is the weight, as in ``F.linear``.
     """
+    shapes = {value.name: value.shape for value in record.values if value.kind == "parameter"}
+    return {name: shapes[name] for _, name in _multiplied(record)}
+
+
+def _multiplied(record: Record) -> Iterator[tuple[Op, str]]:
+    """Every operation that multiplies with a parameter of more than one dimension, and the name of that parameter."""
     values = record.values
     source = {i: i for i, value in enumerate(values) if value.kind == "parameter"}
-    found = {}
     for op in record.ops:
         sources = [source.get(value) for value in op.inputs()]
         known = [i for i in sources if i is not None]
@@ -228,8 +260,7 @@ def multiplied_parameters(record: Record) -> dict[str, tuple[int, ...]]:
         arguments = (op.args[name].id for name in operation_of(op).weights)
         weights = [source[value] for value in arguments if value in source]
         if weights and len(values[weights[-1]].shape) > 1:
-            found[values[weights[-1]].name] = values[weights[-1]].shape
-    return found
+            yield op, values[weights[-1]].name
 
 
 def _merge(terms: list[tuple[float, tuple[int, ...]]]) -> list[tuple[float, tuple[int, ...]]]:

@@ -73,7 +73,7 @@ def _describe(edit: Edit, runs: Mapping[str, tuple[str, ...]], mark: Mark, write
         sizes = sorted(edit.attributes.get(name, {}).items())
         write(repr((name, sizes, edit.dropped.get(name), runs.get(name))).encode())
     elif name in edit.slices or name in edit.zeroed:
-        write(repr((name, edit.zeroed.get(name, 0))).encode())
+        write(repr((name, edit.zeroed.get(name, 0), edit.patterns.get(name))).encode())
         for dim, index in sorted(edit.slices.get(name, {}).items()):
             write(repr((dim, len(index))).encode())
             write(index.tobytes())

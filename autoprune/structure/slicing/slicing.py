@@ -17,6 +17,7 @@ from autoprune.structure.sizes.held import hold_size, size_held
 from autoprune.structure.slicing.adapters import adapter_of
 from autoprune.structure.slicing.dropped import Dropped
 from autoprune.structure.slicing.skeleton import skeleton
+from autoprune.structure.slicing.zeros import Pattern
 
 Slices = Mapping[str, Mapping[int, IntArray]]
 """Indices that stay, ascending, of each tensor (by qualified name) along each dimension that shrinks."""
@@ -32,6 +33,7 @@ class Edit:
         zeroed: Number of elements of a parameter that are set to zero: those of least magnitude among those that stay.
         graphs: Modules that are delivered as graphs of their operations, because their code does not follow the widths.
         dropped: Modules that are left out, each with what stands for its return value, see `Dropped`.
+        patterns: Pattern of the zeros of a parameter; others are single elements.
     """
 
     slices: Slices
@@ -39,6 +41,7 @@ class Edit:
     zeroed: Mapping[str, int] = field(default_factory=dict)
     graphs: Mapping[str, Description] = field(default_factory=dict)
     dropped: Mapping[str, Any] = field(default_factory=dict)
+    patterns: Mapping[str, str] = field(default_factory=dict)
 
 
 class Slicer:
@@ -149,6 +152,10 @@ class Slicer:
         zeroed = edit.zeroed.get(owner.name, 0)
         if not zeroed:
             return _sliced(owner.tensor, kept, private)
+        if owner.name in edit.patterns:
+            whole = _sliced(owner.tensor, kept, private).detach()
+            gone = Pattern.parse(edit.patterns[owner.name]).mask(whole.square(), zeroed)
+            return nn.Parameter(whole.masked_fill(gone, 0), requires_grad=owner.tensor.requires_grad)
         if kept:
             whole = _sliced(owner.tensor, kept, private).detach()
             ranks = magnitude_ranks(whole)

@@ -72,8 +72,20 @@ class LeftElements:
 
         The columns of branches may be left out where all are kept.
         """
+        left: IntArray = np.multiply.reduceat(self._sizes(widths), self._starts, axis=1)
+        return left
+
+    def planes(self, widths: FloatArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Sizes of the first two dimensions of each weight, and elements left, int64, shape (n, weights) each.
+
+        The second is meaningless for a weight of one dimension.
+        """
+        sizes = self._sizes(widths)
+        second = np.minimum(self._starts + 1, sizes.shape[1] - 1)
+        return sizes[:, self._starts], sizes[:, second], np.multiply.reduceat(sizes, self._starts, axis=1)
+
+    def _sizes(self, widths: FloatArray) -> IntArray:
         missing = self._columns - widths.shape[1]
         whole = np.pad(widths, ((0, 0), (0, missing)), constant_values=1.0).astype(np.int64)
-        sizes = self._fixed + (self._shares @ whole.T).T
-        left: IntArray = np.multiply.reduceat(sizes, self._starts, axis=1)
-        return left
+        sizes: IntArray = self._fixed + (self._shares @ whole.T).T
+        return sizes

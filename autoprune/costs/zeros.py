@@ -1,0 +1,94 @@
+"""Costs that know which elements of weights are zero: multiplications that remain, and bytes of compressed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, final
+
+import numpy as np
+
+from autoprune.protocols import FloatArray, IntArray, SearchSpace, SetsZeros
+from autoprune.structure.elements import LeftElements, extents_of, presence_of
+from autoprune.structure.structure import Structure
+
+INDEX_BYTES = 4
+"""Bytes of an index of a compressed row, which counts elements of one weight."""
+
+
+class Exact(Protocol):
+    """Costs of widths that are needed here."""
+
+    def flops(self, widths: FloatArray) -> FloatArray:
+        """Multiply-accumulates of one sample, shape (n,)."""
+        ...
+
+    def state_bytes(self, widths: FloatArray) -> FloatArray:
+        """Bytes of parameters and buffers, shape (n,)."""
+        ...
+
+
+@final
+class ZeroCosts:
+    """Costs of candidates of a space that may set elements of weights to zero.
+
+    Args:
+        structure: Uses of its weights.
+        exact: Costs without regard to zeros.
+    """
+
+    def __init__(self, structure: Structure, exact: Exact) -> None:
+        self._structure = structure
+        self._exact = exact
+        self._columns = [group.name for group in structure.groups]
+        self._columns += [presence_of(branch.name) for branch in structure.branches]
+
+    def sparse_flops(self, space: SearchSpace, candidates: IntArray) -> FloatArray:
+        """Multiply-accumulates of one sample without those by elements set to zero, shape (n,)."""
+        whole = self._exact.flops(space.widths(candidates))
+        names, zeros = self._zeros(space, candidates)
+        times = np.array([self._structure.uses[name].times for name in names], dtype=np.float64)
+        return whole - zeros @ times
+
+    def stored_bytes(self, space: SearchSpace, candidates: IntArray) -> FloatArray:
+        """Bytes of parameters and buffers, each weight with zeros in its smallest form (`stored_as`), shape (n,)."""
+        widths = space.widths(candidates)
+        total = self._exact.state_bytes(widths)
+        names, zeros = self._zeros(space, candidates)
+        if not names:
+            return total
+        count = LeftElements([extents_of(self._structure, name) for name in names], self._columns)
+        rows, _, elements = count.planes(widths)
+        item = np.array([self._structure.uses[name].item_bytes for name in names], dtype=np.int64)
+        least = np.min(stored_as(rows, elements, zeros, item), axis=0)
+        return np.asarray(total - (elements * item - least).sum(axis=1), dtype=np.float64)
+
+    def _zeros(self, space: SearchSpace, candidates: IntArray) -> tuple[Sequence[str], IntArray]:
+        """Names of weights, and elements of each set to zero, shape (n, weights); without those that have none."""
+        if isinstance(space, SetsZeros):
+            return space.zeroed_weights, space.zeros_by_weight(candidates)
+        found = (
+            [dict(space.pruning(row).zeroed) for row in candidates.tolist()] if space.zeroed(candidates).any() else []
+        )
+        names = sorted({name for row in found for name in row})
+        zeros = np.array([[row.get(name, 0) for name in names] for row in found], dtype=np.int64)
+        return names, zeros.reshape(len(candidates), len(names))
+
+
+def stored_as(
+    rows: IntArray | int, elements: IntArray | int, zeros: IntArray | int, item_bytes: IntArray | int
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Bytes of a matrix as it is, with a bit for each element, and as compressed rows.
+
+    The second is the size of 2:4, too, whose two bits for each element that stays are as many.
+
+    Args:
+        rows: Of the matrix.
+        elements: Of the matrix.
+        zeros: Among them.
+        item_bytes: Of an element.
+    """
+    left = np.asarray(elements) - zeros
+    dense = np.asarray(elements) * item_bytes
+    bits = left * item_bytes + -(-np.asarray(elements) // 8)
+    compressed = left * (np.asarray(item_bytes) + INDEX_BYTES) + (np.asarray(rows) + 1) * INDEX_BYTES
+    return dense, bits, compressed
