@@ -59,7 +59,7 @@ class ZeroCosts:
         count = LeftElements([extents_of(self._structure, name) for name in names], self._columns)
         rows, _, elements = count.planes(widths)
         item = np.array([self._structure.uses[name].item_bytes for name in names], dtype=np.int64)
-        least = np.min(stored_as(rows, elements, zeros, item), axis=0)
+        least = np.minimum.reduce(stored_as(rows, elements, zeros, item))
         return np.asarray(total - (elements * item - least).sum(axis=1), dtype=np.float64)
 
     def _zeros(self, space: SearchSpace, candidates: IntArray) -> tuple[Sequence[str], IntArray]:
@@ -75,20 +75,20 @@ class ZeroCosts:
 
 
 def stored_as(
-    rows: IntArray | int, elements: IntArray | int, zeros: IntArray | int, item_bytes: IntArray | int
+    rows: IntArray, elements: IntArray, zeros: IntArray, item_bytes: IntArray
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """Bytes of a matrix as it is, with a bit for each element, and as compressed rows.
+    """Bytes of matrices as they are, with a bit for each element, and as compressed rows.
 
     The second is the size of 2:4, too, whose two bits for each element that stays are as many.
 
     Args:
-        rows: Of the matrix.
-        elements: Of the matrix.
+        rows: Of each matrix.
+        elements: Of each matrix.
         zeros: Among them.
         item_bytes: Of an element.
     """
-    left = np.asarray(elements) - zeros
-    dense = np.asarray(elements) * item_bytes
-    bits = left * item_bytes + -(-np.asarray(elements) // 8)
-    compressed = left * (np.asarray(item_bytes) + INDEX_BYTES) + (np.asarray(rows) + 1) * INDEX_BYTES
+    left = elements - zeros
+    dense = elements * item_bytes
+    bits = left * item_bytes + (elements + 7) // 8
+    compressed = left * (item_bytes + INDEX_BYTES) + (rows + 1) * INDEX_BYTES
     return dense, bits, compressed
