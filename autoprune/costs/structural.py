@@ -11,7 +11,7 @@ from autoprune.arguments import shown
 from autoprune.costs.candidates import Candidates, GivenCost
 from autoprune.costs.latency.model import Latency
 from autoprune.costs.zeros import ZeroCosts
-from autoprune.protocols import FloatArray, IntArray, SearchSpace
+from autoprune.protocols import FloatArray, IntArray, SearchSpace, SetsZeros
 from autoprune.structure.branches.branch import Presence
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products
@@ -220,8 +220,12 @@ def make_costs(
     built_in = {"flops": exact.flops, "params": exact.params, "memory_bytes": peak}
     costs: dict[str, CostFunction] = {name: partial(_of_widths, cost, space) for name, cost in built_in.items()}
     costs["nonzero_params"] = partial(_nonzero_params, exact, space)
-    zeros = ZeroCosts(structure, exact)
-    costs |= {"sparse_flops": partial(zeros.sparse_flops, space), "stored_bytes": partial(zeros.stored_bytes, space)}
+    if isinstance(space, SetsZeros) and space.zeroed_weights:
+        zeros = ZeroCosts(structure, exact)
+        costs |= {
+            "sparse_flops": partial(zeros.sparse_flops, space),
+            "stored_bytes": partial(zeros.stored_bytes, space),
+        }
     if latency is not None:
         costs["latency_ms"] = partial(_latency_ms, latency, space, structure.presence)
     known = sorted(costs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol, final
 
 import numpy as np
@@ -27,6 +26,10 @@ class Exact(Protocol):
         ...
 
 
+class ZeroSpace(SearchSpace, SetsZeros, Protocol):
+    """Space that sets elements of weights to zero."""
+
+
 @final
 class ZeroCosts:
     """Costs of candidates of a space that may set elements of weights to zero.
@@ -42,36 +45,22 @@ class ZeroCosts:
         self._columns = [group.name for group in structure.groups]
         self._columns += [presence_of(branch.name) for branch in structure.branches]
 
-    def sparse_flops(self, space: SearchSpace, candidates: IntArray) -> FloatArray:
+    def sparse_flops(self, space: ZeroSpace, candidates: IntArray) -> FloatArray:
         """Multiply-accumulates of one sample without those by elements set to zero, shape (n,)."""
         whole = self._exact.flops(space.widths(candidates))
-        names, zeros = self._zeros(space, candidates)
-        times = np.array([self._structure.uses[name].times for name in names], dtype=np.float64)
-        return whole - zeros @ times
+        times = np.array([self._structure.uses[name].times for name in space.zeroed_weights], dtype=np.float64)
+        return whole - space.zeros_by_weight(candidates) @ times
 
-    def stored_bytes(self, space: SearchSpace, candidates: IntArray) -> FloatArray:
+    def stored_bytes(self, space: ZeroSpace, candidates: IntArray) -> FloatArray:
         """Bytes of parameters and buffers, each weight with zeros in its smallest form (`stored_as`), shape (n,)."""
         widths = space.widths(candidates)
-        total = self._exact.state_bytes(widths)
-        names, zeros = self._zeros(space, candidates)
-        if not names:
-            return total
+        names = space.zeroed_weights
         count = LeftElements([extents_of(self._structure, name) for name in names], self._columns)
         rows, _, elements = count.planes(widths)
         item = np.array([self._structure.uses[name].item_bytes for name in names], dtype=np.int64)
-        least = np.minimum.reduce(stored_as(rows, elements, zeros, item))
-        return np.asarray(total - (elements * item - least).sum(axis=1), dtype=np.float64)
-
-    def _zeros(self, space: SearchSpace, candidates: IntArray) -> tuple[Sequence[str], IntArray]:
-        """Names of weights, and elements of each set to zero, shape (n, weights); without those that have none."""
-        if isinstance(space, SetsZeros):
-            return space.zeroed_weights, space.zeros_by_weight(candidates)
-        found = (
-            [dict(space.pruning(row).zeroed) for row in candidates.tolist()] if space.zeroed(candidates).any() else []
-        )
-        names = sorted({name for row in found for name in row})
-        zeros = np.array([[row.get(name, 0) for name in names] for row in found], dtype=np.int64)
-        return names, zeros.reshape(len(candidates), len(names))
+        least = np.minimum.reduce(stored_as(rows, elements, space.zeros_by_weight(candidates), item))
+        whole = self._exact.state_bytes(widths)
+        return whole - (elements * item - least).sum(axis=1)
 
 
 def stored_as(
