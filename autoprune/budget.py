@@ -15,7 +15,16 @@ from autoprune.pareto import Direction
 ALIASES = {"latency": "latency_ms", "memory": "memory_bytes"}
 _SAME_METRIC = {"cross_entropy": "loss"}  # `search` takes either name
 _ROUNDING = 1e-9  # a score of 387/400 meets 395/400 - 2pp, in spite of rounding in floats
-BUILT_IN_COSTS = ("flops", "params", "nonzero_params", "memory_bytes", "latency_ms", "ms_per_sample")
+BUILT_IN_COSTS = (
+    "flops",
+    "params",
+    "nonzero_params",
+    "memory_bytes",
+    "latency_ms",
+    "ms_per_sample",
+    "sparse_flops",
+    "stored_bytes",
+)
 THROUGHPUT = "throughput"
 """Name of a lower limit on samples a second, which is an upper limit on ``ms_per_sample``."""
 FORMS = (

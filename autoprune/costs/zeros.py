@@ -60,8 +60,8 @@ class ZeroCosts:
         item = np.array([self._structure.uses[name].item_bytes for name in names], dtype=np.int64)
         least = np.minimum.reduce(stored_as(rows, elements, space.zeros_by_weight(candidates), item))
         whole = self._exact.state_bytes(widths)
-        saved = (elements * item - least).sum(axis=1)
-        return whole - saved.astype(np.float64)
+        stored: FloatArray = whole - (elements * item - least).sum(axis=1)
+        return stored
 
 
 def stored_as(
