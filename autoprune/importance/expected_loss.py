@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoprune.importance.anchors import Anchors, anchors
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import Criterion
 from autoprune.importance.database.build import layer_database
 from autoprune.importance.dropped import dropped_losses
 from autoprune.importance.reconstruction import Removal, reconstruction_errors
 from autoprune.importance.sensitivity import output_changes
-from autoprune.protocols import FloatArray, Pruning, SearchSpace
+from autoprune.protocols import FloatArray, IntArray, Pruning, SearchSpace
 from autoprune.structure.structure import Structure
 
 log = logging.getLogger(__name__)
@@ -57,35 +59,131 @@ def expected_losses(
         Branches that are dropped lose what all units inside them do, for errors and changes of outputs corrected by
         `dropped_losses`.
     """
+    return next(iter(rival_losses(kind, space, scores, criterion, calibration, rivals=False).values()), None)
+
+
+ESTIMATED = "estimated"
+MEASURED = "branches measured"
+REFITTED = "branches measured, re-fit foreseen"
+_REFIT = 1.5  # power; losses of MiniLM's heads and neurons after a re-fit follow the share removed to the power 2.2
+
+
+def rival_losses(
+    kind: str,
+    space: SearchSpace,
+    scores: Mapping[str, Tensor],
+    criterion: str | Criterion | None,
+    calibration: Calibration,
+    rivals: bool = True,
+) -> dict[str, tuple[FloatArray, ...]]:
+    """Expected losses as `expected_losses` gives them, with others to compare them with.
+
+    Where the prior is ``"auto"`` and the sensitivity measures it, others are corrected by measured losses of the
+    branches of the model, see `autoprune.importance.anchors.Anchors`, with and without the effect of a re-fit.
+
+    Args:
+        kind: As for `expected_losses`.
+        space: As there.
+        scores: As there.
+        criterion: As there.
+        calibration: As there.
+        rivals: Look for others.
+
+    Returns:
+        By name, `ESTIMATED` first; empty where there is no prior.
+    """
     model = calibration.model
-    structure = calibration.structure
-    d = len(space.sizes)
     if criterion is None:
         zeroed = _zeroed_losses(space, dict(model.named_parameters()))
         if zeroed is not None or kind == "criterion":
-            return zeroed
+            return {} if zeroed is None else {ESTIMATED: zeroed}
+    batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    corrected = rivals and kind == "auto" and not batch_norm
+    if kind == "auto":
+        kind = "reconstruction" if batch_norm else "sensitivity"
+    estimates = _estimated(kind, space, scores, criterion, calibration)
+    if estimates is None:
+        return {}
+    found = {ESTIMATED: estimates.losses(calibration)}
+    dropped = [name for prunings in estimates.drops.values() for each in prunings for name in each.dropped]
+    measured = anchors(calibration, dropped) if corrected else None
+    if measured is not None:
+        found |= {MEASURED: estimates.corrected(measured, 0.0), REFITTED: estimates.corrected(measured, _REFIT)}
+    return found
+
+
+@dataclass(frozen=True)
+class _Estimates:
+    """Estimated losses of the options of each dimension alone.
+
+    Attributes:
+        kind: Their kind.
+        sizes: Number of options of each dimension.
+        units: Number of units of each group.
+        removals: Dimensions, each with a group and the units that its options remove there.
+        errors: Of each removal, shape (options,).
+        drops: Prunings of the options of each dimension that drops branches.
+    """
+
+    kind: str
+    sizes: IntArray
+    units: Mapping[str, int]
+    removals: Sequence[tuple[int, Removal]]
+    errors: Sequence[FloatArray]
+    drops: Mapping[int, list[Pruning]]
+
+    def losses(self, calibration: Calibration) -> tuple[FloatArray, ...]:
+        """Sums over the groups of a dimension, with branches that are dropped in proportion to measured losses."""
+        losses = self._summed(self.errors)
+        if self.drops and self.kind in ("reconstruction", "sensitivity"):
+            _measure_drops(self.drops, losses, calibration)
+        return losses
+
+    def corrected(self, measured: Anchors, refit: float) -> tuple[FloatArray, ...]:
+        """Sums over the groups of a dimension of estimates corrected by measured losses of branches."""
+        errors = [
+            measured.corrected(removal, error, self.units[removal[0]], refit)
+            for (_, removal), error in zip(self.removals, self.errors, strict=True)
+        ]
+        losses = self._summed(errors)
+        for j, prunings in self.drops.items():
+            losses[j][1:] = [measured.dropped(pruning.dropped) for pruning in prunings]
+        return losses
+
+    def _summed(self, errors: Sequence[FloatArray]) -> tuple[FloatArray, ...]:
+        losses = tuple(np.zeros(size) for size in self.sizes)
+        for (j, _), error in zip(self.removals, errors, strict=True):
+            losses[j][1:] += error
+        return losses
+
+
+def _estimated(
+    kind: str,
+    space: SearchSpace,
+    scores: Mapping[str, Tensor],
+    criterion: str | Criterion | None,
+    calibration: Calibration,
+) -> _Estimates | None:
+    """Estimate the loss of every option; None if a dimension has no estimate."""
+    structure = calibration.structure
+    d = len(space.sizes)
     removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
     drops = {j: prunings for j in range(d) if (prunings := _drops(space, j))}
     if {j for j, _ in removals} | drops.keys() != set(range(d)):
         return None
     removals = [(j, removal) for j, removal in removals if removal[0] not in structure.unread]
-    if kind == "auto":
-        kind = "reconstruction" if any(isinstance(m, _BatchNorm) for m in model.modules()) else "sensitivity"
     errors: list[FloatArray | None] = [None] * len(removals)
     if kind == "database":
         errors = _priced([removal for _, removal in removals], scores, criterion, calibration)
     elif kind != "criterion":
         errors = _measured(kind, calibration, [removal for _, removal in removals])
-    losses = tuple(np.zeros(size) for size in space.sizes)
-    for (j, removal), error in zip(removals, errors, strict=True):
-        if error is None:
-            if criterion is None:
-                return None
-            error = criterion_losses(removal, scores, criterion)
-        losses[j][1:] += error
-    if drops and kind in ("reconstruction", "sensitivity"):
-        _measure_drops(drops, losses, calibration)
-    return losses
+    found = []
+    for (_, removal), error in zip(removals, errors, strict=True):
+        if error is None and criterion is None:
+            return None
+        found.append(criterion_losses(removal, scores, criterion) if error is None else error)  # type: ignore[arg-type]
+    units = {group.name: group.size for group in structure.groups}
+    return _Estimates(kind, space.sizes, units, removals, found, drops)
 
 
 def _drops(space: SearchSpace, dimension: int) -> list[Pruning]:

@@ -29,7 +29,7 @@ from autoprune.execution import evaluate_one
 from autoprune.files.access import brief
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import Criterion, order_units, score_units
-from autoprune.importance.expected_loss import expected_losses
+from autoprune.importance.expected_loss import rival_losses
 from autoprune.metrics.choosing import resolve_metric
 from autoprune.metrics.judge import Judge
 from autoprune.protocols import Failure, Measurement, SearchSpace
@@ -44,6 +44,7 @@ from autoprune.study.inputs import Inputs, counted_in_tokens, inputs_of
 from autoprune.study.layout import Layout, lay_out
 from autoprune.study.mapped_weights import own_copy
 from autoprune.study.measured_costs import measure_costs
+from autoprune.study.prior_check import choose_prior
 from autoprune.study.request import Request
 from autoprune.study.rivals import find_racing, why_not_applicable
 from autoprune.study.start import Beginning, starts_of
@@ -144,14 +145,19 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     refit = _refit(request, parts.evaluator, settings, context, ranked, layout, deadline)
     with seeded(0):
         scores, criterion = refit.ranked.scores, refit.ranked.criterion
-        expected = expected_losses(request.start.prior, refit.context.space, scores, criterion, calibration)
+        kind = request.start.prior
+        checked = request.evaluator == "auto"  # which re-fits; another one may train each candidate for hours
+        priors = rival_losses(kind, refit.context.space, scores, criterion, calibration, rivals=checked)
     trials = planned(request.trials, len(ranked.space.sizes))
-    problem = replace(layout.problem, trials=trials, prior=expected)
+    problem = replace(layout.problem, trials=trials)
     untouched = Untouched(model, refit.evaluator)
     refit.evaluator.prepare(refit.context)
     untouched.require()
     notes = _notes(inputs, structure, ranked, layout, refit, measured.notes)
     dense = _score_dense(refit.evaluator, refit.context, untouched)
+    prior = choose_prior(refit.evaluator, problem, priors)
+    problem = replace(problem, prior=prior.losses)
+    notes = (*notes, prior.note) if prior.note else notes
     worst = _worst_score(layout.budget, ranked.judge, dense)
     why_not = why_not_applicable(parts.racing, refit.evaluator, refit.context, worst)
     return Study(
