@@ -54,7 +54,7 @@ class Anchors:
             estimates: Of each option.
             size: Units in the group.
             refit: Power of the share of the units removed that a loss inside a branch is multiplied with: 0 without a
-                re-fit. The weights of the kept units, solved anew, explain more of the rest the more are kept.
+                re-fit. Least squares lets kept units stand in for removed ones, the better the more are kept.
         """
         group, options = removal
         name = self.branch_of.get(group)
