@@ -18,6 +18,9 @@ from autoprune.errors import (
     StructureCheckError,
     UnsupportedModelError,
 )
+from autoprune.evaluators.recovery.receipt import Recovered
+from autoprune.evaluators.recovery.recover import recover
+from autoprune.evaluators.recovery.recovery import Recovery
 from autoprune.execution import Execution
 from autoprune.inspection import Inspection, inspect
 from autoprune.metrics.metric import Metric
@@ -57,6 +60,8 @@ __all__ = [
     "Pruning",
     "Racing",
     "RecipeError",
+    "Recovered",
+    "Recovery",
     "Rungs",
     "SearchResult",
     "Sparsity",
@@ -70,6 +75,7 @@ __all__ = [
     "inspect",
     "load",
     "profile",
+    "recover",
     "register_adapter",
     "register_rule",
     "register_space",

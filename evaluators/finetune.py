@@ -6,17 +6,23 @@ import copy
 from functools import partial
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune.arguments import MOST_SEED, positive, shown, whole_number, why_no_function
 from autoprune.data.sampling import seeded
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.evaluators.compensated import Compensated
 from autoprune.evaluators.protocol import Context, Evaluator, Tells
+from autoprune.evaluators.recovery.recovery import Recovery
+from autoprune.evaluators.recovery.sources import sources_of
 from autoprune.evaluators.scoring.out_of_memory import fitting
 from autoprune.evaluators.scoring.scorer import DENSE_BYTES, Measuring, bound_forward
-from autoprune.evaluators.training.candidate import Course, Distillation, Given, TrainFn
+from autoprune.evaluators.training.candidate import Given, Trainer, TrainFn
+from autoprune.evaluators.training.course import Course
 from autoprune.evaluators.training.distillation import labels_loss_of
+from autoprune.evaluators.training.lessons import Lessons
+from autoprune.evaluators.training.loader import shuffled
+from autoprune.evaluators.training.teachers import Better, device_of, fresh_outputs, kept_outputs, none_better, private
 from autoprune.protocols import Failure, IntArray, Measurement
 
 
@@ -34,11 +40,13 @@ class FineTune:
 
     Args:
         steps: The budget: optimizer steps for each candidate, one batch of the calibration data each.
-        train_fn: ``train_fn(model, steps)`` trains a model in place; for your own data and recipe. It pickles to
-            workers, and should take its randomness from PyTorch's, NumPy's or Python's global state, which is seeded.
+        train_fn: A `Recovery`, which learns from its `data`, or from the calibration samples where it has none, and
+            from its teacher or the dense model; or ``train_fn(model, steps)``, which trains a model in place, for your
+            own data and recipe. It pickles to workers, and should take its randomness from PyTorch's, NumPy's or
+            Python's global state, which is seeded.
         start: Evaluator that builds the module to train; `Compensated` by default.
         lr: Largest learning rate of the default recipe.
-        seed: Seed of all random draws in training.
+        seed: Seed of all random draws in training; a `Recovery` has its own.
 
     Reference:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, at temperature 1.
@@ -47,7 +55,7 @@ class FineTune:
     def __init__(
         self,
         steps: int = 50,
-        train_fn: TrainFn | None = None,
+        train_fn: TrainFn | Recovery | None = None,
         start: Evaluator | None = None,
         lr: float = 1e-3,
         seed: int = 0,
@@ -55,9 +63,14 @@ class FineTune:
         self.steps = whole_number("steps", steps, 1)
         if train_fn is not None and (why := why_no_function(train_fn, 2)):
             raise TypeError(f"train_fn must be a function train_fn(model, steps), or None, {why}")
-        self._train_fn = train_fn
         self._lr = positive("lr", lr)
         self._seed = whole_number("seed", seed, 0, MOST_SEED)
+        self._train_fn: TrainFn | None = None if isinstance(train_fn, Recovery) else train_fn
+        own = Recovery(lr=self._lr, seed=self._seed, schedule="linear", warmup=0.0)
+        self._given = train_fn if isinstance(train_fn, Recovery) else None
+        self._recipe = self._given or own
+        if self._recipe.steps_to > 1 or self._recipe.checkpoint is not None:
+            raise ValueError("train_fn must be a Recovery without steps_to= and checkpoint=, which are for one model")
         if start is not None and (isinstance(start, type) or not hasattr(start, "build")):
             raise TypeError(f"start must be an evaluator, such as Compensated(), or None, got {shown(start)}")
         self._start: Evaluator = Compensated() if start is None else start
@@ -77,16 +90,7 @@ class FineTune:
         self._last: tuple[tuple[bytes, int], nn.Module] | None = None
         self._begun: tuple[bytes, Course] | None = None
         if self._train_fn is None:
-            calibration = context.subsets.calibration
-            with seeded(0):
-                outputs = context.judge.dense_outputs(fitting(bound_forward(context, dense)), calibration, DENSE_BYTES)
-            if context.judge.distance is None:
-                outputs = (None,) * len(calibration)
-            lessons = zip(calibration, outputs, strict=True)
-            labelled = labels_loss_of(context.judge) is not None
-            self._lessons = [(batch, output) for batch, output in lessons if labelled or output is not None]
-            if not self._lessons:
-                raise ValueError("finetune finds neither labels nor outputs to compare; pass FineTune(train_fn=...)")
+            self._lessons = self._lessons_of(context, dense)
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Train candidates and score them on validation batches."""
@@ -120,7 +124,10 @@ class FineTune:
     def identity(self) -> str:
         """Name with the settings of the training, and the identity of a start that has learned something."""
         start = getattr(self._start, "identity", "")
-        return f"FineTune(steps={self.steps}, lr={self._lr:g}, seed={self._seed})" + (f" of {start}" if start else "")
+        recipe = f"lr={self._lr:g}, seed={self._seed}"
+        if self._given is not None:
+            recipe = ", ".join(f"{name}={value}" for name, value in self._given.settings.items())
+        return f"FineTune(steps={self.steps}, {recipe})" + (f" of {start}" if start else "")
 
     def _trained(self, candidate: IntArray, steps: int | None = None) -> nn.Module:
         """Copy of the trained candidate, for its caller to keep; chunks of one candidate share a training."""
@@ -139,17 +146,47 @@ class FineTune:
         module = course.module
         modes = [(part, part.training) for part in module.modules()]
         course.go_on(steps)
+        if isinstance(course, Course):
+            module = course.best
         for part, mode in modes:
             part.training = mode
         module.zero_grad(set_to_none=True)
-        if self.continues and steps < self.steps:
+        if isinstance(course, Course) and steps < self.steps:
             self._begun = candidate.tobytes(), course
             module = copy.deepcopy(module)
         with seeded(0):
             recalibrate(module, context.subsets.calibration, bound_forward(context, module))
         return module
 
-    def _course(self, candidate: IntArray, steps: int) -> Course:
+    def _lessons_of(self, context: Context, dense: nn.Module) -> Lessons:
+        """Batches to learn from, and what the dense model makes of them.
+
+        Raises:
+            ValueError: If there is nothing to learn.
+        """
+        recipe, judge = self._recipe, context.judge
+        teacher = dense if recipe.teacher is None else private(recipe.teacher, device_of(dense))
+        better: Better = none_better
+        inner = teacher if recipe.inner else None
+        if recipe.data is not None:
+            source = sources_of(recipe.data, recipe.batch_size, recipe.seed).training
+            if recipe.distill != "none":
+                better = fresh_outputs(teacher, context.forward)
+            return Lessons(source, judge, context.forward, better, inner, recipe.loss)
+        calibration = context.subsets.calibration
+        outputs: tuple[Tensor | None, ...] = (None,) * len(calibration)
+        if judge.distance is not None and recipe.distill != "none":
+            with seeded(0):
+                outputs = judge.dense_outputs(fitting(bound_forward(context, teacher)), calibration, DENSE_BYTES)
+        labelled = recipe.loss is not None or labels_loss_of(judge) is not None
+        pairs = zip(calibration, outputs, strict=True)
+        batches = [batch for batch, output in pairs if labelled or inner is not None or output is not None]
+        if not batches:
+            raise ValueError("finetune finds neither labels nor outputs to compare; pass FineTune(train_fn=...)")
+        better = kept_outputs(calibration, outputs)
+        return Lessons(shuffled(batches), judge, context.forward, better, inner, recipe.loss)
+
+    def _course(self, candidate: IntArray, steps: int) -> Trainer:
         """Training of this candidate that was begun, unless it is past `steps`; else a new one."""
         begun, self._begun = self._begun, None  # a training that fails is not continued
         if begun is not None and begun[0] == candidate.tobytes() and begun[1].taken <= steps:
@@ -157,9 +194,9 @@ class FineTune:
         begun = None  # frees the old training before a new one is made
         context = self._context
         module = self._start.build(candidate)
-        zeroed = context.structure.edit(context.space.pruning(candidate.tolist())).zeroed
+        edit = context.structure.edit(context.space.pruning(candidate.tolist()))
         parameters = dict(module.named_parameters())
-        masks = {parameters[name]: parameters[name].detach() != 0 for name in zeroed}
+        masks = {parameters[name]: parameters[name].detach() != 0 for name in edit.zeroed}
         if self._train_fn is not None:
             return Given(module, masks, self._train_fn, self._seed)
-        return Distillation(context, module, masks, self._lessons, self.steps, self._lr, self._seed)
+        return Course(module, self._recipe, self._lessons, self.steps, masks, edit.slices)

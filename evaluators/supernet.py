@@ -22,10 +22,8 @@ from autoprune.evaluators.training.supernet import (
     MakeSchedule,
     Recipe,
     Training,
-    Weights,
-    load_weights,
-    weights_of,
 )
+from autoprune.evaluators.training.weights import Weights, load_weights, weights_of
 from autoprune.files.access import as_path
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.structure.slicing.slicing import Edit, Slicer, build

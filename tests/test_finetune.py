@@ -86,6 +86,32 @@ def test_the_recipe_of_the_user_gets_the_budget_and_what_the_start_built(context
         assert torch.equal(model.get_parameter(name), tensor), name
 
 
+class TestFineTuneByARecovery(EvaluatorContract):
+    def make_evaluator(self):
+        return FineTune(steps=2, train_fn=autoprune.Recovery(train="lora", distill="inner", ema=0.5))
+
+    def make_context(self):
+        return classes_context("mlp", "adaptive_bn")
+
+
+def test_a_recovery_goes_on_from_where_it_was_scored_and_learns_from_samples_of_its_own(context):
+    recipe = autoprune.Recovery(data=(torch.randn(40, 64), torch.arange(40) % 4), batch_size=8)
+    whole, parts = (prepared(FineTune(steps=5, train_fn=recipe), context) for _ in range(2))
+    candidate = halved(context)
+    (expected,) = whole.evaluate(candidate[None])
+    parts.on_the_way(candidate, 2)
+    assert parts.continues
+    (found,) = parts.evaluate(candidate[None])
+    np.testing.assert_array_equal(found.signal, expected.signal)
+    (other,) = prepared(FineTune(steps=5), context).evaluate(candidate[None])
+    assert not np.array_equal(other.signal, expected.signal)
+
+
+def test_nested_networks_and_checkpoints_are_for_one_model():
+    with pytest.raises(ValueError, match="without steps_to= and checkpoint="):
+        FineTune(train_fn=autoprune.Recovery(checkpoint="state.safetensors"))
+
+
 @pytest.mark.slow
 def test_chunks_tests_and_builds_of_one_candidate_share_a_training(context):
     calls = []

@@ -1,7 +1,6 @@
 """Rungs: trainings that are behind are stopped, and the others end as they do without rungs."""
 
 import math
-import random
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -16,10 +15,9 @@ from torch import nn
 
 import autoprune
 from autoprune import Rungs
-from autoprune.data.sampling import Randomness, seeded
 from autoprune.early_stopping.successive_halving import Ladder, Rung, behind, climb
 from autoprune.evaluators import AdaptiveBN, FineTune
-from autoprune.evaluators.training.candidate import Distillation
+from autoprune.evaluators.training.course import Course
 from autoprune.execution import RayExecutor
 from autoprune.execution.local import evaluate_one
 from autoprune.journal.journal import Journal
@@ -62,14 +60,14 @@ class Steps:
 
 @pytest.fixture(autouse=True, scope="module")
 def _counted():
-    whole = Distillation._step
+    whole = Course._step
 
-    def step(self):
+    def step(self, loss_of):
         Steps.taken += 1
-        whole(self)
+        whole(self, loss_of)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Distillation, "_step", step)
+        patch.setattr(Course, "_step", step)
         yield
 
 
@@ -241,7 +239,7 @@ class TestATraining:
         (expected,) = prepared(FineTune(steps=4), context).evaluate(halved(context)[None])
         evaluator.on_the_way(halved(context), 1)
         with monkeypatch.context() as patch:
-            patch.setattr(Distillation, "_step", lambda self: 1 / 0)
+            patch.setattr(Course, "_step", lambda self, loss_of: 1 / 0)
             assert isinstance(evaluator.on_the_way(halved(context), 2), Failure)
         assert same(evaluator.evaluate(halved(context)[None])[0], expected)
 
@@ -251,21 +249,6 @@ class TestATraining:
         evaluator.on_the_way(halved(context), 3)
         evaluator.evaluate(halved(context)[None])
         assert (given, evaluator.continues) == ([3, 9], False)
-
-
-def draws():
-    return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()  # noqa: NPY002
-
-
-def test_random_work_in_parts_draws_what_it_draws_in_one(global_rng_untouched):
-    with seeded(5):
-        whole = [draws() for _ in range(4)]
-    parts, randomness = [], Randomness(5)
-    with global_rng_untouched():
-        for count in (1, 2, 1):
-            with randomness.resumed():
-                parts += [draws() for _ in range(count)]
-    assert parts == whole
 
 
 @pytest.fixture(scope="module")

@@ -84,33 +84,6 @@ def cuda_is_used() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
-class Randomness:
-    """Random states for work that is done in parts: each part continues where the one before ended.
-
-    Args:
-        seed: Seed of the first part, as inside `seeded`.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._states: tuple[Any, ...] | None = None
-
-    @contextlib.contextmanager
-    def resumed(self) -> Iterator[None]:
-        """Set the random states of the work inside, and restore those of the caller afterwards."""
-        with seeded(self._seed):
-            if self._states is not None:
-                python_state, numpy_state, torch_state, cuda_states = self._states
-                random.setstate(python_state)
-                np.random.set_state(numpy_state)  # noqa: NPY002
-                torch.set_rng_state(torch_state)
-                if cuda_states:
-                    torch.cuda.set_rng_state_all(cuda_states)
-            yield
-            cuda_states = torch.cuda.get_rng_state_all() if cuda_is_used() else []
-            self._states = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda_states  # noqa: NPY002
-
-
 def draw(source: Any, wanted: Mapping[str, int], size: int, seed: int, name: str) -> dict[str, list[Batch]]:
     """Draw disjoint parts from one source.
 

@@ -166,7 +166,7 @@ def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Sub
     """
     data = data if isinstance(data, Data) else Data(validation=data)
     given = {part: source for part in PARTS if (source := getattr(data, part)) is not None}
-    factories = {part: source for part, source in given.items() if _is_factory(source)}
+    factories = {part: source for part, source in given.items() if is_factory(source)}
     recipe = (data, seed) if factories and factories.keys() == given.keys() else None
     for part, make in factories.items():
         if why := why_no_function(make, 0, classes=True):
@@ -230,7 +230,7 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
     )
 
 
-def _is_factory(source: Any) -> bool:
+def is_factory(source: Any) -> bool:
     """Return whether a source is a function that makes one, or a class; a dataset or loader may be callable too."""
     return callable(source) and (isinstance(source, type) or not isinstance(source, Iterable | Dataset))
 

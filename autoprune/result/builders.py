@@ -15,9 +15,10 @@ from autoprune.errors import FileFormatError
 from autoprune.evaluators import Context, Evaluator
 from autoprune.files.access import shortened
 from autoprune.files.tensor_file import read_tensors
-from autoprune.result.recipe import ATTRIBUTE, attach, most_bytes_of, read, read_slices, slices_of
+from autoprune.result.recipe import attach, most_bytes_of, read, read_slices, slices_of
 from autoprune.result.shared_tensors import FILES, SharedTensors
 from autoprune.result.trials import Trial
+from autoprune.structure.slicing.kept import ATTRIBUTE
 from autoprune.structure.slicing.slicing import Edit, build
 
 _NO_MODEL = "build needs the model; load the result with SearchResult.load(path, model=model)"

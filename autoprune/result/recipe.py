@@ -23,11 +23,10 @@ from autoprune.result.shared_tensors import SharedTensors, restored
 from autoprune.structure.given import unwrap
 from autoprune.structure.sizes.held import size_held
 from autoprune.structure.slicing.dropped import require_returns
+from autoprune.structure.slicing.kept import ATTRIBUTE
 from autoprune.structure.slicing.slicing import Edit, build
 
 FORMAT = Format("autoprune-model", 1, "a pruned model")
-ATTRIBUTE = "_autoprune_recipe"
-"""Attribute of a built module with its recipe, JSON-ready, which survives copying, pickling and fine-tuning."""
 MOST_TIMES_DENSE = 8
 """Largest size of a file in multiples of the dense model: it may hold other types of numbers."""
 MOST_RECIPE = 256 * MIB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from autoprune.files.access import MIB, make_folder, parse_json, shortened, sound
 from autoprune.files.formats import Format
+from autoprune.files.schema import Form, require_form
 from autoprune.files.tensor_file import HASH, content_hash, read_tensors, require_whole, write_tensors
 
 FORMAT = Format("autoprune-training", 1, "a checkpoint of a training")
+WAY_OUT = "remove it to train again, or name another file"
 MOST_BYTES = 2**20 * MIB
 """Largest size of a checkpoint where the model is not known, in bytes."""
 
@@ -44,13 +47,40 @@ def read_checkpoint(path: Path, most_bytes: int = MOST_BYTES) -> Any:
         FileFormatError: If the file is corrupted, foreign or of another version.
     """
     told = f"checkpoint {shortened(path)}"
-    way_out = "remove it to train again, or name another file"
-    with sound(f"{told} cannot be read", way_out):
+    with sound(f"{told} cannot be read", WAY_OUT):
         metadata, tensors = read_tensors(path, "checkpoint must be a file that a training wrote", most_bytes)
-    with FORMAT.reading(told, way_out):
+    with FORMAT.reading(told, WAY_OUT):
         FORMAT.require(metadata)
         require_whole(metadata, metadata["state"], tensors)
         return _decoded(parse_json(metadata["state"]), tensors)
+
+
+def read_same(path: Path, identity: Mapping[str, Any], form: Form, holds: str, most_bytes: int = MOST_BYTES) -> Any:
+    """Read the checkpoint of a training to continue.
+
+    Args:
+        path: The file.
+        identity: Settings of this training; the file was made with the same.
+        form: Of its state, with the identity under ``"identity"``.
+        holds: The training in words, such as ``"a supernet"``.
+        most_bytes: Largest size of a sound file.
+
+    Raises:
+        FileFormatError: If it is damaged, or of something else.
+        ValueError: If it was made with other settings; names them.
+    """
+    state = read_checkpoint(path, most_bytes)
+    told = f"checkpoint {shortened(path)} is damaged, or of something else than {holds}"
+    with sound(told, WAY_OUT):
+        require_form(state, form)
+        found = state["identity"]
+    differing = [name for name, value in identity.items() if found.get(name) != value]
+    if differing:
+        raise ValueError(
+            f"checkpoint {path} must be of the same training, but it was made with another "
+            f"{', another '.join(differing)}; pass what it was made with, or another file"
+        )
+    return state
 
 
 def _encoded(tree: Any, tensors: dict[str, Tensor], path: tuple[Any, ...]) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from autoprune.data.batch import Batch, batch_size
 from autoprune.data.sampling import generators_of, seeded
@@ -69,3 +70,12 @@ class Rounds:
 def mixed(*numbers: int) -> int:
     """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def shuffled(batches: Sequence[Batch]) -> Iterable[Batch]:
+    """Go over the same batches in a new random order in each round."""
+    return DataLoader(list(batches), batch_size=None, shuffle=True, collate_fn=_same)  # type: ignore[arg-type]  # a list will do
+
+
+def _same(batch: Batch) -> Batch:
+    return batch

@@ -12,27 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader
 
 from autoprune.arguments import MOST_SEED, flag, positive, whole_number, why_no_function
 from autoprune.data.batch import Batch, like_labelled, to_device
 from autoprune.data.sampling import seeded, training_loader
 from autoprune.evaluators.adaptive_bn import statistics
 from autoprune.evaluators.protocol import Context
-from autoprune.evaluators.training.checkpoint import read_checkpoint, write_checkpoint
-from autoprune.evaluators.training.loader import Rounds, mixed
+from autoprune.evaluators.training.checkpoint import WAY_OUT, read_same, write_checkpoint
+from autoprune.evaluators.training.loader import Rounds, mixed, shuffled
 from autoprune.evaluators.training.sandwich import Loss, Sandwich, random_candidates
+from autoprune.evaluators.training.weights import load_weights, weights_of
 from autoprune.files.access import MIB, shortened, sound
-from autoprune.files.schema import require_form
 
 log = logging.getLogger(__name__)
 
 MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer, int], LRScheduler]
-Weights = Mapping[str, Tensor]
-"""Parameters and buffers by name, shared ones once."""
 
 MOST_TIMES_MODEL = 16
 """Largest size of a checkpoint in multiples of the model: optimizers keep several numbers of each weight."""
@@ -158,18 +155,10 @@ class Training:
         position = (0, 0)
         if recipe.checkpoint is not None and recipe.checkpoint.exists():
             trained = sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers()))
-            state = read_checkpoint(recipe.checkpoint, MOST_TIMES_MODEL * trained + 256 * MIB)
+            most = MOST_TIMES_MODEL * trained + 256 * MIB
+            state = read_same(recipe.checkpoint, self._identity, _FORM, "a supernet", most)
             told = f"checkpoint {shortened(recipe.checkpoint)} is damaged, or of something else than a supernet"
-            with sound(told, "remove it to train again, or name another file"):
-                require_form(state, _FORM)
-                identity = state["identity"]
-            differing = [name for name, value in self._identity.items() if identity.get(name) != value]
-            if differing:
-                raise ValueError(
-                    f"checkpoint {recipe.checkpoint} must be of the same training, but it was made with another "
-                    f"{', another '.join(differing)}; pass what it was made with, or another file"
-                )
-            with sound(told, "remove it to train again, or name another file"):
+            with sound(told, WAY_OUT):
                 load_weights(self._model, state["weights"])
                 first, second = state["position"]
                 self._step = state["step"]
@@ -183,8 +172,7 @@ class Training:
     def _source(self) -> Iterable[Batch]:
         if self._recipe.data is not None:
             return training_loader(self._recipe.data, self._recipe.batch_size, "supernet")
-        batches = list(self._context.subsets.calibration)
-        return DataLoader(batches, batch_size=None, shuffle=True, collate_fn=_same)  # type: ignore[arg-type]  # a list will do
+        return shuffled(self._context.subsets.calibration)
 
     def _write(self, position: tuple[int, int]) -> None:
         if self._recipe.checkpoint is None:
@@ -196,22 +184,5 @@ class Training:
         write_checkpoint(self._recipe.checkpoint, state)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters and buffers, on the CPU."""
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, weights: Weights) -> None:
-    """Copy values into a model's parameters and buffers."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        tensor.copy_(weights[name])
-
-
 def _falling(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
     return LambdaLR(optimizer, lambda step: 1 - step / steps)
-
-
-def _same(batch: Any) -> Any:
-    return batch

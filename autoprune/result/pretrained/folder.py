@@ -18,7 +18,7 @@ from autoprune.files.tensor_file import read_tensors
 from autoprune.imports import importing
 from autoprune.result.pretrained.section import FORM, FORMAT, KEY
 from autoprune.result.pretrained.shapes import module_of_shapes
-from autoprune.result.recipe import ATTRIBUTE
+from autoprune.structure.slicing.kept import ATTRIBUTE
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"

@@ -1,0 +1,1 @@
+"""Recovery: training of a pruned network that brings back what pruning took, with a receipt."""

@@ -1,0 +1,330 @@
+"""Recovery: what it trains, what it leaves alone, what it learns from, and how it ends."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import autoprune
+from autoprune import Recovery
+from autoprune.errors import DataError, FileFormatError
+from autoprune.evaluators.training.course import _factor
+from autoprune.evaluators.training.features import Features
+from autoprune.evaluators.training.parameters import Trained
+from autoprune.structure.slicing.kept import kept_units
+from tests.recovering import data_of, halved, network, same, samples, weights
+
+TRAIN = ("all", "norm+bias", "lora")
+PLAIN = Recovery(every=2)
+AVERAGED = Recovery(every=2, ema=0.8, accumulate=2, batch_size=8)
+
+
+@pytest.fixture
+def dense():
+    return network()
+
+
+@pytest.fixture
+def small(dense):
+    return halved(dense)
+
+
+def plain_sgd(parameters):
+    return torch.optim.SGD(parameters, 0.1)
+
+
+def interrupted(calls, most, outputs):
+    """The outputs, or Ctrl-C at the call after `most`."""
+    calls.append(None)
+    if len(calls) == most + 1:
+        raise KeyboardInterrupt
+    return outputs
+
+
+class TestWhatComesOut:
+    @pytest.mark.parametrize("train", TRAIN)
+    def test_the_pruned_network_comes_nearer_to_its_task_and_the_receipt_says_how_far(self, dense, small, train):
+        receipt = autoprune.recover(small, data_of(dense), dense, train=train, steps=40, recipe=Recovery(batch_size=16))
+        x, y = samples(dense, 48, 2)
+        accuracy = (small(x).argmax(1) == y).float().mean().item()
+        assert receipt.after.mean == pytest.approx(accuracy)
+        assert receipt.after.mean > receipt.before.mean
+        low, high = receipt.after.interval
+        assert low < receipt.after.mean <= high
+        assert receipt.teacher.mean == 1.0
+        assert (receipt.steps, receipt.stopped, receipt.held_out) == (40, "", "test")
+        assert receipt.losses[0][0] == 2
+        assert receipt.losses[-1][1] < receipt.losses[0][1]
+        assert "accuracy on test samples" in str(receipt)
+        assert receipt.to_json()["steps"] == 40
+
+    def test_without_samples_to_validate_on_the_last_weights_are_kept_and_a_note_says_so(self, dense, small):
+        receipt = autoprune.recover(small, samples(dense), dense, steps=3)
+        assert (receipt.before, receipt.held_out, receipt.best_step) == (None, "", 3)
+        assert any("no validation samples" in note for note in receipt.notes)
+
+    def test_everything_around_the_weights_comes_back_as_it_was(self, dense, small, global_rng_untouched):
+        small.train()
+        small[1].eval()
+        small[0].weight.requires_grad_(False)
+        before, teacher = weights(small), weights(dense)
+        hooks = [len(module._forward_hooks) for module in (*small.modules(), *dense.modules())]
+        with global_rng_untouched():
+            autoprune.recover(small, data_of(dense), dense, steps=2)
+        assert [module.training for module in small.modules()] == [True, True, False] + [True] * (len(small) - 2)
+        assert not dense.training
+        assert not small[0].weight.requires_grad
+        assert all(parameter.grad is None for parameter in (*small.parameters(), *dense.parameters()))
+        assert [len(module._forward_hooks) for module in (*small.modules(), *dense.modules())] == hooks
+        assert same(weights(dense), teacher)
+        assert torch.equal(small[0].weight, before["0.weight"])
+
+    def test_it_repeats_to_the_last_bit(self, dense):
+        found = []
+        for _ in range(2):
+            module = halved(dense)
+            autoprune.recover(module, data_of(dense), dense, steps=5)
+            found.append(weights(module))
+        assert same(*found)
+
+
+class TestWhatIsTrained:
+    def test_norms_and_biases_alone(self, dense, small):
+        before = weights(small)
+        receipt = autoprune.recover(small, samples(dense), dense, train="norm+bias", steps=3)
+        changed = {name for name, tensor in weights(small).items() if not torch.equal(tensor, before[name])}
+        parameters = dict(small.named_parameters())
+        assert changed & parameters.keys() == {name for name, each in parameters.items() if each.ndim == 1}
+        assert receipt.parameters == sum(each.numel() for each in parameters.values() if each.ndim == 1)
+        assert receipt.share == receipt.parameters / sum(each.numel() for each in parameters.values())
+
+    def test_low_rank_changes_are_those_of_an_explicit_product_under_the_same_optimizer(self):
+        """The oracle keeps both factors as parameters, and computes each weight from them in the forward pass."""
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(9, 8, bias=False), nn.Tanh(), nn.Linear(8, 7, bias=False))
+        x, y = torch.randn(12, 9), torch.randn(12, 7)
+        trained = Trained(module, "lora", 2, {}, seed=0)
+        factors = [leaf.detach().clone().requires_grad_() for leaf in trained.leaves]
+        starts = [module[0].weight.detach().clone(), module[2].weight.detach().clone()]
+        ours, theirs = plain_sgd(trained.leaves), plain_sgd(factors)
+        for _ in range(5):
+            with trained.collecting():
+                ours.zero_grad()
+                nn.functional.mse_loss(module(x), y).backward()
+                assert module[0].weight.grad is None
+                ours.step()
+                trained.merge()
+            theirs.zero_grad()
+            first, second = starts[0] + factors[0] @ factors[1], starts[1] + factors[2] @ factors[3]
+            nn.functional.mse_loss(torch.tanh(x @ first.T) @ second.T, y).backward()
+            theirs.step()
+        for weight, start, left, right in zip(
+            (module[0].weight, module[2].weight), starts, factors[::2], factors[1::2], strict=True
+        ):
+            torch.testing.assert_close(weight.detach(), start + (left @ right).detach())
+            assert torch.linalg.matrix_rank(weight.detach() - start, rtol=1e-3) <= 2
+
+    def test_embeddings_and_what_is_tied_to_them_get_no_low_rank_change(self):
+        module = nn.ModuleDict({"words": nn.Embedding(20, 8), "head": nn.Linear(8, 20), "own": nn.Linear(8, 8)})
+        module["head"].weight = module["words"].weight
+        assert Trained(module, "lora", 2, {}, 0).count == 20 + 8 + 2 * (8 + 8)
+
+    @pytest.mark.parametrize("train", TRAIN)
+    def test_zeros_of_weights_stay_zero(self, dense, small, train):
+        with torch.no_grad():
+            small[0].weight[:, ::2] = 0
+            small[3].weight[0] = 0
+        zero = {name: tensor == 0 for name, tensor in small.named_parameters() if tensor.ndim > 1}
+        before = weights(small)
+        autoprune.recover(small, samples(dense), dense, train=train, steps=4, recipe=Recovery(ema=0.5))
+        for name, where in zero.items():
+            assert not small.get_parameter(name)[where].any()
+            assert train == "norm+bias" or not torch.equal(small.get_parameter(name), before[name])
+        autoprune.recover(small, samples(dense), dense, steps=2, recipe=Recovery(keep_zeros=False))
+        assert small[0].weight[zero["0.weight"]].any()
+
+    def test_parts_of_a_batch_add_up_to_the_whole(self, dense):
+        found = []
+        for size, parts in ((16, 1), (4, 4)):
+            module = halved(network(norm=False))
+            x, y = samples(dense, 16)
+            batches = [(x[i : i + size], y[i : i + size]) for i in range(0, 16, size)]
+            recipe = Recovery(optimizer=plain_sgd, accumulate=parts, most_norm=None, distill="none")
+            autoprune.recover(module, batches, steps=3, recipe=recipe)
+            found.append(module)
+        for one, other in zip(found[0].parameters(), found[1].parameters(), strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_the_average_of_weights_is_what_is_kept(self, dense):
+        seen = []
+
+        def loss(outputs, batch):
+            seen.append([parameter.detach().clone() for parameter in module.parameters()])
+            return outputs.square().mean()
+
+        module = halved(network(norm=False))
+        recipe = Recovery(loss=loss, ema=0.7, optimizer=plain_sgd, schedule="constant", warmup=0)
+        autoprune.recover(module, samples(dense), steps=4, recipe=recipe)
+        kept = [parameter.detach().clone() for parameter in module.parameters()]
+        module = halved(network(norm=False))
+        seen.clear()
+        autoprune.recover(module, samples(dense), steps=5, recipe=recipe)
+        expected = seen[1]
+        for later in seen[2:5]:
+            expected = [0.7 * old + 0.3 * new for old, new in zip(expected, later, strict=True)]
+        for one, other in zip(kept, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_the_learning_rate_rises_and_falls(self):
+        cosine = [_factor("cosine", 2, 10)(step) for step in range(11)]
+        assert cosine[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+        assert cosine[6] == pytest.approx(0.5)
+        assert cosine[10] == pytest.approx(0)
+        assert [_factor("linear", 0, 4)(step) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+        assert _factor("constant", 0, 4)(3) == 1
+
+
+class TestWhatItLearnsFrom:
+    def test_features_agree_where_the_removed_units_were_idle(self):
+        """Where units that go have no readers, all that stays computes what it did."""
+        dense = network(norm=False)
+        with torch.no_grad():
+            dense[2].weight[:, 1::2] = 0
+            dense[4].weight[:, 1::2] = 0
+        small = halved(dense)
+        features = Features(dense, small, kept_units(small))
+        x, _ = samples(dense)
+        with features.watching(small) as ours, features.watching(dense) as theirs:
+            small(x)
+            dense(x)
+            assert {name: len(found) for name, found in ours.items()} == {"0": 1, "2": 1, "4": 1}
+            assert features.distance(ours, theirs).item() < 1e-10
+            ours.clear()
+            small(x + 1)
+            assert features.distance(ours, theirs).item() > 0.01
+
+    def test_features_are_compared_behind_norms_where_there_are_any(self, dense, small):
+        assert Features(dense, small, kept_units(small)).names == ["1", "4"]
+
+    def test_inner_features_come_nearer_only_where_they_are_learned(self, dense):
+        def gap(distill):
+            module = halved(dense)
+            recipe = Recovery(distill=distill, optimizer=plain_sgd, schedule="constant")
+            autoprune.recover(module, samples(dense), dense, steps=40, recipe=recipe)
+            features = Features(dense, module, kept_units(module))
+            x, _ = samples(dense, 64, 5)
+            with features.watching(module) as ours, features.watching(dense) as theirs, torch.no_grad():
+                module(x)
+                dense(x)
+                return features.distance(ours, theirs).item()
+
+        assert gap("inner") < 0.9 * min(gap("logits"), gap("none"))
+
+    def test_without_labels_the_outputs_of_the_teacher_are_enough(self, dense, small):
+        x, _ = samples(dense)
+        with torch.no_grad():
+            before = (small(x) - dense(x)).square().mean()
+            autoprune.recover(small, x, dense, steps=60, recipe=Recovery(distill="logits", lr=0.01))
+            assert (small(x) - dense(x)).square().mean() < before
+
+    def test_without_labels_and_a_teacher_there_is_nothing_to_learn(self, dense, small):
+        x, _ = samples(dense)
+        with pytest.raises((ValueError, DataError), match=r"teacher=|labels"):
+            autoprune.recover(small, x, steps=2)
+
+
+class TestHowItEnds:
+    def test_a_loss_that_is_no_number_ends_it_with_the_step_and_the_last_good_weights(self, dense):
+        calls = []
+
+        def loss(outputs, batch):
+            calls.append(outputs)
+            return outputs.square().mean() * (math.nan if len(calls) == 8 else 1)
+
+        module, until = halved(dense), halved(dense)
+        recipe = Recovery(loss=loss, every=3)
+        receipt = autoprune.recover(module, samples(dense), steps=20, recipe=recipe)
+        assert "nan at step 7" in receipt.stopped
+        assert receipt.best_step == receipt.steps == 6
+        calls.clear()
+        again = Recovery(loss=lambda outputs, batch: interrupted(calls, 7, outputs).square().mean(), every=3)
+        autoprune.recover(until, samples(dense), steps=20, recipe=again)
+        assert same(weights(module), weights(until))
+
+    def test_the_best_weights_on_validation_samples_are_kept_and_patience_ends_it(self, dense, small):
+        before = weights(small)
+        recipe = Recovery(lr=100.0, every=1, patience=3, warmup=0)
+        receipt = autoprune.recover(small, data_of(dense), dense, steps=50, recipe=recipe)
+        assert (receipt.steps, receipt.best_step) == (3, 0)
+        assert "no better validation for 3 times" in receipt.stopped
+        assert same(weights(small), before)
+
+    @pytest.mark.parametrize("train", TRAIN)
+    @pytest.mark.parametrize("recipe", [PLAIN, AVERAGED], ids=["plain", "averaged"])
+    def test_an_interrupted_recovery_ends_as_an_uninterrupted_one(self, dense, tmp_path, train, recipe):
+        whole, part = halved(dense), halved(dense)
+        common = {"train": train, "steps": 9}
+        expected = autoprune.recover(whole, data_of(dense), dense, recipe=recipe, **common)
+        file = tmp_path / "recovery.safetensors"
+        calls = []
+        forward = lambda model, batch: interrupted(calls, 17, model(batch[0]))  # noqa: E731
+        first = autoprune.recover(
+            part, data_of(dense), dense, checkpoint=file, recipe=replace(recipe, forward=forward), **common
+        )
+        assert first.stopped == "interrupted"
+        assert first.steps < 9
+        resumed = halved(dense)
+        receipt = autoprune.recover(resumed, data_of(dense), dense, checkpoint=file, recipe=recipe, **common)
+        assert same(weights(resumed), weights(whole))
+        assert receipt.losses == expected.losses
+        assert receipt.validations == expected.validations
+        once_more = halved(dense)
+        autoprune.recover(once_more, data_of(dense), dense, checkpoint=file, recipe=recipe, **common)
+        assert same(weights(once_more), weights(whole))
+
+    def test_a_checkpoint_of_another_training_or_a_pickle_is_refused_by_name(self, dense, tmp_path):
+        file = tmp_path / "recovery.safetensors"
+        autoprune.recover(halved(dense), samples(dense), dense, steps=2, checkpoint=file)
+        with pytest.raises(ValueError, match=r"another train, another steps"):
+            autoprune.recover(halved(dense), samples(dense), dense, train="lora", steps=3, checkpoint=file)
+        torch.save({"state": 1}, file)
+        with pytest.raises(FileFormatError, match=r"recovery.safetensors"):
+            autoprune.recover(halved(dense), samples(dense), dense, steps=2, checkpoint=file)
+
+    def test_as_a_training_function_it_lets_an_interruption_through(self, dense, small):
+        calls = []
+        recipe = Recovery(samples(dense), dense, forward=lambda model, batch: interrupted(calls, 9, model(batch[0])))
+        with pytest.raises(KeyboardInterrupt):
+            recipe(small, 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": "half"}, "train must be one of"),
+        ({"steps": 0}, "steps must be"),
+        ({"steps_to": 3, "steps": 2}, "steps_to must be at most steps"),
+        ({"ema": 1.0}, "ema must be a number of at least 0 and below 1"),
+        ({"lr": -1}, "lr must be positive or None"),
+        ({"distill": "outer"}, "distill must be one of"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recovery(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"distill": "inner"}, {"distill": "logits"}, {"steps_to": 2}])
+def test_what_needs_a_teacher_says_so(dense, small, settings):
+    with pytest.raises(ValueError, match="needs teacher="):
+        autoprune.recover(small, samples(dense), recipe=Recovery(steps=4, **settings))
+
+
+def test_samples_to_train_on_are_no_samples_to_choose_by(dense, small):
+    drawn = samples(dense)
+    with pytest.raises(DataError, match="validation data must not be what is trained on"):
+        autoprune.recover(small, autoprune.Data(drawn, drawn), dense)
+    with pytest.raises(DataError, match="calibration samples, which recover trains on"):
+        autoprune.recover(small, autoprune.Data(validation=drawn), dense)
