@@ -10,17 +10,19 @@ from autoprune.data.batch import Forward
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensated import Compensated
 from autoprune.evaluators.finetune import FineTune
-from autoprune.evaluators.protocol import Context, Evaluator, Orders, Tells, Trains
+from autoprune.evaluators.masked import Masked
+from autoprune.evaluators.protocol import Context, Evaluator, Expects, Orders, Tells, Trains
 from autoprune.evaluators.scoring.scorer import Adapted, Measuring
 from autoprune.evaluators.supernet import Supernet
 
-EvaluatorName = Literal["auto", "compensated", "adaptive_bn", "finetune", "supernet"]
+EvaluatorName = Literal["auto", "compensated", "adaptive_bn", "finetune", "masked", "supernet"]
 
 EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     "adaptive_bn": AdaptiveBN,
     "auto": Compensated,
     "compensated": Compensated,
     "finetune": FineTune,
+    "masked": Masked,
     "supernet": Supernet,
 }
 """``"auto"`` re-fits weights, biases and statistics: without a re-fit, many candidates score at chance, and none is
@@ -46,8 +48,10 @@ __all__ = [
     "Context",
     "Evaluator",
     "EvaluatorName",
+    "Expects",
     "FineTune",
     "Forward",
+    "Masked",
     "Measuring",
     "Orders",
     "Supernet",

@@ -212,7 +212,7 @@ class Compensated:
                 for layer in layers:
                     self._refit(module, edit, layer)
         if self._least_squares and self._maps is not None:
-            self._maps.apply(module, edit, _replace)
+            self._maps.apply(module, edit, replace_parameter)
         if self._bn and self._correction is not None:
             self._correction.apply(module, edit, run)
 
@@ -233,14 +233,14 @@ class Compensated:
         if kept is not None and self._least_squares and name not in edit.zeroed:
             fitted = whole[rows][:, kept] + self._change(layer, whole, kept)[rows]
             matrix[into] = fitted.to(matrix.dtype)
-            _replace(module, name, value)
+            replace_parameter(module, name, value)
         if self._shifted(layer):
             assert layer.bias is not None
             mean = layer.moments.mean
             lost = whole[rows].double() @ mean - matrix[into].double() @ (mean if kept is None else mean[kept])
             bias = module.get_parameter(layer.bias).detach().clone()
             bias[into] = (bias[into].double() + lost).to(bias.dtype)
-            _replace(module, layer.bias, bias)
+            replace_parameter(module, layer.bias, bias)
 
     def _change(self, layer: Layer, whole: Tensor, kept: Tensor) -> Tensor:
         """Change of the columns that stay by least squares, for all rows of the dense weight.
@@ -279,7 +279,7 @@ def drops(space: SearchSpace) -> bool:
     return isinstance(space, Silences) and bool(space.pruning((np.array(space.sizes) - 1).tolist()).dropped)
 
 
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter of a module, never its values: another module may share them."""
     owner = module.get_submodule(name.rpartition(".")[0])
     key = name.rpartition(".")[2]

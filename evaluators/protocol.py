@@ -11,7 +11,7 @@ from autoprune.data.batch import Forward
 from autoprune.data.subsets import Subsets
 from autoprune.importance.calibration import Calibration
 from autoprune.metrics.judge import Judge
-from autoprune.protocols import Failure, IntArray, Measurement, SearchSpace
+from autoprune.protocols import Failure, FloatArray, IntArray, Measurement, SearchSpace
 from autoprune.structure.structure import Structure
 
 
@@ -75,6 +75,18 @@ class Tells(Protocol):
 
     def notes(self) -> tuple[str, ...]:
         """Return sentences for the result. Asked once a search, not on workers, so it may evaluate."""
+        ...
+
+
+@runtime_checkable
+class Expects(Protocol):
+    """Optional protocol: evaluators that know the loss of options before any candidate is scored."""
+
+    def expected_losses(self) -> tuple[FloatArray, ...] | None:
+        """Return the expected loss of each option of each dimension alone, as ``Problem.prior``; None if unknown.
+
+        Asked once a search, after `Evaluator.prepare`; it is the prior of ``prior="auto"`` and ``prior="database"``.
+        """
         ...
 
 

@@ -172,6 +172,18 @@ class SparsitySpace:
         names = ((d.name, own[i]) for d, own, i in zip(self.dimensions, self._names, candidate, strict=True))
         return {name: pattern for name, pattern in names if pattern}
 
+    def near(self, kept: Mapping[str, int]) -> list[int]:
+        """Return the candidate whose weights keep about as many elements as given; others stay dense.
+
+        The numbers are those of a rule, such as `autoprune.importance.masks.allocation.lamp`. Of options that set
+        equally many elements to zero, the first is taken.
+        """
+        candidate = []
+        for d, zeros, elements in zip(self.dimensions, self._count.table, self.elements, strict=True):
+            wanted = elements - kept.get(d.name, elements)
+            candidate.append(int(np.abs(zeros[: len(d.options)] - wanted).argmin()))
+        return candidate
+
     def widths(self, candidates: IntArray) -> FloatArray:
         """Every unit stays; shape (n, groups)."""
         return np.tile(np.array([size for _, size in self.groups], dtype=np.float64), (len(candidates), 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +70,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         structure: Of the model.
         see: Called for each product.
         tied: Observe weights that several modules hold, too.
+        names: Observe these weights, whether they read units or not; None for those that read units.
 
     Attributes:
         source: What the product that `see` is called for multiplies, as the operation gets it.
@@ -78,10 +79,19 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         firsts: For each reader the readers that read the same values just before it, or itself where none did.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, see: See, tied: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        see: See,
+        tied: bool = False,
+        names: Collection[str] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._see = see
         self._receive: See | None = None
+        self._at_outputs = False
+        self._all = names is not None
         self.source: Tensor | None = None
         self._units_of = structure.units_of
         self._places: dict[int, list[tuple[int, str, nn.Parameter]]] = {}
@@ -91,7 +101,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
             if parameter.numel():
                 place = self._places.setdefault(parameter.untyped_storage().data_ptr(), [])
                 place.append((int(parameter.storage_offset()), name, parameter))
-        read = (name for name in self._parameters if name in structure.units_of)
+        read = (name for name in self._parameters if name in (structure.units_of if names is None else names))
         self._wanted = {name for name in read if tied or held[name] == 1}
         self._single = {name for name in self._parameters if held[name] == 1}
         self.otherwise: set[str] = set()
@@ -126,13 +136,15 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         self._casts.clear()
         self._latest = None
 
-    def backward(self, loss: Tensor, receive: See) -> None:
+    def backward(self, loss: Tensor, receive: See, at_outputs: bool = False) -> None:
         """Run a backward pass inside `batch`, and show what it returns through each weight.
 
         ``receive(reader, rows)`` gets the rows W^T g, shape (n, columns), for the gradients g of the loss towards the
-        outputs of a product with the matrix W, where its inputs need a gradient.
+        outputs of a product with the matrix W, where its inputs need a gradient; with `at_outputs` the rows g
+        themselves, shape (n, outputs).
         """
         self._receive = receive
+        self._at_outputs = at_outputs
         try:
             loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         finally:
@@ -207,7 +219,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
                     self.otherwise.add(other)
             return
         reader = self._reader(kind, name, weight, args) if name in self._wanted else None
-        if reader is None or self._units_of[name][reader.dim] is None:
+        if reader is None or not self._observes(reader):
             self.otherwise.add(name)
             return
         self._made_by[out] = reader
@@ -217,6 +229,9 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         self.firsts[reader].add(self._first(reader, x, args[3:] if kind == "convolution" else ()))
         self.source = x
         self._see(reader, lambda: self._rows(kind, x, args))
+
+    def _observes(self, reader: Reader) -> bool:
+        return self._all or self._units_of[reader.name][reader.dim] is not None
 
     def _first(self, reader: Reader, x: Tensor, geometry: Sequence[Any]) -> Reader:
         """Reader that was the first to read these values, with no other read in between."""
@@ -231,16 +246,31 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
     def _returned(self, kind: str, args: tuple[Any, ...], out: Any, receive: See) -> None:
         """Show a product of gradients with a weight; matrix products have the weight in the second or first place."""
         if kind == "convolution_backward":
-            places = [("convolution", args[2], out[0])]
+            places = [("convolution", args[2], out[0], args[0])]
         else:  # g W as it is written, or (W^T g^T) of inputs that are laid out by columns
-            places = [(kind, args[1].transpose(-1, -2), out), (kind, args[0], out.transpose(-1, -2))]
-        for product, weight, found in places:
+            places = [
+                (kind, args[1].transpose(-1, -2), out, args[0]),
+                (kind, args[0], out.transpose(-1, -2), args[1].transpose(-1, -2)),
+            ]
+        for product, weight, found, gradient in places:
             name = self._name(weight)
             if name in self._wanted and found is not None:
                 reader = self._reader(product, name, weight, args[1:])
-                if reader is not None and self._units_of[name][reader.dim] is not None:
-                    receive(reader, partial(self._returned_rows, product, args[0], weight, found))
+                if reader is not None and self._observes(reader):
+                    if self._at_outputs:
+                        rows = partial(self._gradient_rows, product, gradient)
+                    else:
+                        rows = partial(self._returned_rows, product, args[0], weight, found)
+                    receive(reader, rows)
                 return
+
+    def _gradient_rows(self, kind: str, gradient: Tensor) -> Iterator[Tensor]:
+        if kind == "convolution":
+            rows = gradient.movedim(1, -1)
+            kept = kept_positions(self._mask, tuple(rows.shape[:-1]))
+            yield rows.reshape(-1, rows.shape[-1]) if kept is None else rows[kept]
+        else:
+            yield from self._rows(kind, gradient, ())
 
     def _returned_rows(self, kind: str, gradient: Tensor, weight: Tensor, out: Tensor) -> Iterator[Tensor]:
         if kind != "convolution":

@@ -21,7 +21,7 @@ from autoprune.data.sampling import seeded
 from autoprune.early_stopping.racing import Racing
 from autoprune.early_stopping.successive_halving import Rungs
 from autoprune.errors import AutopruneError, BudgetError, DataError, UnsupportedModelError
-from autoprune.evaluators import Context, Evaluator, Tells, make_evaluator
+from autoprune.evaluators import Context, Evaluator, Expects, Tells, make_evaluator
 from autoprune.evaluators.compensated import middle_of
 from autoprune.evaluators.scoring.out_of_memory import fitting
 from autoprune.evaluators.scoring.untouched import Untouched, is_ours
@@ -153,6 +153,9 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     untouched = Untouched(model, refit.evaluator)
     refit.evaluator.prepare(refit.context)
     untouched.require()
+    known = refit.evaluator.expected_losses() if isinstance(refit.evaluator, Expects) else None
+    if known is not None and request.start.prior in ("auto", "database"):
+        problem = replace(problem, prior=known)
     notes = _notes(inputs, structure, ranked, layout, refit, measured.notes)
     dense = _score_dense(refit.evaluator, refit.context, untouched)
     prior = choose_prior(refit.evaluator, problem, priors)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -93,12 +94,19 @@ class Adapted:
             default.
         share_bytes: Most memory for what candidates share, see `autoprune.evaluators.activation_cache.cache`; 0 for
             none, None for a limit that suits the size of the model.
+        zeroed: Weights whose zeros `adapt` sets, so that nobody else has to rank their elements.
     """
 
     def __init__(
-        self, context: Context, adapt: Adapt, reference: nn.Module | None = None, share_bytes: int | None = 0
+        self,
+        context: Context,
+        adapt: Adapt,
+        reference: nn.Module | None = None,
+        share_bytes: int | None = 0,
+        zeroed: Collection[str] = (),
     ) -> None:
         self._context = context
+        self._zeroed = frozenset(zeroed)
         self._adapt = adapt
         self._slicer = Slicer(context.model)
         self._held = b""  # the candidate that the skeleton is now
@@ -136,7 +144,7 @@ class Adapted:
         """Return the module that is scored, with state of its own, in the training mode of the model."""
         with seeded(0):
             edit = self._edit(candidate)
-            module = build(self._context.model, edit)
+            module = build(self._context.model, self._to_cut(edit))
             if candidate.any():
                 self._adapt(module, edit, bound_forward(self._context, module))
             return module
@@ -158,13 +166,18 @@ class Adapted:
         self._held = b""
         self._slicer.release()
         give_back(self._context.model)
-        module = self._slicer.cut(edit)
+        module = self._slicer.cut(self._to_cut(edit))
         with opener(edit, module) if candidate.any() else self._cache.alone(edit, module) as running:
             if candidate.any():
                 running.calibrate(partial(self._adapt, module, edit))
             self._held = candidate.tobytes()
             module.eval()
             yield running.run
+
+    def _to_cut(self, edit: Edit) -> Edit:
+        """The edit without the zeros that `adapt` sets."""
+        left = {name: count for name, count in edit.zeroed.items() if name not in self._zeroed}
+        return replace(edit, zeroed=left) if len(left) < len(edit.zeroed) else edit
 
     def _edit(self, candidate: IntArray) -> Edit:
         return self._context.structure.edit(self._context.space.pruning(candidate.tolist()))

@@ -80,11 +80,11 @@ def _observed(
     watch = _Watch(sources)
     reading = Reading(calibration.model, calibration.structure, watch.see, tied=True)
     model = private_copy(calibration.model)
-    starts = _detach(model, {id(calibration.model.get_parameter(reader.name)) for reader in watch.owner})
+    starts = detached(model, {id(calibration.model.get_parameter(reader.name)) for reader in watch.owner})
     generator = torch.Generator().manual_seed(seed)
     draws = 0
     with seeded(0):
-        for batch, backward in _parts(calibration.batches, samples):
+        for batch, backward in divided(calibration.batches, samples):
             mask = positions_of(batch)
             with reading.batch(mask, gradients=backward):
                 outputs = calibration.forward(model, batch)
@@ -158,7 +158,7 @@ def _empty(source: Source) -> Observation:
     return Observation(source, Moments(source.columns, 0, every), Moments(source.columns, 0), Influence(source.columns))
 
 
-def _parts(batches: Sequence[Batch], samples: int) -> Iterator[tuple[Batch, bool]]:
+def divided(batches: Sequence[Batch], samples: int) -> Iterator[tuple[Batch, bool]]:
     """Batches in parts of a few samples, each with whether it is among the first `samples` samples."""
     for batch in batches:
         if samples <= 0:
@@ -169,7 +169,7 @@ def _parts(batches: Sequence[Batch], samples: int) -> Iterator[tuple[Batch, bool
             samples -= batch_size(part)
 
 
-def _detach(model: nn.Module, readers: set[int]) -> list[Tensor]:
+def detached(model: nn.Module, readers: set[int]) -> list[Tensor]:
     """Replace the parameters of a copy by plain tensors; only those that read no units start a gradient.
 
     Returns:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 UNSTRUCTURED = "unstructured"
 _FORMS = "'unstructured', N of M inputs that stay such as '2:4', or a block of outputs x inputs such as '4x4'"
@@ -117,6 +117,23 @@ class Pattern:
         out = torch.zeros(shape, dtype=torch.bool, device=cells.device)
         out[: a * self.rows, : b * self.columns] = whole
         return out
+
+
+def zero_masks(module: nn.Module) -> dict[str, Tensor]:
+    """Elements of weights that are zero, by name: those that a training must keep at zero.
+
+    Every parameter of two or more dimensions with at least one zero counts, whatever set it: masks need no record of
+    how a module was made, and are found in one that was loaded. Call it before the training.
+
+    Returns:
+        True where an element stays zero, bool, in the shape of each parameter.
+    """
+    found = {}
+    for name, parameter in module.named_parameters():
+        zero = parameter.detach() == 0
+        if parameter.ndim > 1 and bool(zero.any()):
+            found[name] = zero
+    return found
 
 
 def _least(values: Tensor, count: int) -> Tensor:
