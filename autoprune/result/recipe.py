@@ -31,7 +31,7 @@ MOST_TIMES_DENSE = 8
 """Largest size of a file in multiples of the dense model: it may hold other types of numbers."""
 MOST_RECIPE = 256 * MIB
 _GRAPH = {"name": str, "inputs": [[object]], "nodes": [[object]], "output": object}
-_FORM = {
+RECIPE_FORM = {
     "slices": {str: {str: [int]}},
     "attributes": {str: {str: int}},
     "dense_shapes": {str: [int]},
@@ -203,7 +203,7 @@ def _recipe_in(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
         FORMAT.require(metadata)
     with sound(f"{name} holds a damaged recipe", "save the model again"):
         recipe: dict[str, Any] = parse_json(metadata["recipe"])
-        require_form(recipe, _FORM)
+        require_form(recipe, RECIPE_FORM)
         for name, dims in recipe["slices"].items():
             for dim, index in dims.items():
                 _require_index(index, int(recipe["dense_shapes"][name][int(dim)]), f"slices[{name!r}][{dim!r}]")
