@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -49,3 +50,10 @@ def quiet_optuna() -> Iterator[Any]:
             yield optuna
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+def notebook_shell() -> Any:
+    """Return IPython's shell if this process is the kernel of a notebook, else None; imports nothing."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+    return shell if getattr(shell, "kernel", None) is not None else None

@@ -191,7 +191,7 @@ class TestOnDisk:
         frame = found.to_frame()
         assert set(frame[~frame["feasible"]]["trial"]) == {trial.id for trial in probes}
         assert not (frame["front"] & ~frame["feasible"]).any()
-        (axes,) = found.plot().axes
+        (axes,) = found.plot().figure.axes
         assert len(axes.collections[0].get_offsets()) == TRIALS - len(probes)
 
 

@@ -75,7 +75,7 @@ class TestTheCheapestThatKeepsTheScore:
         assert rows[-1][0] == "dense"
         assert rows[-1][-1] == "met"
         assert max(map(len, str(result).splitlines())) <= 100
-        labels = result.plot().axes[0].get_legend_handles_labels()[1]
+        labels = result.plot().get_legend_handles_labels()[1]
         assert "score limit" in labels
         assert not any(label.startswith("limit") for label in labels)
 

@@ -21,7 +21,20 @@ from autoprune.inspection.text import (
 )
 
 if TYPE_CHECKING:
-    from autoprune.inspection.inspection import FrozenPart, Inspection
+    from autoprune.inspection.inspection import BranchShare, FrozenPart, GroupShare, Inspection
+
+MOST_GROUPS = 40
+"""Most groups that a notebook shows."""
+
+SCOPED = """
+.autoprune-inspection { --line: #8884; --soft: #8882; --bar: #2a78d6; }
+.autoprune-inspection .number { display: block; text-align: right; white-space: nowrap; }
+.autoprune-inspection td, .autoprune-inspection th { text-align: left; }
+.autoprune-inspection .bar { background: var(--soft); width: 6rem; height: .6rem; border-radius: 2px; }
+.autoprune-inspection .bar i { display: block; background: var(--bar); height: 100%; border-radius: 2px; }
+.autoprune-inspection .wide { overflow-x: auto; }
+"""
+"""Style of a notebook's cell, which holds for its own elements alone."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --bar: #2a78d6; --dim: #6b6b6b; }
@@ -43,11 +56,12 @@ code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 def as_html(found: Inspection) -> str:
     """Make a page without scripts that loads nothing; every name in it is escaped."""
     title = escape(headline(found))
+    groups, branches = _groups(found.groups), _branches(found.branches)
     parts = [
         f"<h1>{title}</h1>",
         _costs(found),
-        *([f"<h2>Groups</h2>{_groups(found)}<p class='note'>{escape(SHARES)}</p>"] if found.groups else []),
-        *([f"<h2>Branches</h2>{_branches(found)}<p class='note'>{escape(BRANCHES)}.</p>"] if found.branches else []),
+        *([f"<h2>Groups</h2>{groups}<p class='note'>{escape(SHARES)}</p>"] if found.groups else []),
+        *([f"<h2>Branches</h2>{branches}<p class='note'>{escape(BRANCHES)}.</p>"] if found.branches else []),
         f"<h2>{escape(STAYS.partition(',')[0])}</h2>{_stays(found)}",
         *(f"<p class='note'>{escape(note)}</p>" for note in notes(found)),
     ]
@@ -59,6 +73,20 @@ def as_html(found: Inspection) -> str:
     return f"<!doctype html>\n<html lang='en'>\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n"
 
 
+def as_cell(found: Inspection) -> str:
+    """Make a part of a page for notebooks: costs, the first groups, and what stays, with long lists folded up."""
+    shown = found.groups[:MOST_GROUPS]
+    more = f", the first {MOST_GROUPS} of {len(found.groups)}" if len(shown) < len(found.groups) else ""
+    parts = [f"<style>{SCOPED}</style><p><b>{escape(headline(found))}</b></p>", _costs(found)]
+    if shown:
+        parts.append(f"<details><summary>Groups{more}</summary>{_groups(shown)}</details>")
+    if found.branches:
+        parts.append(f"<details><summary>Branches</summary>{_branches(found.branches[:MOST_GROUPS])}</details>")
+    parts.append(f"<details><summary>{escape(STAYS.partition(',')[0])}</summary>{_stays(found)}</details>")
+    parts += [f"<p>{escape(note)}</p>" for note in notes(found)]
+    return f"<div class='autoprune-inspection'>{''.join(parts)}</div>"
+
+
 def _costs(found: Inspection) -> str:
     rows = [
         (escape(name), _right(amount(name, dense)), *_share(found.removable[name]), escape(MEANINGS[name]))
@@ -67,7 +95,7 @@ def _costs(found: Inspection) -> str:
     return _table(("cost", _right("dense"), _right("removable"), "", ""), rows)
 
 
-def _groups(found: Inspection) -> str:
+def _groups(groups: Sequence[GroupShare]) -> str:
     rows = [
         (
             f"<code>{escape(group.name)}</code>",
@@ -75,15 +103,15 @@ def _groups(found: Inspection) -> str:
             *_share(group.flops_share),
             *_share(group.params_share),
         )
-        for group in found.groups
+        for group in groups
     ]
     return _table(("group", *map(_right, ("units", "layers", "flops")), "", _right("params"), ""), rows)
 
 
-def _branches(found: Inspection) -> str:
+def _branches(branches: Sequence[BranchShare]) -> str:
     rows = [
         (f"<code>{escape(branch.name)}</code>", *_share(branch.flops_share), *_share(branch.params_share))
-        for branch in found.branches
+        for branch in branches
     ]
     return _table(("branch", _right("flops"), "", _right("params"), ""), rows)
 

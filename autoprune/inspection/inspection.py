@@ -16,7 +16,7 @@ from autoprune.costs.structural import StructuralCosts
 from autoprune.errors import NothingToPruneError
 from autoprune.files.access import write_text
 from autoprune.inspection.by_output import frozen_by_output
-from autoprune.inspection.html import as_html
+from autoprune.inspection.html import as_cell, as_html
 from autoprune.inspection.text import as_text
 from autoprune.protocols import FloatArray
 from autoprune.search_spaces import Settings, make_space, why_no_less
@@ -174,6 +174,10 @@ class Inspection:
         if path is not None:
             write_text(path, page)
         return page
+
+    def _repr_html_(self) -> str:
+        """Make the tables for notebooks."""
+        return as_cell(self)
 
     def __str__(self) -> str:
         """Format as plain text of at most 100 columns."""

@@ -14,6 +14,8 @@ import numpy as np
 
 from autoprune.pareto import Direction
 from autoprune.protocols import FloatArray
+from autoprune.result.notebook import audit_html
+from autoprune.result.plots.audit import plot_audit
 from autoprune.result.ranking import BAND, CHOICES, FEWEST, Estimate, Ranking, rank, tau_difference
 from autoprune.result.tables import WIDTH, aligned, engineering
 from autoprune.result.trials import none_if_nan, or_nan
@@ -224,9 +226,11 @@ class Audit:
         Raises:
             ImportError: If matplotlib is missing.
         """
-        from autoprune.result.plots import plot_audit
-
         return plot_audit(self, path)
+
+    def _repr_html_(self) -> str:
+        """Make the tables for notebooks."""
+        return audit_html(self)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary; NaN becomes null."""
@@ -267,20 +271,29 @@ class Audit:
         )
 
     def __str__(self) -> str:
+        tables = [part for rows in self.tables() for part in (aligned(rows), "")]
+        texts = [line for text in self.texts() for line in wrap(text, WIDTH, subsequent_indent="  ")]
+        return "\n".join([self.headline(), "", *tables, *texts])
+
+    def headline(self) -> str:
+        """Summarise the trainings in one line."""
         recipe = "" if self.steps is None else f", {self.steps} steps each"
-        lines = [
-            f"{len(self.rows)} candidates trained{recipe}; {self.metric} on {self.samples} held-out samples afterwards",
-            "",
-        ]
-        lines += [aligned(self._table()), ""]
-        if self.variants:
-            rows = [[f"like trial {self.winner}", self.cost, self.metric, "trainings"]]
-            for name, variant in self.variants.items():
-                rows.append([name, engineering(variant.cost), f"{variant.mean:.4f}", str(len(variant.trained))])
-            lines += [aligned(rows), ""]
-        for text in (self.verdict(), self.comparison(), self.origin(), *self.notes):
-            lines += wrap(text, WIDTH, subsequent_indent="  ")
-        return "\n".join(lines)
+        return (
+            f"{len(self.rows)} candidates trained{recipe}; {self.metric} on {self.samples} held-out samples afterwards"
+        )
+
+    def tables(self) -> list[list[list[str]]]:
+        """Make the tables in words, each with its header: the rank agreements, and the control networks if any."""
+        if not self.variants:
+            return [self._table()]
+        rows = [[f"like trial {self.winner}", self.cost, self.metric, "trainings"]]
+        for name, variant in self.variants.items():
+            rows.append([name, engineering(variant.cost), f"{variant.mean:.4f}", str(len(variant.trained))])
+        return [self._table(), rows]
+
+    def texts(self) -> list[str]:
+        """Collect the conclusions and the notes."""
+        return [text for text in (self.verdict(), self.comparison(), self.origin(), *self.notes) if text]
 
     def _table(self) -> list[list[str]]:
         behind = [f"behind, of {most}" for most in CHOICES]

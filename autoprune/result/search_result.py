@@ -13,12 +13,14 @@ from torch import nn
 from autoprune.budget import Budget
 from autoprune.pareto import Direction
 from autoprune.protocols import SearchSpace
+from autoprune.result import plots
 from autoprune.result.additivity import Additivity, additivity_of
 from autoprune.result.audit_report import Audit
 from autoprune.result.builders import Builder, built
 from autoprune.result.choosing import best_of, judged, why_none
 from autoprune.result.from_journal import fields_from_journal
 from autoprune.result.loading import load_fields
+from autoprune.result.notebook import result_html
 from autoprune.result.optuna_study import to_optuna
 from autoprune.result.saving import content_of, save_result
 from autoprune.result.sensitivity import Sensitivity, sensitivity_of
@@ -27,7 +29,7 @@ from autoprune.result.trials import Trial
 
 if TYPE_CHECKING:
     import optuna
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
 
@@ -222,18 +224,47 @@ class SearchResult:
         """
         return additivity_of(self)
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None, axes: Axes | None = None) -> Axes:
         """Draw score against the first limited cost: feasible trials, the front with intervals, the dense model.
 
         Args:
             path: File of the picture; its ending gives the format.
+            axes: Axes of matplotlib to draw on; None makes a figure, which a notebook shows.
 
         Raises:
             ImportError: If matplotlib is missing.
         """
-        from autoprune.result.plots import plot_front
+        return plots.plot_front(self, path, axes)
 
-        return plot_front(self, path)
+    def plot_layers(self, what: Trial | str | Budget | Sequence[str] | None = None, axes: Axes | None = None) -> Axes:
+        """Draw what a network keeps of each dimension: of a trial, of the best within a budget, or of the best.
+
+        Raises:
+            InfeasibleBudgetError: If no trial is within the budget.
+            ImportError: If matplotlib is missing.
+        """
+        return plots.plot_layers(self, what if isinstance(what, Trial) else self.best(what), axes)
+
+    def plot_sensitivity(self, table: str = "distortion", axes: Axes | None = None) -> Axes:
+        """Draw the `sensitivity` as a map: the loss of each option alone, as colour on a logarithmic scale.
+
+        Raises:
+            ValueError: If `table` is unknown.
+            ImportError: If matplotlib is missing.
+        """
+        return plots.plot_sensitivity(self, table, axes)
+
+    def plot_convergence(self, axes: Axes | None = None) -> Axes:
+        """Draw the hypervolume of the front of score and limited costs after each trial, as a share of the final one.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        return plots.plot_convergence(self, axes)
+
+    def _repr_html_(self) -> str:
+        """Make the table of the front for notebooks."""
+        return result_html(self, "" if self.front else why_none(self))
 
     def __str__(self) -> str:
         return front_table(self, "" if self.front else why_none(self))

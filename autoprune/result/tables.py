@@ -27,9 +27,42 @@ def front_table(result: SearchResult, why_empty: str) -> str:
         result: Of a search.
         why_empty: Reason for an empty front.
     """
+    shown = shown_of(result)
+    header, *rows = front_rows(result, shown)
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    rule = "  ".join("-" * width for width in widths)
+    notes = [line for note in notes_of(result, why_empty) for line in wrap(note, WIDTH, subsequent_indent="  ")]
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", headline(result, len(shown)), *notes])
+
+
+def headline(result: SearchResult, shown: int) -> str:
+    """Summarise a search in one line, with the number of trials on the front that are not among those `shown`."""
+    failed = sum(trial.status == "failed" for trial in result.trials)
+    hidden = len(result.front) - shown
+    return (
+        f"{len(result.trials)} trials in {result.seconds:.0f} s under {result.budget}"
+        + (f", {failed} failed" if failed else "")
+        + f"; {len(result.front)} on the front"
+        + (f", {hidden} between them not shown" if hidden else "")
+    )
+
+
+def notes_of(result: SearchResult, why_empty: str) -> tuple[str, ...]:
+    """Notes of a result with the verdict of its audit, and first the reason for an empty front."""
+    notes = result.notes if result.audit is None else (*result.notes, result.audit.verdict())
+    return (f"the front is empty: {why_empty}", *notes) if why_empty else notes
+
+
+def shown_of(result: SearchResult) -> list[Trial]:
+    """Choose trials of the front for a table: all, or `MOST_ROWS` that are evenly spread."""
+    return _spread(result.front, MOST_ROWS)
+
+
+def front_rows(result: SearchResult, shown: Sequence[Trial]) -> list[list[str]]:
+    """Make the header of the front's table, a row for each trial shown, and one for the dense model."""
     names = list(result.limits)
     header = ["trial", *names, "of dense", result.metric, "95 % interval", "held out"]
-    shown = _spread(result.front, MOST_ROWS)
     rows = [_row(result, trial, names) for trial in (*shown, result.dense)]
     if result.metric == "next_token":
         beside = header.index(result.metric) + 1
@@ -45,22 +78,7 @@ def front_table(result: SearchResult, why_empty: str) -> str:
         header.insert(beside, "predicted")
         for row, trial in zip(rows, (*shown, result.dense), strict=True):
             row.insert(beside, engineering(trial.predicted[name]) if name in trial.predicted else "")
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    rule = "  ".join("-" * width for width in widths)
-    notes = result.notes if result.audit is None else (*result.notes, result.audit.verdict())
-    if why_empty:
-        notes = (f"the front is empty: {why_empty}", *notes)
-    failed = sum(trial.status == "failed" for trial in result.trials)
-    hidden = len(result.front) - len(shown)
-    foot = [
-        f"{len(result.trials)} trials in {result.seconds:.0f} s under {result.budget}"
-        + (f", {failed} failed" if failed else "")
-        + f"; {len(result.front)} on the front"
-        + (f", {hidden} between them not shown" if hidden else ""),
-        *(line for note in notes for line in wrap(note, WIDTH, subsequent_indent="  ")),
-    ]
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *foot])
+    return [header, *rows]
 
 
 def frame_of(result: SearchResult) -> DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -9,6 +10,8 @@ from autoprune.execution.callbacks import numbers_of, settings_of
 from autoprune.files.access import as_path
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from autoprune.result import SearchResult, Trial
 
 
@@ -41,15 +44,8 @@ class TensorBoard:
         rows = "".join(f"| {name} | {value} |\n" for name, value in settings_of(result).items())
         writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}")
         writer.add_text("front", "".join(f"    {line}\n" for line in str(result).splitlines()))
-        try:
-            figure = result.plot()
-        except ImportError:  # a picture less, without matplotlib
-            figure = None
-        if figure is not None:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-            FigureCanvasAgg(figure)  # the writer reads its pixels
-            writer.add_figure("front", figure, close=False)
+        with suppress(ImportError):  # a picture less, without matplotlib
+            writer.add_figure("front", _drawn(result), close=False)
         writer.close()
         self._writer = None
 
@@ -61,3 +57,18 @@ class TensorBoard:
                 raise ImportError("trackers.TensorBoard() needs tensorboard; pip install tensorboard") from error
             self._writer = SummaryWriter(str(self._folder))
         return self._writer
+
+
+def _drawn(result: SearchResult) -> Figure:
+    """Draw the front on a figure whose pixels the writer can read.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    result.plot(axes=figure.add_subplot())
+    return figure
