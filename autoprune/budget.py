@@ -29,15 +29,17 @@ THROUGHPUT = "throughput"
 """Name of a lower limit on samples a second, which is an upper limit on ``ms_per_sample``."""
 FORMS = (
     "'flops <= 50%' (of the dense model), 'params <= 1.2M', 'memory_bytes <= 200MB', 'latency_ms <= 4', "
-    "'throughput >= 900/s', "
+    "'throughput >= 900/s', '70% <= params <= 80%' (fronts within that range), "
     "'accuracy drop <= 1pp', 'accuracy >= 0.98', or several joined by commas, by 'and', or in a list"
 )
 _OWN = "; pass a cost of your own under this name with costs=, or limit what candidates are scored by, set by metric="
 _MULTIPLIERS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+_NUMBER = r"[+-]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _CLAUSE = re.compile(
+    rf"(?:(?P<least>{_NUMBER})\s*(?P<least_unit>[A-Za-z%]*)\s*(?:<=|≤)\s*)?"
     r"(?P<name>[A-Za-z_][\w.]*)(?P<drop>\s+drop)?\s*(?P<sign><=|≤|>=|≥)\s*"
-    r"(?P<number>[+-]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>/s|[A-Za-z%]*)"
+    rf"(?P<number>{_NUMBER})\s*(?P<unit>/s|[A-Za-z%]*)"
 )
 
 
@@ -50,11 +52,14 @@ class Limit:
             and a throughput of at least something is a limit on ``ms_per_sample``.
         value: In the unit of the cost, or as a fraction of the dense model's cost in (0, 1] if `relative`.
         relative: Whether `value` is a fraction of the dense model's cost.
+        least: Lower end of the costs that the front is wanted for, in the unit of `value`; None for half of it. Where
+            networks are searched, not a limit: cheaper ones that are found belong to the front, too.
     """
 
     name: str
     value: float
     relative: bool = False
+    least: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", ALIASES.get(self.name, self.name))
@@ -65,12 +70,20 @@ class Limit:
                 f"a percentage is of the dense model, so the limit on {self.name} must be at most 100%, "
                 f"got {100 * self.value:g}%; leave the limit out, or give an absolute number"
             )
+        if self.least is not None and not 0 <= self.least <= self.value:
+            raise BudgetError(
+                f"the lower end for {self.name} must be between 0 and its limit of {self.value:g}, got {self.least:g}"
+            )
 
     def __str__(self) -> str:
         if self.name == "ms_per_sample":
             least = f"{100 / self.value:.12g}%" if self.relative else f"{1e3 / self.value:.12g}/s"
             return f"{THROUGHPUT} >= {least}"
-        return f"{self.name} <= {100 * self.value:.12g}%" if self.relative else f"{self.name} <= {self.value:.15g}"
+        lower = "" if self.least is None else f"{self._amount(self.least)} <= "
+        return f"{lower}{self.name} <= {self._amount(self.value)}"
+
+    def _amount(self, value: float) -> str:
+        return f"{100 * value:.12g}%" if self.relative else f"{value:.15g}"
 
 
 @dataclass(frozen=True)
@@ -174,6 +187,8 @@ class Budget:
         for limit in self.limits:
             if limit.name in costs or not _same_metric(limit.name, metric):
                 limits.append(limit)
+            elif limit.least is not None:
+                raise BudgetError(f"a range is of a cost, not of the metric {metric!r}, got '{limit}'")
             elif higher or limit.relative:
                 way_out = f"{limit.name} >= {limit.value:.15g}" if higher else f"{limit.name} drop <= 0.1"
                 raise BudgetError(f"'{limit}' cannot limit the metric {metric!r}; write for example '{way_out}'")
@@ -241,6 +256,8 @@ def _parse_clause(text: str) -> Limit | ScoreLimit:
     unit = match["unit"]
     value = float(match["number"])
     at_least = match["sign"] in (">=", "≥")
+    if match["least"] is not None and (at_least or match["drop"] or name == THROUGHPUT):
+        raise BudgetError(f"a range is of a cost, such as '70% <= params <= 80%', got {text.strip()!r}")
     if name == THROUGHPUT and not match["drop"]:
         return _throughput(text.strip(), at_least, unit, value)
     if match["drop"]:
@@ -253,9 +270,12 @@ def _parse_clause(text: str) -> Limit | ScoreLimit:
         if unit not in ("", "%"):
             raise BudgetError(f"a score takes a plain number or a percentage, got {text.strip()!r}")
         return ScoreLimit(name, value / 100 if unit else value, drop=False)
+    least = None if match["least"] is None else float(match["least"])
+    if least is not None and (match["least_unit"] == "%") != (unit == "%"):
+        raise BudgetError(f"both ends of a range must be percentages, or none of them, got {text.strip()!r}")
     if unit == "%":
-        return Limit(name, value / 100, relative=True)
-    return Limit(name, value * _unit(name, unit))
+        return Limit(name, value / 100, True, None if least is None else least / 100)
+    return Limit(name, value * _unit(name, unit), False, least and least * _unit(name, match["least_unit"]))
 
 
 def _cost_name(name: str) -> str:

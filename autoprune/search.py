@@ -68,7 +68,8 @@ def search(
         model: Any ``nn.Module``; it comes back unchanged: weights, mode, hooks, device.
         budget: Limits on costs, for example ``"flops <= 50%"`` (of the dense model), ``"params <= 1.2M"``,
             ``"latency <= 60%"``, ``"throughput >= 900/s"``, ``"nonzero_params <= 10%"``, a list, or a `Budget`. Every
-            candidate respects them, under the exact or measured cost. Or a limit on the score,
+            candidate respects them, under the exact or measured cost. ``"45% <= flops <= 50%"`` spends all trials in
+            that range; else the front reaches down to half of the limit. Or a limit on the score,
             ``"accuracy drop <= 1pp"`` or ``"accuracy >= 0.98"`` (``"loss <= 0.3"`` where lower is better): the search
             then minimises cost subject to that limit on the validation data, and a note says whether it also holds on
             held-out data. It minimises the first cost that the budget also limits, else ``flops``, or

@@ -2,6 +2,7 @@ import pytest
 
 from autoprune.budget import Budget, Limit, ScoreLimit
 from autoprune.errors import BudgetError
+from autoprune.pareto import Direction
 
 DENSE = {"flops": 8e6, "params": 3e6, "memory_bytes": 4e8, "latency_ms": 10.0, "energy_mj": 5.0}
 
@@ -102,3 +103,41 @@ def test_an_unknown_cost_is_refused_with_the_known_ones_and_the_nearest():
 def test_a_lower_limit_on_a_cost_of_the_users_own_is_refused_once_the_costs_are_known():
     with pytest.raises(BudgetError, match="energy_mj is a cost and takes an upper limit"):
         Budget.parse("energy_mj >= 3").resolve(DENSE)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("70% <= params <= 80%", Limit("params", 0.8, True, 0.7)),
+        ("1M<=params<=2.5M", Limit("params", 2.5e6, False, 1e6)),
+        ("0 <= latency <= 4 ms", Limit("latency_ms", 4.0, False, 0.0)),
+        ("900k ≤ params ≤ 1.2M", Limit("params", 1.2e6, False, 9e5)),
+    ],
+)
+def test_a_range_says_where_the_front_is_wanted(text, limit):
+    budget = Budget.parse(text)
+    assert budget.limits == (limit,)
+    assert Budget.parse(str(budget)) == budget
+    assert budget.resolve(DENSE) == Budget.parse(text.replace("≤", "<=").split("<=", 1)[1]).resolve(DENSE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "80% <= params <= 70%",
+        "70% <= params <= 2M",
+        "1M <= params <= 80%",
+        "70% <= params >= 80%",
+        "1 <= accuracy drop <= 2",
+        "70% <= throughput >= 900/s",
+        "-1 <= params <= 1M",
+    ],
+)
+def test_a_range_that_makes_no_sense_is_refused(text):
+    with pytest.raises(BudgetError, match=r"range|lower end"):
+        Budget.parse(text)
+
+
+def test_a_metric_has_no_range():
+    with pytest.raises(BudgetError, match="range is of a cost"):
+        Budget.parse("0.1 <= loss <= 0.3").judged_by("loss", Direction(higher_is_better=False), DENSE)

@@ -77,3 +77,13 @@ def test_a_cost_that_is_zero_for_the_dense_model_is_a_budget(mlp, vectors, tmp_p
     assert all(trial.costs["waste"] <= 3 for trial in result.trials)
     assert "waste" in str(result)
     result.plot(tmp_path / "front.png")
+
+
+def test_a_range_keeps_the_search_near_its_limit(mlp, vectors):
+    result = quick(mlp, "45% <= params <= 50%", vectors, trials=12, optimizer="random")
+    shares = [trial.costs["params"] / result.dense.costs["params"] for trial in result.trials]
+    everywhere = quick(mlp, "params <= 50%", vectors, trials=12, optimizer="random")
+    wide = [trial.costs["params"] / everywhere.dense.costs["params"] for trial in everywhere.trials]
+    assert max(shares) <= 0.5
+    assert min(shares) >= 0.38, "a step of a layer below the range"
+    assert min(wide) < 0.3

@@ -78,7 +78,8 @@ def lay_out(
     limits = budget.resolve({name: float(cost(_dense(space))[0]) for name, cost in costs.items()})
     limits = limits or _cost_to_minimise(space, costs, not structure.terms.uncounted)
     minimise = bool(budget.score_limits)
-    make = partial(_problem, structure, space, costs, start=start, minimise=minimise)
+    reach = {limit.name: limit.least / limit.value for limit in budget.limits if limit.least is not None}
+    make = partial(_problem, structure, space, costs, start=start, reach=None if minimise else reach)
     try:
         problem = _within_upper(make, limits, None if minimise else measured.latency)
     except InfeasibleBudgetError as error:
@@ -134,9 +135,19 @@ def _problem(
     costs: Mapping[str, CostFunction],
     limits: Mapping[str, float],
     start: Sequence[Beginning],
-    minimise: bool,
+    reach: Mapping[str, float] | None,
 ) -> Problem:
-    """Lay out the problem; the budget range is the whole reachable one if the cost is minimised."""
+    """Lay out the problem.
+
+    Args:
+        structure: Of the model.
+        space: Bound.
+        costs: By name.
+        limits: Absolute.
+        start: Candidates to begin with.
+        reach: Lower end of the wanted costs, as a share of the limit, where one is given; None for the whole reachable
+            range, where the cost is minimised.
+    """
     names = tuple(limits)
     problem = Problem(
         sizes=space.sizes,
@@ -146,10 +157,19 @@ def _problem(
         ordered=np.array([dimension.ordered for dimension in space.dimensions]),
         canonical=space.canonical,
     )
-    fractions = (0.8, 0.6, 0.4, 0.2) if minimise else (1.0, 0.75, 0.5)
-    if minimise:
-        least = (1 + _ROUNDING) * problem.costs(problem.cheapest[None])[0]
-        problem = replace(problem, budget_range=np.stack([least, problem.budget_range[:, 1]], axis=1))
+    fractions: tuple[float, ...] = (0.8, 0.6, 0.4, 0.2)
+    low, high = problem.budget_range.T
+    if reach is None:
+        low = (1 + _ROUNDING) * problem.costs(problem.cheapest[None])[0]
+    else:
+        nearest = max(reach.get(name, 0.5) for name in names)
+        fractions = (1.0, (1 + nearest) / 2, nearest)
+        asked = [
+            min(reach[name] * limits[name], top) if name in reach else np.inf
+            for name, top in zip(names, high, strict=True)
+        ]
+        low = np.where(np.isfinite(asked), asked, low)
+    problem = replace(problem, budget_range=np.stack([low, high], axis=1))
     given = [candidate for item in start for candidate in candidates_of(item, space)]
     unread = np.array([dimension.name in structure.unread for dimension in space.dimensions])
     uniform = uniform_seeds(problem, fractions, unread)

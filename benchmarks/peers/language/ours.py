@@ -12,6 +12,7 @@ from benchmarks.peers.language.case import Case
 STREAM = ("model.embed_tokens*",)  # stays as wide as it is: the embedding is not counted, so must not pay
 FITTED, COMPARED, LEFT = 48, 12, 4  # of the 64 sequences: weights, candidates, and a look at the finished front
 BATCH = 4
+BELOW = 0.02  # the front is wanted for this much below the share
 SPACES: dict[str, Settings] = {
     "channels": Channels(ignore=STREAM),  # neurons, and key-value groups with their heads
     "depth": Depth(),  # attention and feed-forward parts, each kept or dropped
@@ -34,7 +35,7 @@ def search(case: Case, share: float, space: str) -> nn.Module:
         validation_samples=COMPARED,
         test_samples=LEFT,
     )
-    limit = f"params <= {embedding + case.most(share)}"
+    limit = f"{embedding + case.most(share - BELOW)} <= params <= {embedding + case.most(share)}"
     result = autoprune.search(
         case.model,
         limit,
