@@ -140,15 +140,29 @@ def moments_of(x: Tensor, dtype: torch.dtype) -> BatchMoments:
     count = x.numel() // x.shape[1]
     if count == 0:
         return BatchMoments(len(x), 0, x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype))
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and x.shape[2:].numel() >= 16:
-        # PyTorch vectorises sums and norms along rows on a CPU, but not `var_mean`, which takes ten times as long.
-        rows = x.flatten(2)
-        mean = rows.sum(2).sum(0, dtype=torch.float64) / count
-        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=2), dim=0, dtype=torch.float64)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and (sums := _sums(x)) is not None:
+        mean = sums[0] / count
         square = mean.square()
-        var = norm.square() / count - square
+        var = sums[1] / count - square
         if (square <= 100 * var).all():  # else the difference has lost too many digits
             return BatchMoments(len(x), count, mean.to(dtype), var.to(dtype))
     dims = [0, *range(2, x.ndim)]
     var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dims, correction=0)
     return BatchMoments(len(x), count, mean.to(dtype), var.to(dtype))
+
+
+def _sums(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Sums and sums of squares per channel, in the order of the memory; None where that is not known.
+
+    PyTorch vectorises sums and norms along rows on a CPU, but not `var_mean`, which takes ten times as long.
+    """
+    if x.shape[2:].numel() < 16:
+        return None
+    if x.is_contiguous():
+        rows = x.flatten(2)
+        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=2), dim=0, dtype=torch.float64)
+        return rows.sum(2).sum(0, dtype=torch.float64), norm.square()
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+        return rows.sum(1).sum(0, dtype=torch.float64), rows.square().sum(1).sum(0, dtype=torch.float64)
+    return None

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoprune.arguments import shown, whole_number, why_no_function
+from autoprune.data.arrangement import Arrangement
 from autoprune.data.batch import Batch, batch_size, beginning, divisible, labelled, map_tensors, tensors, to_device
 from autoprune.data.sampling import draw, drawn_at_random, even_chunks, seeded
 from autoprune.errors import DataError
@@ -54,8 +56,8 @@ class Data:
             hold many tokens each, as many as have 16,384 tokens.
         validation_samples: The same for validation; by default 1,024, or 4,096 tokens.
         test_samples: The same for the test; by default 1,024, or 4,096 tokens.
-        batch_size: Largest batch for arrays and datasets; a loader keeps its own. On a CPU, smaller ones are faster
-            where activations are large (docs/memory.md).
+        batch_size: Largest batch for arrays and datasets; a loader keeps its own. On a CPU, a search scores smaller
+            ones where activations are large (docs/memory.md).
         labels: The key of the target in dict batches, where it is neither ``"labels"`` nor ``"label"``. All other
             entries are inputs of the model.
     """
@@ -96,6 +98,8 @@ class Subsets:
         taken: Samples of each part that `first` left of those drawn; empty if all are there.
         shuffled: Whether validation samples were drawn at random, and so come in a random order.
         synthetic: Whether random inputs replace data.
+        arrangement: Arrangement that `arranged` gave them.
+        looks: Numbers of validation batches after which a whole one of those drawn is complete; empty where all are.
     """
 
     calibration: tuple[Batch, ...]
@@ -107,6 +111,8 @@ class Subsets:
     taken: Mapping[str, int] = field(default_factory=dict)
     shuffled: bool = True
     synthetic: bool = False
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    looks: tuple[int, ...] = ()
 
     @property
     def samples(self) -> dict[str, int]:
@@ -128,6 +134,17 @@ class Subsets:
         batches |= {part: tuple(beginning(batches[part], count)) for part, count in samples.items()}
         return replace(self, **batches, fingerprint=fingerprint(batches), taken=samples)
 
+    def arranged(self, arrangement: Arrangement) -> Subsets:
+        """Arrange the same samples in another way; calibration batches, whose statistics are taken, stay whole."""
+        return replace(
+            self,
+            calibration=arrangement.of(self.calibration, cut=False),
+            validation=arrangement.of(self.validation, cut=True),
+            test=arrangement.of(self.test, cut=True),
+            arrangement=arrangement,
+            looks=tuple(accumulate(arrangement.counts(self.validation))),
+        )
+
     def to_send(self) -> Subsets:
         """Reduce to the parts that another process needs for `received`: no samples, if it can draw them itself."""
         return self if self.recipe is None else replace(self, calibration=(), validation=(), test=())
@@ -146,7 +163,7 @@ class Subsets:
                 "functions that give data must give the same in every process, but on a worker they gave others; fix "
                 "what is random in them, and what files they read, or give the data itself"
             )
-        return drawn
+        return drawn if self.arrangement == Arrangement() else drawn.arranged(self.arrangement)
 
 
 def materialise(data: Any, seed: int, device: torch.device | str = "cpu") -> Subsets:

@@ -69,6 +69,7 @@ class Race:
         floor: Lower bound of the signal of any candidate on any sample.
         distances: Samples that the distortion is measured on.
         error: Largest probability of dropping the candidate although it is no worse.
+        looks: Numbers of validation batches after which the race is looked at; empty for each.
     """
 
     rival: int
@@ -78,6 +79,11 @@ class Race:
     floor: float
     distances: int
     error: float
+    looks: tuple[int, ...] = ()
+
+    def chunk(self, parts: int, seen: int) -> slice:
+        """Batches to score next, after a number of parts that held `seen` batches."""
+        return slice(seen, self.looks[parts] if parts < len(self.looks) else seen + 1)
 
     def lost(self, signal: FloatArray, metric: FloatArray) -> bool:
         """Return whether a candidate is known to be worse, by its values on the first n samples, shape (n,) each.
@@ -154,9 +160,11 @@ def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = N
         return only(evaluator, evaluator.evaluate(candidate[None].copy()))
     parts: list[Measurement] = []
     seen = 0
+    chunk = slice(0, 0)
     total = len(race.signal)
     while seen < total:
-        part = only(evaluator, evaluator.evaluate(candidate[None].copy(), slice(len(parts), len(parts) + 1)))
+        chunk = race.chunk(len(parts), chunk.stop)
+        part = only(evaluator, evaluator.evaluate(candidate[None].copy(), chunk))
         if isinstance(part, Failure):
             return replace(part, seconds=part.seconds + sum(before.seconds for before in parts))
         parts.append(part)

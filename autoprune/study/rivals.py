@@ -55,7 +55,7 @@ def why_not_applicable(
         return "a limit on the score needs full scores: what is worse than another may be the cheapest that meets it"
     if not subsets.shuffled:
         return "validation samples come in the order of a stream, and the test needs a random one"
-    if len(subsets.validation) < 2:
+    if len(subsets.looks or subsets.validation) < 2:
         return "there is but one batch of validation samples; give more samples or smaller batches"
     return ""
 
@@ -121,6 +121,7 @@ class Rivals:
             floor=min(0.0, float(signal.min()), float(dense.signal.min())),
             distances=len(dense.distortion),
             error=racing.share(trial),
+            looks=self._study.context.subsets.looks,
         )
 
 

@@ -38,6 +38,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.containers import sizes_of
 from autoprune.structure.slicing.slicing import Edit, Slicer
 from autoprune.structure.structure import Structure, delivered_as_graphs
+from autoprune.study.arranging import arranged
 from autoprune.study.calibration_check import Choice, check, ranking, unchecked
 from autoprune.study.convergence import Deadline, planned
 from autoprune.study.inputs import Inputs, counted_in_tokens, inputs_of
@@ -141,6 +142,8 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     calibration = Calibration(scored, structure, inputs.subsets.calibration, forward, kept)
     ranked = _rank(request, settings, inputs, calibration)
     layout = lay_out(request, parts.budget, settings, parts.start, ranked.space, structure, ranked.judge, measured)
+    if is_ours(parts.evaluator):
+        inputs = replace(inputs, subsets=arranged(inputs.subsets, ranked.judge, calibration))
     context = Context(model, structure, ranked.space, inputs.subsets, ranked.judge, calibration.forward)
     refit = _refit(request, parts.evaluator, settings, context, ranked, layout, deadline)
     with seeded(0):
