@@ -184,7 +184,7 @@ class TestWhoIsTheRival:
         values = np.ones(3, np.float32)
         study = SimpleNamespace(
             problem=problem,
-            context=SimpleNamespace(judge=judge),
+            context=SimpleNamespace(judge=judge, subsets=SimpleNamespace(looks=())),
             racing=Racing(),
             dense=Measurement(values, values, 0.0),
         )
