@@ -1,7 +1,12 @@
 """Recovery: what it trains, what it leaves alone, what it learns from, and how it ends."""
 
+import itertools
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +14,15 @@ from torch import nn
 
 import autoprune
 from autoprune import Recovery
-from autoprune.errors import DataError, FileFormatError
+from autoprune.data.batch import default_forward
+from autoprune.errors import DataError, FileFormatError, UnsupportedModelError
+from autoprune.evaluators.recovery.nested import cut_on, nested_edits
+from autoprune.evaluators.training.checkpoint import read_checkpoint
 from autoprune.evaluators.training.course import _factor
 from autoprune.evaluators.training.features import Features
 from autoprune.evaluators.training.parameters import Trained
 from autoprune.structure.slicing.kept import kept_units
+from autoprune.structure.slicing.slicing import build
 from tests.recovering import data_of, halved, network, same, samples, weights
 
 TRAIN = ("all", "norm+bias", "lora")
@@ -235,6 +244,56 @@ class TestWhatItLearnsFrom:
             autoprune.recover(small, x, steps=2)
 
 
+class TestNestedNetworks:
+    def test_each_keeps_what_the_next_keeps_and_the_last_is_the_pruned_one(self, dense, small):
+        x = samples(dense)[0][:2]
+        edits = nested_edits(small, dense, x, default_forward, 3)
+        widths = [[len(edit.slices[name][0]) for name in ("0.weight", "3.weight")] for edit in edits]
+        assert widths == [[10, 8], [8, 7], [6, 5]]
+        for wide, narrow in itertools.pairwise(edits):
+            assert all(set(narrow.slices[name][0]) < set(wide.slices[name][0]) for name in ("0.weight", "3.weight"))
+        norms = dense[0].weight.square().sum(1) + dense[3].weight.square().sum(0)
+        gone_first = set(range(12)) - set(edits[0].slices["0.weight"][0].tolist())
+        assert gone_first <= set(range(1, 12, 2))
+        assert norms[list(gone_first)].max() < norms[range(1, 12, 2)].max()
+        assert {name: dims.keys() for name, dims in edits[-1].slices.items()} == {
+            name: dims.keys() for name, dims in kept_units(small).items()
+        }
+
+    def test_a_network_cut_on_computes_what_a_cut_of_a_trained_dense_one_does(self, dense, small):
+        x = samples(dense)[0]
+        first, second = nested_edits(small, dense, x, default_forward, 2)
+        wide = build(dense, first)
+        with torch.no_grad():
+            for parameter in wide.parameters():
+                parameter.add_(0.1)
+        narrow = cut_on(dense, wide, first, second)
+        inside = [int(i) for i, unit in enumerate(first.slices["0.weight"][0]) if unit in second.slices["0.weight"][0]]
+        assert torch.equal(narrow[0].weight, wide[0].weight[inside])
+        assert torch.equal(narrow[1].running_var, wide[1].running_var[inside])
+        assert narrow(x).shape == (64, 4)
+
+    @pytest.mark.parametrize("train", TRAIN)
+    def test_an_interrupted_one_ends_as_an_uninterrupted_one(self, dense, tmp_path, train):
+        recipe = Recovery(train=train, every=2, steps=9, steps_to=3)
+        whole, part, resumed = halved(dense), halved(dense), halved(dense)
+        expected = autoprune.recover(whole, data_of(dense), dense, recipe=recipe)
+        assert expected.steps == 9
+        assert [step for step, _ in expected.losses] == [2, 3, 5, 6, 8, 9]
+        calls, file = [], tmp_path / "nested.safetensors"
+        stopping = replace(recipe, forward=lambda model, batch: interrupted(calls, 17, model(batch[0])))
+        assert autoprune.recover(part, data_of(dense), dense, checkpoint=file, recipe=stopping).steps < 9
+        autoprune.recover(resumed, data_of(dense), dense, checkpoint=file, recipe=recipe)
+        assert same(weights(resumed), weights(whole))
+
+    def test_what_was_not_built_or_not_from_this_model_is_refused(self, dense, small):
+        with pytest.raises(UnsupportedModelError, match="carries no recipe"):
+            autoprune.recover(network(), samples(dense), dense, steps_to=2, steps=4)
+        other = network(norm=False)
+        with pytest.raises(UnsupportedModelError, match="differ in"):
+            autoprune.recover(small, samples(dense), other, steps_to=2, steps=4)
+
+
 class TestHowItEnds:
     def test_a_loss_that_is_no_number_ends_it_with_the_step_and_the_last_good_weights(self, dense):
         calls = []
@@ -328,3 +387,40 @@ def test_samples_to_train_on_are_no_samples_to_choose_by(dense, small):
         autoprune.recover(small, autoprune.Data(drawn, drawn), dense)
     with pytest.raises(DataError, match="calibration samples, which recover trains on"):
         autoprune.recover(small, autoprune.Data(validation=drawn), dense)
+
+
+CHILD = """
+import sys, time
+import torch
+import autoprune
+from tests.recovering import halved, network, samples
+
+def loss(outputs, batch):
+    with open(sys.argv[2], "a") as file:
+        file.write(".")
+    time.sleep(0.05)
+    return outputs.square().mean()
+
+torch.set_num_threads(1)
+dense = network()
+recipe = autoprune.Recovery(samples(dense), loss=loss, every=3, steps=15, checkpoint=sys.argv[1])
+recipe(halved(dense))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_loses_at_most_one_interval(dense, tmp_path):
+    file, counter = tmp_path / "state.safetensors", tmp_path / "steps"
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(file), str(counter)], cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 120
+    while not (counter.exists() and counter.stat().st_size >= 7) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    taken = read_checkpoint(file)["course"]["taken"]
+    assert 0 <= counter.stat().st_size - taken <= 4  # three, and the one that was under way
+    whole, resumed = halved(dense), halved(dense)
+    recipe = Recovery(samples(dense), loss=lambda outputs, batch: outputs.square().mean(), every=3, steps=15)
+    recipe(whole)
+    replace(recipe, checkpoint=file)(resumed)
+    assert same(weights(resumed), weights(whole))

@@ -1,4 +1,4 @@
-"""The command line: ``autoprune search``, ``front``, ``build``, ``inspect`` and ``profile``."""
+"""The command line: ``autoprune search``, ``front``, ``build``, ``recover``, ``export``, ``inspect``, ``profile``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from autoprune.cli.build import build
+from autoprune.cli.export import export
 from autoprune.cli.front import front
 from autoprune.cli.inspect import inspect
 from autoprune.cli.profile import profile
+from autoprune.cli.recover import recover
 from autoprune.cli.search import search
 
 app = typer.Typer(
@@ -40,5 +42,5 @@ def _main(
     logging.getLogger("autoprune").setLevel(logging.INFO)
 
 
-for command in (search, front, build, inspect, profile):
+for command in (search, front, build, recover, export, inspect, profile):
     app.command()(command)

@@ -138,16 +138,18 @@ class _Run:
             DivergedError: If a loss is NaN or infinite.
         """
         first, state = self._resumed()
+        before: nn.Module | None = None
         with Progress(self.recipe.steps, self.taken) as progress:
             for i, stage in enumerate(self.stages):
                 if i < first:
                     continue
                 resumes = state is not None and i == first
-                module = stage.again() if resumes else stage.make()
+                module = stage.again() if resumes else stage.make(before)
                 course = Course(module, self.recipe, self.lessons, stage.steps, stage.masks, stage.slices)
                 if resumes:
                     with sound(f"checkpoint {shortened(self.recipe.checkpoint or '')} is damaged", WAY_OUT):
                         course.load(state["course"])
+                before = course.best
                 if self._stage(i, stage, course, progress):
                     return f"no better validation for {self.recipe.patience} times"
         return ""

@@ -180,6 +180,38 @@ def test_profile_writes_a_table_that_search_takes(monkeypatch):
     assert "batch size is 2" in refused.output
 
 
+def test_each_command_from_a_search_to_a_file_for_another_runtime_names_the_next(searched, tmp_path):
+    *command, output = searched[1].splitlines()[-1].removeprefix("next: autoprune ").split()
+    built = ok(*command, tmp_path / output)
+    command = built.splitlines()[-1].removeprefix("next: autoprune ").split()
+    assert command[0] == "recover"
+    command = [str(tmp_path / "better.safetensors") if word == "recovered.safetensors" else word for word in command]
+    recovered = ok(*[DATA if word == "data.py:load" else word for word in command], "--steps", 3, "--train", "lora")
+    assert "trained lora" in recovered
+    *command, last = recovered.splitlines()[-1].removeprefix("next: autoprune ").split()
+    assert (command[0], last) == ("export", str(tmp_path / "better.onnx"))
+    exported = ok(*command, tmp_path / "better.pt2", "--input-shape", "2,1,4,4")
+    assert "its outputs differ from the model's by up to 0" in exported
+    x = torch.randn(3, 1, 4, 4)
+    small = autoprune.load(tmp_path / "better.safetensors", load_model(MODEL)).eval()
+    torch.testing.assert_close(torch.export.load(tmp_path / "better.pt2").module()(x), small(x))
+    assert not torch.equal(small(x), autoprune.load(tmp_path / output, load_model(MODEL)).eval()(x))
+
+
+def test_recover_takes_the_run_itself_and_goes_on_from_its_checkpoint(searched, tmp_path):
+    common = ("recover", searched[0], "--model", MODEL, "--data", DATA, "--steps", 4, "--distill", "logits")
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for file in files:
+        assert "4 steps" in ok(*common, "--output", file, "--checkpoint", tmp_path / "state")
+    one, two = (autoprune.load(file, load_model(MODEL)).state_dict() for file in files)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    told = error(*common, "--output", files[0], "--train", "half")
+    assert "train must be one of ['all', 'norm+bias', 'lora'], got 'half'" in told
+    export = ("export", files[0], "--model", MODEL, "--output", tmp_path / "x.pt2", "--input-shape", "2,1,4,4")
+    told = error(*export, "--trial", 1)
+    assert "--trial and --budget choose from the --run-dir of a search" in told
+
+
 def test_build_exports_by_the_ending_or_the_format(searched, tmp_path):
     small = tmp_path / "small.pt2"
     output = ok("build", searched[0], "--model", MODEL, "--output", small, "--input-shape", "2,1,4,4")

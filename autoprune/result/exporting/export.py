@@ -89,7 +89,7 @@ def export(
     small = unwrap(small)
     tolerance = checked_tolerance(tolerance)
     target = as_path(path)
-    format = _format_of(target, format)  # noqa: A001
+    format = format_of(target, format)  # noqa: A001
     if format == "hf":
         return _export_folder(small, target, example)
     write = _writer(format)
@@ -121,7 +121,12 @@ def _export_folder(small: nn.Module, folder: Path, example: ExampleInputs | None
     return Exported(folder, "hf", parity, {}, notes)
 
 
-def _format_of(path: Path, given: str | None) -> str:
+def format_of(path: Path, given: str | None) -> str:
+    """Format to write: the one given, or that of the ending.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
     if given is not None:
         return one_of("format", given, FORMATS)
     if path.suffix not in ENDINGS:
