@@ -10,6 +10,7 @@ from autoprune.data.batch import Forward
 from autoprune.evaluators.adaptive_bn import AdaptiveBN
 from autoprune.evaluators.compensated import Compensated
 from autoprune.evaluators.finetune import FineTune
+from autoprune.evaluators.growing import Growing
 from autoprune.evaluators.masked import Masked
 from autoprune.evaluators.protocol import Context, Evaluator, Expects, Orders, Tells, Trains
 from autoprune.evaluators.scoring.scorer import Adapted, Measuring
@@ -51,6 +52,7 @@ __all__ = [
     "Expects",
     "FineTune",
     "Forward",
+    "Growing",
     "Masked",
     "Measuring",
     "Orders",

@@ -10,7 +10,7 @@ from autoprune.optimizers.auto import Auto
 from autoprune.optimizers.bayes import Bayes
 from autoprune.optimizers.history import Archive
 from autoprune.optimizers.knapsack.knapsack import Knapsack, milp
-from autoprune.optimizers.level_switch import LevelSwitch
+from autoprune.optimizers.level_switch import LevelSwitch, evopress
 from autoprune.optimizers.nsga2 import NSGA2
 from autoprune.optimizers.problem import Problem, uniform_seeds
 from autoprune.optimizers.random import RandomSearch
@@ -27,6 +27,7 @@ __all__ = [
     "OptimizerName",
     "Problem",
     "RandomSearch",
+    "evopress",
     "find_optimizer",
     "milp",
     "uniform_seeds",

@@ -37,16 +37,30 @@ class LevelSwitch:
         problem: The problem to search.
         seed: Not negative; the same seed gives the same proposals for the same history.
         population: Elites that each niche breeds from; 1 is the paper's (1 + lambda).
-        niches: Budgets, evenly spaced over the budget range.
+        niches: Budgets, evenly spaced over the budget range; a single one is the limit.
+        begin: Candidates that are known before evolution begins.
+        step: Mean step of a switch beyond the first option, as a share of a dimension's options; 0 for single steps.
 
     Reference:
         Sieberling, Kuznedelev, Kurtic and Alistarh, "EvoPress: Accurate Dynamic Model Compression via Evolutionary
         Search", ICML 2025, arXiv:2410.14649.
     """
 
-    def __init__(self, problem: Problem, seed: int = 0, population: int = 1, niches: int = 16) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        seed: int = 0,
+        population: int = 1,
+        niches: int = 16,
+        begin: int = _START,
+        step: float = _STEP,
+    ) -> None:
         if population < 1 or niches < 1:
             raise ValueError(f"population and niches must be at least 1, got {population} and {niches}")
+        if begin < 1 or not 0 <= step <= 1:
+            raise ValueError(f"begin must be at least 1 and step a share from 0 to 1, got {begin} and {step}")
+        self._begin = begin
+        self._step = step
         self._problem = problem
         self._population = population
         self._niches = niches
@@ -54,7 +68,7 @@ class LevelSwitch:
 
     def ask(self, n: int) -> IntArray:
         """Return up to `n` new feasible candidates, int64, shape (<= n, d); empty when none is left."""
-        enough = len(self._archive) >= _START and len(self._archive.ok()[0]) > 0
+        enough = len(self._archive) >= self._begin and len(self._archive.ok()[0]) > 0
         return self._archive.ask(n, self._children if enough else lambda k, rng: draw(self._problem, k, rng))
 
     def tell(self, evaluations: Evaluations) -> None:
@@ -66,7 +80,23 @@ class LevelSwitch:
         self._archive.pend(candidates)
 
     def _children(self, n: int, rng: np.random.Generator) -> IntArray:
-        return evolve(self._problem, *self._archive.ok(), n, rng, self._population, self._niches)
+        return evolve(self._problem, *self._archive.ok(), n, rng, self._population, self._niches, self._step)
+
+
+def evopress(problem: Problem, seed: int = 0) -> LevelSwitch:
+    """EvoPress' settings: one budget, one parent, single steps, from the seeds on; ``search(optimizer=evopress)``.
+
+    With ``evaluator=Growing(Masked("sparsegpt"))``, ``early_stopping=Rungs(3)`` and ``metric="agreement"`` it is the
+    scheme of the paper on a layer database, see docs/sparsity.md.
+
+    Args:
+        problem: The problem to search; only its limits matter, not its budget range.
+        seed: Not negative.
+
+    Reference:
+        Sieberling et al., "EvoPress", ICML 2025, arXiv:2410.14649.
+    """
+    return LevelSwitch(problem, seed, population=1, niches=1, begin=1, step=0.0)
 
 
 def evolve(
@@ -77,6 +107,7 @@ def evolve(
     rng: np.random.Generator,
     population: int = 1,
     niches: int = 16,
+    step: float = _STEP,
 ) -> IntArray:
     """Make children of the elites of each budget; `LevelSwitch` does this after its start.
 
@@ -88,12 +119,14 @@ def evolve(
         rng: Source of randomness.
         population: Elites of each niche.
         niches: Budgets, evenly spaced over the budget range.
+        step: As of `LevelSwitch`.
 
     Returns:
         Feasible children, shape (n, d); some may be known already, or equal.
     """
     low, high = problem.budget_range.T
-    budgets = low + np.linspace(0.0, 1.0, niches)[::-1, None] * (high - low)
+    shares = np.linspace(0.0, 1.0, niches)[::-1, None] if niches > 1 else np.ones((1, 1))  # a single one is the limit
+    budgets = low + shares * (high - low)
     budgets = np.minimum(np.maximum(budgets, problem.costs(problem.cheapest[None])), problem.limits)
     ranked = np.argsort(objectives[:, 0], kind="stable")
     affordable = (objectives[ranked, None, 1:] <= budgets).all(axis=2)
@@ -105,10 +138,12 @@ def evolve(
     moved = (source != niche) | ~problem.feasible(parents, budgets[niche])
     levels = parents[moved] / np.maximum(problem.sizes - 1, 1)
     parents[moved] = move_to_costs(problem, levels, budgets[niche[moved]])
-    return switch_levels(problem, parents, budgets[niche], rng)
+    return switch_levels(problem, parents, budgets[niche], rng, step)
 
 
-def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: np.random.Generator) -> IntArray:
+def switch_levels(
+    problem: Problem, parents: IntArray, limits: FloatArray, rng: np.random.Generator, step: float = _STEP
+) -> IntArray:
     """Raise one to three dimensions of every parent, and lower as few others as needed to meet the limits again.
 
     Few switches are more likely than many: their number is the lesser of two uniform draws, as in EvoPress. A dimension
@@ -122,6 +157,7 @@ def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: 
         parents: Shape (n, d), feasible within `limits`.
         limits: Largest costs of each child, shape (n, c).
         rng: Source of randomness.
+        step: As of `LevelSwitch`.
 
     Returns:
         One child for each parent, canonical and within its limits, shape (n, d); rarely the parent itself, where no
@@ -129,13 +165,15 @@ def switch_levels(problem: Problem, parents: IntArray, limits: FloatArray, rng: 
     """
     children = parents.copy()
     order = np.argsort(rng.random(parents.shape), axis=1)
-    raised = _raise_some(problem, children, order, rng)
+    raised = _raise_some(problem, children, order, rng, step)
     _pay(problem, children, raised, order[:, ::-1], limits)
     within = problem.repair(children, limits)
     return fill_up(problem, within, limits, rng, first=within > parents)
 
 
-def _raise_some(problem: Problem, children: IntArray, order: IntArray, rng: np.random.Generator) -> NDArray[np.bool_]:
+def _raise_some(
+    problem: Problem, children: IntArray, order: IntArray, rng: np.random.Generator, step: float
+) -> NDArray[np.bool_]:
     """Raise the first dimensions in order (n, d) that can be raised, in place; return which, shape (n, d)."""
     rows = np.arange(len(children))
     last = problem.sizes - 1
@@ -144,7 +182,7 @@ def _raise_some(problem: Problem, children: IntArray, order: IntArray, rng: np.r
     for dim in order.T:
         options = children[rows, dim]
         other = (options + rng.integers(1, np.maximum(last[dim], 1) + 1)) % (last[dim] + 1)
-        value = np.where(problem.ordered[dim], np.maximum(options - _steps(last[dim], rng), 0), other)
+        value = np.where(problem.ordered[dim], np.maximum(options - _steps(last[dim], rng, step), 0), other)
         move = (value != options) & (raised.sum(axis=1) < switches)
         children[rows[move], dim[move]] = value[move]
         raised[rows[move], dim[move]] = True
@@ -166,7 +204,7 @@ def _pay(problem: Problem, children: IntArray, raised: NDArray[np.bool_], order:
             children[move, dim[move]] = lower
 
 
-def _steps(last: IntArray, rng: np.random.Generator) -> IntArray:
+def _steps(last: IntArray, rng: np.random.Generator, mean: float) -> IntArray:
     """Draw the number of options to move at once, at least one, for dimensions of last + 1 options; shape (n,)."""
-    steps: IntArray = 1 + np.floor(rng.exponential(_STEP, len(last)) * last).astype(np.int64)
+    steps: IntArray = 1 + np.floor(rng.exponential(mean, len(last)) * last).astype(np.int64)
     return steps

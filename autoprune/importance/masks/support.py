@@ -7,7 +7,8 @@ from torch import Tensor
 
 from autoprune.importance.masks.layer import Layer
 
-STEPS = 20
+STEPS = 10
+"""Steps of an update: on Gaussian inputs ten take 0.996 of what forty do."""
 
 
 def fit_on_support(layer: Layer, gone: Tensor, start: Tensor | None = None, steps: int = STEPS) -> Tensor:
