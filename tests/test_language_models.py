@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autoprune
+from autoprune.data.batch import default_forward
 from autoprune.data.subsets import TOKENS, materialise
 from autoprune.evaluators.training.distillation import labels_loss_of
 from autoprune.metrics import choosing
@@ -115,3 +116,34 @@ def test_the_table_shows_the_perplexity(result):
     assert "perplexity" in lines[0]
     (dense,) = [line for line in lines if line.lstrip().startswith("dense")]
     assert f"{math.exp(result.dense.score):.4g}" in dense
+
+
+class TestCache:
+    """Models that would keep keys and values are not asked to while they are scored."""
+
+    def test_outputs_are_those_with_a_cache_and_hold_none(self):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=11
+        )
+        model = transformers.LlamaForCausalLM(config).eval()
+        ids = torch.randint(0, 11, (2, 5))
+        with torch.no_grad():
+            found, expected = default_forward(model, {"input_ids": ids}), model(ids)
+        assert torch.equal(found.logits, expected.logits)
+        assert found.past_key_values is None
+        assert expected.past_key_values is not None
+        assert default_forward(model, {"input_ids": ids, "use_cache": True}).past_key_values is not None
+
+    def test_a_config_of_another_model_is_left_alone(self):
+        class Odd(nn.Module):
+            config = {"use_cache": True}
+
+            def forward(self, x):
+                return x
+
+        odd = Odd()
+        x = torch.ones(2)
+        assert default_forward(odd, (x, x)) is x
+        odd.config = type("Config", (), {"use_cache": True})()
+        assert default_forward(odd, (x, x)) is x

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -330,9 +331,17 @@ def targets(batch: Batch) -> Any:
 
 
 def default_forward(model: nn.Module, batch: Batch) -> Any:
-    """Call the model with the inputs of a batch."""
+    """Call the model with the inputs of a batch; a model of transformers that keeps keys and values does not do so."""
     args, kwargs = inputs(batch)
+    if "use_cache" not in kwargs and _keeps_a_cache(model):
+        kwargs = {**kwargs, "use_cache": False}  # nothing is generated: the cache would only take memory
     return model(*args, **kwargs)
+
+
+def _keeps_a_cache(model: nn.Module) -> bool:
+    """Return whether a model of transformers keeps keys and values unless it is told not to."""
+    asked = getattr(getattr(model, "config", None), "use_cache", None) is True
+    return asked and "use_cache" in signature(model.forward).parameters
 
 
 def token_ids(batch: Batch) -> Tensor | None:
