@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from autoprune.metrics.metric import Metric, MetricName
 from autoprune.optimizers import OptimizerName, Problem, find_optimizer
 from autoprune.protocols import Optimizer
 from autoprune.result import SearchResult
+from autoprune.result.outline import OUTLINE
 from autoprune.result.trials import note_of_probes
 from autoprune.search_spaces import Settings
 from autoprune.structure.call import CallOrInputs, call_of
@@ -31,6 +33,7 @@ from autoprune.study.convergence import Deadline
 from autoprune.study.fingerprint import identity_of
 from autoprune.study.loop import Loop
 from autoprune.study.mapped_weights import settle
+from autoprune.study.outline import outline_of
 from autoprune.study.progress import Progress
 from autoprune.study.request import PLACES, Request
 from autoprune.study.resume import open_journal
@@ -174,7 +177,9 @@ def search(
         raise TypeError(f"optimizer must make an object with the methods ask and tell, got {shown(proposer)}")
     setup = study.deadline.spent
     dense = dense_of(study)
-    with open_journal(study, identity_of(study, dense, proposer, runner)) as journal:
+    outline = outline_of(study)
+    identity = {**identity_of(study, dense, proposer, runner), OUTLINE: outline.to_json()}
+    with open_journal(study, identity) as journal:
         if study.choice is not None:
             study.choice.save(run_dir)
         bar = Progress(request.most, study.context.judge.name, request.execution.progress)
@@ -190,6 +195,6 @@ def search(
     )
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
-    result = result_of(study, dense, found, ended.stopped, explained)
+    result = replace(result_of(study, dense, found, ended.stopped, explained), outline=outline)
     settle(study.context.model, study.evaluator)
     return calls.end(result)

@@ -1,1 +1,1 @@
-"""Command line: ``autoprune inspect``, ``search``, ``front``, ``build`` and ``profile``."""
+"""Command line: ``autoprune inspect``, ``search``, ``front``, ``report``, ``build`` and ``profile``."""

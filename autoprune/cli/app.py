@@ -1,4 +1,4 @@
-"""The command line: ``autoprune search``, ``front``, ``build``, ``recover``, ``export``, ``inspect``, ``profile``."""
+"""The command line: ``autoprune search``, ``front``, ``report``, ``build``, ``recover``, ``export`` and others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from autoprune.cli.front import front
 from autoprune.cli.inspect import inspect
 from autoprune.cli.profile import profile
 from autoprune.cli.recover import recover
+from autoprune.cli.report import report
 from autoprune.cli.search import search
 
 app = typer.Typer(
@@ -42,5 +43,5 @@ def _main(
     logging.getLogger("autoprune").setLevel(logging.INFO)
 
 
-for command in (search, front, build, recover, export, inspect, profile):
+for command in (search, front, report, build, recover, export, inspect, profile):
     app.command()(command)

@@ -278,6 +278,17 @@ def _layers(group: Group) -> int:
     return len({slot.tensor.rpartition(".")[0] for slot in group.slots})
 
 
+def what_stays(structure: Structure, model: nn.Module) -> tuple[FrozenPart, ...]:
+    """Parameters that cannot shrink along some dimension, by reason; outputs of the model are not told apart."""
+    stays = [(part, _remedy(part)) for part in structure.frozen]
+    parameters = dict(model.named_parameters())
+    return _frozen(stays, parameters, max(sum(each.numel() for each in parameters.values()), 1))
+
+
+def _remedy(part: Frozen) -> str:
+    return next((text for key, text in REMEDIES.items() if key in part.reason), "")
+
+
 def _by_output(example: Example, structure: Structure, outputs: Outputs | None) -> list[tuple[Frozen, str]]:
     """Frozen slices, each with advice to the user; those of outputs by the key or index of the output."""
     told_apart = outputs is None and any(part.reason == RETURNED for part in structure.frozen)
@@ -290,7 +301,7 @@ def _by_output(example: Example, structure: Structure, outputs: Outputs | None) 
             remedy = f"if it does not matter, pass autoprune.Call(outputs={others if len(others) > 1 else others[0]!r})"
             found.append((replace(part, reason=f"returned as {key!r}"), remedy))
         if not keys:
-            found.append((part, next((text for key, text in REMEDIES.items() if key in part.reason), "")))
+            found.append((part, _remedy(part)))
     return found
 
 

@@ -90,13 +90,13 @@ class SavedWeights:
     """
 
     def __init__(self, folder: Path, model: nn.Module | None, files: Mapping[int, WeightsFile]) -> None:
-        self._folder = folder
+        self.folder = folder
         self._model = model
         self.files = files
 
     def there(self) -> set[int]:
         """Numbers of the trials whose files are in the folder."""
-        return {trial for trial, kept in self.files.items() if (self._folder / kept.name).exists()}
+        return {trial for trial, kept in self.files.items() if (self.folder / kept.name).exists()}
 
     def build(self, trial: Trial) -> nn.Module:
         """Load the trial's weights into a copy of the model.
@@ -111,7 +111,7 @@ class SavedWeights:
                 f"trial {trial.id} was saved without weights; choose one of the front, or search again"
             )
         kept = self.files[trial.id]
-        file = self._folder / kept.name
+        file = self.folder / kept.name
         module, digest = read(file, self._model)
         if digest != kept.sha256:
             raise FileFormatError(
@@ -124,10 +124,10 @@ class SavedWeights:
         """Return the dense tensors that the trials are cut from; None without a model, or for one pruned before."""
         if self._model is None or hasattr(self._model, ATTRIBUTE):
             return None
-        files = [self._folder / self.files[trial.id].name for trial in trials if trial.id in self.there()]
+        files = [self.folder / self.files[trial.id].name for trial in trials if trial.id in self.there()]
         dense = build(self._model, Edit({}, {}))
         most_bytes = most_bytes_of(dense)
-        for file in self._folder.glob(FILES):
+        for file in self.folder.glob(FILES):
             dense.load_state_dict(read_tensors(file, "dense tensors", most_bytes)[1], strict=False)
         return SharedTensors(dense, [read_slices(file, most_bytes) for file in files])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autoprune.metrics.statistics import EVALUATION_FORM
 from autoprune.protocols import FAILED, OK, PENDING, RACED
+from autoprune.result.outline import OUTLINE_FORM
 
 _NUMBER = (float, None)
 TRIAL_FORM = {
@@ -19,6 +20,7 @@ TRIAL_FORM = {
     "cost_intervals?": {str: [float]},
     "score": _NUMBER,
     "interval": [_NUMBER],
+    "test_interval?": [_NUMBER],
     "signal": _NUMBER,
     "evaluations": [EVALUATION_FORM],
 }
@@ -52,5 +54,6 @@ RESULT_FORM = {
     "trials": [TRIAL_FORM],
     "front": [int],
     "audit?": (_AUDIT, None),
+    "outline?": (OUTLINE_FORM, None),
     "weights?": {str: {"file": str, "sha256": str}},
 }

@@ -15,6 +15,7 @@ from autoprune.pareto import Direction
 from autoprune.protocols import FAILED, OK, RACED, SearchSpace
 from autoprune.result.builders import FromJournal
 from autoprune.result.form import TRIAL_FORM
+from autoprune.result.outline import OUTLINE_FORM, Outline
 from autoprune.result.saving import require_consistent
 from autoprune.result.trials import Trial, find_front, note_of_probes
 from autoprune.search_spaces import space_from_json
@@ -34,6 +35,7 @@ _FORM = {
     "notes": [str],
     "trials": (int, frozenset({"auto"})),
     "seed": int,
+    "outline?": (OUTLINE_FORM, None),
 }
 
 
@@ -79,6 +81,7 @@ def _fields(meta: Mapping[str, Any], rows: Sequence[TrialRow], notes: Sequence[s
         ),
         "stopped": "unfinished" if meta["trials"] == "auto" or done < meta["trials"] else "trials",
         "seconds": _seconds(rows),
+        "outline": Outline.from_json(meta["outline"]) if meta.get("outline") else None,
         "_builder": FromJournal(),
         **{name: meta[name] for name in plain},
     }

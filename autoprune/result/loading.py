@@ -15,6 +15,7 @@ from autoprune.journal.sqlite_file import FILE_NAME as JOURNAL
 from autoprune.result.audit_report import Audit
 from autoprune.result.builders import SavedWeights
 from autoprune.result.from_journal import fields_from_journal
+from autoprune.result.outline import Outline
 from autoprune.result.saving import PLAIN, RESULT, files_of, read_result, reading, require_consistent
 from autoprune.result.trials import Trial
 from autoprune.search_spaces import space_from_json
@@ -75,6 +76,7 @@ def _fields(data: Mapping[str, Any], builder: SavedWeights) -> dict[str, Any]:
         "space": space,
         "notes": tuple(data["notes"]),
         "limits": data["limits"],
+        "outline": Outline.from_json(data["outline"]) if data.get("outline") else None,
         "audit": Audit.from_json(data["audit"]) if data.get("audit") else None,
         "_builder": builder,
         **{name: data[name] for name in PLAIN},

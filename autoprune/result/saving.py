@@ -19,6 +19,7 @@ from autoprune.files.formats import Format
 from autoprune.pareto import Direction
 from autoprune.result.builders import WeightsFile, built, weights_file
 from autoprune.result.form import RESULT_FORM
+from autoprune.result.outline import OUTLINE
 from autoprune.result.recipe import write
 from autoprune.result.shared_tensors import FILES as DENSE
 from autoprune.result.shared_tensors import SharedTensors
@@ -76,6 +77,7 @@ def content_of(result: SearchResult) -> dict[str, Any]:
         "trials": [trial.to_json() for trial in result.trials],
         "front": [trial.id for trial in result.front],
         "audit": None if result.audit is None else result.audit.to_json(),
+        OUTLINE: None if result.outline is None else result.outline.to_json(),
     }
 
 

@@ -22,6 +22,7 @@ from autoprune.result.from_journal import fields_from_journal
 from autoprune.result.loading import load_fields
 from autoprune.result.notebook import result_html
 from autoprune.result.optuna_study import to_optuna
+from autoprune.result.outline import Outline
 from autoprune.result.saving import content_of, save_result
 from autoprune.result.sensitivity import Sensitivity, sensitivity_of
 from autoprune.result.tables import frame_of, front_table
@@ -54,6 +55,7 @@ class SearchResult:
         seconds: Wall time of the search.
         seed: Its seed.
         audit: Reliability of its scores, from `autoprune.audit`; None before.
+        outline: Layers of the model as functions of the widths, for reports; None in results of earlier versions.
     """
 
     trials: tuple[Trial, ...]
@@ -69,6 +71,7 @@ class SearchResult:
     seconds: float
     seed: int
     audit: Audit | None = None
+    outline: Outline | None = None
     _builder: Builder | None = field(default=None, repr=False, compare=False)
 
     def best(self, budget: str | Budget | Sequence[str] | None = None) -> Trial:
@@ -265,6 +268,20 @@ class SearchResult:
     def _repr_html_(self) -> str:
         """Make the table of the front for notebooks."""
         return result_html(self, "" if self.front else why_none(self))
+
+    def report(self, path: str | Path, candidates: bool = True) -> Path:
+        """Write one web page with the front, all trials and every layer of each; it needs no network and no server.
+
+        Args:
+            path: The file, which is replaced; by convention it ends in ``.html``.
+            candidates: Include the options of all trials; without, the page is smaller and has those of the front.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        from autoprune.result.report import write_report
+
+        return write_report(self, path, candidates)
 
     def __str__(self) -> str:
         return front_table(self, "" if self.front else why_none(self))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,27 @@ class Products:
     factors: IntArray
 
 
+Term = tuple[float, tuple[int, ...]]
+"""Constant factor of a product, and the rows of `Terms.sizes` that it multiplies."""
+
+
+@dataclass(frozen=True)
+class LayerTerms:
+    """Costs of one module as sums of products.
+
+    Attributes:
+        name: The module; empty for the model itself.
+        width: Number of its output features; None if it has no parameters or multiplies nothing.
+        macs: Multiply-accumulates of its own operations, for the whole traced batch.
+        params: Elements of its own parameters.
+    """
+
+    name: str
+    width: AffineSize | None
+    macs: tuple[Term, ...]
+    params: tuple[Term, ...]
+
+
 @dataclass(frozen=True)
 class Terms:
     """Costs of a traced model as functions of the widths of its groups.
@@ -44,6 +66,8 @@ class Terms:
         died: Number of operations that have run when it is released, shape (activations,).
         batch: Samples in the traced batch.
         uncounted: Operations that may multiply a parameter and have no formula, with their modules; `macs` lack them.
+        layers: The same multiply-accumulates and elements by module, in forward order; modules without any are left
+            out.
     """
 
     sizes: IntArray
@@ -55,6 +79,7 @@ class Terms:
     died: IntArray
     batch: int
     uncounted: tuple[str, ...] = ()
+    layers: tuple[LayerTerms, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +140,15 @@ class _Builder:
     def _row(self, size: AffineSize) -> int:
         return self.sizes.setdefault(size, len(self.sizes))
 
+    def width(self, op: Op) -> AffineSize | None:
+        """Number of features of an operation's first result: the channels of a convolution, else the last dimension."""
+        value = op.results()[0]
+        shape = self.flow.record.values[value].shape
+        if not shape:
+            return None
+        dim = 1 if "conv" in op.name and len(shape) > 2 else len(shape) - 1
+        return self.units.affine(self.flow.of(value)[dim], shape[dim])
+
     def instead(self, value: int, branch: int) -> tuple[float, tuple[int, ...]]:
         """Make the bytes of a value that exists where a branch is dropped and the one around it is not."""
         around = self.presence(self.contents.parents[branch])
@@ -151,15 +185,15 @@ def cost_terms(flow: Propagation, units: Units, contents: Contents | None = None
     build = _Builder(flow, units, held)
     record = flow.record
     ops = record.ops[: record.first]
-    macs = [build.product(*product, held.ops.get(op.index, -1)) for op in ops for product in products_of(record, op)]
-    params = []
+    macs = {op.index: [build.product(*p, held.ops.get(op.index, -1)) for p in products_of(record, op)] for op in ops}
+    params = {}
     state = []
     for i, value in enumerate(record.values):
         if value.kind in ("parameter", "buffer"):
             branch = held.tensors.get(value.name, -1)
             state.append(build.whole(value.dtype.itemsize, i, branch))
             if value.kind == "parameter":
-                params.append(build.whole(1, i, branch))
+                params[value.name] = build.whole(1, i, branch)
     lives = tensor_lives(record)
     spans = {i: (born, died) for i, born, died in lives}
     activations = []
@@ -171,16 +205,41 @@ def cost_terms(flow: Propagation, units: Units, contents: Contents | None = None
         if made in spans and given in spans and spans[given][1] < spans[made][1] and made != given:
             activations.append(build.instead(made, branch))
             lives.append((made, spans[given][1], spans[made][1]))
+    layers = _layers(build, macs, params)
     return Terms(
         sizes=build.table(),
-        macs=_products(_merge(macs)),
-        params=_products(_merge(params)),
+        macs=_products(_merge([term for terms in macs.values() for term in terms])),
+        params=_products(_merge(list(params.values()))),
         state_bytes=_products(_merge(state)),
         activation_bytes=_products(activations),
         born=np.array([born for _, born, _ in lives], dtype=np.int64),
         died=np.array([died for _, _, died in lives], dtype=np.int64),
         batch=max(record.batch, 1),
         uncounted=uncounted(record),
+        layers=layers,
+    )
+
+
+def _layers(build: _Builder, macs: Mapping[int, list[Term]], params: Mapping[str, Term]) -> tuple[LayerTerms, ...]:
+    """Sort the terms by module, in the order in which modules first run."""
+    record = build.flow.record
+    multiplied: dict[str, list[Term]] = defaultdict(list)
+    widths: dict[str, AffineSize | None] = {}
+    order: dict[str, None] = {}
+    for op in record.ops[: record.first]:
+        order.setdefault(op.module)
+        if macs[op.index]:
+            multiplied[op.module] += macs[op.index]
+            widths[op.module] = build.width(op)  # of the last: what the module hands on
+    held: dict[str, list[Term]] = defaultdict(list)
+    for name, term in params.items():
+        held[name.rpartition(".")[0]].append(term)
+    named = [name for name in dict.fromkeys((*order, *held)) if name in multiplied or name in held]
+    return tuple(
+        LayerTerms(
+            name, widths.get(name) if name in held else None, tuple(_merge(multiplied[name])), tuple(_merge(held[name]))
+        )
+        for name in named
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from autoprune.border import checked
 from autoprune.errors import InfeasibleBudgetError
 from autoprune.execution import Outcome, attempt
+from autoprune.metrics.judge import Judge
 from autoprune.metrics.statistics import Evaluation, evaluations_of
 from autoprune.metrics.summary import summary
 from autoprune.pareto import Direction
@@ -103,9 +104,9 @@ def result_of(
         told = f"{missing} of {len(front)} networks on the front were not scored on held-out data: max_seconds was over"
         explained = (*explained, told)
     result = SearchResult(
-        trials=tuple(_tested(trial, tests) for trial in sorted(found, key=lambda trial: trial.id)),
-        front=tuple(_tested(trial, tests) for trial in front),
-        dense=_tested(dense, tests),
+        trials=tuple(_tested(judge, trial, tests) for trial in sorted(found, key=lambda trial: trial.id)),
+        front=tuple(_tested(judge, trial, tests) for trial in front),
+        dense=_tested(judge, dense, tests),
         space=study.context.space,
         limits=dict(study.limits),
         budget=str(study.budget),
@@ -131,8 +132,12 @@ def _tested_outcome(study: Study, trial: Trial) -> Outcome:
     return checked(study.evaluator, measured, "test")
 
 
-def _tested(trial: Trial, tests: Mapping[int, Measurement]) -> Trial:
-    return replace(trial, test_score=float(tests[trial.id].metric.mean())) if trial.id in tests else trial
+def _tested(judge: Judge, trial: Trial, tests: Mapping[int, Measurement]) -> Trial:
+    if trial.id not in tests:
+        return trial
+    measured = tests[trial.id]
+    interval = summary(measured.metric, judge.proportion, measured.weights).interval
+    return replace(trial, test_score=float(measured.metric.mean()), test_interval=interval)
 
 
 def _notes_of_score(study: Study, result: SearchResult, tests: Mapping[int, Measurement]) -> list[str]:

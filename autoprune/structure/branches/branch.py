@@ -104,6 +104,23 @@ class Presence:
             (np.array([b for b, _ in found]), np.array([p for _, p in found])) for _, found in sorted(alike.items())
         ]
 
+    @property
+    def rules(self) -> list[tuple[str, int, list[int]]]:
+        """Steps of `effective` in order, each a kind, the column it changes, and the columns that it reads.
+
+        ``"any"`` keeps a branch no longer than one of its members; ``"all"`` sets what lies in a dropped branch to 0.
+        """
+        first = len(self.groups)
+        steps: list[tuple[str, int, list[int]]] = []
+        for wholes, members in self._joined:
+            steps += [
+                ("any", first + whole, [first + member for member in own])
+                for whole, own in zip(wholes.tolist(), members.tolist(), strict=True)
+            ]
+        for inner, parents in self._nested:
+            steps += [("all", first + a, [first + b]) for a, b in zip(inner.tolist(), parents.tolist(), strict=True)]
+        return [*steps, *(("all", a, [first + b]) for a, b in zip(*self._around_group, strict=True))]
+
     def around(self, name: str) -> list[str]:
         """Names of the branches around one, the smallest first."""
         found = []

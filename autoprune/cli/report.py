@@ -1,0 +1,37 @@
+"""``autoprune report``: one web page of a search, as a file or while it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoprune.cli.mistakes import errors_on_one_line
+from autoprune.cli.options import MODEL_HELP, Debug, Imports, RunDir
+from autoprune.cli.user_objects import import_first
+from autoprune.files.access import as_path, write_text
+from autoprune.result import SearchResult
+
+
+def report(
+    run_dir: RunDir,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="The file to write; by default report.html in RUN_DIR.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FILE.py:NAME", help=f"{MODEL_HELP} Only named in the build command.")
+    ] = None,
+    candidates: Annotated[bool, typer.Option(help="Include the options of all trials, not of the front alone.")] = True,
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """Write one web page of a search that needs no network: the front, all trials, and the layers of each."""
+    with errors_on_one_line(debug):
+        import_first(imports)
+        from autoprune.result.report import page_of
+
+        folder = as_path(run_dir, "RUN_DIR")
+        page = page_of(SearchResult.load(folder), str(run_dir), model, candidates)
+        file = write_text(folder / "report.html" if output is None else output, page, "output")
+        typer.echo(f"report in {file}")
