@@ -20,7 +20,7 @@ TRIAL_FORM = {
     "cost_intervals?": {str: [float]},
     "score": _NUMBER,
     "interval": [_NUMBER],
-    "test_interval?": [_NUMBER],
+    "test_interval?": ([float], None),
     "signal": _NUMBER,
     "evaluations": [EVALUATION_FORM],
 }

@@ -30,7 +30,7 @@ class Trial:
         status: ``"ok"``, ``"raced"``, ``"failed"`` or ``"pending"``.
         reason: Reason why it failed or was dropped.
         test_score: The metric on held-out samples; None off the front. Reported, never used to choose.
-        test_interval: 95 % interval of `test_score` over samples; NaN where it is unknown.
+        test_interval: 95 % interval of `test_score` over samples; None where it is unknown.
         evaluations: The measurements in order; the last one gave the score.
         feasible: Whether the `upper_costs` are within the limits of the search. Otherwise it is a probe, which measures
             the loss of one dimension, or was predicted to be within and measured to be over; never on the front.
@@ -48,7 +48,7 @@ class Trial:
     status: str = OK
     reason: str = ""
     test_score: float | None = None
-    test_interval: tuple[float, float] = (math.nan, math.nan)
+    test_interval: tuple[float, float] | None = None
     evaluations: tuple[Evaluation, ...] = ()
     feasible: bool = True
     predicted: Mapping[str, float] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Trial:
             "cost_intervals": {name: list(ends) for name, ends in self.cost_intervals.items()},
             "score": none_if_nan(self.score),
             "interval": [none_if_nan(end) for end in self.interval],
-            "test_interval": [none_if_nan(end) for end in self.test_interval],
+            "test_interval": None if self.test_interval is None else list(self.test_interval),
             "signal": none_if_nan(self.signal),
             "evaluations": [evaluation.to_json() for evaluation in self.evaluations],
         }
@@ -129,13 +129,13 @@ class Trial:
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
         """Restore what `to_json` wrote."""
         low, high = (or_nan(end) for end in data["interval"])
-        test_low, test_high = (or_nan(end) for end in data.get("test_interval", (None, None)))
+        tested = data.get("test_interval")
         return cls(
             **{name: data[name] for name in ("id", "status", "reason", "test_score", "decoded", "costs")},
             candidate=tuple(data["candidate"]),
             score=or_nan(data["score"]),
             interval=(low, high),
-            test_interval=(test_low, test_high),
+            test_interval=None if tested is None else (tested[0], tested[1]),
             signal=or_nan(data["signal"]),
             evaluations=tuple(Evaluation.from_json(evaluation) for evaluation in data["evaluations"]),
             feasible=data.get("feasible", True),  # results saved before there were probes

@@ -137,7 +137,8 @@ def _tested(judge: Judge, trial: Trial, tests: Mapping[int, Measurement]) -> Tri
         return trial
     measured = tests[trial.id]
     interval = summary(measured.metric, judge.proportion, measured.weights).interval
-    return replace(trial, test_score=float(measured.metric.mean()), test_interval=interval)
+    known = None if math.isnan(interval[0]) else interval
+    return replace(trial, test_score=float(measured.metric.mean()), test_interval=known)
 
 
 def _notes_of_score(study: Study, result: SearchResult, tests: Mapping[int, Measurement]) -> list[str]:

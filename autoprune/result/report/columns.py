@@ -81,7 +81,7 @@ def columns_of(result: SearchResult) -> Columns:
             for name in names
         },
         held_out={
-            i: [trial.test_score, *map(rounded, trial.test_interval)]
+            i: [trial.test_score, *map(rounded, trial.test_interval or (None, None))]
             for i, trial in enumerate(trials)
             if trial.test_score is not None
         },

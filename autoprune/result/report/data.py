@@ -172,6 +172,6 @@ def _dense(dense: Trial) -> dict[str, Any]:
         "score": dense.score,
         "interval": [rounded(end) for end in dense.interval],
         "test_score": dense.test_score,
-        "test_interval": [rounded(end) for end in dense.test_interval],
+        "test_interval": [rounded(end) for end in dense.test_interval or (None, None)],
         "costs": dict(dense.costs),
     }
