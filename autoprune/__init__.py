@@ -36,6 +36,7 @@ from autoprune.search_spaces import Channels, Product, Sparsity, register_space
 from autoprune.structure.call import Call
 from autoprune.structure.rules import register_rule
 from autoprune.structure.slicing.adapters import register_adapter
+from autoprune.study.plan import Plan, plan
 from autoprune.study.start import Start
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "Latency",
     "Metric",
     "NothingToPruneError",
+    "Plan",
     "Product",
     "Pruning",
     "Racing",
@@ -74,6 +76,7 @@ __all__ = [
     "from_pretrained",
     "inspect",
     "load",
+    "plan",
     "profile",
     "recover",
     "register_adapter",

@@ -34,6 +34,7 @@ from autoprune.study.fingerprint import identity_of
 from autoprune.study.loop import Loop
 from autoprune.study.mapped_weights import settle
 from autoprune.study.outline import outline_of
+from autoprune.study.plan import line_of
 from autoprune.study.progress import Progress
 from autoprune.study.request import PLACES, Request
 from autoprune.study.resume import open_journal
@@ -175,6 +176,7 @@ def search(
     proposer = make_optimizer(study.problem, request.seed)
     if not (callable(getattr(proposer, "ask", None)) and callable(getattr(proposer, "tell", None))):
         raise TypeError(f"optimizer must make an object with the methods ask and tell, got {shown(proposer)}")
+    log.info("%s", line_of(study))
     setup = study.deadline.spent
     dense = dense_of(study)
     outline = outline_of(study)

@@ -11,6 +11,7 @@ from autoprune.cli.build import build
 from autoprune.cli.export import export
 from autoprune.cli.front import front
 from autoprune.cli.inspect import inspect
+from autoprune.cli.plan import plan
 from autoprune.cli.profile import profile
 from autoprune.cli.recover import recover
 from autoprune.cli.report import report
@@ -43,5 +44,5 @@ def _main(
     logging.getLogger("autoprune").setLevel(logging.INFO)
 
 
-for command in (search, front, report, build, recover, export, inspect, profile):
+for command in (search, plan, front, report, build, recover, export, inspect, profile):
     app.command()(command)

@@ -113,7 +113,7 @@ def search(
             budget,
             None if data is None else load_object(data, "--data"),
             **named,  # checked by the search, which lists what there is
-            space=_space(space, {"criterion": criterion, "round_to": rounded, "ignore": ignore}),
+            space=space_of(space, {"criterion": criterion, "round_to": rounded, "ignore": ignore}),
             early_stopping=racing,
             max_seconds=max_seconds,
             seed=seed,
@@ -131,7 +131,7 @@ def search(
         raise typer.Exit(130)
 
 
-def _space(spec: str, options: Mapping[str, Any]) -> Settings:
+def space_of(spec: str, options: Mapping[str, Any]) -> Settings:
     """The space by its name with the options that were given, or settings from a file, which take none.
 
     Raises:
