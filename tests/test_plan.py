@@ -14,7 +14,7 @@ from torch import nn
 import autoprune
 from autoprune.execution import evaluate_one
 from autoprune.study.plan import DEFAULTS, lasting
-from tests.cli.commands import CODE, DATA, MODEL, run
+from tests.cli.commands import CODE, run
 
 
 def network() -> nn.Module:
@@ -100,8 +100,18 @@ def test_times_are_told_in_units_that_fit(seconds: float, words: str) -> None:
 
 
 def test_the_shell_prints_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cli_example.py").write_text(CODE)
+    (tmp_path / "plan_example.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
-    shown = run("plan", MODEL, "--data", DATA, "--budget", "flops <= 60%", "--trials", "12", "--json")
+    shown = run(
+        "plan",
+        "plan_example.py:build",
+        "--data",
+        "plan_example.py:load",
+        "--budget",
+        "flops <= 60%",
+        "--trials",
+        "12",
+        "--json",
+    )
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["trials"] == 12
