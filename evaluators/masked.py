@@ -91,29 +91,32 @@ class Masked:
         loses_units = bool((last != structure.dense[: len(last)]).any())
         self._refit = Compensated(self._bn, self._bias, least_squares=loses_units)
         self._refit.collect(context)
-        names = space.zeroed_weights if isinstance(space, SetsZeros) else tuple(structure.weights)
-        samples = affordable(structure, FEWEST_SAMPLES, MOST_SAMPLES)
-        calibration = context.calibration
-        solver = Solver(
-            context.model,
-            observe_weights(calibration, names, samples, self._memory_bytes),
-            self._method,
-            self._damping,
-        )
-        self._database = self._built(context, solver)
+        self._solver: Solver | None = None
+        self._database = self._built(context)
         self._sliced: OrderedDict[bytes, Tensor] = OrderedDict()
         self._sliced_bytes = 0
-        solved = [name for name in names if name in solver]
+        solved = self._database.tables
         self._adapted = Adapted(context, self.adapt, share_bytes=self._share_bytes, zeroed=solved)
 
-    def _built(self, context: Context, solver: Solver) -> ZeroDatabase:
+    def solver(self) -> Solver:
+        """Equations of what weights read; the dense model runs on the calibration samples if it has not yet."""
+        if self._solver is None:
+            context = self._context
+            space = context.space
+            names = space.zeroed_weights if isinstance(space, SetsZeros) else tuple(context.structure.weights)
+            samples = affordable(context.structure, FEWEST_SAMPLES, MOST_SAMPLES)
+            observed = observe_weights(context.calibration, names, samples, self._memory_bytes)
+            self._solver = Solver(context.model, observed, self._method, self._damping)
+        return self._solver
+
+    def _built(self, context: Context) -> ZeroDatabase:
         choices = choices_of(context)
         sizes = {name: context.model.get_parameter(name).nbytes for name in choices}
         identity = ""
         if self._folder is not None:
             state = context.model.state_dict()
             identity = fingerprint([state, list(context.subsets.calibration), self._method, self._damping])
-        return build_tables(solver, choices, sizes, self._folder, identity, self._store_bytes)
+        return build_tables(self.solver, choices, sizes, self._folder, identity, self._store_bytes)
 
     @property
     def database(self) -> ZeroDatabase:
@@ -149,7 +152,7 @@ class Masked:
     def adapt(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
         """Give weights their zeros and values in place, then correct what follows from them."""
         for name, zeros in edit.zeroed.items():
-            if name in self._database.solver:
+            if name in self._database.tables:
                 choice = edit.patterns.get(name, UNSTRUCTURED), zeros
                 slices = edit.slices.get(name)
                 made = self._made(name, choice, slices) if slices else self._database.weight(name, choice)
@@ -161,7 +164,7 @@ class Masked:
         """The weight of a layer that lost units; the latest ones are kept."""
         key = repr((name, choice, [(dim, index.tobytes()) for dim, index in sorted(slices.items())])).encode()
         if key not in self._sliced:
-            made = self._database.solver.solve(name, Pattern.parse(choice[0]), choice[1], slices)
+            made = self.solver().solve(name, Pattern.parse(choice[0]), choice[1], slices)
             self._sliced[key] = made
             self._sliced_bytes += made.nbytes
             while self._sliced_bytes > SLICED_BYTES and len(self._sliced) > 1:

@@ -194,24 +194,35 @@ class TestDatabase:
 
     def test_in_a_folder_it_is_made_once(self, layers: Context, tmp_path, monkeypatch: pytest.MonkeyPatch):
         first = prepared(layers, folder=tmp_path)
-        assert len(list(tmp_path.iterdir())) == 4
-        solved = []
-        monkeypatch.setattr(Solver, "solve", lambda self, name, *_: solved.append(name))
+        assert len(list(tmp_path.iterdir())) == 4 + 1  # and the index
+        runs = []
+        monkeypatch.setattr(Masked, "solver", lambda self: runs.append(self))
         again = prepared(layers, folder=tmp_path)
-        assert not solved
+        assert not runs  # the model is not even observed
         candidate = candidate_of(layers, "2:4")
         monkeypatch.undo()
         for module in (again.build(candidate), prepared(layers).build(candidate)):
             state = module.state_dict()
             assert all(torch.equal(tensor, state[name]) for name, tensor in first.build(candidate).state_dict().items())
         other = prepared(layers, "sparsegpt", folder=tmp_path).build(candidate)
-        assert not torch.equal(other.head.weight, first._database.solver.solve("head.weight", Pattern.parse("2:4"), 40))
+        assert not torch.equal(other.head.weight, first.solver().solve("head.weight", Pattern.parse("2:4"), 40))
 
     def test_a_damaged_file_is_named(self, layers: Context, tmp_path):
         prepared(layers, folder=tmp_path)
         (tmp_path / "head.weight.safetensors").write_bytes(b"no tensors")
         with pytest.raises(FileFormatError, match=r"head\.weight\.safetensors"):
             prepared(layers, folder=tmp_path)
+
+    def test_an_interrupted_build_goes_on(self, layers: Context, tmp_path, monkeypatch: pytest.MonkeyPatch):
+        first = prepared(layers, folder=tmp_path)
+        (tmp_path / "zeros.json").unlink()
+        (tmp_path / "stored.safetensors").unlink()
+        solve, solved = Solver.solve, []
+        monkeypatch.setattr(Solver, "solve", lambda self, name, *a: solved.append(name) or solve(self, name, *a))
+        again = prepared(layers, folder=tmp_path)
+        assert set(solved) == {"stored"}
+        for name, table in first.database.tables.items():
+            np.testing.assert_array_equal(table.errors, again.database.tables[name].errors)
 
     def test_a_folder_has_a_limit(self, layers: Context, tmp_path):
         with pytest.raises(ValueError, match=r"store_bytes must be at least \d+, the size of \d+ options, got 1000"):

@@ -32,7 +32,7 @@ from autoprune.importance.criteria import Criterion, order_units, score_units
 from autoprune.importance.expected_loss import rival_losses
 from autoprune.metrics.choosing import resolve_metric
 from autoprune.metrics.judge import Judge
-from autoprune.protocols import Failure, Measurement, SearchSpace
+from autoprune.protocols import Failure, FloatArray, Measurement, SearchSpace
 from autoprune.search_spaces import Settings, make_space, require_registered, with_latency
 from autoprune.structure.analysis import analyse
 from autoprune.structure.containers import sizes_of
@@ -146,19 +146,16 @@ def set_up(request: Request, deadline: Deadline) -> Study:
         inputs = replace(inputs, subsets=arranged(inputs.subsets, ranked.judge, calibration))
     context = Context(model, structure, ranked.space, inputs.subsets, ranked.judge, calibration.forward)
     refit = _refit(request, parts.evaluator, settings, context, ranked, layout, deadline)
-    with seeded(0):
-        scores, criterion = refit.ranked.scores, refit.ranked.criterion
-        kind = request.start.prior
-        checked = request.evaluator == "auto"  # which re-fits; another one may train each candidate for hours
-        priors = rival_losses(kind, refit.context.space, scores, criterion, calibration, rivals=checked)
+    expects = isinstance(refit.evaluator, Expects) and request.start.prior in ("auto", "database")
+    priors = {} if expects else _priors(request, refit, calibration)
     trials = planned(request.trials, len(ranked.space.sizes))
     problem = replace(layout.problem, trials=trials)
     untouched = Untouched(model, refit.evaluator)
     refit.evaluator.prepare(refit.context)
     untouched.require()
-    known = refit.evaluator.expected_losses() if isinstance(refit.evaluator, Expects) else None
-    if known is not None and request.start.prior in ("auto", "database"):
-        problem = replace(problem, prior=known)
+    if expects and isinstance(refit.evaluator, Expects):
+        known = refit.evaluator.expected_losses()
+        priors = _priors(request, refit, calibration) if known is None else {"evaluator": known}
     notes = _notes(inputs, structure, ranked, layout, refit, measured.notes)
     dense = _score_dense(refit.evaluator, refit.context, untouched)
     prior = choose_prior(refit.evaluator, problem, priors)
@@ -186,6 +183,15 @@ def set_up(request: Request, deadline: Deadline) -> Study:
         memory=measured.memory,
         choice=refit.choice,
     )
+
+
+def _priors(request: Request, refit: _Refit, calibration: Calibration) -> dict[str, tuple[FloatArray, ...]]:
+    """Expected losses of options by the start of the request."""
+    ranked = refit.ranked
+    checked = request.evaluator == "auto"  # which re-fits; another one may train each candidate for hours
+    with seeded(0):
+        kind, space = request.start.prior, refit.context.space
+        return rival_losses(kind, space, ranked.scores, ranked.criterion, calibration, rivals=checked)
 
 
 def _analysed(request: Request, inputs: Inputs, deadline: Deadline) -> Structure:

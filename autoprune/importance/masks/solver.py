@@ -36,21 +36,21 @@ class Solver:
         self, model: nn.Module, observed: Mapping[str, Sequence[Observed]], method: Method, damping: float = DAMPING
     ) -> None:
         self._model = model
-        self._observed = observed
+        self.observed = observed
         self._method = method
         self._damping = damping
         self._layers: OrderedDict[str, list[Layer]] = OrderedDict()
 
     def __contains__(self, name: str) -> bool:
         """Return whether a weight can be solved."""
-        return name in self._observed
+        return name in self.observed
 
     def layers(self, name: str, slices: Mapping[int, IntArray] | None = None) -> list[Layer]:
         """Equations of each matrix of a weight, without the units that `slices` leave out."""
         if slices:
-            return [self._layer(each, slices) for each in self._observed[name]]
+            return [self._layer(each, slices) for each in self.observed[name]]
         if name not in self._layers:
-            self._layers[name] = [self._layer(each, {}) for each in self._observed[name]]
+            self._layers[name] = [self._layer(each, {}) for each in self.observed[name]]
             size = sum(4 * each.products.nbytes for own in self._layers.values() for each in own)
             while size > FACTORED_BYTES and len(self._layers) > 1:
                 size -= sum(4 * each.products.nbytes for each in self._layers.popitem(last=False)[1])
@@ -67,7 +67,7 @@ class Solver:
             slices: Indices that stay along each dimension; the columns that stay are then re-fitted first.
         """
         dense = self._model.get_parameter(name).detach()
-        each = self._observed[name]
+        each = self.observed[name]
         layers = self.layers(name, slices)
         shape = tuple(len((slices or {}).get(dim, range(size))) for dim, size in enumerate(dense.shape))
         if each[0].reader.dim == 0:
@@ -85,7 +85,7 @@ class Solver:
     def errors(self, name: str, weight: Tensor) -> tuple[float, float]:
         """Error of a weight relative to the energy of its outputs, and the rise of the model's loss; NaN if unknown."""
         error = energy = loss = 0.0
-        for each, layer in zip(self._observed[name], self.layers(name), strict=True):
+        for each, layer in zip(self.observed[name], self.layers(name), strict=True):
             rows = weight.T if each.reader.dim == 0 else matrix_of_weight(weight)
             other = rows[each.reader.start : each.reader.start + each.reader.outputs].to(layer.weight)
             own = layer.row_errors(other).cpu()

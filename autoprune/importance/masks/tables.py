@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.files.access import make_folder
+from autoprune.files.access import MIB, make_folder, write_json
 from autoprune.files.formats import Format
 from autoprune.files.tensor_file import HASH, content_hash, read_metadata, write_tensors
 from autoprune.importance.masks.solver import Solver
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 FORMAT = Format("autoprune-zeros", 1, "a database of zeros")
 STORE_BYTES = 2**32
 """Most bytes of weights that are stored, in files or in memory."""
+INDEX = "zeros.json"
+"""File that a complete folder has, with the names of the weights that have prices."""
+_FORM = {"identity": str, "weights": [str]}
 _WAY_OUT = "delete it, and it is made again"
 _PRICES = ("errors", "losses")
 
@@ -51,13 +54,13 @@ class ZeroDatabase:
     """Prices and weights of all options.
 
     Attributes:
-        solver: Makes the weights that are not stored.
+        solver: Gives what makes the weights that are not stored; observes the model if that was not needed before.
         tables: Prices by weight.
         folder: Where weights are stored; None keeps them in memory.
         held: Weights in memory, by name and choice.
     """
 
-    solver: Solver
+    solver: Callable[[], Solver]
     tables: dict[str, Table]
     folder: Path | None = None
     held: dict[tuple[str, Choice], Tensor] = field(default_factory=dict, repr=False)
@@ -72,11 +75,11 @@ class ZeroDatabase:
             with safe_open(_file_of(self.folder, name), framework="pt") as opened:
                 stored: Tensor = opened.get_tensor(_key(choice))
                 return stored
-        return self.solver.solve(name, Pattern.parse(choice[0]), choice[1])
+        return self.solver().solve(name, Pattern.parse(choice[0]), choice[1])
 
 
 def build_tables(
-    solver: Solver,
+    solver: Callable[[], Solver],
     choices: Mapping[str, Sequence[Choice]],
     sizes: Mapping[str, int],
     folder: str | Path | None = None,
@@ -89,7 +92,8 @@ def build_tables(
     interrupted, another goes on.
 
     Args:
-        solver: Makes the weights; those that it cannot make have no prices.
+        solver: Gives what makes the weights; those that it cannot make have no prices. Not called where a folder holds
+            everything already.
         choices: Options of each weight but the dense one.
         sizes: Bytes of each weight.
         folder: Folder for the weights, one file each; None keeps them in memory as far as `store_bytes` allows, and
@@ -101,7 +105,10 @@ def build_tables(
         ValueError: If a folder would take more than `store_bytes`.
         OSError: If a file cannot be written.
     """
-    names = [name for name in choices if name in solver]
+    if folder is not None and (tables := _complete(folder, choices, identity)) is not None:
+        return ZeroDatabase(solver, tables, Path(folder))
+    maker = solver()
+    names = [name for name in choices if name in maker]
     needed = sum(sizes[name] * len(choices[name]) for name in names)
     if folder is not None and needed > store_bytes:
         raise ValueError(
@@ -117,8 +124,8 @@ def build_tables(
             continue
         weights, prices = [], []
         for pattern, zeros in own:
-            weights.append(solver.solve(name, Pattern.parse(pattern), zeros))
-            prices.append(solver.errors(name, weights[-1]))
+            weights.append(maker.solve(name, Pattern.parse(pattern), zeros))
+            prices.append(maker.errors(name, weights[-1]))
         table = Table(own, *np.array(prices, dtype=np.float64).reshape(-1, 2).T.copy())
         found.tables[name] = table
         if found.folder is not None:
@@ -126,7 +133,22 @@ def build_tables(
         elif sum(each.nbytes for each in weights) <= left:
             left -= sum(each.nbytes for each in weights)
             found.held |= {(name, choice): weight for choice, weight in zip(own, weights, strict=True)}
+    if found.folder is not None:
+        write_json(found.folder / INDEX, {**FORMAT.stamp(), "identity": identity, "weights": names}, "folder")
     return found
+
+
+def _complete(folder: str | Path, choices: Mapping[str, Sequence[Choice]], identity: str) -> dict[str, Table] | None:
+    """The prices of a folder whose build was completed; None if there is none of these options."""
+    index = Path(folder) / INDEX
+    if not index.exists():
+        return None
+    data = FORMAT.read_json(index, "folder must hold a database of zeros", _WAY_OUT, 256 * MIB, _FORM)
+    if data["identity"] != identity or not set(data["weights"]) <= set(choices):
+        return None
+    tables = {name: _read(Path(folder), name, tuple(choices[name]), identity) for name in data["weights"]}
+    found = {name: table for name, table in tables.items() if table is not None}
+    return found if len(found) == len(tables) else None
 
 
 def _write(folder: Path, name: str, table: Table, weights: Sequence[Tensor], identity: str) -> None:
