@@ -1,17 +1,19 @@
 # Every goal sets up .venv first, so a fresh clone needs one command: make demo, or make test.
 PYTHON ?= python3
 VENV := .venv
+VENV_DOCS := .venv-docs
 BIN := $(VENV)/bin
 # Lives in .venv, so that removing .venv is a complete reset.
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint
+.PHONY: help setup demo test quick lint docs
 
 help:
 	@echo "make demo    train, search, build and check a small CNN (examples/quickstart.py)"
 	@echo "make test    all tests            make quick   a case of each that is fast"
 	@echo "make lint    ruff and mypy        make setup   only create .venv"
+	@echo "make docs    the site, in build/site; it needs neither .venv nor PyTorch"
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -44,3 +46,14 @@ $(BIN)/pip:
 	  echo "autoprune needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
 	    "name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+# The reference is read from the sources, not imported, so the site has a small environment of its own.
+docs: $(VENV_DOCS)/.installed
+	$(VENV_DOCS)/bin/python docs/stage.py
+	$(VENV_DOCS)/bin/zensical build --clean --strict
+
+DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+$(VENV_DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/python -m pip install --quiet --constraint constraints.txt $$($(PYTHON) -c '$(DOCS)')
+	@touch $@

@@ -1,4 +1,4 @@
-"""The picture of the README against the code: imports go downwards only, and nothing imports in a circle."""
+"""The picture in CONTRIBUTING.md against the code: imports go downwards only, and nothing imports in a circle."""
 
 import ast
 import importlib.util
@@ -15,8 +15,8 @@ MOST_FILES, MOST_FOLDERS, MOST_FLOORS = 10, 18, 10
 
 
 def picture() -> list[list[str]]:
-    """Rooms of each floor of the README's picture, top first: the block of code that begins with ``__main__``."""
-    (block,) = re.findall(r"^```\n(__main__ .*?)```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    """Rooms of each floor of the picture in CONTRIBUTING.md, top first: the block that begins with ``__main__``."""
+    (block,) = re.findall(r"^```\n(__main__ .*?)```$", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
     return [re.split(r"\s{4,}", line)[0].replace("/", "").split() for line in block.splitlines()]
 
 
@@ -80,7 +80,7 @@ def forbidden(module: str, source: str) -> list[str]:
     if room == "testing":
         return []
     if room not in FLOOR:
-        return [f"{module}: {room!r} has no place in the README's picture yet"]
+        return [f"{module}: {room!r} has no place in the picture of CONTRIBUTING.md yet"]
     return [
         f"{module}:{line} imports {other}"
         for line, other in imported(module, source)

@@ -165,3 +165,17 @@ def luminance(colour):
 def test_marks_stand_out_from_white_by_three_to_one():
     for colour in (canvas.FRONT, canvas.LIMIT, canvas.DENSE, canvas.INK):
         assert 1.05 / (luminance(colour) + 0.05) >= 3.0
+
+
+def test_scores_far_below_the_front_are_counted_and_not_drawn(result):
+    """As a network that lost everything, which would squeeze the others to a line."""
+    score = 0.98 if result.higher_is_better else 0.02
+    good = [replace(trial, score=score, interval=(score, score)) for trial in result.front]
+    lost = replace(result.front[0], id=10_000, score=1 - score, interval=(1 - score, 1 - score))
+    dense = replace(result.dense, score=score)
+    axes = replace(result, trials=(*good, lost), front=(lost, *good), dense=dense).plot()
+    low, high = sorted(axes.get_ylim())
+    assert low < score < high
+    assert not low < 1 - score < high
+    assert [text.get_text() for text in axes.texts] == ["1 trial is worse than shown"]
+    assert not replace(result, trials=tuple(good), front=tuple(good), dense=dense).plot().texts

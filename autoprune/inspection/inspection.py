@@ -212,8 +212,8 @@ def inspect(
     Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> [(group.name, group.units) for group in inspect(model, torch.ones(2, 4)).groups]
-        [('0', 8)]
+        >>> {group.name: group.units for group in inspect(model, torch.ones(2, 4)).groups}
+        {'0': 8}
     """
     settings = make_space(space)
     model = unwrap(model)

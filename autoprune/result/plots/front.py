@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from autoprune.result import SearchResult
+
+FAR = 10.0
+"""Distance from the best score, in multiples of that of the front's middle, from which on points are not shown."""
 
 MOST_BARS = 300
 """Most networks on a front whose intervals are drawn one by one; more are drawn as a band."""
@@ -41,6 +45,7 @@ def plot_front(result: SearchResult, path: str | Path | None = None, axes: Axes 
     axes.scatter([result.dense.costs[name]], [result.dense.score], marker="D", s=36, color=DENSE, label="dense")
     dense = result.dense.costs[name]
     share = f" ({limit / dense:.0%} of dense)" if dense else ""
+    _zoom(axes, result, [trial.score for trial in done])
     if limit != dense:
         axes.axvline(limit, color=LIMIT, ls="--", lw=1, label=f"limit{share}")
     if (worst := result.worst_score) is not None:
@@ -54,3 +59,25 @@ def plot_front(result: SearchResult, path: str | Path | None = None, axes: Axes 
     if path is not None:
         write_picture(axes, path, dpi=150)
     return axes
+
+
+def _zoom(axes: Axes, result: SearchResult, scores: Sequence[float]) -> None:
+    """Leave out scores that are far worse than most of the front's, where they would squeeze it to a line; count them.
+
+    Far is `FAR` times as far from the best as the middle of the front is, or a tenth of that of the dense model.
+    """
+    if not result.front:
+        return
+    front = sorted(result.direction.key(trial.score) for trial in result.front)
+    best = min(front[0], result.direction.key(result.dense.score))
+    room = max(FAR * (front[len(front) // 2] - best), abs(result.dense.score) / FAR)
+    hidden = sum(result.direction.key(score) > best + room for score in scores)
+    if not hidden:
+        return
+    end = result.direction.key(best + room)
+    margin = 0.05 * room
+    above = result.direction.key(best)
+    axes.set_ylim((end, above + margin) if result.higher_is_better else (above - margin, end))
+    place = (0.01, 0.02) if result.higher_is_better else (0.01, 0.94)
+    told = "1 trial is worse than shown" if hidden == 1 else f"{hidden} trials are worse than shown"
+    axes.text(*place, told, transform=axes.transAxes, fontsize=8, color=DENSE)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from autoprune.result import SearchResult
 
 LABELS = {
-    "distortion": "distance to the dense outputs (nats, or relative squared error)",
-    "signal": "increase of the search signal (lower is better)",
+    "distortion": "distance to dense outputs\n(nats, or relative squared error)",
+    "signal": "increase of the search signal",
     "metric": "loss of {metric}",
 }
 _DECADES = 4.0  # of the scale, below the largest loss
@@ -26,7 +26,7 @@ def plot_sensitivity(result: SearchResult, table: str = "distortion", axes: Axes
     """Draw losses as a map of dimensions and options; see `SearchResult.plot_sensitivity`."""
     found = result.sensitivity(table)
     count, most = found.losses.shape
-    axes = drawing(axes, (7.0, 1.6 + 0.22 * min(count, MOST_NAMED)), "result.plot_sensitivity()")
+    axes = drawing(axes, (7.0, 1.8 + 0.22 * min(count, MOST_NAMED)), "result.plot_sensitivity()")
     from matplotlib.colors import LogNorm
 
     losses = found.losses.copy()
@@ -40,7 +40,7 @@ def plot_sensitivity(result: SearchResult, table: str = "distortion", axes: Axes
     axes.set_facecolor(PALE)
     extent = "min" if np.nanmin(losses, initial=np.inf) < least else "neither"
     label = LABELS[table].format(metric=result.metric)
-    axes.figure.colorbar(image, ax=axes, label=label, extend=extent)
+    axes.figure.colorbar(image, ax=axes, extend=extent).set_label(label, fontsize=8)
     step = -(-count // MOST_NAMED)
     axes.set_yticks(range(0, count, step), found.names[::step], fontsize=8)
     axes.set_xticks(range(0, most, -(-most // 16)))
