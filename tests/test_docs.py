@@ -24,7 +24,7 @@ def adapters_restored() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("adapters_restored")
-@pytest.mark.parametrize("name", ["not-prunable-enough.md", "adapters.md", "export.md", "spaces.md"])
+@pytest.mark.parametrize("name", ["not-prunable-enough.md", "adapters.md", "export.md", "spaces.md", "sparsity.md"])
 def test_the_examples_of_a_document_give_what_it_says(name: str, tmp_path: Path):
     blocks = FENCED.findall((DOCS / name).read_text())
     assert blocks

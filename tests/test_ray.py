@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import autoprune
-from autoprune.evaluators import AdaptiveBN
+from autoprune.evaluators import AdaptiveBN, Masked
 from autoprune.execution import RayExecutor
 from autoprune.execution.ray import _require_authentication
 from autoprune.execution.ray_worker import Worker
@@ -143,6 +143,21 @@ def test_asynchronous_workers_score_as_here_and_the_journal_says_who_did(two_wor
         assert workers <= {"ray-0", "ray-1"}  # one may have done all before the other is ready
         assert workers
         assert journal.told() == set(range(24))
+
+
+def test_workers_put_networks_with_zeros_together_as_here(two_workers):
+    options = {
+        "space": autoprune.Sparsity(levels=(0, 0.5, 0.8), patterns=["unstructured", "2:4"]),
+        "evaluator": Masked("sparsegpt"),
+        "optimizer": "level_switch",
+        "trials": 10,
+    }
+    model, data = ZOO["mlp"].build(), make_data()
+    here, there = (
+        autoprune.search(model, "nonzero_params <= 50%", data, **grouped(**options, **where))
+        for where in ({}, {"execution": two_workers(synchronous=True)})
+    )
+    assert scores(there) == scores(here)
 
 
 def test_workers_draw_samples_for_themselves_where_functions_give_them(two_workers, local, tmp_path):

@@ -14,6 +14,7 @@ from torch.func import functional_call
 import autoprune
 from autoprune.evaluators import Supernet
 from autoprune.evaluators.training.sandwich import Sandwich, random_candidates
+from autoprune.search_spaces import Sparsity
 from autoprune.testing.contracts import EvaluatorContract
 from tests.contexts import classes_context, halved, regression_context, study_of
 from tests.supernet.networks import (
@@ -31,6 +32,7 @@ CONTEXTS = {
     "tied": partial(classes_context, "tied", "adaptive_bn"),
     "drawing": context_of,
     "sparse": partial(context_of, Plain, space="sparsity"),
+    "patterned": partial(context_of, Plain, space=Sparsity(levels=(0, 0.5), patterns=["2:4", "1x8"])),
 }
 
 
