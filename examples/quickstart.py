@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,7 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--short", action="store_true", help="hardly train, and search little")
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -97,24 +99,25 @@ def main() -> None:
     options.output.mkdir(exist_ok=True)
 
     data = digits()
-    model = ResNet()
+    make = partial(ResNet, (8, 8, 8), 1) if options.short else ResNet
+    model = make()
     began = time.perf_counter()
-    train(model, data["train"], epochs=15, lr=0.01)
+    train(model, data["train"], epochs=1 if options.short else 15, lr=0.01)
     print(f"trained in {time.perf_counter() - began:.0f} s: test accuracy {accuracy(model, data['test']):.4f}\n")
 
     result = autoprune.search(
         model,
         "flops <= 50%",
         autoprune.Data(calibration=data["train"], validation=data["validation"], test=data["test"]),
-        trials=options.trials,
+        trials=6 if options.short else options.trials,
     )
     print(result)
     result.plot(options.output / "front.png")
 
-    best = result.best("flops <= 25%")
+    best = result.best("flops <= 50%" if options.short else "flops <= 25%")
     small = result.build(best)
     before = accuracy(small, data["test"])
-    train(small, data["train"], epochs=4, lr=0.0005)
+    train(small, data["train"], epochs=1 if options.short else 4, lr=0.0005)
     share = best.costs["flops"] / result.dense.costs["flops"]
     print(
         f"\nbest within 25% of the FLOPs: trial {best.id} at {share:.1%}; test accuracy {before:.4f} as built, "
@@ -123,7 +126,7 @@ def main() -> None:
 
     path = options.output / "small.safetensors"
     autoprune.save(small, path)
-    loaded = autoprune.load(path, ResNet()).eval()
+    loaded = autoprune.load(path, make()).eval()
     same = torch.equal(loaded(data["test"][0]), small(data["test"][0]))
     print(f"saved, loaded into a fresh model: outputs {'identical' if same else 'DIFFER'}; picture in {options.output}")
     if not same:

@@ -34,16 +34,18 @@ def main() -> None:
     parser.add_argument("--gpus-per-worker", type=float, default=0.0)
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--run-dir", default="runs/ray")
+    parser.add_argument("--short", action="store_true", help="two workers and eight trials")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
+    workers = 2 if options.short else options.workers
     result = autoprune.search(
         make_model(),
         "flops <= 50%",
         example=torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
-        trials=options.trials,
+        trials=8 if options.short else options.trials,
         execution=autoprune.Execution(
-            executor=RayExecutor(options.address, options.workers, gpus_per_worker=options.gpus_per_worker),
+            executor=RayExecutor(options.address, workers, gpus_per_worker=options.gpus_per_worker),
             run_dir=options.run_dir,
             resume=True,
         ),

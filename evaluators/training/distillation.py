@@ -32,9 +32,18 @@ def lesson_loss(judge: Judge, outputs: Any, batch: Batch, better: Tensor | None,
         Their sum, a scalar, or None where there is neither.
     """
     losses = []
-    if better is not None and judge.distance is not None:
-        losses.append(judge.distance(main_output(outputs)[: len(better)], better).mean())
+    apart = None if better is None else _distance(judge, outputs, batch, better)
+    if apart is not None:
+        losses.append(apart.mean())
     loss = labels_loss_of(judge) if labels else None
     if loss is not None:
         losses.append(loss(outputs, batch, None)[0].mean())
     return torch.stack(losses).sum() if losses else None
+
+
+def _distance(judge: Judge, outputs: Any, batch: Batch, better: Tensor) -> Tensor | None:
+    """Distance to the better network, one value a sample: the one that steers the search, where there is one."""
+    output = main_output(outputs)
+    if judge.signal_is_distortion and judge.scorer is not None and len(better) == len(output):
+        return judge.scorer(outputs, batch, better)[0]
+    return None if judge.distance is None else judge.distance(output[: len(better)], better)
