@@ -11,7 +11,11 @@ import pytest
 from tests.machine import Machine
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ELSEWHERE = {"language_model.py": "tests/test_example_language_model.py", "built.py": "what the loops begin with"}
+ELSEWHERE = {
+    "language_model.py": "tests/test_example_language_model.py",
+    "built.py": "what the loops begin with",
+    "pictures.py": "pictures of the documents, made by hand",
+}
 NEEDS = {
     "onnx_deployment.py": ("onnxruntime", "onnxscript"),
     "transformer_encoder.py": ("transformers",),
