@@ -22,7 +22,7 @@ from autoprune.structure.slicing.slicing import Edit
 log = logging.getLogger(__name__)
 
 
-COUNTED = 4
+COUNTED = 2
 """Samples on which the rows that each weight reads are counted."""
 LEAST_WORK = 2**28
 """Multiply-accumulates for the equations of a candidate that are always allowed: some hundredths of a second."""

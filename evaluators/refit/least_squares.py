@@ -88,5 +88,6 @@ def _factors(matrix: Tensor, ridges: Sequence[float]) -> Iterator[Tensor | None]
         if scale > 0 and math.isfinite(scale):
             matrix.diagonal().copy_(diagonal + ridge * scale)
             factor, failed = torch.linalg.cholesky_ex(matrix)
-            factor = None if int(failed) or not factor.isfinite().all() else factor
+            # What is not finite in a row makes its last entry so, too.
+            factor = None if int(failed) or not factor.diagonal().isfinite().all() else factor
         yield factor

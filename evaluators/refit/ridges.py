@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from autoprune.structure.slicing.slicing import Edit
 JUDGED_BYTES = 2**27
 """Most memory for rows that ridges are judged on; half of the model where that is more."""
 _JUDGED, _FEWEST_JUDGED = 1024, 64  # held-out rows that a ridge is judged on
+_JUDGED_OUTPUTS = 128  # outputs of each weight that a ridge is judged on, evenly spaced
+_JUDGED_ALIKE = 8  # layers of one kind, in equal blocks, whose ridges are judged: the others take the nearest one's
 _MOST_LEFT_OUT = 2.0  # held-out rows for each of these: more are fetched in another pass
 
 
@@ -38,10 +42,11 @@ def choose_ridges(
         read = [layer for layer in sharing if kept[layer.reader] is not None]
         if read and moments.sketch_rows is not None and moments.finite:
             fitted[first] = read
-    width = 4 * sum(reader.columns for reader in fitted)
+    judges = _judges(fitted, kept, centred)
+    width = 4 * sum(reader.columns for reader in set(judges.values()))
     most = max(JUDGED_BYTES, bytes_of(calibration.model) // 2) // max(width, 1)
     judged = max(_FEWEST_JUDGED, min(_JUDGED, most))
-    samples = {first: Sample(max(1.0, layers[first].rows * share / judged)) for first in fitted}
+    samples = {first: Sample(max(1.0, layers[first].rows * share / judged)) for first in judges.values()}
 
     def see(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
         if reader in firsts:
@@ -50,16 +55,42 @@ def choose_ridges(
 
     watch(calibration, see)
     waiting = {}
-    for first, read in fitted.items():
+    for first in list(samples):
         sample = samples.pop(first)
         if len(sample.rows):
-            _set_ridges(calibration.model, read, kept, sample.rows, centred)
+            _set_ridges(calibration.model, fitted[first], kept, sample.rows, centred)
         if sample.every <= _MOST_LEFT_OUT:
             layers[first].moments.add(sample.rows)
         else:
             waiting[first] = layers[first]
+    for first, judge in judges.items():
+        for layer, judged_one in zip(fitted[first], fitted[judge], strict=True):
+            layer.ridge = judged_one.ridge
     if waiting:
         take(calibration, waiting)
+
+
+def _judges(
+    fitted: Mapping[Reader, Sequence[Layer]],
+    kept: Mapping[Reader, Tensor | None],
+    centred: Callable[[Layer], bool],
+) -> dict[Reader, Reader]:
+    """Find for each of the layers the one whose ridge it takes: itself, where few are alike in sizes and name."""
+    kinds: dict[Hashable, list[Reader]] = defaultdict(list)
+    for first, sharing in fitted.items():
+        kind = []
+        for layer in sharing:
+            stay = kept[layer.reader]
+            assert stay is not None
+            named = replace(layer.reader, name=re.sub(r"\d+", "*", layer.reader.name))
+            kind.append((named, len(stay), centred(layer)))
+        kinds[tuple(kind)].append(first)
+    found = {}
+    for alike in kinds.values():
+        every = -(-len(alike) // _JUDGED_ALIKE)
+        for i, first in enumerate(alike):
+            found[first] = alike[min(i // every * every + every // 2, len(alike) - 1)]
+    return found
 
 
 def _set_ridges(
@@ -78,9 +109,15 @@ def _set_ridges(
     for (about_mean, _), each in alike.items():
         stay = kept[each[0].reader]
         assert stay is not None
-        weights = [matrix_of(model.get_parameter(layer.reader.name), layer.reader) for layer in each]
+        weights = [_some_outputs(matrix_of(model.get_parameter(layer.reader.name), layer.reader)) for layer in each]
         for layer, ridge in zip(each, _best_ridges(each[0].moments, about_mean, weights, stay, rows), strict=True):
             layer.ridge = ridge
+
+
+def _some_outputs(weight: Tensor) -> Tensor:
+    """Evenly spaced rows of a weight, shape (at most `_JUDGED_OUTPUTS`, columns)."""
+    every = -(-len(weight) // _JUDGED_OUTPUTS)
+    return weight[::every]
 
 
 def _best_ridges(moments: Moments, centred: bool, weights: Sequence[Tensor], kept: Tensor, rows: Tensor) -> list[float]:
