@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ PRECISE = 512
 BLOCKED = 256
 """Columns from which on only one half of the products is computed, in blocks: they are symmetric."""
 
-_BLOCKS = 4
+_BLOCKS = 8
 _MIX = 2654435761  # Knuth's multiplicative hash: scatters row numbers, so that no stride meets the width of an image
 
 
@@ -115,10 +116,13 @@ class Moments:
         """Add the products of rows, below the diagonal alone where that is cheaper."""
         assert self._matrix is not None
         self._halved = self.columns >= BLOCKED
-        blocks = _BLOCKS if self._halved else 1
-        edges = [self.columns * i // blocks for i in range(blocks + 1)]
-        for first, last in pairwise(edges):
+        for first, last in self._blocks():
             self._matrix[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """First row of each block of the products, and the one after its last."""
+        blocks = _BLOCKS if self.columns >= BLOCKED else 1
+        return pairwise(self.columns * i // blocks for i in range(blocks + 1))
 
     @property
     def seen(self) -> int:
@@ -131,9 +135,10 @@ class Moments:
         return [] if self._matrix is None else [self._matrix]
 
     def _complete(self) -> None:
-        """Copy the products below the diagonal to the other half."""
+        """Copy the products below the blocks of the diagonal to the other half."""
         if self._halved and self._matrix is not None:
-            self._matrix.copy_(self._matrix.tril() + self._matrix.tril(-1).T)
+            for first, last in self._blocks():
+                self._matrix[:first, first:last] = self._matrix[first:last, :first].T
             self._halved = False
 
     @property
