@@ -241,45 +241,46 @@ def score_units_by(
         activations = activation_statistics(calibration) if watched else {}
     tables = layer_database(calibration).tables if "ranks" in reads else {}
     ranks = {name: table.ranks for name, table in tables.items()}
-    return [_scored(calibration, each, gradients, activations, ranks, seed, level) for each in criteria]
-
-
-def _scored(
-    calibration: Calibration,
-    criterion: str | Criterion,
-    gradients: Mapping[str, Tensor],
-    activations: Mapping[str, Sequence[Activation]],
-    ranks: Mapping[str, Tensor],
-    seed: int,
-    level: int,
-) -> dict[str, Tensor]:
-    score = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-    reads = _READS.get(criterion, "") if isinstance(criterion, str) else "everything"
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed) for _ in criteria]
+    scores: list[dict[str, Tensor]] = [{} for _ in criteria]
+    blind: list[list[str]] = [[] for _ in criteria]
     modules, parameters = dict(calibration.model.named_modules()), dict(calibration.model.named_parameters())
-    scores = {}
-    blind = []
     for group in calibration.structure.groups:
-        tensors = _tensors(parameters, modules, group, gradients, activations.get(group.name, ()), generator)
+        tensors = _tensors(parameters, modules, group, gradients, activations.get(group.name, ()), generators[0])
         if group.name in ranks:
             tensors = replace(tensors, ranks=(ranks[group.name],))
-        lacking = reads not in ("", "everything") and not getattr(tensors, reads)
-        if lacking:
-            blind.append(group.name)
-        with naming(f"criterion must score group {group.name!r}"):
-            values = (l2 if lacking else score)(tensors)
-        if not isinstance(values, Tensor):
-            raise TypeError(f"criterion must return a tensor of {group.size} scores, got {shown(values)}")
-        if values.is_complex() or values.shape != (group.size,) or not torch.isfinite(values).all():
-            raise ValueError(
-                f"criterion must return {group.size} finite scores for group {group.name!r}, "
-                f"got shape {tuple(values.shape)}{'' if torch.isfinite(values).all() else ' with NaN or infinity'}"
-            )
-        scores[group.name] = values
-    if blind:
-        said = f"{', '.join(blind[:3])}{', ...' if len(blind) > 3 else ''} ({len(blind)} of {len(scores)} groups)"
-        log.log(level, "criterion %r finds no %s of %s; their units are ranked by l2", criterion, reads, said)
+        for i, criterion in enumerate(criteria):
+            lacking = _lacks(criterion, tensors)
+            if lacking:
+                blind[i].append(group.name)
+            scores[i][group.name] = _scored("l2" if lacking else criterion, replace(tensors, generator=generators[i]))
+    for criterion, names in zip(criteria, blind, strict=True):
+        if names:
+            some = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            said = f"{_READS[str(criterion)]} of {some} ({len(names)} of {len(scores[0])} groups)"
+            log.log(level, "criterion %r finds no %s; their units are ranked by l2", criterion, said)
     return scores
+
+
+def _lacks(criterion: str | Criterion, tensors: GroupTensors) -> bool:
+    """Return whether a group has nothing of what a criterion reads."""
+    reads = _READS.get(criterion) if isinstance(criterion, str) else None
+    return reads is not None and not getattr(tensors, reads)
+
+
+def _scored(criterion: str | Criterion, group: GroupTensors) -> Tensor:
+    """Score the units of a group, and check what comes back."""
+    score = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    with naming(f"criterion must score group {group.name!r}"):
+        values = score(group)
+    if not isinstance(values, Tensor):
+        raise TypeError(f"criterion must return a tensor of {group.units} scores, got {shown(values)}")
+    if values.is_complex() or values.shape != (group.units,) or not torch.isfinite(values).all():
+        raise ValueError(
+            f"criterion must return {group.units} finite scores for group {group.name!r}, "
+            f"got shape {tuple(values.shape)}{'' if torch.isfinite(values).all() else ' with NaN or infinity'}"
+        )
+    return values
 
 
 def _tensors(
