@@ -16,6 +16,7 @@ from autoprune.evaluators import AdaptiveBN
 from autoprune.evaluators.adaptive_bn import recalibrate
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Failure, Measurement
+from autoprune.testing.contexts import image_context
 from autoprune.testing.contracts import EvaluatorContract
 from tests.contexts import study_of
 from tests.user_functions import raise_out_of_memory
@@ -183,6 +184,25 @@ def test_the_distortion_is_the_divergence_from_the_dense_outputs(study, pruned, 
             np.testing.assert_allclose(outcome.distortion, expected, atol=1e-4)
     (unpruned,) = study.evaluator.evaluate(np.zeros_like(pruned[:1]))
     np.testing.assert_array_equal(unpruned.distortion, np.zeros(len(images)))
+
+
+def test_the_dense_candidate_is_first_scored_on_the_outputs_that_others_are_compared_with():
+    context, ran = image_context(), []
+
+    def forward(model, batch):
+        ran.append(len(batch[0]))
+        return context.forward(model, batch)
+
+    evaluator = AdaptiveBN(share_bytes=0)
+    evaluator.prepare(replace(context, forward=forward))
+    dense = np.zeros((1, len(context.space.sizes)), dtype=np.int64)
+    ran.clear()
+    (first,) = evaluator.evaluate(dense)
+    assert not ran
+    (again,) = evaluator.evaluate(dense)
+    assert sum(ran) == len(again.signal)
+    for field in ("signal", "metric", "distortion"):
+        np.testing.assert_array_equal(getattr(first, field), getattr(again, field))
 
 
 def test_the_dense_candidate_keeps_its_own_statistics(study, digits_model):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -35,15 +36,18 @@ class Measuring:
     Args:
         context: The samples, and the judge that scores them.
         dense: The dense model in evaluation mode, with buffers of its own.
+        keep: Keep all of these outputs until `repeating` gives them once, or `forget` is called.
     """
 
-    def __init__(self, context: Context, dense: nn.Module) -> None:
+    def __init__(self, context: Context, dense: nn.Module, keep: bool = False) -> None:
         self._context = context
         self._run_dense = fitting(bound_forward(context, dense))
         self._weighing: dict[str, Weighing | None] = {}
+        self._outputs: dict[int, Tensor] = {}
+        run = self._noted if keep else self._run_dense
         with seeded(0):
             self._dense: dict[str, tuple[Tensor | None, ...]] = {
-                part: context.judge.dense_outputs(self._run_dense, getattr(context.subsets, part), memory)
+                part: context.judge.dense_outputs(run, getattr(context.subsets, part), memory)
                 for part, memory in (("validation", DENSE_BYTES), ("test", 0))
             }
 
@@ -70,6 +74,25 @@ class Measuring:
             bad = int((~(np.isfinite(signal) & np.isfinite(metric))).sum())
             return Failure(f"the score of {bad} of {len(signal)} samples is NaN or infinite", seconds)
         return Measurement(signal, metric, seconds, distortion, weights=weights)
+
+    def repeating(self, run: Run) -> Run:
+        """Wrap a forward of the dense model: for each batch it first gives the outputs that were computed anyway."""
+
+        def repeated(batch: Batch) -> Any:
+            outputs = self._outputs.pop(id(batch), None)
+            return run(batch) if outputs is None else outputs.clone()
+
+        return repeated
+
+    def forget(self) -> None:
+        """Forget outputs that `repeating` would give."""
+        self._outputs.clear()
+
+    def _noted(self, batch: Batch) -> Any:
+        outputs = self._run_dense(batch)
+        if isinstance(outputs, Tensor):  # others hold more than what is compared, such as caches of keys
+            self._outputs[id(batch)] = outputs
+        return outputs
 
     def _weigh(self, part: str, rows: slice) -> Weighing | None:
         """Weights of the samples of some batches within the whole part; computed once a part."""
@@ -112,7 +135,7 @@ class Adapted:
         self._held = b""  # the candidate that the skeleton is now
         dense = self._slicer.cut(Edit({}, {})).eval()  # cut, because the bare skeleton shares the model's buffers
         self._cache = ActivationCache(context, dense, share_bytes)
-        self._measure = Measuring(context, reference or dense)
+        self._measure = Measuring(context, reference or dense, keep=reference is None)
 
     def order(self, candidates: IntArray) -> IntArray:
         """Return the order of evaluation in which candidates, shape (n, d), share most; positions, shape (n,)."""
@@ -125,6 +148,7 @@ class Adapted:
     def release(self) -> None:
         """Forget what candidates share, and the latest of them."""
         self._cache.store.clear()
+        self._measure.forget()
         self._slicer.cut(Edit({}, {}))
         self._held = b""
 
@@ -169,10 +193,11 @@ class Adapted:
         module = self._slicer.cut(self._to_cut(edit))
         with opener(edit, module) if candidate.any() else self._cache.alone(edit, module) as running:
             if candidate.any():
+                self._measure.forget()  # a search scores the dense candidate first; a worker may never do so
                 running.calibrate(partial(self._adapt, module, edit))
             self._held = candidate.tobytes()
             module.eval()
-            yield running.run
+            yield running.run if candidate.any() else self._measure.repeating(running.run)
 
     def _to_cut(self, edit: Edit) -> Edit:
         """The edit without the zeros that `adapt` sets."""
