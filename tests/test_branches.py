@@ -14,6 +14,8 @@ from autoprune.costs.structural import StructuralCosts
 from autoprune.protocols import Pruning
 from autoprune.result.recipe import attach
 from autoprune.structure.analysis import analyse
+from autoprune.structure.checks import values
+from autoprune.structure.checks.values import Values
 from autoprune.structure.example import Example
 from autoprune.structure.slicing.dropped import Dropped
 from autoprune.structure.structure import Structure
@@ -316,6 +318,23 @@ class TestSaving:
         autoprune.save(twice, tmp_path / "small.safetensors")
         loaded = autoprune.load(tmp_path / "small.safetensors", transformer("plain", 3))
         assert torch.equal(loaded(x), twice(x))
+
+
+def test_of_a_large_model_branches_of_all_depths_are_left_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = transformer("plain", 3), torch.randn(2, *TOKENS)
+    runs: list[tuple[str, ...]] = []
+    without = Values.without
+    monkeypatch.setattr(Values, "without", lambda self, *a: (runs.append(a[3].dropped), without(self, *a))[1])
+    expected = structure_of(model, x).branches
+    usual = len(runs)
+    monkeypatch.setattr(values, "DEAR_WORK", 1)
+    runs.clear()
+    assert structure_of(model, x).branches == expected
+    assert len(runs) == 3 < usual
+    left_out = [name for each in runs for name in each]
+    assert sorted(left_out) == sorted(branch.name for branch in expected)
+    parents = {branch.name: branch.parent for branch in expected}
+    assert not any(parents[name] in each for each in runs for name in each)
 
 
 def test_a_width_inside_a_dropped_branch_costs_nothing_whatever_it_is() -> None:

@@ -115,7 +115,7 @@ def _error(structure: Structure, runs: Sequence[Run], seed: int, plans: dict[str
     error = None
     for values, flow, units in runs:  # a model may run other operations on a smaller example
         error = None
-        for pruning in _draws(structure, np.random.default_rng(seed)):
+        for pruning in _draws(structure, np.random.default_rng(seed), values.dear):
             cuts = [cut for branch in structure.presence.outermost(pruning.dropped) for cut in plans[branch.name].cuts]
             try:
                 values.without(flow, units, structure, pruning, cuts)
@@ -130,17 +130,34 @@ def _error(structure: Structure, runs: Sequence[Run], seed: int, plans: dict[str
     return error
 
 
-def _draws(structure: Structure, rng: np.random.Generator) -> list[Pruning]:
-    """Draw prunings that drop every branch where those around it stay, in two halves for each depth; one is dense."""
-    depth = {branch.name: len(structure.presence.around(branch.name)) for branch in structure.branches}
+def _draws(structure: Structure, rng: np.random.Generator, dear: bool) -> list[Pruning]:
+    """Draw prunings that drop every branch where those around it stay; one leaves all units of the others."""
+    around = {branch.name: structure.presence.around(branch.name) for branch in structure.branches}
     kept = {group.name: some(group, rng) for group in structure.groups}
-    draws = []
-    for level in sorted(set(depth.values()), reverse=True):
-        names = [name for name in depth if depth[name] == level]
+    parts = (_spread if dear else _halves)(around, rng)
+    draws = [Pruning(kept, dropped=tuple(part)) for part in parts if part]
+    if not draws:
+        return []
+    return [*(draws[:-1] if dear and len(draws) > 1 else draws), replace(draws[-1], kept={})]
+
+
+def _halves(around: Mapping[str, Sequence[str]], rng: np.random.Generator) -> list[list[str]]:
+    """Divide the branches of each depth into two halves, the deepest first."""
+    parts: list[list[str]] = []
+    for depth in sorted({len(each) for each in around.values()}, reverse=True):
+        names = [name for name in around if len(around[name]) == depth]
         first = set(rng.permutation(names)[: len(names) // 2].tolist())
-        halves = [tuple(first), tuple(name for name in names if name not in first)]
-        draws += [Pruning(kept, dropped=half) for half in halves if half]
-    return [*draws, replace(draws[-1], kept={})] if draws else []
+        parts += [[name for name in names if name in first], [name for name in names if name not in first]]
+    return parts
+
+
+def _spread(around: Mapping[str, Sequence[str]], rng: np.random.Generator) -> list[list[str]]:
+    """Divide branches of all depths into one part more than there are depths, none with one that lies around it."""
+    parts: list[list[str]] = [[] for _ in range(len({len(each) for each in around.values()}) + 1)]
+    for name in sorted(rng.permutation(list(around)).tolist(), key=lambda name: len(around[name])):
+        free = [part for part in parts if not {*around[name]}.intersection(part)]
+        min(free, key=len).append(name)
+    return parts
 
 
 def _contents(checker: Checker, branches: Sequence[Branch], structure: Structure, found: Found) -> Contents:

@@ -133,10 +133,12 @@ class Checker:
             structure = assemble(self.flow, units, self.untouched, self.sizes.attributes)
             for pruning in _draws(units.groups, rng, values.dear):
                 if structure.device == "meta":
-                    self._shapes(units, structure, pruning)
+                    self._shapes(self.example, self.flow, units, structure, pruning)
                 values.agree(*labels, structure, pruning)
+            on_meta = structure.device == "meta"  # where the size of the example costs nothing
+            where = (self.example, self.flow, units) if on_meta else (values.example, *labels)
             for pruning in _apart(units.groups, rng):
-                self._shapes(units, structure, pruning)
+                self._shapes(*where, structure, pruning)
         except CheckError as error:
             return str(error)
         except Exception as error:  # any error of the user's forward on a smaller module is a failed check
@@ -180,12 +182,14 @@ class Checker:
     def _follow(self, module: nn.Module, mode: AbstractContextManager[Any]) -> None:
         self.example.run(module, meta=self.flow.record.device == "meta", mode=mode)
 
-    def _shapes(self, units: Units, structure: Structure, pruning: Pruning) -> None:
+    def _shapes(
+        self, example: Example, flow: Propagation, units: Units, structure: Structure, pruning: Pruning
+    ) -> None:
         """Check that the user's forward on a smaller module gives the shapes of the record."""
-        replay = Replay(self.flow, units, structure.keep(pruning))
-        expected = [replay.shape(value) for value in self.flow.record.outputs]
+        replay = Replay(flow, units, structure.keep(pruning))
+        expected = [replay.shape(value) for value in flow.record.outputs]
         module = self._module_of(units, structure, pruning)
-        found = [tuple(out.shape) for out in self.example.run(module, meta=structure.device == "meta")]
+        found = [tuple(out.shape) for out in example.run(module, meta=structure.device == "meta")]
         if found != expected:
             raise CheckError(f"the module check saw outputs of shapes {found} instead of {expected}")
 

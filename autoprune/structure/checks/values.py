@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 DEAR_WORK = 2**33
 """Multiply-accumulates of a pass from which on few passes are made: some tenths of a second in float64."""
 
-_COPY_WORK = 32  # for each parameter, which every pass slices and widens
+_COPY_WORK = 64  # for each parameter, which every pass slices and widens: as measured next to a product in float64
 
 
 def cycle(size: int, rng: np.random.Generator) -> IntArray:
