@@ -101,6 +101,19 @@ def test_what_is_clearly_worse_is_given_up_after_some_samples_whose_signals_are_
     np.testing.assert_array_equal(few, whole[: len(few)])
 
 
+def test_of_a_large_model_what_is_far_worse_is_given_up_after_very_few_samples(case, monkeypatch):
+    monkeypatch.setattr(calibration_module, "WORK", 1)
+    context = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", evaluator="adaptive_bn").context
+    trial = checking._Trial(context)
+    whole = trial.measure(context.model)
+    assert len(whole) == trial.samples == 64
+    few = trial.measure(context.model, whole - 1.0)
+    np.testing.assert_array_equal(few, whole[: checking.RACED_FIRST])
+    better = whole.copy()
+    better[: checking.RACED_FIRST] -= 1.1 + np.array([1.0, -1.0, 1.0, -1.0])  # by two standard errors of these
+    assert len(trial.measure(context.model, better)) > checking.RACED_FIRST
+
+
 @pytest.mark.slow
 def test_without_time_left_nothing_is_checked_and_a_note_says_so(case, tmp_path, monkeypatch):
     monkeypatch.setattr("autoprune.study.setup.check", None)

@@ -53,6 +53,17 @@ def whole(subsets, i):
     return torch.cat([batch[i] for batch in subsets.validation])
 
 
+def test_a_metric_of_the_user_is_tried_on_few_sequences_of_tokens():
+    tried = []
+    ids = torch.arange(80).view(20, 4) % CLASSES
+    resolve_metric(
+        Metric(lambda outputs, _: outputs.sum(1), True),
+        subsets_of(ids),
+        lambda batch: tried.append(len(batch)) or batch.float(),
+    )
+    assert tried == [2]
+
+
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, KeyError])
 def test_whatever_a_metric_raises_it_is_named(kind):
     def failing(outputs, batch):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autoprune.arguments import naming, shown, why_no_function
-from autoprune.data.batch import Batch, batch_size, targets
+from autoprune.data.batch import Batch, batch_size, pieces, targets, token_ids
 from autoprune.data.subsets import Subsets
 from autoprune.errors import DataError
 from autoprune.metrics import language, scorers
@@ -22,6 +22,9 @@ from autoprune.metrics.segmentation import mean_iou
 
 MOST_DENSE_BYTES = 2 * 2**30
 """Most memory for the dense model's outputs of validation and test samples, where another signal can do without."""
+
+SEQUENCES = 2
+"""Sequences of tokens that a user's metric is tried on: each holds many values."""
 
 
 def resolve_metric(metric: Any, subsets: Subsets, dense_forward: BoundForward) -> Judge:
@@ -42,6 +45,8 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: BoundForward) -
         DataError: If the metric does not fit the labels or the outputs.
     """
     first = subsets.validation[0]
+    if isinstance(metric, Metric) and token_ids(first) is not None:
+        first = pieces(first, SEQUENCES)[0]
     with torch.no_grad():
         outputs = dense_forward(first)
     labelled = (*subsets.validation, *subsets.test)

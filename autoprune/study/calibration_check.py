@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.data.batch import Batch, batch_size, beginning
+from autoprune.data.batch import Batch, batch_size, beginning, divisible, slice_batch
 from autoprune.data.sampling import seeded
 from autoprune.evaluators import Compensated, Context
 from autoprune.evaluators.activation_cache.limits import give_back
@@ -44,6 +45,8 @@ CRITERIA = (("taylor",), ("fluctuation", "contribution"))
 """Criteria tried in addition to l2; those that need the same passes over the samples are grouped."""
 RACED = 8
 """Fewest validation samples after which a way that is clearly worse than another is given up."""
+RACED_FIRST = 4
+"""The same of a large model, for what is worse by three standard errors."""
 FILE_NAME = "refit.json"
 FORMAT = Format("autoprune-refit", 1, "the choice of a calibration check")
 
@@ -184,6 +187,11 @@ class _Trial:
         self._context = context
         most = affordable(context.structure, FEWEST_SAMPLES, MOST_SAMPLES)
         self._batches = tuple(beginning(context.subsets.validation, most))
+        first = self._batches[0]
+        self._large = most < MOST_SAMPLES and divisible(first) and batch_size(first) > RACED_FIRST
+        if self._large:
+            cuts = (0, RACED_FIRST, batch_size(first))
+            self._batches = (*(slice_batch(first, *ends) for ends in pairwise(cuts)), *self._batches[1:])
         self.samples = sum(map(batch_size, self._batches))
         self._slicer = Slicer(context.model)
         dense = self._slicer.cut(Edit({}, {})).eval()
@@ -206,7 +214,7 @@ class _Trial:
         Args:
             module: In evaluation mode.
             best: Signals of another one: where this is worse by two standard errors on the first samples, a quarter but
-                at least `RACED`, the others are left out.
+                at least `RACED`, the others are left out; of a large model also by three on the first `RACED_FIRST`.
         """
         judge = self._context.judge
         run = fitting(bound_forward(self._context, module))
@@ -216,7 +224,8 @@ class _Trial:
                 weighing = None if self._weighing is None else self._weighing.of(part)
                 found = judge.measure(run, self._batches[part], self._dense[part], weighing).signal
                 signals = np.concatenate([signals, np.where(np.isfinite(found), found, np.inf)])
-                if best is not None and len(best) > len(signals) and _better(best, signals, errors=2.0):
+                errors = 2.0 if len(signals) >= RACED else 3.0
+                if best is not None and len(best) > len(signals) and _better(best, signals, errors):
                     break
         return signals
 
@@ -226,8 +235,8 @@ class _Trial:
         if raced and judge.per_sample and (judge.parts is None or self._weighing is not None):
             counts = np.cumsum([batch_size(batch) for batch in self._batches])
             first = int(np.searchsorted(counts, max(RACED, self.samples / 4))) + 1
-            if first < len(self._batches):
-                return [slice(0, first), slice(first, None)]
+            ends = {0, int(self._large), min(first, len(self._batches)), len(self._batches)}
+            return [slice(*each) for each in pairwise(sorted(ends))]
         return [slice(None)]
 
     def told(self, signals: Mapping[str, FloatArray], between: str = "; ") -> str:
