@@ -59,7 +59,7 @@ def test_a_metric_of_the_user_is_tried_on_few_sequences_of_tokens():
     resolve_metric(
         Metric(lambda outputs, _: outputs.sum(1), True),
         subsets_of(ids),
-        lambda batch: tried.append(len(batch)) or batch.float(),
+        lambda batch: tried.append(len(batch[0])) or batch[0].float(),
     )
     assert tried == [2]
 

@@ -425,8 +425,12 @@ def _observed(calibration: Calibration) -> Iterator[dict[str, list[Tensor]]]:
     def watch(name: str, axis: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next(iter((*args, *kwargs.values())))  # some models pass inputs by name
-            rows = x.detach().double().movedim(axis, 0).flatten(1)
-            new = [rows.abs().sum(1), rows.sum(1), rows.square().sum(1), torch.tensor(float(rows.shape[1]))]
+            wide = x.detach().double()
+            others = [dim for dim in range(x.ndim) if dim != axis % x.ndim]
+            if not others:  # else `sum` takes no dimensions for all of them
+                wide, others = wide[None], [0]
+            count = torch.tensor(float(x.numel() // max(x.shape[axis], 1)))
+            new = [wide.abs().sum(others), wide.sum(others), wide.square().sum(others), count]
             old = sums.get(name)
             sums[name] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
