@@ -5,7 +5,9 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
+import torch
 
+import autoprune
 from autoprune.metrics.statistics import Evaluation
 from autoprune.pareto import Direction
 from autoprune.protocols import FAILED, RACED, Dimension
@@ -13,7 +15,9 @@ from autoprune.result import SearchResult, Trial
 from autoprune.result.outline import Layer, Outline, Stays
 from autoprune.result.report.packing import unpacked
 from autoprune.result.trials import find_front
+from autoprune.search_spaces import Channels, Depth, Product
 from autoprune.search_spaces.channels import ChannelSpace
+from zoo import ZOO
 
 UNITS = 16
 HOSTILE = (
@@ -23,6 +27,22 @@ HOSTILE = (
     "=HYPERLINK(1)",
     "a" * 500,
 )
+
+
+def searched_in(run_dir):
+    """The saved result of a short search over widths and depth of a residual network."""
+    found = autoprune.search(
+        ZOO["resnet20"].build(),
+        "flops <= 80%",
+        torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+        trials=10,
+        space=Product(Channels(step=0.25), Depth()),
+        evaluator="adaptive_bn",
+        optimizer="random",
+        execution=autoprune.Execution(run_dir=run_dir),
+    )
+    found.save(run_dir)
+    return found
 
 
 def made(trials=40, dimensions=6, names=(), seed=0, limits=("flops",), measured=False):

@@ -19,7 +19,7 @@ from autoprune.result.report.packing import as_script, packed, unpacked
 from autoprune.result.report.page import page_of
 from autoprune.result.report.widths import width_effects
 from autoprune.search_spaces import Channels, Depth, Product
-from tests.reporting import HOSTILE, Page, made
+from tests.reporting import HOSTILE, Page, made, searched_in
 from zoo import ZOO
 
 
@@ -27,18 +27,7 @@ from zoo import ZOO
 def searched(tmp_path_factory):
     """A result of a search over widths and depth, and its folder."""
     run_dir = tmp_path_factory.mktemp("searched")
-    found = autoprune.search(
-        ZOO["resnet20"].build(),
-        "flops <= 80%",
-        torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
-        trials=10,
-        space=Product(Channels(step=0.25), Depth()),
-        evaluator="adaptive_bn",
-        optimizer="random",
-        execution=autoprune.Execution(run_dir=run_dir),
-    )
-    found.save(run_dir)
-    return found, run_dir
+    return searched_in(run_dir), run_dir
 
 
 def widths_of(outline, effects, candidate):

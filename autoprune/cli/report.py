@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,9 @@ def report(
         str | None, typer.Option(metavar="FILE.py:NAME", help=f"{MODEL_HELP} Only named in the build command.")
     ] = None,
     candidates: Annotated[bool, typer.Option(help="Include the options of all trials, not of the front alone.")] = True,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page of a search that runs, to this machine alone, until Ctrl-C.")
+    ] = False,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
@@ -32,6 +36,19 @@ def report(
         from autoprune.result.report import page_of
 
         folder = as_path(run_dir, "RUN_DIR")
+        if watch:
+            if output is not None:
+                raise ValueError("give --output or --watch, not both: what is watched is not written")
+            _serve(folder, model)
+            return
         page = page_of(SearchResult.load(folder), str(run_dir), model, candidates)
         file = write_text(folder / "report.html" if output is None else output, page, "output")
         typer.echo(f"report in {file}")
+
+
+def _serve(folder: Path, model: str | None) -> None:
+    from autoprune.result.report.server import ReportServer
+
+    with ReportServer(folder, model) as server, suppress(KeyboardInterrupt):
+        typer.echo(f"report at {server.url}\nfor this machine alone; Ctrl-C ends it")
+        server.wait()

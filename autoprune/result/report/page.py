@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,19 +33,26 @@ def write_report(result: SearchResult, path: str | Path, candidates: bool = True
     return write_text(path, page_of(result, full=candidates))
 
 
-def page_of(
-    result: SearchResult, run_dir: str | None = None, model: str | None = None, full: bool = True, live: str = ""
-) -> str:
-    """Make the page.
+def page_of(result: SearchResult, run_dir: str | None = None, model: str | None = None, full: bool = True) -> str:
+    """Make the page of a file.
 
     Args:
         result: Finished, loaded, or read from a journal.
         run_dir: Folder that the build command names.
         model: ``FILE.py:NAME`` in that command.
         full: Include the options of all trials.
-        live: Where a server gives the data again while a search runs; empty for a page that is a file.
     """
-    data = data_of(result, run_dir, model, full).to_json()
+    return assembled(result, data_of(result, run_dir, model, full).to_json())
+
+
+def assembled(result: SearchResult, data: Mapping[str, Any], live: str = "") -> str:
+    """Put data into the page.
+
+    Args:
+        result: What the data is of.
+        data: The parts of a report, JSON-ready.
+        live: Address at which a server gives the data again while a search runs; empty for a file.
+    """
     scripts = [text_of(f"built/{name}") for name in SCRIPTS]
     style = text_of("built/page.css")
     page = _template().render(
@@ -52,9 +60,7 @@ def page_of(
         policy=policy(scripts, style, bool(live)),
         style=style,
         scripts=scripts,
-        head=as_script(data["head"]),
-        bulk=as_script(data["bulk"]),
-        candidates=as_script(data["candidates"]),
+        data={name: as_script(part) for name, part in data.items()},
         live=live,
         rows=_rows(result),
         cost=next(iter(result.limits)),

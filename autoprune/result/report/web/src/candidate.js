@@ -27,7 +27,7 @@ export function drawCandidate(get) {
     const known = widths.every((each) => each !== null) && options.every((each) => each !== null);
     body.replaceChildren(
       actions(store, rows[0]),
-      scrolling("Measurements", table(["", "dense", ...names(store, rows), ...(rows[1] === undefined ? [] : ["difference"])], measurements(store, rows, widths), { class: "numbers" })),
+      scrolling("Measurements", table(["quantity", "dense", ...names(store, rows), ...(rows[1] === undefined ? [] : ["difference"])], measurements(store, rows, widths), { class: "numbers" })),
       ...commands(store, rows[0]),
       ...(known ? layersOf(store, rows, widths) : []),
       ...choices(store, rows, options, !known),

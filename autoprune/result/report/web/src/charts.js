@@ -1,7 +1,7 @@
 // The parts of Apache ECharts that the page uses; everything else is left out of the bundle.
 import { BarChart, HeatmapChart, LineChart, ScatterChart } from "echarts/charts";
 import { DataZoomInsideComponent, GridComponent, VisualMapContinuousComponent } from "echarts/components";
-import { init, use } from "echarts/core";
+import { getInstanceByDom, init, use } from "echarts/core";
 import { CanvasRenderer } from "echarts/renderers";
 
 use([
@@ -15,4 +15,4 @@ use([
   CanvasRenderer,
 ]);
 
-export { init };
+export { getInstanceByDom, init };

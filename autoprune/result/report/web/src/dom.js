@@ -25,7 +25,7 @@ export function table(header, rows, attributes = {}) {
 
 /** Make a part of the page that scrolls sideways, and with the keyboard. */
 export function scrolling(label, ...children) {
-  return el("div", { class: "wide", tabindex: 0, role: "region", "aria-label": label }, ...children);
+  return el("div", { class: "wide", tabindex: 0, role: "group", "aria-label": label }, ...children);
 }
 
 /** Make a section with a heading, at the end of the page. */
