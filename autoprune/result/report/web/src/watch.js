@@ -1,7 +1,7 @@
 // A page that a server keeps up to date: it asks for the data again, and shows the state of the search.
 
 const SECONDS = 1.5;
-const MOST_SECONDS = 30;
+const MOST_SECONDS = 10;
 
 /** Ask `url` for new data until the search has ended; `take` gets the parts. */
 export function watch(url, take) {
