@@ -71,6 +71,7 @@ def test_an_inspection_shows_costs_and_what_stays():
     read = Reading(found._repr_html_())
     assert not read.open
     assert "Sequential: 8 removable units in 1 group" in read.text
+    assert "weights, buffers and peak of activations, one sample" in read.text
 
 
 def test_hundreds_of_groups_make_a_small_cell():
@@ -78,6 +79,13 @@ def test_hundreds_of_groups_make_a_small_cell():
     found = autoprune.inspect(nn.Sequential(*layers), torch.ones(2, 8))
     assert len(found.groups) > 100
     assert len(found._repr_html_()) < 60_000
+
+
+def test_ipython_shows_the_text_in_a_terminal(result):
+    shown = []
+    for each in (result, audit_of(), autoprune.inspect(Named(), torch.ones(2, 4))):
+        each._repr_pretty_(SimpleNamespace(text=shown.append), False)
+        assert shown[-1] == str(each)
 
 
 @pytest.mark.parametrize("kind", ["result", "audit", "inspection"])

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from autoprune.inspection.text import (
     BRANCHES,
-    MEANINGS,
     REASONS_SHOWN,
     SHARES,
     STAYS,
     amount,
     headline,
+    meaning,
     notes,
     percent,
     some,
@@ -29,7 +29,7 @@ MOST_GROUPS = 40
 SCOPED = """
 .autoprune-inspection { --line: #8884; --soft: #8882; --bar: #2a78d6; }
 .autoprune-inspection .number { display: block; text-align: right; white-space: nowrap; }
-.autoprune-inspection td, .autoprune-inspection th { text-align: left; }
+.autoprune-inspection td, .autoprune-inspection th { text-align: left; padding: .1em .7em .1em 0; }
 .autoprune-inspection .bar { background: var(--soft); width: 6rem; height: .6rem; border-radius: 2px; }
 .autoprune-inspection .bar i { display: block; background: var(--bar); height: 100%; border-radius: 2px; }
 .autoprune-inspection .wide { overflow-x: auto; }
@@ -89,7 +89,7 @@ def as_cell(found: Inspection) -> str:
 
 def _costs(found: Inspection) -> str:
     rows = [
-        (escape(name), _right(amount(name, dense)), *_share(found.removable[name]), escape(MEANINGS[name]))
+        (escape(name), _right(amount(name, dense)), *_share(found.removable[name]), escape(meaning(found, name)))
         for name, dense in found.dense.items()
     ]
     return _table(("cost", _right("dense"), _right("removable"), "", ""), rows)

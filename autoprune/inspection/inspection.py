@@ -179,6 +179,10 @@ class Inspection:
         """Make the tables for notebooks."""
         return as_cell(self)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the text in IPython, in place of every field."""
+        printer.text(str(self))
+
     def __str__(self) -> str:
         """Format as plain text of at most 100 columns."""
         return as_text(self)

@@ -49,12 +49,16 @@ def headline(found: Inspection) -> str:
 
 def _costs(found: Inspection) -> list[str]:
     lines = [f"  {'cost':12}    dense  removable"]
-    samples = "one sample" if found.cost_batch == 1 else f"{found.cost_batch} samples"
     for name, dense in found.dense.items():
         share = percent(found.removable[name])
-        meaning = MEANINGS[name].format(samples=samples)
-        lines.append(f"  {name:12}  {amount(name, dense):>7}    {share:>7}  {meaning}".rstrip())
+        lines.append(f"  {name:12}  {amount(name, dense):>7}    {share:>7}  {meaning(found, name)}".rstrip())
     return lines
+
+
+def meaning(found: Inspection, cost: str) -> str:
+    """Say what a cost counts, and of how many samples."""
+    samples = "one sample" if found.cost_batch == 1 else f"{found.cost_batch} samples"
+    return MEANINGS[cost].format(samples=samples)
 
 
 def _groups(found: Inspection) -> list[str]:

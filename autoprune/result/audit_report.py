@@ -232,6 +232,10 @@ class Audit:
         """Make the tables for notebooks."""
         return audit_html(self)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the text in IPython, in place of every field."""
+        printer.text(str(self))
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary; NaN becomes null."""
         plain = {name: getattr(self, name) for name in _PLAIN}

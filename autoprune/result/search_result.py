@@ -269,6 +269,10 @@ class SearchResult:
         """Make the table of the front for notebooks."""
         return result_html(self, "" if self.front else why_none(self))
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the text in IPython, in place of every field."""
+        printer.text(str(self))
+
     def report(self, path: str | Path, candidates: bool = True) -> Path:
         """Write one web page with the front, all trials and every layer of each; it needs no network and no server.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +77,8 @@ def _zoom(axes: Axes, result: SearchResult, scores: Sequence[float]) -> None:
         return
     end = result.direction.key(best + room)
     margin = 0.05 * room
-    above = result.direction.key(best)
+    ends = [end for trial in result.front for end in trial.interval if not math.isnan(end)]
+    above = result.direction.best([result.direction.key(best), *ends])
     axes.set_ylim((end, above + margin) if result.higher_is_better else (above - margin, end))
     place = (0.01, 0.02) if result.higher_is_better else (0.01, 0.94)
     told = "1 trial is worse than shown" if hidden == 1 else f"{hidden} trials are worse than shown"
