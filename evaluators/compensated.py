@@ -141,6 +141,14 @@ class Compensated:
         other._solved_bytes = 0
         return other
 
+    def to_send(self) -> Compensated:
+        """Copy for other processes, with the collected inputs, so that its `prepare` need not collect them again."""
+        other = self.with_parts()
+        other._collected = True
+        for name in ("_adapted", "_context"):
+            other.__dict__.pop(name, None)
+        return other
+
     def judged_on(self, typical: Pruning) -> Compensated:
         """Copy, not prepared yet, that chooses ridges for this pruning instead of for the middle of the space."""
         other = self.with_parts()

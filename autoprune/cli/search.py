@@ -72,7 +72,12 @@ def search(
         bool, typer.Option("--resume-anyway", help="The same although the search differs; a note says in what.")
     ] = False,
     executor: Annotated[str, typer.Option(help="local or ray.")] = "local",
-    workers: Annotated[int | None, typer.Option(help="With ray: how many; by default as many as fit.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto", help="Processes here; auto if they are faster. With ray: by default as many as fit."
+        ),
+    ] = None,
     gpus_per_worker: Annotated[float, typer.Option(help="With ray: GPUs of each, such as 0.5.")] = 0.0,
     latency: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Latencies measured by autoprune profile.")
@@ -107,7 +112,8 @@ def search(
         named: dict[str, Any] = {"metric": metric, "evaluator": evaluator, "optimizer": optimizer}
         named["trials"] = int(trials) if trials.lstrip("-").isdecimal() else trials
         call: dict[str, Any] = {"rewrite": rewrite, "cost_batch": cost_batch}
-        runner: Any = _executor(executor, workers, gpus_per_worker)
+        count: Any = int(workers) if workers is not None and workers.lstrip("-").isdecimal() else workers
+        runner: Any = _executor(executor, count, gpus_per_worker)
         result = search_model(
             dense,
             budget,
@@ -119,7 +125,12 @@ def search(
             seed=seed,
             example=Call(inputs=example_inputs(dense, input_shape, example, needed=data is None), **call),
             costs=None if latency is None else {"latency_ms": latency},
-            execution=Execution(executor=runner, run_dir=run_dir, resume="anyway" if resume_anyway else resume),
+            execution=Execution(
+                executor=runner,
+                workers=count if executor == "local" else None,
+                run_dir=run_dir,
+                resume="anyway" if resume_anyway else resume,
+            ),
         )
         result.save(run_dir, replace=resume)  # of the search before it was resumed
         typer.echo(result)
@@ -154,10 +165,10 @@ def space_of(spec: str, options: Mapping[str, Any]) -> Settings:
 
 def _executor(name: str, workers: int | None, gpus_per_worker: float) -> str | Executor:
     """Executor by name, or Ray with the options for its workers."""
-    if workers is None and not gpus_per_worker:
+    if (workers is None or name == "local") and not gpus_per_worker:
         return name
     if name != "ray":
-        raise ValueError(f"--workers and --gpus-per-worker are for --executor ray, got --executor {name}")
+        raise ValueError(f"--gpus-per-worker is for --executor ray, got --executor {name}")
     from autoprune.execution import RayExecutor
 
     return RayExecutor(workers=workers, gpus_per_worker=gpus_per_worker)

@@ -3,6 +3,7 @@
 from autoprune.execution.callbacks import Callback
 from autoprune.execution.execution import ANYWAY, EXECUTORS, Execution, ExecutorName, execution_of
 from autoprune.execution.local import Executor, Finished, LocalExecutor, Outcome, attempt, evaluate_one
+from autoprune.execution.pool import PoolExecutor
 from autoprune.execution.ray import RayExecutor
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Finished",
     "LocalExecutor",
     "Outcome",
+    "PoolExecutor",
     "RayExecutor",
     "attempt",
     "evaluate_one",

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from autoprune.arguments import by_name, flag, shown
+from autoprune.arguments import by_name, flag, shown, whole_number
 from autoprune.execution.callbacks import Callback, require_callbacks
+from autoprune.execution.fastest import FastestExecutor
 from autoprune.execution.local import Executor, LocalExecutor
+from autoprune.execution.pool import PoolExecutor
 from autoprune.execution.ray import RayExecutor
 from autoprune.files.access import as_path
 
@@ -18,6 +20,9 @@ ExecutorName = Literal["local", "ray"]
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {"local": LocalExecutor, "ray": RayExecutor}
 """Executors by name."""
+
+AUTO: Literal["auto"] = "auto"
+"""Number of workers that the speed decides."""
 
 ANYWAY: Literal["anyway"] = "anyway"
 """Value of ``resume`` that continues in spite of differences; also the key in the journal of these."""
@@ -30,6 +35,9 @@ class Execution:
     Attributes:
         executor: ``"local"``, ``"ray"`` (workers on this machine, or on the cluster of the job that this runs in), or
             an `Executor`, such as ``autoprune.execution.RayExecutor(address="auto", gpus_per_worker=0.5)``.
+        workers: Processes of this machine that evaluate, without Ray, one thread each (docs/processes.md): a number, or
+            ``"auto"`` for one on each core where that is faster than this process, which a note says. The same seed
+            gives the same trials as in one process with one thread. None for this process alone.
         run_dir: A separate folder for the journal of the run; without it the journal is in memory.
         resume: Continue the search in `run_dir`, or begin it if there is none yet. No finished trial is repeated;
             pending ones are evaluated again. The other arguments must be those of that search, but `trials` may be more
@@ -47,6 +55,7 @@ class Execution:
     """
 
     executor: ExecutorName | Executor = "local"
+    workers: int | Literal["auto"] | None = None
     run_dir: str | Path | None = None
     resume: bool | Literal["anyway"] = False
     progress: bool = True
@@ -54,6 +63,13 @@ class Execution:
     storage: Any = None
 
     def __post_init__(self) -> None:
+        if not (self.workers is None or (isinstance(self.workers, str) and self.workers == AUTO)):
+            self._fill("workers", whole_number("workers", self.workers, 1, why=", 'auto' or None"))
+        if self.workers is not None and self.executor != "local":
+            raise ValueError(
+                f"workers={self.workers!r} must go with executor='local', got {shown(self.executor)}; "
+                "the workers of Ray are autoprune.execution.RayExecutor(workers=2)"
+            )
         self.make_executor()  # whose errors are those of the name
         if not isinstance(self.run_dir, str | os.PathLike | None):
             raise TypeError(f"run_dir must be the path of a folder or None, got {shown(self.run_dir)}")
@@ -69,7 +85,11 @@ class Execution:
         object.__setattr__(self, name, value)
 
     def make_executor(self) -> Executor:
-        """Make the executor meant by its name, or take the one given."""
+        """Make the executor meant by its name and the workers, or take the one given."""
+        if self.workers == AUTO:
+            return FastestExecutor()
+        if self.workers is not None:
+            return PoolExecutor(self.workers)
         return by_name("executor", self.executor, EXECUTORS, "an Executor", "submit")
 
 

@@ -73,6 +73,7 @@ class Loop:
         self._asked = 0
         self._stopped = ""  # a word, as in `SearchResult`; empty while candidates are asked for
         self._why = ""
+        self._executed: tuple[str, ...] = ()  # decisions of an executor that has any
 
     def run(self) -> Ended:
         """Run until the trials or the time are over; Ctrl-C ends it with the trials so far."""
@@ -96,12 +97,14 @@ class Loop:
                     log.warning("interrupted after %d of %d trials; returning the front so far", done, request.most)
                     self._stopped = "interrupted"
         finally:
+            self._executed = tuple(getattr(self._executor, "notes", ()))
             self._executor.stop()
         self._calls.flush()
         if not self._why and request.adaptive:
             self._why = why_not_converged(self._stopped, len(self._found))
         why = (self._why,) if self._why else ()
         told = self._optimizer.notes if isinstance(self._optimizer, Explains) else ()
+        told = (*told, *self._executed)
         return Ended(self._found, self._stopped, (*in_spite, *self._journal.notes, *why, *told))
 
     def _repeat(self) -> None:
