@@ -46,18 +46,36 @@ class TestPhases:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("make", [product_problem, staircase_problem])
-    @pytest.mark.parametrize("trials", [10, 60])
+    @pytest.mark.parametrize("trials", [20, 60])
     def test_the_scan_takes_at_most_forty_percent_early_and_then_all_are_feasible(self, make, trials):
         known = make([9] * 8, seed=0)
         problem = planned(known, trials)
         candidates = run(Auto(problem, 0), known, trials)
         probes = np.flatnonzero(problem.probes(candidates))
-        first = len(problem.seeds)
+        first = len(problem.seeds) + 2  # the ends of the expected front
         assert 0.2 * trials < len(probes) <= 0.4 * trials
-        assert probes[0] == first
+        assert len(problem.seeds) <= probes[0] <= first
         assert probes[-1] < first + len(probes) + 8  # a batch may end with assembled ones, since it never waits
         assert problem.feasible(candidates[probes[-1] + 1 :]).all()
         assert len(np.unique(candidates, axis=0)) == trials
+
+    @pytest.mark.parametrize("prior", [True, False])
+    def test_few_trials_are_spent_on_the_expected_front_and_none_on_a_scan(self, prior):
+        known = product_problem([9] * 8, seed=0)
+        expected = known.losses if prior else tuple(np.linspace(0, 1, 9) ** 2 for _ in range(8))
+        problem = dataclasses.replace(planned(known, 15), prior=expected if prior else None)
+        candidates = run(Auto(problem, 0), known, 15)
+        first = len(problem.seeds)
+        front = front_of(problem, expected, spread_budgets(problem, 5))
+        fresh = [row for row in front.tolist() if row not in problem.seeds.tolist()]
+        assert len(fresh) >= 2
+        assert candidates[first : first + len(fresh)].tolist() == fresh
+        assert problem.feasible(candidates).all()
+
+    def test_options_without_an_order_are_not_measured_alone(self):
+        known = product_problem([5] * 8, seed=0)
+        problem = dataclasses.replace(planned(known, 40), ordered=np.zeros(8, dtype=bool))
+        assert not problem.probes(run(Auto(problem, 0), known, 40)).any()
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -71,9 +89,10 @@ class TestPhases:
         after = np.flatnonzero(probing)[-1] + 1
         losses = table_of(problem, known.evaluate(candidates[probing])).losses
         front = front_of(problem, losses, spread_budgets(problem, 33))
-        expected = list(dict.fromkeys(map(tuple, front.tolist())))
+        earlier = set(map(tuple, candidates[:after].tolist()))
+        expected = [row for row in dict.fromkeys(map(tuple, front.tolist())) if row not in earlier]
         found = list(map(tuple, candidates[after:].tolist()))
-        assert found[:5] == expected[:5]
+        assert found[:3] == expected[:3]  # at least, until five assembled candidates have shown what sums are worth
         assert len(expected) > 20
         assert (found[: len(expected)] == expected) == adds_up
 
@@ -108,7 +127,7 @@ class TestSurrogate:
         problem = planned(known, 60)
         optimizer, lengths = Auto(problem, 0), []
         found = np.zeros((0, 10), dtype=np.int64)
-        for trials in (30, 45, 60):
+        for trials in (50, 55, 60):
             found = np.concatenate([found, run(optimizer, known, trials - len(found), batch)])
             lengths.append(len(optimizer.surrogate_history))
         told = [count for count, _ in optimizer.surrogate_history]
@@ -262,7 +281,7 @@ def test_a_search_tells_its_phases_and_its_surrogate_while_it_runs_and_in_the_re
     monkeypatch.setattr(Progress, "update", lambda self, done, failed, best, front, phase: phases.append(phase))
     data = Data(digits.train, digits.validation, digits.test, calibration_samples=64, validation_samples=64)
     result = autoprune.search(digits_model, "flops <= 50%", data, trials=60)
-    assert list(dict.fromkeys(phases)) == ["sensitivity scan", "knapsack front", "refinement"]
+    assert list(dict.fromkeys(phases)) == ["expected front", "sensitivity scan", "knapsack front", "refinement"]
     notes = " ".join(result.notes)
     assert "sensitivity scan" in notes
     assert "surrogate: rank correlation at equal cost" in notes

@@ -14,23 +14,27 @@ from autoprune.optimizers.knapsack.table_correction import corrected_tables
 from autoprune.optimizers.level_switch import evolve
 from autoprune.optimizers.nsga2 import breed, find_coupled
 from autoprune.optimizers.problem import Problem
+from autoprune.optimizers.proposals import elites_of, in_turn, some_of_all, unknown, vary
+from autoprune.optimizers.screening import choose_by_gain
 from autoprune.optimizers.surrogate import THRESHOLD, Surrogate
 from autoprune.protocols import Evaluations, FloatArray, IntArray
 
 _START, _SCAN, _FRONT, _REFINE = "uniform pruning", "sensitivity scan", "knapsack front", "refinement"
+_EXPECTED = "expected front"
+_LEAST_SCAN = 16  # trials: with fewer, what a scan takes is worth more as assembled candidates
+_LEAST_ORDERED = 0.5  # of the dimensions: options without an order have no neighbours to learn a table from
 _SHOWN = 8  # values of tau in the notes
 _FRONTS = (33, 17, 9, 5)  # numbers of budgets that leave equal gaps
-_FRONT_SHARE = 0.25  # of the trials, the most for the front, but for the least of these numbers
+_FRONT_SHARE = 0.4  # of the trials, the most for the front, but for the least of these numbers
 _QUICK_ROUNDS = 2
 _LEAST_ADDITIVE = 0.5  # rank correlation of summed and joint losses, below which the table's front is left early
 _FEWEST = 4  # trials to breed from
 _PROPOSALS = 80  # of each kind, for every ask
 _KNAPSACKS = 400  # dimensions times budgets of the knapsacks solved for one ask
+_GRID = 40  # budgets that gains are averaged over
 _AT_LIMIT = 1.3  # stretches the budgets aimed at, so that about a quarter of them are the limit itself
 _UNSCREENED = 4  # one in this number is not screened, so that the surrogate learns where it errs
-_GREED = 0.7  # probability of taking the best prediction; else the next one, and so on
 _BELOW = 0.7  # of the cost at which a limit on the score is known to be missed: how far below it may yet be met
-_WINDOW = 0.1  # of the budget range: how near to its budget every second choice must come
 
 
 @final
@@ -38,13 +42,18 @@ class Auto:
     """Composes the other optimizers; every evaluation serves all of them.
 
     1. The problem's seeds: dense, uniform pruning, and the user's start.
-    2. A scan: the loss of each dimension alone, for at most 40 % of the trials (`sensitivity.next_probes`).
-    3. The knapsack's front of that table, for at most a quarter of the trials; for 5 budgets if sums of the table turn
-       out to rank assembled candidates badly.
-    4. Proposals of four kinds until the trials end: knapsacks on tables corrected by evaluations of assembled
+    2. The knapsack's front of what is expected before any evaluation, for 5 budgets; without a prior all dimensions
+       are expected to lose alike, and where a scan follows, only 2 budgets are worth a trial.
+    3. A scan: the loss of each dimension alone, for at most 40 % of the trials (`sensitivity.next_probes`). It is left
+       out below 16 trials, where fewer than half of the dimensions are ordered, and where a prior is known and the
+       trials do not suffice to measure every dimension once.
+    4. The knapsack's front of that table, for at most 40 % of the trials; for 5 budgets if sums of the table turn out
+       to rank assembled candidates badly.
+    5. Proposals of four kinds until the trials end: knapsacks on tables corrected by evaluations of assembled
        candidates (`corrected_tables`), children of `NSGA2` and of `LevelSwitch`, and one or two random changes to the
-       best candidate of a budget. A surrogate screens them for budgets spread over the budget range, a quarter at the
-       limit itself, while its cross-validated rank correlation is good; otherwise the kinds take turns.
+       best candidate of a budget; in a space that can be listed, any candidate. A surrogate chooses those whose
+       predictions promise most to the front over the budget range, a quarter of it at the limit itself
+       (`choose_by_gain`), while its cross-validated rank correlation is good; otherwise the kinds take turns.
 
     Once a candidate misses a limit on the score, the last two phases look for the cheapest one that meets it: between
     the costs at which the front is known to miss it and the cheapest candidate that meets it, instead of over the whole
@@ -61,6 +70,7 @@ class Auto:
         self._surrogate = Surrogate(problem)
         self._coupled = find_coupled(problem)
         self._fronts: dict[int, tuple[bytes, IntArray]] = {}
+        self._guess: IntArray | None = None
         self._phase = _START
         self._asked: Counter[str] = Counter()
 
@@ -104,18 +114,45 @@ class Auto:
         self._archive.pend(candidates)
 
     def _propose(self, n: int, rng: np.random.Generator) -> IntArray:
-        """Propose probes, then the table's front, then refinements, shape (any, d)."""
-        table = table_of(self._problem, self._archive.probes())
+        """Propose the expected front, probes, the table's front, then refinements, shape (any, d)."""
         known = self._archive.known()
-        found = [next_probes(self._problem, known, n, lambda: self._front(table, _FRONTS[-1], _QUICK_ROUNDS))]
-        self._phase = _SCAN if len(found[0]) else _REFINE
-        if len(found[0]) < n:
+        table = table_of(self._problem, self._archive.probes())
+        found = [unknown(self._expected(), known)]
+        phase = _EXPECTED
+        if self._scans and len(found[0]) < n:
+            missing = n - len(found[0])
+            found.append(
+                next_probes(self._problem, known, missing, lambda: self._front(table, _FRONTS[-1], _QUICK_ROUNDS))
+            )
+            phase = phase if len(found[0]) else _SCAN
+        if (made := sum(map(len, found))) < n:
             affordable = [count for count in _FRONTS if count <= _FRONT_SHARE * self._problem.trials]
             most = affordable[0] if affordable and self._adds_up(table) else _FRONTS[-1]
-            found.append(self._within_aim(_new(self._front(table, most), known)))
-            self._phase = _FRONT if len(found[1]) and not len(found[0]) else self._phase
-        missing = n - sum(map(len, found))
-        return np.concatenate([*found, self._refine(missing, table, known, rng)] if missing > 0 else found)
+            found.append(self._within_aim(unknown(self._front(table, most), known)))
+            phase = phase if made else _FRONT
+        if (made := sum(map(len, found))) < n:
+            phase = phase if made else _REFINE
+            found.append(self._refine(n - made, table, known, rng))
+        self._phase = phase
+        return np.concatenate(found)
+
+    @property
+    def _scans(self) -> bool:
+        """Whether single changes are measured at all."""
+        return self._problem.trials >= _LEAST_SCAN and bool(self._problem.ordered.mean() >= _LEAST_ORDERED)
+
+    def _expected(self) -> IntArray:
+        """Front of what is expected before any evaluation, which costs no probe; shape (any, d).
+
+        Without a prior, where a scan follows, only its two ends: the table will know better.
+        """
+        if self._guess is None:
+            table = table_of(self._problem, self._archive.nothing())
+            few = self._scans and self._problem.prior is None
+            self._guess = front_of(
+                self._problem, table.losses, spread_budgets(self._problem, 2 if few else _FRONTS[-1])
+            )
+        return self._guess
 
     def _aim(self) -> FloatArray:
         """Range of the costs to search, shape (c, 2): the budget range, or the part where a limit on the score is met.
@@ -167,36 +204,30 @@ class Auto:
             kinds += [
                 breed(problem, candidates, objectives, _PROPOSALS, rng, coupled=self._coupled),
                 evolve(problem, candidates, objectives, _PROPOSALS, rng),
-                _vary(problem, _elites(candidates, objectives, budgets), _PROPOSALS, rng),
+                vary(problem, elites_of(candidates, objectives, budgets), _PROPOSALS, rng),
             ]
         # In turn, so that no kind crowds out the others where no surrogate chooses among them.
-        proposals = _in_turn([rng.permutation(_new(kind, known)) for kind in kinds])
+        proposals = in_turn([rng.permutation(unknown(kind, known)) for kind in kinds])
         self._surrogate.fit(candidates, objectives)
         if not self._surrogate.trusted or not len(proposals):
             return proposals
-        screened = self._screen(problem, proposals, budgets, rng)
-        unscreened = (n + rng.integers(_UNSCREENED)) // _UNSCREENED  # at random where few are asked for at once
-        return np.concatenate([screened[: n - unscreened], proposals])
+        unscreened = int(n + rng.integers(_UNSCREENED)) // _UNSCREENED  # at random where few are asked for at once
+        pool = unknown(np.concatenate([proposals, some_of_all(problem, rng)]), known)
+        screened = self._screen(problem, pool, n - unscreened)
+        return np.concatenate([screened, proposals])
 
-    def _screen(self, problem: Problem, proposals: IntArray, budgets: FloatArray, rng: np.random.Generator) -> IntArray:
-        """Choose a proposal with a good prediction within each budget, shape (<= budgets, d).
-
-        A cheap candidate may have the best prediction within every budget, so every second choice must cost nearly as
-        much as its budget allows.
-        """
-        predicted = self._surrogate.predict(proposals)
-        costs = problem.costs(proposals)
+    def _screen(self, problem: Problem, proposals: IntArray, n: int) -> IntArray:
+        """Choose the proposals that promise most to the front over the budget range, shape (<= n, d)."""
+        objectives = self._archive.ok()[1]
         low, high = problem.budget_range.T
-        chosen: list[int] = []
-        for i, budget in enumerate(budgets):
-            fits = (costs <= budget).all(axis=1)
-            if i % 2 or (len(budgets) == 1 and rng.random() < 0.5):
-                fits &= (np.maximum(costs, low) >= budget - _WINDOW * (high - low)).any(axis=1)
-            fits[chosen] = False
-            best = np.flatnonzero(fits)[np.argsort(predicted[fits], kind="stable")]
-            if len(best):
-                chosen.append(int(best[min(rng.geometric(_GREED), len(best)) - 1]))
-        return proposals[np.array(chosen, dtype=np.int64)]
+        places = np.minimum(_AT_LIMIT * (np.arange(_GRID) + 0.5) / _GRID, 1.0)
+        budgets = reachable(problem, low + places[:, None] * (high - low))
+        within = (objectives[:, None, 1:] <= budgets).all(axis=2)
+        best = np.where(within, objectives[:, :1], objectives[:, 0].max()).min(axis=0)
+        fits = np.asarray((problem.costs(proposals)[:, None] <= budgets).all(axis=2))
+        learnt = self._surrogate
+        predicted = learnt.warp(learnt.predict(proposals))
+        return proposals[choose_by_gain(predicted, learnt.spread, fits, learnt.warp(best), n)]
 
     def _front(self, table: Table, n: int, rounds: int = 6) -> IntArray:
         """Front of a table for `n` budgets, cached until the table changes."""
@@ -207,38 +238,3 @@ class Auto:
                 front_of(self._problem, table.losses, spread_budgets(self._problem, n), "sum", rounds),
             )
         return self._fronts[n][1]
-
-
-def _elites(candidates: IntArray, objectives: FloatArray, budgets: FloatArray) -> IntArray:
-    """Best candidate within each budget, or the best of all where none is, shape (budgets, d)."""
-    ranked = np.argsort(objectives[:, 0], kind="stable")
-    within = (objectives[ranked, None, 1:] <= budgets).all(axis=2)
-    elites: IntArray = candidates[ranked[within.argmax(axis=0)]]
-    return elites
-
-
-def _vary(problem: Problem, elites: IntArray, n: int, rng: np.random.Generator) -> IntArray:
-    """Set one or two entries of elites to any option, repaired; shape (n, d).
-
-    Unlike the others, these are not filled up to their budget: where a loss is not monotone, smaller can be better.
-    """
-    varied = rng.choice(elites, n)
-    for share in (1.0, 0.5):
-        rows = np.flatnonzero(rng.random(n) < share)
-        dims = rng.integers(varied.shape[1], size=len(rows))
-        varied[rows, dims] = rng.integers(problem.sizes[dims])
-    return problem.repair(varied)
-
-
-def _new(candidates: IntArray, known: IntArray) -> IntArray:
-    """Candidates that are not known, each once, in their order."""
-    seen = {row.tobytes() for row in known}
-    fresh = [key for key in dict.fromkeys(row.tobytes() for row in candidates) if key not in seen]
-    return np.frombuffer(b"".join(fresh), dtype=np.int64).reshape(-1, candidates.shape[1])
-
-
-def _in_turn(kinds: list[IntArray]) -> IntArray:
-    """Merge proposals, one of each kind in turn, without duplicates."""
-    rows = [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
-    merged = np.array(rows, dtype=np.int64).reshape(-1, kinds[0].shape[1])
-    return _new(merged, merged[:0])

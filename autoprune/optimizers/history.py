@@ -112,6 +112,10 @@ class Archive:
         told = self._unpack(list(self._told))
         return self._rows([key for key, probing in zip(self._told, self._problem.probes(told), strict=True) if probing])
 
+    def nothing(self) -> Evaluations:
+        """Evaluations without a row."""
+        return self._rows([])
+
     def known(self) -> IntArray:
         """Everything told or pending, sorted, shape (n, d)."""
         return self._unpack(sorted(self._told.keys() | self._pending))

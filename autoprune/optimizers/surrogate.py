@@ -18,7 +18,8 @@ _FEWEST = 16
 _MOST = 300  # more would take longer to learn from than they save
 _FOLDS = 4
 _PAIRS = 2**20  # compared at once: they fit the cache
-_CLIP = 10.0  # interquartile ranges: one collapsed network must not distort the model for all others
+_ROBUST = 1.4826  # from the median absolute error to the standard deviation of normal errors
+_OFFSET = 0.1  # interquartile ranges between the best signal and where the logarithm ends
 
 
 @final
@@ -40,6 +41,7 @@ class Surrogate:
         tau: Kendall's rank correlation of cross-validated predictions with the signal, at equal cost; 0 before a fit.
         model: Name of the model chosen, empty while there is none.
         history: (number of candidates told, tau) of every fit that was told more than the one before.
+        spread: Standard deviation of the errors of cross-validated predictions, robust to outliers; 0 before a fit.
     """
 
     def __init__(self, problem: Problem, threshold: float = THRESHOLD) -> None:
@@ -51,6 +53,8 @@ class Surrogate:
         self._told = b""
         self.tau = 0.0
         self.model = ""
+        self.spread = 0.0
+        self._floor = 0.0
         self.history: list[tuple[int, float]] = []
 
     @property
@@ -75,7 +79,10 @@ class Surrogate:
         self.model = ""
         if len(candidates) >= _FEWEST and np.ptp(objectives[:, 0]) > 0:
             best = _least_dominated(objectives, _MOST)
-            self._learn(self._features(candidates[best]), _clipped(objectives[best, 0]), objectives[best, 1:])
+            signal = objectives[best, 0]
+            low, high = np.quantile(signal, [0.25, 0.75])
+            self._floor = float(signal.min()) - _OFFSET * float(high - low or np.ptp(signal))
+            self._learn(self._features(candidates[best]), self.warp(signal), objectives[best, 1:])
         if not self.history or len(candidates) > self.history[-1][0]:
             self.history.append((len(candidates), self.tau))
 
@@ -90,7 +97,11 @@ class Surrogate:
                 f"predict needs a fit on at least {_FEWEST} candidates whose signals differ; see trusted"
             )
         predicted: FloatArray = self._fitted.predict(self._features(candidates))
-        return predicted
+        return np.asarray(np.exp(predicted) + self._floor)
+
+    def warp(self, signal: FloatArray) -> FloatArray:
+        """Turn signals into the unit of `spread`, in which models learn: the logarithm of what is above the best."""
+        return np.asarray(np.log(np.maximum(signal - self._floor, np.finfo(np.float64).tiny)))
 
     def _features(self, candidates: IntArray) -> FloatArray:
         """Features: relative levels, a column for each option of a dimension without an order, and relative costs."""
@@ -115,6 +126,7 @@ class Surrogate:
             tau = float(np.nan_to_num(kendalltau(_without_trend(predicted, costs), truth).statistic))
             if tau > best:
                 best, chosen, self.model = tau, make, name
+                self.spread = _ROBUST * float(np.median(np.abs(predicted - signal)))
         self.tau = best
         self._fitted = chosen().fit(features, signal)
 
@@ -150,12 +162,6 @@ def _without_trend(values: FloatArray, costs: FloatArray) -> FloatArray:
     basis = np.hstack([np.ones((len(values), 1)), costs, costs**2])
     rest: FloatArray = values - basis @ np.linalg.lstsq(basis, values, rcond=None)[0]
     return rest
-
-
-def _clipped(signal: FloatArray) -> FloatArray:
-    """Clip the outliers of the signal (n,)."""
-    low, middle, high = np.quantile(signal, [0.25, 0.5, 0.75])
-    return np.minimum(signal, middle + _CLIP * (high - low)) if high > low else signal
 
 
 def _least_dominated(objectives: FloatArray, n: int) -> IntArray:

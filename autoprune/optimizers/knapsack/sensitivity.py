@@ -44,7 +44,8 @@ def table_of(problem: Problem, probes: Evaluations) -> Table:
     not over the options but over a curve of the expected shape, and extrapolated in proportion to it: the dimension's
     prior, or a power of the position that fits the dimensions measured twice. A dimension without any measurement
     takes its prior, scaled by least squares to the measurements, or the average curve of the others. When nothing is
-    known, losses follow the share of the cost, which makes the knapsack prune nearly uniformly.
+    known, all dimensions lose alike, which makes the knapsack lower those that save most; uniform pruning, the other
+    guess, is among the seeds of a search.
 
     Args:
         problem: The space, and its prior.
@@ -64,7 +65,7 @@ def table_of(problem: Problem, probes: Evaluations) -> Table:
         elif problem.prior is not None:
             losses.append(scale * _rising(problem, j, problem.prior[j]))
         else:
-            losses.append(shape * (np.mean(heights) if heights else cost_shares(problem)[j]))
+            losses.append(shape * (np.mean(heights) if heights else 1.0))
     return Table(tuple(losses), tuple(measured), tuple(stderr))
 
 
