@@ -138,7 +138,7 @@ class Auto:
 
     @property
     def _scans(self) -> bool:
-        """Whether single changes are measured at all."""
+        """True if single changes are measured at all."""
         return self._problem.trials >= _LEAST_SCAN and bool(self._problem.ordered.mean() >= _LEAST_ORDERED)
 
     def _expected(self) -> IntArray:
