@@ -40,7 +40,7 @@ class Seen:
         return len(self.rows) >= self.most or self.asked >= MOST_REPEATS * self.most
 
     def candidates(self) -> IntArray:
-        """What was seen, shape (<= most, d)."""
+        """Stack what was seen, shape (<= most, d)."""
         return np.array(list(self.rows), dtype=np.int64)
 
 
