@@ -19,7 +19,7 @@ FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
 PAGES = ("docs/**/*.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/results/*.md")
 AS_THEY_ARE = ("docs/pictures/*.png", "docs/schemas/*.json", "benchmarks/results/*.png")
-SOURCES = ("examples/*.py",)
+SOURCES = ("examples/**/*.py",)
 
 
 def place(path: PurePosixPath) -> PurePosixPath:

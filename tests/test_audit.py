@@ -455,3 +455,16 @@ class TestReport:
         assert titles[0].startswith("adaptive_bn: tau")
         assert titles[1].startswith("compensated: tau")
         assert titles[2].startswith("networks like trial")
+
+
+class TestARecoveryAsTheRecipe:
+    def test_repeats_differ_by_their_seeds_and_steps_are_the_budget(self, found):
+        recipe = autoprune.Recovery(DATA.calibration, ZOO["mlp"].build(), batch_size=50, lr=0.01)
+        report = autoprune.audit(found, recipe, 4, steps=3, repeats=2).audit
+        assert all(row.trained is not None for row in report.rows)
+        first, second = report.variants[FOUND].trained
+        assert first != second
+
+    def test_a_checkpoint_is_for_one_model(self, found):
+        with pytest.raises(ValueError, match="without checkpoint="):
+            autoprune.audit(found, autoprune.Recovery(DATA, checkpoint="state.safetensors"), 4)

@@ -240,8 +240,10 @@ class TestWhatItLearnsFrom:
 
     def test_without_labels_and_a_teacher_there_is_nothing_to_learn(self, dense, small):
         x, _ = samples(dense)
-        with pytest.raises((ValueError, DataError), match=r"teacher=|labels"):
+        with pytest.raises(ValueError, match=r"neither labels.*pass teacher="):
             autoprune.recover(small, x, steps=2)
+        with pytest.raises(DataError, match=r"'agreement' compares with the dense model.*pass teacher="):
+            autoprune.recover(small, autoprune.Data(x, samples(dense, 20, 1)[0]), steps=2)
 
 
 class TestNestedNetworks:

@@ -19,6 +19,7 @@ from autoprune.audit.training_log import Key, Record, Trainings, audit_identity
 from autoprune.data.sampling import seeded
 from autoprune.errors import FileFormatError, InfeasibleBudgetError
 from autoprune.evaluators import EVALUATORS, Evaluator, EvaluatorName, Orders, make_evaluator
+from autoprune.evaluators.recovery.recovery import Distill, Recovery
 from autoprune.evaluators.scoring.scorer import Measuring
 from autoprune.execution import Outcome, evaluate_one
 from autoprune.protocols import OK, FloatArray, IntArray
@@ -36,7 +37,7 @@ MOST_REPEATS = 1_000
 
 def audit(
     result: SearchResult,
-    train_fn: Callable[..., None],
+    train_fn: Callable[..., object],
     k: int = 16,
     *,
     steps: int | None = None,
@@ -56,8 +57,10 @@ def audit(
     Args:
         result: What `autoprune.search` returned. After a restart, get it by searching with ``resume=True``.
         train_fn: ``train_fn(model)``, or ``train_fn(model, steps)`` if `steps` is given, trains a model in place by the
-            recipe that its users will train it with. Draw from the global random state of PyTorch, NumPy or Python,
-            which is seeded for every training. What it raises costs one candidate.
+            recipe that its users will train it with. A `Recovery` gets another seed for every training, and learns no
+            inner features, which control networks with new weights or random units do not share. Other functions should
+            draw from the global random state of PyTorch, NumPy or Python, which is seeded for every training. What it
+            raises costs one candidate.
         k: Candidates to train, at least 4; all there are if the search has fewer.
         steps: The budget that `train_fn` gets.
         evaluators: Names or instances of further evaluators, whose scores of the same candidates are compared too.
@@ -108,7 +111,7 @@ def audit(
     chosen = spread(result, k)
     identity = audit_identity(builder.context, type(builder.evaluator).__name__, steps, seed)
     with Trainings.open(run_dir, identity) as trainings:
-        work = _Work(builder, train_fn if steps is None else partial(_with_steps, train_fn, steps), seed, trainings)
+        work = _Work(builder, _training(train_fn, steps), seed, trainings)
         try:
             _run(work, result, chosen, named, repeats, initialise)
         except KeyboardInterrupt:
@@ -163,8 +166,24 @@ def _pick_far(points: FloatArray, picked: list[int], some: Sequence[int], upto: 
         picked.append(left.pop(int(gaps.argmax())))
 
 
-def _with_steps(train_fn: Callable[..., None], steps: int, model: nn.Module) -> None:
-    train_fn(model, steps)
+def _training(train_fn: Callable[..., object], steps: int | None) -> Callable[[nn.Module, int], object]:
+    """The training of a module with a seed, which a `Recovery` has as a setting, and other functions in global state.
+
+    Raises:
+        ValueError: If it is a `Recovery` with a checkpoint, which is of one module.
+    """
+    given = () if steps is None else (steps,)
+    if isinstance(train_fn, Recovery):
+        if train_fn.checkpoint is not None:
+            raise ValueError("train_fn must be a Recovery without checkpoint=, which is for one model; use run_dir=")
+        distill: Distill = "logits" if train_fn.inner else train_fn.distill
+        return lambda module, seed: replace(train_fn, seed=seed, distill=distill)(module, *given)
+
+    def train(module: nn.Module, seed: int) -> None:
+        with seeded(seed), torch.enable_grad():
+            train_fn(module, *given)
+
+    return train
 
 
 def _named(own: Evaluator, others: Sequence[str | Evaluator]) -> dict[str, Evaluator | None]:
@@ -187,7 +206,7 @@ class _Work:
     """Common state of the trainings of an audit."""
 
     builder: FromEvaluator
-    train_fn: Callable[[nn.Module], None]
+    train_fn: Callable[[nn.Module, int], object]
     seed: int
     trainings: Trainings
 
@@ -207,8 +226,7 @@ class _Work:
         def trained() -> nn.Module:
             module = make()
             masks = {name: module.get_parameter(name).detach() != 0 for name in zeroed}
-            with seeded(self.seed + repeat), torch.enable_grad():
-                self.train_fn(module)
+            self.train_fn(module, self.seed + repeat)
             module.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for name, mask in masks.items():

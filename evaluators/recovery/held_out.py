@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autoprune.data.batch import Batch, Forward
 from autoprune.data.sampling import seeded
+from autoprune.errors import DataError
 from autoprune.evaluators.scoring.out_of_memory import fitting
 from autoprune.metrics.judge import Judge, Scores
 from autoprune.metrics.summary import Summary, summary
@@ -24,11 +25,19 @@ class HeldOut:
         forward: Runs a module on a batch.
         batches: By part: ``"validation"``, ``"test"``; none of them has to be there.
         dense: The dense model in evaluation mode; its outputs are kept where the metric compares with them.
+
+    Raises:
+        DataError: If the metric needs the dense model, and there is none.
     """
 
     def __init__(
         self, judge: Judge, forward: Forward, batches: Mapping[str, Sequence[Batch]], dense: nn.Module | None
     ) -> None:
+        if judge.needs_dense and dense is None and batches:
+            raise DataError(
+                f"metric {judge.name!r} compares with the dense model, but there is no teacher; pass teacher=, or "
+                "labels and a metric on them"
+            )
         self._judge, self._forward, self._batches = judge, forward, batches
         self._dense: dict[str, Sequence[Tensor | None]] = {
             part: [None] * len(some)

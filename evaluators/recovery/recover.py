@@ -46,6 +46,7 @@ def recover(
         What was trained, losses, and the score before and after with its interval.
 
     Raises:
+        UnsupportedModelError: If `small` is scripted, quantised or on several devices, or the teacher is on another.
         DataError: If there is nothing to learn from, or the metric does not fit.
         ValueError: If a setting is out of range, or the checkpoint is of another training.
         FileFormatError: If the checkpoint is damaged.

@@ -27,6 +27,7 @@ from autoprune.evaluators.training.teachers import Better, device_of, fresh_outp
 from autoprune.evaluators.training.weights import Weights, load_weights, weights_of
 from autoprune.files.access import as_path, shortened, sound
 from autoprune.metrics.choosing import resolve_metric
+from autoprune.structure.analysis import require_supported
 from autoprune.structure.given import unwrap
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def recovered(recipe: Recovery, small: nn.Module, keep_going: bool = False) -> R
         keep_going: Return the receipt at Ctrl-C, in place of raising on.
     """
     small = unwrap(small)
+    require_supported(small)
     run = _Run(recipe, small)
     modes = [(module, module.training) for module in small.modules()]
     stopped = ""
