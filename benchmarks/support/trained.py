@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo import mobilenet_v2, resnet, vgg
+from zoo import mobilenet_v2, preactivation_resnet, resnet, vgg
 
 FOLDER = Path("runs") / "trained"
 Part = tuple[Tensor, Tensor]
@@ -35,8 +35,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": partial(resnet, 20, width=8),
     "mobilenet_v2": partial(mobilenet_v2, _SMALL_V2, stem=8, head=96),
     "vgg": vgg,
+    "preactivation_resnet38": partial(preactivation_resnet, 38, width=8),
 }
-"""A deep residual network, a compact one of depthwise convolutions, and a plain one; for 16x16 images in colour."""
+"""Two deep residual networks, a compact one of depthwise convolutions, and a plain one; for 16x16 images in colour."""
 
 _V2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 2, 2))
 WIDE_SIZE = 32
