@@ -141,7 +141,7 @@ def test_what_resumes_and_what_workers_get_scores_to_the_last_bit_what_the_check
     def choosing(*given):
         choice, chosen, _ = really(*given)
         choice = dataclasses.replace(choice, criterion="taylor", parts={**choice.parts, **parts})
-        return choice, chosen.with_parts(**parts), checking.ranking(given[0], "taylor", given[-1])
+        return choice, chosen.with_parts(**parts), checking.ranking(given[0], "taylor", *given[4:6])
 
     monkeypatch.setattr("autoprune.study.setup.check", choosing)
     first = study_for(
@@ -220,3 +220,36 @@ def test_words_outside_of_the_outputs_are_no_classes():
     assert class_dimension(torch.randn(2, 3, 8), ids) == -1
     assert class_dimension(torch.randn(2, 3, 7), ids) is None
     assert class_dimension(torch.randn(2, 3, 8), ids.float()) is None
+
+
+@pytest.fixture(scope="module")
+def normed():
+    """A network with layer norm, untrained, and its data."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3))
+    x, y = torch.randn(300, 12), torch.randint(0, 3, (300,))
+    return net.eval(), autoprune.Data(*((x[rows], y[rows]) for rows in (slice(150), slice(150, 225), slice(225, 300))))
+
+
+@pytest.mark.parametrize(("share", "tried"), [(1e9, True), (0.0, False)])
+def test_a_layer_database_ranks_units_where_it_is_a_small_part_of_the_search(normed, monkeypatch, share, tried):
+    monkeypatch.setattr(checking, "DATABASE_SHARE", share)
+    study = study_for(normed[0], "flops <= 60%", normed[1], metric="accuracy")
+    (note,) = [note for note in study.notes if note.startswith("calibration check")]
+    assert bool(re.search(r"\bobs \d", note)) is tried, note
+
+
+def test_networks_with_batch_norm_are_not_ranked_by_a_database(case, monkeypatch):
+    monkeypatch.setattr(checking, "DATABASE_SHARE", 1e9)
+    context = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", evaluator="adaptive_bn").context
+    assert checking._by_surgeon(context, context.calibration, 100) == {}
+
+
+def test_a_resumed_search_ranks_by_the_database_as_the_check_did(normed, monkeypatch):
+    monkeypatch.setattr(checking, "DATABASE_SHARE", 1e9)
+    context = study_for(normed[0], "flops <= 60%", normed[1], metric="accuracy", evaluator="adaptive_bn").context
+    checked = checking._by_surgeon(context, context.calibration, 100)["obs"]
+    resumed = checking.ranking(context, "obs", 0, context.calibration)
+    assert {name: scores.tolist() for name, scores in checked.items()} == {
+        name: scores.tolist() for name, scores in resumed.items()
+    }

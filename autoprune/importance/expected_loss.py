@@ -65,6 +65,7 @@ def expected_losses(
 ESTIMATED = "estimated"
 MEASURED = "branches measured"
 REFITTED = "branches measured, re-fit foreseen"
+PRICED = "layer database"
 _REFIT = 1.5  # power; losses of MiniLM's heads and neurons after a re-fit follow the share removed to the power 2.2
 
 
@@ -79,7 +80,8 @@ def rival_losses(
     """Expected losses as `expected_losses` gives them, with others to compare them with.
 
     Where the prior is ``"auto"`` and the sensitivity measures it, others are corrected by measured losses of the
-    branches of the model, see `autoprune.importance.anchors.Anchors`, with and without the effect of a re-fit.
+    branches of the model, see `autoprune.importance.anchors.Anchors`, with and without the effect of a re-fit; one more
+    is that of a layer database, where units are ranked by it.
 
     Args:
         kind: As for `expected_losses`.
@@ -109,6 +111,9 @@ def rival_losses(
     measured = anchors(calibration, dropped) if corrected else None
     if measured is not None:
         found |= {MEASURED: estimates.corrected(measured, 0.0), REFITTED: estimates.corrected(measured, _REFIT)}
+    if corrected and criterion == "obs" and "database" in calibration.derived:
+        priced = _estimated("database", space, scores, criterion, calibration)
+        found |= {} if priced is None else {PRICED: priced.losses(calibration)}
     return found
 
 

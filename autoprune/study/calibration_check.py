@@ -26,8 +26,9 @@ from autoprune.evaluators.scoring.out_of_memory import Halving, fitting
 from autoprune.evaluators.scoring.scorer import bound_forward
 from autoprune.files.access import make_folder, write_json
 from autoprune.files.formats import Format
-from autoprune.importance.calibration import affordable, private_copy
-from autoprune.importance.criteria import order_units, score_units_by
+from autoprune.importance.calibration import Calibration, affordable, private_copy
+from autoprune.importance.criteria import order_units, score_units, score_units_by
+from autoprune.importance.database.build import work_of_database
 from autoprune.metrics.judge import Weighing
 from autoprune.protocols import FloatArray, IntArray, Pruning
 from autoprune.search_spaces import Settings
@@ -47,6 +48,8 @@ RACED = 8
 """Fewest validation samples after which a way that is clearly worse than another is given up."""
 RACED_FIRST = 4
 """The same of a large model, for what is worse by three standard errors."""
+DATABASE_SHARE = 0.07
+"""Most work of a layer database, as a share of the forward passes of all candidates, for which `obs` is tried."""
 FILE_NAME = "refit.json"
 FORMAT = Format("autoprune-refit", 1, "the choice of a calibration check")
 
@@ -110,7 +113,13 @@ def unchecked(settings: Settings) -> Choice:
 
 
 def check(
-    context: Context, settings: Settings, scores: Mapping[str, Tensor], candidate: IntArray, seed: int
+    context: Context,
+    settings: Settings,
+    scores: Mapping[str, Tensor],
+    candidate: IntArray,
+    seed: int,
+    calibration: Calibration,
+    trials: int,
 ) -> tuple[Choice, Compensated, Mapping[str, Tensor]]:
     """Score a few ways to prune a model uniformly, and choose one.
 
@@ -123,6 +132,8 @@ def check(
         scores: Importance of units by l2; empty where no unit is removed.
         candidate: The candidate to score, shape (d,).
         seed: For criteria that draw.
+        calibration: The dense model on all calibration samples, and the file of its layer database.
+        trials: Number of candidates that the search plans for.
 
     Returns:
         The choice, an evaluator that has collected its inputs, and the importance of units by the chosen criterion.
@@ -134,6 +145,7 @@ def check(
         ranked = _tried(context, [name for names in CRITERIA for name in names], seed) or {
             name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()
         }
+        ranked |= _by_surgeon(context, calibration, trials)
     refit = Compensated(renew=renew).judged_on(middle_of(context.space))
     refit.collect(context)
     if {"bias", "bn"}.isdisjoint(refit.parts):  # it leaves means to them, and differs from contribution in nothing else
@@ -295,8 +307,29 @@ def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:
     return bool(gain.mean() > errors * error and gain.mean() > 0)
 
 
-def ranking(context: Context, criterion: str, seed: int) -> dict[str, Tensor]:
-    """Importance by a criterion on the few samples of the check."""
+def _by_surgeon(context: Context, calibration: Calibration, trials: int) -> dict[str, dict[str, Tensor]]:
+    """Importance by a layer database, if that is a small part of the work of the search; else nothing.
+
+    Models with batch norm do without: their statistics, estimated on the pruned network, correct much of an error.
+    """
+    samples = sum(batch_size(batch) for batch in (*context.subsets.calibration, *context.subsets.validation))
+    if statistics(context.model):
+        return {}
+    try:
+        if work_of_database(calibration) > DATABASE_SHARE * trials * samples * context.structure.macs:
+            return {}
+        with seeded(0):
+            return {"obs": score_units(calibration, "obs")}
+    except Exception as error:  # of a user's forward under autograd, or of memory
+        log.info("calibration check without obs: %s: %s", type(error).__name__, error)
+        return {}
+
+
+def ranking(context: Context, criterion: str, seed: int, calibration: Calibration) -> dict[str, Tensor]:
+    """Importance by a criterion as the check computes it: all but ``"obs"`` on few samples."""
+    if criterion == "obs":
+        with seeded(0):
+            return score_units(calibration, criterion)
     return _ranked(context, (criterion,), seed)[criterion]
 
 

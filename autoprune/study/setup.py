@@ -145,7 +145,7 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     if is_ours(parts.evaluator):
         inputs = replace(inputs, subsets=arranged(inputs.subsets, ranked.judge, calibration))
     context = Context(model, structure, ranked.space, inputs.subsets, ranked.judge, calibration.forward)
-    refit = _refit(request, parts.evaluator, settings, context, ranked, layout, deadline)
+    refit = _refit(request, parts.evaluator, settings, context, ranked, layout, deadline, calibration)
     expects = isinstance(refit.evaluator, Expects) and request.start.prior in ("auto", "database")
     priors = {} if expects else _priors(request, refit, calibration)
     trials = planned(request.trials, len(ranked.space.sizes))
@@ -254,6 +254,7 @@ def _refit(
     ranked: _Ranked,
     layout: Layout,
     deadline: Deadline,
+    calibration: Calibration,
 ) -> _Refit:
     """Check which re-fit and criterion help, if the evaluator is ``"auto"``, or take the choice of a resumed search."""
     fresh = _copied(evaluator)
@@ -261,13 +262,14 @@ def _refit(
         return _Refit(context, evaluator, fresh, ranked)
     scores, criterion = ranked.scores, ranked.criterion
     middle = middle_of(context.space)  # by l2: its ridges must not depend on the choice of the check
+    trials = planned(request.trials, len(context.space.sizes))
     choice = Choice.load(request.execution.run_dir) or (unchecked(settings) if deadline.passed else None)
     if choice is None:
-        choice, evaluator, scores = check(context, settings, scores, layout.uniform, request.seed)
+        choice, evaluator, scores = check(context, settings, scores, layout.uniform, request.seed, calibration, trials)
     else:
         evaluator = choice.refit(middle)
         if settings.criterion == "auto" and choice.criterion != criterion:
-            scores = ranking(context, choice.criterion, request.seed)
+            scores = ranking(context, choice.criterion, request.seed, calibration)
     if settings.criterion == "auto":
         criterion = choice.criterion
     space = settings.bind(context.structure, order_units(scores))

@@ -11,13 +11,20 @@ import numpy as np
 import torch
 
 from autoprune.arguments import positive, whole_number
+from autoprune.data.batch import batch_size
 from autoprune.data.subsets import fingerprint
 from autoprune.files.access import make_folder
 from autoprune.importance.calibration import Calibration, affordable
 from autoprune.importance.database.database import Database, Table
 from autoprune.importance.database.downdates import remove_greedily
 from autoprune.importance.database.influence import losses_of
-from autoprune.importance.database.observation import Observation, bytes_of_moments, observe, slopes_of
+from autoprune.importance.database.observation import (
+    ENOUGH_ROWS,
+    Observation,
+    bytes_of_moments,
+    observe,
+    slopes_of,
+)
 from autoprune.importance.database.parts import RIDGE, Part
 from autoprune.importance.database.sources import Source, find_sources, owned_columns
 from autoprune.protocols import IntArray
@@ -31,6 +38,9 @@ MOST_COLUMNS = 6144
 """Most columns of a layer whose equations are solved: beyond that they take minutes."""
 FEWEST_SAMPLES, MOST_SAMPLES = 8, 64
 """Samples for backward passes: fewer of a large model."""
+
+_DOWNDATES = 8
+"""Multiply-accumulates of a group's greedy pass, in cubes of its columns: a factor and its downdates in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +154,20 @@ def equations_of(
     others = {group.name for group in calibration.structure.groups if group.name not in groups}
     tasks, _ = _tasks(calibration, memory_bytes, others)
     yield from _equations(calibration, tasks, memory_bytes, samples, seed)
+
+
+def work_of_database(calibration: Calibration) -> float:
+    """Multiply-accumulates in float32 that building a database takes about: passes, moments, and the greedy pass."""
+    structure = calibration.structure
+    samples = sum(map(batch_size, calibration.batches))
+    passes = (samples + 2 * affordable(structure, FEWEST_SAMPLES, MOST_SAMPLES)) * structure.macs
+    tasks, _ = _tasks(calibration, MEMORY_BYTES, set())
+    solved = sum(
+        min(source.rows, ENOUGH_ROWS) * source.columns**2 + _DOWNDATES * source.columns**3
+        for task in tasks
+        for source, _ in task.reads
+    )
+    return float(passes + solved)
 
 
 def layer_database(calibration: Calibration) -> Database:
