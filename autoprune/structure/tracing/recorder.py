@@ -114,6 +114,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's, 
         index = self._ids.get(id(tensor))
         return self.add(tensor, "constant", "", born=-1) if index is None else index
 
+    def lives(self, value: int) -> bool:
+        """Return whether anything still keeps a tensor: the model, what it returned, or code outside of it."""
+        return self._alive[value]() is not None
+
     def known(self, leaf: Any) -> Any:
         """Return the `Ref` of a known tensor; anything else as it is."""
         return Ref(self._ids[id(leaf)]) if isinstance(leaf, Tensor) and id(leaf) in self._ids else leaf

@@ -77,11 +77,16 @@ def follow_training(recorder: Recorder, call: ForwardModule, state: Mapping[str,
     for value in record.values:
         value.died = min(value.died, operations)
     if not record.untrained:
-        _keep_what_differs(record, ran, outputs)
+        _keep_what_differs(recorder, ran, outputs)
 
 
-def _keep_what_differs(record: Record, ran: list[Op], outputs: list[int]) -> None:
-    """Identify training operations with recorded ones of the same arguments, and their results likewise."""
+def _keep_what_differs(recorder: Recorder, ran: list[Op], outputs: list[int]) -> None:
+    """Identify training operations with recorded ones of the same arguments, and their results likewise.
+
+    The pass ends in what it returns and in what it leaves for later, such as the loss of a router in an attribute. What
+    nothing keeps is no end: fused attention in half precision computes weights that it then drops.
+    """
+    record = recorder.record
     waiting: dict[tuple[Any, str], deque[Op]] = defaultdict(deque)
     places: dict[tuple[str, str], deque[int]] = defaultdict(deque)
     for op in record.ops[: record.first]:
@@ -101,7 +106,8 @@ def _keep_what_differs(record: Record, ran: list[Op], outputs: list[int]) -> Non
             if like is not None:
                 record.twins[own.index] = like
     read = {value for op in record.training for value in op.inputs()}
-    ends = [value for op in record.training for value in op.results() if value not in read]
+    made = (value for op in record.training for value in op.results())
+    ends = [value for value in made if value not in read and recorder.lives(value)]
     record.trained = [known.get(value, value) for value in outputs]
     record.training_ends = [
         value
