@@ -71,6 +71,24 @@ def test_ordinary_layers_add_nothing_to_what_evaluation_runs():
     assert record.untrained == ""
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_training_leaves_in_an_attribute_is_an_end_and_what_it_drops_is_none(kept: bool):
+    def forward(s: Net, x: Tensor) -> Tensor:
+        h = s.a(x)
+        if s.training:
+            shares = h.softmax(1)
+            if kept:
+                s.shares = shares
+        return s.head(h.mean((2, 3)))
+
+    from autoprune.structure.tracing.trace import trace
+
+    model = Net(forward, a=conv(3, 8), head=nn.Linear(8, 4))
+    record = trace(Example(model, (torch.randn(2, 3, 6, 6),)), training=True)
+    (softmax,) = record.training
+    assert record.training_ends == (softmax.results() if kept else [])
+
+
 def test_a_parameter_that_masks_only_in_training_follows():
     def forward(s: Net, x: Tensor) -> Tensor:
         h = s.a(x)
