@@ -8,6 +8,7 @@ import pytest
 import autoprune
 from autoprune import Data
 from autoprune.optimizers import Auto, RandomSearch, uniform_seeds
+from autoprune.optimizers.knapsack.coupling import coupled_front
 from autoprune.optimizers.knapsack.relinearise import front_of, spread_budgets
 from autoprune.optimizers.knapsack.sensitivity import Table, table_of
 from autoprune.optimizers.knapsack.table_correction import corrected_tables
@@ -71,6 +72,17 @@ class TestPhases:
         assert len(fresh) >= 2
         assert candidates[first : first + len(fresh)].tolist() == fresh
         assert problem.feasible(candidates).all()
+
+    def test_with_integer_programming_it_starts_from_the_exact_front_of_the_prior(self):
+        known = blocks_problem(4, seed=0)
+        problem = dataclasses.replace(planned(known, 12), prior=known.losses)
+        first = Auto(problem, 0, solver="milp").ask(12)[len(problem.seeds) :]
+        exact = coupled_front(problem, known.losses, spread_budgets(problem, 5))
+        assert (exact.gaps <= 1e-6).all()
+        fresh = [row for row in dict.fromkeys(map(tuple, exact.candidates)) if list(row) not in problem.seeds.tolist()]
+        assert list(map(tuple, first[: len(fresh)])) == fresh
+        with pytest.raises(ValueError, match="solver must be 'dynamic' or 'milp', got 'exact'"):
+            Auto(problem, 0, solver="exact")
 
     def test_options_without_an_order_are_not_measured_alone(self):
         known = product_problem([5] * 8, seed=0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import final
+from typing import Literal, final
 
 import numpy as np
 
 from autoprune.optimizers.history import Archive
+from autoprune.optimizers.knapsack.coupling import coupled_front
 from autoprune.optimizers.knapsack.relinearise import front_of, reachable, spread_budgets
 from autoprune.optimizers.knapsack.sensitivity import Table, next_probes, table_of
 from autoprune.optimizers.knapsack.table_correction import corrected_tables
@@ -62,14 +63,23 @@ class Auto:
     Args:
         problem: The problem to search.
         seed: Not negative; the same seed gives the same proposals for the same history.
+        solver: ``"dynamic"`` solves fronts of tables by dynamic programming on linearised costs; ``"milp"`` starts both
+            the expected front and the table's with five budgets solved by integer programming, which knows how costs
+            of two dimensions depend on each other (`coupled_front`): up to some seconds for each budget.
+
+    Raises:
+        ValueError: If `solver` is unknown.
     """
 
-    def __init__(self, problem: Problem, seed: int = 0) -> None:
+    def __init__(self, problem: Problem, seed: int = 0, solver: Literal["dynamic", "milp"] = "dynamic") -> None:
+        if solver not in ("dynamic", "milp"):
+            raise ValueError(f"solver must be 'dynamic' or 'milp', got {solver!r}")
         self._problem = problem
+        self._exact = solver == "milp"
         self._archive = Archive(problem, seed)
         self._surrogate = Surrogate(problem)
         self._coupled = find_coupled(problem)
-        self._fronts: dict[int, tuple[bytes, IntArray]] = {}
+        self._fronts: dict[tuple[int, bool], tuple[bytes, IntArray]] = {}
         self._guess: IntArray | None = None
         self._phase = _START
         self._asked: Counter[str] = Counter()
@@ -128,7 +138,10 @@ class Auto:
         if (made := sum(map(len, found))) < n:
             affordable = [count for count in _FRONTS if count <= _FRONT_SHARE * self._problem.trials]
             most = affordable[0] if affordable and self._adds_up(table) else _FRONTS[-1]
-            found.append(self._within_aim(unknown(self._front(table, most), known)))
+            front = self._front(table, most)
+            if self._exact:
+                front = np.concatenate([self._front(table, _FRONTS[-1], exact=True), front])
+            found.append(self._within_aim(unknown(front, known)))
             phase = phase if made else _FRONT
         if (made := sum(map(len, found))) < n:
             phase = phase if made else _REFINE
@@ -229,12 +242,14 @@ class Auto:
         predicted = learnt.warp(learnt.predict(proposals))
         return proposals[choose_by_gain(predicted, learnt.spread, fits, learnt.warp(best), n)]
 
-    def _front(self, table: Table, n: int, rounds: int = 6) -> IntArray:
+    def _front(self, table: Table, n: int, rounds: int = 6, exact: bool = False) -> IntArray:
         """Front of a table for `n` budgets, cached until the table changes."""
         key = b"".join(row.tobytes() for row in table.losses)
-        if self._fronts.get(n, (b"",))[0] != key:
-            self._fronts[n] = (
-                key,
-                front_of(self._problem, table.losses, spread_budgets(self._problem, n), "sum", rounds),
-            )
-        return self._fronts[n][1]
+        if self._fronts.get((n, exact), (b"",))[0] != key:
+            budgets = spread_budgets(self._problem, n)
+            if exact:
+                front = coupled_front(self._problem, table.losses, budgets).candidates
+            else:
+                front = front_of(self._problem, table.losses, budgets, "sum", rounds)
+            self._fronts[n, exact] = key, front
+        return self._fronts[n, exact][1]
