@@ -1,8 +1,8 @@
 """Quality of `auto` against the number of trials: it must not fall as they rise, nor stay behind simpler optimizers.
 
-Run ``python -m benchmarks.optimizers.first_minute`` from the root of the repository, about an hour on one thread; it goes
-on where it stopped, a cell at a time, and exits with 1 when a target is missed. ``--problems`` and ``--seeds`` choose
-fewer; what there is of a cell is replaced where it has fewer seeds.
+Run ``python -m benchmarks.optimizers.first_minute`` from the root of the repository, about an hour on one thread; it
+goes on where it stopped, a cell at a time, and exits with 1 when a target is missed. ``--problems`` and ``--seeds``
+choose fewer; a cell with fewer seeds than wanted is made again.
 
 For each number of trials each optimizer is told that number, as in `autoprune.search`, and starts from uniform pruning;
 random search and an NSGA-II that start at random are next to them. Hypervolume is that of `equal_evaluations`.
