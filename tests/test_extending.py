@@ -283,3 +283,25 @@ def test_spaces_say_how_many_candidates_they_have():
     assert two.describe() == "2 groups of 24 units with 2 widths each, 4 candidates"
     assert Channels(options=(1.0, 0.5), ignore=["4"]).bind(own, order).describe().endswith("2 widths, 2 candidates")
     assert Channels().bind(own, order).describe() == "2 groups of 24 units with 8 to 16 widths, 128 candidates"
+
+
+def test_a_rule_of_zeros_is_a_candidate_to_begin_from():
+    files = importlib.import_module("by_energy")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(64, 12)
+    structure, settings = analyse(Example(model, (x[:2],))), autoprune.Sparsity()
+    begun = files.begun_by(files.by_energy, model, structure, settings, 0.6)
+    weights = {name: model.get_parameter(name) for name in structure.weights}
+    squares = [weight.double().flatten().square() for weight in weights.values()]
+    kept = files.by_energy(weights, 100)
+    assert sum(kept.values()) == 100
+    first = torch.cat([each / each.sum() for each in squares]).detach().argsort(descending=True)[:100]
+    assert kept["0.weight"] == int((first < 12 * 16).sum())
+    with torch.no_grad():
+        data = x, model(x).argmax(1)
+    execution = autoprune.Execution(progress=False)
+    result = autoprune.search(
+        model, "nonzero_params <= 60%", data, space=settings, start=[begun], trials=3, execution=execution
+    )
+    assert result.trials[0].candidate == tuple(begun)

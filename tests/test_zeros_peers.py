@@ -27,7 +27,8 @@ def zeros(tmp_path_factory: pytest.TempPathFactory) -> Zeros:
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(config).eval()
         ids = torch.randint(0, 101, (64, 12))
-    return Zeros(Case(model, ids, seed=0, evaluations=6, dtype=torch.float32), tmp_path_factory.mktemp("zeros"))
+    case = Case(model, ids, seed=0, evaluations=6, dtype=torch.float32)
+    return Zeros.of_case(case, tmp_path_factory.mktemp("zeros"))
 
 
 @pytest.mark.slow

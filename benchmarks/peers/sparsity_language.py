@@ -83,19 +83,19 @@ def main() -> None:
         case = Case(model, calibration(tokenizer, seed), seed, options.evaluations)
         if "dense" not in found:
             found["dense"] = judged(case.copy(), case.dtype, texts)
-        zeros = Zeros(case, options.folder / str(seed))
+        zeros = Zeros.of_case(case, options.folder / str(seed))
         for method in options.methods:
             for target in options.targets:
                 name = key(method, target, seed)
                 if name in found["cells"] or (":" in target and method in SEARCHES):
                     continue
-                case.kept.clear()
+                zeros.kept.clear()
                 _ = zeros.solver if method not in DATABASE else zeros.study  # not a part of this cell
                 began = time.process_time()
                 network = METHODS[method](zeros, target_of(target)).eval()
                 seconds = time.process_time() - began
                 losses = judged(network, case.dtype, texts)
-                found["cells"][name] = {"cpu_seconds": round(seconds, 1), **losses, **case.kept}
+                found["cells"][name] = {"cpu_seconds": round(seconds, 1), **losses, **zeros.kept}
                 print(name, found["cells"][name], flush=True)
                 write(NAME, "Zeros in a language model", found, report(found))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +27,63 @@ from autoprune.testing.contexts import study_for
 from benchmarks.peers.language.case import Case
 
 LEVELS = (0.0, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9)
-OTHERS = ("model.embed_tokens*",)  # the embedding is the output layer, too
 FITTED, COMPARED, LEFT = 54, 8, 2  # of the 64 sequences: moments, candidates, and a look at the finished front
 BATCH = 2
 Target = float | str
 """A share of zeros, or a pattern."""
 
 
+@dataclass
 class Zeros:
     """A model with moments of what its weights read, and a database of levels in a folder.
 
-    Args:
-        case: Model and calibration sequences.
+    Attributes:
+        model: The dense model.
+        data: Calibration samples, and those that searches compare candidates on.
+        inside: Beginning of the names of the weights that may have zeros: those of linear layers in blocks.
+        outside: Others that are multiplied, which have none.
         folder: For the weights of all levels.
+        metric: Of a search.
+        seed: Of a search.
+        evaluations: Candidates of a search.
         method: Of the database.
+        kept: Notes of the last cell.
     """
 
-    def __init__(self, case: Case, folder: Path, method: Method = "admm") -> None:
-        self.case = case
-        self.folder, self.method = folder, method
-        self.space = Sparsity(levels=LEVELS, ignore=OTHERS)
-        self._study: Study | None = None
+    model: nn.Module
+    data: autoprune.Data
+    inside: str
+    outside: Sequence[str]
+    folder: Path
+    metric: str = "agreement"
+    seed: int = 0
+    evaluations: int = 40
+    method: Method = "admm"
+    kept: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @classmethod
+    def of_case(cls, case: Case, folder: Path) -> Zeros:
+        """SmolLM2, with the sequences of a case."""
+        data = autoprune.Data(
+            [{"input_ids": part} for part in case.ids.split(BATCH)],
+            calibration_samples=FITTED,
+            validation_samples=COMPARED,
+            test_samples=LEFT,
+        )
+        return cls(
+            case.fast,
+            data,
+            "model.layers.",
+            ["model.embed_tokens*"],
+            folder,
+            seed=case.seed,
+            evaluations=case.evaluations,
+        )
+
+    @cached_property
     def study(self) -> Study:
         """A search at half of the weights, set up and not begun; the database is made here."""
-        if self._study is None:
-            self._study = study_for(self.case.fast, self.limit(0.5), self.data, **self.options())
-        return self._study
+        return study_for(self.model, self.limit(0.5), self.data, **self.options())
 
     @property
     def solver(self) -> Solver:
@@ -62,36 +92,31 @@ class Zeros:
         assert isinstance(evaluator, Masked)
         return evaluator.solver()
 
-    @property
-    def data(self) -> autoprune.Data:
-        return autoprune.Data(
-            [{"input_ids": part} for part in self.case.ids.split(BATCH)],
-            calibration_samples=FITTED,
-            validation_samples=COMPARED,
-            test_samples=LEFT,
-        )
-
     def options(self) -> dict[str, Any]:
         """Settings of a search; its evaluator finds the levels in the folder."""
-        evaluator = Masked(self.method, bn=False, bias=False, folder=self.folder, store_bytes=2**34)
-        return {"space": self.space, "evaluator": evaluator, "metric": "agreement", "seed": self.case.seed}
+        bias = any(name.startswith(self.inside) and name.endswith(".bias") for name in self.model.state_dict())
+        evaluator = Masked(self.method, bn=False, bias=bias, folder=self.folder, store_bytes=2**34)
+        space = Sparsity(levels=LEVELS, ignore=self.outside)
+        return {"space": space, "evaluator": evaluator, "metric": self.metric, "seed": self.seed}
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The linear layers of the blocks."""
-        named = self.case.fast.named_parameters()
-        return {name: each.detach() for name, each in named if name.startswith("model.layers.") and each.ndim == 2}
+        named = self.model.named_parameters()
+        return {name: each.detach() for name, each in named if name.startswith(self.inside) and each.ndim == 2}
 
     def limit(self, share: float) -> str:
         """Budget for this share of zeros among the linear layers of the blocks."""
-        total = sum(each.numel() for each in self.case.fast.parameters())
+        total = sum(each.numel() for each in self.model.parameters())
         return f"nonzero_params <= {total - int(share * sum(each.numel() for each in self.weights.values()))}"
 
     def network(self, method: Method, kept: Mapping[str, int] | None, pattern: str = "unstructured") -> nn.Module:
         """The model with these numbers of elements left in each weight, or with a pattern everywhere."""
-        model = copy.deepcopy(self.case.fast)
+        model = copy.deepcopy(self.model)
         form = Pattern.parse(pattern)
-        solver = Solver(self.case.fast, self.solver.observed, method)
+        # As published: errors of outputs, whose means no bias corrects.
+        observed = {n: [replace(each, centred=False) for each in own] for n, own in self.solver.observed.items()}
+        solver = Solver(self.model, observed, method)
         for name, weight in self.weights.items():
             zeros = form.zeros(tuple(weight.shape)) if kept is None else weight.numel() - kept[name]
             made = solver.solve(name, form, zeros)
@@ -121,13 +146,13 @@ def owl(zeros: Zeros, target: float, spread: float, above: float) -> nn.Module:
     for name in zeros.weights:
         (layer,) = solver.layers(name)
         scores[name] = wanda(layer.weight, layer.energies).sqrt()
-    parts = {name: ".".join(name.split(".")[:3]) for name in scores}
+    parts = {name: block_of(name) for name in scores}
     return zeros.network("sparsegpt", allocation.owl(scores, zeros.nonzero(target), spread, above, parts))
 
 
 def on_database(zeros: Zeros, target: float) -> nn.Module:
     """Uniform shares of the database, without a search."""
-    study = study_for(zeros.case.fast, zeros.limit(target), zeros.data, **zeros.options())
+    study = study_for(zeros.model, zeros.limit(target), zeros.data, **zeros.options())
     with torch.no_grad():
         return study.evaluator.build(uniform_seeds(study.problem)[-1])
 
@@ -138,17 +163,17 @@ def searched(zeros: Zeros, target: float, optimizer: Any, growing: bool) -> nn.M
     if growing:
         options |= {"evaluator": Growing(options["evaluator"]), "early_stopping": autoprune.Rungs(2, reduction=4)}
     result = autoprune.search(
-        zeros.case.fast,
+        zeros.model,
         zeros.limit(target),
         zeros.data,
         optimizer=optimizer,
-        trials=zeros.case.evaluations,
+        trials=zeros.evaluations,
         execution=autoprune.Execution(progress=False),
         **options,
     )
-    zeros.case.kept["evaluations"] = float(len(result.trials))
-    zeros.case.kept["notes"] = list(result.notes)
-    zeros.case.kept["spread"] = spread_of(result.best().decoded)
+    zeros.kept["evaluations"] = float(len(result.trials))
+    zeros.kept["notes"] = list(result.notes)
+    zeros.kept["spread"] = spread_of(result.best().decoded)
     with torch.no_grad():
         return result.build()
 
@@ -157,11 +182,16 @@ def spread_of(levels: Mapping[str, float]) -> dict[str, float]:
     """Mean share of zeros by kind of weight, and in the first, the middle and the last third of blocks."""
     kinds = {name.split(".")[-2] for name in levels}
     found = {kind: float(np.mean([x for name, x in levels.items() if f".{kind}." in name])) for kind in sorted(kinds)}
-    blocks = np.array([int(name.split(".")[2]) for name in levels])
+    blocks = np.array([int(block_of(name)) for name in levels])
     values = np.array(list(levels.values()))
     for i, place in enumerate(("first third", "middle", "last third")):
         found[place] = float(values[blocks * 3 // (blocks.max() + 1) == i].mean())
     return found
+
+
+def block_of(name: str) -> str:
+    """Number of the block of a weight."""
+    return next(part for part in name.split(".") if part.isdigit())
 
 
 Run = Callable[[Zeros, Any], nn.Module]
