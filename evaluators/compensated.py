@@ -173,6 +173,11 @@ class Compensated:
         }
         return tuple(name for name, has_work in busy.items() if has_work and self.settings[name])
 
+    @property
+    def shifted(self) -> frozenset[str]:
+        """Weights whose biases are corrected; known after `collect`."""
+        return frozenset(name for name, layers in self._layers.items() if all(map(self._shifted, layers)))
+
     def order(self, candidates: IntArray) -> IntArray:
         """Return the order of evaluation in which candidates share most."""
         return self._adapted.order(candidates)

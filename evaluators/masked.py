@@ -15,6 +15,7 @@ from autoprune.data.subsets import fingerprint
 from autoprune.evaluators.activation_cache.cache import checked_bytes
 from autoprune.evaluators.compensated import Compensated, replace_parameter
 from autoprune.evaluators.protocol import Context
+from autoprune.evaluators.refit.layers import shift_bias
 from autoprune.evaluators.scoring.scorer import Adapted
 from autoprune.importance.calibration import affordable
 from autoprune.importance.masks.layer import DAMPING
@@ -106,7 +107,7 @@ class Masked:
             names = space.zeroed_weights if isinstance(space, SetsZeros) else tuple(context.structure.weights)
             samples = affordable(context.structure, FEWEST_SAMPLES, MOST_SAMPLES)
             observed = observe_weights(context.calibration, names, samples, self._memory_bytes)
-            self._solver = Solver(context.model, observed, self._method, self._damping)
+            self._solver = Solver(context.model, observed, self._method, self._damping, self._bn, self._bias)
         return self._solver
 
     def _built(self, context: Context) -> ZeroDatabase:
@@ -115,7 +116,8 @@ class Masked:
         identity = ""
         if self._folder is not None:
             state = context.model.state_dict()
-            identity = fingerprint([state, list(context.subsets.calibration), self._method, self._damping])
+            settings = [self._method, self._damping, self._bn, self._bias]
+            identity = fingerprint([state, list(context.subsets.calibration), *settings])
         return build_tables(self.solver, choices, sizes, self._folder, identity, self._store_bytes)
 
     @property
@@ -158,7 +160,16 @@ class Masked:
                 made = self._made(name, choice, slices) if slices else self._database.weight(name, choice)
                 dense = self._context.model.get_parameter(name)
                 replace_parameter(module, name, made.to(dense).clone())
+                if self._bias and name not in self._refit.shifted:
+                    self._shift(module, name, edit)
         self._refit.adapt(module, edit, run)
+
+    def _shift(self, module: nn.Module, name: str, edit: Edit) -> None:
+        """Correct the bias of a weight that reads no units, which `Compensated` does not know."""
+        for each in self.solver().observed[name]:
+            if each.bias is not None and not (self._bn and each.normalised):
+                value = shift_bias(module, self._context.model, edit, each.reader, each.bias, each.moments.mean)
+                replace_parameter(module, each.bias, value)
 
     def _made(self, name: str, choice: Choice, slices: Mapping[int, IntArray]) -> Tensor:
         """The weight of a layer that lost units; the latest ones are kept."""

@@ -141,6 +141,22 @@ class TestWhatIsBuilt:
         assert distance(context, module.eval()) < distance(context, plain)
 
 
+def test_biases_are_corrected_where_inputs_are_no_units():
+    """The first layer reads the input, of large means, and a residual stream that cannot shrink feeds others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5)).eval()
+    x = 5 + torch.randn(96, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+    context = context_of(model, (x, labels), Sparsity(levels=(0, 0.5)), "agreement")
+    module = prepared(context).build(np.array([1, 0]))
+    (batch,) = (torch.cat([each[0] for each in context.subsets.calibration]),)
+    with torch.no_grad():
+        change = module[0](batch) - model[0](batch)
+    assert change.mean(0).abs().max() < 1e-5
+    assert change.square().mean() < 0.5
+
+
 class TestObservation:
     def test_moments_and_curvatures_are_those_of_a_plain_pass(self):
         torch.manual_seed(0)
@@ -164,6 +180,7 @@ class TestObservation:
         loss.backward()
         for name in ("1", "3"):
             (own,) = found[f"{name}.weight"]
+            assert own.bias == f"{name}.bias"
             centred = seen[name] - seen[name].mean(0)
             torch.testing.assert_close(own.moments.products(True).float(), centred.T @ centred / 28)
             expected = 0.5 * gradients[name].double().square().sum(0) / draws

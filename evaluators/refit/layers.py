@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.moments import Moments
-from autoprune.importance.reading import Reader, watch
+from autoprune.importance.reading import Reader, matrix_of, watch
 from autoprune.structure.slicing.slicing import Edit
 
 DEFAULT_RIDGE = 1e-2
@@ -60,6 +60,35 @@ def firsts_of(layers: Mapping[Reader, Layer]) -> dict[Reader, list[Layer]]:
     for layer in layers.values():
         sharing[id(layer.moments)].append(layer)
     return {each[0].reader: each for each in sharing.values()}
+
+
+def shift_bias(module: nn.Module, model: nn.Module, edit: Edit, reader: Reader, bias: str, mean: Tensor) -> Tensor:
+    """Bias that makes up for the mean change of what is multiplied.
+
+    Args:
+        module: The network as edited, with the new weight.
+        model: The dense one.
+        edit: The edit.
+        reader: The weight.
+        bias: Name of its bias.
+        mean: Of its inputs in the dense model, float64, shape (columns,).
+
+    Returns:
+        A new value of the bias.
+    """
+    dense = model.get_parameter(reader.name).detach()
+    whole = matrix_of(dense, reader)
+    left = edit.slices.get(reader.name, {}).get(1 - reader.dim, np.arange(dense.shape[1 - reader.dim]))
+    places = np.flatnonzero((left >= reader.start) & (left < reader.start + reader.outputs))
+    rows = torch.from_numpy(left[places] - reader.start).to(dense.device)
+    into = torch.from_numpy(places).to(dense.device)
+    value = module.get_parameter(reader.name).detach()
+    matrix = value.flatten(1) if reader.dim else value.T
+    kept = columns_kept(reader, model, edit)
+    lost = whole[rows].double() @ mean - matrix[into].double() @ (mean if kept is None else mean[kept])
+    shifted = module.get_parameter(bias).detach().clone()
+    shifted[into] = (shifted[into].double() + lost).to(shifted.dtype)
+    return shifted
 
 
 def columns_kept(reader: Reader, model: nn.Module, edit: Edit) -> Tensor | None:

@@ -34,14 +34,16 @@ class Observed:
     Attributes:
         reader: The rows of the weight.
         moments: Of its inputs; one object for those that read the same values.
-        centred: Whether a bias or batch norm corrects the mean of every output.
+        bias: The parameter that is added to its outputs, or None.
+        normalised: Whether batch norm reads its outputs, and so subtracts any constant.
         squares: Sum of the squares of the gradients at each output, float64, shape (outputs,); zeros without any.
         draws: Number of labels drawn for the gradients.
     """
 
     reader: Reader
     moments: Moments
-    centred: bool
+    bias: str | None
+    normalised: bool
     squares: Tensor = field(repr=False)
     draws: int = 0
 
@@ -105,7 +107,6 @@ def _laid_out(calibration: Calibration, names: Collection[str], memory_bytes: in
     for reader in _separate(rows):
         if reader.name in reading.otherwise or not rows[reader]:
             continue
-        centred = reader in reading.normalised or reading.bias_of(reader) is not None
         firsts = frozenset(reading.firsts[reader])
         alone = len(firsts) > 1 or next(iter(firsts)) not in rows
         key = (frozenset({reader}) if alone else firsts, rows[reader] == rows[next(iter(firsts))])
@@ -117,7 +118,13 @@ def _laid_out(calibration: Calibration, names: Collection[str], memory_bytes: in
             left -= needed
             every = max(1.0, rows[reader] * scale / max(ENOUGH_ROWS, FEWEST * reader.columns))
             shared[key] = Moments(reader.columns, 0, every)
-        found[reader] = Observed(reader, shared[key], centred, torch.zeros(reader.outputs, dtype=torch.float64))
+        found[reader] = Observed(
+            reader,
+            shared[key],
+            reading.bias_of(reader),
+            reader in reading.normalised,
+            torch.zeros(reader.outputs, dtype=torch.float64),
+        )
     return found
 
 

@@ -30,15 +30,25 @@ class Solver:
         observed: What each weight reads; others cannot be solved.
         method: The method, see `autoprune.importance.masks.methods.solve`.
         damping: Share of the mean diagonal that is added to moments before they are inverted.
+        bn: The statistics of batch norms are corrected, so that means of what they read do not matter.
+        bias: Biases are corrected, likewise.
     """
 
     def __init__(
-        self, model: nn.Module, observed: Mapping[str, Sequence[Observed]], method: Method, damping: float = DAMPING
+        self,
+        model: nn.Module,
+        observed: Mapping[str, Sequence[Observed]],
+        method: Method,
+        damping: float = DAMPING,
+        bn: bool = False,
+        bias: bool = False,
     ) -> None:
         self._model = model
         self.observed = observed
         self._method = method
         self._damping = damping
+        self._bn = bn
+        self._bias = bias
         self._layers: OrderedDict[str, list[Layer]] = OrderedDict()
 
     def __contains__(self, name: str) -> bool:
@@ -111,7 +121,8 @@ class Solver:
         parameter = self._model.get_parameter(reader.name).detach()
         weight = matrix_of(parameter, reader)
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        products = observed.moments.products(observed.centred)
+        centred = (self._bn and observed.normalised) or (self._bias and observed.bias is not None)
+        products = observed.moments.products(centred)
         run = parameter.shape[1] if reader.dim else reader.columns
         if parameter.ndim > 2 and reader.dim:
             places = kernel_last(reader.columns, run).to(weight.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,7 @@ class Zeros:
         """The model with these numbers of elements left in each weight, or with a pattern everywhere."""
         model = copy.deepcopy(self.model)
         form = Pattern.parse(pattern)
-        # As published: errors of outputs, whose means no bias corrects.
-        observed = {n: [replace(each, centred=False) for each in own] for n, own in self.solver.observed.items()}
-        solver = Solver(self.model, observed, method)
+        solver = Solver(self.model, self.solver.observed, method)  # as published: no bias corrects means
         for name, weight in self.weights.items():
             zeros = form.zeros(tuple(weight.shape)) if kept is None else weight.numel() - kept[name]
             made = solver.solve(name, form, zeros)
