@@ -21,7 +21,7 @@ from autoprune.search_spaces import Channels, Depth, Product, Settings
 from benchmarks.support.common import RESULTS, environment, interval, table, write
 from benchmarks.support.trained import score, trained
 
-NETWORKS = ("resnet20", "preactivation_resnet38")
+NETWORKS = ("resnet20_wide", "preactivation_resnet38_wide")
 SHARES = (0.5, 0.35)
 SPACES: dict[str, Settings] = {"channels": Channels(), "channels and depth": Product(Channels(), Depth())}
 BATCH, CALLS = 32, 30
@@ -44,12 +44,12 @@ def searched(network: str, share: float, space: str, seed: int, trials: int) -> 
     """Accuracy and loss on held-out digits of the best network that a search finds, and its time."""
     given = trained(network, seed)
     x = given.data["train"][0][:BATCH]
-    latencies = autoprune.profile(given.model, x)
+    latencies = autoprune.profile(given.model, x, batch=BATCH)
     result = autoprune.search(
         given.model,
         f"latency <= {share:.0%}",
         autoprune.Data(calibration=given.data["train"], validation=given.data["validation"]),
-        example=x,
+        example=autoprune.Call(cost_batch=BATCH),
         costs={"latency_ms": latencies},
         space=SPACES[space],
         trials=trials,
@@ -92,25 +92,29 @@ def report(cells: dict[str, Any]) -> str:
 
 def _of(cells: dict[str, Any], network: str, share: float, space: str) -> dict[int, Any]:
     wanted = {"network": network, "share": share, "space": space}
-    return {cell["seed"]: cell for cell in cells.values() if wanted.items() <= cell.items()}
+    return {cell["seed"]: cell for cell in cells.values() if wanted.items() <= cell.items() and "error" not in cell}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept = RESULTS / "depth.json"
     cells: dict[str, Any] = json.loads(kept.read_text())["cells"] if kept.exists() else {}
     for seed in range(options.seeds):
-        for network in NETWORKS:
+        for network in options.networks:
             for share in SHARES:
                 for space in SPACES:
                     key = f"{network}, {share}, {space}, {seed}, {options.trials}"
                     if key in cells:
                         continue
-                    row = searched(network, share, space, seed, options.trials)
+                    try:
+                        row = searched(network, share, space, seed, options.trials)
+                    except autoprune.InfeasibleBudgetError as error:
+                        row = {"error": str(error)}
                     cells[key] = row | {"network": network, "share": share, "space": space, "seed": seed}
                     write(
                         "depth",

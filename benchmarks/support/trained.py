@@ -35,14 +35,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": partial(resnet, 20, width=8),
     "mobilenet_v2": partial(mobilenet_v2, _SMALL_V2, stem=8, head=96),
     "vgg": vgg,
-    "preactivation_resnet38": partial(preactivation_resnet, 38, width=8),
 }
-"""Two deep residual networks, a compact one of depthwise convolutions, and a plain one; for 16x16 images in colour."""
+"""A deep residual network, a compact one of depthwise convolutions, and a plain one; for 16x16 images in colour."""
 
 _V2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 2, 2))
 WIDE_SIZE = 32
 WIDE: dict[str, Callable[[], nn.Module]] = {
     "resnet20_wide": partial(resnet, 20, width=16),
+    "preactivation_resnet38_wide": partial(preactivation_resnet, 38, width=16),
     "mobilenet_v2_wide": partial(mobilenet_v2, _V2, stem=16, head=192),
 }
 """Wide enough that channels, more than calls, take the time; for 32x32 images in colour."""
