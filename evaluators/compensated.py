@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.arguments import flag, positive, whole_number
+from autoprune.arguments import flag, positive, said, whole_number
 from autoprune.data.batch import Batch
 from autoprune.data.sampling import seeded
 from autoprune.evaluators.activation_cache.cache import checked_bytes
@@ -27,7 +29,9 @@ from autoprune.importance.calibration import private_copy
 from autoprune.importance.reading import matrix_of
 from autoprune.protocols import Failure, IntArray, Measurement, Pruning, SearchSpace, Silences
 from autoprune.structure.slicing.adapters import refresh_flat_weights
-from autoprune.structure.slicing.slicing import Edit
+from autoprune.structure.slicing.slicing import Edit, Slicer
+
+log = logging.getLogger(__name__)
 
 SOLVED_BYTES = 2**28
 """Most memory for solutions that later candidates may need again."""
@@ -46,7 +50,8 @@ class Compensated:
     names and shapes.
 
     Args:
-        bn: Correct batch-norm statistics for the change by pruning, in one pass over the calibration samples.
+        bn: Correct batch-norm statistics for the change by pruning, in one pass over the calibration samples, or over
+            the first of them if those of a typical candidate have converged by then.
         bias: Add the mean contribution of the removed inputs to biases. A layer without a bias is left alone: adding
             one would change the keys of its state dict, and before batch norm, where most such layers are, it would
             have no effect.
@@ -97,6 +102,9 @@ class Compensated:
         if not self._collected:
             self.collect(context)
         self._context, self._collected = context, False  # another `prepare` may be for another model
+        if self._correction is not None:
+            few = self._correction.batches
+            context = replace(context, subsets=replace(context.subsets, calibration=tuple(few)))
         self._adapted = Adapted(context, self.adapt, share_bytes=self._share_bytes)
 
     def collect(self, context: Context) -> None:
@@ -127,7 +135,25 @@ class Compensated:
             if whole._least_squares and drops(context.space)
             else None
         )
+        if self._correction is not None:
+            self._correction = self._correction.first(self._settled(context, self._correction))
         self._collected = True
+
+    def _settled(self, context: Context, correction: Correction) -> int:
+        """Number of calibration batches after which statistics of a typical candidate have converged, else all."""
+        every = len(correction.batches)
+        edit = context.structure.edit(self._typical or middle_of(context.space))
+        if every == 1 or not (edit.slices or edit.zeroed or edit.dropped):
+            return every
+        module = Slicer(context.model).cut(edit).eval()
+        run = bound_forward(context, module)
+        try:
+            with seeded(0):
+                self.with_parts(bn=False).adapt(module, edit, run)
+                return correction.converged(module, edit, run)
+        except Exception as error:  # a candidate that cannot run fails when it is scored, alone
+            log.info("statistics are taken of all calibration samples: %s", said(error))
+            return every
 
     def with_parts(self, **parts: bool) -> Compensated:
         """Copy with other parts of the re-fit on or off (`bn`, `bias`, `least_squares`); it shares collected inputs.

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.data.batch import Batch
+from autoprune.data.batch import Batch, batch_size
 from autoprune.evaluators.adaptive_bn import moments_of, statistics
 from autoprune.evaluators.scoring.out_of_memory import BatchMoments, Passes
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.padding import kept_positions, positions_of
 from autoprune.structure.slicing.slicing import Edit
+
+SETTLED = 0.05
+"""Standard deviations of a channel by which statistics of some batches may differ from those of all."""
+
+LEAST_SAMPLES = 128
+"""Samples that statistics are taken of in any case."""
 
 _MOST = 1e6  # the variance of a channel is corrected by at most this factor, in either direction
 _DEAD = 1e-12  # of the running variance: less is no variance to compare with
@@ -50,6 +58,12 @@ class _Norm:
 
         return cls([rows(moments) for moments in calls], rows(BatchMoments.of_parts(calls)))
 
+    def pooled(self, calls: int) -> Tensor:
+        """Rows over the first calls, each of which weighs the same; shape (3, channels)."""
+        shift, var, spread = (torch.stack([rows[i] for rows in self.calls[:calls]]) for i in range(3))
+        mean = shift.mean(0)
+        return torch.stack([mean, var.mean(0), spread.mean(0) + (shift - mean).square().mean(0)])
+
     def kept(self, index: Tensor) -> _Norm:
         """The same of the channels that stay."""
         return _Norm([rows[:, index] for rows in self.calls], self.whole[:, index])
@@ -76,15 +90,58 @@ class Correction:
         with torch.no_grad():
             calls = _measured(statistics(dense), self._batches, partial(calibration.forward, dense), lambda *_: None)
         own = statistics(dense)
-        self._norms = {names[norm]: _Norm.of(own[norm], seen) for norm, seen in calls.items()}
+        self._dense = {names[norm]: (own[norm], seen) for norm, seen in calls.items()}
+        self._norms = {name: _Norm.of(*found) for name, found in self._dense.items()}
 
-    def apply(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """Batches that candidates run on."""
+        return self._batches
+
+    def first(self, count: int) -> Correction:
+        """Copy that takes the first `count` batches alone, of the dense model and of candidates."""
+        other = copy.copy(self)
+        share = count / len(self._batches)
+        other._batches = self._batches[:count]
+        other._dense = {name: (own, seen[: round(share * len(seen))]) for name, (own, seen) in self._dense.items()}
+        other._norms = {name: _Norm.of(*found) for name, found in other._dense.items()}
+        return other
+
+    def converged(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> int:
+        """Number of batches after which the corrected statistics of a pruned module are those of all batches.
+
+        To `SETTLED`, the root mean square over the channels of each norm, in standard deviations, with at least
+        `LEAST_SAMPLES` samples.
+
+        Args:
+            module: As for `apply`, which it goes through.
+            edit: As there.
+            run: As there.
+        """
+        seen = self.apply(module, edit, run)
+        sizes = np.cumsum([batch_size(batch) for batch in self._batches])
+        total = len(self._batches)
+        for count in range(1, total):
+            if sizes[count - 1] >= LEAST_SAMPLES and all(
+                len(calls) % total == 0 and _apart(self._kept_norm(edit, name), calls, count / total) <= SETTLED
+                for name, calls in seen.items()
+            ):
+                return count
+        return total
+
+    def _kept_norm(self, edit: Edit, name: str) -> _Norm:
+        return _kept(edit, name, self._norms[name])
+
+    def apply(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> dict[str, list[BatchMoments]]:
         """Correct the running statistics of a pruned module in evaluation mode, by replacing its buffers.
 
         Args:
             module: Cut from the dense model.
             edit: The edit that it was cut by.
             run: Runs it on a batch; norms that do not run are left as they are.
+
+        Returns:
+            Moments of the inputs of each norm that ran, by its name, in the order of its calls.
         """
         names = {part: name for name, part in module.named_modules()}
         norms = {
@@ -108,6 +165,20 @@ class Correction:
         for norm, calls in seen.items():
             if len(calls) > 1 or len(norms[norm].calls) > 1:  # else the only call left them so
                 _correct(norm, norms[norm].whole, BatchMoments.of_parts(calls))
+        return {names[norm]: calls for norm, calls in seen.items()}
+
+
+def _apart(dense: _Norm, calls: Sequence[BatchMoments], share: float) -> float:
+    """Difference of the statistics corrected by the first calls from those by all, in standard deviations."""
+    few = round(share * len(calls))
+    mean, var = _corrected(dense.pooled(few), BatchMoments.of_parts(calls[:few]))
+    whole_mean, whole_var = _corrected(dense.whole, BatchMoments.of_parts(calls))
+    if not len(mean):
+        return 0.0
+    spread = whole_var.clamp(min=torch.finfo(whole_var.dtype).tiny)
+    shift = (mean - whole_mean).square() / spread
+    scale = ((var / spread).clamp(min=0).sqrt() - 1).square()
+    return float(torch.maximum(shift.mean().sqrt(), scale.mean().sqrt()))
 
 
 def _measured(
@@ -159,10 +230,15 @@ def _kept(edit: Edit, name: str, dense: _Norm) -> _Norm:
 
 def _correct(norm: _BatchNorm, dense: Tensor, now: BatchMoments) -> None:
     """Give a norm the statistics under which inputs with moments `now` give what those of `dense` gave in its place."""
-    assert now.var is not None
     assert norm.running_mean is not None
+    kind = norm.running_mean.dtype
+    mean, var = _corrected(dense, now, norm.eps)
+    norm.running_mean, norm.running_var = mean.to(kind), var.to(kind)
+
+
+def _corrected(dense: Tensor, now: BatchMoments, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean and variance for `_correct`, so that the variance and eps have the ratio of the variances."""
+    assert now.var is not None
     shift, var, spread = dense
     ratio = (now.var / spread).nan_to_num_(nan=1.0).clamp_(1 / _MOST, _MOST)
-    kind = norm.running_mean.dtype
-    norm.running_mean = (now.mean + shift * ratio.sqrt()).to(kind)
-    norm.running_var = (var * ratio + norm.eps * (ratio - 1)).clamp_(min=0).to(kind)  # so that v + eps has the ratio
+    return now.mean + shift * ratio.sqrt(), (var * ratio + eps * (ratio - 1)).clamp_(min=0)
