@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,10 +21,15 @@ from autoprune.arguments import whole_number
 from autoprune.early_stopping.racing import Contest
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.execution.local import GENERATION, Finished
-from autoprune.execution.shipping import READY, Parcel, parcel_of
 from autoprune.protocols import Failure, IntArray
 
+if TYPE_CHECKING:
+    from autoprune.execution.shipping import Parcel
+
 log = logging.getLogger(__name__)
+
+READY = "ready"
+"""Message of a worker whose evaluator is prepared."""
 
 _STRIKES = 2  # a candidate counts as failed once it has taken down this number of workers
 _RESTARTS = 3  # deaths in a row before a worker is ready, after which it is given up
@@ -122,6 +127,8 @@ class PoolExecutor:
             TypeError: If something that workers need cannot be pickled; names the argument.
             ValueError: If the model is not on a CPU, or this system cannot hand descriptors to a process.
         """
+        from autoprune.execution.shipping import parcel_of
+
         require_possible(context)
         sent = evaluator.to_send() if isinstance(evaluator, Sends) else fresh
         self._evaluator, self._parcel = evaluator, parcel_of(sent, context)

@@ -21,7 +21,8 @@ def serve(connection: Connection[Any, Any], file: int) -> None:
 
     from autoprune.arguments import said
     from autoprune.evaluators.scoring.untouched import Untouched
-    from autoprune.execution.shipping import READY, opened
+    from autoprune.execution.pool import READY
+    from autoprune.execution.shipping import opened
 
     torch.set_num_threads(threads)
     try:

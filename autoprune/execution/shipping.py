@@ -19,9 +19,6 @@ from torch.storage import TypedStorage, UntypedStorage
 from autoprune.evaluators import Context, Evaluator
 from autoprune.files.access import brief
 
-READY = "ready"
-"""Message of a worker whose evaluator is prepared."""
-
 _ALIGNMENT = 64  # of PyTorch's own memory: kernels may run other code where it is less
 _SMALL = 2**12  # bytes of storages that stay in the pickle
 
