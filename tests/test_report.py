@@ -13,12 +13,14 @@ from torch import nn
 
 import autoprune
 from autoprune.pareto import hypervolume
+from autoprune.protocols import Dimension
 from autoprune.result.report.convergence import convergence_of
 from autoprune.result.report.data import data_of
 from autoprune.result.report.packing import as_script, packed, unpacked
 from autoprune.result.report.page import page_of
 from autoprune.result.report.widths import width_effects
 from autoprune.search_spaces import Channels, Depth, Product
+from autoprune.search_spaces.channels import ChannelSpace
 from tests.reporting import HOSTILE, Page, made, searched_in
 from zoo import ZOO
 
@@ -152,11 +154,21 @@ class TestColumns:
         assert found["same"] == "params"
         assert found["params"] == [t.costs["params"] for t in result.trials]
 
-    def test_candidates_come_back_dimension_by_dimension(self):
-        result = made(trials=30, dimensions=5)
-        kept = data_of(result).to_json()["candidates"]
-        read = np.frombuffer(unpacked(kept["data"]), np.uint8).reshape(5, 30).T
-        assert read.tolist() == [list(trial.candidate) for trial in result.trials]
+    @pytest.mark.parametrize(("most", "bits"), [(8, 4), (200, 8), (300, 16)])
+    def test_candidates_come_back_dimension_by_dimension_in_few_bits(self, most, bits):
+        result = made(trials=401, dimensions=5)
+        space = ChannelSpace(
+            dimensions=tuple(Dimension(d.name, tuple(range(most, 0, -1))) for d in result.space.dimensions),
+            groups=tuple((d.name, most) for d in result.space.dimensions),
+            order={d.name: tuple(range(most)) for d in result.space.dimensions},
+        )
+        chosen = np.random.default_rng(0).integers(0, most, (401, 5))
+        trials = tuple(replace(t, candidate=tuple(c)) for t, c in zip(result.trials, chosen.tolist(), strict=True))
+        kept = data_of(replace(result, space=space, trials=trials, front=trials[:2], outline=None)).to_json()
+        assert kept["candidates"]["bits"] == bits
+        raw = np.frombuffer(unpacked(kept["candidates"]["data"]), np.uint16 if bits == 16 else np.uint8)
+        options = np.column_stack([raw & 15, raw >> 4]).ravel()[:2005] if bits == 4 else raw
+        assert options.reshape(5, 401).T.tolist() == chosen.tolist()
 
     def test_a_page_may_leave_them_out_and_keeps_those_of_the_front(self):
         result = made(trials=30)

@@ -9,7 +9,7 @@ def test_it_writes_the_page_next_to_the_result(searched):
     assert "report in runs/a/report.html" in told
     page = Page((searched[0] / "report.html").read_text())
     assert page.data["data-head"]["commands"]["shell"].startswith("autoprune build runs/a --model MODEL.py:NAME")
-    assert page.data["data-candidates"]["bytes"] == 1
+    assert page.data["data-candidates"]["bits"] == 4
 
 
 def test_it_writes_where_it_is_told_to_with_the_model_in_the_command(searched, tmp_path):

@@ -33,6 +33,8 @@ UNITS = {
 }
 PLAIN_OPTIONS = 200_000
 """Most options of the front that stand in the page uncompressed."""
+_HALF = 4
+"""Bits of half a byte."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ReportData:
         outline: Layers of the model; None if they are unknown.
         effects: Widths that options give to groups; None where a width depends on several dimensions.
         panels: Convergence, sensitivity, racing, surrogate and audit, each None where it does not apply.
-        candidates: Option indices of all trials, one byte or two each, in the order of the columns.
+        candidates: Option indices of all trials, shape (n, d); None to leave them out.
     """
 
     run: dict[str, Any]
@@ -83,12 +85,23 @@ class ReportData:
         return {"head": head, "bulk": packed(as_json(bulk).encode("ascii")), "candidates": self._packed()}
 
     def _packed(self) -> dict[str, Any] | None:
-        """Candidates as one byte or two for each option, little-endian, dimension by dimension."""
+        """Candidates dimension by dimension, little-endian, in as many bits for each option as are smallest packed."""
         if self.candidates is None:
             return None
         columns = np.ascontiguousarray(self.candidates.T)  # a dimension's options repeat more than a candidate's
         little = columns.astype(columns.dtype.newbyteorder("<"))
-        return {"bytes": columns.dtype.itemsize, "data": packed(little.tobytes())}
+        forms = {8 * columns.dtype.itemsize: packed(little.tobytes())}
+        if columns.max(initial=0) < 1 << _HALF:
+            forms[_HALF] = packed(_halves(columns.astype(np.uint8)).tobytes())
+        bits = min(forms, key=lambda bits: len(forms[bits]))
+        return {"bits": bits, "data": forms[bits]}
+
+
+def _halves(columns: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Put two options below 16 into each byte, the first one low."""
+    flat = np.append(columns.ravel(), np.zeros(columns.size % 2, np.uint8))
+    both: NDArray[np.uint8] = flat[::2] | np.left_shift(flat[1::2], _HALF, dtype=np.uint8)
+    return both
 
 
 def data_of(

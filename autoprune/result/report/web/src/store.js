@@ -14,6 +14,19 @@ function inflated(text) {
   return new Response(new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("gzip")));
 }
 
+/** Options from 4, 8 or 16 bits each. */
+function expanded(buffer, bits) {
+  if (bits === 16) return new Uint16Array(buffer);
+  const bytes = new Uint8Array(buffer);
+  if (bits === 8) return bytes;
+  const all = new Uint8Array(2 * bytes.length);
+  for (let i = 0; i < bytes.length; i++) {
+    all[2 * i] = bytes[i] & 15;
+    all[2 * i + 1] = bytes[i] >> 4;
+  }
+  return all;
+}
+
 export class Store {
   /** `parts` are head, bulk and candidates, as in the page or from the server. */
   static async read(parts) {
@@ -83,7 +96,7 @@ export class Store {
     if (!this.packed) return Promise.resolve(null);
     this.unpacking ??= inflated(this.packed.data)
       .arrayBuffer()
-      .then((buffer) => (this.all = this.packed.bytes === 1 ? new Uint8Array(buffer) : new Uint16Array(buffer)));
+      .then((buffer) => (this.all = expanded(buffer, this.packed.bits)));
     return this.unpacking;
   }
 
