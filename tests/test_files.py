@@ -210,6 +210,7 @@ class TestForms:
             ([], {str: str}, r"it must be an object, got \[\]"),
             ({}, [int], "it must be a list"),
             (2, (str, None), "it must be text or null, got 2"),
+            (2, ([int], {"a": int}, None), "it must be a list or an object or null, got 2"),
             ([], frozenset({"ok"}), r"it must be one of \['ok'\], got \[\]"),
             ("x" * 10**6, int, "got '" + "x" * 59 + "$"),
         ],

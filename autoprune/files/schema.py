@@ -36,7 +36,7 @@ def require_form(value: Any, form: Form, at: str = "it") -> None:
         _require_object(value, form, at)
     elif isinstance(form, tuple):
         if not any(_fits(value, each) for each in form):
-            _refuse(value, " or ".join(_NAMES.get(each, "another form") for each in form), at)
+            _refuse(value, " or ".join(map(_name_of, form)), at)
     elif isinstance(form, frozenset):
         if not (isinstance(value, str) and value in form):
             _refuse(value, f"one of {sorted(form)}", at)
@@ -84,6 +84,12 @@ def _is(value: Any, form: Form) -> bool:
     if form is float:
         return type(value) in (int, float) and abs(value) < _MOST  # NaN is not
     return type(value) is form
+
+
+def _name_of(form: Form) -> str:
+    if isinstance(form, list):
+        return "a list"
+    return "an object" if isinstance(form, dict) else _NAMES.get(form, "another form")
 
 
 def _refuse(value: Any, expected: str, at: str) -> None:

@@ -41,7 +41,7 @@ export function drawCandidate(get) {
     const totals = ["flops", "params"].map((name) => layers.map((own) => own.reduce((sum, layer) => sum + layer[name], 0)));
     const shown = () => [...layers[0].keys()].filter((i) => layers[0][i][cost]); // of others there is nothing to see
     const canvas = el("div", { class: "chart short", role: "img", "aria-label": "Cost of each layer in forward order; the table below holds the same" });
-    const made = new Chart(canvas, (c) => bars(store, rows, layers, shown(), cost, c), (drawn) => tooltip(drawn, ({ dataIndex }) => {
+    const made = new Chart(canvas, (c) => bars(store, rows, layers, shown(), cost, c, canvas.clientWidth), (drawn) => tooltip(drawn, ({ dataIndex }) => {
       const at = shown()[dataIndex];
       const { name, kind } = store.outline.layers[at];
       return [`${name || "the model"} ${kind}`, ...["dense", ...names(store, rows)].map((who, i) => `${who}: ${engineering(layers[i][at][cost])}`)];
@@ -174,10 +174,10 @@ async function copyText(text, code) {
   }
 }
 
-function bars(store, rows, layers, shown, cost, c) {
+function bars(store, rows, layers, shown, cost, c, room) {
   const label = { flops: "MACs", params: "parameters", width: "features" }[cost];
   const fill = [c.cloud, c.front, c.uniform];
-  const many = shown.length > 60;
+  const many = shown.length * 15 > room - 90; // names would lie on each other
   const name = (i) => store.outline.layers[i].name || "the model";
   return {
     grid: { left: 64, right: 18, top: 12, bottom: many ? 34 : 100 },
