@@ -133,5 +133,6 @@ def test_the_wheel_built_from_the_sdist_holds_the_package_and_nothing_else(tmp_p
     (dist_info,) = {name.split("/")[0] for name in names} - {"autoprune"}
     assert dist_info.endswith(".dist-info")
     assert {name for name in names if name.endswith(".py")} == source_files()
-    assert {"autoprune/py.typed", f"{dist_info}/licenses/LICENSE", f"{dist_info}/entry_points.txt"} <= names
+    report = {f"autoprune/result/report/{name}" for name in ("NOTICE", "page.html.jinja", "built/page.js")}
+    assert report | {"autoprune/py.typed", f"{dist_info}/licenses/LICENSE", f"{dist_info}/entry_points.txt"} <= names
     assert not any(stat.S_ISLNK(entry.external_attr >> 16) for entry in entries)

@@ -17,7 +17,7 @@ from autoprune.protocols import Dimension
 from autoprune.result.report.convergence import convergence_of
 from autoprune.result.report.data import data_of
 from autoprune.result.report.packing import as_script, packed, unpacked
-from autoprune.result.report.page import page_of
+from autoprune.result.report.page import FOLDER, page_of
 from autoprune.result.report.widths import width_effects
 from autoprune.search_spaces import Channels, Depth, Product
 from autoprune.search_spaces.channels import ChannelSpace
@@ -288,3 +288,11 @@ class TestCommands:
         commands = data_of(autoprune.SearchResult.from_journal(searched[1])).commands
         assert not commands.shell
         assert "holds no weights" in commands.hint
+
+
+def test_the_lock_file_names_no_registry():
+    """So that ``npm ci`` asks the one that this machine is set up for."""
+    text = (FOLDER / "web" / "package-lock.json").read_text()
+    assert "resolved" not in text
+    assert "://" not in text
+    assert text.count("integrity") > 5
