@@ -252,3 +252,18 @@ def flag(name: str, value: Any, why: str = "") -> bool:
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name} must be True or False{why and f', {why}'}, got {shown(value)}")
     return bool(value)
+
+
+def require_storage(given: Any) -> Any:
+    """Check that a value may be a storage of Optuna, which the start of a search then opens.
+
+    Raises:
+        TypeError: If it is neither an object with the methods of one nor text.
+        ValueError: If it is empty text.
+    """
+    rule = "storage must be an Optuna storage, its URL such as 'sqlite:///runs/optuna.db', or None"
+    if not isinstance(given, str | None) and (isinstance(given, type) or not hasattr(given, "get_all_studies")):
+        raise TypeError(f"{rule}, got {shown(given)}")
+    if given == "":
+        raise ValueError(f"{rule}, got ''")
+    return given

@@ -108,7 +108,13 @@ def make_calls(folder: Path) -> dict[str, Call]:
             "cost_batch": MANY,
         },
         autoprune.Start: {"candidates": anything},  # of a space that a search knows
-        autoprune.Execution: {"run_dir": ("None", *PATHS, "no text", "long text"), "resume": (), "progress": PLAIN},
+        autoprune.Execution: {
+            "run_dir": ("None", *PATHS, "no text", "long text"),
+            "resume": (),
+            "progress": PLAIN,
+            "callbacks": ("[]", "()"),
+            "storage": ("None", "text", "long text"),  # opened by a search
+        },
         autoprune.Racing: {},
         autoprune.Rungs: {"reduction": ("2.5", *MANY)},
         RayExecutor: {
@@ -267,7 +273,16 @@ def make_calls(folder: Path) -> dict[str, Call]:
             takes={"path": PATHS, "replace": PLAIN},
         ),
         "SearchResult.sensitivity": Call(result.sensitivity, result.sensitivity, dict),
-        "SearchResult.plot": Call(result.plot, result.plot, dict, takes={"path": ("None", "text")}),
+        "SearchResult.plot": Call(result.plot, result.plot, dict, takes={"path": ("None", "text"), "axes": ("None",)}),
+        "SearchResult.plot_sensitivity": Call(
+            result.plot_sensitivity, result.plot_sensitivity, dict, takes={"axes": ("None",)}
+        ),
+        "SearchResult.plot_convergence": Call(
+            result.plot_convergence, result.plot_convergence, dict, takes={"axes": ("None",)}
+        ),
+        "SearchResult.to_optuna": Call(
+            result.to_optuna, result.to_optuna, dict, takes={"storage": ("None",), "name": ("None", "text")}
+        ),
         "Latency.load": Call(
             Latency.load, Latency.load, lambda: {"path": folder / "none.json"}, words={"path": "latency|path"}
         ),

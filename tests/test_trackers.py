@@ -117,12 +117,18 @@ def test_a_second_search_gets_a_study_of_its_own(tmp_path):
     assert optuna.get_all_study_names(storage) == ["a", "a (2)"]
 
 
-@pytest.mark.parametrize("storage", ["runs/optuna.db", "sqlite:////no/such/folder/optuna.db", 3])
+@pytest.mark.parametrize("storage", ["runs/optuna.db", "sqlite:////no/such/folder/optuna.db"])
 def test_a_storage_that_cannot_be_opened_is_refused_before_anything_is_evaluated(storage):
     evaluator = Counting()
     with pytest.raises(ValueError, match="storage must be a storage of Optuna or its URL"):
         short(storage=storage, evaluator=evaluator)
     assert evaluator.count == -1
+
+
+@pytest.mark.parametrize("storage", [3, optuna.storages.InMemoryStorage, "", ["sqlite://"]])
+def test_what_is_no_storage_is_refused_by_the_execution(storage):
+    with pytest.raises((TypeError, ValueError), match="storage must be an Optuna storage, its URL such as"):
+        autoprune.Execution(storage=storage)
 
 
 def test_optuna_dashboard_lists_the_trials_of_a_run(tmp_path):

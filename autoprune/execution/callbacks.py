@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autoprune.arguments import shown, why_no_function
@@ -42,7 +41,7 @@ def require_callbacks(given: Any) -> tuple[Callback, ...]:
         TypeError: If it is no list, or one of them lacks a method, or has one with other arguments.
     """
     rule = "callbacks must be a list of objects with the methods on_trial(trial) and on_end(result)"
-    if isinstance(given, str) or not isinstance(given, Collection):
+    if not isinstance(given, list | tuple):
         raise TypeError(f"{rule}, got {shown(given)}")
     for one in given:
         for method in METHODS:

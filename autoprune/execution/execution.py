@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from autoprune.arguments import by_name, flag, shown, whole_number
+from autoprune.arguments import by_name, flag, require_storage, shown, whole_number
 from autoprune.execution.callbacks import Callback, require_callbacks
 from autoprune.execution.fastest import FastestExecutor
 from autoprune.execution.local import Executor, LocalExecutor
@@ -50,7 +50,7 @@ class Execution:
             that optuna-dashboard shows the search while it runs. A resumed search continues its study there.
 
     Raises:
-        TypeError: If `run_dir` is no path, or `callbacks` no list of callbacks.
+        TypeError: If `run_dir` is no path, `callbacks` no list of callbacks, or `storage` neither text nor a storage.
         ValueError: If another field is out of range or an unknown name, or there is no `run_dir` to resume.
     """
 
@@ -78,6 +78,7 @@ class Execution:
         self._fill("resume", ANYWAY if anyway else flag("resume", self.resume, "or 'anyway'"))
         self._fill("progress", flag("progress", self.progress))
         self._fill("callbacks", require_callbacks(self.callbacks))
+        self._fill("storage", require_storage(self.storage))
         if self.resume and self.run_dir is None:
             raise ValueError("resume=True needs the run_dir of an earlier search, got run_dir=None")
 

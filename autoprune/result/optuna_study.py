@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprune.arguments import is_number, is_whole, said, shown
+from autoprune.arguments import is_number, is_whole, require_storage, said, shown
 from autoprune.imports import quiet_optuna
 from autoprune.protocols import FAILED, OK, PENDING, RACED, Dimension, SearchSpace
 from autoprune.result.trials import Trial
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 RUN_DIR = "run_dir"
 """Attribute of a study: the run directory of its search, by which a resumed search finds it again."""
+MOST_NAME = 400
+"""Most characters of a name: databases keep 512, and a number may be added."""
 STATES = {OK: "COMPLETE", RACED: "PRUNED", FAILED: "FAIL", PENDING: "RUNNING"}
 
 
@@ -46,6 +48,9 @@ class Sought:
 
 def to_optuna(result: SearchResult, storage: Any = None, name: str | None = None) -> optuna.Study:
     """Make a study of a result, see `SearchResult.to_optuna`."""
+    require_storage(storage)
+    if name is not None and not (isinstance(name, str) and 0 < len(name) <= MOST_NAME):
+        raise ValueError(f"name must be text of up to {MOST_NAME} characters or None, got {shown(name)}")
     sought = Sought(result.space, result.limits, result.metric, result.higher_is_better, result.budget)
     study: optuna.Study = new_study(opened(storage), sought, name)
     add(study, sought, result.trials)

@@ -200,7 +200,8 @@ class SearchResult:
             name: Name of the study; None for the budget and the time. A number is added to one that is taken.
 
         Raises:
-            ValueError: If the storage cannot be opened.
+            TypeError: If `storage` is no storage.
+            ValueError: If it cannot be opened, or `name` is no text, or too long.
         """
         return to_optuna(self, storage, name)
 
