@@ -67,7 +67,10 @@ class Sparsity:
         if not names:
             raise ValueError("patterns must hold at least one form of zeros, such as 'unstructured' or '2:4', got none")
         for name in names:
-            Pattern.parse(name)
+            try:
+                Pattern.parse(name)
+            except ValueError as error:
+                raise ValueError(f"patterns must hold forms of zeros, and each {error}") from None
         object.__setattr__(self, "patterns", tuple(names))
 
     def bind(self, structure: Structure, order: Mapping[str, Sequence[int]] | None = None) -> SparsitySpace:

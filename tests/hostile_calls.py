@@ -112,6 +112,7 @@ def make_calls(folder: Path) -> dict[str, Call]:
             "run_dir": ("None", *PATHS, "no text", "long text"),
             "resume": (),
             "progress": PLAIN,
+            "workers": ("None", "2**70"),
             "callbacks": ("[]", "()"),
             "storage": ("None", "text", "long text"),  # opened by a search
         },

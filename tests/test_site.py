@@ -32,6 +32,7 @@ COMPILED = {
     "docs/layer-database.md": YOURS,
     "docs/memory.md": YOURS,
     "docs/notebooks.md": YOURS,
+    "docs/processes.md": YOURS,
     "docs/racing.md": YOURS,
     "docs/ray.md": "it needs a cluster",
     "docs/recover.md": YOURS,
