@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 ELSEWHERE = {
     "language_model.py": "tests/test_example_language_model.py",
     "built.py": "what the loops begin with",
+    "ray_cluster.py": "starts a cluster; tests/test_ray.py searches on one",
     "pictures.py": "pictures of the documents, made by hand",
 }
 NEEDS = {
@@ -25,7 +26,6 @@ NEEDS = {
 }
 SAYS = {
     "quickstart.py": "outputs identical",
-    "ray_cluster.py": "trial",
     "latency_budget.py": "ms measured",
     "own_parts.py": "found",
     "transformer_encoder.py": "cosine",
@@ -37,7 +37,6 @@ SAYS = {
     "with_accelerate.py": "after training",
     "with_trainer.py": "autoprune.from_pretrained('small') loads it",
 }
-SLOW = {"ray_cluster.py": pytest.mark.ray}
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if path.name not in ELSEWHERE)
 
 
@@ -46,13 +45,11 @@ def test_every_example_is_run_somewhere():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=SLOW.get(path.name, ())) for path in SCRIPTS])
-def test_an_example_runs_in_its_short_mode(path, tmp_path, monkeypatch, capsys, request):
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+def test_an_example_runs_in_its_short_mode(path, tmp_path, monkeypatch, capsys):
     missing = [name for name in NEEDS.get(path.name, ()) if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"{path.name} needs {' and '.join(missing)}; pip install them to run it")
-    if path.name == "ray_cluster.py":
-        request.getfixturevalue("ray")
     if path.name == "latency_budget.py":  # a busy machine would be waited for
         monkeypatch.setattr("autoprune.costs.latency.profile.clock_for", lambda *_: Machine())
         monkeypatch.setattr("autoprune.study.verification.clock_for", lambda *_: Machine())
