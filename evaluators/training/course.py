@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autoprune.data.batch import to_device
 from autoprune.data.sampling import seeded
@@ -21,6 +20,8 @@ from autoprune.evaluators.training.parameters import Masks, Trained
 from autoprune.evaluators.training.weights import load_weights, weights_of
 
 if TYPE_CHECKING:
+    from torch.optim.swa_utils import AveragedModel
+
     from autoprune.evaluators.recovery.recovery import Recovery
 
 
@@ -70,6 +71,8 @@ class Course:
         self._rounds = self._from(0, 0)
         self._average: AveragedModel | None = None
         if recipe.ema is not None:
+            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
             blend = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]  # torch does not annotate it
             self._average = AveragedModel(module, multi_avg_fn=blend, use_buffers=True)
 
