@@ -20,7 +20,7 @@ from autoprune.importance.calibration import Calibration
 from autoprune.importance.padding import kept_positions, positions_of
 from autoprune.structure.slicing.slicing import Edit
 
-SETTLED = 0.05
+SETTLED = 0.02
 """Standard deviations of a channel by which statistics of some batches may differ from those of all."""
 
 LEAST_SAMPLES = 128
