@@ -101,9 +101,11 @@ def test_what_is_clearly_worse_is_given_up_after_some_samples_whose_signals_are_
     np.testing.assert_array_equal(few, whole[: len(few)])
 
 
-def test_of_a_large_model_what_is_far_worse_is_given_up_after_very_few_samples(case, monkeypatch):
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_of_a_large_model_what_is_far_worse_is_given_up_after_very_few_samples(case, monkeypatch, size):
     monkeypatch.setattr(calibration_module, "WORK", 1)
-    context = study_for(case[0], "flops <= 70%", case[1], metric="accuracy", evaluator="adaptive_bn").context
+    data = dataclasses.replace(case[1], batch_size=size)
+    context = study_for(case[0], "flops <= 70%", data, metric="accuracy", evaluator="adaptive_bn").context
     trial = checking._Trial(context)
     whole = trial.measure(context.model)
     assert len(whole) == trial.samples == 64

@@ -59,7 +59,8 @@ def arranged(subsets: Subsets, judge: Judge, calibration: Calibration) -> Subset
     most = max(map(batch_size, (*subsets.validation, *subsets.test)))
     for wanted in dict.fromkeys((Arrangement(samples, last), Arrangement(samples))):
         wanted = replace(wanted, samples=None if most <= samples else samples)
-        if wanted != Arrangement() and _same(calibration, judge, first, wanted):
+        few = pieces(first, 2 * samples)[0]  # two batches of those wanted show whether they change outputs
+        if wanted != Arrangement() and _same(calibration, judge, few, wanted):
             return replace(subsets.arranged(wanted), notes=(*subsets.notes, _note(wanted)))
     return subsets
 

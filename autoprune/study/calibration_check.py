@@ -200,8 +200,8 @@ class _Trial:
         most = affordable(context.structure, FEWEST_SAMPLES, MOST_SAMPLES)
         self._batches = tuple(beginning(context.subsets.validation, most))
         first = self._batches[0]
-        self._large = most < MOST_SAMPLES and divisible(first) and batch_size(first) > RACED_FIRST
-        if self._large:
+        self._large = most < MOST_SAMPLES
+        if self._large and divisible(first) and batch_size(first) > RACED_FIRST:
             cuts = (0, RACED_FIRST, batch_size(first))
             self._batches = (*(slice_batch(first, *ends) for ends in pairwise(cuts)), *self._batches[1:])
         self.samples = sum(map(batch_size, self._batches))
@@ -246,8 +246,8 @@ class _Trial:
         judge = self._context.judge
         if raced and judge.per_sample and (judge.parts is None or self._weighing is not None):
             counts = np.cumsum([batch_size(batch) for batch in self._batches])
-            first = int(np.searchsorted(counts, max(RACED, self.samples / 4))) + 1
-            ends = {0, int(self._large), min(first, len(self._batches)), len(self._batches)}
+            looks = [max(RACED, self.samples / 4), *([RACED_FIRST] if self._large else [])]
+            ends = {0, len(counts), *(min(int(np.searchsorted(counts, least)) + 1, len(counts)) for least in looks)}
             return [slice(*each) for each in pairwise(sorted(ends))]
         return [slice(None)]
 
