@@ -29,6 +29,8 @@ from autoprune.study.setup import set_up
 from autoprune.study.start import start_of
 from autoprune.study.study import Study
 
+_FAR = 100 * 365 * 86_400.0  # seconds that no date is told of
+
 DEFAULTS: dict[str, Any] = {
     "metric": "auto",
     "space": "channels",
@@ -87,11 +89,11 @@ class Plan:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        done = datetime.now() + timedelta(seconds=self.seconds)
         lines = [
             f"search over {self.space}",
             f"{self.trials} trials of {lasting(self.seconds_per_trial)} after a set-up of "
-            f"{lasting(self.seconds_set_up)}: {lasting(self.seconds)} in one process, until {done:%H:%M} if begun now",
+            f"{lasting(self.seconds_set_up)}: {lasting(self.seconds)} in one process, "
+            f"until {_end(self.seconds)} if begun now",
             _memory(self.memory_bytes, self.shared_bytes),
             f"{self.metric} at the budget: {self.expected_score:.4f} as the prior chooses, {self.uniform_score:.4f} "
             f"pruned uniformly, {self.dense_score:.4f} dense",
@@ -175,16 +177,24 @@ def line_of(study: Study) -> str:
     adapts = isinstance(study.evaluator, AdaptiveBN | Compensated) and statistics(study.context.model)
     each = study.dense.seconds * (1 + (samples["calibration"] / samples["validation"] if adapts else 0.0))
     whole = each * request.most if request.max_seconds is None else min(each * request.most, request.max_seconds)
-    done = datetime.now() + timedelta(seconds=whole)
     most = "up to " if request.adaptive else ""
     share = expected_loss(study.problem)
     told = [
         f"{np.count_nonzero(study.problem.sizes > 1)} dimensions, {most}{request.most} trials of at most about "
-        f"{lasting(each)}, done by about {done:%H:%M} ({lasting(whole)}) in one process",
+        f"{lasting(each)}, done by about {_end(whole)} ({lasting(whole)}) in one process",
         _memory(peak_memory(), room_beside(study.context.model)),
         *([] if share is None else [_expected(share)]),
     ]
     return "plan: " + "; ".join(told)
+
+
+def _end(seconds: float) -> str:
+    """Time of day at which this many seconds from now are over, with the date if that is another day."""
+    if seconds >= _FAR:
+        return "more than a hundred years from now"
+    now = datetime.now()
+    end = now + timedelta(seconds=seconds)
+    return f"{end:%H:%M}" if end.date() == now.date() else f"{end:%Y-%m-%d %H:%M}"
 
 
 def uniform_at(problem: Problem) -> IntArray:

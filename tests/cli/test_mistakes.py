@@ -77,7 +77,7 @@ def test_a_file_named_like_a_module_in_use_is_refused(tmp_path):
         (("--run-dir", "runs/a"), ["runs/a", "holds a result", "--resume"]),
         (("--run-dir", "runs/a", "--resume"), ["differs in", "space"]),
         (("--executor", "cloud"), ["'cloud'", "ray"]),
-        (("--workers", "2"), ["--executor ray", "local"]),
+        (("--workers", "0"), ["workers", "0"]),
     ],
 )
 def test_a_mistake_in_a_search_is_one_line_before_any_trial(options, words, searched, tmp_path):

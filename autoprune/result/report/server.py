@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Self, final
+from typing import Any, Self, final
 from urllib.parse import quote
 
 from autoprune.result.report.snapshots import Snapshots
@@ -50,7 +51,7 @@ class ReportServer:
         self._snapshots = Snapshots(run_dir, model)
         self._token = secrets.token_urlsafe(_TOKEN_BYTES)
         own = {"snapshots": self._snapshots, "token": self._token}
-        self._server = ThreadingHTTPServer((ADDRESS, 0), type("Handler", (_Handler,), own))
+        self._server = _Server((ADDRESS, 0), type("Handler", (_Handler,), own))
         self._thread = threading.Thread(target=self._server.serve_forever, name="report", daemon=True)
 
     @property
@@ -78,6 +79,13 @@ class ReportServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong, unless a viewer has only left before the page was sent."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

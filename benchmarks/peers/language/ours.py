@@ -12,8 +12,9 @@ from benchmarks.peers.language.case import Case
 STREAM = ("model.embed_tokens*",)  # stays as wide as it is: the embedding is not counted, so must not pay
 FITTED, COMPARED, LEFT = 48, 12, 4  # of the 64 sequences: weights, candidates, and a look at the finished front
 BATCH = 4
-BELOW = 0.02  # the front is wanted for this much below the share
+DATABASE = "layer database"
 SPACES: dict[str, Settings] = {
+    DATABASE: Channels(ignore=STREAM, criterion="obs"),  # as below, ranked and planned by it
     "channels": Channels(ignore=STREAM),  # neurons, and key-value groups with their heads
     "depth": Depth(),  # attention and feed-forward parts, each kept or dropped
     "product": Product(Channels(ignore=STREAM), Depth()),
@@ -35,13 +36,14 @@ def search(case: Case, share: float, space: str) -> nn.Module:
         validation_samples=COMPARED,
         test_samples=LEFT,
     )
-    limit = f"{embedding + case.most(share - BELOW)} <= params <= {embedding + case.most(share)}"
+    limit = f"params <= {embedding + case.most(share)}"
     result = autoprune.search(
         case.model,
         limit,
         data,
         metric="next_token",
         space=SPACES[space],
+        start=autoprune.Start(prior="database" if space == DATABASE else "auto"),
         trials=case.evaluations,
         seed=case.seed,
     )
