@@ -28,8 +28,8 @@ def search(trials: int, **options: object) -> autoprune.SearchResult:
     torch.manual_seed(0)
     layers = [each for i in range(6) for each in (nn.Linear(16, 16), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Linear(16, 4)).eval()
-    x = torch.randn(160, 16, generator=torch.Generator().manual_seed(1))
-    data = autoprune.Data(calibration=x[:88], validation=list(x[88:].split(8)))
+    x = torch.randn(196, 16, generator=torch.Generator().manual_seed(1))
+    data = autoprune.Data(calibration=x[:88], validation=list(x[88:160].split(8)), test=x[160:])
     return autoprune.search(
         model,
         "nonzero_params <= 50%",
@@ -51,6 +51,7 @@ def test_most_candidates_are_scored_on_few_samples():
     assert stopped
     assert scored
     assert {trial.evaluations[-1].steps for trial in stopped} <= {1, 3}
+    assert {tuple(each.samples for each in trial.evaluations) for trial in scored} == {(8, 24, 72)}
     plain = {trial.candidate: trial.signal for trial in search(24).trials}
     assert all(trial.signal == plain[trial.candidate] for trial in scored if trial.candidate in plain)
 
