@@ -2,52 +2,22 @@
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
-from autoprune.data.batch import default_forward
 from autoprune.importance.anchors import anchors
-from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import order_units, score_units
 from autoprune.importance.dropped import dropped_losses
 from autoprune.importance.expected_loss import ESTIMATED, MEASURED, REFITTED, rival_losses
 from autoprune.protocols import Measurement, Pruning
 from autoprune.search_spaces import Channels, Depth, Product
-from autoprune.structure.analysis import analyse
-from autoprune.structure.example import Example
 from autoprune.study.prior_check import choose_prior
 from autoprune.testing.problems import additive_problem
-
-
-class Residual(nn.Module):
-    """Branches whose effect differs by a factor of nine; the head is linear."""
-
-    def __init__(self, norm=nn.LayerNorm):
-        super().__init__()
-        torch.manual_seed(0)
-        self.parts = nn.ModuleList(
-            nn.Sequential(norm(12), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12)) for _ in range(3)
-        )
-        self.head = nn.Linear(12, 5)
-        with torch.no_grad():
-            for i, part in enumerate(self.parts):
-                part[-1].weight.mul_(1 + i)
-
-    def forward(self, x):
-        for part in self.parts:
-            x = x + part(x)
-        return self.head(x)
-
-
-def calibration_of(model):
-    x = torch.randn(24, 12, generator=torch.Generator().manual_seed(1))
-    structure = analyse(Example(model, (x[:2],)))
-    return Calibration(model, structure, [(x, torch.zeros(24, dtype=torch.long))], default_forward)
+from tests.residual import Residual, calibration_of
 
 
 @pytest.fixture(scope="module")
 def residual():
-    return calibration_of(Residual().eval())
+    return calibration_of(Residual(3).eval())
 
 
 def rivals(space, calibration, kind="auto"):
@@ -92,7 +62,7 @@ def test_groups_outside_of_branches_are_converted_by_the_median_ratio(residual):
 
 
 def test_nothing_is_measured_where_statistics_are_estimated_anew_or_another_prior_is_asked_for(residual):
-    assert list(rivals(Channels(), calibration_of(Residual(nn.BatchNorm1d).eval()))) == [ESTIMATED]
+    assert list(rivals(Channels(), calibration_of(Residual(3, nn.BatchNorm1d).eval()))) == [ESTIMATED]
     assert list(rivals(Channels(), residual, "sensitivity")) == [ESTIMATED]
     plain = calibration_of(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5)).eval())
     assert list(rivals(Channels(), plain)) == [ESTIMATED]

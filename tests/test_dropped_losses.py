@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoprune.data.batch import default_forward
-from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import order_units, score_units
 from autoprune.importance.dropped import dropped_losses
 from autoprune.importance.expected_loss import expected_losses
@@ -17,32 +15,7 @@ from autoprune.importance.reconstruction import reconstruction_errors
 from autoprune.importance.sensitivity import output_changes
 from autoprune.protocols import Pruning
 from autoprune.search_spaces import Channels, Depth, Product
-from autoprune.structure.analysis import analyse
-from autoprune.structure.example import Example
-
-
-class Residual(nn.Module):
-    def __init__(self, branches, norm=nn.LayerNorm):
-        super().__init__()
-        torch.manual_seed(0)
-        self.parts = nn.ModuleList(
-            nn.Sequential(norm(12), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12)) for _ in range(branches)
-        )
-        self.head = nn.Linear(12, 5)
-        with torch.no_grad():
-            for i, part in enumerate(self.parts):
-                part[-1].weight.mul_(1 + i)
-
-    def forward(self, x):
-        for part in self.parts:
-            x = x + part(x)
-        return self.head(x)
-
-
-def calibration_of(model):
-    x = torch.randn(24, 12, generator=torch.Generator().manual_seed(1))
-    structure = analyse(Example(model, (x[:2],)))
-    return Calibration(model, structure, [(x, torch.zeros(24, dtype=torch.long))], default_forward), x
+from tests.residual import Residual, calibration_of
 
 
 def losses_of(space, calibration, kind="auto"):
@@ -55,7 +28,8 @@ def losses_of(space, calibration, kind="auto"):
 @pytest.fixture(scope="module")
 def plain():
     model = Residual(3).eval()
-    calibration, x = calibration_of(model)
+    calibration = calibration_of(model)
+    x = calibration.batches[0][0]
     expected = {}
     with torch.no_grad():
         dense = model(x).log_softmax(1)
@@ -90,12 +64,12 @@ def test_their_prior_is_in_proportion_and_in_the_unit_of_the_widths(plain, kind,
 
 def test_outputs_that_do_not_compare_leave_the_estimates():
     model = Residual(2).eval()
-    calibration, _ = calibration_of(model)
+    calibration = calibration_of(model)
     odd = replace(calibration, forward=lambda module, batch: module(batch[0]).sum())
     assert dropped_losses(odd, [Pruning(dropped=("parts.0",))]) is None
 
 
 def test_the_prior_of_a_network_with_batch_norm_counts_branches_as_well():
-    calibration, _ = calibration_of(Residual(2, nn.BatchNorm1d).eval())
+    calibration = calibration_of(Residual(2, nn.BatchNorm1d).eval())
     found = losses_of(Product(Channels(), Depth(min_kept=1)), calibration)
     assert all(np.isfinite(row).all() and (row[1:] > 0).any() for row in found.values())

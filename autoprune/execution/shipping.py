@@ -87,7 +87,7 @@ class Parcel:
         stream = io.BytesIO()
         try:
             _Pickler(stream, self.file).dump(parts)
-        except BaseException:
+        except BaseException:  # raised again
             self.close()
             raise
         self.file.flush()

@@ -184,9 +184,11 @@ def _estimated(
         errors = _measured(kind, calibration, [removal for _, removal in removals])
     found = []
     for (_, removal), error in zip(removals, errors, strict=True):
-        if error is None and criterion is None:
-            return None
-        found.append(criterion_losses(removal, scores, criterion) if error is None else error)  # type: ignore[arg-type]
+        if error is None:
+            if criterion is None:
+                return None
+            error = criterion_losses(removal, scores, criterion)
+        found.append(error)
     units = {group.name: group.size for group in structure.groups}
     return _Estimates(kind, space.sizes, units, removals, found, drops)
 

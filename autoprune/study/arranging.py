@@ -54,7 +54,8 @@ def arranged(subsets: Subsets, judge: Judge, calibration: Calibration) -> Subset
     if not largest:
         return subsets
     images = any(_is_image(tensor) for tensor in tensors(inputs(first)))
-    last = images and largest >= IMAGE_BYTES and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    fast = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    last = images and largest >= IMAGE_BYTES and fast
     samples = suited(largest, bytes_of(calibration.model), calibration.structure.macs)
     most = max(map(batch_size, (*subsets.validation, *subsets.test)))
     for wanted in dict.fromkeys((Arrangement(samples, last), Arrangement(samples))):
