@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import operator
@@ -208,18 +209,24 @@ R = TypeVar("R")
 
 
 def pointing(places: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function to say, in a TypeError, where an argument belongs that it takes as part of another.
+    """Decorate a function to say, in a TypeError, what to write for an argument that it does not take.
 
     Args:
-        places: What to write, by the name of the argument.
+        places: What to write for an argument that is part of another, by its name; for others, the most similar name.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = list(inspect.signature(function).parameters)
+
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if misplaced := [name for name in kwargs if name in places]:
                 write = ", ".join(dict.fromkeys(places[name] for name in misplaced))
                 raise TypeError(f"{function.__name__}() has no argument {', '.join(misplaced)}; write {write}")
+            if unknown := [name for name in kwargs if name not in known]:
+                nearest = difflib.get_close_matches(unknown[0], known, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"it takes {', '.join(known)}"
+                raise TypeError(f"{function.__name__}() has no argument {unknown[0]}; {hint}")
             return function(*args, **kwargs)
 
         return call

@@ -1,8 +1,10 @@
 """Parameters: few enough that a reader meets all of them at once, and groups that say where their parts belong."""
 
 import ast
+import re
 from dataclasses import fields
 from inspect import signature
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -56,12 +58,16 @@ def test_a_part_of_a_group_that_is_given_to_search_is_refused_with_the_place_it_
     if inner.startswith("autoprune."):
         kind, _, part = inner.removeprefix("autoprune.").partition("(")
         assert part == f"{name}=...)"
-        assert name in signature(getattr(autoprune, kind)).parameters
+        assert name in signature(attrgetter(kind)(autoprune)).parameters
 
 
-def test_what_is_no_part_of_anything_is_refused_as_by_any_function():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'budgets'"):
-        autoprune.search(nn.Linear(3, 2), budgets="flops <= 50%")
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("budgets", "did you mean budget?"), ("n_trials", "did you mean trials?"), ("q", "it takes model,")],
+)
+def test_what_is_no_part_of_anything_is_refused_with_what_may_have_been_meant(name, hint):
+    with pytest.raises(TypeError, match=re.escape(f"search() has no argument {name}; {hint}")):
+        autoprune.search(nn.Linear(3, 2), **{name: 5})
 
 
 @pytest.mark.parametrize("verb", [autoprune.inspect, autoprune.profile])

@@ -43,7 +43,7 @@ SHORT = {
 }
 """Networks of which less is reachable: the least share, and the reason."""
 
-CONTRACTED = ("einsum_vit", "yolo", "relational_gcn", "linear_attention", "mask_queries")
+CONTRACTED = ("einsum_vit", "yolo", "relational_gcn", "linear_attention", "mask_queries", "fourier_operator")
 """Networks that contract by einsum what may shrink to one index."""
 
 SHARED_OUT = ("yolo", "few_keys")

@@ -95,3 +95,35 @@ class ConvGru(nn.Module):
         hidden, last = self.gru(self.convs(x).transpose(1, 2))
         both = torch.cat((last[0], last[1]), dim=1)
         return self.head(self.norm(hidden.mean(1) + both))
+
+
+class SpectralConv(nn.Module):
+    """Mix the channels of the lowest frequencies, each by a complex matrix of its own; (b, c, t) to (b, c, t)."""
+
+    def __init__(self, width: int, modes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width, modes, dtype=torch.cfloat) / width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(x)
+        _, outputs, modes = self.weight.shape
+        mixed = spectrum.new_zeros(len(x), outputs, spectrum.shape[-1])
+        mixed[..., :modes] = torch.einsum("bim,iom->bom", spectrum[..., :modes], self.weight)
+        return torch.fft.irfft(mixed, n=x.shape[-1])
+
+
+class FourierOperator(nn.Module):
+    """Neural operator on a line (Li et al., 2021): spectral and pointwise convolutions; (b, 1, t) to (b, 1, t)."""
+
+    def __init__(self, width: int = 16, modes: int = 6, depth: int = 2):
+        super().__init__()
+        self.lift = nn.Conv1d(1, width, 1)
+        self.spectral = nn.ModuleList(SpectralConv(width, modes) for _ in range(depth))
+        self.pointwise = nn.ModuleList(nn.Conv1d(width, width, 1) for _ in range(depth))
+        self.project = nn.Sequential(nn.Conv1d(width, 24, 1), nn.GELU(), nn.Conv1d(24, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x)
+        for spectral, pointwise in zip(self.spectral, self.pointwise, strict=True):
+            x = F.gelu(spectral(x) + pointwise(x))
+        return self.project(x)

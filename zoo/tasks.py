@@ -35,7 +35,7 @@ from zoo.maps import (
     TokenMaps,
 )
 from zoo.pixels import AttentionUNet, DeepLab, Edsr, RealEsrgan
-from zoo.series import ConvGru, LstmForecaster, NBeats, Tcn
+from zoo.series import ConvGru, FourierOperator, LstmForecaster, NBeats, Tcn
 from zoo.sets import DeepFm, Dlrm, PointNet, TwoTower
 from zoo.text import (
     AlignedDecoder,
@@ -87,6 +87,7 @@ _ENTRIES = (
     _entry("lstm_forecaster", LstmForecaster, "time_series recurrent", (12, 5)),
     _entry("nbeats", NBeats, "time_series residual", (24,)),
     _entry("conv_gru", ConvGru, "time_series recurrent one_d", (16, 20)),
+    _entry("fourier_operator", FourierOperator, "time_series one_d complex map_output", (1, 32)),
     _entry("transformer_classifier", TransformerClassifier, "transformer mha", ((10,), 50)),
     _entry("cross_attention", CrossAttention, "transformer mha dict_output", (3, 32, 32)),
     _entry("einsum_vit", EinsumVit, "transformer einsum", (3, 16, 16)),

@@ -100,7 +100,8 @@ class Propagation:
         """Labels of a value; a parameter or buffer gets its own at its first use, any other unknown value is fixed."""
         if value not in self.labels:
             known = self.record.values[value]
-            learned = known.kind in ("parameter", "buffer") and known.dtype.is_floating_point
+            numbers = known.dtype.is_floating_point or known.dtype.is_complex
+            learned = known.kind in ("parameter", "buffer") and numbers
             self.labels[value] = [self.fresh(size, invented=False) if learned else None for size in known.shape]
         return self.labels[value]
 

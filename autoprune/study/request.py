@@ -20,7 +20,7 @@ from autoprune.execution import Execution
 from autoprune.metrics.metric import Metric
 from autoprune.optimizers import Problem
 from autoprune.protocols import Optimizer
-from autoprune.search_spaces import Settings
+from autoprune.search_spaces import Channels, Settings
 from autoprune.structure import call
 from autoprune.structure.call import Call
 from autoprune.study.convergence import most
@@ -30,6 +30,7 @@ PLACES = {
     **call.PLACES,
     **{field.name: f"execution=autoprune.Execution({field.name}=...)" for field in fields(Execution)},
     **{field.name: f"start=autoprune.Start({field.name}=...)" for field in fields(Start)},
+    **{field.name: f"space=autoprune.search_spaces.Channels({field.name}=...)" for field in fields(Channels)},
     "racing": "early_stopping=...",
     "latency": "costs={'latency_ms': ...}",
     "labels": "data=autoprune.Data(labels=...)",
