@@ -118,6 +118,7 @@ class Compensated:
                 recalibrate(self._reference, calibration.batches, bound_forward(context, self._reference))
             normalises = whole._bn and statistics(self._reference)
             self._correction = Correction(calibration) if normalises else None
+        self._every_batch = self._correction
         self._solved: OrderedDict[tuple[str, int, bytes], Tensor] = OrderedDict()
         self._solved_bytes = 0
         self._most_solved = min(SOLVED_BYTES, room_beside(context.model))
@@ -242,6 +243,14 @@ class Compensated:
     def _shifted(self, layer: Layer) -> bool:
         """Return whether the bias of a layer is corrected."""
         return self._bias and layer.bias is not None and not (self._bn and layer.normalised)
+
+    def through(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
+        """Run a pruned module on all calibration batches, with batch-norm statistics corrected on the way."""
+        if self._bn and self._every_batch is not None:
+            self._every_batch.apply(module, edit, run)
+            return
+        for batch in self._context.subsets.calibration:
+            run(batch)
 
     @torch.no_grad()
     def adapt(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:

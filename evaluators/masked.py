@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from autoprune.evaluators.activation_cache.cache import checked_bytes
 from autoprune.evaluators.compensated import Compensated, replace_parameter
 from autoprune.evaluators.protocol import Context
 from autoprune.evaluators.refit.layers import shift_bias
+from autoprune.evaluators.refit.sequential import Sequential
 from autoprune.evaluators.scoring.scorer import Adapted
-from autoprune.importance.calibration import affordable
+from autoprune.importance.calibration import affordable, private_copy
 from autoprune.importance.masks.layer import DAMPING
 from autoprune.importance.masks.methods import METHODS, Method
 from autoprune.importance.masks.observe import observe_weights
@@ -43,11 +45,17 @@ class Masked:
     stay, and then set to zero (STUN's order, arXiv:2409.06211). Biases and batch-norm statistics follow, as in
     `Compensated`. Weights of grouped convolutions, and those that a model computes before use, go by magnitude.
 
+    With `sequential` the options only tell what each weight bears: a candidate's own weights are made one layer after
+    the other, each for the inputs that the layers before it now give, see
+    `autoprune.evaluators.refit.sequential.Sequential`. That takes two passes over the calibration samples for each set
+    of weights that read the same values, and candidates share nothing.
+
     Args:
         method: ``"magnitude"``, ``"wanda"``, ``"ria"``, ``"sparsegpt"`` or ``"admm"``, see docs/sparsity.md.
         bn: Correct batch-norm statistics.
         bias: Correct biases.
         damping: Share of the mean square of inputs that is added to their moments before they are inverted.
+        sequential: Make weights with the errors of earlier layers in their inputs.
         folder: Folder for the weights of all options; they are then mapped into memory as needed, and made only once
             for the same model, data and settings. None keeps them in memory.
         store_bytes: Most bytes of such weights; beyond, a folder is refused, and without one they are made again when
@@ -63,17 +71,19 @@ class Masked:
         bn: bool = True,
         bias: bool = True,
         damping: float = DAMPING,
+        sequential: bool = False,
         folder: str | Path | None = None,
         store_bytes: int = STORE_BYTES,
         memory_bytes: int = MEMORY_BYTES,
         share_bytes: int | None = None,
     ) -> None:
         one_of("method", method, METHODS)
-        for name, part in (("bn", bn), ("bias", bias)):
+        for name, part in (("bn", bn), ("bias", bias), ("sequential", sequential)):
             flag(name, part)
         self._method: Method = method
         self._bn, self._bias = bn, bias
         self._damping = positive("damping", damping, ", a share of the mean square of inputs")
+        self._sequential = sequential
         self._folder = folder
         self._store_bytes = whole_number("store_bytes", store_bytes, 0)
         self._memory_bytes = whole_number("memory_bytes", memory_bytes, 0)
@@ -82,7 +92,8 @@ class Masked:
     @property
     def identity(self) -> str:
         """Settings that scores depend on."""
-        return f"Masked({self._method}, bn={self._bn}, bias={self._bias}, damping={self._damping:g})"
+        settings = f"{self._method}, bn={self._bn}, bias={self._bias}, damping={self._damping:g}"
+        return f"Masked({settings}{', sequential' if self._sequential else ''})"
 
     def prepare(self, context: Context) -> None:
         """Observe the dense model, make the options of every weight, and the skeleton that candidates are cut from."""
@@ -96,8 +107,9 @@ class Masked:
         self._database = self._built(context)
         self._sliced: OrderedDict[bytes, Tensor] = OrderedDict()
         self._sliced_bytes = 0
-        solved = self._database.tables
-        self._adapted = Adapted(context, self.adapt, share_bytes=self._share_bytes, zeroed=solved)
+        # A pass of a network that is half done must not serve other candidates.
+        share_bytes = 0 if self._sequential else self._share_bytes
+        self._adapted = Adapted(context, self.adapt, share_bytes=share_bytes, zeroed=self._database.tables)
 
     def solver(self) -> Solver:
         """Equations of what weights read; the dense model runs on the calibration samples if it has not yet."""
@@ -153,6 +165,9 @@ class Masked:
 
     def adapt(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
         """Give weights their zeros and values in place, then correct what follows from them."""
+        if self._sequential:
+            self._adapt_in_order(module, edit, run)
+            return
         for name, zeros in edit.zeroed.items():
             if name in self._database.tables:
                 choice = edit.patterns.get(name, UNSTRUCTURED), zeros
@@ -163,6 +178,17 @@ class Masked:
                 if self._bias and name not in self._refit.shifted:
                     self._shift(module, name, edit)
         self._refit.adapt(module, edit, run)
+
+    def _adapt_in_order(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
+        context = self._context
+        if edit.slices:
+            self._refit.with_parts(bn=False).adapt(module, replace(edit, zeroed={}), run)
+        dense = context.calibration.of(private_copy(context.model))
+        solver = self.solver()
+        own = replace(edit, zeroed={name: zeros for name, zeros in edit.zeroed.items() if name in solver})
+        in_order = Sequential(dense, solver, replace_parameter)
+        in_order.apply(module, own, run, lambda seen: self._refit.through(module, edit, seen))
+        self._refit.with_parts(bias=False, least_squares=False).adapt(module, edit, run)
 
     def _shift(self, module: nn.Module, name: str, edit: Edit) -> None:
         """Correct the bias of a weight that reads no units, which `Compensated` does not know."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -123,6 +123,23 @@ class Moments:
         """First row of each block of the products, and the one after its last."""
         blocks = _BLOCKS if self.columns >= BLOCKED else 1
         return pairwise(self.columns * i // blocks for i in range(blocks + 1))
+
+    def part(self, first: int, last: int) -> Moments:
+        """Moments of the columns from `first` to before `last` alone; not of a sketch."""
+        assert self._matrix is not None
+        assert self._origin is not None
+        assert self._total is not None
+        assert self._weights is not None
+        self._complete()
+        own = slice(first, last)
+        return replace(
+            self,
+            columns=last - first,
+            _origin=self._origin[own],
+            _total=self._total[own],
+            _matrix=self._matrix[own, own],
+            _weights=self._weights[own],
+        )
 
     @property
     def seen(self) -> int:

@@ -46,10 +46,22 @@ class Solver:
         self._model = model
         self.observed = observed
         self._method = method
-        self._damping = damping
+        self.damping = damping
         self._bn = bn
         self._bias = bias
         self._layers: OrderedDict[str, list[Layer]] = OrderedDict()
+
+    def of(self, model: nn.Module, observed: Mapping[str, Sequence[Observed]]) -> Solver:
+        """The same settings for another network, and what its weights read."""
+        return Solver(model, observed, self._method, self.damping, self._bn, self._bias)
+
+    def centred(self, observed: Observed) -> bool:
+        """Return whether a bias or batch norm takes care of the mean of what a matrix gives."""
+        return (self._bn and observed.normalised) or (self._bias and observed.bias is not None)
+
+    def shifts(self, observed: Observed) -> bool:
+        """Return whether the bias of a matrix is corrected; batch norm takes care of it where it can."""
+        return self._bias and observed.bias is not None and not (self._bn and observed.normalised)
 
     def __contains__(self, name: str) -> bool:
         """Return whether a weight can be solved."""
@@ -121,8 +133,7 @@ class Solver:
         parameter = self._model.get_parameter(reader.name).detach()
         weight = matrix_of(parameter, reader)
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        centred = (self._bn and observed.normalised) or (self._bias and observed.bias is not None)
-        products = observed.moments.products(centred)
+        products = observed.moments.products(self.centred(observed))
         run = parameter.shape[1] if reader.dim else reader.columns
         if parameter.ndim > 2 and reader.dim:
             places = kernel_last(reader.columns, run).to(weight.device)
@@ -138,7 +149,7 @@ class Solver:
             left = slices[1 - reader.dim]
             mine = left[(left >= reader.start) & (left < reader.start + reader.outputs)] - reader.start
             weight = weight[torch.from_numpy(mine).to(weight.device)]
-        return Layer(weight.contiguous(), products.to(weight.dtype), run, self._damping)
+        return Layer(weight.contiguous(), products.to(weight.dtype), run, self.damping)
 
 
 def _by_mask(layers: Sequence[Layer], pattern: Pattern, zeros: int, shape: tuple[int, ...]) -> Tensor:

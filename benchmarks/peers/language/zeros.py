@@ -29,6 +29,8 @@ from benchmarks.peers.language.case import Case
 LEVELS = (0.0, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9)
 FITTED, COMPARED, LEFT = 54, 8, 2  # of the 64 sequences: moments, candidates, and a look at the finished front
 BATCH = 2
+NEAR = 0.01
+"""Share of the weights by which a network may have fewer nonzero ones than the budget, for its front to be wanted."""
 Target = float | str
 """A share of zeros, or a pattern."""
 
@@ -106,9 +108,14 @@ class Zeros:
         return {name: each.detach() for name, each in named if name.startswith(self.inside) and each.ndim == 2}
 
     def limit(self, share: float) -> str:
-        """Budget for this share of zeros among the linear layers of the blocks."""
-        total = sum(each.numel() for each in self.model.parameters())
-        return f"nonzero_params <= {total - int(share * sum(each.numel() for each in self.weights.values()))}"
+        """Budget for this share of zeros among the linear layers of the blocks, give or take `NEAR`.
+
+        Without a lower end, a search that looks for a front would spend most of its candidates on larger networks,
+        which nobody judges.
+        """
+        inside = sum(each.numel() for each in self.weights.values())
+        most = sum(each.numel() for each in self.model.parameters()) - int(share * inside)
+        return f"{most - int(NEAR * inside)} <= nonzero_params <= {most}"
 
     def network(self, method: Method, kept: Mapping[str, int] | None, pattern: str = "unstructured") -> nn.Module:
         """The model with these numbers of elements left in each weight, or with a pattern everywhere."""
