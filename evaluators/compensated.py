@@ -245,7 +245,7 @@ class Compensated:
         return self._bias and layer.bias is not None and not (self._bn and layer.normalised)
 
     def through(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
-        """Run a pruned module on all calibration batches, with batch-norm statistics corrected on the way."""
+        """Run a pruned module on all calibration batches, and correct the statistics of its batch norms."""
         if self._bn and self._every_batch is not None:
             self._every_batch.apply(module, edit, run)
             return

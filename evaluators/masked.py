@@ -25,7 +25,7 @@ from autoprune.importance.masks.methods import METHODS, Method
 from autoprune.importance.masks.observe import observe_weights
 from autoprune.importance.masks.prices import losses_of_options
 from autoprune.importance.masks.solver import Solver
-from autoprune.importance.masks.tables import STORE_BYTES, Choice, ZeroDatabase, build_tables
+from autoprune.importance.masks.tables import STORE_BYTES, STORES, Choice, Store, ZeroDatabase, build_tables
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement, SetsZeros
 from autoprune.structure.slicing.slicing import Edit
 from autoprune.structure.slicing.zeros import UNSTRUCTURED, Pattern
@@ -56,10 +56,12 @@ class Masked:
         bias: Correct biases.
         damping: Share of the mean square of inputs that is added to their moments before they are inverted.
         sequential: Make weights with the errors of earlier layers in their inputs.
-        folder: Folder for the weights of all options; they are then mapped into memory as needed, and made only once
-            for the same model, data and settings. None keeps them in memory.
-        store_bytes: Most bytes of such weights; beyond, a folder is refused, and without one they are made again when
-            they are needed.
+        folder: Folder for the errors of all options, some kilobytes, which are then measured only once for the same
+            model, data and settings, by whatever process; None keeps them in memory.
+        store: What the folder holds: ``"tables"`` of errors, where candidates make the weights that they need, or all
+            ``"weights"``, too, which are then mapped into memory.
+        store_bytes: Most bytes of weights in a folder, which is refused beyond; or of those that are kept in memory,
+            where others are made again when they are needed.
         memory_bytes: Most memory for moments of inputs.
         share_bytes: Most memory for what candidates share, see `AdaptiveBN`.
     """
@@ -73,6 +75,7 @@ class Masked:
         damping: float = DAMPING,
         sequential: bool = False,
         folder: str | Path | None = None,
+        store: Store = "tables",
         store_bytes: int = STORE_BYTES,
         memory_bytes: int = MEMORY_BYTES,
         share_bytes: int | None = None,
@@ -84,7 +87,13 @@ class Masked:
         self._bn, self._bias = bn, bias
         self._damping = positive("damping", damping, ", a share of the mean square of inputs")
         self._sequential = sequential
+        one_of("store", store, STORES)
+        if store == "weights" and folder is None:
+            raise ValueError("store='weights' needs a folder=; without one, weights are kept in memory")
+        if store == "weights" and sequential:
+            raise ValueError("store='weights' has none for sequential=True, which makes those of every candidate")
         self._folder = folder
+        self._store: Store = store
         self._store_bytes = whole_number("store_bytes", store_bytes, 0)
         self._memory_bytes = whole_number("memory_bytes", memory_bytes, 0)
         self._share_bytes = checked_bytes(share_bytes)
@@ -130,7 +139,8 @@ class Masked:
             state = context.model.state_dict()
             settings = [self._method, self._damping, self._bn, self._bias]
             identity = fingerprint([state, list(context.subsets.calibration), *settings])
-        return build_tables(self.solver, choices, sizes, self._folder, identity, self._store_bytes)
+        store_bytes = 0 if self._sequential else self._store_bytes
+        return build_tables(self.solver, choices, sizes, self._folder, identity, self._store, store_bytes)
 
     @property
     def database(self) -> ZeroDatabase:

@@ -209,12 +209,13 @@ class TestDatabase:
             change = inputs @ (database.weight("head.weight", choice) - dense).T
             assert error == pytest.approx(float(change.square().sum() / (inputs @ dense.T).square().sum()), rel=1e-3)
 
-    def test_in_a_folder_it_is_made_once(self, layers: Context, tmp_path, monkeypatch: pytest.MonkeyPatch):
-        first = prepared(layers, folder=tmp_path)
+    @pytest.mark.parametrize("store", ["tables", "weights"])
+    def test_in_a_folder_it_is_made_once(self, layers: Context, tmp_path, monkeypatch: pytest.MonkeyPatch, store: str):
+        first = prepared(layers, folder=tmp_path, store=store)
         assert len(list(tmp_path.iterdir())) == 4 + 1  # and the index
-        runs = []
-        monkeypatch.setattr(Masked, "solver", lambda self: runs.append(self))
-        again = prepared(layers, folder=tmp_path)
+        runs: list[str] = []
+        monkeypatch.setattr("autoprune.evaluators.masked.observe_weights", lambda *_: runs.append("observed"))
+        again = prepared(layers, folder=tmp_path, store=store)
         assert not runs  # the model is not even observed
         candidate = candidate_of(layers, "2:4")
         monkeypatch.undo()
@@ -223,6 +224,46 @@ class TestDatabase:
             assert all(torch.equal(tensor, state[name]) for name, tensor in first.build(candidate).state_dict().items())
         other = prepared(layers, "sparsegpt", folder=tmp_path).build(candidate)
         assert not torch.equal(other.head.weight, first.solver().solve("head.weight", Pattern.parse("2:4"), 40))
+
+    def test_tables_take_kilobytes_and_weights_are_stored_when_asked_for(self, layers: Context, tmp_path):
+        prepared(layers, folder=tmp_path / "tables")
+        asked = prepared(layers, folder=tmp_path / "weights", store="weights")
+        few, many = (sum(file.stat().st_size for file in (tmp_path / each).iterdir()) for each in ("tables", "weights"))
+        elements = sum(layers.model.get_parameter(name).numel() for name in asked.database.tables)
+        assert few < 4 * 2**10
+        assert many > 4 * elements * 3
+        assert not asked.database.held
+
+    def test_a_folder_of_tables_gets_the_weights_later(
+        self, layers: Context, tmp_path, monkeypatch: pytest.MonkeyPatch
+    ):
+        first = prepared(layers, folder=tmp_path)
+        assert not first.database.stored
+        asked = prepared(layers, folder=tmp_path, store="weights")
+        assert set(asked.database.stored) == set(first.database.tables)
+        solved: list[str] = []
+        monkeypatch.setattr(Solver, "solve", lambda self, name, *_: solved.append(name))
+        candidate = candidate_of(layers, 0.5)
+        again = prepared(layers, folder=tmp_path)  # what is there is used
+        state = asked.build(candidate).state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in again.build(candidate).state_dict().items())
+        assert not solved
+
+    @pytest.mark.parametrize("store", ["tables", "weights"])
+    @pytest.mark.parametrize("change", ["errors", "unstructured 20", "more"])
+    def test_tensors_of_other_sizes_are_refused_before_they_are_read(
+        self, layers: Context, tmp_path, store: str, change: str
+    ):
+        from safetensors import safe_open
+        from safetensors.torch import load_file, save_file
+
+        prepared(layers, folder=tmp_path, store=store)
+        file = tmp_path / "head.weight.safetensors"
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        save_file({**load_file(file), change: torch.zeros(1)}, file, metadata)
+        with pytest.raises(FileFormatError, match=r"head\.weight\.safetensors"):
+            prepared(layers, folder=tmp_path, store=store)
 
     def test_a_damaged_file_is_named(self, layers: Context, tmp_path):
         prepared(layers, folder=tmp_path)
@@ -243,7 +284,7 @@ class TestDatabase:
 
     def test_a_folder_has_a_limit(self, layers: Context, tmp_path):
         with pytest.raises(ValueError, match=r"store_bytes must be at least \d+, the size of \d+ options, got 1000"):
-            prepared(layers, folder=tmp_path, store_bytes=1000)
+            prepared(layers, folder=tmp_path, store="weights", store_bytes=1000)
 
     def test_without_room_weights_are_made_again(self, layers: Context):
         candidate = candidate_of(layers, 0.5)
@@ -333,6 +374,9 @@ class TestWhatIsRefused:
             ({"bn": 1}, "bn must be"),
             ({"damping": 0}, "damping must be"),
             ({"store_bytes": -1}, "store_bytes must be"),
+            ({"store": "masks"}, "store must be one of"),
+            ({"store": "weights"}, "store='weights' needs a folder="),
+            ({"store": "weights", "folder": "zeros", "sequential": True}, "store='weights' has none for sequential"),
         ],
     )
     def test_settings_out_of_range(self, settings: dict[str, object], message: str):

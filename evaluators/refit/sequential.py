@@ -58,8 +58,8 @@ class Sequential:
             module: Cut from the dense model, with units gone and no zeros yet.
             edit: The edit.
             run: Runs the module on a batch.
-            through: Calls a function, which runs the module, with each calibration batch; norms may be corrected on the
-                way.
+            through: Calls a function, which runs the module, with each calibration batch; norms may be corrected
+                meanwhile.
         """
         for stage in self._stages:
             names = [name for name in stage if name in edit.zeroed]

@@ -97,7 +97,7 @@ class Zeros:
     def options(self) -> dict[str, Any]:
         """Settings of a search; its evaluator finds the levels in the folder."""
         bias = any(name.startswith(self.inside) and name.endswith(".bias") for name in self.model.state_dict())
-        evaluator = Masked(self.method, bn=False, bias=bias, folder=self.folder, store_bytes=2**34)
+        evaluator = Masked(self.method, bn=False, bias=bias, folder=self.folder, store="weights", store_bytes=2**34)
         space = Sparsity(levels=LEVELS, ignore=self.outside)
         return {"space": space, "evaluator": evaluator, "metric": self.metric, "seed": self.seed}
 
