@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,18 +76,25 @@ def sequences(tokenizer: Any, corpus: str, n: int) -> Tensor:
     return torch.tensor(tokenizer(lines)["input_ids"][: n * LENGTH]).view(n, LENGTH)
 
 
-def search(model: nn.Module, share: float, data: Any, trials: int, ignore: tuple[str, ...] = ()) -> SearchResult:
-    return autoprune.search(model, f"flops <= {share:.0%}", data, **options_for(trials, ignore))
+def search(
+    model: nn.Module,
+    share: float,
+    data: Any,
+    trials: int,
+    ignore: tuple[str, ...] = (),
+    run_dir: str | Path | None = None,
+) -> SearchResult:
+    return autoprune.search(model, f"flops <= {share:.0%}", data, **options_for(trials, ignore, run_dir))
 
 
-def options_for(trials: int, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
+def options_for(trials: int, ignore: tuple[str, ...] = (), run_dir: str | Path | None = None) -> dict[str, Any]:
     """Arguments of a search besides the model, the budget and the data."""
     return {
         "metric": autoprune.Metric(next_token, higher_is_better=False, name="next-token loss"),
         "space": autoprune.Channels(ignore=ignore),
         "example": autoprune.Call(forward=forward),
         "trials": trials,
-        "execution": autoprune.Execution(progress=False),
+        "execution": autoprune.Execution(run_dir=run_dir, progress=False),
     }
 
 
@@ -175,10 +183,16 @@ def data_of(background: Tensor, held: Tensor) -> autoprune.Data:
 
 
 def searched(
-    share: float, model: nn.Module, background: Tensor, held: Tensor, trials: int, ignore: tuple[str, ...] = ()
+    share: float,
+    model: nn.Module,
+    background: Tensor,
+    held: Tensor,
+    trials: int,
+    ignore: tuple[str, ...] = (),
+    run_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Held-out loss of what a search finds, and of the uniform pruning that it begins with."""
-    result = search(model, share, data_of(background, held), trials, ignore)
+    result = search(model, share, data_of(background, held), trials, ignore, run_dir)
     each = [trial.evaluations[-1].seconds for trial in result.trials if trial.evaluations]
     row: dict[str, Any] = {
         "loss": loss_of(result.build(None), held),
@@ -248,6 +262,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8])
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--run-dir", type=Path, help="keeps journals, so that a search that was stopped goes on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load()
@@ -261,6 +276,9 @@ def main() -> None:
         (found if share is None else found.setdefault(str(share), {}))[part] = row
         write("language_model", "A pretrained language model", found, report(found))
 
+    def folder(share: float, part: str) -> Path | None:
+        return None if options.run_dir is None else Path(options.run_dir) / f"{part}-{share}"
+
     if "inspect" in options.parts:
         keep(None, "inspect", {f"{n} x {tokens}": inspected(model, n, tokens) for n, tokens in INPUTS})
     for share in options.shares:
@@ -269,10 +287,11 @@ def main() -> None:
         if "depth" in options.parts:
             keep(share, "depth", depth(share, model, background, held))
         if "ours" in options.parts:
-            keep(share, "ours", searched(share, model, background, held, options.trials))
+            keep(share, "ours", searched(share, model, background, held, options.trials, (), folder(share, "ours")))
         if "feed-forward" in options.parts:
             others = ("model.embed_tokens*", "*self_attn*")
-            keep(share, "feed-forward", searched(share, model, background, held, options.trials, others))
+            run_dir = folder(share, "feed-forward")
+            keep(share, "feed-forward", searched(share, model, background, held, options.trials, others, run_dir))
 
 
 if __name__ == "__main__":
