@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autoprune.importance.calibration import Calibration
+from autoprune.importance.latest_product import LatestProduct
 from autoprune.importance.padding import kept_positions, positions_of
 from autoprune.structure.owners import owners
 from autoprune.structure.slicing.adapters import refresh_flat_weights
@@ -63,7 +64,8 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
 
     It observes ungrouped convolutions and matrix products, whatever Python code calls them: layers, recurrent cells,
     projections of attention, functions with bare parameters. A weight is left out where two modules hold it, where
-    another operation reads it before the product, and where the product takes only some of its columns.
+    another operation reads it before the product, and where the product takes only some of its columns. Without
+    gradients a product that nothing reads, such as the logits, is not computed: outputs of such a pass have no values.
 
     Args:
         model: Runs inside; in evaluation mode.
@@ -115,12 +117,14 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         self._made_by: MutableMapping[Tensor, Reader] = WeakIdKeyDictionary()
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._mask: Tensor | None = None
+        self._latest_product: LatestProduct | None = None  # None where gradients are recorded
 
     @contextmanager
     def batch(self, mask: Tensor | None, gradients: bool = False) -> Iterator[None]:
         """Observe one forward pass; `mask` is True at real positions, bool, shape (samples, positions)."""
         fused = torch.backends.mha.get_fastpath_enabled()
         self._mask = mask
+        self._latest_product = None if gradients else LatestProduct()
         with ExitStack() as stack:
             handle = register_module_forward_pre_hook(lambda module, _: refresh_flat_weights(module))
             stack.callback(handle.remove)
@@ -154,7 +158,10 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as its par
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation, and observe it."""
-        out = func(*args, **(kwargs or {}))
+        if self._latest_product is None:
+            out = func(*args, **(kwargs or {}))
+        else:
+            out = self._latest_product.run(func, args, kwargs or {})
         name = func.overloadpacket.__name__
         if self._receive is not None:
             if name in ("mm", "bmm", "convolution_backward"):
