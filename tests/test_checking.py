@@ -15,8 +15,9 @@ from torch import nn
 import autoprune
 from autoprune.data.batch import default_forward
 from autoprune.importance import calibration as calibration_module
+from autoprune.importance import sensitivity
 from autoprune.importance.calibration import Calibration
-from autoprune.importance.criteria import distortion_gradients
+from autoprune.importance.gradients import distortion_gradients
 from autoprune.metrics.scorers import class_dimension
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
@@ -192,6 +193,28 @@ def test_a_resumed_search_takes_the_choice_that_was_kept(case, tmp_path):
     )
     assert again.evaluator.settings == first.evaluator.settings | {"bias": False}
     assert again.context.space.to_json() == first.context.space.to_json()
+
+
+def test_the_passes_of_the_check_serve_the_prior_which_a_resumed_search_computes_alike(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 30, bias=False)).eval()
+    ids = torch.randint(0, 30, (90, 12), generator=torch.Generator().manual_seed(0))
+    parts = autoprune.Data(ids[:40], ids[40:70], ids[70:])
+    made = []
+    observed = sensitivity._observed
+    monkeypatch.setattr(sensitivity, "_observed", lambda calibration: made.append(1) or observed(calibration))
+
+    def prepared(run_dir):
+        execution = autoprune.Execution(run_dir=run_dir, progress=False)
+        return study_for(model, "flops <= 60%", parts, metric="agreement", seed=5, trials=4, execution=execution)
+
+    study = prepared(None)
+    assert not made
+    study.choice.save(tmp_path)
+    resumed = prepared(tmp_path)
+    assert made
+    for ours, expected in zip(resumed.problem.prior, study.problem.prior, strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.slow

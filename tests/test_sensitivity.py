@@ -7,10 +7,12 @@ from torch import nn
 
 from autoprune.data.batch import default_forward
 from autoprune.importance import calibration as calibration_module
+from autoprune.importance import unit_products
 from autoprune.importance.calibration import Calibration
-from autoprune.importance.criteria import CRITERIA, score_units
+from autoprune.importance.criteria import CRITERIA, score_units, score_units_by
 from autoprune.importance.expected_loss import expected_losses
 from autoprune.importance.sensitivity import output_changes
+from autoprune.importance.unit_products import UnitProducts
 from autoprune.optimizers.knapsack.sensitivity import next_probes
 from autoprune.optimizers.problem import Problem
 from autoprune.search_spaces import Channels
@@ -42,7 +44,7 @@ def network(**options):
 
 def changes(model, structure, batches, options, forward=default_forward, seed=0):
     group = next(group.name for group in structure.groups if group.size == 6)
-    return output_changes(Calibration(model, structure, batches, forward), [(group, options)], seed)[0]
+    return output_changes(Calibration(model, structure, batches, forward, seed=seed), [(group, options)])[0]
 
 
 def by_second_derivatives(model, x, units, distance):
@@ -112,6 +114,56 @@ def test_of_a_large_model_fewer_samples_are_looked_at(monkeypatch):
     monkeypatch.setattr(calibration_module, "WORK", 1)
     few = changes(model, structure, [x], OPTIONS)
     np.testing.assert_array_equal(few, changes(model, structure, [x[:8]], OPTIONS))
+
+
+class Observers(list):
+    """Observers of passes for criteria, in the order in which they were made."""
+
+    def make(self, calibration):
+        self.append(UnitProducts(calibration))
+        return self[-1]
+
+
+@pytest.mark.parametrize("outputs", [3, None], ids=["logits", "values"])
+def test_the_pass_of_a_criterion_with_gradients_gives_the_same_changes(outputs):
+    model, x, structure = network()
+    further = torch.randn(40, 4, dtype=torch.float64)  # more than the estimate takes
+    forward = default_forward if outputs else (lambda module, batch: module(batch)[:, None, None])
+    calibration = Calibration(model, structure, [x[:20], further], forward, seed=3)
+    removals = [(group.name, [np.array([0]), np.array([0, 1, 3])]) for group in structure.groups]
+    own = output_changes(calibration.on(calibration.batches), removals)
+    observers = Observers()
+    score_units_by(calibration, ["taylor", "contribution"], 3, observing=observers.make)
+    (products,) = observers
+    products.keep(calibration)
+    assert UnitProducts.kept(calibration)
+    for ours, expected in zip(output_changes(calibration, removals), own, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-12)
+
+
+def test_of_two_estimates_only_the_first_runs_the_model():
+    model, x, structure = network()
+    calls = []
+
+    def forward(module, batch):
+        calls.append(len(batch))
+        return module(batch)
+
+    calibration = Calibration(model, structure, [x], forward)
+    removals = [(group.name, [np.array([1])]) for group in structure.groups]
+    first = output_changes(calibration, removals)
+    ran = len(calls)
+    np.testing.assert_array_equal(output_changes(calibration, removals), first)
+    assert ran == len(calls) > 0
+
+
+def test_products_beyond_the_memory_allowed_are_not_kept(monkeypatch):
+    monkeypatch.setattr(unit_products, "KEPT_BYTES", 8 * 6)  # of one sample of 32
+    model, x, structure = network()
+    calibration = Calibration(model, structure, [x], default_forward)
+    removals = [(group.name, [np.array([1])]) for group in structure.groups]
+    assert output_changes(calibration, removals)[0] is not None
+    assert not UnitProducts.kept(calibration)
 
 
 def test_a_model_without_gradients_is_measured_by_reconstruction():

@@ -9,12 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.data.batch import Batch, Forward
+from autoprune.data.batch import Batch, Forward, beginning
 from autoprune.structure.slicing.skeleton import skeleton
 from autoprune.structure.structure import Structure
 
 WORK = 2**37
 """Multiply-accumulates of the dense model that are enough to rank units or options: some seconds of a core."""
+
+RANKED = 128
+"""Most samples for rankings by gradients; at most `FEWEST_RANKED` of a large model."""
+FEWEST_RANKED = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,7 @@ class Calibration:
         batches: Calibration data, on any device.
         forward: Runs a model on a batch.
         database_file: Where a layer database of it is kept, if one is asked for.
+        seed: For labels drawn from its outputs.
         derived: Cached values computed from the others alone, by name.
     """
 
@@ -35,6 +40,7 @@ class Calibration:
     batches: Sequence[Batch]
     forward: Forward
     database_file: Path | None = None
+    seed: int = 0
     derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, model: nn.Module) -> Calibration:
@@ -56,6 +62,11 @@ def affordable(structure: Structure, least: int, most: int, passes: int = 1) -> 
         passes: Forward passes whose work each sample takes; a backward pass takes that of two.
     """
     return int(min(most, max(least, WORK // max(passes * structure.macs, 1.0))))
+
+
+def ranked_on(calibration: Calibration) -> list[Batch]:
+    """Return the samples for rankings by gradients: the first ones, fewer of a large model."""
+    return beginning(calibration.batches, affordable(calibration.structure, FEWEST_RANKED, RANKED, passes=2))
 
 
 def private_copy(model: nn.Module) -> nn.Module:

@@ -7,31 +7,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoprune.arguments import naming, shown
-from autoprune.data.batch import Batch, Forward, pieces, targets, to_device
+from autoprune.data.batch import targets, to_device
 from autoprune.importance.calibration import Calibration, private_copy
 from autoprune.importance.database.build import layer_database
-from autoprune.metrics.scorers import class_dimension, drawn_cross_entropy, main_output
+from autoprune.importance.gradients import distortion_gradients, loss_gradients
 from autoprune.protocols import IntArray
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import Group
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from autoprune.importance.unit_products import UnitProducts
 
-DRAWN = 8
-"""Samples whose gradients are averaged before they are squared, where there are no labels."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,8 @@ def taylor(group: GroupTensors) -> Tensor:
     """First-order estimate of the squared change of the loss, summed over the weights of a unit.
 
     Without labels, it is the change of the distortion, whose own gradient is zero: its curvature is the expected square
-    of gradients towards outputs drawn from the model's distribution, see `distortion_gradients`.
+    of gradients towards outputs drawn from the model's distribution, see
+    `autoprune.importance.gradients.distortion_gradients`.
 
     Reference:
         Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, arXiv:1906.10771. Without
@@ -206,6 +204,7 @@ def score_units_by(
     criteria: Sequence[str | Criterion],
     seed: int = 0,
     level: int = logging.WARNING,
+    observing: Callable[[Calibration], UnitProducts] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Score the units of every group by each criterion, shape (units,) each, higher more important.
 
@@ -216,6 +215,7 @@ def score_units_by(
         criteria: Names in `CRITERIA`, or callables, which get everything; gradients only where there are labels.
         seed: For criteria that draw.
         level: Level of the log line that names groups without the inputs of a criterion, where l2 is used.
+        observing: Makes an observer of the pass for gradients, if activations are read and there are no labels.
 
     Raises:
         ValueError: If the name is unknown, or a callable returns the wrong shape or NaN.
@@ -233,8 +233,10 @@ def score_units_by(
         device = next(calibration.model.parameters()).device
         placed = [to_device(batch, device) for batch in calibration.batches]
         copied = calibration.of(private_copy(calibration.model)).on(placed)
-        with _observed(copied) as sums:  # the pass for gradients shows activations, too
-            gradients = distortion_gradients(copied, seed)
+        products = None if observing is None else observing(copied)
+        watching = nullcontext() if products is None else products.observing()
+        with _observed(copied) as sums, watching:  # the pass for gradients shows activations, too
+            gradients = distortion_gradients(copied, seed, products)
         activations = _activations(copied, sums)
     else:
         gradients = loss_gradients(calibration, seed) if slopes else {}
@@ -312,98 +314,6 @@ def _slice(tensor: Tensor, dim: int, indices: IntArray) -> Tensor:
     rows = tensor.float().movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.float().unsqueeze(1)
     picked = rows[torch.from_numpy(indices.reshape(-1)).to(tensor.device)]
     return picked.reshape(indices.shape[0], -1).cpu()
-
-
-def loss_gradients(calibration: Calibration, seed: int = 0) -> dict[str, Tensor]:
-    """Compute the gradient of the mean loss, in evaluation mode: cross-entropy for classes, else squared error.
-
-    If labels are missing, or are neither classes of the outputs nor floats shaped like them, it is that of the
-    distortion.
-    """
-    copied = _Forward(private_copy(calibration.model), calibration.forward)
-    state = _state_of(copied)
-    device = next(calibration.model.parameters()).device
-    placed = [to_device(batch, device) for batch in calibration.batches]
-    if not all(isinstance(targets(batch), Tensor) for batch in placed):
-        return distortion_gradients(calibration.on(placed), seed)
-    for batch in placed:
-        with torch.enable_grad():
-            loss = _loss(main_output(functional_call(copied, state, (batch,))), targets(batch))
-            if loss is None:
-                return distortion_gradients(calibration.on(placed), seed)
-            (loss / len(placed)).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-    return {name.removeprefix("model."): torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.items()}
-
-
-def distortion_gradients(calibration: Calibration, seed: int = 0) -> dict[str, Tensor]:
-    """Compute the root mean square of gradients towards outputs drawn from the model's distribution, without labels.
-
-    At the dense model the gradient of any distance to its outputs is zero. The expected square over labels drawn from
-    its softmax is the diagonal of its Fisher information, the curvature of the divergence; where outputs are no
-    logits, normal noise gives that of the squared difference. Squares are averaged over groups of a few samples.
-
-    Reference:
-        Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, arXiv:1412.1193, section 9.
-    """
-    copied = _Forward(private_copy(calibration.model), calibration.forward)
-    state = _state_of(copied)
-    generator = torch.Generator().manual_seed(seed)
-    squares = {name: torch.zeros_like(p) for name, p in state.items()}
-    parts = [part for batch in calibration.batches for part in _parts(batch)]
-
-    def take(name: str, parameter: Tensor) -> None:
-        """Add a gradient as soon as it is computed, so that no two are in memory at once."""
-        assert parameter.grad is not None
-        squares[name] += parameter.grad.square() / len(parts)
-        parameter.grad = None
-
-    for name, parameter in state.items():
-        hook = partial(take, name)
-        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # as above
-    for part in parts:
-        with torch.enable_grad():
-            outputs = functional_call(copied, state, (part,))
-            _drawn_loss(outputs, part, generator).backward()  # type: ignore[no-untyped-call]  # as above
-    return {name.removeprefix("model."): square.sqrt() for name, square in squares.items()}
-
-
-def _state_of(copied: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().requires_grad_() for name, p in copied.named_parameters()}
-
-
-def _parts(batch: Batch) -> list[Batch]:
-    return pieces(batch, DRAWN)
-
-
-def _loss(outputs: Tensor, target: Any) -> Tensor | None:
-    """Compute the loss for the kind of labels; None where they do not fit."""
-    if not isinstance(target, Tensor):
-        return None
-    if target.is_floating_point():
-        return F.mse_loss(outputs, target) if target.shape == outputs.shape else None
-    fits = outputs.ndim > 1 and target.shape == (len(outputs), *outputs.shape[2:]) and target.max() < outputs.shape[1]
-    return F.cross_entropy(outputs, target.long()) if fits else None
-
-
-def _drawn_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Compute the mean loss towards labels drawn from logits, else towards normal noise around the outputs."""
-    output = main_output(outputs).float()
-    classes = class_dimension(outputs, batch)
-    if classes is None:
-        noise = torch.randn(output.shape, generator=generator).to(output.device)
-        return (output * noise).sum() / len(output)
-    loss, draws = drawn_cross_entropy(output, classes, generator)
-    return loss / draws
-
-
-class _Forward(nn.Module):
-    def __init__(self, model: nn.Module, run: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self.run = run
-
-    def forward(self, batch: Batch) -> Any:
-        return self.run(self.model, batch)
 
 
 def activation_statistics(calibration: Calibration) -> dict[str, list[Activation]]:

@@ -160,9 +160,13 @@ def sampled_loss(outputs: Any, batch: Batch, generator: torch.Generator) -> tupl
     classes = class_dimension(outputs, batch)
     if classes is None:
         noise = torch.randn(output.shape, generator=generator).to(output)
-        scale = (2 / max(float(output.detach().square().sum()) / len(output), 1e-30)) ** 0.5
-        return (scale * noise * output).sum(), len(output)
+        return (noise_scale(output) * noise * output).sum(), len(output)
     return drawn_cross_entropy(output, classes, generator)
+
+
+def noise_scale(output: Tensor) -> float:
+    """Standard deviation of the noise that stands for draws around outputs that are no logits."""
+    return float((2 / max(float(output.detach().square().sum()) / len(output), 1e-30)) ** 0.5)
 
 
 def drawn_cross_entropy(output: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, int]:

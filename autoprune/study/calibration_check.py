@@ -26,9 +26,10 @@ from autoprune.evaluators.scoring.out_of_memory import Halving, fitting
 from autoprune.evaluators.scoring.scorer import bound_forward
 from autoprune.files.access import make_folder, write_json
 from autoprune.files.formats import Format
-from autoprune.importance.calibration import Calibration, affordable, private_copy
+from autoprune.importance.calibration import Calibration, affordable, private_copy, ranked_on
 from autoprune.importance.criteria import order_units, score_units, score_units_by
 from autoprune.importance.database.build import work_of_database
+from autoprune.importance.unit_products import UnitProducts
 from autoprune.metrics.judge import Weighing
 from autoprune.protocols import FloatArray, IntArray, Pruning
 from autoprune.search_spaces import Settings
@@ -39,9 +40,6 @@ log = logging.getLogger(__name__)
 FEWEST_SAMPLES = 64
 MOST_SAMPLES = 1024
 """Validation samples of the check: all of a small model's, by default; fewer for a large one."""
-RANKED = 128
-"""Most calibration samples for criteria in the check; at most `FEWEST_RANKED` for a large model."""
-FEWEST_RANKED = 8
 CRITERIA = (("taylor",), ("fluctuation", "contribution"))
 """Criteria tried in addition to l2; those that need the same passes over the samples are grouped."""
 RACED = 8
@@ -142,8 +140,8 @@ def check(
     renew, told = _renewed(context, trial)
     ranked = {}
     if settings.criterion == "auto" and scores:  # first, because gradients take as much memory as the model
-        ranked = _tried(context, [name for names in CRITERIA for name in names], seed) or {
-            name: found for names in CRITERIA for name, found in _tried(context, names, seed).items()
+        ranked = _tried(context, [name for names in CRITERIA for name in names], seed, calibration) or {
+            name: found for names in CRITERIA for name, found in _tried(context, names, seed, calibration).items()
         }
         ranked |= _by_surgeon(context, calibration, trials)
     refit = Compensated(renew=renew).judged_on(middle_of(context.space))
@@ -330,26 +328,40 @@ def ranking(context: Context, criterion: str, seed: int, calibration: Calibratio
     if criterion == "obs":
         with seeded(0):
             return score_units(calibration, criterion)
-    return _ranked(context, (criterion,), seed)[criterion]
+    return _ranked(context, (criterion,), seed, calibration)[criterion]
 
 
-def _ranked(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
-    calibration = context.calibration.of(private_copy(context.model))
-    some = beginning(calibration.batches, affordable(calibration.structure, FEWEST_RANKED, RANKED, passes=2))
+def _ranked(
+    context: Context, criteria: Sequence[str], seed: int, calibration: Calibration
+) -> dict[str, dict[str, Tensor]]:
+    copied = context.calibration.of(private_copy(context.model))
+    some = ranked_on(copied)
 
     def score(parts: Sequence[Batch]) -> Sequence[dict[str, Tensor]]:
+        observers: list[UnitProducts] = []
+
+        def observing(observed: Calibration) -> UnitProducts:
+            observers.append(UnitProducts(observed))
+            return observers[0]
+
         with seeded(0), torch.enable_grad():
-            return score_units_by(calibration.on(parts), criteria, seed, logging.DEBUG)
+            found = score_units_by(copied.on(parts), criteria, seed, logging.DEBUG, observing)
+        if len(parts) == len(some):  # else memory ran out, and the prior would differ from that of a resumed search
+            for products in observers:
+                products.keep(calibration)
+        return found
 
     found = Halving()(score, some)
     give_back(context.model)
     return dict(zip(criteria, found, strict=True))
 
 
-def _tried(context: Context, criteria: Sequence[str], seed: int) -> dict[str, dict[str, Tensor]]:
+def _tried(
+    context: Context, criteria: Sequence[str], seed: int, calibration: Calibration
+) -> dict[str, dict[str, Tensor]]:
     """Importance by several criteria, without those that cannot be computed for the model."""
     try:
-        return _ranked(context, criteria, seed)
+        return _ranked(context, criteria, seed, calibration)
     except Exception as error:  # gradients may not exist, or not fit into memory
         log.info("calibration check without %s: %s: %s", ", ".join(criteria), type(error).__name__, error)
         return {}

@@ -139,7 +139,7 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     forward = batches.Guarded(inputs.forward)
     run_dir = request.execution.run_dir
     kept = None if run_dir is None else Path(run_dir) / DATABASE
-    calibration = Calibration(scored, structure, inputs.subsets.calibration, forward, kept)
+    calibration = Calibration(scored, structure, inputs.subsets.calibration, forward, kept, request.seed)
     ranked = _rank(request, settings, inputs, calibration)
     layout = lay_out(request, parts.budget, settings, parts.start, ranked.space, structure, ranked.judge, measured)
     if is_ours(parts.evaluator):
