@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.arguments import flag, positive, said, whole_number
+from autoprune.data.arrangement import Arrangement
 from autoprune.data.batch import Batch
 from autoprune.data.sampling import seeded
 from autoprune.evaluators.activation_cache.cache import checked_bytes
@@ -24,15 +25,18 @@ from autoprune.evaluators.refit.layers import Layer, columns_kept
 from autoprune.evaluators.refit.least_squares import Normal
 from autoprune.evaluators.refit.linear_maps import LinearMaps
 from autoprune.evaluators.refit.normalisation import Correction
+from autoprune.evaluators.refit.remaining import remaining_errors
 from autoprune.evaluators.scoring.scorer import Adapted, bound_forward
 from autoprune.importance.calibration import private_copy
 from autoprune.importance.reading import matrix_of
-from autoprune.protocols import Failure, IntArray, Measurement, Pruning, SearchSpace, Silences
+from autoprune.protocols import Failure, FloatArray, IntArray, Measurement, Pruning, SearchSpace, Silences
 from autoprune.structure.slicing.adapters import refresh_flat_weights
 from autoprune.structure.slicing.slicing import Edit, Slicer
 
 log = logging.getLogger(__name__)
 
+FEWEST_TOGETHER = 16
+"""Samples of a calibration batch that is cut for the caches: statistics during a pass are of a batch, and so few."""
 SOLVED_BYTES = 2**28
 """Most memory for solutions that later candidates may need again."""
 
@@ -116,6 +120,9 @@ class Compensated:
         with seeded(0):
             if self._renew:
                 recalibrate(self._reference, calibration.batches, bound_forward(context, self._reference))
+            if (samples := context.subsets.arrangement.samples) is not None:
+                arrangement = Arrangement(max(samples, FEWEST_TOGETHER))
+                calibration = calibration.on(arrangement.of(calibration.batches, cut=True))
             normalises = whole._bn and statistics(self._reference)
             self._correction = Correction(calibration) if normalises else None
         self._every_batch = self._correction
@@ -204,6 +211,13 @@ class Compensated:
     def shifted(self) -> frozenset[str]:
         """Weights whose biases are corrected; known after `collect`."""
         return frozenset(name for name, layers in self._layers.items() if all(map(self._shifted, layers)))
+
+    def remaining_errors(self) -> tuple[FloatArray, ...] | None:
+        """Errors that the re-fit leaves, for each option alone, see there; None where it fits no weights, or few."""
+        context = self._context
+        if not self._least_squares:
+            return None
+        return remaining_errors(self._layers, context.model, context.structure, context.space, self._centred)
 
     def order(self, candidates: IntArray) -> IntArray:
         """Return the order of evaluation in which candidates share most."""

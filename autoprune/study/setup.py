@@ -21,7 +21,8 @@ from autoprune.data.sampling import seeded
 from autoprune.early_stopping.racing import Racing
 from autoprune.early_stopping.successive_halving import Rungs
 from autoprune.errors import AutopruneError, BudgetError, DataError, UnsupportedModelError
-from autoprune.evaluators import Context, Evaluator, Expects, Tells, make_evaluator
+from autoprune.evaluators import Compensated, Context, Evaluator, Expects, Tells, make_evaluator
+from autoprune.evaluators.adaptive_bn import statistics
 from autoprune.evaluators.compensated import middle_of
 from autoprune.evaluators.scoring.out_of_memory import fitting
 from autoprune.evaluators.scoring.untouched import Untouched, is_ours
@@ -146,15 +147,15 @@ def set_up(request: Request, deadline: Deadline) -> Study:
         inputs = replace(inputs, subsets=arranged(inputs.subsets, ranked.judge, calibration))
     context = Context(model, structure, ranked.space, inputs.subsets, ranked.judge, calibration.forward)
     refit = _refit(request, parts.evaluator, settings, context, ranked, layout, deadline, calibration)
-    expects = isinstance(refit.evaluator, Expects) and request.start.prior in ("auto", "database")
-    priors = {} if expects else _priors(request, refit, calibration)
+    foreseen = _foreseen(request, refit)
+    priors = _priors(request, refit, calibration) if foreseen is None else {}
     trials = planned(request.trials, len(ranked.space.sizes))
     problem = replace(layout.problem, trials=trials)
     untouched = Untouched(model, refit.evaluator)
     refit.evaluator.prepare(refit.context)
     untouched.require()
-    if expects and isinstance(refit.evaluator, Expects):
-        known = refit.evaluator.expected_losses()
+    if foreseen is not None:
+        known = foreseen()
         priors = _priors(request, refit, calibration) if known is None else {"evaluator": known}
     notes = _notes(inputs, structure, ranked, layout, refit, measured.notes)
     dense = _score_dense(refit.evaluator, refit.context, untouched)
@@ -192,6 +193,16 @@ def _priors(request: Request, refit: _Refit, calibration: Calibration) -> dict[s
     with seeded(0):
         kind, space = request.start.prior, refit.context.space
         return rival_losses(kind, space, ranked.scores, ranked.criterion, calibration, rivals=checked)
+
+
+def _foreseen(request: Request, refit: _Refit) -> Callable[[], tuple[FloatArray, ...] | None] | None:
+    """Function of the evaluator that tells the losses of options once it is prepared, if the prior is left to it."""
+    evaluator, prior = refit.evaluator, request.start.prior
+    if isinstance(evaluator, Expects) and prior in ("auto", "database"):
+        return evaluator.expected_losses
+    if isinstance(evaluator, Compensated) and prior == "auto" and statistics(refit.context.model):
+        return evaluator.remaining_errors
+    return None
 
 
 def _analysed(request: Request, inputs: Inputs, deadline: Deadline) -> Structure:

@@ -29,8 +29,9 @@ class Start:
             error of the next layers' outputs, in a few forward passes over 32 samples; ``"sensitivity"``, the change of
             the outputs of the whole model, with a backward pass too; ``"database"``, that after a re-fit, from a layer
             database (docs/layer-database.md); or ``"criterion"``, sums of the scores of units, without any pass.
-            ``"auto"``: reconstruction for models with batch norm, else sensitivity, which is compared with the same
-            corrected by measured losses of whole branches, where that is affordable (docs/depth.md).
+            ``"auto"``: reconstruction for models with batch norm, where the evaluator re-fits weights that which the
+            re-fit leaves; else sensitivity, which is compared with the same corrected by measured losses of whole
+            branches, where that is affordable (docs/depth.md).
 
     Raises:
         ValueError: If `prior` is unknown, or `candidates` is no list of such.
