@@ -213,17 +213,20 @@ def pointing(places: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P
 
     Args:
         places: What to write for an argument that is part of another, by its name; for others, the most similar name.
+            A function that takes any names checks them itself.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        known = list(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters
+        known = list(parameters)
+        any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if misplaced := [name for name in kwargs if name in places]:
                 write = ", ".join(dict.fromkeys(places[name] for name in misplaced))
                 raise TypeError(f"{function.__name__}() has no argument {', '.join(misplaced)}; write {write}")
-            if unknown := [name for name in kwargs if name not in known]:
+            if not any_name and (unknown := [name for name in kwargs if name not in known]):
                 nearest = difflib.get_close_matches(unknown[0], known, n=1)
                 hint = f"did you mean {nearest[0]}?" if nearest else f"it takes {', '.join(known)}"
                 raise TypeError(f"{function.__name__}() has no argument {unknown[0]}; {hint}")
