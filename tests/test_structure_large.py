@@ -137,9 +137,9 @@ class TestValuesOfALargeExample:
         assert_right(model, (words(),), structure)
 
     @pytest.mark.parametrize(
-        ("samples", "tokens", "left"), [(4, 32, (2, 8)), (1, 64, (1, 8)), (64, 7, (2, 7)), (4, 33, (2, 17))]
+        ("samples", "tokens", "left"), [(4, 32, (2, 8)), (1, 64, (1, 8)), (64, 7, (1, 7)), (4, 33, (2, 17))]
     )
-    def test_the_beginning_keeps_two_samples_and_halves_of_the_length(
+    def test_the_beginning_keeps_two_samples_and_halves_of_the_length_or_else_one_sample(
         self, samples: int, tokens: int, left: tuple[int, int]
     ):
         model, inputs = made(reader), [((words(samples, tokens),), {})]
@@ -148,6 +148,18 @@ class TestValuesOfALargeExample:
         assert short is not None
         assert short.example.args[0].shape == left
         assert torch.equal(short.example.args[0], inputs[0][0][0][: left[0], : left[1]])
+
+    def test_a_model_of_one_length_is_checked_on_one_sample_unless_it_squeezes_that(self):
+        def forward(s: Net, ids: Tensor, squeezes: bool = False) -> Tensor:
+            x = s.a(s.words(ids)).reshape(-1, 32 * 12)
+            return s.head(x.squeeze(0) if squeezes else x)
+
+        layers = {"words": nn.Embedding(WORDS, 8), "a": nn.Linear(8, 12), "head": nn.Linear(32 * 12, 3)}
+        for squeezes, samples in ((False, 1), (True, 2)):
+            example = Example(Net(forward, **layers), (words(),), {"squeezes": squeezes})
+            short = shorten(best_choices(trace(example))[0], example)
+            assert short is not None
+            assert short.example.args[0].shape == (samples, 32)
 
     def test_indices_into_other_inputs_are_not_cut(self):
         net = Net(lambda s, x, rows: s.b(s.a(x))[rows], a=nn.Linear(8, 12), b=nn.Linear(12, 3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,7 @@ from autoprune.structure.rewriting.graph_module import Description
 from autoprune.structure.rules.layers import kept_groups
 from autoprune.structure.slicing.slicing import Edit, build
 from autoprune.structure.slicing.zeros import Pattern
-from autoprune.structure.terms import Terms, WeightUse, cost_terms, multiplied_parameters, uses_of
+from autoprune.structure.terms import NO_TERMS, Terms, WeightUse, cost_terms, multiplied_parameters, uses_of
 from autoprune.structure.tracing.record import Record
 from autoprune.structure.units import AffineSize, BoolArray, Frozen, Group, Units, find_frozen
 
@@ -265,6 +265,19 @@ def assemble(
     """Assemble the structure from a propagation and its units; `attributes` are those found by trying."""
     if "terms" not in units.derived:
         units.derived["terms"] = cost_terms(flow, units)
+    return replace(
+        without_costs(flow, units, attributes),
+        frozen=find_frozen(flow, units),
+        untouched=untouched,
+        terms=units.derived["terms"],
+        weights=multiplied_parameters(flow.record),
+        uses=uses_of(flow.record),
+        unread=_unread(flow.record, units.groups),
+    )
+
+
+def without_costs(flow: Propagation, units: Units, attributes: tuple[Attribute, ...] = ()) -> Structure:
+    """Assemble only what a smaller module is cut by, which many trials need; arguments as in `assemble`."""
     units_of: dict[str, tuple[IntArray | None, ...]] = {}
     arrays: dict[bytes, IntArray] = {}
     for name, value in flow.record.named().items():
@@ -273,15 +286,13 @@ def assemble(
             units_of[name] = tuple(None if dim is None else arrays.setdefault(dim.tobytes(), dim) for dim in dims)
     return Structure(
         groups=units.groups,
-        frozen=find_frozen(flow, units),
-        untouched=untouched,
+        frozen=(),
+        untouched=(),
         units_of=units_of,
         attributes=(*_group_counts(flow, units), *attributes),
-        terms=units.derived["terms"],
-        weights=multiplied_parameters(flow.record),
-        uses=uses_of(flow.record),
+        terms=NO_TERMS,
+        weights={},
         device=flow.record.device,
-        unread=_unread(flow.record, units.groups),
     )
 
 

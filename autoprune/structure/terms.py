@@ -82,6 +82,20 @@ class Terms:
     layers: tuple[LayerTerms, ...] = ()
 
 
+_NO_PRODUCTS = Products(np.zeros(0), np.zeros((0, 1), dtype=np.int64))
+NO_TERMS = Terms(
+    sizes=np.ones((1, 1), dtype=np.int64),
+    macs=_NO_PRODUCTS,
+    params=_NO_PRODUCTS,
+    state_bytes=_NO_PRODUCTS,
+    activation_bytes=_NO_PRODUCTS,
+    born=np.zeros(0, dtype=np.int64),
+    died=np.zeros(0, dtype=np.int64),
+    batch=1,
+)
+"""Terms of a structure whose costs nobody asks for."""
+
+
 @dataclass(frozen=True)
 class Contents:
     """Contents of branches in a record.

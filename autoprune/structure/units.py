@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd, lcm
 from typing import Any
@@ -157,8 +157,9 @@ def find_units(flow: Propagation, exclude: Mapping[str, str] | None = None) -> U
 
 
 def _units_of(flow: Propagation, exclude: Mapping[str, str] | None) -> Units:
-    component = _components(flow)
-    reasons = _reasons(flow, component)
+    joins = _Joins.of(flow)
+    component = _components(flow, joins)
+    reasons = _reasons(flow, joins, component)
     members = _members(flow, component, reasons)
     groups: list[tuple[str, IntArray]] = []
     names: dict[str, int] = defaultdict(int)
@@ -202,16 +203,43 @@ def _multiples(flow: Propagation, unit_of: IntArray, group_of: IntArray, sizes: 
     return multiples
 
 
-def _components(flow: Propagation) -> IntArray:
+@dataclass(frozen=True)
+class _Joins:
+    """Joined pairs of labels of all edges in a row: many graphs are made of some thousand small edges.
+
+    Attributes:
+        a: Labels, shape (pairs,).
+        b: The labels that they are joined with, shape (pairs,).
+        edge: Position of the edge of each pair, ascending, shape (pairs,).
+    """
+
+    a: IntArray
+    b: IntArray
+    edge: IntArray
+
+    @classmethod
+    def of(cls, flow: Propagation) -> _Joins:
+        """Concatenate the edges of a propagation."""
+        a, edge = _in_a_row([edge.a for edge in flow.edges])
+        b, _ = _in_a_row([edge.b for edge in flow.edges])
+        return cls(a, b, edge)
+
+
+def _in_a_row(arrays: Sequence[IntArray]) -> tuple[IntArray, IntArray]:
+    """Concatenate arrays; also returns the position of the array of each element."""
+    if not arrays:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    return np.concatenate(arrays), np.repeat(np.arange(len(arrays)), [len(each) for each in arrays])
+
+
+def _components(flow: Propagation, joins: _Joins) -> IntArray:
     """Smallest label of the connected component of each label, shape (labels,)."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    pairs = [(edge.a, edge.b) for edge in flow.edges]
-    a = np.concatenate([a for a, _ in pairs]) if pairs else np.zeros(0, dtype=np.int64)
-    b = np.concatenate([b for _, b in pairs]) if pairs else np.zeros(0, dtype=np.int64)
-    moving = (a > 0) & (b > 0)  # label 0 stays; it must not connect everything that touches it
-    graph = coo_matrix((np.ones(moving.sum(), dtype=np.int8), (a[moving], b[moving])), shape=(flow.count,) * 2)
+    moving = (joins.a > 0) & (joins.b > 0)  # label 0 stays; it must not connect everything that touches it
+    pairs = joins.a[moving], joins.b[moving]
+    graph = coo_matrix((np.ones(len(pairs[0]), dtype=np.int8), pairs), shape=(flow.count,) * 2)
     _, number = connected_components(graph, directed=False)
     first = np.empty(number.max() + 1, dtype=np.int64)
     first[number[::-1]] = np.arange(flow.count)[::-1]  # the last assignment, of the smallest label, counts
@@ -219,19 +247,26 @@ def _components(flow: Propagation) -> IntArray:
     return smallest
 
 
-def _reasons(flow: Propagation, component: IntArray) -> dict[int, str]:
+def _reasons(flow: Propagation, joins: _Joins, component: IntArray) -> dict[int, str]:
     """Map each frozen component to the first reason why it stays."""
     reasons: dict[int, str] = {0: "it has a constant size"}
-    for freeze in flow.freezes:
-        for label in np.unique(component[freeze.labels]).tolist():
-            reasons.setdefault(label, freeze.reason)
-    for edge in flow.edges:
-        if edge.a.all() and edge.b.all():
-            continue
-        touched = np.concatenate([edge.b[edge.a == 0], edge.a[edge.b == 0]])
-        for label in np.unique(component[touched]).tolist():
-            reasons.setdefault(label, f"tied to a part of constant size by {flow.record.op(edge.op).where()}")
+    frozen, freeze = _in_a_row([each.labels for each in flow.freezes])
+    for label, i in _firsts(component, frozen, freeze):
+        reasons.setdefault(label, flow.freezes[i].reason)
+    stays = (joins.a == 0) != (joins.b == 0)
+    touched = np.where(joins.a == 0, joins.b, joins.a)[stays]
+    for label, i in _firsts(component, touched, joins.edge[stays]):
+        if label not in reasons:
+            reasons[label] = f"tied to a part of constant size by {flow.record.op(flow.edges[i].op).where()}"
     return reasons
+
+
+def _firsts(component: IntArray, labels: IntArray, source: IntArray) -> Iterator[tuple[int, int]]:
+    """Components of `labels`, each with the first entry of `source`, which goes with the labels."""
+    first = np.full(len(component), -1, dtype=np.int64)
+    first[component[labels[::-1]]] = source[::-1]  # the last assignment counts
+    found = np.flatnonzero(first >= 0)
+    return zip(found.tolist(), first[found].tolist(), strict=True)
 
 
 def _members(flow: Propagation, component: IntArray, reasons: dict[int, str]) -> list[IntArray]:
@@ -242,11 +277,9 @@ def _members(flow: Propagation, component: IntArray, reasons: dict[int, str]) ->
     # A signature is the sum, modulo 2**64, of a random mark of each dimension times the component's indices there:
     # equal where these are equal, and of 100,000 others two agree once in 10**9 times.
     signature = np.zeros(flow.count, dtype=np.uint64)
-    rng = np.random.default_rng(0)
-    arrays = {id(labels): labels for _, labels in _dimensions(flow)}
-    for labels in arrays.values():
-        found, count = np.unique(component[labels], return_counts=True)
-        signature[found] += count.astype(np.uint64) * rng.integers(2**64, dtype=np.uint64)
+    labels, dimension = _in_a_row(list({id(labels): labels for _, labels in _dimensions(flow)}.values()))
+    marks = np.random.default_rng(0).integers(2**64, size=len(labels) and dimension[-1] + 1, dtype=np.uint64)
+    np.add.at(signature, component[labels], marks[dimension])
     for value, labels in _dimensions(flow):
         if flow.record.values[value].kind == "parameter":
             owned[component[labels]] = True

@@ -28,7 +28,7 @@ ENOUGH_MACS = 2**32
 """Multiply-accumulates of a pass above which a smaller example is tried, and its target: about 0.1 s in float64."""
 
 FEWEST = 8
-"""Positions that stay of a dimension other than the samples; of samples two stay, because one would be squeezed."""
+"""Positions that stay of a dimension other than the samples."""
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,11 @@ def _same_group(a: Group, b: Group) -> bool:
 
 
 def _cuts(leaves: list[Tensor], batch: int, excess: float) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Propose ways to cut inputs: fewer samples and the longest other dimensions shorter; then fewer samples alone."""
+    """Propose ways to cut inputs: two samples with the longest other dimensions shorter; then one sample, or two.
+
+    A model of images of one size takes no shorter ones, and on a single sample it does half of the work of two. A model
+    that squeezes its samples needs two.
+    """
     samples = min(batch, 2)
     excess *= samples / batch
     longest = max((size for leaf in leaves for size in leaf.shape[1:]), default=0)
@@ -108,7 +112,7 @@ def _cuts(leaves: list[Tensor], batch: int, excess: float) -> Iterator[Callable[
         length = (length + 1) // 2  # an odd length is of a convolutional network, to which each will do
         excess /= 2**dims
 
-    def cut(tensor: Tensor, longest: int, length: int) -> Tensor:
+    def cut(tensor: Tensor, samples: int, longest: int = 0, length: int = 0) -> Tensor:
         for dim, size in enumerate(tensor.shape):
             if dim == 0 and size == batch:
                 tensor = tensor.narrow(0, 0, samples)
@@ -117,9 +121,11 @@ def _cuts(leaves: list[Tensor], batch: int, excess: float) -> Iterator[Callable[
         return tensor.clone()
 
     if length < longest:
-        yield lambda tensor: cut(tensor, longest, length)
+        yield lambda tensor: cut(tensor, samples, longest, length)
+    if batch > 1:
+        yield lambda tensor: cut(tensor, 1)
     if samples < batch:
-        yield lambda tensor: cut(tensor, 0, 0)
+        yield lambda tensor: cut(tensor, samples)
 
 
 def _same(whole: Record, small: Record) -> bool:

@@ -20,7 +20,7 @@ from autoprune.structure.checks.replay import Replay
 from autoprune.structure.labels import Edge, Propagation
 from autoprune.structure.repeats import Place, Repeats
 from autoprune.structure.sizes.attributes import Found, Known, Search, groups_near, size_at
-from autoprune.structure.structure import Attribute, Structure, assemble
+from autoprune.structure.structure import Attribute, Structure, without_costs
 from autoprune.structure.units import Group, Units, find_units, first_labels
 
 ROUNDS = 3
@@ -127,7 +127,7 @@ class Sizes:
     def _structure(self, units: Units) -> Structure:
         """Structure without sizes in Python; that of the latest units is kept, because many draws are made of them."""
         if self._assembled is None or self._assembled[0] is not units:
-            self._assembled = units, assemble(self.flow, units)
+            self._assembled = units, without_costs(self.flow, units)
         return self._assembled[1]
 
     def _tie(self, units: Units, found: Found, seed: int) -> Found | None:
