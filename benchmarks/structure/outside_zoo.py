@@ -1,10 +1,11 @@
 """Architectures that nobody here wrote: one of every family of timm, and 30 of torchvision's.
 
 Run ``python -m benchmarks.structure.outside_zoo`` from the root of the repository: about an hour on one thread; it goes
-on where it stopped, ``--again`` repeats what was short, and names repeat these alone. Needs timm and torchvision, both
-of which install without their dependencies. Each network (random weights) runs in a process of its own, so that one
-that dies harms no other. It is inspected, searched (4 random candidates at 70 % of the FLOPs), built, and what was
-built is counted, run at another batch size, and trained for one step.
+on where it stopped, ``--again`` repeats what was short, names repeat these alone, and ``--inspections`` repeats no more
+of them than the inspection. Needs timm and torchvision, both of which install without their dependencies. Each network
+(random weights) runs in a process of its own, so that one that dies harms no other. It is inspected, searched (4 random
+candidates at 70 % of the FLOPs), built, and what was built is counted, run at another batch size, and trained for one
+step.
 """
 
 from __future__ import annotations
@@ -71,8 +72,13 @@ def tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def examine(name: str) -> Iterator[dict[str, Any]]:
-    """Steps of one network, each as soon as it is done, so that a process that dies leaves what it found."""
+def examine(name: str, inspection: bool = False) -> Iterator[dict[str, Any]]:
+    """Steps of one network, each as soon as it is done, so that a process that dies leaves what it found.
+
+    Args:
+        name: ``library/name``.
+        inspection: End after the inspection.
+    """
     model, size = created(name)
     model.eval()
     x = torch.randn(BATCH + FURTHER, *size)
@@ -93,6 +99,8 @@ def examine(name: str) -> Iterator[dict[str, Any]]:
         "groups": len(found.groups),
         "stays": [f"{share:.0%} {reason}"[:200] for reason, share in stays],
     }
+    if inspection:
+        return
     began = time.process_time()
     data = autoprune.Data(calibration=(x[:BATCH],), validation=(x[BATCH:],), test=(x[:BATCH],), batch_size=BATCH)
     result = autoprune.search(
@@ -147,23 +155,24 @@ def _without_gradient(network: nn.Module, x: Tensor) -> set[str]:
     return {name for name, parameter in network.named_parameters() if parameter.grad is None}
 
 
-def run_one(name: str) -> None:
+def run_one(name: str, inspection: bool) -> None:
     """Print the steps of one network as lines of JSON."""
     torch.set_num_threads(1)
     try:
-        for step in examine(name):
+        for step in examine(name, inspection):
             print(json.dumps(step), flush=True)
     except Exception as error:  # the report is about whatever goes wrong
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:400]}), flush=True)
 
 
-def in_a_process(name: str) -> dict[str, Any]:
-    """Examine one network in a process, and return its output and how it ended."""
+def in_a_process(name: str, inspection: bool) -> dict[str, Any]:
+    """Examine one network in a process, and return its output and how it ended; arguments as in `examine`."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS + 5))
 
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.structure.outside_zoo", "--one", name]
+    command += ["--inspections"] if inspection else []
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
     found: dict[str, Any] = {}
     for line in done.stdout.splitlines():
@@ -229,9 +238,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="only networks whose name contains one of these, again")
     parser.add_argument("--one", metavar="NAME", help="examine one network in this process")
     parser.add_argument("--again", action="store_true", help="repeat the networks that fell short")
+    parser.add_argument(
+        "--inspections", action="store_true", help="repeat inspections alone, and keep what else is known"
+    )
     chosen = parser.parse_args()
     if chosen.one:
-        run_one(chosen.one)
+        run_one(chosen.one, chosen.inspections)
         return
     name_operators()
     results: dict[str, Any] = json.loads(FOUND.read_text())["networks"] if FOUND.exists() else {}
@@ -241,7 +253,8 @@ def main() -> None:
         named = any(part in name for part in chosen.names)
         repeat = chosen.again and shortfalls(name, results.get(name, {}))
         if named or repeat or (name not in results and not chosen.names):
-            results[name] = in_a_process(name)
+            known = results.get(name, {}) if chosen.inspections else {}
+            results[name] = known | in_a_process(name, chosen.inspections)
             print(name, shortfalls(name, results[name]) or "ok", file=sys.stderr, flush=True)
             Path(FOUND).write_text(json.dumps({"environment": where, "networks": results}, indent=1))
     report({name: results[name] for name in everything if name in results}, where)
