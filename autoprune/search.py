@@ -33,7 +33,7 @@ from autoprune.study.convergence import Deadline
 from autoprune.study.fingerprint import identity_of
 from autoprune.study.loop import Loop
 from autoprune.study.mapped_weights import settle
-from autoprune.study.outline import outline_of
+from autoprune.study.outline import outline_of, timed
 from autoprune.study.plan import line_of
 from autoprune.study.progress import Progress
 from autoprune.study.request import PLACES, Request
@@ -197,6 +197,7 @@ def search(
     )
     for note in (*note_of_probes(found), *explained):
         log.info("%s", note)
-    result = replace(result_of(study, dense, found, ended.stopped, explained), outline=outline)
+    result = result_of(study, dense, found, ended.stopped, explained)
+    result = replace(result, outline=timed(outline, study, dense, result.front))
     settle(study.context.model, study.evaluator)
     return calls.end(result)

@@ -12,10 +12,10 @@ from autoprune.metrics.statistics import Evaluation
 from autoprune.pareto import Direction
 from autoprune.protocols import FAILED, RACED, Dimension
 from autoprune.result import SearchResult, Trial
-from autoprune.result.outline import Layer, Outline, Stays
+from autoprune.result.outline import Layer, LayerTimes, Outline, Stays
 from autoprune.result.report.packing import unpacked
 from autoprune.result.trials import find_front
-from autoprune.search_spaces import Channels, Depth, Product
+from autoprune.search_spaces import Channels, Depth, Product, Sparsity
 from autoprune.search_spaces.channels import ChannelSpace
 from zoo import ZOO
 
@@ -30,13 +30,13 @@ HOSTILE = (
 
 
 def searched_in(run_dir):
-    """The saved result of a short search over widths and depth of a residual network."""
+    """The saved result of a short search over widths, depth and zeros of a residual network."""
     found = autoprune.search(
         ZOO["resnet20"].build(),
         "flops <= 80%",
         torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
         trials=10,
-        space=Product(Channels(step=0.25), Depth()),
+        space=Product(Channels(step=0.25), Depth(), Sparsity(levels=(0.0, 0.5, 0.9))),
         evaluator="adaptive_bn",
         optimizer="random",
         execution=autoprune.Execution(run_dir=run_dir),
@@ -103,7 +103,7 @@ def made(trials=40, dimensions=6, names=(), seed=0, limits=("flops",), measured=
         stopped="trials",
         seconds=12.0,
         seed=seed,
-        outline=outline_for(space),
+        outline=outline_for(space, times_of(front) if measured else None),
     )
 
 
@@ -119,7 +119,18 @@ def measured_trial(trial, rng):
     )
 
 
-def outline_for(space):
+def times_of(front):
+    """Every layer takes a tenth of what the network does, and the rest what is left."""
+    ms = [10.0, *(trial.costs["latency_ms"] for trial in front)]
+    count = len(front[0].candidate)
+    return LayerTimes(
+        trials=(-1, *(trial.id for trial in front)),
+        layers=tuple((0.1 * each,) * count for each in ms),
+        rest=tuple(each - count * 0.1 * each for each in ms),
+    )
+
+
+def outline_for(space, times=None):
     """A chain of linear layers, each as wide as one group."""
     sizes = ((1, ()), *((0, ((i, 1),)) for i in range(len(space.groups))))
     layers = []
@@ -128,7 +139,8 @@ def outline_for(space):
         layers.append(Layer(name, "Linear", (0, ((i, 1),)), ((1.0, rows),), ((1.0, rows), (1.0, (i + 1,)))))
     uniform = tuple(tuple([k] * len(space.sizes)) for k in (2, 4))
     stays = (Stays("returned by the model", ("head.weight",), 3, 0.01, "right for outputs"),)
-    return Outline("Chain", space.groups, 0, (), sizes, tuple(layers), (), stays, uniform)
+    layers[0] = replace(layers[0], heads=(0, ((0, 2),)))  # two heads for each unit, which share keys and values
+    return Outline("Chain", space.groups, 0, (), sizes, tuple(layers), (), stays, uniform, times)
 
 
 class Page(HTMLParser):

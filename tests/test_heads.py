@@ -119,6 +119,16 @@ def test_removing_a_head_is_masking_its_output(name: str, layer: int):
 
 
 @EVERY
+def test_the_layers_tell_how_many_heads_attend(name: str):
+    _, structure = analysed(name)
+    layout = LAYOUTS[name]
+    found = [layer.heads for layer in structure.terms.layers if layer.heads is not None]
+    numbers = {group.name: i for i, group in enumerate(structure.groups)}
+    assert found[0].fixed == 0
+    assert found[0].shares == ((numbers[heads(name, 0).name], layout.width // layout.size),)
+
+
+@EVERY
 def test_head_size_and_scale_are_untouched(name: str):
     model, _ = analysed(name)
     layout = LAYOUTS[name]

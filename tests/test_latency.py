@@ -171,6 +171,17 @@ class TestLatency:
         assert np.median(errors) < 0.02
         assert np.quantile(errors, 0.95) < 0.06
 
+    def test_the_times_of_the_modules_add_up_and_are_those_of_the_machine(self, latency, truth):
+        widths = draw_widths(truth[0], 40, np.random.default_rng(9)).astype(np.float64)
+        found = latency.by_module(widths)
+        np.testing.assert_allclose(sum(found.values()), latency.predict(widths))
+        dense = latency.by_module(truth[0].sizes[None].astype(np.float64))
+        assert dense.keys() <= {"", *map(str, range(8))}
+        net = small()
+        for name, inputs in (("0", INPUTS[[0, 1, 0]]), ("3", torch.ones(3, 24, 8, 8))):
+            alone = 1e3 * Machine().seconds(lambda name=name, x=inputs: net[int(name)](x), 1)
+            assert dense[name][0] == pytest.approx(1.3 * alone, rel=0.1)  # colder by 1.3 inside a network
+
     def test_flops_predict_worse(self, latency, truth):
         structure, of = truth
         widths = draw_widths(structure, 40, np.random.default_rng(9))

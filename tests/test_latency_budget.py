@@ -81,6 +81,20 @@ def test_what_is_offered_is_within_the_budget_as_measured(machine, table, optimi
     assert "latency_ms  predicted" in str(result)
 
 
+@pytest.mark.slow
+def test_the_latency_of_each_layer_is_known_of_the_dense_model_and_the_front(machine, table, tmp_path):
+    result = autoprune.search(small(), "latency <= 60%", DATA, costs={"latency_ms": table}, **QUICK)
+    times = result.outline.latency
+    assert times.trials == (-1, *(trial.id for trial in result.front))
+    predicted = [table.dense_ms, *(trial.predicted["latency_ms"] for trial in result.front)]
+    assert np.sum(times.layers, axis=1) + times.rest == pytest.approx(predicted, rel=0.1)
+    by_name = dict(zip((layer.name for layer in result.outline.layers), np.transpose(times.layers), strict=True))
+    assert by_name["3"].argmax() == 0  # the second convolution is slowest in the dense model
+    assert (by_name["3"] > by_name["7"]).all()
+    result.save(tmp_path)
+    assert autoprune.SearchResult.load(tmp_path).outline == result.outline
+
+
 def optimistic(table: Latency) -> Latency:
     """A table that promises too much."""
     factors = {kind: 0.7 * factor for kind, factor in table.correction.factors.items()}

@@ -122,9 +122,11 @@ class TestChoosing:
         for trial in result.front:
             choose(browser, trial)
             slices = read_slices(run_dir / f"trial-{trial.id:04d}.safetensors", 2**30)
-            shown = {row[0]: (row[2], row[3]) for row in cells(browser, "#layers") if row[2]}
+            shown = {row[0]: row[2:5] for row in cells(browser, "#layers") if row[2]}
             assert len(shown) > 15
-            for name, (dense, kept) in shown.items():
+            for name, (dense, kept, zeros) in shown.items():
+                level = trial.decoded.get(f"{name}.weight")
+                assert zeros.strip() == ("" if level is None else f"{100 * level:.1f} %")
                 if kept.strip() == "dropped":
                     continue
                 cut = slices.get(f"{name}.weight", {}).get("0")
@@ -133,8 +135,18 @@ class TestChoosing:
     def test_the_shares_of_layers_add_up_before_and_after(self, page, result):
         choose(page, result.front[0])
         rows = cells(page, "#layers")
-        for column in range(4, 8):
-            assert sum(float(row[column].split()[0]) for row in rows) == pytest.approx(100, abs=0.5)
+        assert rows[-1][0] == "everything else"
+        for column in range(4, 10):
+            shares = [float(row[column].split()[0]) for row in rows if row[column]]
+            assert sum(shares) == pytest.approx(100, abs=0.5)
+        assert [row[9].split()[0] for row in rows] == ["10.0"] * 8 + ["20.0"]
+
+    def test_heads_and_the_groups_that_share_keys_and_values_are_named(self, page, result):
+        choose(page, result.front[0])
+        first = cells(page, "#layers")[0]
+        kept = next(iter(result.front[0].decoded.values()))
+        assert first[2] == "16, 32 heads in 16 groups"
+        assert first[3].strip() == f"{kept}, {2 * kept} heads in {kept} groups"
 
     def test_its_measurements_are_those_of_the_trial(self, page, result):
         trial = result.front[len(result.front) // 2]
@@ -152,7 +164,7 @@ class TestChoosing:
         page.run("document.getElementById(arguments[0]).click()", f"row-{trial.id}")
         page.wait(f"document.getElementById('candidate-title').textContent === 'Trial {trial.id}'")
         page.wait("document.querySelector('#layers') !== null")
-        widths = [row[3] for row in cells(page, "#layers")]
+        widths = [row[3].partition(",")[0] for row in cells(page, "#layers")]
         assert [int(w) for w in widths] == list(trial.decoded.values())
 
     def test_two_points_show_where_they_differ(self, page, result):

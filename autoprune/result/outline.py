@@ -20,11 +20,13 @@ OUTLINE_FORM = {
     "rules": [[object]],
     "sizes": [[object]],
     "layers": [
-        {"name": str, "kind": str, "width": ([object], None), "flops": [[object]], "params": [[object]]},
+        {"name": str, "kind": str, "width": ([object], None), "flops": [[object]], "params": [[object]]}
+        | {"heads?": ([object], None)},
     ],
     "heads": [{"name": str, "size": [object]}],
     "stays": [{"reason": str, "tensors": [str], "more": int, "params_share": float, "remedy": str}],
     "uniform": [[int]],
+    "latency?": ({"rest": [float], "layers": [[float]], "trials": [int]}, None),
 }
 
 
@@ -38,6 +40,7 @@ class Layer:
         width: Number of its output features; None if it has no parameters or multiplies nothing.
         flops: Products that add up to its multiply-accumulates of one sample.
         params: Products that add up to the elements of its parameters, those that it shares with others left out.
+        heads: Number of its attention heads; units of groups with several heads each share keys and values.
     """
 
     name: str
@@ -45,11 +48,12 @@ class Layer:
     width: Size | None
     flops: tuple[Term, ...]
     params: tuple[Term, ...]
+    heads: Size | None = None
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Number of attention heads that a module keeps in Python.
+    """Number of attention heads that a module keeps in Python, where the layers do not tell it.
 
     Attributes:
         name: The module and its attribute.
@@ -80,6 +84,21 @@ class Stays:
 
 
 @dataclass(frozen=True)
+class LayerTimes:
+    """Predicted latency of each layer, in the dense model and in the trials of a front.
+
+    Attributes:
+        trials: Numbers of the trials; the dense model is before them as -1.
+        layers: Milliseconds for each of `trials`, by layer in the order of `Outline.layers`.
+        rest: Milliseconds of everything else for each of `trials`: additions between layers, Python, launches.
+    """
+
+    trials: tuple[int, ...]
+    layers: tuple[tuple[float, ...], ...]
+    rest: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Outline:
     """Layers of a model, so that a report needs neither the model nor its structure.
 
@@ -90,9 +109,10 @@ class Outline:
         rules: Steps that set to 0 what lies in a dropped branch, see `autoprune.structure.branches.branch.Presence`.
         sizes: Sizes that products multiply; the first is 1.
         layers: In forward order.
-        heads: Numbers of attention heads.
+        heads: Numbers of attention heads that no layer has.
         stays: What cannot shrink, the largest share of the parameters first.
         uniform: Candidates that prune every dimension alike, as the search began with.
+        latency: Latency by layer; None where there is no latency table, or it does not know the layers.
     """
 
     model: str
@@ -104,6 +124,7 @@ class Outline:
     heads: tuple[Heads, ...]
     stays: tuple[Stays, ...]
     uniform: tuple[tuple[int, ...], ...]
+    latency: LayerTimes | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
@@ -125,13 +146,19 @@ class Outline:
                     None if layer["width"] is None else _size(layer["width"]),
                     tuple(map(_term, layer["flops"])),
                     tuple(map(_term, layer["params"])),
+                    _size(layer["heads"]) if layer.get("heads") else None,
                 )
                 for layer in data["layers"]
             ),
             heads=tuple(Heads(each["name"], _size(each["size"])) for each in data["heads"]),
             stays=tuple(Stays(**{**each, "tensors": tuple(each["tensors"])}) for each in data["stays"]),
             uniform=tuple(tuple(map(int, candidate)) for candidate in data["uniform"]),
+            latency=_times(data["latency"]) if data.get("latency") else None,
         )
+
+
+def _times(data: Any) -> LayerTimes:
+    return LayerTimes(tuple(data["trials"]), tuple(map(tuple, data["layers"])), tuple(data["rest"]))
 
 
 def _size(data: Any) -> Size:

@@ -43,12 +43,14 @@ class LayerTerms:
         width: Number of its output features; None if it has no parameters or multiplies nothing.
         macs: Multiply-accumulates of its own operations, for the whole traced batch.
         params: Elements of its own parameters.
+        heads: Number of heads of its attention; None if it does not attend, or not by (batch, heads, ...).
     """
 
     name: str
     width: AffineSize | None
     macs: tuple[Term, ...]
     params: tuple[Term, ...]
+    heads: AffineSize | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class _Builder:
         self.units = units
         self.contents = contents
         self.sizes: dict[AffineSize, int] = {AffineSize(1, ()): 0}
+        self.attending = {flow.record.ops[i].module for i in flow.scores}
 
     def product(
         self, coefficient: float, dims: list[tuple[int, int]], branch: int = -1
@@ -161,6 +164,20 @@ class _Builder:
         if not shape:
             return None
         dim = 1 if "conv" in op.name and len(shape) > 2 else len(shape) - 1
+        return self.units.affine(self.flow.of(value)[dim], shape[dim])
+
+    def heads(self, op: Op) -> AffineSize | None:
+        """Number of heads of an operation that attends, from its queries or normalised scores (batch, heads, ...)."""
+        if "dot_product" in op.name and "attention" in op.name:
+            value = op.args["query"].id
+        elif "softmax" in op.name and op.module in self.attending:
+            value = op.results()[0]
+        else:
+            return None
+        shape = self.flow.record.values[value].shape
+        if len(shape) < 4:
+            return None
+        dim = len(shape) - 3
         return self.units.affine(self.flow.of(value)[dim], shape[dim])
 
     def instead(self, value: int, branch: int) -> tuple[float, tuple[int, ...]]:
@@ -239,9 +256,12 @@ def _layers(build: _Builder, macs: Mapping[int, list[Term]], params: Mapping[str
     record = build.flow.record
     multiplied: dict[str, list[Term]] = defaultdict(list)
     widths: dict[str, AffineSize | None] = {}
+    heads: dict[str, AffineSize] = {}
     order: dict[str, None] = {}
     for op in record.ops[: record.first]:
         order.setdefault(op.module)
+        if (attends := build.heads(op)) is not None:
+            heads[op.module] = attends
         if macs[op.index]:
             multiplied[op.module] += macs[op.index]
             widths[op.module] = build.width(op)  # of the last: what the module hands on
@@ -251,7 +271,11 @@ def _layers(build: _Builder, macs: Mapping[int, list[Term]], params: Mapping[str
     named = [name for name in dict.fromkeys((*order, *held)) if name in multiplied or name in held]
     return tuple(
         LayerTerms(
-            name, widths.get(name) if name in held else None, tuple(_merge(multiplied[name])), tuple(_merge(held[name]))
+            name,
+            widths.get(name) if name in held else None,
+            tuple(_merge(multiplied[name])),
+            tuple(_merge(held[name])),
+            heads.get(name),
         )
         for name in named
     )

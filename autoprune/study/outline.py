@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from autoprune.costs.structural import predicted_widths
 from autoprune.inspection import FrozenPart, what_stays
-from autoprune.result.outline import Heads, Layer, Outline, Size, Stays
+from autoprune.result.outline import Heads, Layer, LayerTimes, Outline, Size, Stays
+from autoprune.result.trials import Trial
 from autoprune.structure.structure import Structure
 from autoprune.structure.units import AffineSize
 from autoprune.study.start import candidates_of, starts_of
@@ -15,6 +18,8 @@ from autoprune.study.study import Study
 
 _TENSORS = 12
 """Most parameters that are named for each reason."""
+_DIGITS = 6
+"""Decimals of milliseconds, to a nanosecond."""
 
 
 def outline_of(study: Study) -> Outline:
@@ -35,6 +40,33 @@ def outline_of(study: Study) -> Outline:
     )
 
 
+def timed(outline: Outline, study: Study, dense: Trial, front: Sequence[Trial]) -> Outline:
+    """Add the latency of each layer in the dense model and in the trials of a front, where a table knows the layers.
+
+    Operations of a module that is no layer count as those of the rest.
+    """
+    if study.latency is None:
+        return outline
+    trials = (dense, *front)
+    candidates = np.array([trial.candidate for trial in trials], dtype=np.int64)
+    widths = predicted_widths(study.context.structure.presence, study.context.space, candidates)
+    ms = study.latency.by_module(widths)
+    names = [layer.name for layer in outline.layers]
+    if not ms.keys() & set(filter(None, names)):
+        return outline
+    nothing = np.zeros(len(trials))
+    layers = np.stack([ms.pop(name, nothing) if name else nothing for name in names], axis=1)
+    rest = np.sum(list(ms.values()), axis=0)
+    return replace(
+        outline,
+        latency=LayerTimes(
+            trials=tuple(trial.id for trial in trials),
+            layers=tuple(tuple(round(value, _DIGITS) for value in row) for row in layers.tolist()),
+            rest=tuple(round(value, _DIGITS) for value in rest.tolist()),
+        ),
+    )
+
+
 def _layers(structure: Structure, kinds: Mapping[str, str]) -> tuple[Layer, ...]:
     batch = structure.terms.batch
     return tuple(
@@ -44,6 +76,7 @@ def _layers(structure: Structure, kinds: Mapping[str, str]) -> tuple[Layer, ...]
             width=None if layer.width is None else _size(layer.width),
             flops=tuple((coefficient / batch, _rows(rows)) for coefficient, rows in layer.macs),
             params=tuple((coefficient, _rows(rows)) for coefficient, rows in layer.params),
+            heads=None if layer.heads is None else _size(layer.heads),
         )
         for layer in structure.terms.layers
     )
@@ -51,13 +84,14 @@ def _layers(structure: Structure, kinds: Mapping[str, str]) -> tuple[Layer, ...]
 
 def _heads(structure: Structure) -> tuple[Heads, ...]:
     columns = {group.name: i for i, group in enumerate(structure.groups)}
+    told = {layer.name for layer in structure.terms.layers if layer.heads is not None}
     return tuple(
         Heads(
             f"{attribute.module}.{attribute.path}".lstrip("."),
             (attribute.fixed, tuple((columns[name], each) for name, each, _ in attribute.shares)),
         )
         for attribute in structure.attributes
-        if "head" in attribute.path and "dim" not in attribute.path
+        if "head" in attribute.path and "dim" not in attribute.path and attribute.module not in told
     )
 
 

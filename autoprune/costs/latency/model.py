@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ _FORM = {
     },
     "groups": [[(str, int)]],
     "branches?": [str],
-    "parts": [{"family": str, "count": int, "sizes": [[(int, [[int]])]], "branch?": int}],
+    "parts": [{"family": str, "count": int, "sizes": [[(int, [[int]])]], "branch?": int, "modules?": [str]}],
     "tables": [
         {"family": str, "kind": str, "axes": [[int]], "aligned?": int} | dict.fromkeys(("ms", "low", "high"), object)
     ],
@@ -126,11 +126,29 @@ class Latency:
 
         Parts with a size that is no multiple of 8 are a separate kind.
         """
+        kinds: dict[str, FloatArray] = {}
+        for _, kind, ms in self._timed(widths):
+            kinds[kind] = kinds.get(kind, 0.0) + ms
+        return kinds
+
+    def by_module(self, widths: FloatArray) -> dict[str, FloatArray]:
+        """Milliseconds of the operations of each module, as predicted, shape (n,) each, at widths as in `predict`.
+
+        They add up to `predict`: the empty name has what belongs to the whole network or to no known module.
+        """
+        found = {"": np.full(len(widths), self.correction.constant_ms)}
+        for part, kind, ms in self._timed(widths):
+            each = self.correction.factors[kind] * ms / part.count
+            for name in part.modules or ("",) * part.count:
+                found[name] = found.get(name, 0.0) + each
+        return found
+
+    def _timed(self, widths: FloatArray) -> Iterator[tuple[Part, str, FloatArray]]:
+        """Parts with kinds and uncorrected times, shape (n,): each once for aligned sizes, and once for others."""
         present = self._present(widths)
         values = part_values(self.parts, widths)
         whole = {size: value % _ALIGNED == 0 for size, value in values.items()}
         places: dict[tuple[tuple[int, ...], int, Any], Place] = {}
-        kinds: dict[str, FloatArray] = {}
         for part in self.parts:
             table = self._by_key.get(part.family)
             if table is None:
@@ -144,8 +162,7 @@ class Latency:
                 ms = ms * present[:, part.branch]
             aligned = np.logical_and.reduce([whole[size] for size in part.sizes], axis=0) | np.zeros(len(widths), bool)
             for kind, rows in ((table.kind, aligned), (f"unaligned {table.kind}", ~aligned)):
-                kinds[kind] = kinds.get(kind, np.zeros(len(widths))) + np.where(rows, ms, 0.0)
-        return kinds
+                yield part, kind, np.where(rows, ms, 0.0)
 
     def _present(self, widths: FloatArray) -> FloatArray | None:
         """Columns of branches; None where all are kept."""
@@ -267,6 +284,7 @@ class Latency:
                     "count": part.count,
                     "sizes": [[f, list(map(list, s))] for f, s in part.sizes],
                     "branch": part.branch,
+                    "modules": list(part.modules),
                 }
                 for part in self.parts
             ],
@@ -317,6 +335,7 @@ class Latency:
                     tuple((f, tuple((g, each) for g, each in s)) for f, s in p["sizes"]),
                     p["count"],
                     p.get("branch", -1),
+                    tuple(p.get("modules", ())),
                 )
                 for p in data["parts"]
             ),

@@ -111,12 +111,15 @@ class Part:
         sizes: The values of its variables as functions of the widths.
         count: How many there are.
         branch: Position of the smallest branch of the structure that they vanish with; -1 if there is none.
+        modules: Qualified name of the module that runs each of them, empty where that is not known; none in tables of
+            earlier versions.
     """
 
     family: str
     sizes: tuple[Size, ...]
     count: int
     branch: int = -1
+    modules: tuple[str, ...] = ()
 
 
 def parts_of(
@@ -254,7 +257,7 @@ def families_of(
 ) -> tuple[list[Family], list[Part]]:
     """Families of operations, and the parts where they occur; `rows` holds the numbers of each call."""
     families: dict[str, Family] = {}
-    counts: dict[tuple[str, tuple[Size, ...], int], int] = {}
+    modules: dict[tuple[str, tuple[Size, ...], int], list[str]] = {}
     branches: dict[str, int] = {}
     least = np.array([group.multiple for group in structure.groups], dtype=np.int64)
     for call, own in zip(calls, rows, strict=True):
@@ -283,9 +286,8 @@ def families_of(
         families[key] = Family(key, call.kind, dense, tuple(lowest), tuple(steps), call.aligned, make)
         if call.module not in branches:
             branches[call.module] = structure.presence.branch_of(call.module) if call.module else -1
-        place = (key, tuple(variables), branches[call.module])
-        counts[place] = counts.get(place, 0) + 1
-    parts = [Part(key, sizes, count, branch) for (key, sizes, branch), count in counts.items()]
+        modules.setdefault((key, tuple(variables), branches[call.module]), []).append(call.module)
+    parts = [Part(key, sizes, len(own), branch, tuple(own)) for (key, sizes, branch), own in modules.items()]
     return list(families.values()), parts
 
 

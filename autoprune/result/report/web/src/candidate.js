@@ -29,16 +29,19 @@ export function drawCandidate(get) {
       actions(store, rows[0]),
       scrolling("Measurements", table(["quantity", "dense", ...names(store, rows), ...(rows[1] === undefined ? [] : ["difference"])], measurements(store, rows, widths), { class: "numbers" })),
       ...commands(store, rows[0]),
-      ...(known ? layersOf(store, rows, widths) : []),
+      ...(known ? layersOf(store, rows, widths, options) : []),
       ...choices(store, rows, options, !known),
     );
     if (focused) document.getElementById(focused)?.focus();
     return undefined;
   }
 
-  function layersOf(store, rows, widths) {
-    const layers = widths.map((each) => store.layers(each));
-    const totals = ["flops", "params"].map((name) => layers.map((own) => own.reduce((sum, layer) => sum + layer[name], 0)));
+  function layersOf(store, rows, widths, options) {
+    const layers = widths.map((each, i) => store.layers(each, i ? rows[i - 1] : null));
+    const rest = [null, ...rows].map((row) => store.times(row).rest);
+    const totals = Object.fromEntries(COSTS.map(({ key }) => [key, layers.map((own, i) => own.reduce((sum, layer) => sum + layer[key], key === "ms" ? rest[i] : 0))]));
+    const costs = COSTS.filter(({ key }) => key !== "ms" || rest.every((each) => each !== null));
+    if (![...costs.map(({ key }) => key), "width"].includes(cost)) cost = "flops";
     const shown = () => [...layers[0].keys()].filter((i) => layers[0][i][cost]); // of others there is nothing to see
     const canvas = el("div", { class: "chart short", role: "img", "aria-label": "Cost of each layer in forward order; the table below holds the same" });
     const made = new Chart(canvas, (c) => bars(store, rows, layers, shown(), cost, c, canvas.clientWidth), (drawn) => tooltip(drawn, ({ dataIndex }) => {
@@ -47,13 +50,13 @@ export function drawCandidate(get) {
       return [`${name || "the model"} ${kind}`, ...["dense", ...names(store, rows)].map((who, i) => `${who}: ${engineering(layers[i][at][cost])}`)];
     }));
     const list = el("div", {});
-    const fill = () => list.replaceChildren(scrolling("Layers", layerTable(store, rows, layers, totals, only)));
+    const fill = () => list.replaceChildren(scrolling("Layers", layerTable(store, rows, layers, { options, costs, totals, rest }, only)));
     fill();
     const heads = store.outline.heads.length ? [el("details", {}, el("summary", { text: "Attention heads" }), scrolling("Heads", table(["attribute", "dense", ...names(store, rows)], headRows(store, widths))))] : [];
     return [
       el("h3", { text: "Layers in forward order" }),
       el("div", { class: "controls" },
-        choice("cost", [["flops", "FLOPs"], ["params", "parameters"], ["width", "width"]], cost, (value) => { cost = value; made.again(); }),
+        choice("cost", [...costs.map(({ key, name }) => [key, name]), ["width", "width"]], cost, (value) => { cost = value; made.again(); }),
         check(rows.length > 1 ? "only where the two differ" : "only what changed", only, (value) => { only = value; fill(); })),
       canvas,
       list,
@@ -70,6 +73,12 @@ export function drawCandidate(get) {
   });
   draw();
 }
+
+const COSTS = [
+  { key: "flops", name: "FLOPs", unit: "MACs" },
+  { key: "params", name: "parameters", unit: "parameters" },
+  { key: "ms", name: "predicted latency", unit: "ms" },
+];
 
 const names = (store, rows) => rows.map((row) => `trial ${store.columns.id[row]}`);
 
@@ -175,7 +184,7 @@ async function copyText(text, code) {
 }
 
 function bars(store, rows, layers, shown, cost, c, room) {
-  const label = { flops: "MACs", params: "parameters", width: "features" }[cost];
+  const label = COSTS.find(({ key }) => key === cost)?.unit ?? "features";
   const fill = [c.cloud, c.front, c.uniform];
   const many = shown.length * 15 > room - 90; // names would lie on each other
   const name = (i) => store.outline.layers[i].name || "the model";
@@ -193,20 +202,39 @@ function bars(store, rows, layers, shown, cost, c, room) {
   };
 }
 
-function layerTable(store, rows, layers, totals, only) {
+function layerTable(store, rows, layers, { options, costs, totals, rest }, only) {
   const title = (name) => el("code", { title: name, text: short(name || "the model") });
   const header = ["layer", "class", "width", ...rows.map((row) => `kept by ${store.columns.id[row]}`)];
-  for (const name of ["FLOPs", "parameters"]) header.push(`share of ${name}`, ...rows.map((row) => `in ${store.columns.id[row]}`));
-  const shown = store.outline.layers.map((layer, i) => [layer, i]).filter(([, i]) => !only || differs(layers, i, rows.length));
-  const lines = shown.map(([{ name, kind }, i]) => {
+  const zeros = ({ name }) => (store.sparsity.size ? options.map((own) => store.zeros(name, own)) : []);
+  if (store.sparsity.size) header.push(...rows.map((row) => `zeros in ${store.columns.id[row]}`));
+  for (const { name } of costs) header.push(`share of ${name}`, ...rows.map((row) => `in ${store.columns.id[row]}`));
+  const shown = store.outline.layers.map((layer, i) => [layer, i]).filter(([layer, i]) => !only || differs(layers, i, rows.length) || new Set([...(rows.length > 1 ? [] : [0]), ...zeros(layer).map((each) => each ?? 0)]).size > 1);
+  const lines = shown.map(([layer, i]) => {
+    const { name, kind } = layer;
     const of = layers.map((own) => own[i]);
     const gone = (layer) => !layer.flops && !layer.params && (of[0].flops || of[0].params);
-    const width = (layer) => (gone(layer) ? "dropped" : layer.width === null ? "" : bar(`${layer.width}`, layer.width / of[0].width));
-    const share = (which, at) => of.map((layer, j) => bar(percent(layer[which] / (totals[at][j] || 1)), layer[which] / (totals[at][j] || 1)));
-    return [title(name), kind, of[0].width === null ? "" : `${of[0].width}`, ...of.slice(1).map(width), ...share("flops", 0), ...share("params", 1)];
+    const width = (layer) => (gone(layer) ? "dropped" : bar(wide(layer), (layer.width ?? layer.heads?.count) / (of[0].width ?? of[0].heads?.count)));
+    const shares = costs.flatMap(({ key }) => of.map((layer, j) => share(layer[key], totals[key][j])));
+    return [title(name), kind, wide(of[0]), ...of.slice(1).map((each) => (wide(of[0]) ? width(each) : gone(each) ? "dropped" : "")), ...zeros(layer).map(sparse), ...shares];
   });
+  if (costs.some(({ key }) => key === "ms") && !only) {
+    const shares = costs.flatMap(({ key }) => rest.map((ms, j) => (key === "ms" ? share(ms, totals.ms[j]) : "")));
+    lines.push(["everything else", "", "", ...Array(header.length - 3 - shares.length).fill(""), ...shares]);
+  }
   return table(header, lines, { class: "numbers layers", id: "layers" });
 }
+
+/** Features and attention heads of a layer. */
+function wide({ width, heads }) {
+  const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+  const attention = heads && plural(heads.count, "head") + (heads.groups === null ? "" : ` in ${plural(heads.groups, "group")}`);
+  return [width, attention].filter((each) => each !== null).join(", ");
+}
+
+/** Zeros of a weight: a share with its bar, or a pattern. */
+const sparse = (zeros) => (typeof zeros === "number" ? bar(percent(zeros), zeros) : (zeros ?? ""));
+
+const share = (part, all) => bar(percent(part / (all || 1)), part / (all || 1));
 
 function differs(layers, i, count) {
   const [a, b] = count > 1 ? [layers[1][i], layers[2][i]] : [layers[0][i], layers[1][i]];

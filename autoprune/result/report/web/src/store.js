@@ -27,6 +27,13 @@ function expanded(buffer, bits) {
   return all;
 }
 
+/** Number of heads, and of groups that share keys and values where these are fewer. */
+function headsOf(heads, widths, size) {
+  const groups = heads[1].reduce((sum, [column]) => sum + widths[column], 0);
+  const shared = heads[1].some(([, each]) => each > 1);
+  return { count: size(heads), groups: shared ? groups : null };
+}
+
 export class Store {
   /** `parts` are head, bulk and candidates, as in the page or from the server. */
   static async read(parts) {
@@ -45,6 +52,8 @@ export class Store {
     this.uniform = new Set(columns.uniform);
     this.places = new Map(head.front.map((row, i) => [row, i]));
     this.rowOf = new Map(columns.id.map((id, row) => [id, row]));
+    const sparse = this.space.names.map((name, j) => [name.slice(0, Math.max(0, name.lastIndexOf("."))), j]);
+    this.sparsity = new Map(sparse.filter(([, j]) => this.optionsOf(j)[0] === 0)); // by layer; widths begin with the dense one
   }
 
   /** Values of all trials by the name of a quantity: score, a cost, low, high, distortion or rank. */
@@ -119,16 +128,32 @@ export class Store {
     return found;
   }
 
-  /** Width, FLOPs and parameters of every layer at widths. */
-  layers(widths) {
+  /** Width, heads, FLOPs and parameters of every layer at widths, with the latency of those of a trial where known. */
+  layers(widths, row = null) {
     const size = ([fixed, shares]) => shares.reduce((sum, [column, each]) => sum + each * widths[column], fixed);
+    const { ms } = this.times(row);
     const sizes = this.outline.sizes.map(size);
     const sum = (terms) => terms.reduce((all, [factor, of]) => all + of.reduce((p, i) => p * sizes[i], factor), 0);
-    return this.outline.layers.map((layer) => ({
+    return this.outline.layers.map((layer, i) => ({
       width: layer.width === null ? null : size(layer.width),
+      heads: layer.heads ? headsOf(layer.heads, widths, size) : null,
+      ms: ms?.[i] ?? null,
       flops: sum(layer.flops),
       params: sum(layer.params),
     }));
+  }
+
+  /** Share or pattern of the elements of a layer's weight that are set to zero; null where that is not searched. */
+  zeros(layer, options) {
+    const j = this.sparsity.get(layer);
+    return j === undefined || !options ? null : this.optionsOf(j)[options[j]];
+  }
+
+  /** Predicted milliseconds of every layer and of the rest, of a trial of the front or of the dense model (null). */
+  times(row) {
+    const { latency } = this.outline;
+    const at = latency ? latency.trials.indexOf(row === null ? -1 : this.columns.id[row]) : -1;
+    return at < 0 ? { ms: null, rest: null } : { ms: latency.layers[at], rest: latency.rest[at] };
   }
 
   heads(widths) {
