@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -206,24 +208,65 @@ class TestTheJournal:
         assert {p.name for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_the_command(journal, tmp_path):
-    command = [sys.executable, "-m", "autoprune", "report", str(tmp_path), "--watch"]
+SEARCH = """
+import sys, torch
+import autoprune
+from zoo import ZOO
+
+data = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+execution = autoprune.Execution(run_dir=sys.argv[1])
+autoprune.search(ZOO["resnet20"].build(), "flops <= 80%", data, trials=100_000, optimizer="random", execution=execution)
+"""
+
+COMMAND = """
+import signal
+from autoprune.cli.app import app
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; tests in the background ignore it
+app()
+"""
+
+
+@contextmanager
+def program(*command):
+    """A process of Python that has ended when the block has."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[1],
     ) as process:
         try:
-            line = process.stdout.readline()
-            address = urlsplit(line.removeprefix("report at ").strip())
-            with closing(http.client.HTTPConnection(address.hostname, address.port, timeout=20)) as connection:
-                connection.request("GET", address.path)
-                assert connection.getresponse().status == 200
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 0
-            assert process.stderr.read() == ""
+            yield process
         finally:
             process.kill()
+
+
+@pytest.mark.slow
+def test_the_command_follows_a_search_that_runs_until_it_is_killed(tmp_path):
+    with program("-c", SEARCH, str(tmp_path)) as search:
+        while not (tmp_path / "journal.sqlite").exists():
+            assert search.poll() is None, search.stderr.read()
+            time.sleep(0.1)
+        with program("-c", COMMAND, "report", str(tmp_path), "--watch") as command:
+            watch = SimpleNamespace(url=command.stdout.readline().removeprefix("report at ").strip())
+            headers, first = until(watch, lambda h, d: d["head"]["trials"] >= 2, seconds=60)
+            assert headers["X-Kind"] == "running"
+            assert ask(watch, Host="attacker.example")[0] == 403
+            until(watch, lambda h, d: d["head"]["trials"] > first["head"]["trials"], seconds=60)
+            search.kill()
+            search.wait()
+            killed, last = until(watch, lambda h, d: h["X-Kind"] == "killed", seconds=60)
+            another, seen = until(watch, lambda h, d: True)
+            assert (another["ETag"], seen) == (killed["ETag"], last)
+            assert Page(ask(watch)[2].decode()).data["data-head"] == last["head"]
+            assert last["head"]["trials"] == len(autoprune.SearchResult.from_journal(tmp_path).trials)
+            command.send_signal(signal.SIGINT)
+            assert command.wait(timeout=60) == 0
+            assert command.stderr.read() == ""
 
 
 @pytest.mark.slow
