@@ -287,7 +287,14 @@ class TestCommands:
     def test_a_journal_says_that_it_has_no_weights(self, searched):
         commands = data_of(autoprune.SearchResult.from_journal(searched[1])).commands
         assert not commands.shell
+        assert not commands.python
         assert "holds no weights" in commands.hint
+
+    def test_the_path_of_a_journal_stands_for_its_folder(self, searched):
+        result, run_dir = searched
+        found = autoprune.SearchResult.load(run_dir / "journal.sqlite", ZOO["resnet20"].build())
+        assert found.front == result.front
+        assert data_of(found).commands.saved
 
 
 def test_the_lock_file_names_no_registry():

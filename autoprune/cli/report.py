@@ -36,12 +36,13 @@ def report(
         from autoprune.result.report import page_of
 
         folder = as_path(run_dir, "RUN_DIR")
+        folder = folder.parent if folder.is_file() else folder  # a file of the run stands for it
         if watch:
             if output is not None:
                 raise ValueError("give --output or --watch, not both: what is watched is not written")
             _serve(folder, model)
             return
-        page = page_of(SearchResult.load(folder), str(run_dir), model, candidates)
+        page = page_of(SearchResult.load(folder), str(folder), model, candidates)
         file = write_text(folder / "report.html" if output is None else output, page, "output")
         typer.echo(f"report in {file}")
 

@@ -34,6 +34,8 @@ def load_fields(path: str | Path, model: nn.Module | None) -> dict[str, Any]:
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a dense nn.Module of the class that was pruned, got {type(model).__name__}")
     folder = as_path(path)
+    if folder.name == JOURNAL and folder.is_file():  # it stands for its folder, as result.json does
+        folder = folder.parent
     file = folder / RESULT if folder.is_dir() else folder
     has_journal = (file.parent / JOURNAL).exists() and (folder.is_dir() or file.name == RESULT)
     if not file.exists():

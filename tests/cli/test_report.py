@@ -1,5 +1,7 @@
 """``autoprune report``: the page of a folder, where it is asked for."""
 
+import pytest
+
 from tests.cli.commands import ok, run
 from tests.reporting import Page
 
@@ -17,6 +19,13 @@ def test_it_writes_where_it_is_told_to_with_the_model_in_the_command(searched, t
     page = Page((tmp_path / "a b.html").read_text())
     assert "--model cli_example.py:build" in page.data["data-head"]["commands"]["shell"]
     assert page.data["data-candidates"] is None
+
+
+@pytest.mark.parametrize("file", ["journal.sqlite", "result.json"])
+def test_a_file_of_the_run_stands_for_it(searched, file):
+    assert "report in runs/a/report.html" in ok("report", f"runs/a/{file}")
+    page = Page((searched[0] / "report.html").read_text())
+    assert page.data["data-head"]["commands"]["shell"].startswith("autoprune build runs/a --model")
 
 
 def test_a_killed_search_has_a_page_from_its_journal(journal_only):

@@ -22,7 +22,7 @@ class Commands:
 
     Attributes:
         shell: Command line; empty if no folder with weights is known.
-        python: Lines of Python.
+        python: Lines of Python; empty if there are no weights to build from.
         saved: Trials that the shell command can build; None if no weights are saved.
         hint: Advice to the user, such as what to fill in; empty where there is none.
     """
@@ -39,7 +39,7 @@ def commands_of(result: SearchResult, run_dir: str | None, model: str | None) ->
     build = f"small = result.build(result.trials[{NUMBER}])"
     if isinstance(builder, FromJournal):
         hint = "this is read from a journal, which holds no weights: let the search end, or resume it, and report again"
-        return Commands("", build, None, hint)
+        return Commands("", "", None, hint)
     if isinstance(builder, SavedWeights):
         folder = str(builder.folder) if run_dir is None else run_dir
         load = f"result = autoprune.SearchResult.load({folder!r}, model)  # your dense model"

@@ -166,7 +166,7 @@ function commands(store, row) {
   };
   const id = store.columns.id[row];
   if (shell && saved.includes(id)) line("Build it in a shell", fill(shell, id), "shell");
-  line("Build it in Python", fill(python, row), "python");
+  if (python) line("Build it in Python", fill(python, row), "python");
   if (shell && !saved.includes(id)) found.push(el("p", { class: "note", text: "Its weights were not saved: those of the front were. Search again, or choose a point of the front." }));
   if (hint) found.push(el("p", { class: "note", text: `Note: ${hint}.` }));
   return [el("h3", { text: "Build" }), ...found];
