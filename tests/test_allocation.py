@@ -40,6 +40,24 @@ def test_every_rule_keeps_exactly_the_number_asked_for(rule, nonzero: int, weigh
     assert all(0 <= kept[name] <= weight.numel() for name, weight in weights.items())
 
 
+def test_densities_of_erdos_renyi_fall_with_the_size_of_a_weight(weights: dict[str, Tensor]):
+    del weights["tail"]
+    kept = erdos_renyi_kernel(weights, 24)
+    assert kept == {"stem": 6, "body": 10, "head": 8}  # 24 * (11, 18, 13) / 42, remainders to the largest
+
+
+@pytest.mark.parametrize("rule", [lamp, global_magnitude])
+def test_thresholds_keep_the_highest_scores_of_all(rule, weights: dict[str, Tensor]):
+    scores = []
+    for name, weight in weights.items():
+        values = [abs(value) for value in weight.double().flatten().tolist()]
+        for value in values:
+            at_least = sum(other**2 for other in values if other >= value)
+            scores.append((value**2 / at_least if rule is lamp else value, name))
+    first = [name for _, name in sorted(scores, reverse=True)[:60]]
+    assert rule(weights, 60) == {name: first.count(name) for name in weights}
+
+
 def test_more_than_there_is_cannot_be_kept(weights: dict[str, Tensor]):
     with pytest.raises(ValueError, match="nonzero must be at most 604, the elements of all weights, got 605"):
         uniform(weights, 605)
@@ -123,4 +141,5 @@ def test_rate_distortion_ends_where_nothing_is_left():
 
 def test_shares_are_proportional_until_a_weight_is_full():
     weights = {"a": torch.ones(100), "b": torch.ones(100), "c": torch.ones(5)}
+    assert share_out({"a": 1, "b": 3, "c": 2}, weights, 15) == {"a": 3, "b": 7, "c": 5}
     assert share_out({"a": 1, "b": 3, "c": 2}, weights, 45) == {"a": 10, "b": 30, "c": 5}

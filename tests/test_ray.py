@@ -145,10 +145,16 @@ def test_asynchronous_workers_score_as_here_and_the_journal_says_who_did(two_wor
         assert journal.told() == set(range(24))
 
 
-def test_workers_put_networks_with_zeros_together_as_here(two_workers):
+@pytest.mark.parametrize("kind", ["in memory", "in a folder", "in order"])
+def test_workers_put_networks_with_zeros_together_as_here(two_workers, tmp_path, kind: str):
+    evaluators = {
+        "in memory": Masked("sparsegpt"),
+        "in a folder": Masked("sparsegpt", folder=tmp_path, store="weights"),
+        "in order": Masked("sparsegpt", sequential=True),
+    }
     options = {
         "space": autoprune.Sparsity(levels=(0, 0.5, 0.8), patterns=["unstructured", "2:4"]),
-        "evaluator": Masked("sparsegpt"),
+        "evaluator": evaluators[kind],
         "optimizer": "level_switch",
         "trials": 10,
     }

@@ -25,7 +25,6 @@ from autoprune.structure.example import Example
 from autoprune.structure.slicing.slicing import Edit, Slicer
 from autoprune.structure.structure import Structure
 from autoprune.testing.contracts import SpaceContract
-from benchmarks.peers.sparsity import BASELINES, erdos_renyi_kernel, share_out
 from tests.candidates import outputs_of, random_pruning, state_of, storages
 from zoo import ZOO
 
@@ -252,41 +251,6 @@ class TestZeros:
         inputs = ZOO["shared"].inputs()
         for other in (loaded, plain, pickle.loads(pickle.dumps(built))):
             assert torch.equal(outputs_of(other, inputs)[0], outputs_of(built, inputs)[0])
-
-
-class TestRulesOfTheBenchmark:
-    @pytest.fixture
-    def weights(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        shapes = {"stem": (4, 1, 3, 3), "body": (8, 4, 3, 3), "head": (5, 8)}
-        return {name: torch.randn(shape, generator=generator) / len(shape) for name, shape in shapes.items()}
-
-    @pytest.mark.parametrize("rule", BASELINES)
-    @pytest.mark.parametrize("nonzero", [17, 36, 100, 333, 364])
-    def test_all_keep_exactly_the_number_asked_for(self, rule: str, nonzero: int, weights: dict[str, Tensor]):
-        kept = BASELINES[rule](weights, nonzero)
-        assert sum(kept.values()) == nonzero
-        assert all(0 <= kept[name] <= weight.numel() for name, weight in weights.items())
-
-    def test_shares_are_proportional_until_a_weight_is_full(self):
-        weights = {"a": torch.ones(100), "b": torch.ones(100), "c": torch.ones(5)}
-        assert share_out({"a": 1, "b": 3, "c": 2}, weights, 15) == {"a": 3, "b": 7, "c": 5}
-        assert share_out({"a": 1, "b": 3, "c": 2}, weights, 45) == {"a": 10, "b": 30, "c": 5}
-
-    def test_densities_of_erdos_renyi_fall_with_the_size_of_a_weight(self, weights: dict[str, Tensor]):
-        kept = erdos_renyi_kernel(weights, 24)
-        assert kept == {"stem": 6, "body": 10, "head": 8}  # 24 * (11, 18, 13) / 42, remainders to the largest
-
-    @pytest.mark.parametrize("rule", ["LAMP", "global magnitude"])
-    def test_thresholds_keep_the_highest_scores_of_all(self, rule: str, weights: dict[str, Tensor]):
-        scores = []
-        for name, weight in weights.items():
-            values = [abs(value) for value in weight.double().flatten().tolist()]
-            for value in values:
-                at_least = sum(other**2 for other in values if other >= value)
-                scores.append((value**2 / at_least if rule == "LAMP" else value, name))
-        first = [name for _, name in sorted(scores, reverse=True)[:60]]
-        assert BASELINES[rule](weights, 60) == {name: first.count(name) for name in weights}
 
 
 class TestWhatIsRefused:

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
 import autoprune
 from autoprune.evaluators.adaptive_bn import recalibrate
+from autoprune.importance.masks import allocation
+from autoprune.importance.masks.allocation import Kept, Weights
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from benchmarks.evaluators.adaptive_bn_fidelity import Part, score
@@ -34,65 +36,12 @@ OPTIMIZERS = ("random", "nsga2", "knapsack", "auto")
 LEVELS = tuple(round(1 - 0.9**i, 4) for i in range(38))  # what stays falls by a tenth from level to level, to 2 %
 EPOCHS = 15
 
-Weights = Mapping[str, Tensor]
-Kept = dict[str, int]
-"""Number of elements of each weight that stay."""
-
-
-def share_out(wanted: Mapping[str, float], weights: Weights, nonzero: int) -> Kept:
-    """Numbers proportional to `wanted` that add up to `nonzero`, none above the elements of its weight."""
-    most = np.array([weight.numel() for weight in weights.values()], dtype=np.float64)
-    share = np.array([wanted[name] for name in weights], dtype=np.float64)
-    full = np.zeros(len(most), dtype=bool)
-    while True:
-        scale = (nonzero - most[full].sum()) / share[~full].sum()
-        over = ~full & (scale * share > most)
-        if not over.any():
-            break
-        full |= over
-    exact = np.where(full, most, scale * share)
-    kept = np.floor(exact + 1e-9)
-    missing = nonzero - int(kept.sum())
-    kept[np.argsort(kept - exact, kind="stable")[:missing]] += 1  # to the largest remainders
-    return {name: int(count) for name, count in zip(weights, kept, strict=True)}
-
-
-def uniform(weights: Weights, nonzero: int) -> Kept:
-    """The same sparsity everywhere."""
-    return share_out({name: weight.numel() for name, weight in weights.items()}, weights, nonzero)
-
-
-def erdos_renyi_kernel(weights: Weights, nonzero: int) -> Kept:
-    """Density proportional to the sum of the dimensions over their product (Evci et al., 2020, arXiv:1911.11134)."""
-    return share_out({name: sum(weight.shape) for name, weight in weights.items()}, weights, nonzero)
-
-
-def lamp(weights: Weights, nonzero: int) -> Kept:
-    """One threshold on w^2 over the sum of squares at least as large in its weight (Lee et al., arXiv:2010.07611)."""
-    scores = {}
-    for name, weight in weights.items():
-        squares = weight.double().flatten().square().sort(descending=True).values
-        scores[name] = squares / squares.cumsum(0)
-    return _largest(scores, nonzero)
-
-
-def global_magnitude(weights: Weights, nonzero: int) -> Kept:
-    """One threshold on magnitudes."""
-    return _largest({name: weight.abs().flatten() for name, weight in weights.items()}, nonzero)
-
-
-def _largest(scores: Weights, nonzero: int) -> Kept:
-    owner = torch.cat([torch.full((len(own),), i) for i, own in enumerate(scores.values())])
-    first = torch.cat(list(scores.values())).argsort(descending=True, stable=True)[:nonzero]
-    counts = owner[first].bincount(minlength=len(scores)).tolist()
-    return dict(zip(scores, counts, strict=True))
-
 
 BASELINES: dict[str, Callable[[Weights, int], Kept]] = {
-    "uniform": uniform,
-    "Erdos-Renyi kernel": erdos_renyi_kernel,
-    "LAMP": lamp,
-    "global magnitude": global_magnitude,
+    "uniform": allocation.uniform,
+    "Erdos-Renyi kernel": allocation.erdos_renyi_kernel,
+    "LAMP": allocation.lamp,
+    "global magnitude": allocation.global_magnitude,
 }
 
 
@@ -134,7 +83,7 @@ def run_network(seed: int) -> dict[str, Any]:
             name = f"search, {optimizer}"
             seconds[name] = time.perf_counter() - began
             unused[name] = 1 - sum(kept.values()) / nonzero
-            methods[name] = share_out(kept, weights, nonzero)
+            methods[name] = allocation.share_out(kept, weights, nonzero)
         rows: dict[str, dict[str, Any]] = {}
         for name, kept in methods.items():
             zeroed = {weight: weights[weight].numel() - count for weight, count in kept.items()}
@@ -149,8 +98,11 @@ def run_network(seed: int) -> dict[str, Any]:
 
 
 def mean_and_interval(values: Sequence[float]) -> str:
-    """Mean over networks with a 95 % interval of Student's t."""
-    mean, half = np.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    """Mean with a 95 % interval of Student's t; of a single value without."""
+    mean = np.mean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 

@@ -177,6 +177,7 @@ def searched(zeros: Zeros, target: float, optimizer: Any, growing: bool) -> nn.M
         **options,
     )
     zeros.kept["evaluations"] = float(len(result.trials))
+    zeros.kept["near"] = NEAR
     zeros.kept["notes"] = list(result.notes)
     zeros.kept["spread"] = spread_of(result.best().decoded)
     with torch.no_grad():
