@@ -247,6 +247,18 @@ class TestMemory:
         assert found() == usual + 1024  # which the few rows cannot replace
         assert all(40 <= rows <= 90 for rows in judged), judged
 
+    def test_samples_held_out_to_judge_ridges_come_from_everywhere_and_do_not_depend_on_batches(self):
+        numbers = torch.arange(40.0)
+        for sizes in ([4] * 10, [40], [1] * 40, [3, 17, 20], [39, 1]):
+            batches = [(part[:, None], None) for part in numbers.split(sizes)]
+            parts = finding._divided(batches, 10)
+            fitted, judged = ([x for batch in part for x in batch[0][:, 0].tolist()] for part in parts)
+            assert sorted(fitted + judged) == numbers.tolist()
+            assert judged == [4.0, 9.0, 14.0, 18.0, 19.0, 24.0, 29.0, 34.0, 38.0, 39.0]
+        whole = [(torch.ones(7, 2), torch.ones(2, 9))] * 4  # such as graphs, which cannot be cut
+        assert sum(map(len, finding._divided(whole, 7))) == 4
+        assert [len(part) for part in finding._divided(whole[:1], 1)] == [1, 0]
+
     def test_a_sample_does_not_depend_on_how_rows_are_divided_and_reaches_all_of_them(self):
         rows = torch.arange(1000.0)[:, None]
         whole, parts = Sample(10), Sample(10)

@@ -6,11 +6,12 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
 
-from autoprune.data.batch import Batch, batch_size, divisible, slice_batch
+from autoprune.data.batch import Batch, batch_size, beginning, divisible, slice_batch
 from autoprune.evaluators.refit.layers import Layer, take
 from autoprune.evaluators.refit.ridges import choose_ridges
 from autoprune.evaluators.scoring.out_of_memory import Halving
@@ -28,6 +29,7 @@ LEAST_WORK = 2**28
 """Multiply-accumulates for the equations of a candidate that are always allowed: some hundredths of a second."""
 _SHARE = 0.5  # of the products of one calibration pass, for the equations of a candidate
 _SETUP = 8  # such passes, for the products of inputs
+_STRETCHES = 8  # parts of the samples, the last of each of which judge ridges
 _FEWEST = 16  # rows for each column that are taken even beyond that
 _SKETCHES = (4096, 2048, 1024, 512, 256, 128, 64)
 
@@ -63,7 +65,7 @@ def _find(
     layers = _laid_out(calibration, memory_bytes)
     total = sum(map(batch_size, calibration.batches))
     held = total // 4 if ridge is None else 0
-    fitted, judged = _divided(calibration.batches, total - held)
+    fitted, judged = _divided(calibration.batches, held)
     take(calibration.on(fitted), layers)
     if ridge is not None:
         for layer in layers.values():
@@ -73,28 +75,35 @@ def _find(
     return [layer for layer in layers.values() if layer.moments.finite]
 
 
-def _divided(batches: Sequence[Batch], samples: int) -> tuple[list[Batch], list[Batch]]:
-    """Split batches into the first `samples` samples and the others; a batch that cannot be cut goes to one of them."""
-    first: list[Batch] = []
-    rest: list[Batch] = []
+def _divided(batches: Sequence[Batch], held: int) -> tuple[list[Batch], list[Batch]]:
+    """Split batches into samples to fit and `held` to judge by, the same ones however samples are batched.
+
+    These are the last ones of each of `_STRETCHES` parts of all samples, because samples of different kinds may come
+    one kind after the other. A batch that cannot be cut goes where most of its samples belong.
+    """
+    total = sum(map(batch_size, batches))
+    ends = [(total * i // _STRETCHES, held * i // _STRETCHES) for i in range(_STRETCHES + 1)]
+    left_out = np.zeros(total, dtype=bool)
+    for (_, before), (stop, after) in pairwise(ends):
+        left_out[stop - (after - before) : stop] = True
+    fitted: list[Batch] = []
+    judged: list[Batch] = []
+    first = 0
     for batch in batches:
         size = batch_size(batch)
-        if samples >= size:
-            first.append(batch)
-        elif samples <= 0:
-            rest.append(batch)
-        elif divisible(batch):
-            first.append(slice_batch(batch, 0, samples))
-            rest.append(slice_batch(batch, samples, size))
+        own = left_out[first : first + size]
+        first += size
+        if divisible(batch):
+            for start, stop in pairwise([0, *(np.flatnonzero(np.diff(own)) + 1).tolist(), size]):
+                (judged if own[start] else fitted).append(slice_batch(batch, start, stop))
         else:
-            (first if not first or 2 * samples >= size else rest).append(batch)
-        samples -= size
-    return first, rest
+            (judged if 2 * own.sum() > size else fitted).append(batch)
+    return fitted, judged
 
 
 def _laid_out(calibration: Calibration, memory_bytes: int) -> dict[Reader, Layer]:
     """Empty moments for each weight that a few samples show, as large as work and memory allow."""
-    few, _ = _divided(calibration.batches, COUNTED)
+    few = beginning(calibration.batches, COUNTED)
     rows: Counter[Reader] = Counter()
 
     def count(reader: Reader, parts: Callable[[], Iterator[Tensor]]) -> None:
