@@ -12,7 +12,7 @@ from benchmarks.peers.language.__main__ import cells
 from benchmarks.peers.language.blocks import attended, embedded, fed, layers_of, mean_loss, parameters
 from benchmarks.peers.language.case import Case
 from benchmarks.peers.language.levels import Scorer, Stitched, next_token
-from benchmarks.peers.language.methods import METHODS, OURS, PEERS
+from benchmarks.peers.language.methods import METHODS, OURS, OURS_WRITTEN, PEERS
 from benchmarks.peers.language.obs import Layer, refitted, removal_order
 from benchmarks.peers.language.ours import SPACES
 from benchmarks.peers.language.report import report
@@ -458,10 +458,10 @@ class TestEvoPress:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", SPACES)
-def test_a_search_of_ours_meets_the_same_count_and_leaves_the_stream_as_wide_as_it_is(case, space):
+@pytest.mark.parametrize(("method", "space"), [*((OURS, space) for space in SPACES), (OURS_WRITTEN, "channels")])
+def test_a_search_of_ours_meets_the_same_count_and_leaves_the_stream_as_wide_as_it_is(case, method, space):
     single = Case(copy.deepcopy(case.model).float(), case.ids.repeat(3, 1)[:64], evaluations=2, dtype=torch.float32)
-    network = METHODS[OURS][space](single, 0.74)
+    network = METHODS[method][space](single, 0.74)
     assert parameters(network) <= 0.7405 * single.parameters
     assert network.model.embed_tokens.weight.shape == single.model.model.embed_tokens.weight.shape
     assert single.kept["evaluations"] == 2
@@ -496,4 +496,4 @@ class TestHarness:
     def test_the_report_compares_ours_with_the_best_peer_of_each_share(self):
         text = report(self.FOUND)
         assert "| FLAP | 0.400 ± 0.100 (30.0) x2 |" in text
-        assert "| news | 0.50 of FLAP's |" in text
+        assert "| news | autoprune | 0.50 of FLAP's |" in text

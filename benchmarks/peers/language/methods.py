@@ -20,6 +20,7 @@ from benchmarks.peers.language.ziplm import zip_lm
 
 Method = Callable[[Case, float], nn.Module]
 OURS = "autoprune"
+OURS_WRITTEN = "autoprune, own text"  # the dense model writes as much text again
 
 PEERS: dict[str, dict[str, Method]] = {
     "last blocks": {
@@ -59,4 +60,7 @@ PEERS: dict[str, dict[str, Method]] = {
     "MultiPruner": {"lazy": multi_pruner},
     "EvoPress": {"damping 1e-4": partial(evo_press, damping=1e-4)},
 }
-METHODS = PEERS | {OURS: {space: partial(search, space=space) for space in SPACES}}
+METHODS = PEERS | {
+    OURS: {space: partial(search, space=space) for space in SPACES},
+    OURS_WRITTEN: {"channels": partial(search, space="channels", written=True)},
+}

@@ -87,18 +87,17 @@ def variant_of(entry: tuple[str, list[dict[str, Any]]] | None) -> str:
 
 
 def against(found: Found, kept: dict[tuple[str, str], Any], shares: list[str], ours: str = "autoprune") -> str:
-    """The rise of ours as a share of the best peer's, in every cell, on the seeds that ours has."""
+    """The rise of each of ours as a share of the best peer's, in every cell, on the seeds that ours has."""
+    names = sorted({method for method, _ in kept if method.startswith(ours)})
     lines = []
     for kind in KINDS:
-        line = [kind]
-        for share in shares:
-            rises = {
-                method: np.mean([row[kind] for row in rows]) - found["dense"][kind]
-                for (method, at), (_, rows) in kept.items()
-                if at == share
-            }
-            peers = {method: rise for method, rise in rises.items() if method != ours}
-            best = min(peers, key=peers.__getitem__) if peers else ""
-            line.append(f"{rises[ours] / peers[best]:.2f} of {best}'s" if ours in rises and peers else f"best: {best}")
-        lines.append(line)
-    return f"Rise of {ours} as a share of the best peer's:\n\n{table(['', *shares], lines)}\n\n"
+        rises = {key: np.mean([row[kind] for row in rows]) - found["dense"][kind] for key, (_, rows) in kept.items()}
+        for name in names or [ours]:
+            line = [kind, name]
+            for share in shares:
+                peers = {of: rise for (of, at), rise in rises.items() if at == share and not of.startswith(ours)}
+                best = min(peers, key=peers.__getitem__) if peers else ""
+                known = (name, share) in rises and best
+                line.append(f"{rises[name, share] / peers[best]:.2f} of {best}'s" if known else f"best: {best}")
+            lines.append(line)
+    return f"Rise of {ours} as a share of the best peer's:\n\n{table(['', '', *shares], lines)}\n\n"
