@@ -111,6 +111,19 @@ def test_scores_are_the_same_to_the_last_bit_with_less_work(name, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [AdaptiveBN, Compensated])
+def test_held_out_scores_take_the_statistics_that_are_remembered(kind):
+    context = context_of(ZOO["vgg_bn"].build(), *(x.shape[1:] for x in ZOO["vgg_bn"].inputs()))
+    candidates = relatives(context.space)
+    evaluator, plain = prepared(kind, context, 2**28), prepared(kind, context, 0)
+    evaluator.evaluate(candidates)
+    naive_macs, expected = counted(lambda: plain.test(candidates[1]))
+    macs, found = counted(lambda: evaluator.test(candidates[1]))
+    assert_identical([found], [expected])
+    assert macs < naive_macs
+
+
+@pytest.mark.slow
 def test_outputs_that_the_model_writes_to_are_kept_as_they_were():
     context = context_of(Overwriting().eval(), (3, 8, 8))
     candidates, evaluator = relatives(context.space), prepared(AdaptiveBN, context, 2**28)

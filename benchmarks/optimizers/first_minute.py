@@ -100,7 +100,7 @@ def main() -> int:
                 print(problem, optimizer, np.median(found, axis=0).round(3).tolist(), file=sys.stderr, flush=True)
     cells = {problem: row for problem, row in stored().items() if JUDGED in row}
     text, missed = explain(cells)
-    results = {"environment": environment(COMMAND), "missed": missed, "cells": cells}
+    results = {"environment": environment(f"{COMMAND} --seeds {chosen.seeds}"), "missed": missed, "cells": cells}
     write("first_minute", "Quality against the number of trials", results, text)
     return 1 if missed else 0
 

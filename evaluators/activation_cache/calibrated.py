@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autoprune.evaluators.activation_cache.store import State
 from autoprune.structure.owners import owners
 
-_REMEMBERED = 16  # candidates whose calibration is remembered, so that further chunks of data need none
+_REMEMBERED = 64  # candidates whose calibration is remembered: further chunks of data need none, nor tests of a front
 
 Before = dict[tuple[str, str], tuple[Tensor, int]]
 """Tensors by their place, with the number of writes to each."""

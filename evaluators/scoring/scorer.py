@@ -157,8 +157,8 @@ class Adapted:
         return [self._cache.score(partial(self._scored, candidate, chunk)) for candidate in candidates]
 
     def test(self, candidate: IntArray) -> Measurement | Failure:
-        """Score a candidate, shape (d,), on the held-out samples."""
-        return self._measure.run(partial(self._running, candidate, self._cache.alone), "test")
+        """Score a candidate, shape (d,), on the held-out samples; its calibration may be remembered."""
+        return self._cache.score(lambda opener: self._measure.run(partial(self._running, candidate, opener), "test"))
 
     def score(self, module: nn.Module) -> Measurement | Failure:
         """Score any module on all validation batches, as candidates are."""
