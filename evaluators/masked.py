@@ -191,7 +191,7 @@ class Masked:
 
     def _adapt_in_order(self, module: nn.Module, edit: Edit, run: Callable[[Batch], object]) -> None:
         context = self._context
-        if edit.slices:
+        if edit.slices or edit.dropped:
             self._refit.with_parts(bn=False).adapt(module, replace(edit, zeroed={}), run)
         dense = context.calibration.of(private_copy(context.model))
         solver = self.solver()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from autoprune.evaluators import Context, Evaluator, Masked
 from autoprune.evaluators.refit.sequential import stages_of
-from autoprune.search_spaces import Channels, Product, Sparsity
+from autoprune.search_spaces import Channels, Depth, Product, Sparsity
 from autoprune.structure.slicing.zeros import Pattern
 from autoprune.testing.contexts import context_of, image_context, sequence_context
 from autoprune.testing.contracts import EvaluatorContract
@@ -165,6 +165,25 @@ class TestATransformer:
                 for order in (True, False)
             )
         assert near < far
+
+
+def test_parts_that_are_dropped_are_passed_over(transformer: Context):
+    x, labels = (torch.cat([batch[i] for batch in transformer.subsets.calibration]) for i in (0, 1))
+    space = Product(Depth(), Sparsity(levels=(0, 0.5)))
+    context = context_of(transformer.model, (x, labels), space, "agreement")
+    first = [
+        int(bool(context.space.pruning(row).dropped)) for row in np.eye(len(context.space.sizes), dtype=int).tolist()
+    ]
+    candidate = np.ones(len(first), dtype=int) - np.array(first)
+    candidate[first.index(1)] = 1
+    candidate = context.space.canonical(candidate[None])[0]
+    module = built(context, candidate.tolist(), sequential=True)
+    pruning = context.space.pruning(candidate.tolist())
+    assert pruning.dropped
+    assert len(pruning.zeroed) > 3
+    for name, zeros in pruning.zeroed.items():
+        assert int((module.get_parameter(name) == 0).sum()) == zeros
+    assert module(x).isfinite().all()
 
 
 def _read(network: nn.Module, name: str, x: Tensor) -> Tensor:

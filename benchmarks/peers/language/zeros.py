@@ -110,8 +110,8 @@ class Zeros:
     def limit(self, share: float) -> str:
         """Budget for this share of zeros among the linear layers of the blocks, give or take `NEAR`.
 
-        Without a lower end, a search that looks for a front would spend most of its candidates on larger networks,
-        which nobody judges.
+        Without a lower end, a search that looks for a front would spend most of its candidates on networks with more
+        zeros, which nobody judges.
         """
         inside = sum(each.numel() for each in self.weights.values())
         most = sum(each.numel() for each in self.model.parameters()) - int(share * inside)
