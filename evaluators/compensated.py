@@ -7,6 +7,7 @@ import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from autoprune.evaluators.refit.least_squares import Normal
 from autoprune.evaluators.refit.linear_maps import LinearMaps
 from autoprune.evaluators.refit.normalisation import Correction
 from autoprune.evaluators.refit.remaining import remaining_errors
-from autoprune.evaluators.scoring.scorer import Adapted, bound_forward
-from autoprune.importance.calibration import private_copy
+from autoprune.evaluators.scoring.scorer import Adapted
+from autoprune.importance.calibration import Calibration, private_copy
 from autoprune.importance.reading import matrix_of
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement, Pruning, SearchSpace, Silences
 from autoprune.structure.slicing.adapters import refresh_flat_weights
@@ -105,7 +106,8 @@ class Compensated:
         """Collect the inputs of layers, and make the skeleton that every candidate is cut from."""
         if not self._collected:
             self.collect(context)
-        self._context, self._collected = context, False  # another `prepare` may be for another model
+        self._context, self._dense = context, context.model
+        self._collected = False  # another `prepare` may be for another model
         if self._correction is not None:
             few = self._correction.batches
             context = replace(context, subsets=replace(context.subsets, calibration=tuple(few)))
@@ -114,47 +116,59 @@ class Compensated:
     def collect(self, context: Context) -> None:
         """Collect the inputs of layers and norms: the first part of `prepare`, which then does not repeat it."""
         self._context = context
+        typical = self._typical or middle_of(context.space)
+        self.collect_for(context.calibration, typical, drops(context.space), context.subsets.arrangement.samples)
+        self._collected = True
+
+    def collect_for(
+        self, calibration: Calibration, typical: Pruning, depth: bool = False, together: int | None = None
+    ) -> None:
+        """Collect the inputs of layers and norms of a model without a space: all that `adapt` needs.
+
+        Args:
+            calibration: The model, its structure and the samples.
+            typical: Pruning that ridges are chosen for.
+            depth: Whether whole branches may be dropped.
+            together: Samples that are scored together, see `Arrangement`.
+        """
         whole = self.with_parts(**self._whole)
-        self._reference = private_copy(context.model)
-        calibration = context.calibration.of(self._reference)
+        self._dense, structure = calibration.model, calibration.structure
+        self._reference = private_copy(self._dense)
+        calibration = calibration.of(self._reference)
         with seeded(0):
             if self._renew:
-                recalibrate(self._reference, calibration.batches, bound_forward(context, self._reference))
-            if (samples := context.subsets.arrangement.samples) is not None:
-                arrangement = Arrangement(max(samples, FEWEST_TOGETHER))
+                recalibrate(self._reference, calibration.batches, partial(calibration.forward, self._reference))
+            if together is not None:
+                arrangement = Arrangement(max(together, FEWEST_TOGETHER))
                 calibration = calibration.on(arrangement.of(calibration.batches, cut=True))
             normalises = whole._bn and statistics(self._reference)
             self._correction = Correction(calibration) if normalises else None
         self._every_batch = self._correction
         self._solved: OrderedDict[tuple[str, int, bytes], Tensor] = OrderedDict()
         self._solved_bytes = 0
-        self._most_solved = min(SOLVED_BYTES, room_beside(context.model))
+        room = room_beside(self._dense)
+        self._most_solved = min(SOLVED_BYTES, room)
         self._layers: dict[str, list[Layer]] = defaultdict(list)
+        edit = structure.edit(typical)
         if whole._bias or whole._least_squares:
-            typical = context.structure.edit(self._typical or middle_of(context.space))
-            most = max(room_beside(context.model), bytes_of(context.model))  # a transformer's take as much as the model
+            most = max(room, bytes_of(self._dense))  # a transformer's take as much as the model
             allowed = most if self._memory_bytes is None else self._memory_bytes
             memory = allowed if whole._least_squares else 0
             with seeded(0):
-                for layer in find_layers(calibration, memory, self._ridge, typical, whole._centred):
+                for layer in find_layers(calibration, memory, self._ridge, edit, whole._centred):
                     self._layers[layer.reader.name].append(layer)
-        self._maps = (
-            LinearMaps(calibration, context.structure.branches)
-            if whole._least_squares and drops(context.space)
-            else None
-        )
+        maps = whole._least_squares and depth
+        self._maps = LinearMaps(calibration, structure.branches) if maps else None
         if self._correction is not None:
-            self._correction = self._correction.first(self._settled(context, self._correction))
-        self._collected = True
+            self._correction = self._correction.first(self._settled(calibration, edit, self._correction))
 
-    def _settled(self, context: Context, correction: Correction) -> int:
+    def _settled(self, calibration: Calibration, edit: Edit, correction: Correction) -> int:
         """Number of calibration batches after which statistics of a typical candidate have converged, else all."""
         every = len(correction.batches)
-        edit = context.structure.edit(self._typical or middle_of(context.space))
         if every == 1 or not (edit.slices or edit.zeroed or edit.dropped):
             return every
-        module = Slicer(context.model).cut(edit).eval()
-        run = bound_forward(context, module)
+        module = Slicer(self._dense).cut(edit).eval()
+        run = partial(calibration.forward, module)
         try:
             with seeded(0):
                 self.with_parts(bn=False).adapt(module, edit, run)
@@ -179,7 +193,7 @@ class Compensated:
         """Copy for other processes, with the collected inputs, so that its `prepare` need not collect them again."""
         other = self.with_parts()
         other._collected = True
-        for name in ("_adapted", "_context"):
+        for name in ("_adapted", "_context", "_dense"):
             other.__dict__.pop(name, None)
         return other
 
@@ -282,7 +296,7 @@ class Compensated:
         """Give a weight that reads removed units, and its bias, new values."""
         reader = layer.reader
         name = layer.reader.name
-        dense = self._context.model.get_parameter(name).detach()
+        dense = self._dense.get_parameter(name).detach()
         whole = matrix_of(dense, reader)
         whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
         left = edit.slices.get(name, {}).get(1 - reader.dim, np.arange(dense.shape[1 - reader.dim]))
@@ -291,7 +305,7 @@ class Compensated:
         into = torch.from_numpy(places).to(dense.device)
         value = module.get_parameter(name).detach().clone()
         matrix = value.flatten(1) if reader.dim else value.T
-        kept = columns_kept(reader, self._context.model, edit)
+        kept = columns_kept(reader, self._dense, edit)
         if kept is not None and self._least_squares and name not in edit.zeroed:
             fitted = whole[rows][:, kept] + self._change(layer, whole, kept)[rows]
             matrix[into] = fitted.to(matrix.dtype)

@@ -16,13 +16,13 @@ import autoprune
 from autoprune import Recovery
 from autoprune.data.batch import default_forward
 from autoprune.errors import DataError, FileFormatError, UnsupportedModelError
-from autoprune.evaluators.recovery.nested import cut_on, nested_edits
+from autoprune.evaluators.recovery.nested import Samples, cut_on, nested_edits, refit
 from autoprune.evaluators.training.checkpoint import read_checkpoint
 from autoprune.evaluators.training.course import _factor
 from autoprune.evaluators.training.features import Features
 from autoprune.evaluators.training.parameters import Trained
 from autoprune.structure.slicing.kept import kept_units
-from autoprune.structure.slicing.slicing import build
+from autoprune.structure.slicing.slicing import Edit, build
 from tests.recovering import data_of, halved, network, same, samples, weights
 
 TRAIN = ("all", "norm+bias", "lora")
@@ -38,6 +38,10 @@ def dense():
 @pytest.fixture
 def small(dense):
     return halved(dense)
+
+
+def fitting_samples(dense):
+    return Samples([samples(dense, 256)], default_forward)
 
 
 def plain_sgd(parameters):
@@ -248,8 +252,7 @@ class TestWhatItLearnsFrom:
 
 class TestNestedNetworks:
     def test_each_keeps_what_the_next_keeps_and_the_last_is_the_pruned_one(self, dense, small):
-        x = samples(dense)[0][:2]
-        edits = nested_edits(small, dense, x, default_forward, 3)
+        edits = nested_edits(small, dense, fitting_samples(dense), 3)
         widths = [[len(edit.slices[name][0]) for name in ("0.weight", "3.weight")] for edit in edits]
         assert widths == [[10, 8], [8, 7], [6, 5]]
         for wide, narrow in itertools.pairwise(edits):
@@ -264,7 +267,7 @@ class TestNestedNetworks:
 
     def test_a_network_cut_on_computes_what_a_cut_of_a_trained_dense_one_does(self, dense, small):
         x = samples(dense)[0]
-        first, second = nested_edits(small, dense, x, default_forward, 2)
+        first, second = nested_edits(small, dense, fitting_samples(dense), 2)
         wide = build(dense, first)
         with torch.no_grad():
             for parameter in wide.parameters():
@@ -274,6 +277,37 @@ class TestNestedNetworks:
         assert torch.equal(narrow[0].weight, wide[0].weight[inside])
         assert torch.equal(narrow[1].running_var, wide[1].running_var[inside])
         assert narrow(x).shape == (64, 4)
+
+    @pytest.mark.parametrize("norm", [False, True], ids=["plain", "normalised"])
+    def test_what_copies_of_units_gave_is_made_up_for_in_every_network(self, norm):
+        """Units that go are copies of units that stay, before and after the weights have changed."""
+        dense = network(norm)
+        with torch.no_grad():
+            for name, tensor in dense.state_dict().items():
+                if tensor.ndim and name[0] in ("0", "1", "2", "3") and len(tensor) in (12, 10):
+                    tensor[1::2] = tensor[::2]
+        small = halved(dense)
+        x = samples(dense, 256)[0]
+        before, wide = Edit({}, {}), dense
+        for after in nested_edits(small, dense, fitting_samples(dense), 2):
+            narrow = cut_on(dense, None if wide is dense else wide, before, after)
+            with torch.no_grad():
+                cut = (narrow(x) - wide(x)).square().mean()
+                assert refit(narrow, wide, before, after, fitting_samples(dense))
+                assert (narrow(x) - wide(x)).square().mean() < 1e-3 * cut
+                for parameter in narrow[len(narrow) - 1].parameters():
+                    parameter.mul_(1.5)
+            before, wide = after, narrow
+
+    def test_all_of_them_are_trained_from_weights_that_fit_the_network_before(self, dense, small):
+        def distance(module):
+            x = samples(dense, 256, 5)[0]
+            with torch.no_grad():
+                return (module(x) - dense(x)).square().mean()
+
+        recipe = Recovery(lr=1e-9, distill="logits")
+        autoprune.recover(small, samples(dense), dense, steps=2, steps_to=2, recipe=recipe)
+        assert distance(small) < 0.5 * distance(halved(dense))
 
     @pytest.mark.parametrize("train", TRAIN)
     def test_an_interrupted_one_ends_as_an_uninterrupted_one(self, dense, tmp_path, train):

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from autoprune.data.batch import Batch, Forward
 from autoprune.errors import UnsupportedModelError
-from autoprune.evaluators.recovery.nested import cut_on, nested_edits
+from autoprune.evaluators.recovery.nested import Samples, cut_on, nested_edits, refit
 from autoprune.evaluators.training.parameters import Masks, mask, masks_of
 from autoprune.evaluators.training.weights import load_weights, weights_of
 from autoprune.protocols import IntArray
@@ -45,17 +44,14 @@ class Stage:
     last: bool
 
 
-def stages_of(
-    recipe: Recovery, small: nn.Module, dense: nn.Module | None, batch: Batch, forward: Forward
-) -> list[Stage]:
+def stages_of(recipe: Recovery, small: nn.Module, dense: nn.Module | None, samples: Samples) -> list[Stage]:
     """Plan the stages of a recovery; the last one trains `small` itself.
 
     Args:
         recipe: The recipe.
         small: The pruned network.
         dense: The teacher; needed for more than one stage.
-        batch: Samples to trace it with.
-        forward: Runs a model on a batch.
+        samples: To trace models with, and to re-fit each of nested networks on.
 
     Raises:
         UnsupportedModelError: If nested networks cannot be found.
@@ -63,13 +59,13 @@ def stages_of(
     masks = masks_of(small) if recipe.keep_zeros else {}
     if recipe.steps_to == 1 or dense is None:
         return [Stage(lambda _: small, lambda: small, recipe.steps, 0, kept_units(small), masks, last=True)]
-    edits = nested_edits(small, dense, batch, forward, recipe.steps_to)
+    edits = nested_edits(small, dense, samples, recipe.steps_to)
     each = recipe.steps // recipe.steps_to
     stages = []
     for i, edit in enumerate(edits):
         before = edits[i - 1] if i else Edit({}, {})
         last = i == len(edits) - 1
-        make = partial(_next, dense, before, edit)
+        make = partial(_next, dense, before, edit, samples)
         stages.append(
             Stage(
                 make=partial(_into, small, make, masks) if last else make,
@@ -84,8 +80,10 @@ def stages_of(
     return stages
 
 
-def _next(dense: nn.Module, before: Edit, after: Edit, trained: nn.Module | None) -> nn.Module:
-    return cut_on(dense, trained, before, after)
+def _next(dense: nn.Module, before: Edit, after: Edit, samples: Samples, trained: nn.Module | None) -> nn.Module:
+    module = cut_on(dense, trained, before, after)
+    refit(module, dense if trained is None else trained, before, after, samples)
+    return module
 
 
 def _into(

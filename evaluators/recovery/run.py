@@ -16,9 +16,10 @@ from autoprune.data.batch import Batch, Guarded, default_forward, to_device
 from autoprune.data.subsets import Subsets, fingerprint
 from autoprune.evaluators.recovery.gradual import Stage, stages_of
 from autoprune.evaluators.recovery.held_out import HeldOut
+from autoprune.evaluators.recovery.nested import Samples
 from autoprune.evaluators.recovery.progress import Progress
 from autoprune.evaluators.recovery.receipt import Recovered, as_curve
-from autoprune.evaluators.recovery.sources import Sources, first_batch, sources_of
+from autoprune.evaluators.recovery.sources import Sources, calibration_of, first_batch, sources_of
 from autoprune.evaluators.training.checkpoint import WAY_OUT, read_same, write_checkpoint
 from autoprune.evaluators.training.course import Course, DivergedError
 from autoprune.evaluators.training.lessons import Lessons
@@ -113,7 +114,7 @@ class _Run:
             better = fresh_outputs(self.dense, forward)
         inner = self.dense if recipe.inner else None
         self.lessons = Lessons(sources.training, self.judge, forward, better, inner, recipe.loss)
-        self.stages = stages_of(recipe, self.small, self.dense, first, forward)
+        self.stages = stages_of(recipe, self.small, self.dense, Samples(self._calibration(first), forward))
         trained = Trained(self.small, recipe.train, recipe.rank, {}, recipe.seed)
         self.count, self.share = trained.count, trained.share
         self.identity = self._identity()
@@ -128,6 +129,13 @@ class _Run:
         reference = private(self.small, device) if self.dense is None else self.dense
         self.judge = resolve_metric(self.recipe.metric, subsets, lambda batch: forward(reference, batch))
         return HeldOut(self.judge, forward, held, self.dense)
+
+    def _calibration(self, first: Batch) -> list[Batch]:
+        """Samples to re-fit nested networks on; a single network needs none, it comes re-fitted."""
+        recipe, device = self.recipe, device_of(self.small)
+        if recipe.steps_to == 1:
+            return [first]
+        return [to_device(batch, device) for batch in calibration_of(recipe.data, recipe.batch_size, recipe.seed)]
 
     def _identity(self) -> dict[str, Any]:
         teacher = None if self.dense is None else fingerprint(weights_of(self.dense))

@@ -58,6 +58,20 @@ def sources_of(data: Any, batch_size: int, seed: int) -> Sources:
     return Sources(training if data.labels is None else _Marked(training, data.labels), held_out)
 
 
+def calibration_of(data: Any, batch_size: int, seed: int) -> list[Batch]:
+    """Draw the samples to re-fit networks on from those to train on, once and for all.
+
+    Args:
+        data: As for `sources_of`, which has checked it.
+        batch_size: For arrays and datasets of sources other than a `Data`.
+        seed: Of the choice.
+    """
+    given = data if isinstance(data, Data) else Data(data, batch_size=batch_size)
+    name = "calibration"
+    drawn = draw(_made(given.calibration), {name: given.samples(name)}, given.batch_size, seed, name)
+    return [_marked(batch, given.labels) for batch in drawn[name]]
+
+
 def first_batch(source: Iterable[Batch], seed: int) -> Batch:
     """Read one batch; no random state moves.
 
