@@ -42,8 +42,9 @@ class Recovery:
         train: ``"all"`` parameters, ``"norm+bias"`` (those of at most one dimension), or ``"lora"``: these and low-rank
             changes of the weights, which are merged after every step.
         steps: Optimizer steps.
-        steps_to: Number of nested networks from the dense one to `small`, each trained for an equal share of the steps;
-            1 trains `small` alone. More need a `teacher`, whose weights the first network takes.
+        steps_to: Number of nested networks from the dense one to `small`, each trained for an equal share of the steps,
+            from the weights of the one before, which are re-fitted on calibration samples; 1 trains `small` alone. More
+            need a `teacher`, whose weights the first network takes.
         distill: ``"inner"``: learn the teacher's outputs and its inner features, where widths differ on the units kept;
             ``"logits"``: its outputs alone; ``"none"``. ``"auto"`` is ``"inner"`` where there is a teacher.
         loss: ``loss(outputs, batch)`` in place of the loss on labels, which is that of the metric.
