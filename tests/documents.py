@@ -57,3 +57,15 @@ def anchors(text: str) -> set[str]:
     """Anchors of the headings of a page, as sites make them."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+def commands(program: str) -> list[tuple[str, str]]:
+    """Page and text of each command of a program in the blocks of the shell, without comments."""
+    return [
+        (name_of(page), line.partition(" #")[0].strip())
+        for page in PAGES
+        for match in FENCED.finditer(page.read_text())
+        if match[1] == "console"
+        for line in match[2].splitlines()
+        if line.startswith(f"{program} ")
+    ]

@@ -18,32 +18,6 @@ import autoprune
 from tests.documents import PAGES, ROOT, Block, anchors, blocks, links, name_of
 
 BLOCKS = blocks()
-YOURS = "its model, data or functions are the reader's"
-COMPILED = {
-    "README.md": YOURS,
-    "docs/adapters.md": "the signature of a function",
-    "docs/audit.md": YOURS,
-    "docs/budgets.md": YOURS,
-    "docs/depth.md": YOURS,
-    "docs/index.md": YOURS,
-    "docs/journal.md": "it reads the journal of a search of the reader's",
-    "docs/language-models.md": "it loads a model of the reader's; examples/language_model.py runs the same in a test",
-    "docs/latency.md": YOURS,
-    "docs/layer-database.md": YOURS,
-    "docs/memory.md": YOURS,
-    "docs/notebooks.md": YOURS,
-    "docs/processes.md": YOURS,
-    "docs/racing.md": YOURS,
-    "docs/ray.md": "it needs a cluster",
-    "docs/recover.md": YOURS,
-    "docs/report.md": YOURS,
-    "docs/supernet.md": YOURS,
-    "docs/trackers.md": YOURS,
-}
-"""Pages whose blocks are compiled and not run, with the reason; names and arguments of autoprune are checked."""
-
-RUN = {"docs/tutorial.md": "below, in a process of its own", "docs/extending.md": "by tests/test_extending.py"}
-"""Pages whose blocks are run, and where; sessions (``>>>``) are run by tests/test_docs.py."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -128,10 +102,8 @@ def test_a_link_to_what_the_site_lacks_is_an_error():
         stage.relinked("[c](../Makefile)", page, known)
 
 
-def test_every_block_of_code_is_run_or_has_a_reason():
-    plain = {block.page for block in BLOCKS if not block.is_session}
-    assert plain <= COMPILED.keys() | RUN.keys()
-    assert not COMPILED.keys() & RUN.keys()
+def test_every_session_is_run():
+    """Other blocks are run by tests/test_pages_run.py, whatever pages there are, or by what it names."""
     source = (ROOT / "tests" / "test_docs.py").read_text()
     assert all(f'"{Path(block.page).name}"' in source for block in BLOCKS if block.is_session)
 
