@@ -17,6 +17,7 @@ from autoprune import Recovery
 from autoprune.data.batch import default_forward
 from autoprune.errors import DataError, FileFormatError, UnsupportedModelError
 from autoprune.evaluators.recovery.nested import Samples, cut_on, nested_edits, refit
+from autoprune.evaluators.recovery.recovery import LR_NORMALISED
 from autoprune.evaluators.training.checkpoint import read_checkpoint
 from autoprune.evaluators.training.course import _factor
 from autoprune.evaluators.training.features import Features
@@ -189,6 +190,13 @@ class TestWhatIsTrained:
             expected = [0.7 * old + 0.3 * new for old, new in zip(expected, later, strict=True)]
         for one, other in zip(kept, expected, strict=True):
             torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize("train", TRAIN)
+    def test_the_learning_rate_follows_batch_norm_unless_it_is_given(self, train):
+        recipe, leaf = Recovery(train=train), nn.Parameter(torch.zeros(1))
+        plain, normalised = (recipe.make_optimizer([leaf], with_norm).defaults["lr"] for with_norm in (False, True))
+        assert plain <= normalised == LR_NORMALISED[train]
+        assert replace(recipe, lr=0.5).make_optimizer([leaf], True).defaults["lr"] == 0.5
 
     def test_the_learning_rate_rises_and_falls(self):
         cosine = [_factor("cosine", 2, 10)(step) for step in range(11)]

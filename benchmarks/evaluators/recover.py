@@ -37,8 +37,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "none, half the steps": {"distill": "none", "steps": STEPS // 2},
     "logits, half the steps": {"distill": "logits", "steps": STEPS // 2},
     "inner, half the steps": {"distill": "inner", "steps": STEPS // 2},
-    "norm+bias": {"distill": "inner", "train": "norm+bias"},
+    "norm+bias": {"distill": "inner", "train": "norm+bias", "lr": 0.1},
     "lora": {"distill": "inner", "train": "lora"},
+    "lora, rank 1": {"distill": "inner", "train": "lora", "rank": 1},
     "inner, 4 networks": {"distill": "inner", "steps_to": 4},
 }
 TEXT_SHARE, TEXT_STEPS = "40%", 200
@@ -113,7 +114,7 @@ def cell(model: nn.Module, small: nn.Module, data: Data, seed: int, arm: dict[st
         "dense": receipt.teacher.mean,
         "share": receipt.share,
         "best_step": receipt.best_step,
-        "bytes": held_bytes(small, receipt.train),
+        "bytes": held_bytes(small, receipt.train, settings.get("rank", 4)),
         "cpu_seconds": time.process_time() - began,
         "stopped": receipt.stopped,
     }

@@ -66,7 +66,8 @@ class Course:
         self._device = next(module.parameters()).device
         on_gpu = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
         self._mixed = on_gpu if recipe.mixed_precision is None else recipe.mixed_precision
-        self._optimizer = recipe.make_optimizer(self.trained.leaves)
+        self._normalised = bool(statistics(module))
+        self._optimizer = recipe.make_optimizer(self.trained.leaves, self._normalised)
         self._schedule = LambdaLR(self._optimizer, _factor(recipe.schedule, round(recipe.warmup * steps), steps))
         self._rounds = self._from(0, 0)
         self._average: AveragedModel | None = None
@@ -144,7 +145,7 @@ class Course:
 
     def _from(self, turn: int, read: int) -> Rounds:
         # A batch norm cannot take statistics of a single sample.
-        least = 2 if statistics(self.module) else 1
+        least = 2 if self._normalised else 1
         return Rounds(self._lessons.source, self._recipe.seed, (turn, read), least)
 
 
