@@ -307,7 +307,8 @@ class Compensated:
         matrix = value.flatten(1) if reader.dim else value.T
         kept = columns_kept(reader, self._dense, edit)
         if kept is not None and self._least_squares and name not in edit.zeroed:
-            fitted = whole[rows][:, kept] + self._change(layer, whole, kept)[rows]
+            change = self._change(layer, whole, kept).index_select(0, rows)
+            fitted = whole.index_select(0, rows).index_select(1, kept) + change
             matrix[into] = fitted.to(matrix.dtype)
             replace_parameter(module, name, value)
         if self._shifted(layer):

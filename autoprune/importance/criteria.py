@@ -312,7 +312,7 @@ def _tensors(
 def _slice(tensor: Tensor, dim: int, indices: IntArray) -> Tensor:
     """Rows of a tensor along `dim`, gathered for each unit: shape (units, elements), float32 on the CPU."""
     rows = tensor.float().movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.float().unsqueeze(1)
-    picked = rows[torch.from_numpy(indices.reshape(-1)).to(tensor.device)]
+    picked = rows.index_select(0, torch.from_numpy(indices.reshape(-1)).to(tensor.device))
     return picked.reshape(indices.shape[0], -1).cpu()
 
 

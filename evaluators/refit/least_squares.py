@@ -33,18 +33,17 @@ class Normal:
 
     def changes(self, weight: Tensor, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
         """Changes of the weights W that stay, with each ridge, as `least_squares` gives them."""
-        gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        gone[kept] = False
         if self.moments.sketch_rows:
-            yield from self._from_sketch(weight[:, gone], gone, kept, ridges)
+            gone = others(kept, weight.shape[1])
+            yield from self._from_sketch(weight.index_select(1, gone), gone, kept, ridges)
         else:
             yield from least_squares(weight, self.moments.products(self.centred), kept, ridges)
 
     def _from_sketch(self, lost: Tensor, gone: Tensor, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
         """Changes from few rows R: D^T = R_S^T (R_S R_S^T + r)^-1 R_gone W_gone^T, where the inverse is small."""
         rows = self.moments.factor(self.centred)
-        stay = rows[:, kept]
-        wanted = rows[:, gone] @ lost.to(rows.dtype).T
+        stay = rows.index_select(1, kept)
+        wanted = rows.index_select(1, gone) @ lost.to(rows.dtype).T
         scale = len(rows) / max(len(kept), 1)  # `_factors` takes the ridge from the mean of the diagonal
         for factor in _factors(stay @ stay.T, [ridge * scale for ridge in ridges]):
             solved = torch.zeros_like(wanted) if factor is None else torch.cholesky_solve(wanted, factor)
@@ -68,15 +67,21 @@ def least_squares(weight: Tensor, products: Tensor, kept: Tensor, ridges: Sequen
     Returns:
         D for each ridge, of the type of `products`, shape (outputs, k).
     """
-    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    gone[kept] = False
-    lost = weight[:, gone].to(products.dtype)
-    cross = products[gone][:, kept]
+    gone = others(kept, weight.shape[1])
+    lost = weight.index_select(1, gone).to(products.dtype)  # `index_select` takes a fifth of the time of brackets
+    cross = products.index_select(0, gone).index_select(1, kept)
     few = len(cross) < len(lost)  # then each input that goes is fitted by those that stay, whatever reads it
     wanted = cross if few else lost @ cross
-    for factor in _factors(products[kept][:, kept], ridges):
+    for factor in _factors(products.index_select(0, kept).index_select(1, kept), ridges):
         fitted = torch.zeros_like(wanted) if factor is None else torch.cholesky_solve(wanted.T, factor).T
         yield lost @ fitted if few else fitted
+
+
+def others(kept: Tensor, size: int) -> Tensor:
+    """Indices below `size` that are not in `kept`, ascending, int64."""
+    gone = torch.ones(size, dtype=torch.bool, device=kept.device)
+    gone[kept] = False
+    return gone.nonzero()[:, 0]
 
 
 def _factors(matrix: Tensor, ridges: Sequence[float]) -> Iterator[Tensor | None]:
