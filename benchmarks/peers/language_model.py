@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autoprune
+from autoprune.costs.structural import StructuralCosts
 from autoprune.optimizers import uniform_seeds
 from autoprune.protocols import Failure
 from autoprune.result import SearchResult
 from autoprune.result.trials import Trial
+from autoprune.search_spaces import Depth, Product
+from autoprune.structure.structure import Structure
 from autoprune.testing.contexts import study_for
 from benchmarks.support.common import RESULTS, environment, table, write
 from benchmarks.support.pretrained import folder_of
@@ -33,6 +36,16 @@ from benchmarks.support.pretrained import folder_of
 LENGTH, CALIBRATION, VALIDATION, HELD_OUT = 64, 64, 16, 48
 BATCH = 8
 INPUTS = ((1, 128), (4, 512))
+SPACES = {
+    "channels": autoprune.Channels(),
+    "channels down to 1/64": autoprune.Channels(step=1 / 64, min_fraction=1 / 64),
+    "channels down to single units": autoprune.Channels(step=1, min_fraction=1e-9),
+    "channels and depth": Product(autoprune.Channels(), Depth(min_kept=0)),
+    "channels down to 1/64, and depth": Product(
+        autoprune.Channels(step=1 / 64, min_fraction=1 / 64), Depth(min_kept=0)
+    ),
+}
+"""Spaces whose smallest network is told."""
 PARTS = ("inspect", "set-up", "depth", "ours", "feed-forward")
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.peers.language_model"
 
@@ -157,11 +170,39 @@ def depth(share: float, model: nn.Module, background: Tensor, held: Tensor) -> d
     }
 
 
-def inspected(model: nn.Module, samples: int, tokens: int) -> dict[str, float]:
+def inspected(model: nn.Module, samples: int, tokens: int) -> dict[str, Any]:
+    """Processor time of `inspect`, the share of the FLOPs that each space can remove, and what the default leaves."""
     ids = torch.randint(0, 49152, (samples, tokens), generator=torch.Generator().manual_seed(0))
     began = time.process_time()
     found = autoprune.inspect(model, autoprune.Call(inputs={"input_ids": ids}, outputs="logits"))
-    return {"seconds": time.process_time() - began, "removable": found.removable["flops"]}
+    seconds = time.process_time() - began
+    structure = found.structure
+    costs = StructuralCosts(structure)
+    order = {group.name: range(group.size) for group in structure.groups}
+    dense = found.dense["flops"]
+    least = {}
+    for name, settings in SPACES.items():
+        space = settings.bind(structure, order)
+        least[name] = space.widths(space.canonical(space.sizes[None] - 1))
+    widths = least["channels"]
+    head = tokens * model.get_submodule("lm_head").get_parameter("weight").shape[0] * widths[0, _stream(structure)]
+    weights = tokens * float(costs.params(widths)[0])  # the embedding, which is that of the head, counts once in both
+    left = float(costs.flops(widths)[0])
+    return {
+        "seconds": seconds,
+        "removable": found.removable["flops"],
+        "removable by space": {name: float(1 - costs.flops(each)[0] / dense) for name, each in least.items()},
+        "left": {
+            "head": float(head / dense),
+            "products of queries, keys and values": (left - weights) / dense,
+            "other weights": (weights - head) / dense,
+        },
+    }
+
+
+def _stream(structure: Structure) -> int:
+    """Position of the group of the residual stream, which the embedding is in."""
+    return next(i for i, group in enumerate(structure.groups) if any("embed" in slot.tensor for slot in group.slots))
 
 
 def set_up(share: float, model: nn.Module, background: Tensor, held: Tensor, trials: int) -> dict[str, float]:
@@ -254,6 +295,10 @@ def report(found: dict[str, Any]) -> str:
             )
     for inputs, row in found.get("inspect", {}).items():
         text += f"\n\nInspect, {inputs} tokens: {row['seconds']:.1f} s, {row['removable']:.2%} of the FLOPs removable."
+        if "left" in row:
+            left = ", ".join(f"{name} {share:.2%}" for name, share in row["left"].items())
+            spaces = ", ".join(f"{name} {share:.2%}" for name, share in row["removable by space"].items())
+            text += f" The smallest network still has: {left}. By space: {spaces}."
     return text
 
 
