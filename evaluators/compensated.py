@@ -303,8 +303,8 @@ class Compensated:
         places = np.flatnonzero((left >= reader.start) & (left < reader.start + reader.outputs))
         rows = torch.from_numpy(left[places] - reader.start).to(dense.device)
         into = torch.from_numpy(places).to(dense.device)
-        value = module.get_parameter(name).detach().clone()
-        matrix = value.flatten(1) if reader.dim else value.T
+        value = module.get_parameter(name).detach().clone(memory_format=torch.contiguous_format)
+        matrix = value.flatten(1) if reader.dim else value.T  # a view, since it is contiguous
         kept = columns_kept(reader, self._dense, edit)
         if kept is not None and self._least_squares and name not in edit.zeroed:
             change = self._change(layer, whole, kept).index_select(0, rows)
@@ -357,8 +357,11 @@ def drops(space: SearchSpace) -> bool:
 
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter of a module, never its values: another module may share them."""
+    """Replace a parameter of a module, never its values: another module may share them; its memory format stays."""
     owner = module.get_submodule(name.rpartition(".")[0])
     key = name.rpartition(".")[2]
-    setattr(owner, key, nn.Parameter(value, requires_grad=owner.get_parameter(key).requires_grad))
+    before = owner.get_parameter(key)
+    if value.stride() != before.stride():
+        value = torch.empty_like(before, dtype=value.dtype).copy_(value)
+    setattr(owner, key, nn.Parameter(value, requires_grad=before.requires_grad))
     refresh_flat_weights(owner)

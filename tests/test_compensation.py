@@ -46,11 +46,13 @@ class Net(nn.Module):
 LAYERS = ("b", "c", "d", "tied", "head")
 
 
+GENERATOR = torch.Generator().manual_seed(0)
+SAMPLES = torch.randn(90, 3, 12, 12, generator=GENERATOR), torch.randint(0, 5, (90,), generator=GENERATOR)
+
+
 @pytest.fixture(scope="module")
 def context():
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(90, 3, 12, 12, generator=generator), torch.randint(0, 5, (90,), generator=generator)
-    return study_of(settled(Net, SHAPES), autoprune.Data(validation=data, batch_size=16), "compensated").context
+    return study_of(settled(Net, SHAPES), autoprune.Data(validation=SAMPLES, batch_size=16), "compensated").context
 
 
 def columns_of(layer, x):
@@ -198,6 +200,16 @@ def test_what_is_off_stays_as_inherited(context):
         assert found.keys() == plain.keys()
         assert {name for name in plain if torch.equal(found[name], plain[name])} >= set(same)
         assert len(same) == len(plain) or any(not torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_weights_with_channels_last_get_the_same_values_and_stay_so(context):
+    model = settled(Net, SHAPES).to(memory_format=torch.channels_last)
+    last = study_of(model, autoprune.Data(validation=SAMPLES, batch_size=16), "compensated").context
+    expected, found = built(context, halved(context)), built(last, halved(last))
+    for name, parameter in expected.named_parameters():
+        value = found.get_parameter(name)
+        torch.testing.assert_close(value, parameter, rtol=1e-4, atol=1e-5)
+        assert value.ndim != 4 or value.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_transposed_convolutions_and_the_layers_behind_batch_norm_keep_weights_and_biases(context):
