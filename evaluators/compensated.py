@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.arguments import flag, positive, said, whole_number
-from autoprune.data.arrangement import Arrangement
 from autoprune.data.batch import Batch
 from autoprune.data.sampling import seeded
 from autoprune.evaluators.activation_cache.cache import checked_bytes
@@ -36,8 +35,6 @@ from autoprune.structure.slicing.slicing import Edit, Slicer
 
 log = logging.getLogger(__name__)
 
-FEWEST_TOGETHER = 16
-"""Samples of a calibration batch that is cut for the caches: statistics during a pass are of a batch, and so few."""
 SOLVED_BYTES = 2**28
 """Most memory for solutions that later candidates may need again."""
 
@@ -117,19 +114,16 @@ class Compensated:
         """Collect the inputs of layers and norms: the first part of `prepare`, which then does not repeat it."""
         self._context = context
         typical = self._typical or middle_of(context.space)
-        self.collect_for(context.calibration, typical, drops(context.space), context.subsets.arrangement.samples)
+        self.collect_for(context.calibration, typical, drops(context.space))
         self._collected = True
 
-    def collect_for(
-        self, calibration: Calibration, typical: Pruning, depth: bool = False, together: int | None = None
-    ) -> None:
+    def collect_for(self, calibration: Calibration, typical: Pruning, depth: bool = False) -> None:
         """Collect the inputs of layers and norms of a model without a space: all that `adapt` needs.
 
         Args:
             calibration: The model, its structure and the samples.
             typical: Pruning that ridges are chosen for.
             depth: Whether whole branches may be dropped.
-            together: Samples that are scored together, see `Arrangement`.
         """
         whole = self.with_parts(**self._whole)
         self._dense, structure = calibration.model, calibration.structure
@@ -138,9 +132,6 @@ class Compensated:
         with seeded(0):
             if self._renew:
                 recalibrate(self._reference, calibration.batches, partial(calibration.forward, self._reference))
-            if together is not None:
-                arrangement = Arrangement(max(together, FEWEST_TOGETHER))
-                calibration = calibration.on(arrangement.of(calibration.batches, cut=True))
             normalises = whole._bn and statistics(self._reference)
             self._correction = Correction(calibration) if normalises else None
         self._every_batch = self._correction

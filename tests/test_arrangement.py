@@ -12,7 +12,6 @@ from autoprune.data.arrangement import Arrangement
 from autoprune.data.batch import batch_size
 from autoprune.data.subsets import materialise
 from autoprune.early_stopping.racing import Race
-from autoprune.evaluators import Compensated
 from autoprune.evaluators.adaptive_bn import moments_of
 from autoprune.pareto import Direction
 from autoprune.protocols import Measurement
@@ -63,23 +62,6 @@ def test_scores_of_arranged_samples_agree(monkeypatch: pytest.MonkeyPatch) -> No
         assert isinstance(ours, Measurement)
         assert isinstance(theirs, Measurement)
         np.testing.assert_allclose(ours.signal, theirs.signal, atol=1e-5)
-
-
-def test_a_refit_takes_its_statistics_of_smaller_batches_to_the_same_effect(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made() -> tuple[int, Measurement]:
-        data = autoprune.Data(images(128), images(80), images(8))
-        found = study_for(Convolutional().eval(), "flops <= 50%", data, metric="accuracy", evaluator="compensated")
-        assert isinstance(found.evaluator, Compensated)
-        (scored,) = found.evaluator.evaluate(np.array([[3] * len(found.problem.sizes)]))
-        assert isinstance(scored, Measurement)
-        assert found.evaluator._correction is not None
-        return batch_size(found.evaluator._correction.batches[0]), scored
-
-    size, few = made()
-    monkeypatch.setattr("autoprune.evaluators.compensated.FEWEST_TOGETHER", 128)
-    whole_size, whole = made()
-    assert (size, whole_size) == (32, 128)
-    np.testing.assert_allclose(few.signal, whole.signal, atol=2e-3)
 
 
 def test_a_model_that_needs_the_usual_order_of_channels_keeps_it() -> None:
