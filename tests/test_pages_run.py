@@ -202,7 +202,9 @@ def language_model(folder: Path) -> dict[str, Any]:
     words = [f"w{i}" for i in range(50)]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "language")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1").save_pretrained(
+        folder / "language"
+    )
     loaded("model", TRANSFORMER, folder).build().save_pretrained(folder / "language")
     drawn = torch.randint(0, 50, (256 * 24,), generator=torch.Generator().manual_seed(0))
     (folder / "text").write_text(" ".join(words[i] for i in drawn))
