@@ -11,12 +11,19 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.evaluators.refit.finding import find_layers
+from autoprune.importance import latest_product
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.latest_product import LatestProduct
 from autoprune.importance.reading import Reading
 from autoprune.protocols import Pruning
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
+
+
+@pytest.fixture(autouse=True)
+def _any_product_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latest_product, "LEAST", 0)
+
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 W = torch.linspace(2, -3, 20).reshape(4, 5)
@@ -119,3 +126,11 @@ def test_outputs_of_a_pass_with_gradients_have_their_values():
     with reading.batch(None, gradients=True):
         outputs = model(x)
     torch.testing.assert_close(outputs, model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("read", [Tensor.tolist, Tensor.numpy], ids=["list", "array"])
+def test_a_small_product_can_be_read_past_all_operations(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with Waiting():
+        found = read((X @ W).detach())
+    torch.testing.assert_close(torch.as_tensor(found), X @ W)
