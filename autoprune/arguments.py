@@ -223,7 +223,7 @@ def pointing(places: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if misplaced := [name for name in kwargs if name in places]:
+            if misplaced := [name for name in kwargs if name in places and name not in known]:
                 write = ", ".join(dict.fromkeys(places[name] for name in misplaced))
                 raise TypeError(f"{function.__name__}() has no argument {', '.join(misplaced)}; write {write}")
             if not any_name and (unknown := [name for name in kwargs if name not in known]):

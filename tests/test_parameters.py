@@ -76,6 +76,11 @@ def test_the_other_verbs_that_take_a_call_say_so_too(verb):
         verb(nn.Linear(3, 2), torch.ones(2, 3), outputs=0, forward=print)
 
 
+def test_recovery_names_its_recipe_for_what_only_that_takes():
+    with pytest.raises(TypeError, match=re.escape("no argument lr; write recipe=autoprune.Recovery(lr=...)")):
+        autoprune.recover(nn.Linear(3, 2), steps=3, lr=0.1)
+
+
 @pytest.mark.parametrize("group", [autoprune.Call, autoprune.Start, autoprune.Execution])
 def test_groups_are_frozen_and_name_all_of_their_fields(group):
     assert all(

@@ -17,7 +17,6 @@ from autoprune import Recovery
 from autoprune.data.batch import default_forward
 from autoprune.errors import DataError, FileFormatError, UnsupportedModelError
 from autoprune.evaluators.recovery.nested import Samples, cut_on, nested_edits, refit
-from autoprune.evaluators.recovery.recovery import LR_NORMALISED
 from autoprune.evaluators.training.checkpoint import read_checkpoint
 from autoprune.evaluators.training.course import _factor
 from autoprune.evaluators.training.features import Features
@@ -191,12 +190,19 @@ class TestWhatIsTrained:
         for one, other in zip(kept, expected, strict=True):
             torch.testing.assert_close(one, other)
 
-    @pytest.mark.parametrize("train", TRAIN)
-    def test_the_learning_rate_follows_batch_norm_unless_it_is_given(self, train):
-        recipe, leaf = Recovery(train=train), nn.Parameter(torch.zeros(1))
-        plain, normalised = (recipe.make_optimizer([leaf], with_norm).defaults["lr"] for with_norm in (False, True))
-        assert plain <= normalised == LR_NORMALISED[train]
-        assert replace(recipe, lr=0.5).make_optimizer([leaf], True).defaults["lr"] == 0.5
+    def test_running_statistics_follow_the_weights_in_few_steps_and_momentum_comes_back(self, dense):
+        small = halved(network())
+        norms = [layer for layer in small if isinstance(layer, nn.BatchNorm1d)]
+        for norm in norms:
+            norm.momentum = 1e-3
+        before = [norm.running_mean.clone() for norm in norms]
+        inputs, labels = samples(dense)
+        autoprune.recover(small, (3 * inputs + 2, labels), steps=30, recipe=Recovery(lr=1e-9))
+        assert norms
+        with torch.no_grad():
+            seen = small[0](3 * inputs + 2).mean(0)
+        assert (norms[0].running_mean - seen).norm() < 0.3 * (before[0] - seen).norm()
+        assert [norm.momentum for norm in norms] == [1e-3] * len(norms)
 
     def test_the_learning_rate_rises_and_falls(self):
         cosine = [_factor("cosine", 2, 10)(step) for step in range(11)]

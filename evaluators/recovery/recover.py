@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from autoprune.arguments import shown
+from autoprune.arguments import pointing, shown
 from autoprune.evaluators.recovery.receipt import Recovered
 from autoprune.evaluators.recovery.recovery import Recovery
 from autoprune.evaluators.recovery.run import recovered
 from autoprune.evaluators.training.parameters import Train
 
 
+@pointing({part.name: f"recipe=autoprune.Recovery({part.name}=...)" for part in fields(Recovery)})
 def recover(
     small: nn.Module,
     data: Any = None,

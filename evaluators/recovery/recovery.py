@@ -26,13 +26,6 @@ MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 LR = {"all": 1e-3, "norm+bias": 1e-2, "lora": 3e-3}
 """Largest learning rate by what is trained: fewer parameters must change more."""
 
-LR_NORMALISED = {"all": 1e-2, "norm+bias": 1e-2, "lora": 3e-2}
-"""The same in a network with batch norm, which is trained at large rates, and recovers best at them.
-
-Reference:
-    Le and Hua, "Network Pruning That Matters: A Case Study on Retraining Variants", ICLR 2021, arXiv:2105.03193.
-"""
-
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
@@ -57,7 +50,8 @@ class Recovery:
         loss: ``loss(outputs, batch)`` in place of the loss on labels, which is that of the metric.
         metric: Scores validation samples; as for `autoprune.search`.
         forward: ``forward(model, batch)`` runs a model and returns the outputs that matter.
-        lr: Largest learning rate; by default `LR` of `train`, and `LR_NORMALISED` in a network with batch norm.
+        lr: Largest learning rate; by default `LR` of `train`, which suits pretrained networks. Small networks with
+            batch norm recover more at ten times that (Le and Hua, ICLR 2021, arXiv:2105.03193).
         optimizer: ``optimizer(parameters)`` makes another one than AdamW.
         schedule: Of the learning rate after the warm-up: ``"cosine"`` or ``"linear"``, which end at 0, or
             ``"constant"``.
@@ -164,12 +158,11 @@ class Recovery:
         """True if inner features are compared."""
         return self.distill == "inner" or (self.distill == "auto" and self.teacher is not None)
 
-    def make_optimizer(self, parameters: Sequence[nn.Parameter], normalised: bool) -> torch.optim.Optimizer:
-        """Make the optimizer of some parameters; `normalised` tells of batch norm in the network."""
+    def make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Make the optimizer of some parameters."""
         if self.optimizer is not None:
             return self.optimizer(parameters)
-        rates = LR_NORMALISED if normalised else LR
-        return torch.optim.AdamW(parameters, self.lr or rates[self.train])
+        return torch.optim.AdamW(parameters, self.lr or LR[self.train])
 
 
 def _require_share(name: str, value: Any) -> None:

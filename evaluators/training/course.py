@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
     from autoprune.evaluators.recovery.recovery import Recovery
+
+
+_MOST_MOMENTUM = 0.1
+"""Share of a batch in running statistics that short trainings raise it to, which is PyTorch's default."""
 
 
 class DivergedError(ValueError):
@@ -61,13 +66,14 @@ class Course:
         self.module = module
         self.taken = 0
         self.losses: list[float] = []
+        self._steps = steps
         self._recipe, self._lessons, self._slices = recipe, lessons, slices or {}
         self.trained = Trained(module, recipe.train, recipe.rank, masks, recipe.seed)
         self._device = next(module.parameters()).device
         on_gpu = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
         self._mixed = on_gpu if recipe.mixed_precision is None else recipe.mixed_precision
         self._normalised = bool(statistics(module))
-        self._optimizer = recipe.make_optimizer(self.trained.leaves, self._normalised)
+        self._optimizer = recipe.make_optimizer(self.trained.leaves)
         self._schedule = LambdaLR(self._optimizer, _factor(recipe.schedule, round(recipe.warmup * steps), steps))
         self._rounds = self._from(0, 0)
         self._average: AveragedModel | None = None
@@ -89,7 +95,9 @@ class Course:
             DivergedError: If a loss is NaN or infinite; the weights are those before the step.
         """
         self.module.train()
-        with self.trained.collecting(), self._lessons.of(self.module, self._slices) as loss_of, torch.enable_grad():
+        lesson = self._lessons.of(self.module, self._slices)
+        following = _following(self.module, self._steps)
+        with following, self.trained.collecting(), lesson as loss_of, torch.enable_grad():
             while self.taken < steps:
                 with seeded(mixed(self._recipe.seed, self.taken)):
                     self._step(loss_of)
@@ -147,6 +155,23 @@ class Course:
         # A batch norm cannot take statistics of a single sample.
         least = 2 if self._normalised else 1
         return Rounds(self._lessons.source, self._recipe.seed, (turn, read), least)
+
+
+@contextmanager
+def _following(module: nn.Module, steps: int) -> Iterator[None]:
+    """Let running statistics forget what was before the last tenth of the steps.
+
+    The momentum of a network that was trained for long, 0.01 or less, would leave it the statistics of weights that it
+    no longer has.
+    """
+    norms = [(norm, norm.momentum) for norm in statistics(module) if norm.momentum is not None]
+    try:
+        for norm, momentum in norms:
+            norm.momentum = max(momentum, min(_MOST_MOMENTUM, 10 / steps))
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
 
 
 def _factor(schedule: str, warmup: int, steps: int) -> Any:
