@@ -40,7 +40,7 @@ def search(trials: int, **options: object) -> autoprune.SearchResult:
         optimizer=evopress,
         trials=trials,
         execution=autoprune.Execution(progress=False),
-        **options,  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type]  # settings by name
     )
 
 
@@ -65,7 +65,7 @@ def test_evolution_improves_on_uniform_pruning():
 @pytest.mark.parametrize("settings", [{"begin": 0}, {"step": 2.0}])
 def test_settings_out_of_range_are_refused(settings: dict[str, float]):
     with pytest.raises(ValueError, match="begin must be at least 1 and step a share from 0 to 1"):
-        LevelSwitch(additive_problem(sizes=(3, 3), seed=0), **settings)  # type: ignore[arg-type]
+        LevelSwitch(additive_problem(sizes=(3, 3), seed=0), **settings)  # type: ignore[arg-type]  # settings by name
 
 
 def test_a_single_niche_is_the_limit():

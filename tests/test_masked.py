@@ -75,7 +75,7 @@ def candidate_of(context: Context, option: float | str) -> np.ndarray:
 
 
 def prepared(context: Context, method: str = "admm", **settings: object) -> Masked:
-    evaluator = Masked(method, **settings)  # type: ignore[arg-type]
+    evaluator = Masked(method, **settings)  # type: ignore[arg-type]  # settings by name
     evaluator.prepare(context)
     return evaluator
 
@@ -345,7 +345,7 @@ class TestSearch:
                 evaluator=Masked("sparsegpt"),
                 optimizer="level_switch",
                 trials=trials,
-                execution=autoprune.Execution(progress=False, **execution),  # type: ignore[arg-type]
+                execution=autoprune.Execution(progress=False, **execution),  # type: ignore[arg-type]  # settings by name
             )
 
         run(8, run_dir=tmp_path)
@@ -381,4 +381,4 @@ class TestWhatIsRefused:
     )
     def test_settings_out_of_range(self, settings: dict[str, object], message: str):
         with pytest.raises((ValueError, TypeError), match=message):
-            Masked(**settings)  # type: ignore[arg-type]
+            Masked(**settings)  # type: ignore[arg-type]  # settings by name

@@ -35,7 +35,7 @@ class TestSequentialInAProduct(EvaluatorContract):
 
 
 def built(context: Context, level: int | list[int] = -1, **settings: object) -> nn.Module:
-    evaluator = Masked(**settings)  # type: ignore[arg-type]
+    evaluator = Masked(**settings)  # type: ignore[arg-type]  # settings by name
     evaluator.prepare(context)
     candidate = np.broadcast_to(np.array(level), len(context.space.sizes)) % context.space.sizes
     return evaluator.build(context.space.canonical(candidate[None])[0]).eval()
@@ -230,6 +230,6 @@ class TestConvolutions:
 
 def test_the_setting_is_checked_and_is_part_of_the_identity():
     with pytest.raises(ValueError, match="sequential must be"):
-        Masked(sequential=1)  # type: ignore[arg-type]
+        Masked(sequential=1)  # type: ignore[arg-type]  # refused
     assert Masked(sequential=True).identity != Masked().identity
     assert pickle.loads(pickle.dumps(Masked(sequential=True))).identity == Masked(sequential=True).identity
