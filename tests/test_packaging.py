@@ -1,4 +1,4 @@
-"""Contents of the wheel, imports between the parts, and the cost of an import."""
+"""Contents of the wheel, imports between the parts, and what an import brings."""
 
 import ast
 import importlib
@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -87,30 +88,21 @@ def test_every_part_with_a_name_is_imported_from_the_package_of_its_kind(package
         assert getattr(module, part.__name__) is part
 
 
-# Torch's objects are frozen: whichever import comes next sets off a pass of the garbage collector over all of them, and
-# that takes as long as half of ours.
 IMPORT = """
-import gc, sys, time
-start = time.process_time()
-import torch
-theirs = time.process_time() - start
-gc.freeze()
-before, start = set(sys.modules), time.process_time()
+import sys, torch
+before = set(sys.modules)
 import autoprune
-print((time.process_time() - start) / theirs, *{name.partition(".")[0] for name in set(sys.modules) - before})
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
+# How long it takes depends on the machine, and on compiled files: benchmarks/execution/import_time.py.
+LIGHT = sys.stdlib_module_names | {"autoprune", "numpy", "cython_runtime", "_cython_*"}
 
 
-@pytest.mark.slow
-def test_import_autoprune_is_quick_and_leaves_the_heavy_libraries_alone():
-    for _ in range(5):  # the best of five, over torch's own time, because processors differ and others disturb
-        finished = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-        share, *modules = finished.stdout.split()
-        heavy = {"ray", "pymoo", "optuna", "sklearn", "matplotlib", "pandas", "rich", "typer", "onnx", "onnxruntime"}
-        assert heavy.isdisjoint(modules)
-        if float(share) <= 0.5:
-            return
-    pytest.fail(f"import autoprune takes {share} of the time of import torch; half is allowed")
+def test_import_autoprune_brings_nothing_but_the_standard_library_and_numpy():
+    finished = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    brought = finished.stdout.split()
+    assert "autoprune" in brought
+    assert [name for name in brought if not any(fnmatch(name, light) for light in LIGHT)] == []
 
 
 @pytest.mark.slow
