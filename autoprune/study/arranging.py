@@ -60,8 +60,8 @@ def arranged(subsets: Subsets, judge: Judge, calibration: Calibration) -> Subset
     most = max(map(batch_size, (*subsets.validation, *subsets.test)))
     for wanted in dict.fromkeys((Arrangement(samples, last), Arrangement(samples))):
         wanted = replace(wanted, samples=None if most <= samples else samples)
-        few = pieces(first, 2 * samples)[0]  # two batches of those wanted show whether they change outputs
-        if wanted != Arrangement() and _same(calibration, judge, few, wanted):
+        few = pieces(first, samples + 1)[0]  # one sample more than a batch of those wanted
+        if wanted != Arrangement() and _same(calibration, judge, few, wanted, samples):
             return replace(subsets.arranged(wanted), notes=(*subsets.notes, _note(wanted)))
     return subsets
 
@@ -101,22 +101,21 @@ def _largest(calibration: Calibration, few: Batch) -> int:
     return max(found) // batch_size(few)
 
 
-def _same(calibration: Calibration, judge: Judge, batch: Batch, wanted: Arrangement) -> bool:
-    """Return whether the dense model gives the same outputs for a batch, and the judge takes them."""
+def _same(calibration: Calibration, judge: Judge, batch: Batch, wanted: Arrangement, samples: int) -> bool:
+    """Return whether the dense model gives the first `samples` as wanted what it gives all, and the judge takes them."""
     run = calibration.forward
     with torch.no_grad():
         whole = main_output(run(calibration.model, batch)).float()
-        found = []
         try:
-            for part in wanted.of([batch], cut=True):
-                outputs = run(calibration.model, part)
-                found.append(main_output(outputs).float())
-                if not judge.needs_dense:
-                    judge.score_batch(outputs, part)
-            ours = torch.cat(found)
+            (part,) = wanted.of(pieces(batch, samples)[:1], cut=False)
+            outputs = run(calibration.model, part)
+            ours = main_output(outputs).float()
+            if not judge.needs_dense:
+                judge.score_batch(outputs, part)
         except Exception as error:  # a model or a metric of the user may need the other layout, and say so in any way
             log.info("samples stay as they were drawn: %s", said(error))
             return False
+    whole = whole[: len(ours)] if ours.ndim and whole.ndim else whole
     if ours.shape != whole.shape:
         return False
     return bool((ours - whole).abs().max() <= TOLERANCE * whole.abs().max())
