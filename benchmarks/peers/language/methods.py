@@ -12,7 +12,7 @@ from benchmarks.peers.language.depth import angular, last_blocks, short_gpt
 from benchmarks.peers.language.evopress import evo_press
 from benchmarks.peers.language.flap import flap
 from benchmarks.peers.language.multipruner import multi_pruner
-from benchmarks.peers.language.ours import SPACES, search
+from benchmarks.peers.language.ours import DATABASE, SPACES, search
 from benchmarks.peers.language.replaceme import replace_me
 from benchmarks.peers.language.slicegpt import slice_gpt
 from benchmarks.peers.language.taylor import llm_pruner
@@ -62,5 +62,5 @@ PEERS: dict[str, dict[str, Method]] = {
 }
 METHODS = PEERS | {
     OURS: {space: partial(search, space=space) for space in SPACES},
-    OURS_WRITTEN: {"channels": partial(search, space="channels", written=True)},
+    OURS_WRITTEN: {space: partial(search, space=space, written=True) for space in ("channels", DATABASE)},
 }
