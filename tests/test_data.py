@@ -436,3 +436,27 @@ def test_the_default_forward_passes_all_inputs():
 
     assert torch.equal(default_forward(Sum(), (X2, X2, Y)), 2 * X2)
     assert torch.equal(default_forward(Sum(), {"b": X2, "a": X2, "labels": Y}), 2 * X2)
+
+
+class Several(nn.Module):
+    def forward(self, x, t):
+        return x + t
+
+
+class Single(nn.Module):
+    def forward(self, pair):
+        return pair[0] - pair[1]
+
+
+@pytest.mark.parametrize("batch", [((1, 2), 3), ([1, 2], 3), ({"t": 2, "x": 1}, 3), (1, 2, 3)], ids=str)
+def test_inputs_in_a_tuple_or_dict_are_the_arguments_of_a_forward_that_takes_several(batch):
+    assert default_forward(Several(), batch) == 3
+
+
+def test_a_forward_of_one_argument_gets_inputs_in_a_tuple_as_they_are():
+    assert default_forward(Single(), ((5, 2), 0)) == 3
+
+
+def test_inputs_that_fit_neither_way_are_refused_by_the_model():
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        default_forward(Several(), ((1, 2, 3), 0))

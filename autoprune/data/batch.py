@@ -1,7 +1,8 @@
 """Batches: their samples, inputs and targets.
 
 A batch is what a loader yields: a tensor (inputs without labels), a tuple or list whose last entry is the target (a
-single entry is an input without labels), or a mapping whose ``"labels"`` or ``"label"`` entry, or the one that
+single entry is an input without labels; inputs of several arguments may lie in a tuple or mapping of their own: ``((x,
+t), y)``), or a mapping whose ``"labels"`` or ``"label"`` entry, or the one that
 ``Data(labels=)`` names, is the target and whose other entries are keyword inputs. Entries may nest tensors in mappings,
 lists, tuples and named tuples.
 
@@ -331,11 +332,26 @@ def targets(batch: Batch) -> Any:
 
 
 def default_forward(model: nn.Module, batch: Batch) -> Any:
-    """Call the model with the inputs of a batch; a model of transformers that keeps keys and values does not do so."""
+    """Call the model with the inputs of a batch; a model of transformers that keeps keys and values does not do so.
+
+    Of a batch ``((x, t), y)`` or ``({"x": x, "t": t}, y)`` a model whose forward takes several arguments gets these.
+    """
     args, kwargs = inputs(batch)
+    if len(args) == 1 and isinstance(args[0], Mapping | list | tuple) and not _takes(model, args, kwargs):
+        spread = ((), dict(args[0])) if isinstance(args[0], Mapping) else (tuple(args[0]), {})
+        args, kwargs = spread if _takes(model, *spread) else (args, kwargs)
     if "use_cache" not in kwargs and _keeps_a_cache(model):
         kwargs = {**kwargs, "use_cache": False}  # nothing is generated: the cache would only take memory
     return model(*args, **kwargs)
+
+
+def _takes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether the forward of a model has parameters for these arguments."""
+    try:
+        signature(model.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # they do not fit, or there is no signature
+        return False
+    return True
 
 
 def _keeps_a_cache(model: nn.Module) -> bool:
