@@ -102,7 +102,7 @@ def _largest(calibration: Calibration, few: Batch) -> int:
 
 
 def _same(calibration: Calibration, judge: Judge, batch: Batch, wanted: Arrangement, samples: int) -> bool:
-    """Return whether the dense model gives the first `samples` as wanted what it gives all, and the judge takes them."""
+    """Return whether the dense model gives the first samples, arranged, what it gives all, and the judge takes them."""
     run = calibration.forward
     with torch.no_grad():
         whole = main_output(run(calibration.model, batch)).float()
