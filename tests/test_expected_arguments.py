@@ -118,7 +118,7 @@ def test_max_seconds_holds_for_held_out_scores_too_and_the_time_is_the_whole():
     assert (result.stopped, result.trials) == ("time", ())
     assert result.dense.test_score is None
     assert any("no candidate was scored within max_seconds=0.01" in note for note in result.notes)
-    assert result.seconds == pytest.approx(whole, abs=0.5)
+    assert 0.8 * whole < result.seconds <= whole
 
 
 def test_a_deadline_passes():

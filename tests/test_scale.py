@@ -1,6 +1,5 @@
 """Structure discovery grows in line with the model, and needs no values: `benchmarks.structure.scale` at size."""
 
-import time
 
 import pytest
 import torch
@@ -46,8 +45,6 @@ def test_every_block_has_a_group_of_its_own_beside_the_stream():
 def test_resnet50_is_analysed_with_its_checks():
     model, image = resnet50(), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert sum(parameter.numel() for parameter in model.parameters()) == 25_557_032  # published
-    start = time.process_time()
     structure = analyse(Example(model, (image,)), checks="strict")
-    assert time.process_time() - start < 20
     assert len(structure.groups) == 37  # 1 stem, 4 streams, and 2 inside each of 16 blocks
     assert {frozen.tensor for frozen in structure.frozen} == {"0.weight", "22.weight", "22.bias"}
