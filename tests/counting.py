@@ -42,7 +42,12 @@ def _distance_flops(rows: Shape, others: Shape, *_: Any, out_shape: Any = None, 
     return 2 * math.prod(rows) * others[-2]
 
 
+def _triangular_flops(matrices: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return math.prod(out_shape) * matrices[-1]
+
+
 UNCOUNTED = {
+    torch.ops.aten.linalg_solve_triangular: _triangular_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._grouped_mm: _grouped_flops,
     torch.ops.aten._cdist_forward: _distance_flops,

@@ -16,10 +16,14 @@ import autoprune
 from autoprune.costs import StructuralCosts
 from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
+from autoprune.structure.macs import dense_macs, uncounted
 from autoprune.structure.rules import registry
 from autoprune.structure.rules.registry import OPERATIONS as OPERATIONS_KNOWN
+from autoprune.structure.tracing.trace import trace
 from tests.candidates import gap, oracle_outputs, outputs_of, random_pruning, widths_of
 from tests.counting import counted_macs
+
+TRIANGLE = torch.eye(8) + 0.1 * torch.ones(8, 8).tril(-1)
 
 GRID = torch.rand(2, 5, 6, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -65,6 +69,11 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([-0.5, 0.5])),
     "searchsorted": lambda x: x * torch.searchsorted(torch.tensor([-0.5, 0.5]), x),
     "renorm": lambda x: x.renorm(2, 0, 1.0),
+    "solve_triangular": lambda x: torch.linalg.solve_triangular(TRIANGLE, x, upper=False),
+    "solve_triangular from the right": lambda x: torch.linalg.solve_triangular(TRIANGLE, x, upper=False, left=False),
+    "a system for each channel": lambda x: torch.linalg.solve_triangular(
+        (x @ x.mT) / 8, x, upper=False, unitriangular=True
+    ),
     "replication pad in space": lambda x: F.pad(x.unsqueeze(2), (1, 1, 1, 1, 1, 1), "replicate").amax(2),
 }
 
@@ -187,3 +196,36 @@ def test_what_is_known_of_an_operation_stays_where_nothing_else_is_given(monkeyp
     autoprune.register_rule("mine::mm", macs=count, weights=["w"])  # of a library: it is not PyTorch's
     assert registry.OPERATIONS["mine::mm"] == registry.Operation(macs=count, weights=("w",))
     assert registry.OPERATIONS["mm"] == before
+
+
+SIZE, COLUMNS = 6, 4
+SYSTEMS = {
+    "triangular": (lambda a, b: torch.linalg.solve_triangular(a, b, upper=False), SIZE**2 * COLUMNS / 2),
+    "solve": (torch.linalg.solve, SIZE**3 / 3 + SIZE**2 * COLUMNS),
+    "inverse": (lambda a, b: torch.linalg.inv(a), SIZE**3),
+    "cholesky": (lambda a, b: torch.linalg.cholesky(a), SIZE**3 / 6),
+    "cholesky solve": (lambda a, b: torch.cholesky_solve(b, a), SIZE**2 * COLUMNS),
+    "lu": (lambda a, b: torch.linalg.lu_factor(a)[0], SIZE**3 / 3),
+    "lu solve": (lambda a, b: torch.linalg.lu_solve(a, torch.arange(1, 7, dtype=torch.int32).expand(3, 6), b), 144),
+    "determinant": (lambda a, b: torch.linalg.det(a), SIZE**3 / 3),
+    "its logarithm": (lambda a, b: torch.linalg.slogdet(a)[1], SIZE**3 / 3),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_equations_count_what_a_direct_method_multiplies(name: str):
+    solve, macs = SYSTEMS[name]
+    matrices, sides = 6 * torch.eye(SIZE).repeat(3, 1, 1), torch.ones(3, SIZE, COLUMNS)
+
+    class Solving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layer(x), solve(a, b)
+
+    record = trace(Example(Solving().eval(), (torch.ones(3, 2), matrices, sides)))
+    counted = [dense_macs(record, op) for op in record.ops if op.name not in ("linear", "addmm")]
+    assert sum(counted) == pytest.approx(3 * macs)
+    assert uncounted(record) == ()

@@ -1,6 +1,5 @@
 """Structure discovery grows in line with the model, and needs no values: `benchmarks.structure.scale` at size."""
 
-
 import pytest
 import torch
 from torch import nn

@@ -9,6 +9,7 @@ from autoprune.structure.rules import (
     contractions,
     indexing,
     layers,
+    linear_systems,
     shuffles,
     slices,
     views,
@@ -23,7 +24,7 @@ from autoprune.structure.rules.registry import (
     rule_of,
 )
 
-ENTRIES = (arithmetic, attention, contractions, indexing, layers, shuffles, slices, views, without_rule)
+ENTRIES = (arithmetic, attention, contractions, indexing, layers, linear_systems, shuffles, slices, views, without_rule)
 """Modules that enter operations."""
 
 __all__ = ["ENTRIES", "OPERATIONS", "Operation", "operation_named", "operation_of", "register_rule", "rule_of"]
