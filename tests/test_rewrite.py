@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +85,39 @@ def assert_follows(model: nn.Module, args: tuple, *others: tuple, graphs: set[st
             assert gap(outputs_of(built, inputs), expected) <= 1e-9 * max(out.abs().max().item() for out in expected)
         sum(out.sum() for out in [built.train()(*args)]).backward()
         assert all(parameter.grad is not None for parameter in built.parameters())
+
+
+class Cached(Attention):
+    def forward(self, x: Tensor, past_key_values: list[Tensor] | None = None) -> Tensor:
+        if past_key_values is not None:
+            past_key_values.append(x)
+        return super().forward(x)
+
+
+class Language(nn.Module):
+    """A model in the manner of transformers: it makes a cache of keys and values unless its config says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.generation_config = SimpleNamespace(use_cache=True), SimpleNamespace(use_cache=True)
+        self.enter, self.attention, self.leave = nn.Linear(6, WIDTH), Cached(), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor, use_cache: bool | None = None) -> Tensor:
+        past = [] if (self.config.use_cache if use_cache is None else use_cache) else None
+        x = self.enter(x)
+        return self.leave(x + self.attention(x, past_key_values=past))
+
+
+@pytest.mark.parametrize("rewrite", ["auto", "off"])
+def test_a_model_with_recorded_modules_keeps_no_cache_that_they_did_not_see(rewrite):
+    model = Language().eval()
+    example = Example(model, (tokens()[0].float(),), {"use_cache": False})
+    structure = analyse(example, rewrite=rewrite)
+    built = structure.build(model, random_pruning(structure, np.random.default_rng(0)))
+    assert (set(structure.graphs) == {"attention"}) == (rewrite == "auto")
+    assert built.config.use_cache == built.generation_config.use_cache == (rewrite == "off")
+    assert model.config.use_cache
+    assert torch.equal(built(tokens()[0].float()), built(tokens()[0].float(), use_cache=False))
 
 
 class TestAttentionThatTiesHeadsToItsInput:

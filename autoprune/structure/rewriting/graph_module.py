@@ -88,6 +88,10 @@ class RecordedModule(fx.GraphModule):
         if type(self) in _LENT:
             self.graph = _graph(self.description)
 
+    def takes(self, name: str) -> bool:
+        """Return whether the forward has an argument of this name."""
+        return any(name == own for own, *_ in self.description["inputs"])
+
     def state(self) -> dict[str, Any]:
         """Attributes that are the module's, and not those of its graph."""
         return {key: value for key, value in vars(self).items() if key not in _GRAPH_STATE}

@@ -23,6 +23,10 @@ Slices = Mapping[str, Mapping[int, IntArray]]
 """Indices that stay, ascending, of each tensor (by qualified name) along each dimension that shrinks."""
 
 
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+"""Arguments by which models of transformers hand over what they have read."""
+
+
 @dataclass(frozen=True)
 class Edit:
     """Edit that turns a dense model into a pruned one; small, and JSON-ready with lists for arrays.
@@ -213,10 +217,20 @@ def build(model: nn.Module, edit: Edit) -> nn.Module:
         A module of the same class, in the same training mode, on the same device.
     """
     built = Slicer(model).cut(edit, private=True)
-    for module in built.modules():
-        if isinstance(module, RecordedModule):
-            module.own()
+    recorded = [module for module in built.modules() if isinstance(module, RecordedModule)]
+    for module in recorded:
+        module.own()
+    if any(module.takes(name) for module in recorded for name in CACHES):
+        _run_without_cache(built)
     return built
+
+
+def _run_without_cache(built: nn.Module) -> None:
+    """Let a model of transformers keep no keys and values, which recorded modules did not see in the example inputs."""
+    for name in ("config", "generation_config"):
+        holder: Any = getattr(built, name, None)
+        if getattr(holder, "use_cache", False) is True:
+            holder.use_cache = False
 
 
 def _parents(name: str) -> list[str]:
