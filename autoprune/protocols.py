@@ -244,6 +244,8 @@ class Measurement:
         rungs: Measurements at earlier rungs of the same training, in order.
         weights: Weight of each sample where the score of a set is a quotient, such as a loss with ignored labels: its
             part of the denominator, with a mean of 1 over the whole set, shape (n,); empty where all count the same.
+        control: Of an evaluation that ended early, the measurement of a similar candidate on all samples, from whose
+            mean the difference on those scored estimates its own; None where the dense model serves.
     """
 
     signal: FloatArray
@@ -254,6 +256,7 @@ class Measurement:
     steps: int = 0
     rungs: tuple[Measurement, ...] = ()
     weights: FloatArray = field(default_factory=lambda: np.empty(0))
+    control: Measurement | None = None
 
     @property
     def status(self) -> str:

@@ -63,7 +63,7 @@ def search(
     start: Start | Beginning | Sequence[Beginning] = (),
     example: CallOrInputs | None = None,
     costs: Mapping[str, GivenCost | Latency | str | Path] | None = None,
-    early_stopping: bool | Racing | Rungs = False,
+    early_stopping: bool | Racing | Rungs | Literal["auto"] = "auto",
     execution: ExecutorName | Executor | Execution = "local",
 ) -> SearchResult:
     """Search how much of each layer of a model to remove, and return the Pareto front of pruned models.
@@ -119,9 +119,11 @@ def search(
             latencies are measured here first. Candidates must meet the limit at the upper end of their predicted
             interval; the networks on the front are then measured against the dense one, if this is the machine of the
             table. For a device out of reach, pass a function.
-        early_stopping: True or `Racing` scores candidates batch by batch, and drops those that are known to be
-            dominated (see docs/racing.md). Their status is ``"raced"``; they are never on the front, and count as
-            trials. Or `Rungs`, which stop the trainings of ``"finetune"`` early.
+        early_stopping: ``"auto"`` looks at candidates after a quarter and half of the validation samples, and drops
+            those that are two standard errors worse than one that costs no more; probes are scored on a quarter. True
+            or `Racing` drops those alone that are known to be dominated, at a stated confidence (see docs/racing.md).
+            Their status is ``"raced"``; they are never on the front, and count as trials. `Rungs` stop the trainings of
+            ``"finetune"`` early, and False scores each on all samples.
         execution: ``"local"``, ``"ray"``, an `Executor`, such as ``autoprune.execution.RayExecutor(workers=8)``, or an
             `Execution` of one of these, which also names the ``run_dir`` that a search is kept in and resumed from, and
             trackers: ``autoprune.Execution(run_dir="runs/a", resume=True)``.

@@ -320,9 +320,8 @@ class TestWhereItCannotWork:
         assert any(note.startswith(f"no racing: {reason}") for note in result.notes)
 
     def test_other_settings_are_refused_by_name(self):
-        with pytest.raises(
-            ValueError, match=r"early_stopping must be True, False, an autoprune.Racing or autoprune.Rungs, got 0.05"
-        ):
+        rule = r"early_stopping must be 'auto', True, False, an autoprune.Racing or autoprune.Rungs, got 0.05"
+        with pytest.raises(ValueError, match=rule):
             search(None, early_stopping=0.05)
         with pytest.raises(ValueError, match=r"delta must be a probability between 0 and 1, got 1"):
             Racing(delta=1)

@@ -120,7 +120,7 @@ def search(
             None if data is None else load_object(data, "--data"),
             **named,  # checked by the search, which lists what there is
             space=space_of(space, {"criterion": criterion, "round_to": rounded, "ignore": ignore}),
-            early_stopping=racing,
+            early_stopping=True if racing else "auto",
             max_seconds=max_seconds,
             seed=seed,
             example=Call(inputs=example_inputs(dense, input_shape, example, needed=data is None), **call),

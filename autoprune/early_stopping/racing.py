@@ -15,7 +15,8 @@ import numpy as np
 
 from autoprune.arguments import is_number, shown
 from autoprune.border import only
-from autoprune.early_stopping.successive_halving import Ladder, climb
+from autoprune.early_stopping.interim import Interim, Interrupted
+from autoprune.early_stopping.successive_halving import Ladder, Rungs, climb
 from autoprune.pareto import Direction
 from autoprune.protocols import Failure, FloatArray, IntArray, Measurement
 
@@ -85,6 +86,25 @@ class Race:
         """Batches to score next, after a number of parts that held `seen` batches."""
         return slice(seen, self.looks[parts] if parts < len(self.looks) else seen + 1)
 
+    @property
+    def total(self) -> int:
+        """Validation samples."""
+        return len(self.signal)
+
+    @property
+    def control(self) -> None:
+        """The dense model serves estimates."""
+
+    def expected_distances(self, samples: int) -> int:
+        """Number of values of the distortion, which a candidate that is dropped does without."""
+        return self.distances
+
+    def why_stopped(self, signal: FloatArray, metric: FloatArray) -> str:
+        """Reason to drop a candidate, as `lost` does; empty if it goes on."""
+        if not self.lost(signal, metric):
+            return ""
+        return f"dominated by trial {self.rival} after {len(signal)} of {self.total} samples"
+
     def lost(self, signal: FloatArray, metric: FloatArray) -> bool:
         """Return whether a candidate is known to be worse, by its values on the first n samples, shape (n,) each.
 
@@ -144,12 +164,15 @@ def log_evidence(seen: FloatArray, rival: FloatArray, floor: float) -> FloatArra
     return capital
 
 
-Contest = Race | Ladder
+Rule = Racing | Rungs | Interim
+"""Rules by which candidates are stopped early."""
+
+Contest = Race | Interrupted | Ladder
 """Contest that may end the evaluation of a candidate early."""
 
 
 def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = None) -> Measurement | Failure:
-    """Score a candidate, shape (d,), on all validation batches, or on one after the other until it has lost its race.
+    """Score a candidate, shape (d,), on all validation batches, or on some after the other until its race is lost.
 
     With rungs, score it at one rung of its training after the other, until it is behind. The score of a candidate that
     survives is that of an evaluation of all at once, to the last bit.
@@ -161,18 +184,18 @@ def evaluate(evaluator: Evaluator, candidate: IntArray, race: Contest | None = N
     parts: list[Measurement] = []
     seen = 0
     chunk = slice(0, 0)
-    total = len(race.signal)
-    while seen < total:
+    while seen < race.total:
         chunk = race.chunk(len(parts), chunk.stop)
         part = only(evaluator, evaluator.evaluate(candidate[None].copy(), chunk))
         if isinstance(part, Failure):
             return replace(part, seconds=part.seconds + sum(before.seconds for before in parts))
         parts.append(part)
         seen += len(part.signal)
-        whole = _joined(parts, race.distances)
-        if seen < total and race.lost(whole.signal.astype(np.float32), whole.metric.astype(np.float32)):
-            reason = f"dominated by trial {race.rival} after {seen} of {total} samples"
-            return replace(whole, raced=reason)
+        whole = _joined(parts, race.expected_distances(seen))
+        if seen < race.total:
+            reason = race.why_stopped(whole.signal.astype(np.float32), whole.metric.astype(np.float32))
+            if reason:
+                return replace(whole, raced=reason, control=race.control)
     return whole
 
 

@@ -15,8 +15,9 @@ from autoprune.protocols import Failure, FloatArray, Measurement
 class Evaluation:
     """Measurement of one candidate: means over samples and their standard errors; None where undefined.
 
-    Means of an evaluation that was stopped early are estimates for all samples: the mean of the dense model on all of
-    them plus the mean difference to it on those scored, which does not depend on the difficulty of these.
+    Means of an evaluation that was stopped early are estimates for all samples: the mean of the dense model, or of its
+    `control`, on all of them plus the mean difference to it on those scored, which does not depend on how hard these
+    are.
 
     Attributes:
         samples: Samples scored; 0 if the evaluation failed.
@@ -81,16 +82,19 @@ class Evaluation:
     def _estimated(cls, outcome: Measurement, dense: Measurement | None) -> Evaluation:
         if dense is None:
             raise ValueError("statistics of an evaluation that was stopped early need the dense model's")
-        signal, signal_error = _estimate(outcome.signal, dense.signal, outcome.weights)
-        metric, metric_error = _estimate(outcome.metric, dense.metric, outcome.weights)
+        control = outcome.control or dense
+        signal, signal_error = _estimate(outcome.signal, control.signal, outcome.weights)
+        metric, metric_error = _estimate(outcome.metric, control.metric, outcome.weights)
         return cls(
             samples=len(outcome.signal),
             seconds=outcome.seconds,
             signal=signal,
-            signal_stderr=signal_error,  # all of the uncertainty, as the dense model is known on all samples
+            signal_stderr=signal_error,  # all of the uncertainty, as the other one is known on all samples
             signal_change_stderr=signal_error,
             metric=metric,
             metric_change_stderr=metric_error,
+            distortion=_mean(outcome.distortion),
+            distortion_stderr=_stderr(outcome.distortion),
             part=True,
         )
 

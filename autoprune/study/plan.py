@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "start": (),
     "example": None,
     "costs": None,
-    "early_stopping": False,
+    "early_stopping": "auto",
     "execution": "local",
 }
 """The further arguments of `autoprune.search` with their defaults."""

@@ -62,7 +62,7 @@ class Request:
     start: Start
     example: Call
     costs: Mapping[str, GivenCost | Latency | str | Path] | None
-    early_stopping: bool | Racing | Rungs
+    early_stopping: bool | str | Racing | Rungs
     execution: Execution
 
     def __post_init__(self) -> None:

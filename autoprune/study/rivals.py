@@ -8,9 +8,11 @@ from typing import final
 import numpy as np
 
 from autoprune.arguments import shown
-from autoprune.early_stopping.racing import Contest, Race, Racing
+from autoprune.data.batch import batch_size
+from autoprune.early_stopping.interim import Interim, Interrupted, looks_of
+from autoprune.early_stopping.racing import Contest, Race, Racing, Rule
 from autoprune.early_stopping.successive_halving import Ladder, Rungs
-from autoprune.evaluators import Context, Evaluator
+from autoprune.evaluators import AdaptiveBN, Compensated, Context, Evaluator
 from autoprune.journal.journal import Journal
 from autoprune.protocols import OK, RACED
 from autoprune.result.trials import Trial, costs_of
@@ -18,24 +20,24 @@ from autoprune.study.promotion import Promotion, note_of_rungs, require_training
 from autoprune.study.study import Study
 
 
-def find_racing(spec: bool | Racing | Rungs) -> Racing | Rungs | None:
+def find_racing(spec: bool | Racing | Rungs | str) -> Rule | None:
     """Make the settings of ``search(early_stopping=)``; None for none.
 
     Raises:
-        ValueError: If it is neither a bool nor a `Racing` nor `Rungs`.
+        ValueError: If it is neither ``"auto"`` nor a bool nor a `Racing` nor `Rungs`.
     """
     if isinstance(spec, bool):
         return Racing() if spec else None
+    if isinstance(spec, str) and spec == "auto":
+        return Interim()
     if not isinstance(spec, Racing | Rungs):
         raise ValueError(
-            f"early_stopping must be True, False, an autoprune.Racing or autoprune.Rungs, got {shown(spec)}"
+            f"early_stopping must be 'auto', True, False, an autoprune.Racing or autoprune.Rungs, got {shown(spec)}"
         )
     return spec
 
 
-def why_not_applicable(
-    racing: Racing | Rungs | None, evaluator: Evaluator, context: Context, worst_score: float | None
-) -> str:
+def why_not_applicable(racing: Rule | None, evaluator: Evaluator, context: Context, worst_score: float | None) -> str:
     """Reason why this search cannot stop candidates early, in plain words; empty if it can, or should not.
 
     Raises:
@@ -55,9 +57,17 @@ def why_not_applicable(
         return "a limit on the score needs full scores: what is worse than another may be the cheapest that meets it"
     if not subsets.shuffled:
         return "validation samples come in the order of a stream, and the test needs a random one"
+    if isinstance(racing, Interim):
+        if not isinstance(evaluator, AdaptiveBN | Compensated):
+            return "scoring is a small part of what this evaluator does"
+        return "" if _looks(context) else "there are few validation samples"
     if len(subsets.looks or subsets.validation) < 2:
         return "there is but one batch of validation samples; give more samples or smaller batches"
     return ""
+
+
+def _looks(context: Context) -> tuple[int, ...]:
+    return looks_of([batch_size(batch) for batch in context.subsets.validation])
 
 
 @final
@@ -67,7 +77,8 @@ class Rivals:
     A candidate is dominated if any trial that costs no more in every limited cost has a better signal, so it is
     compared with the best of these alone. Only trials of earlier asks count: then a synchronous search on many workers
     decides as one on a single worker does, and a resumed one as if it had never stopped. Probes of single dimensions
-    run no race, because the tables made from them need full scores.
+    run no race, because the tables made from them need full scores; with interim looks, those over a limit end at the
+    first, all after the same samples.
 
     Args:
         study: The search, with its rule; without one, nobody is paired.
@@ -77,7 +88,7 @@ class Rivals:
     def __init__(self, study: Study, journal: Journal) -> None:
         self._study = study
         self._journal = journal
-        self._racing = study.racing if isinstance(study.racing, Racing) else None
+        self._racing = study.racing if isinstance(study.racing, Racing | Interim) else None
         self._promotion = Promotion(study, study.racing) if isinstance(study.racing, Rungs) else None
 
     def races(self, trials: Sequence[Trial], found: Sequence[Trial]) -> Sequence[Contest | None]:
@@ -85,19 +96,41 @@ class Rivals:
         if self._promotion is not None:
             return self._ladders(self._promotion, trials, found)
         done = [trial for trial in found if trial.status == OK and trial.feasible]
-        if self._racing is None or not done:
+        racing = self._racing
+        if racing is None or not done:
             return [None] * len(trials)
         names = self._study.problem.cost_names
         ids = np.array([trial.id for trial in done])
         known, costs = costs_of(done, names), costs_of(trials, names)
         signal = np.array([trial.signal for trial in done])
         probes = self._study.problem.probes(np.array([trial.candidate for trial in trials], dtype=np.int64))
-        races: list[Race | None] = []
+        races: list[Contest | None] = []
         for trial, cost, probe in zip(trials, costs, probes, strict=True):
             fits = (known <= cost).all(axis=1) & (ids < self._journal.first_of_ask(trial.id))
             best = min(np.flatnonzero(fits), key=lambda i: (signal[i], ids[i]), default=None)
-            races.append(None if probe or best is None else self._race(trial.id, int(ids[best]), self._racing))
+            rival = None if best is None else int(ids[best])
+            if isinstance(racing, Interim):
+                races.append(self._interrupted(racing, rival if trial.feasible else None, probe and not trial.feasible))
+            else:
+                races.append(None if probe or rival is None else self._race(trial.id, rival, racing))
         return races
+
+    def _interrupted(self, rule: Interim, rival: int | None, probe: bool) -> Interrupted | None:
+        """Evaluation with interim looks against a rival, or of a probe; None with neither."""
+        context = self._study.context
+        signal, metric = (np.empty(0), np.empty(0)) if rival is None else self._journal.values(rival)
+        if not (probe or len(signal)):  # the latter are lost with the file of the journal
+            return None
+        return Interrupted(
+            batches=(*_looks(context), len(context.subsets.validation)),
+            total=len(self._study.dense.signal),
+            distances=len(self._study.dense.distortion),
+            direction=context.judge.direction,
+            errors=rule.errors,
+            rival=-1 if rival is None else rival,
+            signal=signal,
+            metric=metric,
+        )
 
     def _ladders(self, promotion: Promotion, trials: Sequence[Trial], found: Sequence[Trial]) -> list[Ladder]:
         first = [self._journal.first_of_ask(trial.id) for trial in trials]
@@ -137,9 +170,16 @@ def note_of_racing(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
     whole = counts["validation"]
     seen = [trial.evaluations[-1].samples for trial in done]
     share = (np.mean(seen) + counts["calibration"]) / (whole + counts["calibration"])
-    dropped = sum(trial.status == RACED for trial in done)
+    dropped = [trial for trial in done if trial.status == RACED]
+    scored = f"{np.mean(seen) / whole:.0%} of the validation samples were scored, which with calibration is {share:.0%}"
+    if isinstance(racing, Interim):
+        behind = sum(trial.feasible for trial in dropped)
+        note = (
+            f"of {len(done)} candidates {behind} were dropped early, {racing.errors:g} standard errors behind one that "
+            f"costs no more, and {len(dropped) - behind} probes were scored on a part; {scored} of all"
+        )
+        return (note,) if dropped else ()
     return (
-        f"racing dropped {dropped} of {len(done)} candidates early; {np.mean(seen) / whole:.0%} of the validation "
-        f"samples were scored, which with calibration is {share:.0%} of all; with a probability of at least "
-        f"{1 - racing.delta:g} each that was dropped is dominated",
+        f"racing dropped {len(dropped)} of {len(done)} candidates early; {scored} of all; with a probability of at "
+        f"least {1 - racing.delta:g} each that was dropped is dominated",
     )

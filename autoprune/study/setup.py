@@ -18,8 +18,7 @@ from autoprune.arguments import said
 from autoprune.budget import Budget
 from autoprune.data import batch as batches
 from autoprune.data.sampling import seeded
-from autoprune.early_stopping.racing import Racing
-from autoprune.early_stopping.successive_halving import Rungs
+from autoprune.early_stopping.racing import Rule
 from autoprune.errors import AutopruneError, BudgetError, DataError, UnsupportedModelError
 from autoprune.evaluators import Compensated, Context, Evaluator, Expects, Tells, make_evaluator
 from autoprune.evaluators.adaptive_bn import statistics
@@ -67,7 +66,7 @@ class Parts:
     budget: Budget
     settings: Settings
     evaluator: Evaluator
-    racing: Racing | Rungs | None
+    racing: Rule | None
     start: Sequence[Beginning]
 
 
@@ -177,7 +176,7 @@ def set_up(request: Request, deadline: Deadline) -> Study:
         dense=dense,
         worst_score=worst,
         racing=None if why_not else parts.racing,
-        notes=(*notes, f"no racing: {why_not}") if why_not else notes,
+        notes=(*notes, f"no racing: {why_not}") if why_not and request.early_stopping != "auto" else notes,
         untouched=untouched,
         priced=measured.priced.of(model),
         latency=measured.latency,

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from autoprune.budget import Budget
 from autoprune.costs import CostFunction, Latency
 from autoprune.costs.memory.peak import PeakMemory
-from autoprune.early_stopping.racing import Racing
-from autoprune.early_stopping.successive_halving import Rungs
+from autoprune.early_stopping.racing import Rule
 from autoprune.evaluators import Context, Evaluator
 from autoprune.evaluators.scoring.untouched import Untouched
 from autoprune.optimizers import Problem
@@ -61,7 +60,7 @@ class Study:
     limits: Mapping[str, float]
     dense: Measurement
     worst_score: float | None
-    racing: Racing | Rungs | None
+    racing: Rule | None
     notes: tuple[str, ...]
     untouched: Untouched
     priced: Example

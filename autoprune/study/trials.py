@@ -11,13 +11,14 @@ from functools import partial
 import numpy as np
 
 from autoprune.border import checked
+from autoprune.early_stopping.interim import Interim
 from autoprune.errors import InfeasibleBudgetError
 from autoprune.execution import Outcome, attempt
 from autoprune.metrics.judge import Judge
 from autoprune.metrics.statistics import Evaluation, evaluations_of
 from autoprune.metrics.summary import summary
 from autoprune.pareto import Direction
-from autoprune.protocols import FAILED, Evaluations, FloatArray, IntArray, Measurement
+from autoprune.protocols import FAILED, OK, RACED, Evaluations, FloatArray, IntArray, Measurement
 from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
 from autoprune.result.held_out import note_of_held_out
@@ -67,11 +68,16 @@ def rows_of(study: Study, trials: Sequence[Trial]) -> Evaluations:
             [np.where(failed, np.nan, _column(measured, "signal_stderr", 0.0)), np.zeros_like(costs)]
         ),
         samples=np.array([one.samples for one in measured], dtype=np.int64),
-        status=tuple(trial.status for trial in trials),
+        status=tuple(_told(study, trial) for trial in trials),
         reasons=tuple(trial.reason for trial in trials),
         distortion=_column(measured, "distortion"),
         acceptable=np.array([direction.meets(trial.score, worst) for trial in trials], dtype=np.bool_),
     )
+
+
+def _told(study: Study, trial: Trial) -> str:
+    """Status for the optimizer, to which an estimate from a large enough part of the samples counts like others."""
+    return OK if trial.status == RACED and isinstance(study.racing, Interim) else trial.status
 
 
 def _column(measured: Sequence[Evaluation], name: str, missing: float = math.nan) -> FloatArray:

@@ -180,13 +180,16 @@ class Adapted:
     def _running(self, candidate: IntArray, opener: Opener, chunk: slice | None = None) -> Iterator[Run]:
         """Cut and adapt a candidate; gives the function that runs it.
 
-        Consecutive chunks of one candidate are adapted once. With a cache, which remembers the calibrated values, the
-        chunk may resume.
+        Consecutive chunks of one candidate are adapted once, and each may resume. Until a cache is proven, each is
+        adapted, because the comparison with a score without it has to cover the calibration.
         """
-        if chunk and self._held == candidate.tobytes() and not self._cache.on:
-            yield bound_forward(self._context, self._slicer.skeleton.eval())
-            return
         edit = self._edit(candidate)
+        further = chunk is not None and bool(chunk.start) and (self._cache.proven or not self._cache.on)
+        if further and self._held == candidate.tobytes():
+            module = self._slicer.skeleton.eval()
+            with opener(edit, module) if candidate.any() else self._cache.alone(edit, module) as running:
+                yield running.run
+            return
         self._held = b""
         self._slicer.release()
         give_back(self._context.model)
