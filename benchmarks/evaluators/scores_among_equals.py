@@ -3,8 +3,8 @@
 Run ``python -m benchmarks.evaluators.scores_among_equals`` from the root of the repository; it goes on where it
 stopped, a candidate at a time, and begins none after ``--minutes``. On three tasks of `benchmarks.support.hard_tasks`
 candidates are drawn at random within 3 % below 15 % of the FLOPs. Each is scored in every cheap way there is here, and
-then fine-tuned twice with different seeds: the mean of the two test scores is the truth, and how far the two agree with
-each other is what a score can hope for. All directions were fixed before the runs.
+then fine-tuned twice on the labels, with different seeds: the mean of the two test scores is the truth, and how far the
+two agree with each other is what a score can hope for. All directions were fixed before the runs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ SHARE, BAND, CANDIDATES, SEEDS = 0.15, 0.03, 16, (0, 1)
 POOL, RESAMPLES = 20_000, 2000
 RUNGS, STEPS, SHORT = (10, 20, 40, 80), 200, 40
 """Steps of a training of `STEPS` steps after which it is looked at; and those of one with a schedule of its own."""
+FEWEST = 6
+"""Candidates of a task that is reported."""
 FEATURES = 1024
 DEFAULT = "re-fitted loss (default)"
 SCORES = (
@@ -179,7 +181,7 @@ class Bench:
         trained = []
         for seed in SEEDS:
             small = build()
-            timed(f"fine-tune {seed}", self.task.recipe(seed), small)
+            timed(f"fine-tune {seed}", self.task.recipe(seed, distill="none"), small)
             trained.append(self.task.judge(small))
         return {"scores": scores, "rungs": losses, "trained": trained, "seconds": seconds}
 
@@ -320,20 +322,21 @@ def stored() -> dict[str, dict[str, Row]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no candidate after this time")
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--tasks", nargs="+", default=[""], help="only those whose name contains one of these")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
     where, began, bench = environment(COMMAND), time.monotonic(), cache(Bench)
     for i in range(CANDIDATES):
-        for name in SMALL:
+        for name in (each for each in SMALL if any(part in each for part in chosen.tasks)):
             rows = stored()
-            if str(i) in rows.get(name, {}) or time.monotonic() - began > 60 * minutes:
+            if str(i) in rows.get(name, {}) or time.monotonic() - began > 60 * chosen.minutes:
                 continue
             rows.setdefault(name, {})[str(i)] = bench(name).row(i)
             STORED.write_text(json.dumps({"environment": where, "rows": rows}, indent=1))
             print(name, i, json.dumps(rows[name][str(i)]), file=sys.stderr, flush=True)
     whole = stored()
-    least = min(len(whole.get(name, {})) for name in SMALL)
-    text, better = report({name: [whole[name][str(i)] for i in range(least)] for name in SMALL})
+    enough = {name: [whole[name][i] for i in sorted(whole[name], key=int)] for name in SMALL if name in whole}
+    text, better = report({name: rows for name, rows in enough.items() if len(rows) >= FEWEST})
     results = {"environment": where, "better": better, "rows": whole}
     write("scores_among_equals", "Cheap scores among networks of equal cost", results, text)
 
