@@ -35,7 +35,7 @@ STORED = RESULTS / "unsaturated.json"
 SHARES, TRIALS, SEEDS = (0.15, 0.05), 100, 5
 OURS, UNIFORM = "search", "uniform widths"
 SLACK = 1.02
-"""Of the cheapest candidate, the limit where the budget is out of reach."""
+"""Limit where the budget is out of reach, over the cost of the cheapest candidate."""
 
 Cell = dict[str, Any]
 

@@ -91,8 +91,9 @@ def learned(name: str, seed: int, make: Callable[[], nn.Module], data: Pair, epo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make()
-        code = inspect.getsource(inspect.getmodule(learned)) + f"{model} {seed} {epochs}"  # type: ignore[arg-type]
-        path = FOLDER / f"{name}-{seed}-{hashlib.sha1(code.encode()).hexdigest()[:8]}.pt"
+        code = f"{inspect.getsource(learned)} {model} {seed} {epochs}".encode()
+        digest = hashlib.sha1(code + x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()[:8]
+        path = FOLDER / f"{name}-{seed}-{digest}.pt"
         if path.exists():
             model.load_state_dict(torch.load(path, weights_only=True))
             return model.eval()
@@ -140,7 +141,7 @@ def sequence_network() -> nn.Module:
 
 
 def mnist1d(seed: int) -> Task:
-    """Classes of MNIST-1D, its data made anew for each seed."""
+    """Classes of MNIST-1D; each seed draws data of its own."""
     library = importlib.import_module("mnist1d.data")
     arguments = library.get_dataset_args()
     arguments.num_samples, arguments.seed = 7000, 42 + seed
