@@ -18,6 +18,9 @@ help:
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
+# Workers import this package again and again, which takes seconds each where no compiled files may be written.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One thread each: the networks of the tests are too small to gain from more, and sums come out the same on any machine.
 # A process for each core; the tests of a file share fixtures, and so a process.
 test quick: export OMP_NUM_THREADS ?= 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.costs import make_costs
 from autoprune.errors import NothingToPruneError
-from autoprune.protocols import OK, Pruning, SearchSpace
+from autoprune.protocols import OK, RACED, Pruning, SearchSpace
 from autoprune.result.recipe import attach
 from autoprune.search_spaces.sparsity import Sparsity, SparsitySpace
 from autoprune.structure.analysis import analyse
@@ -306,7 +306,7 @@ class TestSearch:
     def test_every_trial_is_within_the_budget(self, found):
         assert len(found.trials) == 24
         for trial in found.trials:
-            assert trial.status == OK
+            assert trial.status in (OK, RACED)
             assert trial.costs["nonzero_params"] <= found.limits["nonzero_params"]
             assert trial.costs["params"] == found.dense.costs["params"]
             assert trial.costs["flops"] == found.dense.costs["flops"]
