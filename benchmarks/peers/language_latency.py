@@ -39,6 +39,7 @@ COMPARED = ("ShortGPT", "ReplaceMe", "FLAP", "ZipLM")
 OURS = ("product", "channels", "depth")
 PARAMETERS = (0.9, 0.8, 0.7, 0.6)  # shares that published methods leave
 LATENCIES = (0.9, 0.8, 0.7)
+NEAR = 0.06  # of the dense latency, between what is told of a method and the nearest of its networks
 MOST_LOST = 0.04  # of the dense loss
 Found = dict[str, Any]
 
@@ -92,8 +93,10 @@ def curve(found: Found, method: str, kind: str) -> tuple[list[float], list[float
 
 
 def rise_at(found: Found, method: str, kind: str, latency: float) -> float:
-    """Rise of the loss at a latency, by a line between networks; NaN beyond the fastest."""
+    """Rise of the loss at a latency, by a line between networks; NaN beyond the fastest, or far from all of them."""
     known, rises = curve(found, method, kind)
+    if min(abs(latency - each) for each in known[:-1]) > NEAR:  # the last is the dense network
+        return float("nan")
     return float(np.interp(latency, known, rises, left=np.nan))
 
 
@@ -112,7 +115,12 @@ def report(found: Found) -> str:
         f"measured in turn; dense loss {', '.join(f'{dense[kind]:.3f} on {kind}' for kind in KINDS)}."
     ]
     rows = [
-        [name, f"{cell['latency']:.1%}", *(f"{cell[kind] - dense[kind]:.3f}" for kind in KINDS), cell["cpu_seconds"]]
+        [
+            name.replace(" | ", ", "),
+            f"{cell['latency']:.1%}",
+            *(f"{cell[kind] - dense[kind]:.3f}" for kind in KINDS),
+            cell["cpu_seconds"],
+        ]
         for name, cell in cells.items()
     ]
     parts.append(table(["network", "latency", *(f"rise on {kind}, nats" for kind in KINDS), "seconds"], rows))
@@ -125,9 +133,12 @@ def report(found: Found) -> str:
             rows.append(["product over the best published", *shares])
         head = [f"rise on {kind} at a latency of", *(f"{share:.0%}" for share in LATENCIES)]
         parts.append(table(head, rows))
-    rows = [[name, *(f"{latency_at(found, name, kind):.1%}" for kind in KINDS)] for name in names]
+    several = [name for name in names if len(curve(found, name, KINDS[0])[0]) > 2]
+    rows = [[name, *(f"{latency_at(found, name, kind):.1%}" for kind in KINDS)] for name in several]
     parts.append(f"Latency at which {MOST_LOST:.0%} of the loss are lost:\n\n" + table(["", *KINDS], rows))
-    notes = [f"{name}: {' '.join(cell['notes'])}" for name, cell in cells.items() if "notes" in cell]
+    notes = [
+        f"{name.replace(' | ', ', ')}: {' '.join(cell['notes'])}" for name, cell in cells.items() if "notes" in cell
+    ]
     return "\n\n".join(parts + notes)
 
 
