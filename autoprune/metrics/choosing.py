@@ -145,7 +145,8 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
         note += f"; outputs of shape (n, {output.shape[1]}) are taken for logits: it is "
         note += "the share of samples with the dense model's top class, steered by KL(dense || pruned)"
         return Judge("agreement", True, note, True, True, scorers.agreement, signal_is_distortion=True)
-    note += "; the squared difference to the dense model's outputs, relative to their mean square"
+    note += "; here that is 'relative_error'," if name == "agreement" else ";"
+    note += " the squared difference to the dense model's outputs, relative to their mean square"
     # One scale for all samples: a sample whose outputs are near zero must not outweigh the others.
     scorer = partial(scorers.relative_error, float(output.float().square().mean()) or 1.0)
     return Judge("relative_error", False, note, True, scorer=scorer, signal_is_distortion=True)

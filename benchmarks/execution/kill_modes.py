@@ -49,7 +49,7 @@ def run(run_dir: str, mode: str) -> None:
 
     if "latency" in mode:
         for module in (profile, verification):
-            module.clock_for = lambda *args: Machine(cold=1.2, per_pass=2e-5)  # type: ignore[attr-defined]
+            module.clock_for = lambda *args: Machine(cold=1.2, per_pass=2e-5)  # type: ignore[attr-defined]  # a name they import
     x = torch.randn(240, 64, generator=torch.Generator().manual_seed(0))
     options = {"budget": "flops <= 50%", **MODES[mode](Path(run_dir))}
     result = autoprune.search(
