@@ -96,7 +96,10 @@ class Depth:
         if not wanted:
             reasons = dict.fromkeys(structure.undropped.values())
             why = "; ".join(list(reasons)[:3]) or "no branch is added to its own input"
-            raise NothingToPruneError(f"space has nothing to drop: {why}; loosen ignore= of {self}")
+            way_out = (
+                f"loosen ignore= of {self}" if structure.branches else "search without Depth, or with space='auto'"
+            )
+            raise NothingToPruneError(f"space has nothing to drop: {why}; {way_out}")
         least = int(self.min_kept if is_whole(self.min_kept) and self.min_kept else self.min_kept * len(wanted))
         if least >= len(wanted):
             raise NothingToPruneError(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.run(self, self.first(x))
+
+
+def halves_multiplied(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, 1)
+    return torch.tanh(a) * torch.sigmoid(b)
 
 
 def structure_of(model: nn.Module, *inputs: Tensor) -> Structure:
@@ -158,6 +164,22 @@ class TestWhatIsOffered:
         x = torch.randn(2, 2, 12)  # of another length
         built = found.build(model, Pruning(dropped=(branch.name,)))
         torch.testing.assert_close(built(x), model[2](model[0](x).relu()))
+
+    @pytest.mark.parametrize("gate", [partial(nn.functional.glu, dim=1), halves_multiplied])
+    @pytest.mark.parametrize("joins", [False, True])
+    def test_layers_go_before_a_gate_that_halves_what_they_give(self, gate: Any, joins: bool) -> None:
+        def run(net: nn.Module, x: Tensor) -> Tensor:
+            y = torch.cat([x, x], 1) if joins else x
+            return net.last(x + gate(net.f(y)))
+
+        model = Net(run, f=linear(8 if joins else 4, 8))
+        found = structure_of(model)
+        assert [branch.name for branch in found.branches] == ["f"]
+        widths = {group.name: tuple(range(3)) for group in found.groups}
+        small = found.build(model, Pruning(widths, dropped=("f",)))
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(small(x), small.last(small.first(x)))
+        assert small.first.out_features == 3
 
     def test_layers_that_many_blocks_share_go_from_all_of_them(self) -> None:
         def run(net: nn.Module, x: Tensor) -> Tensor:
@@ -403,8 +425,21 @@ class TestDropped:
         stand_in = Dropped(linear(), {"list": [{"zeros": ["input", 0, [0, 2]]}, {"zeros": ["input", 0, [0, 0]]}]})
         assert [tuple(zeros.shape) for zeros in stand_in(torch.randn(3, 4))] == [(3, 6), (3, 4)]
 
+    def test_zeros_may_have_a_multiple_of_a_size(self) -> None:
+        stand_in = Dropped(linear(), {"zeros": ["input", 0, [0, [3, 2, 1]]]})
+        assert tuple(stand_in(torch.randn(5, 4)).shape) == (5, 7)
+
     @pytest.mark.parametrize(
-        "returns", [None, {"same": "x"}, {"zeros": ["x", 0]}, {"run": ["x", 0]}, {"tuple": [3]}, {"value": [1]}]
+        "returns",
+        [
+            None,
+            {"same": "x"},
+            {"zeros": ["x", 0]},
+            {"run": ["x", 0]},
+            {"tuple": [3]},
+            {"value": [1]},
+            {"zeros": ["x", 0, [[1, 0, 2]]]},
+        ],
     )
     def test_it_refuses_other_descriptions(self, returns: Any) -> None:
         with pytest.raises(ValueError, match="a dropped module must"):

@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -115,8 +116,9 @@ class Calls:
     def zeros(self, call: ModuleCall, value: int) -> Any | None:
         """Describe zeros in place of a result: like an argument of its sizes, or else of its number of dimensions.
 
-        Of an argument with other sizes, those that depend on no width differ by as much as here: padding, for example.
-        Others are taken as they are, because it may be what stands for the result of another module that goes.
+        Of an argument with other sizes, those that depend on the same widths, or on none, differ as they do here: by
+        padding, for example, or twice as many channels that a gate halves. Others are taken as they are, because it may
+        be what stands for the result of another module that goes.
         """
         values = self.flow.record.values
         shape = values[value].shape
@@ -126,8 +128,7 @@ class Calls:
             place = self.place(call, given)
             if place is not None:
                 sizes = [(self.sizes(value, d), self.sizes(given, d)) for d in range(len(shape))]
-                more = [0 if own.shares or other.shares else own.fixed - other.fixed for own, other in sizes]
-                return {"zeros": [*place, more]}
+                return {"zeros": [*place, [_relation(own, other) for own, other in sizes]]}
         return None
 
     def _argument(self, call: ModuleCall, place: int | str) -> list[Any]:
@@ -211,6 +212,24 @@ def plan_of(calls: Calls, addition: Addition, stay: Collection[str] = ()) -> Pla
         raise NotLeftOutError("no module with parameters serves it alone")
     whole = adding is not None and len(modules) == 1
     return Plan(modules, (cut,), frozenset(gone), key, whole, frozenset(zeros))
+
+
+def _relation(own: AffineSize, other: AffineSize) -> int | list[int]:
+    """Relation of a size to another one, see `Dropped`: a number more, or factor, divisor, and a number more.
+
+    Sizes of other widths are unrelated: 0 more.
+    """
+    groups = [[group for group, _ in size.shares] for size in (own, other)]
+    ratios = {Fraction(mine, its) for (_, mine), (_, its) in zip(own.shares, other.shares, strict=False)} or {
+        Fraction(1)
+    }
+    if groups[0] != groups[1] or len(ratios) > 1:
+        return 0
+    (ratio,) = ratios
+    more = own.fixed - ratio * other.fixed
+    if more.denominator > 1:
+        return 0
+    return int(more) if ratio == 1 else [ratio.numerator, ratio.denominator, int(more)]
 
 
 def _adding(calls: Calls, addition: Addition, own: frozenset[int]) -> ModuleCall | None:

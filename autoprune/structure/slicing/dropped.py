@@ -20,8 +20,9 @@ class Dropped(nn.Module):
     Args:
         module: The module that was left out; nothing of it is kept but these attributes.
         returns: What calls return, JSON-ready: ``{"same": ["x", 0]}`` is the argument of that name or position,
-            ``{"zeros": ["x", 0, [0, 2]]}`` zeros like it with two more along dimension 1, ``{"value": null}`` a plain
-            value; ``{"tuple": [...]}``, ``{"list": [...]}`` and ``{"dict": {...}}`` hold more of these.
+            ``{"zeros": ["x", 0, [0, 2]]}`` zeros like it with two more along dimension 1, and with ``[0, [2, 3, 1]]``
+            two thirds of its size and one more; ``{"value": null}`` is a plain value, and ``{"tuple": [...]}``,
+            ``{"list": [...]}`` and ``{"dict": {...}}`` hold more of these.
 
     Raises:
         ValueError: If `returns` is anything else.
@@ -109,7 +110,7 @@ def require_returns(returns: Any) -> None:
             require_returns(entry)
     elif kind in ("same", "zeros"):
         place, more = (inner[:2], inner[2:]) if isinstance(inner, list) else (None, [])
-        sizes = all(type(entry) is list and all(type(n) is int for n in entry) for entry in more)
+        sizes = all(type(entry) is list and all(map(_is_relation, entry)) for entry in more)
         if not (place and list(map(type, place)) == [str, int] and sizes and len(more) == (kind == "zeros")):
             raise ValueError(f"a dropped module must name an argument and its position, got {inner!r:.80}")
     elif kind != "value" or type(inner) not in (bool, int, float, str, type(None)):
@@ -130,10 +131,24 @@ def returned(returns: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[
     given = _argument(inner[0], inner[1], args, kwargs)
     if kind == "same" or not isinstance(given, Tensor):
         return given
-    more = inner[2]
-    if not any(more):
+    relations = inner[2]
+    if not any(relations):
         return torch.zeros_like(given)
-    return given.new_zeros([size + n for size, n in zip(given.shape, more, strict=True)])
+    return given.new_zeros([_related(size, relation) for size, relation in zip(given.shape, relations, strict=True)])
+
+
+def _is_relation(entry: Any) -> bool:
+    if type(entry) is list:
+        return len(entry) == 3 and all(type(n) is int for n in entry) and entry[1] > 0
+    return type(entry) is int
+
+
+def _related(size: int, relation: int | list[int]) -> int:
+    """A size that is a number more, or a factor by a divisor and then a number more."""
+    if isinstance(relation, int):
+        return size + relation
+    factor, divisor, more = relation
+    return size * factor // divisor + more
 
 
 def _argument(name: str, position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
