@@ -217,7 +217,7 @@ class Compensated:
         """Weights whose biases are corrected; known after `collect`."""
         return frozenset(name for name, layers in self._layers.items() if all(map(self._shifted, layers)))
 
-    def remaining_errors(self) -> tuple[FloatArray, ...] | None:
+    def remaining_errors(self) -> tuple[FloatArray | None, ...] | None:
         """Errors that the re-fit leaves, for each option alone, see there; None where it fits no weights, or few."""
         context = self._context
         if not self._least_squares:

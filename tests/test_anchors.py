@@ -7,7 +7,7 @@ from torch import nn
 from autoprune.importance.anchors import anchors
 from autoprune.importance.criteria import order_units, score_units
 from autoprune.importance.dropped import dropped_losses
-from autoprune.importance.expected_loss import ESTIMATED, MEASURED, REFITTED, rival_losses
+from autoprune.importance.expected_loss import DEARER, ESTIMATED, MEASURED, REFITTED, rival_losses
 from autoprune.protocols import Measurement, Pruning
 from autoprune.search_spaces import Channels, Depth, Product
 from autoprune.study.prior_check import choose_prior
@@ -20,11 +20,12 @@ def residual():
     return calibration_of(Residual(3).eval())
 
 
-def rivals(space, calibration, kind="auto"):
+def rivals(space, calibration, kind="auto", fit=None):
     scores = score_units(calibration, "l2", 0)
     bound = space.bind(calibration.structure, order_units(scores))
-    found = rival_losses(kind, bound, scores, "l2", calibration)
     names = [dimension.name for dimension in bound.dimensions]
+    fitted = [fit if len(dimension.options) > 2 else None for dimension in bound.dimensions] if fit is not None else ()
+    found = rival_losses(kind, bound, scores, "l2", calibration, fitted=fitted)
     return {name: dict(zip(names, losses, strict=True)) for name, losses in found.items()}
 
 
@@ -50,6 +51,18 @@ def test_dropped_branches_cost_what_was_measured_and_more_than_any_width_inside(
         for name in (MEASURED, REFITTED):
             assert found[name][branch.name][1] == pytest.approx(worth)
             assert found[name][branch.groups[0]].max() <= worth * (1 + 1e-9)
+
+
+def test_with_batch_norm_dropped_branches_may_be_dearer_and_widths_cost_what_a_refit_leaves():
+    normalised = calibration_of(Residual(3, nn.BatchNorm1d).eval())
+    fit = np.arange(16) / 100
+    found = rivals(Product(Channels(), Depth(min_kept=1)), normalised, fit=fit)
+    assert list(found) == [ESTIMATED, *DEARER]
+    for branch in normalised.structure.branches:
+        dropped = found[ESTIMATED][branch.name][1]
+        for name, factor in DEARER.items():
+            assert found[name][branch.name][1] == pytest.approx(factor * dropped)
+            assert found[name][branch.groups[0]] is fit
 
 
 def test_groups_outside_of_branches_are_converted_by_the_median_ratio(residual):

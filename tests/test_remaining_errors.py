@@ -10,7 +10,9 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.evaluators import Compensated, Context
 from autoprune.evaluators.refit import remaining
+from autoprune.search_spaces import Channels, Depth, Product
 from autoprune.testing.contexts import study_for
+from tests.residual import Residual
 
 
 def network(transposed: bool = False) -> nn.Module:
@@ -99,3 +101,20 @@ def test_they_are_the_prior_of_a_refitted_network_with_batch_norm(prior: str, sa
     assert errors is not None
     assert study.problem.prior is not None
     assert all(map(np.allclose, errors, study.problem.prior)) == same
+
+
+def test_of_a_product_the_widths_have_them_and_dropped_branches_have_none() -> None:
+    model = Residual(2, nn.BatchNorm1d).eval()
+    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
+    data = autoprune.Data((x, torch.arange(40) % 5), (x, torch.arange(40) % 5), (x[:8], torch.arange(8) % 5))
+    space = Product(Channels(), Depth(min_kept=1))
+    study = study_for(model, "flops <= 70%", data, space=space, evaluator="compensated")
+    errors = prepared(study.context).remaining_errors()
+    assert errors is not None
+    drops = [dimension.options[-1] == "dropped" for dimension in study.context.space.dimensions]
+    assert drops.count(True) == 2
+    assert [row is None for row in errors] == drops
+    assert study.problem.prior is not None
+    for row, prior in zip(errors, study.problem.prior, strict=True):
+        if row is not None:
+            np.testing.assert_allclose(prior, row)

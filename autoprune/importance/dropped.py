@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from autoprune.data.batch import Batch, beginning, pieces
 from autoprune.importance.calibration import Calibration, affordable
 from autoprune.metrics.scorers import distance_of, main_output
-from autoprune.protocols import FloatArray, Pruning
+from autoprune.protocols import FloatArray, Pruning, SearchSpace
 from autoprune.structure.slicing.slicing import Edit, Slicer
 
 MOST_SAMPLES = 32
@@ -51,6 +51,38 @@ def dropped_losses(calibration: Calibration, prunings: Sequence[Pruning]) -> Flo
             total += distance(outputs, reference).double().tolist()
         found.append(float(np.mean(total)))
     return np.where(np.isfinite(found), found, np.inf)
+
+
+def drops_of(space: SearchSpace, dimension: int) -> list[Pruning]:
+    """Prunings of the options of a dimension, if all but the dense one drop a branch; else none."""
+    alone = np.zeros((space.sizes[dimension] - 1, len(space.sizes)), dtype=np.int64)
+    alone[:, dimension] = np.arange(1, space.sizes[dimension])
+    prunings = [space.pruning(candidate) for candidate in alone.tolist()]
+    return prunings if all(pruning.dropped for pruning in prunings) else []
+
+
+def measure_drops(drops: Mapping[int, list[Pruning]], losses: Sequence[FloatArray], calibration: Calibration) -> None:
+    """Order branches by measured losses, in the unit of the others.
+
+    The estimates of `losses`, for the units inside the branches, are of the right unit, and far off for what is as
+    large as a branch; their median ratio to the measured losses converts these.
+    """
+    measured = dropped_losses(calibration, [pruning for prunings in drops.values() for pruning in prunings])
+    if measured is None:
+        return
+    estimated = np.concatenate([losses[j][1:] for j in drops])
+    finite = np.isfinite(measured)
+    measured = np.where(finite, measured, 10 * measured[finite].max(initial=1.0))  # worse than all that can be told
+    known = (estimated > 0) & (measured > 0) & finite
+    scale = float(np.median(estimated[known] / measured[known])) if known.any() else 1.0
+    ends = np.cumsum([len(prunings) for prunings in drops.values()])
+    for j, each in zip(drops, np.split(scale * measured, ends[:-1]), strict=True):
+        losses[j][1:] = each
+
+
+def dearer(losses: Sequence[FloatArray], drops: Collection[int], factor: float) -> tuple[FloatArray, ...]:
+    """Multiply the losses of the dimensions that drop branches."""
+    return tuple(factor * row if j in drops else row for j, row in enumerate(losses))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from autoprune.importance.anchors import Anchors, anchors
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import Criterion
 from autoprune.importance.database.build import layer_database
-from autoprune.importance.dropped import dropped_losses
+from autoprune.importance.dropped import dearer, drops_of, measure_drops
 from autoprune.importance.reconstruction import Removal, reconstruction_errors
 from autoprune.importance.sensitivity import output_changes
 from autoprune.protocols import FloatArray, IntArray, Pruning, SearchSpace
@@ -66,6 +66,8 @@ ESTIMATED = "estimated"
 MEASURED = "branches measured"
 REFITTED = "branches measured, re-fit foreseen"
 PRICED = "layer database"
+DEARER = {"branches 4 times": 4.0, "branches 16 times": 16.0}
+"""Factors on the losses of dropped branches, which no re-fit was measured with, by name."""
 _REFIT = 1.5  # power; losses of MiniLM's heads and neurons after a re-fit follow the share removed to the power 2.2
 
 
@@ -76,12 +78,14 @@ def rival_losses(
     criterion: str | Criterion | None,
     calibration: Calibration,
     rivals: bool = True,
+    fitted: Sequence[FloatArray | None] = (),
 ) -> dict[str, tuple[FloatArray, ...]]:
     """Expected losses as `expected_losses` gives them, with others to compare them with.
 
     Where the prior is ``"auto"`` and the sensitivity measures it, others are corrected by measured losses of the
     branches of the model, see `autoprune.importance.anchors.Anchors`, with and without the effect of a re-fit; one more
-    is that of a layer database, where units are ranked by it.
+    is that of a layer database, where units are ranked by it. Of models with batch norm, others expect more of branches
+    that are dropped: their losses are measured without a re-fit, and those of widths are what it leaves.
 
     Args:
         kind: As for `expected_losses`.
@@ -90,6 +94,8 @@ def rival_losses(
         criterion: As there.
         calibration: As there.
         rivals: Look for others.
+        fitted: Losses after a re-fit of the dimensions that have them, in the unit of errors of layers; empty, or None
+            for each dimension that keeps its estimate.
 
     Returns:
         By name, `ESTIMATED` first; empty where there is no prior.
@@ -106,7 +112,14 @@ def rival_losses(
     estimates = _estimated(kind, space, scores, criterion, calibration)
     if estimates is None:
         return {}
-    found = {ESTIMATED: estimates.losses(calibration)}
+    losses = estimates.losses(calibration)
+    if kind == "reconstruction":
+        losses = tuple(
+            row if fit is None else fit for row, fit in zip(losses, fitted or [None] * len(losses), strict=True)
+        )
+    found = {ESTIMATED: losses}
+    if rivals and batch_norm and estimates.drops:
+        found |= {name: dearer(losses, estimates.drops, factor) for name, factor in DEARER.items()}
     dropped = [name for prunings in estimates.drops.values() for each in prunings for name in each.dropped]
     measured = anchors(calibration, dropped) if corrected else None
     if measured is not None:
@@ -141,7 +154,7 @@ class _Estimates:
         """Sums over the groups of a dimension, with branches that are dropped in proportion to measured losses."""
         losses = self._summed(self.errors)
         if self.drops and self.kind in ("reconstruction", "sensitivity"):
-            _measure_drops(self.drops, losses, calibration)
+            measure_drops(self.drops, losses, calibration)
         return losses
 
     def corrected(self, measured: Anchors, refit: float) -> tuple[FloatArray, ...]:
@@ -173,7 +186,7 @@ def _estimated(
     structure = calibration.structure
     d = len(space.sizes)
     removals = [(j, removal) for j in range(d) for removal in _removals(space, structure, j)]
-    drops = {j: prunings for j in range(d) if (prunings := _drops(space, j))}
+    drops = {j: prunings for j in range(d) if (prunings := drops_of(space, j))}
     if {j for j, _ in removals} | drops.keys() != set(range(d)):
         return None
     removals = [(j, removal) for j, removal in removals if removal[0] not in structure.unread]
@@ -191,33 +204,6 @@ def _estimated(
         found.append(error)
     units = {group.name: group.size for group in structure.groups}
     return _Estimates(kind, space.sizes, units, removals, found, drops)
-
-
-def _drops(space: SearchSpace, dimension: int) -> list[Pruning]:
-    """Prunings of the options of a dimension, if all but the dense one drop a branch; else none."""
-    alone = np.zeros((space.sizes[dimension] - 1, len(space.sizes)), dtype=np.int64)
-    alone[:, dimension] = np.arange(1, space.sizes[dimension])
-    prunings = [space.pruning(candidate) for candidate in alone.tolist()]
-    return prunings if all(pruning.dropped for pruning in prunings) else []
-
-
-def _measure_drops(drops: Mapping[int, list[Pruning]], losses: Sequence[FloatArray], calibration: Calibration) -> None:
-    """Order branches by measured losses, in the unit of the others.
-
-    The estimates of `losses`, for the units inside the branches, are of the right unit, and far off for what is as
-    large as a branch; their median ratio to the measured losses converts these.
-    """
-    measured = dropped_losses(calibration, [pruning for prunings in drops.values() for pruning in prunings])
-    if measured is None:
-        return
-    estimated = np.concatenate([losses[j][1:] for j in drops])
-    finite = np.isfinite(measured)
-    measured = np.where(finite, measured, 10 * measured[finite].max(initial=1.0))  # worse than all that can be told
-    known = (estimated > 0) & (measured > 0) & finite
-    scale = float(np.median(estimated[known] / measured[known])) if known.any() else 1.0
-    ends = np.cumsum([len(prunings) for prunings in drops.values()])
-    for j, each in zip(drops, np.split(scale * measured, ends[:-1]), strict=True):
-        losses[j][1:] = each
 
 
 def _priced(

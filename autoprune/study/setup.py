@@ -154,8 +154,10 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     refit.evaluator.prepare(refit.context)
     untouched.require()
     if foreseen is not None:
-        known = foreseen()
-        priors = _priors(request, refit, calibration) if known is None else {"evaluator": known}
+        known = foreseen() or ()
+        whole = tuple(row for row in known if row is not None)
+        complete = known and len(whole) == len(known)
+        priors = {"evaluator": whole} if complete else _priors(request, refit, calibration, known)
     notes = _notes(inputs, structure, ranked, layout, refit, measured.notes)
     dense = _score_dense(refit.evaluator, refit.context, untouched)
     prior = choose_prior(refit.evaluator, problem, priors)
@@ -185,16 +187,18 @@ def set_up(request: Request, deadline: Deadline) -> Study:
     )
 
 
-def _priors(request: Request, refit: _Refit, calibration: Calibration) -> dict[str, tuple[FloatArray, ...]]:
-    """Expected losses of options by the start of the request."""
+def _priors(
+    request: Request, refit: _Refit, calibration: Calibration, fitted: Sequence[FloatArray | None] = ()
+) -> dict[str, tuple[FloatArray, ...]]:
+    """Expected losses of options by the start of the request, and by the evaluator for those that it knows."""
     ranked = refit.ranked
     checked = request.evaluator == "auto"  # which re-fits; another one may train each candidate for hours
     with seeded(0):
         kind, space = request.start.prior, refit.context.space
-        return rival_losses(kind, space, ranked.scores, ranked.criterion, calibration, rivals=checked)
+        return rival_losses(kind, space, ranked.scores, ranked.criterion, calibration, checked, fitted)
 
 
-def _foreseen(request: Request, refit: _Refit) -> Callable[[], tuple[FloatArray, ...] | None] | None:
+def _foreseen(request: Request, refit: _Refit) -> Callable[[], Sequence[FloatArray | None] | None] | None:
     """Function of the evaluator that tells the losses of options once it is prepared, if the prior is left to it."""
     evaluator, prior = refit.evaluator, request.start.prior
     if isinstance(evaluator, Expects) and prior in ("auto", "database"):

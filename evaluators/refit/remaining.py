@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.evaluators.refit.layers import Layer, columns_kept
+from autoprune.importance.dropped import drops_of
 from autoprune.importance.reading import matrix_of
 from autoprune.protocols import FloatArray, SearchSpace
 from autoprune.structure.structure import Structure
@@ -20,7 +21,7 @@ def remaining_errors(
     structure: Structure,
     space: SearchSpace,
     centred: Callable[[Layer], bool],
-) -> tuple[FloatArray, ...] | None:
+) -> tuple[FloatArray | None, ...] | None:
     """Compute the squared error of the layers that read a dimension's units, relative to their energy, after a re-fit.
 
     The options of a dimension remove ever more columns of a layer. With the columns in the order in which they stay,
@@ -37,11 +38,15 @@ def remaining_errors(
 
     Returns:
         Error of each option alone, summed over the layers, d arrays of shape (sizes[j],), 0 for dense and never
-        falling; None where a dimension does not only remove units, or removes none that a known layer reads.
+        falling, None for a dimension that drops branches. None where another one does not only remove units, or removes
+        none that a known layer reads.
     """
-    found = []
+    found: list[FloatArray | None] = []
     for j, size in enumerate(space.sizes):
         row = np.zeros(size)
+        if drops_of(space, j):
+            found.append(None)
+            continue
         kept = _kept(layers, model, structure, space, j)
         if kept is None or (size > 1 and not kept):
             return None
