@@ -8,6 +8,7 @@ Every cell is kept when it is done; cells that are there are not repeated.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from typing import Any
@@ -40,17 +41,23 @@ def relative_latency(small: nn.Module, dense: nn.Module, x: Tensor) -> float:
     return float(np.median(seconds[0]) / np.median(seconds[1]))
 
 
+@functools.cache
+def latencies_of(network: str) -> autoprune.Latency:
+    """Measured once, because times hardly depend on the weights."""
+    given = trained(network, 0)
+    return autoprune.profile(given.model, given.data["train"][0][:BATCH], batch=BATCH)
+
+
 def searched(network: str, share: float, space: str, seed: int, trials: int) -> dict[str, Any]:
     """Accuracy and loss on held-out digits of the best network that a search finds, and its time."""
     given = trained(network, seed)
     x = given.data["train"][0][:BATCH]
-    latencies = autoprune.profile(given.model, x, batch=BATCH)
     result = autoprune.search(
         given.model,
         f"latency <= {share:.0%}",
         autoprune.Data(calibration=given.data["train"], validation=given.data["validation"]),
         example=autoprune.Call(cost_batch=BATCH),
-        costs={"latency_ms": latencies},
+        costs={"latency_ms": latencies_of(network)},
         space=SPACES[space],
         trials=trials,
         seed=seed,
@@ -104,8 +111,8 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = RESULTS / "depth.json"
     cells: dict[str, Any] = json.loads(kept.read_text())["cells"] if kept.exists() else {}
-    for seed in range(options.seeds):
-        for network in options.networks:
+    for network in options.networks:
+        for seed in range(options.seeds):
             for share in SHARES:
                 for space in SPACES:
                     key = f"{network}, {share}, {space}, {seed}, {options.trials}"
