@@ -175,8 +175,8 @@ def note_of_racing(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
     if isinstance(racing, Interim):
         behind = sum(trial.feasible for trial in dropped)
         note = (
-            f"of {len(done)} candidates {behind} were dropped early, {racing.errors:g} standard errors behind one that "
-            f"costs no more, and {len(dropped) - behind} probes were scored on a part; {scored} of all"
+            f"dropped early, {racing.errors:g} standard errors behind one that costs no more: {behind} of {len(done)} "
+            f"candidates; scored on a part: {len(dropped) - behind} probes; {scored} of all"
         )
         return (note,) if dropped else ()
     return (
