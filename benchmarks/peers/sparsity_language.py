@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.peers.language.__main__ import judged
 from benchmarks.peers.language.case import Case
-from benchmarks.peers.language.cells import arguments, fill, table_of
+from benchmarks.peers.language.cells import arguments, fill, lead_table, table_of
 from benchmarks.peers.language.texts import calibration, held_out
 from benchmarks.peers.language.zeros import Zeros
 from benchmarks.peers.language_model import load
@@ -31,11 +31,16 @@ def report(found: dict[str, Any]) -> str:
     """Rises of the loss over the dense model, in nats: each seed on a line of its own."""
     dense = found["dense"]
     rises = table_of(found["cells"], lambda cell: " / ".join(f"{cell[kind] - dense[kind]:.3f}" for kind in dense))
+    leads = "\n\n".join(
+        f"Rise on {kind}: ratio; difference in nats with its 95 % interval over the draws (their number)\n\n"
+        + lead_table(found["cells"], lambda cell, kind=kind: cell[kind] - dense[kind])
+        for kind in dense
+    )
     return (
         "SmolLM2-135M, rise of the next-token loss in nats (of the logarithm of the perplexity) over the dense model, "
         f"news / Wikipedia; dense {dense['news']:.3f} / {dense['wikipedia']:.3f}. A share is of the weights of linear "
         "layers in blocks. Moments are those of the dense model on 54 sequences of 256 tokens for every method; "
-        f"searches compare candidates on 8 others.\n\n{rises}"
+        f"searches compare candidates on 8 others.\n\n{leads}\n\n{rises}"
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import autoprune
-from benchmarks.peers.language.cells import arguments, fill, table_of
+from benchmarks.peers.language.cells import arguments, fill, lead_table, table_of
 from benchmarks.peers.language.zeros import Zeros
 from benchmarks.peers.sentence_model import BATCH, CALIBRATION, VALIDATION, documents, embedded, judged
 from benchmarks.support.common import RESULTS, environment, write
@@ -42,13 +42,16 @@ def report(found: dict[str, Any]) -> str:
     """Correlation and agreement of every method: each seed on a line of its own."""
     dense = found["dense"]
     scores = table_of(found["cells"], lambda cell: f"{cell['correlation']:.3f} / {cell['agreement']:.4f}")
+    lead = lead_table(found["cells"], lambda cell: 1 - cell["agreement"])
     return (
         f"MiniLM: correlation with people / cosine to the dense embeddings; dense {dense['correlation']:.3f} / 1. A "
         "share is of the weights of linear layers in blocks. Moments are those of the dense model on 256 sentences for "
         "every method; searches compare candidates on 128 others. Published rules leave biases as they are, as "
         "their papers do; networks of the database have theirs corrected. Searches whose candidates are not said to be "
         "near the limit were asked for a front from half of the limit up: EvoPress, which knows one budget, draws all "
-        f"of its candidates at the limit, and `auto` about a quarter.\n\n{scores}"
+        f"of its candidates at the limit, and `auto` about a quarter.\n\n"
+        "Cosine lost: ratio; difference with its 95 % interval over the draws (their number)\n\n"
+        f"{lead}\n\n{scores}"
     )
 
 

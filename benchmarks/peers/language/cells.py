@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats
 from torch import nn
 
 from benchmarks.peers.language.zeros import DATABASE, METHODS, SEARCHES, Target, Zeros
 from benchmarks.support.common import table
 
+JUDGED = "auto on the database"
 TARGETS: tuple[str, ...] = ("0.7", "0.6", "0.5", "2:4", "4:8")
 Cells = dict[str, dict[str, Any]]
 
@@ -70,3 +73,38 @@ def table_of(cells: Cells, shown: Callable[[dict[str, Any]], str]) -> str:
         for name, cell in cells.items()
     ]
     return f"{table(head, rows)}\n\n" + "\n\n".join(notes)
+
+
+def lead_table(cells: Cells, lost: Callable[[dict[str, Any]], float]) -> str:
+    """What `JUDGED` loses next to every other method, over the draws that both have.
+
+    Args:
+        cells: All of them.
+        lost: Quality lost by the network of a cell; lower is better.
+
+    Returns:
+        By method and target: ratio of the means, and mean and 95 % t-interval of the difference, negative where
+        `JUDGED` loses less; an interval needs two draws.
+    """
+    targets = [target for target in TARGETS if any(name.startswith(f"{JUDGED} | {target} |") for name in cells)]
+    rows = []
+    for other in (method for method in METHODS if method != JUDGED):
+        row = [other]
+        for target in targets:
+            seeds = {name.rpartition("| ")[2] for name in cells if name.startswith(f"{other} | {target} |")}
+            both = [seed for seed in sorted(seeds) if f"{JUDGED} | {target} | {seed}" in cells]
+            mine, its = (
+                np.array([lost(cells[f"{method} | {target} | {seed}"]) for seed in both]) for method in (JUDGED, other)
+            )
+            row.append(_compared(mine, its) if both else "")
+        rows += [row] if any(row[1:]) else []
+    return table([f"{JUDGED}, next to", *(f"{float(target):.0%} zeros" for target in targets)], rows)
+
+
+def _compared(mine: np.ndarray, its: np.ndarray) -> str:
+    gap = mine - its
+    text = f"{mine.mean() / its.mean():.2f}; {gap.mean():+.3f}"
+    if len(gap) > 1:
+        low, high = stats.t.interval(0.95, len(gap) - 1, gap.mean(), stats.sem(gap))
+        text += f" [{low:+.3f}, {high:+.3f}]"
+    return f"{text} ({len(gap)})"
