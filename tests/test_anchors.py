@@ -10,7 +10,8 @@ from autoprune.importance.dropped import dropped_losses
 from autoprune.importance.expected_loss import DEARER, ESTIMATED, MEASURED, REFITTED, rival_losses
 from autoprune.protocols import Measurement, Pruning
 from autoprune.search_spaces import Channels, Depth, Product
-from autoprune.study.prior_check import choose_prior
+from autoprune.study import prior_check
+from autoprune.study.prior_check import _proposed, choose_prior
 from autoprune.testing.problems import additive_problem
 from tests.residual import Residual, calibration_of
 
@@ -126,11 +127,29 @@ def test_the_prior_whose_candidate_scores_best_is_chosen_whatever_its_place(know
         assert len(evaluator.scored) == 2
 
 
-def test_priors_that_propose_the_same_are_scored_once_and_the_first_is_kept(known):
+def test_priors_that_propose_the_same_everywhere_are_not_scored_and_the_first_is_kept(known):
     twice = tuple(2 * row for row in known.losses)
     evaluator = Table(known.losses)
-    assert choose_prior(evaluator, known.problem, {"one": known.losses, "two": twice}).losses is known.losses
-    assert len(evaluator.scored) == 1
+    chosen = choose_prior(evaluator, known.problem, {"one": known.losses, "two": twice})
+    assert chosen.losses is known.losses
+    assert chosen.note == "prior check: all priors propose the same"
+    assert not evaluator.scored
+
+
+def test_priors_that_agree_at_the_budget_are_compared_below_it(known, monkeypatch):
+    wrong = reversed_of(known.losses)
+    shares = []
+
+    def proposed(problem, losses, share):
+        shares.append(share)
+        return _proposed(problem, known.losses if share == 1 else losses, share)
+
+    monkeypatch.setattr(prior_check, "_proposed", proposed)
+    evaluator = Table(known.losses)
+    chosen = choose_prior(evaluator, known.problem, {"wrong": wrong, "right": known.losses})
+    assert chosen.losses is known.losses
+    assert "at 75% of the budget, above which all propose the same" in chosen.note
+    assert (shares, len(evaluator.scored)) == ([1.0, 1.0, 0.75, 0.75], 2)
 
 
 @pytest.mark.parametrize("priors", [0, 1])
