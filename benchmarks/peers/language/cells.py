@@ -76,7 +76,7 @@ def table_of(cells: Cells, shown: Callable[[dict[str, Any]], str]) -> str:
 
 
 def lead_table(cells: Cells, lost: Callable[[dict[str, Any]], float]) -> str:
-    """What `JUDGED` loses next to every other method, over the draws that both have.
+    """Compare what `JUDGED` loses with every other method, over the draws that both have.
 
     Args:
         cells: All of them.
