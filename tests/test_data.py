@@ -355,7 +355,7 @@ class TestSynthetic:
         assert (pool["image"].mean() - example["image"].mean()).abs() < 0.1
         assert (pool["image"].std() - example["image"].std()).abs() < 0.1
         assert (pool["blank"].std() - 1).abs() < 0.1
-        assert set(pool["token"].flatten().tolist()) == set(range(50))
+        assert set(pool["token"].flatten().tolist()) == set(range(2, 50))  # ids of padding are often the first
         assert pool["mask"].eq(1).all()
         assert 0.3 < pool["flag"].float().mean() < 0.7
         assert subsets.test[0]["scale"] == 0.5

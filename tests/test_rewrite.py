@@ -156,6 +156,31 @@ class TestAttentionThatTiesHeadsToItsInput:
             analyse(Example(network(), tokens()), rewrite="on")
 
 
+class Masked(nn.Module):
+    """Hands its attention a mask, as decoders do while they read more than one token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.attention, self.leave = nn.Linear(6, WIDTH), Attention(), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[:2], device=x.device) if x.shape[1] > 1 else None
+        x = self.enter(x)
+        return self.leave(x + self.attention(x, mask))
+
+
+def test_an_argument_that_is_left_out_later_is_named():
+    model = Masked().eval()
+    built, structure, _ = pruned(model, (tokens()[0].float(),))
+    assert set(structure.graphs) == {"attention"}
+    with pytest.raises(ValueError, match=r"mask must be a tensor, as in the example inputs, got None; .* both kinds"):
+        built(tokens(length=1)[0].float())
+    x, one = tokens()[0].float(), tokens(length=1)[0].float()
+    both = autoprune.inspect(model, [x, one]).structure
+    assert not both.graphs
+    both.build(model, random_pruning(both, np.random.default_rng(0)))(one)
+
+
 @pytest.fixture(scope="module")
 def original():
     model = network(Block(Attention(dropout=0.5)))

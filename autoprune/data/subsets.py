@@ -217,8 +217,10 @@ def synthetic(example_inputs: Any, samples: int, seed: int, batch_size: int = 12
     """Make seeded random inputs that look like an example, for a search without data.
 
     Floats are normal with the mean and spread of the example (standard normal where it is constant), integers uniform
-    from 0 to its largest value, booleans fair coins. Constant integers and booleans, such as an attention mask of
-    ones, stay as they are. In inputs that cannot be cut by samples, such as graphs, only floats are random.
+    from its least to its largest value, booleans fair coins. So the ids of padding and of the ends of sequences, which
+    change what a language model computes, are not drawn where the example has none. Constant integers and booleans,
+    such as an attention mask of ones, stay as they are. In inputs that cannot be cut by samples, such as graphs, only
+    floats are random.
 
     Args:
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs, batch dimension first.
@@ -297,7 +299,7 @@ def _random_like(samples: int | None, generator: torch.Generator, example: Tenso
         return (values if constant else values * example.float().std() + example.float().mean()).to(example.dtype)
     if constant:
         return example.flatten()[0].expand(shape).clone()
-    return torch.randint(0, int(example.max()) + 1, shape, generator=generator).to(example.dtype)
+    return torch.randint(int(example.min()), int(example.max()) + 1, shape, generator=generator).to(example.dtype)
 
 
 def fingerprint(tree: Any) -> str:

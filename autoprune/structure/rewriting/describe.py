@@ -136,6 +136,8 @@ class _Writer:
         for place, parameter in enumerate(named):
             here = {"node": place}
             given = self.first.arguments.get(parameter.name, parameter.default)
+            if parameter.default is None and isinstance(given, Held):
+                self._add("given", parameter.name, [here])
             self._argument(here, given, (parameter.name,), parameter.name)
 
     def _argument(self, here: Any, given: Any, path: Path, name: str) -> None:

@@ -135,6 +135,19 @@ def require_same(given: Any, recorded: Any, name: str) -> None:
     )
 
 
+def require_given(given: Any, name: str) -> None:
+    """Refuse None where the example inputs gave a tensor.
+
+    Raises:
+        ValueError: If it is None.
+    """
+    if given is None:
+        raise ValueError(
+            f"{name} must be a tensor, as in the example inputs, got None; this module was rewritten for pruning: "
+            "give a list of examples of both kinds, or autoprune.Call(rewrite='off')"
+        )
+
+
 def require_identical(given: Tensor, other: Tensor, name: str) -> None:
     """Refuse two tensors where the example inputs gave one twice.
 
@@ -179,6 +192,8 @@ def _node(graph: fx.Graph, kind: str, target: str, args: tuple[Any, ...], kwargs
         return graph.call_method(target, args, kwargs)
     if kind == "expect":
         return graph.call_function(require_same, (*args, target))
+    if kind == "given":
+        return graph.call_function(require_given, (*args, target))
     if kind == "identical":
         return graph.call_function(require_identical, (*args, target))
     if kind == "property" and target in PROPERTIES:
