@@ -12,7 +12,7 @@ from autoprune.evaluators.compensated import Compensated
 from autoprune.evaluators.finetune import FineTune
 from autoprune.evaluators.growing import Growing
 from autoprune.evaluators.masked import Masked
-from autoprune.evaluators.protocol import Context, Evaluator, Expects, Orders, Tells, Trains
+from autoprune.evaluators.protocol import Context, Evaluator, Expects, Orders, Rests, Tells, Trains
 from autoprune.evaluators.scoring.scorer import Adapted, Measuring
 from autoprune.evaluators.supernet import Supernet
 
@@ -56,6 +56,7 @@ __all__ = [
     "Masked",
     "Measuring",
     "Orders",
+    "Rests",
     "Supernet",
     "Tells",
     "Trains",

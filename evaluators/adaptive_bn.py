@@ -49,6 +49,10 @@ class AdaptiveBN:
         """Return the order of evaluation in which candidates share most."""
         return self._adapted.order(candidates)
 
+    def rest(self) -> None:
+        """Free the memory of the latest candidate."""
+        self._adapted.rest()
+
     def release(self) -> None:
         """Forget what candidates share."""
         self._adapted.release()

@@ -180,10 +180,17 @@ class Compensated:
         other._solved_bytes = 0
         return other
 
-    def to_send(self) -> Compensated:
-        """Copy for other processes, with the collected inputs, so that its `prepare` need not collect them again."""
+    def to_send(self, processes: int) -> Compensated:
+        """Copy for some processes, with the collected inputs, so that its `prepare` need not collect them again.
+
+        The limits on what each keeps are those of one process, divided.
+        """
+        self.held()  # completes the products, which each process would do in memory of its own
         other = self.with_parts()
         other._collected = True
+        other._most_solved = self._most_solved // processes
+        room = room_beside(self._dense) if self._share_bytes is None else self._share_bytes
+        other._share_bytes = room // processes
         for name in ("_adapted", "_context", "_dense"):
             other.__dict__.pop(name, None)
         return other
@@ -227,6 +234,10 @@ class Compensated:
     def order(self, candidates: IntArray) -> IntArray:
         """Return the order of evaluation in which candidates share most."""
         return self._adapted.order(candidates)
+
+    def rest(self) -> None:
+        """Free the memory of the latest candidate."""
+        self._adapted.rest()
 
     def release(self) -> None:
         """Forget what candidates share."""

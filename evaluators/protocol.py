@@ -113,6 +113,15 @@ class Trains(Protocol):
 
 
 @runtime_checkable
+class Rests(Protocol):
+    """Optional protocol: evaluators that keep the module of the latest candidate for its next chunk."""
+
+    def rest(self) -> None:
+        """Free the memory of the latest candidate, which is complete; what candidates share stays."""
+        ...
+
+
+@runtime_checkable
 class Orders(Protocol):
     """Optional protocol: evaluators that are faster when related candidates follow each other."""
 

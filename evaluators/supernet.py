@@ -171,6 +171,10 @@ class Supernet:
             "space": fingerprint(context.space.to_json()),
         }
 
+    def rest(self) -> None:
+        """Free the memory of the latest candidate."""
+        self._adapted.rest()
+
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates on validation batches."""
         return self._adapted.evaluate(candidates, chunk)

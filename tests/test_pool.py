@@ -118,7 +118,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(caplog: pytest.
     def kill() -> None:
         while not any(worker.task is not None for worker in executor._workers):
             time.sleep(0.02)
-        killed.extend(worker.process.pid for worker in executor._workers if worker.task is not None)
+        killed.extend(worker.pid for worker in executor._workers if worker.task is not None)
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)

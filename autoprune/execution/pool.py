@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
@@ -21,6 +18,7 @@ from autoprune.arguments import whole_number
 from autoprune.early_stopping.racing import Contest
 from autoprune.evaluators import Context, Evaluator, Orders
 from autoprune.execution.local import GENERATION, Finished
+from autoprune.execution.pool_source import READY, Source
 from autoprune.protocols import Failure, IntArray
 
 if TYPE_CHECKING:
@@ -28,21 +26,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-READY = "ready"
-"""Message of a worker whose evaluator is prepared."""
-
 _STRIKES = 2  # a candidate counts as failed once it has taken down this number of workers
 _RESTARTS = 3  # deaths in a row before a worker is ready, after which it is given up
-_STOP_SECONDS = 2.0
-_PROGRAM = "autoprune.execution.pool_worker"
 
 
 @runtime_checkable
 class Sends(Protocol):
     """Optional protocol: evaluators that can be sent to other processes with what they have prepared."""
 
-    def to_send(self) -> Evaluator:
-        """Copy whose `prepare` repeats less; it pickles."""
+    def to_send(self, processes: int) -> Evaluator:
+        """Copy for a number of processes whose `prepare` repeats less; it pickles."""
         ...
 
 
@@ -59,18 +52,18 @@ class _Worker:
     """Process of the pool; it keeps its number when it is replaced.
 
     Attributes:
-        process: Of the system.
+        source: Where it was started.
         connection: To it.
-        ready: Whether its evaluator is prepared.
+        pid: Number of the process by the system, which it tells when its evaluator is prepared; 0 before.
         task: The task that it works on; None while it waits.
         queue: Its further tasks, in order.
         lost: Deaths in a row before it was ready.
     """
 
     number: int
-    process: subprocess.Popen[bytes]
+    source: Source
     connection: Connection[Any, Any]
-    ready: bool = False
+    pid: int = 0
     task: _Task | None = None
     queue: deque[_Task] = field(default_factory=deque)
     lost: int = 0
@@ -78,7 +71,7 @@ class _Worker:
     @property
     def name(self) -> str:
         """Name in logs and in the journal."""
-        return f"process-{self.number} {self.process.pid}"
+        return f"process-{self.number} {self.pid}" if self.pid else f"process-{self.number}"
 
 
 @final
@@ -88,8 +81,8 @@ class PoolExecutor:
     A generation of candidates is asked for, evaluated and told in the order of one process, so that nothing depends on
     the number of workers or on their speed. Each holds consecutive parts of that order, which share most, and takes
     from the others when its own is done. Weights, samples and what the evaluator has collected lie in one file that all
-    map into memory. A worker that dies is replaced and its candidate tried again; a candidate that takes down two is
-    recorded as failed.
+    map into memory, and workers are forked from one process that has imported and prepared what they need. A worker
+    that dies is replaced and its candidate tried again; a candidate that takes down two is recorded as failed.
 
     Args:
         workers: Number of processes.
@@ -111,14 +104,15 @@ class PoolExecutor:
     def _forget(self) -> None:
         self._evaluator: Evaluator | None = None
         self._parcel: Parcel | None = None
+        self._source: Source | None = None
         self._workers: list[_Worker] = []
         self._unreleased: deque[int] = deque()  # trials in the order of release
         self._done: dict[int, Finished] = {}
 
     @property
     def processes(self) -> list[int]:
-        """Numbers of the processes, by the system."""
-        return [worker.process.pid for worker in self._workers]
+        """Numbers of the workers that are ready, by the system."""
+        return [worker.pid for worker in self._workers if worker.pid]
 
     def start(self, evaluator: Evaluator, context: Context, fresh: Evaluator) -> None:
         """Write what workers need to a file, and start them; they prepare while the search goes on.
@@ -130,7 +124,7 @@ class PoolExecutor:
         from autoprune.execution.shipping import parcel_of
 
         require_possible(context)
-        sent = evaluator.to_send() if isinstance(evaluator, Sends) else fresh
+        sent = evaluator.to_send(self.workers) if isinstance(evaluator, Sends) else fresh
         self._evaluator, self._parcel = evaluator, parcel_of(sent, context)
         self._workers = [self._launched(number) for number in range(self.workers)]
 
@@ -169,24 +163,15 @@ class PoolExecutor:
         Raises:
             RuntimeError: If no worker could be started.
         """
-        while not all(worker.ready for worker in self._workers):
+        while not all(worker.pid for worker in self._workers):
             self._step()
 
     def stop(self) -> None:
         """End the workers, and let the evaluator free what it keeps for further candidates."""
         for worker in self._workers:
-            if worker.task is not None or not worker.ready:
-                worker.process.kill()
-            else:
-                self._say(worker, None)
-        until = time.monotonic() + _STOP_SECONDS
-        for worker in self._workers:
-            try:
-                worker.process.wait(max(until - time.monotonic(), 0.01))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
             worker.connection.close()
+        if self._source is not None:
+            self._source.stop()
         if self._parcel is not None:
             self._parcel.close()
         if isinstance(self._evaluator, Orders):
@@ -194,21 +179,12 @@ class PoolExecutor:
         self._forget()
 
     def _launched(self, number: int) -> _Worker:
-        """Start a process, and send it what it prepares from."""
+        """Start a worker, from a process that is replaced if it has ended."""
         assert self._parcel is not None
-        ours, theirs = Pipe()
-        descriptors = (theirs.fileno(), self._parcel.file.fileno())
-        threads = str(self.threads)
-        process = subprocess.Popen(
-            [sys.executable, "-m", _PROGRAM, *map(str, descriptors)],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": _path()},
-        )
-        theirs.close()  # so that the death of the process shows here
-        worker = _Worker(number, process, ours)
-        self._say(worker, (list(sys.path), self._parcel.pickled, self.threads))
-        return worker
+        assert self.threads is not None
+        if self._source is None or not self._source.alive:
+            self._source = Source(self._parcel, self.threads)
+        return _Worker(number, self._source, self._source.launched(number))
 
     def _say(self, worker: _Worker, message: object) -> None:
         """Send a message; a worker that is gone is noticed when it is asked for an answer."""
@@ -233,10 +209,10 @@ class PoolExecutor:
         except (EOFError, OSError):
             self._replace(worker)
             return
-        if not worker.ready:
-            if answer != READY:
+        if not worker.pid:
+            if not (isinstance(answer, tuple) and answer[0] == READY):
                 raise RuntimeError(f"no worker could be started: {answer}")
-            worker.ready, worker.lost = True, 0
+            worker.pid, worker.lost = answer[1], 0
             log.info("%s is ready", worker.name)
         elif worker.task is not None:
             self._done[worker.task.trial] = Finished(worker.task.trial, answer, worker.name)
@@ -244,8 +220,8 @@ class PoolExecutor:
 
     def _replace(self, worker: _Worker) -> None:
         """Start a worker again that has died; the candidate that it died of gets a strike."""
+        code = worker.source.exit_code(worker.number)
         worker.connection.close()
-        code = worker.process.wait()
         task = worker.task
         told = "is started again"
         if task is not None:
@@ -256,15 +232,15 @@ class PoolExecutor:
             else:
                 worker.queue.appendleft(task)
             told += f", and trial {task.trial} {'failed' if task.strikes >= _STRIKES else 'is tried again'}"
-        lost = 0 if worker.ready else worker.lost + 1
+        lost = 0 if worker.pid else worker.lost + 1
         place = self._workers.index(worker)
         if lost > _RESTARTS:
-            log.error("%s is given up, because it ended with %d before it was ready", worker.name, code)
+            log.error("%s is given up, because it ended with %s before it was ready", worker.name, code)
             del self._workers[place]
             if self._workers:
                 self._workers[0].queue.extend(worker.queue)
             return
-        log.warning("%s ended with %d; it %s", worker.name, code, told)
+        log.warning("%s ended with %s; it %s", worker.name, code, told)
         new = self._launched(worker.number)
         new.queue, new.lost = worker.queue, lost
         self._workers[place] = new
@@ -272,7 +248,7 @@ class PoolExecutor:
     def _dispatch(self) -> None:
         """Give each worker that waits the next of its tasks, or the last of the worker with the most."""
         for worker in self._workers:
-            if not worker.ready or worker.task is not None:
+            if not worker.pid or worker.task is not None:
                 continue
             longest = max(self._workers, key=lambda other: len(other.queue))
             queue = worker.queue or longest.queue
@@ -302,9 +278,3 @@ def why_impossible(context: Context) -> str:
 def cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _path() -> str:
-    """Path by which a new process finds this package, with what it would find anyway."""
-    found = [path for path in sys.path if path]
-    return os.pathsep.join(dict.fromkeys(found))

@@ -152,6 +152,12 @@ class Adapted:
         self._slicer.cut(Edit({}, {}))
         self._held = b""
 
+    def rest(self) -> None:
+        """Free the memory of the latest candidate; the next chunk of it would be cut and adapted again."""
+        self._held = b""
+        self._slicer.release()
+        give_back(self._context.model)
+
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> list[Measurement | Failure]:
         """Score candidates, shape (n, d), on validation batches."""
         return [self._cache.score(partial(self._scored, candidate, chunk)) for candidate in candidates]
@@ -190,9 +196,7 @@ class Adapted:
             with opener(edit, module) if candidate.any() else self._cache.alone(edit, module) as running:
                 yield running.run
             return
-        self._held = b""
-        self._slicer.release()
-        give_back(self._context.model)
+        self.rest()
         module = self._slicer.cut(self._to_cut(edit))
         with opener(edit, module) if candidate.any() else self._cache.alone(edit, module) as running:
             if candidate.any():
