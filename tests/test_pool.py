@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import autoprune
-from autoprune.evaluators import AdaptiveBN
+from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.execution import PoolExecutor, fastest
 from autoprune.execution.fastest import FastestExecutor
 from autoprune.execution.shipping import Parcel, opened
 from autoprune.protocols import FAILED, IntArray
 from autoprune.result import SearchResult
+from autoprune.testing.contexts import image_context
 from tests.processes import running
 
 
@@ -74,6 +79,14 @@ class Slow(AdaptiveBN):
         return super().evaluate(candidates, chunk)
 
 
+class Threaded(AdaptiveBN):
+    """Starts a thread where it is unpickled."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+
+
 class Unprepared(AdaptiveBN):
     """Cannot be prepared in another process."""
 
@@ -111,7 +124,8 @@ def test_a_candidate_that_ends_its_process_fails_after_a_second_try(caplog: pyte
     assert caplog.text.count("is tried again") == len(failed)
 
 
-def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("which", ["worker", "source"])
+def test_a_process_that_is_killed_is_replaced_and_nothing_is_lost(caplog: pytest.LogCaptureFixture, which: str) -> None:
     executor = PoolExecutor(2)
     killed: list[int] = []
 
@@ -119,7 +133,8 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(caplog: pytest.
         while not any(worker.task is not None for worker in executor._workers):
             time.sleep(0.02)
         killed.extend(worker.pid for worker in executor._workers if worker.task is not None)
-        os.kill(killed[0], signal.SIGKILL)
+        assert executor._source is not None
+        os.kill(killed[0] if which == "worker" else executor._source.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -128,7 +143,51 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(caplog: pytest.
     killer.join(10)
     assert [trial.id for trial in result.trials] == list(range(12))
     assert {trial.status for trial in result.trials} <= {"ok"}
-    assert f"{killed[0]} ended with -9" in caplog.text
+    assert f"{killed[0]} ended with {-9 if which == 'worker' else None}" in caplog.text
+    assert not [told for told in running().values() if "pool_worker" in told]
+
+
+@contextmanager
+def started(evaluator: Any) -> Iterator[PoolExecutor]:
+    """A pool of two workers that are ready."""
+    executor, context = PoolExecutor(2), image_context()
+    fresh = copy.deepcopy(evaluator)
+    evaluator.prepare(context)
+    executor.start(evaluator, context, fresh)
+    try:
+        executor.ready()
+        yield executor
+    finally:
+        executor.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are programs of their own")
+class TestForking:
+    def test_a_worker_adds_a_small_part_of_the_memory_that_it_reads(self) -> None:
+        with started(Compensated()) as executor:
+            for pid in executor.processes:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+                size = {key: int(value.split()[0]) for key, value in (line.split(":") for line in lines)}
+                assert size["Private_Clean"] + size["Private_Dirty"] < 0.1 * size["Rss"]
+
+    @pytest.mark.slow
+    def test_where_a_process_of_several_threads_cannot_be_forked_workers_are_programs(self) -> None:
+        with started(Threaded()) as executor:
+            told = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in executor.processes]
+            assert len(told) == 2
+            assert all(each.endswith(b"\0alone\0") for each in told)
+        assert not [told for told in running().values() if "pool_worker" in told]
+
+
+def test_products_are_sent_complete_and_each_process_keeps_a_part_of_what_one_would() -> None:
+    evaluator = Compensated(share_bytes=1000)
+    evaluator.prepare(image_context())
+    sent = evaluator.to_send(4)
+    layers = [layer for each in sent._layers.values() for layer in each]
+    assert layers
+    assert not any(layer.moments._halved for layer in layers)
+    assert sent._share_bytes == 250
+    assert sent._most_solved == evaluator._most_solved // 4
 
 
 def test_an_evaluator_that_cannot_be_prepared_there_ends_the_search_with_its_reason() -> None:

@@ -48,6 +48,11 @@ class Source:
         self._say((list(sys.path), parcel.pickled, threads))
 
     @property
+    def pid(self) -> int:
+        """Number of the process by the system."""
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         """Whether it can start workers."""
         return self._process.poll() is None

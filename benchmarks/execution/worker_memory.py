@@ -1,23 +1,25 @@
 """Memory that a further worker of a search in processes takes, as a share of the model's.
 
-Run ``python -m benchmarks.execution.worker_memory`` from the root of the repository (Linux; about 10 minutes); names of
-networks repeat these alone. Each network is searched in a process of its own with three workers and the default
-evaluator. A worker's own memory is what would be free if it ended: the private pages of ``/proc/PID/smaps_rollup``,
+Run ``python -m benchmarks.execution.worker_memory`` from the root of the repository (Linux; a few minutes of processor
+time); names of networks repeat these alone, ``--before PATH`` measures another checkout, too. For each network a
+process of its own starts a pool of three workers with the default evaluator, which score candidates of about half of
+the widths. A worker's own memory is what would be free if it ended: the private pages of ``/proc/PID/smaps_rollup``,
 clean and dirty. Pages that it shares with other processes, such as those of mapped files, are not among them. They are
-read when a worker is prepared and waits, after the last candidate, and every 20 ms while candidates are evaluated: that
-peak holds the candidate's weights and activations, too. Without memory-mapped files a worker would hold model, samples
-and moments once more.
+read when a worker is prepared, after its last candidate, and every 20 ms while candidates are evaluated: that peak
+holds the candidate's weights and activations, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ import numpy as np
 import torch
 from torch import nn
 
-import autoprune
-from autoprune.evaluators import Context, Evaluator
+from autoprune.evaluators import Compensated, Context
 from autoprune.execution import PoolExecutor
+from autoprune.protocols import Failure
+from autoprune.testing.contexts import context_of
 from benchmarks.evaluators.search_cost import Encoder
 from benchmarks.execution.large_inputs import data, plain, wide_convolutions
 from benchmarks.support.common import RESULTS, environment, table, write
@@ -35,7 +38,8 @@ from benchmarks.support.common import RESULTS, environment, table, write
 COMMAND = "python -m benchmarks.execution.worker_memory"
 STORED = RESULTS / "worker_memory.json"
 AIM = 0.2
-WORKERS, TRIALS, SAMPLES = 3, 12, 64
+ROOT = Path(__file__).parents[2]
+WORKERS, CANDIDATES, GENERATION, SAMPLES = 3, 16, 8, 64
 MEGABYTE = 2**20
 
 
@@ -59,60 +63,63 @@ def pages(pid: int) -> dict[str, float]:
     return {"resident": found["Rss"], "proportional": found["Pss"], "private": private}
 
 
-class Watched:
-    """The pool of a search, whose processes are looked at."""
-
-    name = "processes"
-    threads: int | None = 1
-
-    def __init__(self) -> None:
-        self._pool = PoolExecutor(WORKERS)
-        self.submit, self.room, self.gather = self._pool.submit, self._pool.room, self._pool.gather
-        self.prepared: list[dict[str, float]] = []
-        self.after: list[dict[str, float]] = []
-        self.peaks: dict[int, float] = {}
-        self._over = threading.Event()
-
-    def start(self, evaluator: Evaluator, context: Context, fresh: Evaluator) -> None:
-        self._pool.start(evaluator, context, fresh)
-        self._pool.ready()
-        time.sleep(1.0)
-        self.prepared = [pages(pid) for pid in self._pool.processes]
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._over.set()
-        self._thread.join()
-        time.sleep(1.0)
-        self.after = [pages(pid) for pid in self._pool.processes]
-        self._pool.stop()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.02):
-            for pid in self._pool.processes:
-                self.peaks[pid] = max(self.peaks.get(pid, 0.0), pages(pid)["private"])
-
-
 def measure(name: str) -> dict[str, Any]:
-    """One search, and what its workers held, in megabytes: the mean of them, the largest for peaks."""
+    """What the workers of a pool held, in megabytes: the mean of them, for the peak the largest."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     make, samples = NETWORKS[name]
-    model, executor = make().eval(), Watched()
+    model = make().eval()
     size = sum(parameter.nbytes for parameter in model.parameters()) / MEGABYTE
-    result = autoprune.search(
-        model,
-        "flops <= 50%",
-        samples(),
-        trials=TRIALS,
-        execution=autoprune.Execution(executor=executor, progress=False),
-    )
-    assert result.front
-    row: dict[str, Any] = {"network": name, "model": size, "peak": max(executor.peaks.values())}
-    for moment, found in (("prepared", executor.prepared), ("after", executor.after)):
+    context = context_of(model, samples())
+    evaluator, pool = Compensated(), PoolExecutor(WORKERS)
+    evaluator.prepare(context)
+    pool.start(evaluator, context, Compensated())
+    peaks: dict[int, float] = {}
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            for pid in pool.processes:
+                peaks[pid] = max(peaks.get(pid, 0.0), pages(pid)["private"])
+
+    pool.ready()
+    time.sleep(1.0)
+    prepared = [pages(pid) for pid in pool.processes]
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    evaluate(pool, context)
+    over.set()
+    watcher.join()
+    time.sleep(1.0)
+    after = [pages(pid) for pid in pool.processes]
+    pool.stop()
+    row: dict[str, Any] = {"network": name, "model": size, "peak": max(peaks.values())}
+    for moment, found in (("prepared", prepared), ("after", after)):
         row |= {f"{moment}: {key}": float(np.mean([each[key] for each in found])) for key in found[0]}
     return row
+
+
+def evaluate(pool: PoolExecutor, context: Context) -> None:
+    """Score random candidates of a third to two thirds of the options."""
+    sizes = context.space.sizes
+    rng = np.random.default_rng(0)
+    for first in range(0, CANDIDATES, GENERATION):
+        drawn = context.space.canonical(rng.integers(sizes // 3, 2 * sizes // 3 + 1, (GENERATION, len(sizes))))
+        pool.submit(list(range(first, first + GENERATION)), drawn, [None] * GENERATION)
+        done = 0
+        while done < GENERATION:
+            for finished in pool.gather():
+                assert not isinstance(finished.outcome, Failure), finished.outcome.reason
+                done += 1
+
+
+def in_process(name: str, code: Path) -> dict[str, Any]:
+    """The figures of a network with the autoprune of a checkout, in a process of its own."""
+    call = [sys.executable, "-P", str(Path(__file__).resolve()), "--measure", name]
+    environ = {**os.environ, "PYTHONPATH": str(code.resolve()), "OMP_NUM_THREADS": "1"}
+    printed = subprocess.run(call, cwd=code, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return found
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
@@ -120,29 +127,33 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         own = [row[key] for key in ("prepared: private", "after: private", "peak")]
         shares = [f"{value:.0f} MB ({value / row['model']:.0%})" for value in own]
-        lines.append([row["network"], f"{row['model']:.0f} MB", *shares, f"{row['after: resident']:.0f} MB"])
-    columns = ["network", "parameters", "prepared", "after the last candidate", "peak in an evaluation", "resident"]
+        lines.append(
+            [row["network"], row["code"], f"{row['model']:.0f} MB", *shares, f"{row['after: resident']:.0f} MB"]
+        )
+    moments = ["prepared", "between candidates", "peak in an evaluation", "resident"]
     return (
         f"Memory of a further worker that no other process shares, of {WORKERS} workers, and as a share of the "
-        f"parameters. The aim is less than {AIM:.0%} for a worker that waits. *Resident* is what tools show: it counts "
-        f"the pages of mapped files in every process that reads them.\n\n{table(columns, lines)}"
+        f"parameters. The aim is less than {AIM:.0%} for a worker that evaluates nothing. *Resident* is what tools "
+        "show: it counts the pages of mapped files, and those since a fork, in every process that reads them.\n\n"
+        f"{table(['network', '', 'parameters', *moments], lines)}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", default=[*NETWORKS])
-    parser.add_argument("--measure", action="store_true", help="one network in this process, printed as JSON")
+    parser.add_argument("--before", type=Path, help="another checkout that is measured, too")
+    parser.add_argument("--measure", choices=NETWORKS, help="one network in this process, printed as JSON")
     given = parser.parse_args()
     if given.measure:
-        print(json.dumps(measure(given.networks[0])))
+        print(json.dumps(measure(given.measure)))
         return
     where = environment(COMMAND)
+    codes = {**({"before": given.before} if given.before else {}), "now": ROOT}
     rows = json.loads(STORED.read_text())["rows"] if STORED.exists() else []
-    for name in given.networks:
-        command = [sys.executable, "-m", "benchmarks.execution.worker_memory", "--measure", name]
-        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows = [row for row in rows if row["network"] != name] + [json.loads(printed.splitlines()[-1])]
+    for name, code in product(given.networks, codes):
+        rows = [row for row in rows if (row["network"], row["code"]) != (name, code)]
+        rows.append({"code": code, **in_process(name, codes[code])})
         print(rows[-1], flush=True)
         write("worker_memory", "Memory of a further worker", {"environment": where, "rows": rows}, report(rows))
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from autoprune.evaluators.protocol import Rests
 from autoprune.protocols import Failure, IntArray, Measurement
 from autoprune.testing.contexts import image_context
 from autoprune.testing.contracts.shared import bytes_of, draw, random_states
@@ -70,6 +71,8 @@ class EvaluatorContract:
         for chunk in (slice(0, 1), slice(1, None)):
             parts += evaluator.evaluate(candidates[-1:], chunk)
             evaluator.evaluate(candidates[1:2], slice(0, 1))  # others may come in between
+            if isinstance(evaluator, Rests):
+                evaluator.rest()
         (whole,) = evaluator.evaluate(candidates[-1:])
         assert isinstance(whole, Measurement)
         joined = np.concatenate([part.signal for part in parts if isinstance(part, Measurement)])
