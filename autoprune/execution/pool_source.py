@@ -54,7 +54,7 @@ class Source:
 
     @property
     def alive(self) -> bool:
-        """Whether it can start workers."""
+        """True while it can start workers."""
         return self._process.poll() is None
 
     def launched(self, number: int) -> Connection[Any, Any]:

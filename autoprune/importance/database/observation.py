@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 ENOUGH_ROWS = 2**14
 """Rows that are always taken of an input; of wide ones at least `_FEWEST` for each column."""
 _FEWEST = 32
-_AT_ONCE = 4  # samples in one backward pass, which bounds its memory
+_AT_ONCE = 4  # samples in one backward pass, which bounds its memory; more of a small model
+_WORK_AT_ONCE = 2**27  # multiply-accumulates of a forward pass, up to which it holds more
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ def _observed(
     generator = torch.Generator().manual_seed(seed)
     draws = 0
     with seeded(0):
-        for batch, backward in divided(calibration.batches, samples):
+        for batch, backward in divided(calibration, samples):
             mask = positions_of(batch)
             with reading.batch(mask, gradients=backward):
                 outputs = calibration.forward(model, batch)
@@ -158,13 +159,14 @@ def _empty(source: Source) -> Observation:
     return Observation(source, Moments(source.columns, 0, every), Moments(source.columns, 0), Influence(source.columns))
 
 
-def divided(batches: Sequence[Batch], samples: int) -> Iterator[tuple[Batch, bool]]:
-    """Batches in parts of a few samples, each with whether it is among the first `samples` samples."""
-    for batch in batches:
+def divided(calibration: Calibration, samples: int) -> Iterator[tuple[Batch, bool]]:
+    """Calibration batches in parts of a few samples, each with whether it is among the first `samples` samples."""
+    most = max(_AT_ONCE, int(_WORK_AT_ONCE // max(calibration.structure.macs, 1.0)))
+    for batch in calibration.batches:
         if samples <= 0:
             yield batch, False
             continue
-        for part in pieces(batch, min(_AT_ONCE, samples)):
+        for part in pieces(batch, min(most, samples)):
             yield part, samples > 0
             samples -= batch_size(part)
 

@@ -152,7 +152,7 @@ def _run(
     generator = torch.Generator().manual_seed(seed)
     draws = 0
     with seeded(0):
-        for batch, backward in divided(calibration.batches, samples):
+        for batch, backward in divided(calibration, samples):
             with reading.batch(positions_of(batch), gradients=backward):
                 outputs = calibration.forward(model, batch)
                 if backward:
