@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class _Given(NamedTuple):
-    """What the search sends first."""
+    """First message of the search."""
 
     path: list[str]
     pickled: bytes

@@ -64,7 +64,7 @@ def pages(pid: int) -> dict[str, float]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """What the workers of a pool held, in megabytes: the mean of them, for the peak the largest."""
+    """Measure the workers of a pool, in megabytes: the mean of them, for the peak the largest."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     make, samples = NETWORKS[name]
@@ -114,7 +114,7 @@ def evaluate(pool: PoolExecutor, context: Context) -> None:
 
 
 def in_process(name: str, code: Path) -> dict[str, Any]:
-    """The figures of a network with the autoprune of a checkout, in a process of its own."""
+    """Measure a network with the autoprune of a checkout, in a process of its own."""
     call = [sys.executable, "-P", str(Path(__file__).resolve()), "--measure", name]
     environ = {**os.environ, "PYTHONPATH": str(code.resolve()), "OMP_NUM_THREADS": "1"}
     printed = subprocess.run(call, cwd=code, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
