@@ -94,7 +94,9 @@ class _Parts:
             return
         connection.send((READY, os.getpid()))
         for candidate, race in _tasks(connection):
-            connection.send(self._outcome(candidate, race))
+            outcome = self._outcome(candidate, race)
+            _flush()  # what a user's parts have printed: a worker may be killed from here on
+            connection.send(outcome)
 
     def _outcome(self, candidate: Any, race: Any) -> Any:
         """Score one candidate, shape (d,)."""
@@ -145,6 +147,7 @@ class _Workers:
     def _forked(self, handle: int) -> int:
         """Fork a worker; return its number."""
         parent = os.getpid()
+        _flush()  # else each worker would print it again
         if number := os.fork():
             return number
         assert self._parts is not None
@@ -183,6 +186,12 @@ class _Workers:
             os.kill(number, signal.SIGKILL)
         for number in self._started.values():
             _ended(number)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
 
 
 def _ended(number: int) -> int:
