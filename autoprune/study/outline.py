@@ -11,7 +11,7 @@ from autoprune.costs.structural import predicted_widths
 from autoprune.inspection import FrozenPart, what_stays
 from autoprune.result.outline import Heads, Layer, LayerTimes, Outline, Size, Stays
 from autoprune.result.trials import Trial
-from autoprune.structure.structure import Structure
+from autoprune.structure.structure import Attribute, Structure
 from autoprune.structure.units import AffineSize
 from autoprune.study.start import candidates_of, starts_of
 from autoprune.study.study import Study
@@ -85,11 +85,14 @@ def _layers(structure: Structure, kinds: Mapping[str, str]) -> tuple[Layer, ...]
 def _heads(structure: Structure) -> tuple[Heads, ...]:
     columns = {group.name: i for i, group in enumerate(structure.groups)}
     told = {layer.name for layer in structure.terms.layers if layer.heads is not None}
+
+    def size(attribute: Attribute) -> Size:
+        frozen = sum(each * dense for name, each, dense in attribute.shares if name not in columns)
+        moving = tuple((columns[name], each) for name, each, _ in attribute.shares if name in columns)
+        return attribute.fixed + frozen, moving
+
     return tuple(
-        Heads(
-            f"{attribute.module}.{attribute.path}".lstrip("."),
-            (attribute.fixed, tuple((columns[name], each) for name, each, _ in attribute.shares)),
-        )
+        Heads(f"{attribute.module}.{attribute.path}".lstrip("."), size(attribute))
         for attribute in structure.attributes
         if "head" in attribute.path and "dim" not in attribute.path and attribute.module not in told
     )
