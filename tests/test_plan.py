@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import autoprune
+from autoprune.evaluators.scoring import scorer
 from autoprune.execution import evaluate_one
 from autoprune.study.plan import DEFAULTS, lasting
+from autoprune.testing.contexts import study_for
 from tests.cli.commands import CODE, run
 
 
@@ -115,3 +117,29 @@ def test_the_shell_prints_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["trials"] == 12
+
+
+class Clock:
+    """Advances by a second in every pass of `Slow`, and stands else."""
+
+    now = 0.0
+
+    @classmethod
+    def perf_counter(cls) -> float:
+        return cls.now
+
+
+class Slow(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        Clock.now += 1.0
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("evaluator", ["adaptive_bn", "compensated"])
+def test_the_dense_model_takes_its_passes_though_their_outputs_were_there(
+    monkeypatch: pytest.MonkeyPatch, evaluator: str
+) -> None:
+    monkeypatch.setattr(scorer, "time", Clock)
+    model = nn.Sequential(Slow(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    study = study_for(model, "flops <= 50%", samples(), evaluator=evaluator)
+    assert study.dense.seconds == len(study.context.subsets.validation)

@@ -43,7 +43,8 @@ class Measuring:
         self._context = context
         self._run_dense = fitting(bound_forward(context, dense))
         self._weighing: dict[str, Weighing | None] = {}
-        self._outputs: dict[int, Tensor] = {}
+        self._outputs: dict[int, tuple[Tensor, float]] = {}
+        self._spared = 0.0  # seconds of passes whose outputs the present measurement was given
         run = self._noted if keep else self._run_dense
         with seeded(0):
             self._dense: dict[str, tuple[Tensor | None, ...]] = {
@@ -59,7 +60,7 @@ class Measuring:
         self, opened: Callable[[], AbstractContextManager[Run]], part: str, chunk: slice | None = None
     ) -> Measurement | Failure:
         """Score what runs inside ``with opened() as run``, ``run(batch)`` giving outputs, in the same way."""
-        started = time.perf_counter()
+        started, self._spared = time.perf_counter(), 0.0
         rows = chunk or slice(None)
         judge = self._context.judge
         batches: Sequence[Batch] = getattr(self._context.subsets, part)[rows]
@@ -68,7 +69,7 @@ class Measuring:
                 scores = judge.measure(fitting(run), batches, self._dense[part][rows], self._weigh(part, rows))
         except Exception as error:  # whatever a user's model or metric raises costs this candidate alone
             return Failure(said(error), time.perf_counter() - started)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started + self._spared
         signal, metric, distortion, weights = scores
         if not (np.isfinite(signal).all() and np.isfinite(metric).all()):
             bad = int((~(np.isfinite(signal) & np.isfinite(metric))).sum())
@@ -76,11 +77,17 @@ class Measuring:
         return Measurement(signal, metric, seconds, distortion, weights=weights)
 
     def repeating(self, run: Run) -> Run:
-        """Wrap a forward of the dense model: for each batch it first gives the outputs that were computed anyway."""
+        """Wrap a forward of the dense model: for each batch it first gives the outputs that were computed anyway.
+
+        Measurements of these count the time of the passes that they stand for: what an evaluation takes.
+        """
 
         def repeated(batch: Batch) -> Any:
-            outputs = self._outputs.pop(id(batch), None)
-            return run(batch) if outputs is None else outputs.clone()
+            if id(batch) not in self._outputs:
+                return run(batch)
+            outputs, seconds = self._outputs.pop(id(batch))
+            self._spared += seconds
+            return outputs.clone()
 
         return repeated
 
@@ -89,9 +96,10 @@ class Measuring:
         self._outputs.clear()
 
     def _noted(self, batch: Batch) -> Any:
+        started = time.perf_counter()
         outputs = self._run_dense(batch)
         if isinstance(outputs, Tensor):  # others hold more than what is compared, such as caches of keys
-            self._outputs[id(batch)] = outputs
+            self._outputs[id(batch)] = outputs, time.perf_counter() - started
         return outputs
 
     def _weigh(self, part: str, rows: slice) -> Weighing | None:
