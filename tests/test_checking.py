@@ -23,6 +23,7 @@ from autoprune.structure.analysis import analyse
 from autoprune.structure.example import Example
 from autoprune.study import calibration_check as checking
 from autoprune.study.calibration_check import FILE_NAME
+from autoprune.study.uniform_trial import RACED_FIRST, UniformTrial
 from autoprune.testing.contexts import study_for
 
 
@@ -83,17 +84,67 @@ def test_another_criterion_is_chosen_only_where_more_than_luck_speaks_for_it(cas
     spread = (spread - spread.mean()) / spread.std(ddof=1)
     others = [np.full(65, 9.0), np.full(65, 9.0)]
     given = iter([5.0 - spread - errors / 65**0.5, *others, np.full(65, 5.0)])
-    monkeypatch.setattr(checking._Trial, "score", lambda *_: next(given, np.full(65, 9.0)))
+    monkeypatch.setattr(UniformTrial, "score", lambda *_: next(given, np.full(65, 9.0)))
+    monkeypatch.setattr(UniformTrial, "constant", lambda _: np.full(65, 7.0))
     study = study_for(case[0], "flops <= 70%", case[1], metric="accuracy")
     assert study.choice.criterion == chosen
     assert study.choice.parts["least_squares"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beaten", [1.0, 0.75, 0.5, 0.0])
+def test_where_nothing_beats_a_constant_output_gentler_pruning_decides(case, monkeypatch, beaten):
+    """`beaten`: the share of the levels from which on a constant is worse; at more weights seem better left alone."""
+    seen = []
+
+    def score(_trial, refit, context, candidate, _best=None):
+        seen.append(candidate)
+        share = len({levels.tobytes() for levels in seen})  # of those tried so far
+        above = (1.0, 0.75, 0.5)[share - 1] > beaten
+        refitted = refit.settings["least_squares"]
+        return np.full(65, 3.0 if above else 1.0) + (0.5 if refitted == above else 0.0)
+
+    monkeypatch.setattr(UniformTrial, "score", score)
+    monkeypatch.setattr(UniformTrial, "constant", lambda _: np.full(65, 2.0))
+    study = study_for(case[0], "flops <= 30%", case[1], metric="accuracy")
+    (note,) = [note for note in study.notes if note.startswith("calibration check")]
+    last = max(beaten, 0.5)
+    assert study.choice.parts["least_squares"] == (beaten > 0), note
+    assert ("a constant output has 2 " in note and f"by {last:.0%} of the levels" in note) == (last < 1), note
+    np.testing.assert_array_equal(seen[-1], np.rint(last * seen[0]))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "agreement", F.cross_entropy, "whole"])
+def test_a_constant_output_is_the_mean_of_the_dense_outputs(case, metric):
+    def whole(run, batches):
+        return sum(F.cross_entropy(run((x, y)), y, reduction="sum") for x, y in batches) / 65
+
+    given = autoprune.Metric(whole, higher_is_better=False, per_sample=False) if metric == "whole" else metric
+    data = dataclasses.replace(case[1], batch_size=20)
+    context = study_for(case[0], "flops <= 70%", data, metric=given, evaluator="adaptive_bn").context
+    signal = UniformTrial(context).constant()
+    x, y = (torch.cat(part) for part in zip(*context.subsets.validation, strict=True))
+    with torch.no_grad():
+        dense = case[0](x)
+        mean = dense.mean(0).expand_as(dense)
+        each = F.cross_entropy(mean, y, reduction="none")
+        if metric == "agreement":
+            each = F.kl_div(mean.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none").sum(1)
+    expected = each.mean(0, keepdim=True) if metric == "whole" else each
+    np.testing.assert_allclose(signal, expected, rtol=1e-5)
+
+
+def test_a_model_that_is_no_better_than_a_constant_output_is_not_compared_with_one(case):
+    data = autoprune.Data(*((x, y.roll(1)) for x, y in (case[1].calibration, case[1].validation)))
+    context = study_for(case[0], "flops <= 70%", data, metric="accuracy", evaluator="adaptive_bn").context
+    assert UniformTrial(context).constant() is None
 
 
 @pytest.mark.parametrize("metric", ["accuracy", F.cross_entropy], ids=["of samples", "of a weighed set"])
 def test_what_is_clearly_worse_is_given_up_after_some_samples_whose_signals_are_those_of_all(case, metric):
     data = dataclasses.replace(case[1], batch_size=8)
     context = study_for(case[0], "flops <= 70%", data, metric=metric, evaluator="adaptive_bn").context
-    trial = checking._Trial(context)
+    trial = UniformTrial(context)
     whole = trial.measure(context.model)
     assert len(whole) == trial.samples == 65
     np.testing.assert_array_equal(trial.measure(context.model, whole + 1.0), whole)
@@ -107,14 +158,14 @@ def test_of_a_large_model_what_is_far_worse_is_given_up_after_very_few_samples(c
     monkeypatch.setattr(calibration_module, "WORK", 1)
     data = dataclasses.replace(case[1], batch_size=size)
     context = study_for(case[0], "flops <= 70%", data, metric="accuracy", evaluator="adaptive_bn").context
-    trial = checking._Trial(context)
+    trial = UniformTrial(context)
     whole = trial.measure(context.model)
     assert len(whole) == trial.samples == 64
     few = trial.measure(context.model, whole - 1.0)
-    np.testing.assert_array_equal(few, whole[: checking.RACED_FIRST])
+    np.testing.assert_array_equal(few, whole[:RACED_FIRST])
     better = whole.copy()
-    better[: checking.RACED_FIRST] -= 1.1 + np.array([1.0, -1.0, 1.0, -1.0])  # by two standard errors of these
-    assert len(trial.measure(context.model, better)) > checking.RACED_FIRST
+    better[:RACED_FIRST] -= 1.1 + np.array([1.0, -1.0, 1.0, -1.0])  # by two standard errors of these
+    assert len(trial.measure(context.model, better)) > RACED_FIRST
 
 
 @pytest.mark.slow

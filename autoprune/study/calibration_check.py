@@ -7,45 +7,38 @@ validation samples. Parts that make the score worse there are switched off; a no
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from autoprune.data.batch import Batch, batch_size, beginning, divisible, slice_batch
+from autoprune.data.batch import Batch, batch_size
 from autoprune.data.sampling import seeded
 from autoprune.evaluators import Compensated, Context
 from autoprune.evaluators.activation_cache.limits import give_back
 from autoprune.evaluators.adaptive_bn import recalibrate, statistics
 from autoprune.evaluators.compensated import middle_of
-from autoprune.evaluators.scoring.out_of_memory import Halving, fitting
+from autoprune.evaluators.scoring.out_of_memory import Halving
 from autoprune.evaluators.scoring.scorer import bound_forward
 from autoprune.files.access import make_folder, write_json
 from autoprune.files.formats import Format
-from autoprune.importance.calibration import Calibration, affordable, private_copy, ranked_on
+from autoprune.importance.calibration import Calibration, private_copy, ranked_on
 from autoprune.importance.criteria import order_units, score_units, score_units_by
 from autoprune.importance.database.build import work_of_database
 from autoprune.importance.unit_products import UnitProducts
-from autoprune.metrics.judge import Weighing
 from autoprune.protocols import FloatArray, IntArray, Pruning
 from autoprune.search_spaces import Settings
-from autoprune.structure.slicing.slicing import Edit, Slicer
+from autoprune.study.uniform_trial import UniformTrial, better
 
 log = logging.getLogger(__name__)
 
-FEWEST_SAMPLES = 64
-MOST_SAMPLES = 1024
-"""Validation samples of the check: all of a small model's, by default; fewer for a large one."""
+LEVELS = (1.0, 0.75, 0.5)
+"""Shares of the levels of uniform pruning at the budget that are compared at, until one beats a constant output."""
 CRITERIA = (("taylor",), ("fluctuation", "contribution"))
 """Criteria tried in addition to l2; those that need the same passes over the samples are grouped."""
-RACED = 8
-"""Fewest validation samples after which a way that is clearly worse than another is given up."""
-RACED_FIRST = 4
-"""The same of a large model, for what is worse by three standard errors."""
 DATABASE_SHARE = 0.07
 """Most work of a layer database, as a share of the forward passes of all candidates, for which `obs` is tried."""
 FILE_NAME = "refit.json"
@@ -136,7 +129,8 @@ def check(
     Returns:
         The choice, an evaluator that has collected its inputs, and the importance of units by the chosen criterion.
     """
-    trial = _Trial(context)
+    trial = UniformTrial(context)
+    constant = trial.constant()
     renew, told = _renewed(context, trial)
     ranked = {}
     if settings.criterion == "auto" and scores:  # first, because gradients take as much memory as the model
@@ -148,29 +142,25 @@ def check(
     refit.collect(context)
     if {"bias", "bn"}.isdisjoint(refit.parts):  # it leaves means to them, and differs from contribution in nothing else
         ranked.pop("fluctuation", None)
-    base: dict[str, FloatArray] = {}
-    best: FloatArray | None = None
-    pick = ""
-    for name in (*reversed(ranked), ""):  # l2 comes last: in large models it is the one that is given up
-        order = order_units(ranked[name] if name else scores)
-        bound = replace(context, space=settings.bind(context.structure, order)) if name else context
-        base[name] = trial.score(refit, bound, candidate, best)
-        if best is None or (len(base[name]) >= len(best) and base[name].mean() < best.mean()):
-            best, pick = base[name], name
+    for share in LEVELS:
+        some = np.rint(share * candidate).astype(np.int64)
+        base, pick = _by_criterion(trial, refit, context, settings, {"": scores, **ranked}, some)
+        if constant is None or better(base[pick], constant, errors=2.0):
+            break
     figures = [trial.told({name or "l2": base[name] for name in ("", *ranked)})] if ranked else []
     criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
     importance, chosen, whole = scores, context, base[""]
-    if pick and _better(base[pick], base[""]):
+    if pick and better(base[pick], base[""]):
         criterion, importance, whole = pick, ranked[pick], base[pick]
         chosen = replace(context, space=settings.bind(context.structure, order_units(importance)))
     off: list[str] = []
     without = {}
     for part in refit.parts:
         lesser = refit.with_parts(**{part: False})
-        without[part] = trial.score(lesser, chosen, candidate, whole)
+        without[part] = trial.score(lesser, chosen, some, whole)
         if part == "bn" and renew:
             continue
-        if _better(without[part], whole):
+        if better(without[part], whole):
             off.append(part)
     if len(off) > 1:  # parts may replace each other: only the one with the least effect is switched off
         off = [min(off, key=lambda part: without[part].mean())]
@@ -180,102 +170,57 @@ def check(
     final = refit.with_parts(**dict.fromkeys(off, False))
     on = [_PARTS[part] for part in final.parts]
     note = (
-        f"calibration check on {trial.samples} validation samples, uniform pruning at the budget, "
+        f"calibration check on {trial.samples} validation samples, uniform pruning {_where(share, constant)}, "
         f"{context.judge.name}'s signal (lower is better): {'; '.join(figures)}{told}; chosen: "
         f"{criterion if scores else 'no ranking'}, re-fit of {', '.join(on) or 'nothing'}"
     )
     return Choice(criterion, final.settings, note), final, importance
 
 
+def _by_criterion(
+    trial: UniformTrial,
+    refit: Compensated,
+    context: Context,
+    settings: Settings,
+    ranked: Mapping[str, Mapping[str, Tensor]],
+    candidate: IntArray,
+) -> tuple[dict[str, FloatArray], str]:
+    """Signals of a candidate with the units in the order of each criterion, and the criterion with the best.
+
+    Args:
+        trial: Scores them.
+        refit: With all its parts.
+        context: With the space in the order of the first criterion.
+        settings: Of the space.
+        ranked: Importance of units by each criterion.
+        candidate: The candidate, shape (d,).
+    """
+    first = next(iter(ranked))
+    signals: dict[str, FloatArray] = {}
+    best: FloatArray | None = None
+    pick = first
+    for name in reversed([*ranked]):  # l2 comes last: in large models it is the one that is given up
+        bound = context
+        if name != first:
+            bound = replace(context, space=settings.bind(context.structure, order_units(ranked[name])))
+        signals[name] = trial.score(refit, bound, candidate, best)
+        if best is None or (len(signals[name]) >= len(best) and signals[name].mean() < best.mean()):
+            best, pick = signals[name], name
+    return signals, pick
+
+
+def _where(share: float, constant: FloatArray | None) -> str:
+    """Words for the levels at which was compared."""
+    if share == LEVELS[0] or constant is None:
+        return "at the budget"
+    reason = f"because a constant output has {constant.mean():.4g} and none there was better"
+    return f"by {share:.0%} of the levels at the budget, {reason}"
+
+
 _PARTS = {"least_squares": "weights", "bias": "biases", "bn": "statistics"}
 
 
-class _Trial:
-    """Scores pruned networks on a few validation samples."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        most = affordable(context.structure, FEWEST_SAMPLES, MOST_SAMPLES)
-        self._batches = tuple(beginning(context.subsets.validation, most))
-        first = self._batches[0]
-        self._large = most < MOST_SAMPLES
-        if self._large and divisible(first) and batch_size(first) > RACED_FIRST:
-            cuts = (0, RACED_FIRST, batch_size(first))
-            self._batches = (*(slice_batch(first, *ends) for ends in pairwise(cuts)), *self._batches[1:])
-        self.samples = sum(map(batch_size, self._batches))
-        self._slicer = Slicer(context.model)
-        dense = self._slicer.cut(Edit({}, {})).eval()
-        run = fitting(bound_forward(context, dense))
-        with seeded(0):
-            self._dense = context.judge.dense_outputs(run, self._batches, 0)
-            self._weighing = self._weighed(run)
-
-    def _weighed(self, run: Callable[[Batch], object]) -> Weighing | None:
-        """Weights of the samples, found once: else every measurement would run its module twice."""
-        try:
-            return self._context.judge.weigh(run, self._batches, self._dense)
-        except Exception as error:  # of a user's metric; measurements raise it again, where it rules out a choice
-            log.info("calibration check: %s: %s", type(error).__name__, error)
-            return None
-
-    def measure(self, module: nn.Module, best: FloatArray | None = None) -> FloatArray:
-        """Signal of a module, one value a sample; infinite where it cannot be scored.
-
-        Args:
-            module: In evaluation mode.
-            best: Signals of another one: where this is worse by two standard errors on the first samples, a quarter but
-                at least `RACED`, the others are left out; of a large model also by three on the first `RACED_FIRST`.
-        """
-        judge = self._context.judge
-        run = fitting(bound_forward(self._context, module))
-        signals = np.empty(0)
-        with seeded(0):
-            for part in self._parts(best is not None):
-                weighing = None if self._weighing is None else self._weighing.of(part)
-                found = judge.measure(run, self._batches[part], self._dense[part], weighing).signal
-                signals = np.concatenate([signals, np.where(np.isfinite(found), found, np.inf)])
-                errors = 2.0 if len(signals) >= RACED else 3.0
-                if best is not None and len(best) > len(signals) and _better(best, signals, errors):
-                    break
-        return signals
-
-    def _parts(self, raced: bool) -> list[slice]:
-        """Batches to score before it is asked whether more are needed, and the others."""
-        judge = self._context.judge
-        if raced and judge.per_sample and (judge.parts is None or self._weighing is not None):
-            counts = np.cumsum([batch_size(batch) for batch in self._batches])
-            looks = [max(RACED, self.samples / 4), *([RACED_FIRST] if self._large else [])]
-            ends = {0, len(counts), *(min(int(np.searchsorted(counts, least)) + 1, len(counts)) for least in looks)}
-            return [slice(*each) for each in pairwise(sorted(ends))]
-        return [slice(None)]
-
-    def told(self, signals: Mapping[str, FloatArray], between: str = "; ") -> str:
-        """Means of signals, with their number where not all samples were scored."""
-        return between.join(
-            f"{name} {each.mean():.4g}" + (f" ({len(each)} samples)" if 1 < len(each) < self.samples else "")
-            for name, each in signals.items()
-        )
-
-    def score(
-        self, refit: Compensated, context: Context, candidate: IntArray, best: FloatArray | None = None
-    ) -> FloatArray:
-        """Signal of a candidate of the space of `context`, re-fitted; `best` as in `measure`."""
-        edit = context.structure.edit(context.space.pruning(candidate.tolist()))
-        try:
-            module = self._slicer.cut(edit).eval()
-            with seeded(0):
-                refit.adapt(module, edit, bound_forward(context, module))
-            return self.measure(module, best)
-        except Exception as error:  # an error of a user's model or metric rules out this choice alone
-            log.info("calibration check: %s: %s", type(error).__name__, error)
-            return np.full(1, np.inf)
-        finally:
-            self._slicer.release()
-            refit.forget()
-            give_back(context.model)
-
-
-def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
+def _renewed(context: Context, trial: UniformTrial) -> tuple[bool, str]:
     """Return whether the dense model is better with statistics of the calibration samples, and a note with figures."""
     dense = private_copy(context.model)
     if not statistics(dense):
@@ -289,20 +234,7 @@ def _renewed(context: Context, trial: _Trial) -> tuple[bool, str]:
         log.info("calibration check: %s: %s", type(error).__name__, error)
         return False, ""
     figures = f"; the dense model {own.mean():.4g}, {new.mean():.4g} with statistics of the calibration samples"
-    return _better(new, own, errors=2.0), figures
-
-
-def _better(a: FloatArray, b: FloatArray, errors: float = 1.0) -> bool:
-    """Return whether signal a is lower than b by more than this number of standard errors of the paired difference.
-
-    Where one has fewer samples, on these.
-    """
-    if not np.isfinite(a).all() or not np.isfinite(b).all():
-        return float(a.mean()) < float(b.mean())
-    common = min(len(a), len(b))
-    gain = b[:common] - a[:common]
-    error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-    return bool(gain.mean() > errors * error and gain.mean() > 0)
+    return better(new, own, errors=2.0), figures
 
 
 def _by_surgeon(context: Context, calibration: Calibration, trials: int) -> dict[str, dict[str, Tensor]]:

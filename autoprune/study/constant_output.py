@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 
-from autoprune.data.batch import Batch, batch_size
 from autoprune.data.sampling import seeded
-from autoprune.metrics.scorers import main_output
+from autoprune.metrics.constant import measure_constant
 from autoprune.protocols import OK
 from autoprune.result.trials import Trial
 from autoprune.structure.slicing.slicing import Edit, Slicer
@@ -56,24 +55,9 @@ def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
 def score_of_constant(study: Study) -> float:
     """Metric of a model that returns the dense model's mean output over the validation samples for each of them."""
     context = study.context
-    judge = study.context.judge
-    batches = context.subsets.validation
     model = Slicer(context.model).cut(Edit({}, {})).eval()  # with buffers of its own, which a forward pass may write to
-
-    def run(batch: Batch) -> Any:
-        return context.forward(model, batch)
-
-    known = judge.dense_outputs(run, batches)
-    total = torch.zeros(())
-    rows = 0
+    run = partial(context.forward, model)
     with torch.no_grad():
-        for batch, dense in zip(batches, known, strict=True):
-            output = main_output(run(batch)) if dense is None else dense
-            total = total + output.double().sum(0)
-            rows = rows + len(output)
-    mean = (total / rows).to(output.dtype)
-
-    def constant(batch: Batch) -> Any:
-        return mean.expand(batch_size(batch), *mean.shape)
-
-    return float(judge.measure(constant, batches, known).metric.mean())
+        known = context.judge.dense_outputs(run, context.subsets.validation)
+        _, constant = measure_constant(context.judge, run, context.subsets.validation, known)
+    return float(constant.metric.mean())

@@ -89,11 +89,11 @@ def report(cells: dict[str, Any]) -> str:
                 row.append(f"{mean['accuracy']:.3f} ({mean['latency']:.0%}, {mean['dropped']:.1f} dropped)")
             plain, deep = own.values()
             gains = [deep[seed]["accuracy"] - plain[seed]["accuracy"] for seed in both]
-            rows.append([*row, interval(gains) if len(gains) > 1 else f"{gains[0]:+.3f}"])
+            rows.append([*row, interval(gains) if len(gains) > 1 else f"{100 * gains[0]:+.1f}"])
     return (
         "Accuracy on held-out digits, before training; in brackets the latency measured next to the dense network, and "
-        "the number of branches dropped. Last: difference, with its 95 % interval over the seeds.\n\n"
-        + table(["network", "latency", *SPACES, "difference"], rows)
+        "the number of branches dropped. Last: difference in percentage points, with its 95 % interval over "
+        "the seeds.\n\n" + table(["network", "latency", *SPACES, "difference"], rows)
     )
 
 
