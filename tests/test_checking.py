@@ -85,7 +85,7 @@ def test_another_criterion_is_chosen_only_where_more_than_luck_speaks_for_it(cas
     others = [np.full(65, 9.0), np.full(65, 9.0)]
     given = iter([5.0 - spread - errors / 65**0.5, *others, np.full(65, 5.0)])
     monkeypatch.setattr(UniformTrial, "score", lambda *_: next(given, np.full(65, 9.0)))
-    monkeypatch.setattr(UniformTrial, "constant", lambda _: np.full(65, 7.0))
+    monkeypatch.setattr(UniformTrial, "halfway", lambda _: np.full(65, 7.0))
     study = study_for(case[0], "flops <= 70%", case[1], metric="accuracy")
     assert study.choice.criterion == chosen
     assert study.choice.parts["least_squares"]
@@ -93,8 +93,8 @@ def test_another_criterion_is_chosen_only_where_more_than_luck_speaks_for_it(cas
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beaten", [1.0, 0.75, 0.5, 0.0])
-def test_where_nothing_beats_a_constant_output_gentler_pruning_decides(case, monkeypatch, beaten):
-    """`beaten`: the share of the levels from which on a constant is worse; at more weights seem better left alone."""
+def test_where_all_are_closer_to_chance_than_to_dense_gentler_pruning_decides(case, monkeypatch, beaten):
+    """`beaten`: the share of the levels from which on they are not; at more, weights seem better left alone."""
     seen = []
 
     def score(_trial, refit, context, candidate, _best=None):
@@ -105,31 +105,31 @@ def test_where_nothing_beats_a_constant_output_gentler_pruning_decides(case, mon
         return np.full(65, 3.0 if above else 1.0) + (0.5 if refitted == above else 0.0)
 
     monkeypatch.setattr(UniformTrial, "score", score)
-    monkeypatch.setattr(UniformTrial, "constant", lambda _: np.full(65, 2.0))
+    monkeypatch.setattr(UniformTrial, "halfway", lambda _: np.full(65, 2.0))
     study = study_for(case[0], "flops <= 30%", case[1], metric="accuracy")
     (note,) = [note for note in study.notes if note.startswith("calibration check")]
     last = max(beaten, 0.5)
     assert study.choice.parts["least_squares"] == (beaten > 0), note
-    assert ("a constant output has 2 " in note and f"by {last:.0%} of the levels" in note) == (last < 1), note
+    assert ("beyond 2," in note and f"by {last:.0%} of the levels" in note) == (last < 1), note
     np.testing.assert_array_equal(seen[-1], np.rint(last * seen[0]))
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "agreement", F.cross_entropy, "whole"])
-def test_a_constant_output_is_the_mean_of_the_dense_outputs(case, metric):
+def test_the_line_lies_halfway_between_the_dense_model_and_its_mean_output(case, metric):
     def whole(run, batches):
         return sum(F.cross_entropy(run((x, y)), y, reduction="sum") for x, y in batches) / 65
 
     given = autoprune.Metric(whole, higher_is_better=False, per_sample=False) if metric == "whole" else metric
     data = dataclasses.replace(case[1], batch_size=20)
     context = study_for(case[0], "flops <= 70%", data, metric=given, evaluator="adaptive_bn").context
-    signal = UniformTrial(context).constant()
+    signal = UniformTrial(context).halfway()
     x, y = (torch.cat(part) for part in zip(*context.subsets.validation, strict=True))
     with torch.no_grad():
         dense = case[0](x)
         mean = dense.mean(0).expand_as(dense)
-        each = F.cross_entropy(mean, y, reduction="none")
+        each = (F.cross_entropy(mean, y, reduction="none") + F.cross_entropy(dense, y, reduction="none")) / 2
         if metric == "agreement":
-            each = F.kl_div(mean.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none").sum(1)
+            each = F.kl_div(mean.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none").sum(1) / 2
     expected = each.mean(0, keepdim=True) if metric == "whole" else each
     np.testing.assert_allclose(signal, expected, rtol=1e-5)
 
@@ -137,7 +137,7 @@ def test_a_constant_output_is_the_mean_of_the_dense_outputs(case, metric):
 def test_a_model_that_is_no_better_than_a_constant_output_is_not_compared_with_one(case):
     data = autoprune.Data(*((x, y.roll(1)) for x, y in (case[1].calibration, case[1].validation)))
     context = study_for(case[0], "flops <= 70%", data, metric="accuracy", evaluator="adaptive_bn").context
-    assert UniformTrial(context).constant() is None
+    assert UniformTrial(context).halfway() is None
 
 
 @pytest.mark.parametrize("metric", ["accuracy", F.cross_entropy], ids=["of samples", "of a weighed set"])

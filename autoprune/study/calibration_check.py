@@ -36,7 +36,7 @@ from autoprune.study.uniform_trial import UniformTrial, better
 log = logging.getLogger(__name__)
 
 LEVELS = (1.0, 0.75, 0.5)
-"""Shares of the levels of uniform pruning at the budget that are compared at, until one beats a constant output."""
+"""Shares of the levels of uniform pruning at the budget to compare at, until one is closer to dense than to chance."""
 CRITERIA = (("taylor",), ("fluctuation", "contribution"))
 """Criteria tried in addition to l2; those that need the same passes over the samples are grouped."""
 DATABASE_SHARE = 0.07
@@ -130,7 +130,7 @@ def check(
         The choice, an evaluator that has collected its inputs, and the importance of units by the chosen criterion.
     """
     trial = UniformTrial(context)
-    constant = trial.constant()
+    halfway = trial.halfway()
     renew, told = _renewed(context, trial)
     ranked = {}
     if settings.criterion == "auto" and scores:  # first, because gradients take as much memory as the model
@@ -145,7 +145,7 @@ def check(
     for share in LEVELS:
         some = np.rint(share * candidate).astype(np.int64)
         base, pick = _by_criterion(trial, refit, context, settings, {"": scores, **ranked}, some)
-        if constant is None or better(base[pick], constant, errors=2.0):
+        if halfway is None or better(base[pick], halfway, errors=2.0):
             break
     figures = [trial.told({name or "l2": base[name] for name in ("", *ranked)})] if ranked else []
     criterion = "l2" if settings.criterion == "auto" else str(settings.criterion)
@@ -170,7 +170,7 @@ def check(
     final = refit.with_parts(**dict.fromkeys(off, False))
     on = [_PARTS[part] for part in final.parts]
     note = (
-        f"calibration check on {trial.samples} validation samples, uniform pruning {_where(share, constant)}, "
+        f"calibration check on {trial.samples} validation samples, uniform pruning {_where(share, halfway)}, "
         f"{context.judge.name}'s signal (lower is better): {'; '.join(figures)}{told}; chosen: "
         f"{criterion if scores else 'no ranking'}, re-fit of {', '.join(on) or 'nothing'}"
     )
@@ -209,11 +209,11 @@ def _by_criterion(
     return signals, pick
 
 
-def _where(share: float, constant: FloatArray | None) -> str:
+def _where(share: float, halfway: FloatArray | None) -> str:
     """Words for the levels at which was compared."""
-    if share == LEVELS[0] or constant is None:
+    if share == LEVELS[0] or halfway is None:
         return "at the budget"
-    reason = f"because a constant output has {constant.mean():.4g} and none there was better"
+    reason = f"where all came closer to a constant output than to the dense model, beyond {halfway.mean():.4g}"
     return f"by {share:.0%} of the levels at the budget, {reason}"
 
 

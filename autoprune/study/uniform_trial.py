@@ -61,8 +61,11 @@ class UniformTrial:
             log.info("calibration check: %s: %s", type(error).__name__, error)
             return None
 
-    def constant(self) -> FloatArray | None:
-        """Signal of the dense model's mean output, one value a sample; None where the dense model is no better."""
+    def halfway(self) -> FloatArray | None:
+        """Mean of the signals of the dense model and of a constant, its mean output, one value a sample.
+
+        None where the dense model is no better than the constant.
+        """
         try:
             with seeded(0), torch.no_grad():
                 own, constant = measure_constant(
@@ -73,7 +76,8 @@ class UniformTrial:
             return None
         if not np.isfinite(constant.signal).all() or not better(own.signal, constant.signal, errors=2.0):
             return None
-        return constant.signal
+        middle: FloatArray = (own.signal + constant.signal) / 2
+        return middle
 
     def measure(self, module: nn.Module, best: FloatArray | None = None) -> FloatArray:
         """Signal of a module, one value a sample; infinite where it cannot be scored.

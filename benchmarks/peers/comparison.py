@@ -13,7 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
@@ -94,10 +94,10 @@ def train(pair: str, seed: int) -> trained.Trained:
     return trained.trained(network, seed, hard)
 
 
-def run_all(pairs: Sequence[str], seeds: int, processes: int) -> list[dict[str, Any]]:
+def run_all(pairs: Sequence[str], seeds: int, processes: int, names: Iterable[str]) -> list[dict[str, Any]]:
     FOLDER.mkdir(parents=True, exist_ok=True)
     networks = list(product(pairs, range(seeds)))
-    jobs = [(pair, seed, method) for pair, seed in networks for method in PEERS | OURS]
+    jobs = [(pair, seed, method) for pair, seed in networks for method in names]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(train, *zip(*networks, strict=True)))  # before the jobs, or several would train the same network
         return list(pool.map(run, jobs))
@@ -108,12 +108,20 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"fewer than {SEEDS} make a trial, kept in {FOLDER}")
     parser.add_argument("--pair", choices=PAIRS, help="one pair alone makes a trial, too")
+    parser.add_argument("--ours", action="store_true", help="run ours alone, next to the others' runs in the results")
     arguments = parser.parse_args()
-    methods.require_torch_pruning()
-    torch.set_num_threads(1)
-    where = environment(COMMAND)
     pairs = [arguments.pair] if arguments.pair else list(PAIRS)
-    runs = run_all(pairs, arguments.seeds, arguments.jobs)
+    stored: list[dict[str, Any]] = []
+    if arguments.ours:
+        kept = json.loads((RESULTS / "peers.json").read_text())["runs"]
+        stored = [each for each in kept if each["method"] in PEERS and each["pair"] in pairs]
+    else:
+        methods.require_torch_pruning()
+    torch.set_num_threads(1)
+    where = environment(f"{COMMAND} --ours" if arguments.ours else COMMAND)
+    names = OURS if arguments.ours else PEERS | OURS
+    runs = run_all(pairs, arguments.seeds, arguments.jobs, names)
+    runs += [each for each in stored if each["seed"] < arguments.seeds]
     judged = list(OURS)[-1]
     text, failures = report(runs, list(PEERS), list(OURS)), missed(runs, list(PEERS), judged)
     if (pairs, arguments.seeds) == (list(PAIRS), SEEDS):
