@@ -34,6 +34,20 @@ class TestNoBetterThanAConstant:
         assert not any("constant output" in note for note in result.notes)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(("budget", "near"), [("flops <= 4%", True), ("flops <= 60%", False)])
+    def test_one_that_knows_little_should_be_scored_after_a_few_steps(self, digits_model, data, budget, near):
+        result = quick(digits_model, budget, data, trials=2, optimizer="random")
+        notes = [note for note in result.notes if "is closer to a constant output" in note]
+        best = max(trial.score for trial in result.trials if trial.feasible)
+        assert len(notes) == near, (best, result.notes)
+        if near:
+            pattern = r"accuracy ([0-9.]+), .* constant output, ([0-9.]+), than to the dense model, ([0-9.]+):"
+            told, constant, dense = map(float, re.search(pattern, notes[0]).groups())
+            assert (told, dense) == pytest.approx((best, result.dense.score), abs=1e-4)
+            assert constant < told < (constant + dense) / 2
+            assert "FineTune(steps=10)" in notes[0]
+
+    @pytest.mark.slow
     def test_a_constant_that_has_no_score_is_not_spoken_of(self, mlp, vectors):
         def correlation(forward, batches):
             outputs = torch.cat([forward(batch)[:, 0] for batch in batches])

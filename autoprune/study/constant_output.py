@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @seeded(0)  # a model may draw noise
 def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
-    """Note that only the dense model scores better than its own mean output for every sample, and no network found.
+    """Note that no network found scores better than the dense model's mean output for every sample, or much better.
 
     Costs one pass of the dense model over the validation samples, for which there has to be time.
     """
@@ -43,13 +43,22 @@ def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
         return ()
     best = judge.direction.best(scores)
     dense = float(study.dense.metric.mean())
-    if judge.direction.better(best, constant) or not judge.direction.better(dense, constant):
+    if not judge.direction.better(dense, constant):
         return ()
-    return (
-        f"no network within the budget is better than a constant output: the best has {judge.name} {best:.4f}, and the "
-        f"mean output of the dense model for every sample {constant:.4f}; allow more of the dense cost, fine-tune, or "
-        "give more calibration samples",
-    )
+    if not judge.direction.better(best, constant):
+        return (
+            f"no network within the budget is better than a constant output: the best has {judge.name} {best:.4f}, and "
+            f"the mean output of the dense model for every sample {constant:.4f}; allow more of the dense cost, "
+            "fine-tune, or give more calibration samples",
+        )
+    if study.request.evaluator == "auto" and abs(best - constant) < abs(dense - best):
+        return (
+            f"the best network within the budget, with {judge.name} {best:.4f}, is closer to a constant output, "
+            f"{constant:.4f}, than to the dense model, {dense:.4f}: scores before training tell little about such "
+            "networks after it; score them after a few steps of training, with "
+            "evaluator=autoprune.FineTune(steps=10), or allow more of the dense cost",
+        )
+    return ()
 
 
 def score_of_constant(study: Study) -> float:
