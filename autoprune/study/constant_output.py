@@ -56,7 +56,7 @@ def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
             f"the best network within the budget, with {judge.name} {best:.4f}, is closer to a constant output, "
             f"{constant:.4f}, than to the dense model, {dense:.4f}: scores before training tell little about such "
             "networks after it; score them after a few steps of training, with "
-            "evaluator=autoprune.FineTune(steps=10), or allow more of the dense cost",
+            "evaluator=autoprune.evaluators.FineTune(steps=10, lr=0.01), or allow more of the dense cost",
         )
     return ()
 
