@@ -183,3 +183,35 @@ class TestMeanIou:
         )
         with pytest.raises(DataError, match="labels from 0 to 2"):
             resolve_metric("miou", subsets, lambda batch: batch[0])
+
+
+class TestClassesOfTokens:
+    """Labels of shape (n, positions), outputs of shape (n, positions, classes)."""
+
+    @pytest.mark.parametrize("length", [7, VOCABULARY])  # as many positions as classes, too
+    @pytest.mark.parametrize("metric", ["auto", "loss"])
+    def test_their_loss_is_that_of_all_labelled_tokens(self, metric, length):
+        labels = torch.randint(0, VOCABULARY, (12, length), generator=torch.Generator().manual_seed(2))
+        labels[::3, 2:] = -100
+        model = Causal(everything=True)
+        judge, found, batches = scored(metric, texts(length=length, labels=labels), model)
+        assert (judge.name, judge.higher_is_better) == ("loss", False)
+        logits = torch.cat([forward_of(model)(batch)["logits"] for batch in batches]).flatten(0, 1)
+        wanted = torch.cat([batch["labels"] for batch in batches]).flatten()
+        assert found.metric.mean() == pytest.approx(float(F.cross_entropy(logits, wanted)), rel=1e-5)
+
+    def test_a_later_batch_with_as_many_positions_as_classes_is_read_alike(self):
+        model = nn.Sequential(nn.Linear(5, 4))
+        batches = [(draw(12, n, 5, seed=n), torch.randint(0, 4, (12, n))) for n in (7, 4, 9)]
+        judge = resolve_metric("loss", subsets_of(batches[:1]), lambda batch: model(batch[0]))
+        with torch.no_grad():
+            found = judge.measure(lambda batch: model(batch[0]), batches, [None] * 3).metric.mean()
+            logits, wanted = (torch.cat(part) for part in zip(*(
+                (model(x).flatten(0, 1), y.flatten()) for x, y in batches
+            ), strict=True))  # fmt: skip
+        assert found == pytest.approx(float(F.cross_entropy(logits, wanted)), rel=1e-5)
+
+    def test_a_causal_language_model_is_refused_with_the_metric_that_shifts(self):
+        labels = torch.cat([batch["input_ids"] for batch in texts()])
+        with pytest.raises(DataError, match="metric='next_token'"):
+            scored("loss", texts(labels=labels), Causal())

@@ -334,15 +334,33 @@ def targets(batch: Batch) -> Any:
 def default_forward(model: nn.Module, batch: Batch) -> Any:
     """Call the model with the inputs of a batch; a model of transformers that keeps keys and values does not do so.
 
-    Of a batch ``((x, t), y)`` or ``({"x": x, "t": t}, y)`` a model whose forward takes several arguments gets these.
+    Of a batch ``((x, t), y)`` or ``({"x": x, "t": t}, y)`` a model whose forward takes several arguments gets these. An
+    encoder with a decoder, of transformers, decodes the labels where the batch has no inputs of the decoder.
     """
     args, kwargs = inputs(batch)
+    kwargs = kwargs | _decoded(model, kwargs, targets(batch))
     if len(args) == 1 and isinstance(args[0], Mapping | list | tuple) and not _takes(model, args, kwargs):
         spread = ((), dict(args[0])) if isinstance(args[0], Mapping) else (tuple(args[0]), {})
         args, kwargs = spread if _takes(model, *spread) else (args, kwargs)
     if "use_cache" not in kwargs and _keeps_a_cache(model):
         kwargs = {**kwargs, "use_cache": False}  # nothing is generated: the cache would only take memory
     return model(*args, **kwargs)
+
+
+def _decoded(model: nn.Module, kwargs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
+    """Inputs of the decoder where a model of transformers makes them from labels: these, shifted right by one."""
+    config: Any = getattr(model, "config", None)
+    given = any(key.startswith("decoder_input") for key in kwargs)
+    if given or getattr(config, "is_encoder_decoder", None) is not True or not isinstance(labels, Tensor):
+        return {}
+    if labels.ndim != 2 or labels.is_floating_point() or "decoder_input_ids" not in signature(model.forward).parameters:
+        return {}
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if callable(prepare):
+        return {"decoder_input_ids": prepare(labels=labels)}
+    first = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+    shifted = torch.cat([first, labels[:, :-1]], 1)
+    return {"decoder_input_ids": shifted.masked_fill(shifted < 0, config.pad_token_id)}
 
 
 def _takes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

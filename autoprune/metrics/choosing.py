@@ -32,7 +32,8 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: BoundForward) -
 
     ``"auto"`` is accuracy if the labels are classes of the outputs, the loss if they are classes of each position
     (segmentation), the mean squared error if they are floats shaped like the outputs, the loss of the next token if
-    the outputs predict ``input_ids`` and there are no other labels, else agreement.
+    the outputs predict ``input_ids`` and there are no other labels, the loss if labels are classes of each token and
+    the last dimension of the outputs holds the classes, else agreement.
 
     Args:
         metric: A name from `METRICS`, a `Metric`, or a loss like ``nn.MSELoss()`` or ``F.cross_entropy``, called with
@@ -118,6 +119,9 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
     else:
         name, note = ("loss" if name == "cross_entropy" else name), f"metric {name!r} was asked for"
         misfit = "" if name in ("agreement", "cosine", "relative_error") else _misfit(name, outputs, batches)
+        if misfit and name == "loss" and not _misfit(name, outputs, batches, last=True):
+            causal = language.is_language_model(outputs, batches, forward)
+            misfit = "labels that are no tokens to foresee, for which there is metric='next_token'" if causal else ""
         if misfit:
             raise DataError(
                 f"metric={name!r} needs {misfit}; give such data, or use metric='agreement', which needs no labels, "
@@ -128,10 +132,12 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
             note += "; the search is steered by cross-entropy, which ties less"
             return Judge(name, True, note, proportion=True, scorer=scorers.accuracy)
         case "loss":
-            note += _note_of_void(output, batches)
-            return Judge(name, False, note, scorer=scorers.cross_entropy, parts=scorers.labelled_positions)
+            classes = scorers.class_dimension(outputs, batches[0]) or 1
+            note += _note_of_void(output.shape[classes], batches)
+            scorer, parts = partial(scorers.cross_entropy, classes), partial(scorers.labelled_positions, classes)
+            return Judge(name, False, note, scorer=scorer, parts=parts)
         case "miou":
-            return Judge(name, True, note + _note_of_void(output, batches), whole_set=mean_iou)
+            return Judge(name, True, note + _note_of_void(output.shape[1], batches), whole_set=mean_iou)
         case "mse":
             return Judge(name, False, note, scorer=scorers.mse)
         case "next_token":
@@ -175,10 +181,10 @@ def _judge_next_token(note: str, output: Tensor, batches: Sequence[Batch]) -> Ju
     )
 
 
-def _note_of_void(output: Tensor, batches: Sequence[Batch]) -> str:
+def _note_of_void(classes: int, batches: Sequence[Batch]) -> str:
     void = scorers.VOID
     seen = any(targets(batch).ndim > 1 and bool((targets(batch) == void).any()) for batch in batches)
-    return f"; positions labelled {void} are left out" if seen and output.shape[1] <= void else ""
+    return f"; positions labelled {void} are left out" if seen and classes <= void else ""
 
 
 def _choose(outputs: Any, batches: Sequence[Batch], forward: BoundForward) -> tuple[str, str]:
@@ -193,6 +199,8 @@ def _choose(outputs: Any, batches: Sequence[Batch], forward: BoundForward) -> tu
             return name, f"metric {name!r} was chosen because {reason}"
     if language.is_language_model(outputs, batches, forward):
         return "next_token", "metric 'next_token' was chosen because the outputs foresee input_ids"
+    if not _misfit("loss", outputs, batches, last=True):
+        return "loss", "metric 'loss' was chosen because the labels are classes of each token of the outputs"
     if any(targets(batch) is None for batch in batches):
         reason = "labels are missing in the validation or test data"
     else:
@@ -204,11 +212,20 @@ def _choose(outputs: Any, batches: Sequence[Batch], forward: BoundForward) -> tu
     return "agreement", f"metric 'agreement' with the dense model was chosen because {reason}"
 
 
-def _misfit(name: str, made: Any, batches: Sequence[Batch]) -> str:
-    """Describe the labels or outputs that a metric needs and does not find; empty if all fit."""
+def _misfit(name: str, made: Any, batches: Sequence[Batch], last: bool = False) -> str:
+    """Describe the labels or outputs that a metric needs and does not find; empty if all fit.
+
+    Args:
+        name: The metric.
+        made: Outputs for the first batch.
+        batches: Labelled.
+        last: Whether the last dimension of the outputs holds the classes, of the loss alone.
+    """
     if name == "next_token":
         return language.why_no_language_model(made, batches[0])
     outputs = scorers.main_output(made)
+    if last and outputs.ndim > 2:
+        outputs = outputs.movedim(-1, 1)
     labels = [targets(batch) for batch in batches]
     if not all(isinstance(label, Tensor) for label in labels):
         return "labels, but batches without any were found in the validation or test data"

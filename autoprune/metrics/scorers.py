@@ -49,18 +49,18 @@ def accuracy(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, 
     return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
 
 
-def cross_entropy(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy averaged over the labelled positions of a sample, in nats, twice."""
-    logits = _main(outputs)
+def cross_entropy(classes: int, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy averaged over the labelled positions of a sample, in nats, twice; `classes` is their dimension."""
+    logits = _main(outputs).movedim(classes, 1)
     labels = known_labels(targets(batch), logits.shape[1])
     losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL).reshape(len(labels), -1)
     loss = losses.sum(1) / (labels != NO_LABEL).reshape(len(labels), -1).sum(1).clamp(min=1)
     return loss, loss
 
 
-def labelled_positions(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def labelled_positions(classes: int, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Number of labelled positions of each sample, shape (n,), twice: the denominators of `cross_entropy`."""
-    labels = known_labels(targets(batch), main_output(outputs).shape[1])
+    labels = known_labels(targets(batch), main_output(outputs).shape[classes])
     count = (labels != NO_LABEL).reshape(len(labels), -1).sum(1).double()
     return count, count
 
@@ -179,9 +179,14 @@ def drawn_cross_entropy(output: Tensor, classes: int, generator: torch.Generator
 
 
 def class_dimension(outputs: Any, batch: Batch) -> int | None:
-    """Dimension of the main output that holds the classes, 1 or -1; None if it does not count as logits."""
+    """Dimension of the main output that holds the classes, 1 or -1; None if it does not count as logits.
+
+    Where labels fit both ways, it is the last one if there is a token for each label.
+    """
     output, label = main_output(outputs), targets(batch)
-    for dim in (1, -1):
+    ids = token_ids(batch)
+    of_tokens = ids is not None and isinstance(label, Tensor) and label.shape == ids.shape
+    for dim in (-1, 1) if of_tokens else (1, -1):
         if output.ndim < 2 or output.shape[dim] < 2:
             continue
         positions = [size for i, size in enumerate(output.shape) if i != dim % output.ndim]
