@@ -8,7 +8,7 @@ from autoprune.structure.labels import Dims, Labels, Propagation
 from autoprune.structure.rules.arithmetic import fixed
 from autoprune.structure.rules.products import argument, dims_of
 from autoprune.structure.rules.registry import Product, known, rule
-from autoprune.structure.tracing.record import Op, Record
+from autoprune.structure.tracing.record import Op, Record, Ref
 
 
 def _scores_and_values(record: Record, op: Op) -> list[Product]:
@@ -36,11 +36,14 @@ known("_flash_attention_forward", "_efficient_attention_forward", macs=_by_posit
 @rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", macs=_scores_and_values)
 @rule("_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention", macs=_scores_and_values)
 def attention(flow: Propagation, op: Op) -> list[Dims]:
-    """Join the heads of q, k and v; the head dimension stays, because the scale depends on it."""
+    """Join the heads of q, k, v and of a mask; the head dimension stays, because the scale depends on it."""
     query, key, value = (flow.of(op.args[name].id) for name in ("query", "key", "value"))
     heads = query[1]
     for shared in (key, value):
         heads = _share_heads(flow, op, heads, shared[1])
+    mask = op.args.get("attn_mask") or op.args.get("attn_bias")
+    if isinstance(mask, Ref) and len(labels := flow.of(mask.id)) > 3 and flow.record.values[mask.id].shape[1] != 1:
+        heads = flow.join(op, heads, labels[1])  # a bias of each head, learned or made from sizes
     for labels in (query[-1], key[-1], value[-1]):
         flow.freeze(op, labels, f"head dimension of {op.where()}")
     for labels in (query[2], key[2], value[2]):
