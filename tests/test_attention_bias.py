@@ -14,7 +14,7 @@ HEADS, SIZE, TOKENS = 4, 6, 5
 
 
 class Attention(nn.Module):
-    """Self-attention with a bias of each head, a table by distance, zeros by the number of heads, or slopes, or none."""
+    """Self-attention with a bias of each head, a table by distance, zeros by the number of heads, slopes, or none."""
 
     def __init__(self, bias):
         super().__init__()
