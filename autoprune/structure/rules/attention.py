@@ -42,8 +42,8 @@ def attention(flow: Propagation, op: Op) -> list[Dims]:
     for shared in (key, value):
         heads = _share_heads(flow, op, heads, shared[1])
     mask = op.args.get("attn_mask") or op.args.get("attn_bias")
-    if isinstance(mask, Ref) and len(labels := flow.of(mask.id)) > 3 and flow.record.values[mask.id].shape[1] != 1:
-        heads = flow.join(op, heads, labels[1])  # a bias of each head, learned or made from sizes
+    if isinstance(mask, Ref) and len(scores := flow.of(mask.id)) > 3 and flow.record.values[mask.id].shape[1] != 1:
+        heads = flow.join(op, heads, scores[1])  # a bias of each head, learned or made from sizes
     for labels in (query[-1], key[-1], value[-1]):
         flow.freeze(op, labels, f"head dimension of {op.where()}")
     for labels in (query[2], key[2], value[2]):
