@@ -239,6 +239,25 @@ class TestChoosing:
         assert trials_of(result) == trials_of(alone)
         assert any("candidates are evaluated in this process" in note for note in result.notes)
 
+    @pytest.mark.parametrize("obstacle", ["metric must be something", "no worker could be started: OSError"])
+    def test_a_search_that_processes_cannot_take_goes_on_in_this_one(
+        self, monkeypatch: pytest.MonkeyPatch, obstacle: str
+    ) -> None:
+        monkeypatch.setattr(fastest, "WORTH_SECONDS", 0.0)
+        lock = threading.Lock()
+
+        def locked(outputs: Tensor, batch: object) -> Tensor:
+            with lock:
+                return outputs[:, 0]
+
+        def chosen() -> dict[str, Any]:
+            return {"metric": autoprune.Metric(locked, True)} if "metric" in obstacle else {"evaluator": Unprepared()}
+
+        result = search(FastestExecutor(2), **chosen())
+        assert trials_of(result) == trials_of(search("local", **chosen()))
+        assert any(f"processes cannot be started, because {obstacle}" in note for note in result.notes)
+        assert not [told for told in running().values() if "pool_worker" in told]
+
 
 class TestParcel:
     def test_tensors_come_back_equal_and_what_shared_memory_shares_it(self) -> None:

@@ -97,8 +97,15 @@ class FastestExecutor:
             return candidates, trials, races
         order = evaluator.order(candidates.copy()) if isinstance(evaluator, Orders) else np.arange(len(trials))
         pool = self._pool = PoolExecutor(self._workers, 1, self._generation)
-        pool.start(*self._given)
-        pool.ready()
+        try:
+            pool.start(*self._given)
+            pool.ready()
+        except (TypeError, ValueError, RuntimeError) as error:  # those of a pool: trials so far must not be lost
+            pool.stop()
+            self._pool = None
+            self._decide(f"candidates are evaluated in this process: processes cannot be started, because {error}")
+            self._local.start(*self._given)  # the end of the pool released what the evaluator keeps
+            return candidates, trials, races
         both = order[: min(max(_TIMED, self._workers), len(order))]
         alone = self._timed(self._local, both[:_TIMED], trials, candidates, races)
         apart = self._timed(pool, both, trials, candidates, races)
