@@ -216,6 +216,18 @@ def test_kill_9_of_a_worker_loses_nothing(two_workers, tmp_path, caplog):
     assert "is tried again" in caplog.text
 
 
+def begin_with_all(executor):
+    """Begin a search when every worker is ready, however long that takes on a busy machine."""
+    start = executor.start
+
+    def start_all(*args):
+        start(*args)
+        while any(worker.starting is not None for worker in executor._workers):
+            executor._step()
+
+    executor.start = start_all
+
+
 def places(run_dir):
     """Workers that evaluated trials so far."""
     try:
@@ -432,19 +444,15 @@ class TestOtherRays:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         cluster.add_node(num_cpus=2)
         executor = RayExecutor(address=cluster.address)
-        start, gather, seen, x = executor.start, executor.gather, [], torch.randn(3_000, 64)
-
-        def start_all(*args):
-            start(*args)
-            while any(worker.starting is not None for worker in executor._workers):
-                executor._step()
+        gather, seen, x = executor.gather, [], torch.randn(3_000, 64)
+        begin_with_all(executor)
 
         def watched():
             finished = gather()
             seen.append(object_stores(ray))
             return finished
 
-        executor.start, executor.gather = start_all, watched
+        executor.gather = watched
         try:
             assert_whole(search(60, (x, x[:, :10].argmax(1)), execution=executor), 60)
         finally:
@@ -460,6 +468,7 @@ class TestOtherRays:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         leaving = cluster.add_node(num_cpus=1)
         executor = RayExecutor(address=cluster.address)
+        begin_with_all(executor)
         submit, changes = executor.submit, []
 
         def submit_and_change(*tasks):

@@ -35,7 +35,7 @@ class TestNoBetterThanAConstant:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("budget", "near"), [("flops <= 4%", True), ("flops <= 60%", False)])
-    def test_one_that_knows_little_should_be_scored_after_a_few_steps(self, digits_model, data, budget, near):
+    def test_of_one_that_knows_little_scores_before_training_tell_little(self, digits_model, data, budget, near):
         result = quick(digits_model, budget, data, trials=2, optimizer="random")
         notes = [note for note in result.notes if "is closer to a constant output" in note]
         best = max(trial.score for trial in result.trials if trial.feasible)
@@ -45,8 +45,6 @@ class TestNoBetterThanAConstant:
             told, constant, dense = map(float, re.search(pattern, notes[0]).groups())
             assert (told, dense) == pytest.approx((best, result.dense.score), abs=1e-4)
             assert constant < told < (constant + dense) / 2
-            (written,) = re.findall(r"evaluator=([^=]+=10, lr=0.01\)),", notes[0])
-            assert eval(written, {"autoprune": autoprune}).steps == 10
 
     @pytest.mark.slow
     def test_a_constant_that_has_no_score_is_not_spoken_of(self, mlp, vectors):

@@ -55,8 +55,8 @@ def note_of_no_better(study: Study, found: Sequence[Trial]) -> tuple[str, ...]:
         return (
             f"the best network within the budget, with {judge.name} {best:.4f}, is closer to a constant output, "
             f"{constant:.4f}, than to the dense model, {dense:.4f}: scores before training tell little about such "
-            "networks after it; score them after a few steps of training, with "
-            "evaluator=autoprune.evaluators.FineTune(steps=10, lr=0.01), or allow more of the dense cost",
+            "networks after it; fine-tune several of the front, and one of uniform widths, before you choose, or allow "
+            "more of the dense cost",
         )
     return ()
 
