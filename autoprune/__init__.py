@@ -1,6 +1,7 @@
 """Search how much of each layer of a PyTorch model to remove."""
 
 from autoprune.audit.audit import audit
+from autoprune.audit.shortlist import Shortlist, shortlist
 from autoprune.budget import Budget
 from autoprune.costs.latency.model import Latency
 from autoprune.costs.latency.profile import profile
@@ -66,6 +67,7 @@ __all__ = [
     "Recovery",
     "Rungs",
     "SearchResult",
+    "Shortlist",
     "Sparsity",
     "Start",
     "StructureCheckError",
@@ -84,4 +86,5 @@ __all__ = [
     "register_space",
     "save",
     "search",
+    "shortlist",
 ]

@@ -10,16 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from autoprune.arguments import MOST_SEED, said, shown, whole_number, why_no_function
 from autoprune.audit.controls import Initialise, uniform_widths, with_new_weights, with_random_units
+from autoprune.audit.training import Training, builder_of, trained, training_by
 from autoprune.audit.training_log import Key, Record, Trainings, audit_identity
-from autoprune.data.sampling import seeded
-from autoprune.errors import FileFormatError, InfeasibleBudgetError
+from autoprune.errors import InfeasibleBudgetError
 from autoprune.evaluators import EVALUATORS, Evaluator, EvaluatorName, Orders, make_evaluator
-from autoprune.evaluators.recovery.recovery import Distill, Recovery
 from autoprune.evaluators.scoring.scorer import Measuring
 from autoprune.execution import Outcome, evaluate_one
 from autoprune.protocols import OK, FloatArray, IntArray
@@ -90,14 +88,8 @@ def audit(
     """
     if not isinstance(result, SearchResult):
         raise TypeError(f"result must be what autoprune.search returned, got {shown(result)}")
-    if why := why_no_function(train_fn, 1 if steps is None else 2):
-        raise TypeError(f"train_fn must be a function train_fn(model{', steps' * (steps is not None)}), {why}")
-    builder = result._builder
-    if not isinstance(builder, FromEvaluator):
-        raise FileFormatError(
-            "audit needs a result with its model and samples, got one that was loaded; pass what autoprune.search "
-            "returns, which with run_dir= and resume=True repeats no trial"
-        )
+    training = training_by(train_fn, steps is not None)
+    builder = builder_of(result, "audit")
     k = whole_number("k", k, FEWEST)
     repeats = whole_number("repeats", repeats, 0, MOST_REPEATS)
     seed = whole_number("seed", seed, 0, MOST_SEED)
@@ -111,7 +103,7 @@ def audit(
     chosen = spread(result, k)
     identity = audit_identity(builder.context, type(builder.evaluator).__name__, steps, seed)
     with Trainings.open(run_dir, identity) as trainings:
-        work = _Work(builder, _training(train_fn, steps), seed, trainings)
+        work = _Work(builder, training, () if steps is None else (steps,), seed, trainings)
         try:
             _run(work, result, chosen, named, repeats, initialise)
         except KeyboardInterrupt:
@@ -166,26 +158,6 @@ def _pick_far(points: FloatArray, picked: list[int], some: Sequence[int], upto: 
         picked.append(left.pop(int(gaps.argmax())))
 
 
-def _training(train_fn: Callable[..., object], steps: int | None) -> Callable[[nn.Module, int], object]:
-    """The training of a module with a seed, which a `Recovery` has as a setting, and other functions in global state.
-
-    Raises:
-        ValueError: If it is a `Recovery` with a checkpoint, which is of one module.
-    """
-    given = () if steps is None else (steps,)
-    if isinstance(train_fn, Recovery):
-        if train_fn.checkpoint is not None:
-            raise ValueError("train_fn must be a Recovery without checkpoint=, which is for one model; use run_dir=")
-        distill: Distill = "logits" if train_fn.inner else train_fn.distill
-        return lambda module, seed: replace(train_fn, seed=seed, distill=distill)(module, *given)
-
-    def train(module: nn.Module, seed: int) -> None:
-        with seeded(seed), torch.enable_grad():
-            train_fn(module, *given)
-
-    return train
-
-
 def _named(own: Evaluator, others: Sequence[str | Evaluator]) -> dict[str, Evaluator | None]:
     """Evaluators by name, that of the search first; None for it, because its scores are known."""
     names = {kind: name for name, kind in EVALUATORS.items() if name != "auto"}
@@ -206,7 +178,8 @@ class _Work:
     """Common state of the trainings of an audit."""
 
     builder: FromEvaluator
-    train_fn: Callable[[nn.Module, int], object]
+    training: Training
+    steps: tuple[int, ...]
     seed: int
     trainings: Trainings
 
@@ -223,19 +196,12 @@ class _Work:
         context = self.builder.context
         zeroed = context.structure.edit(context.space.pruning(candidate.tolist())).zeroed
 
-        def trained() -> nn.Module:
-            module = make()
-            masks = {name: module.get_parameter(name).detach() != 0 for name in zeroed}
-            self.train_fn(module, self.seed + repeat)
-            module.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for name, mask in masks.items():
-                    module.get_parameter(name).mul_(mask)
-            return module
+        def made() -> nn.Module:
+            return trained(make(), zeroed, lambda module: self.training(module, self.seed + repeat, *self.steps))
 
         key = (kind, *candidate.tolist(), repeat)
         if key not in self.found:
-            self._keep(key, lambda: self._measure(trained, "test"))
+            self._keep(key, lambda: self._measure(made, "test"))
 
     def score(self, name: str, evaluator: Evaluator, candidates: IntArray) -> None:
         """Score candidates by another evaluator, which is prepared only if some scores are missing in the log."""
@@ -259,7 +225,7 @@ class _Work:
         seed = self.seed
         zeroed = builder.context.space.pruning(candidate.tolist()).zeroed
         self.kinds[FOUND] = candidate, lambda repeat: build(candidate)
-        uniform = uniform_widths(builder, candidate, limited)
+        uniform = uniform_widths(builder, {name: float(builder.costs[name](candidate[None])[0]) for name in limited})
         if np.array_equal(uniform, candidate):
             self.notes.append("the widths of the network found are uniform")
         else:

