@@ -108,8 +108,8 @@ def shortlist(
     Args:
         result: What `autoprune.search` returned, under a budget that limits a cost. After a restart, get it by
             searching with ``resume=True``.
-        train_fn: A `Recovery`, best the one to be used afterwards, which learns no inner features here; or
-            ``train_fn(model, steps)``, which trains a model in place. What it raises costs one candidate.
+        train_fn: A `Recovery`, best the one to be used afterwards, or ``train_fn(model, steps)``, which trains a model
+            in place. What it raises costs one candidate.
         k: Number of candidates, at least 2; all there are if there are fewer.
         steps: Steps of the longest training here; a tenth of those that the chosen network will get is plenty.
         budget: Of the candidates, by default that of the search.
@@ -135,7 +135,7 @@ def shortlist(
     if not isinstance(result, SearchResult):
         raise TypeError(f"result must be what autoprune.search returned, got {shown(result)}")
     builder = builder_of(result, "shortlist")
-    training = training_by(train_fn, steps=True)
+    training = training_by(train_fn, steps=True, inner=True)
     k = whole_number("k", k, 2)
     steps = whole_number("steps", steps, 1)
     seed = whole_number("seed", seed, 0, MOST_SEED)

@@ -33,12 +33,13 @@ def builder_of(result: SearchResult, who: str) -> FromEvaluator:
     return result._builder
 
 
-def training_by(train_fn: Callable[..., object], steps: bool) -> Training:
+def training_by(train_fn: Callable[..., object], steps: bool, inner: bool = False) -> Training:
     """Make the training with a seed, which a `Recovery` has as a setting, and other functions in global state.
 
     Args:
         train_fn: ``train_fn(model)``, or ``train_fn(model, steps)``.
         steps: Whether it is given a number of steps.
+        inner: Whether a `Recovery` may learn inner features, which the modules of a result share with the dense model.
 
     Raises:
         TypeError: If it cannot be called like that.
@@ -50,7 +51,7 @@ def training_by(train_fn: Callable[..., object], steps: bool) -> Training:
         recipe = train_fn
         if recipe.checkpoint is not None:
             raise ValueError("train_fn must be a Recovery without checkpoint=, which is for one model; use run_dir=")
-        distill: Distill = "logits" if recipe.inner else recipe.distill
+        distill: Distill = "logits" if recipe.inner and not inner else recipe.distill
         return lambda module, seed, *given: replace(recipe, seed=seed, distill=distill)(module, *given)
 
     def train(module: nn.Module, seed: int, *given: int) -> None:
