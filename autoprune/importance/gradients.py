@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from autoprune.data.batch import Batch, Forward, batch_size, pieces, targets, to_device
 from autoprune.importance.calibration import Calibration, private_copy
-from autoprune.metrics.scorers import class_dimension, drawn_cross_entropy, main_output, noise_scale
+from autoprune.metrics.scorers import (
+    are_chances,
+    class_dimension,
+    drawn_cross_entropy,
+    logits_of,
+    main_output,
+    noise_scale,
+)
 
 if TYPE_CHECKING:
     from autoprune.importance.unit_products import UnitProducts
@@ -100,7 +107,7 @@ def _loss(outputs: Tensor, target: Any) -> Tensor | None:
     if target.is_floating_point():
         return F.mse_loss(outputs, target) if target.shape == outputs.shape else None
     fits = outputs.ndim > 1 and target.shape == (len(outputs), *outputs.shape[2:]) and target.max() < outputs.shape[1]
-    return F.cross_entropy(outputs, target.long()) if fits else None
+    return F.cross_entropy(logits_of(outputs, are_chances(outputs, 1)), target.long()) if fits else None
 
 
 class Drawn(NamedTuple):

@@ -33,7 +33,8 @@ def resolve_metric(metric: Any, subsets: Subsets, dense_forward: BoundForward) -
     ``"auto"`` is accuracy if the labels are classes of the outputs, the loss if they are classes of each position
     (segmentation), the mean squared error if they are floats shaped like the outputs, the loss of the next token if
     the outputs predict ``input_ids`` and there are no other labels, the loss if labels are classes of each token and
-    the last dimension of the outputs holds the classes, else agreement.
+    the last dimension of the outputs holds the classes, the cosine if outputs are vectors of length 1, else
+    agreement.
 
     Args:
         metric: A name from `METRICS`, a `Metric`, or a loss like ``nn.MSELoss()`` or ``F.cross_entropy``, called with
@@ -112,7 +113,7 @@ def _parts_of(loss: SampleLoss) -> Parts | None:
 
 def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bool, forward: BoundForward) -> Judge:
     output = scorers.main_output(outputs)
-    if name == "auto" and synthetic:
+    if name == "auto" and synthetic and not scorers.are_directions(output):
         name, note = "agreement", "metric 'agreement' with the dense model was chosen because there is no data"
     elif name == "auto":
         name, note = _choose(outputs, batches, forward)
@@ -129,13 +130,14 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
             )
     match name:
         case "accuracy":
-            note += "; the search is steered by cross-entropy, which ties less"
-            return Judge(name, True, note, proportion=True, scorer=scorers.accuracy)
+            note += "; the search is steered by cross-entropy, which ties less" + _note_of_chances(output, 1)
+            scorer = partial(scorers.accuracy, scorers.are_chances(output, 1))
+            return Judge(name, True, note, proportion=True, scorer=scorer)
         case "loss":
             classes = scorers.class_dimension(outputs, batches[0]) or 1
-            note += _note_of_void(output.shape[classes], batches)
-            scorer, parts = partial(scorers.cross_entropy, classes), partial(scorers.labelled_positions, classes)
-            return Judge(name, False, note, scorer=scorer, parts=parts)
+            note += _note_of_void(output.shape[classes], batches) + _note_of_chances(output, classes)
+            scorer = partial(scorers.cross_entropy, classes, scorers.are_chances(output, classes))
+            return Judge(name, False, note, scorer=scorer, parts=partial(scorers.labelled_positions, classes))
         case "miou":
             return Judge(name, True, note + _note_of_void(output.shape[1], batches), whole_set=mean_iou)
         case "mse":
@@ -148,7 +150,8 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
             return Judge(name, True, note, True, scorer=scorers.cosine, signal_is_distortion=True)
     logits = output.ndim == 2 and output.shape[1] >= 2 and not _has_float_targets(batches[0])
     if name == "agreement" and logits:
-        note += f"; outputs of shape (n, {output.shape[1]}) are taken for logits: it is "
+        kind = "probabilities" if scorers.are_chances(output, 1) else "logits"
+        note += f"; outputs of shape (n, {output.shape[1]}) are taken for {kind}: it is "
         note += "the share of samples with the dense model's top class, steered by KL(dense || pruned)"
         return Judge("agreement", True, note, True, True, scorers.agreement, signal_is_distortion=True)
     note += "; here that is 'relative_error'," if name == "agreement" else ";"
@@ -181,6 +184,10 @@ def _judge_next_token(note: str, output: Tensor, batches: Sequence[Batch]) -> Ju
     )
 
 
+def _note_of_chances(output: Tensor, classes: int) -> str:
+    return "; outputs are probabilities, whose logarithms count" if scorers.are_chances(output, classes) else ""
+
+
 def _note_of_void(classes: int, batches: Sequence[Batch]) -> str:
     void = scorers.VOID
     seen = any(targets(batch).ndim > 1 and bool((targets(batch) == void).any()) for batch in batches)
@@ -209,6 +216,8 @@ def _choose(outputs: Any, batches: Sequence[Batch], forward: BoundForward) -> tu
         misfit = _misfit("loss", outputs, batches)
         if misfit.startswith("labels from"):
             reason = f"accuracy and loss need {misfit}"
+    if scorers.are_directions(scorers.main_output(outputs)):
+        return "cosine", f"metric 'cosine' was chosen because outputs are vectors of length 1, and {reason}"
     return "agreement", f"metric 'agreement' with the dense model was chosen because {reason}"
 
 

@@ -20,6 +20,10 @@ from autoprune.pareto import Direction
 
 NO_LABEL = -100  # torch's default ignore_index
 VOID = 255  # value of unlabelled positions in segmentation data
+LEAST_CHANCE = 1e-8  # what counts as a probability of zero, whose logarithm is infinite
+MANY = 8  # outputs between 0 and 1 that are as many, or more, are taken for probabilities whatever their sum is
+_SUM = 1e-2  # largest error of a sum of probabilities in half precision
+_LENGTH = 5e-3  # the same of a length
 
 Distance: TypeAlias = Callable[[Any, Any], Tensor]
 """Distance of (outputs, dense outputs), one value a sample, shape (n,); 0 where they agree."""
@@ -42,16 +46,21 @@ def main_output(outputs: Any) -> Tensor:
     )
 
 
-def accuracy(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, and whether the top class is the label."""
-    logits = _main(outputs)
+def accuracy(chances: bool, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, and whether the top class is the label; `chances` says whether outputs are probabilities."""
+    logits = logits_of(_main(outputs), chances)
     labels = targets(batch).long()
     return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
 
 
-def cross_entropy(classes: int, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy averaged over the labelled positions of a sample, in nats, twice; `classes` is their dimension."""
-    logits = _main(outputs).movedim(classes, 1)
+def cross_entropy(
+    classes: int, chances: bool, outputs: Any, batch: Batch, dense: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy averaged over the labelled positions of a sample, in nats, twice.
+
+    `classes` is their dimension; `chances` says whether outputs are probabilities.
+    """
+    logits = logits_of(_main(outputs).movedim(classes, 1), chances)
     labels = known_labels(targets(batch), logits.shape[1])
     losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL).reshape(len(labels), -1)
     loss = losses.sum(1) / (labels != NO_LABEL).reshape(len(labels), -1).sum(1).clamp(min=1)
@@ -114,9 +123,43 @@ def unpadded(batch: Batch, outputs: Tensor) -> Tensor:
 
 
 def divergence(classes: int, outputs: Any, dense: Any) -> Tensor:
-    """KL(dense || pruned) in nats along the dimension `classes`, averaged over positions, shape (n,)."""
-    logits, reference = (_main(each).log_softmax(classes) for each in (outputs, dense))
+    """KL(dense || pruned) in nats along the dimension `classes`, averaged over positions, shape (n,).
+
+    Of probabilities where the dense outputs are some; those of classes that do not exclude each other are made to sum
+    to 1.
+    """
+    chances = are_chances(_main(dense), classes)
+    logits, reference = (logits_of(_main(each), chances).log_softmax(classes) for each in (outputs, dense))
     return sample_means(F.kl_div(logits, reference, reduction="none", log_target=True).sum(classes))
+
+
+def are_chances(output: Tensor, classes: int) -> bool:
+    """Return whether outputs of the dense model are probabilities, as a softmax or sigmoids give.
+
+    That is, all lie between 0 and 1, and along the dimension `classes` they sum to 1, or there are many of them.
+    """
+    return all(_are_chances(part, classes) for part in (output[:1], output) if len(part))  # mostly, one sample tells
+
+
+def _are_chances(output: Tensor, classes: int) -> bool:
+    output = output.detach()
+    if not bool(((output >= 0) & (output <= 1)).all()):
+        return False
+    return output.shape[classes] >= MANY or bool(((output.float().sum(classes) - 1).abs() <= _SUM).all())
+
+
+def are_directions(output: Tensor) -> bool:
+    """Return whether outputs (n, features) all have a length of 1, as embeddings often do, and are no probabilities."""
+    if output.ndim != 2 or not len(output) or output.shape[1] < 2:
+        return False
+    rows = output.detach().float()
+    unit = bool(((rows.norm(dim=1) - 1).abs() <= _LENGTH).all())
+    return unit and not bool(((rows.sum(1) - 1).abs() <= _SUM).all())
+
+
+def logits_of(output: Tensor, chances: bool) -> Tensor:
+    """Return logits: the logarithms of outputs that are probabilities, others as they are."""
+    return output.clamp(min=LEAST_CHANCE).log() if chances else output
 
 
 def squared_difference(scale: float, outputs: Any, dense: Any) -> Tensor:
@@ -127,12 +170,12 @@ def squared_difference(scale: float, outputs: Any, dense: Any) -> Tensor:
 def distance_of(outputs: Any, batch: Batch) -> Distance | None:
     """Choose the distance to dense outputs like these; None where no output has a row for each sample.
 
-    It is the KL divergence where the outputs are logits: the labels are classes of the samples or of each position
-    (dimension 1 holds the classes, or the last one, as in language models), or there are none and the outputs have two
-    dimensions, or are the ``"logits"`` of each position, shape (n, positions, classes), or are of this shape for token
-    ids of shape (n, positions) that are all below the number of classes. Else it is the squared difference relative to
-    the mean square of the outputs, on one scale for all samples: one whose outputs are near zero must not outweigh the
-    others.
+    It is the KL divergence where the outputs are logits or probabilities: the labels are classes of the samples or of
+    each position (dimension 1 holds the classes, or the last one, as in language models), or there are none and the
+    outputs have two dimensions and are no vectors of length 1, or are the ``"logits"`` of each position, shape (n,
+    positions, classes), or are of this shape for token ids of shape (n, positions) that are all below the number of
+    classes. Else it is the squared difference relative to the mean square of the outputs, on one scale for all samples:
+    one whose outputs are near zero must not outweigh the others.
     """
     if next(tensors(outputs), None) is None:
         return None
@@ -171,6 +214,7 @@ def noise_scale(output: Tensor) -> float:
 
 def drawn_cross_entropy(output: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, int]:
     """Cross-entropy of a label drawn from the softmax along `classes` at every position, summed, and their number."""
+    output = logits_of(output, are_chances(output, classes))
     logits = output.movedim(classes, -1).flatten(0, -2).log_softmax(-1)
     chances = logits.detach().exp().double().cumsum(-1)  # `multinomial` draws a number for each class
     lots = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
@@ -195,7 +239,7 @@ def class_dimension(outputs: Any, batch: Batch) -> int | None:
         elif dim == -1 and output.ndim == 3:
             logits = isinstance(outputs, Mapping) or _are_of_tokens(output, batch)
         else:
-            logits = output.ndim == 2
+            logits = output.ndim == 2 and not are_directions(output)
         if logits:
             return dim
     return None
