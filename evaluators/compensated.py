@@ -105,9 +105,8 @@ class Compensated:
             self.collect(context)
         self._context, self._dense = context, context.model
         self._collected = False  # another `prepare` may be for another model
-        if self._correction is not None:
-            few = self._correction.batches
-            context = replace(context, subsets=replace(context.subsets, calibration=tuple(few)))
+        few = () if self._correction is None else tuple(self._correction.batches)  # all that candidates run on
+        context = replace(context, subsets=replace(context.subsets, calibration=few))
         self._adapted = Adapted(context, self.adapt, share_bytes=self._share_bytes)
 
     def collect(self, context: Context) -> None:

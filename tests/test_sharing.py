@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import autoprune
 from autoprune.evaluators import AdaptiveBN, Compensated
@@ -208,6 +209,20 @@ class ChangingWithTheBatch(Block):
         return super().forward(x) * 2 if len(x) == 12 else super().forward(x)
 
 
+class Choosing(Block):
+    """Takes one of two ways by the values of a batch."""
+
+    def forward(self, x):
+        return super().forward(x) if x[0, 0, 0, 0] > 0 else x + 2 * self.conv2(self.norm(self.conv1(x)).abs())
+
+
+class Leaving(Block):
+    """Runs for some batches alone."""
+
+    def forward(self, x):
+        return super().forward(x) if x[0, 0, 0, 0] > 0 else x
+
+
 RUN = []
 
 
@@ -248,7 +263,6 @@ def test_a_plain_chain_of_blocks_can_be_resumed_behind_each():
         (Noisy, "draws random numbers"),
         (Remembering, "writes the attribute Remembering.last_mean"),
         (Collecting, "writes the attribute Collecting.sizes"),
-        (Deciding, "needs real values"),
         (ChangingWithTheBatch, "take different ways"),
     ],
 )
@@ -260,13 +274,54 @@ def test_what_may_depend_on_more_than_its_input_is_not_shared(block, reason):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [Remembering, Deciding, ChangingWithTheBatch])
+@pytest.mark.parametrize("block", [Remembering, ChangingWithTheBatch])
 def test_models_that_share_nothing_are_scored_all_the_same(block):
     context = context_of(chain(block), (3, 8, 8))
     candidates = relatives(context.space, n=3)
     evaluator = prepared(AdaptiveBN, context, 2**28)
     assert not cache_of(evaluator).cuts
     assert_identical(evaluator.evaluate(candidates), prepared(AdaptiveBN, context, 0).evaluate(candidates))
+
+
+@pytest.mark.parametrize(("block", "shares"), [(Deciding, True), (Choosing, True), (Leaving, False)])
+def test_models_that_read_values_share_what_all_batches_compute(block, shares):
+    context = context_of(chain(block, 5), (3, 8, 8))
+    candidates = relatives(context.space, n=8)
+    evaluator, plain = prepared(AdaptiveBN, context, 2**28), prepared(AdaptiveBN, context, 0)
+    naive_macs, expected = counted(lambda: plain.evaluate(candidates))
+    macs, found = counted(lambda: evaluator.evaluate(candidates))
+    assert_identical(found, expected)
+    assert cache_of(evaluator).on == shares
+    assert (macs < 0.9 * naive_macs) == shares
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_language_model_that_reads_its_mask_resumes_between_its_blocks(padded):
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(50, (24, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[::5, :3] = 0
+    batches = [{"input_ids": ids[i : i + 4], "attention_mask": mask[i : i + 4]} for i in range(0, 24, 4)]
+    data = autoprune.Data(batches[:2], batches[2:4], batches[4:])
+    context = study_of(model, data, metric="next_token").context
+    candidates = relatives(context.space, n=8)
+    evaluator, plain = prepared(Compensated, context, 2**28), prepared(Compensated, context, 0)
+    naive_macs, expected = counted(lambda: plain.evaluate(candidates))
+    macs, found = counted(lambda: evaluator.evaluate(candidates))
+    assert_identical(found, expected)
+    assert cache_of(evaluator).on
+    assert len(cache_of(evaluator).cuts) >= 4
+    assert macs < 0.9 * naive_macs
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from autoprune.evaluators.activation_cache.resume_points import Cut, Flow
+from autoprune.evaluators.activation_cache.resume_points import NEVER, Cut, Flow
 from autoprune.evaluators.protocol import Context
 from autoprune.protocols import IntArray
 from autoprune.structure.branches.branch import Branch
@@ -16,7 +16,6 @@ from autoprune.structure.slicing.slicing import Edit
 
 WHOLE = ""  # the name of the whole model
 Mark = tuple[int, str, bool]
-_NEVER = np.iinfo(np.int64).max - 1
 
 
 def digests_of(
@@ -31,7 +30,7 @@ def digests_of(
     digest = hashlib.blake2b(digest_size=16)
     left = iter(marks)
     mark = next(left, None)
-    for cut, end in (*((cut.name, cut.end) for cut in cuts), (WHOLE, _NEVER + 1)):
+    for cut, end in (*((cut.name, cut.end) for cut in cuts), (WHOLE, NEVER + 1)):
         while mark is not None and mark[0] < end:
             _describe(edit, runs, mark, digest.update)
             mark = next(left, None)
@@ -46,20 +45,20 @@ def first_operations(context: Context, flow: Flow) -> IntArray:
     dense, *changed = (context.structure.edit(context.space.pruning(c)) for c in candidates.tolist())
     firsts = []
     for edit in changed:
-        places = [flow.reads.get(name, _NEVER) for name in {*edit.slices, *edit.zeroed}]
+        places = [flow.first_read(name) for name in {*edit.slices, *edit.zeroed}]
         before = (run.fed_by for run in runs_of(context.structure.branches, edit.dropped))
         places += [flow.enters.get(name, 0) for name in (*edit.dropped, *before)]
         for name, values in edit.attributes.items():
             if values != dense.attributes.get(name):
                 places.append(flow.enters.get(name, 0))
-        firsts.append(min(places, default=_NEVER))
+        firsts.append(min(places, default=NEVER))
     return np.array(firsts, dtype=np.int64)
 
 
 def marks_of(context: Context, flow: Flow) -> list[Mark]:
     """First use of each tensor and module that candidates may change: operation, name, and whether it is a tensor."""
     structure = context.structure
-    tensors = ((flow.reads.get(name, _NEVER), name, True) for name in {*structure.units_of, *structure.weights})
+    tensors = ((flow.first_read(name), name, True) for name in {*structure.units_of, *structure.weights})
     changed = {each.module for each in structure.attributes} | {each.module for each in structure.numbered}
     changed |= {name for branch in structure.branches for name in (*branch.modules, branch.fed_by) if name}
     modules = ((flow.enters.get(name, -1), name, False) for name in changed)

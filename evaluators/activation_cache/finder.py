@@ -17,6 +17,7 @@ from autoprune.structure.macs import dense_macs
 from autoprune.structure.tracing.record import ModuleCall, Op, Record, Ref
 
 _MOST_CUTS = 256  # calls that are looked at: more of them would hardly share more
+_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # operations that read values
 _MOST_ROUNDS = 256  # in which a cut finds the modules it must keep
 
 
@@ -35,6 +36,8 @@ class Finder:
         self._reads = [{self._base[i] for i in op.inputs()} for op in record.ops]
         self._mutates = [self._written_to(op) for op in record.ops]
         self._makes = [{i for i in op.results() if self._base[i] == i} for op in record.ops]
+        decides = record.device != "meta"  # then Python code may act on the values that an operation gives
+        self._decisive = [decides and bool(_VALUES.intersection(op.func.tags)) for op in record.ops]
         self._macs = [dense_macs(record, op) for op in record.ops]
         self._last = {base: i for i, read in enumerate(self._reads) for base in read}
         self._last |= {self._base[i]: len(record.ops) for i in record.outputs}
@@ -167,6 +170,8 @@ class Finder:
         for call in (*skipped, cut):
             for i in range(done, call.first):
                 reads = self._reads[i]
+                if self._decisive[i] and missing:  # what it reads may lie on the device of a placeholder
+                    return {each.name for each in skipped if each.last <= i}
                 lacking = missing.keys() & reads
                 if lacking and len(lacking) < len(reads):
                     return set[str]().union(*(missing[base] for base in lacking))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from autoprune.evaluators.activation_cache.resume_points import Flow, NothingToS
 from autoprune.evaluators.activation_cache.writes import watching
 from autoprune.structure.example import Example
 from autoprune.structure.owners import owners
-from autoprune.structure.tracing.record import Record
+from autoprune.structure.tracing.record import Op, Record
 from autoprune.structure.tracing.trace import trace
 
 _MOST_SHAPES = 8  # forms of batches that are traced; more of them, and nothing is shared
@@ -25,8 +26,9 @@ _MOST_SHAPES = 8  # forms of batches that are traced; more of them, and nothing 
 def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flow:
     """Trace every form of batch, and find the cuts.
 
-    A pass must run on the meta device, so that it cannot depend on values, without random numbers, the same way for all
-    batches, and without writing attributes of modules.
+    A pass must draw no random numbers, call modules in the same order for all batches, and write no attributes of
+    modules. One that cannot run on the meta device reads values, and may go another way for others: what its trace does
+    not read counts as read before everything, and every pass is compared with the calls that were traced.
 
     Args:
         model: The dense model; comes back unchanged.
@@ -45,17 +47,22 @@ def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flo
         record = trace(Example(model, (batch,), forward=watching(forward, written)))
         if written:
             raise NothingToShareError(f"the forward pass writes the attribute {written[0]}")
-        if record.device != "meta":
-            raise NothingToShareError("the forward pass needs real values")
-        random = [op for op in record.ops if torch.Tag.nondeterministic_seeded in op.func.tags]
+        random = [op for op in record.ops if _draws(op)]
         if random:
             raise NothingToShareError(f"{random[0].where()} draws random numbers")
         records.append(record)
-    if any(_order(record) != _order(records[0]) for record in records):
+    sure = all(record.device == "meta" for record in records)
+    order = _order if sure else _calls
+    if any(order(record) != order(records[0]) for record in records):
         raise NothingToShareError("batches of different shapes take different ways through the model")
     hooked = {name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks}
     holders = {owner.module for owner in owners(model)}
-    return Finder(records[0], hooked, holders).flow()
+    return replace(Finder(records[0], hooked, holders).flow(), sure=sure)
+
+
+def _draws(op: Op) -> bool:
+    """Return whether an operation draws random numbers, as fused attention does with dropout alone."""
+    return torch.Tag.nondeterministic_seeded in op.func.tags and op.args.get("dropout_p") != 0
 
 
 def _form(batch: Batch) -> str:
@@ -63,6 +70,11 @@ def _form(batch: Batch) -> str:
     leaves, tree = tree_flatten(batch)
     seen = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor | np.ndarray) else type(x) for x in leaves]
     return f"{tree} {seen}"
+
+
+def _calls(record: Record) -> list[str]:
+    """Modules in the order in which a pass calls them: these must agree between passes that read values."""
+    return [call.name for call in sorted(record.calls, key=lambda call: (call.first, -call.last))]
 
 
 def _order(record: Record) -> list[Any]:

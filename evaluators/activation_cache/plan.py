@@ -11,7 +11,7 @@ from autoprune.arguments import said
 from autoprune.data.sampling import process_state
 from autoprune.evaluators.activation_cache.digests import Mark, digests_of, first_operations, marks_of
 from autoprune.evaluators.activation_cache.flow import flow_of
-from autoprune.evaluators.activation_cache.resume_points import Cut, NothingToShareError, choose_cuts
+from autoprune.evaluators.activation_cache.resume_points import Cut, choose_cuts
 from autoprune.evaluators.protocol import Context
 from autoprune.structure.branches.branch import Branch
 from autoprune.structure.slicing.slicing import Edit
@@ -64,8 +64,6 @@ def plan_of(context: Context, memory_bytes: int) -> Plan:
     if not memory_bytes:
         return Plan()
     try:
-        if context.structure.device != "meta":
-            raise NothingToShareError("the forward pass needs real values")
         with process_state():  # tracing changes what threads share
             flow = flow_of(context.model, [*subsets.calibration, *subsets.validation], context.forward)
         firsts = first_operations(context, flow)

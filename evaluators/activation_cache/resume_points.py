@@ -9,6 +9,7 @@ import numpy as np
 
 from autoprune.protocols import FloatArray, IntArray
 
+NEVER = np.iinfo(np.int64).max - 1
 _LEAST_GAIN = 1e-3  # of all multiply-accumulates, on average over dimensions: less is not worth a place
 
 
@@ -44,12 +45,18 @@ class Flow:
         reads: Operation that first reads each parameter and buffer.
         enters: Number of operations that have run when each module is first called.
         macs: Multiply-accumulates of the traced batch.
+        sure: Whether passes read no values, so that all of them go the way of the trace.
     """
 
     cuts: tuple[Cut, ...]
     reads: Mapping[str, int]
     enters: Mapping[str, int]
     macs: float
+    sure: bool = True
+
+    def first_read(self, name: str) -> int:
+        """First operation that reads a tensor; of one that the trace does not read, the last or, if not sure, none."""
+        return self.reads.get(name, NEVER if self.sure else -1)
 
 
 class NothingToShareError(Exception):
