@@ -1,15 +1,25 @@
 """Outputs that are probabilities count as the logits before the softmax would; vectors of length 1 are no classes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 from torch.nn import functional as F
 
 import autoprune
 from autoprune.data.subsets import Data, materialise
 from autoprune.metrics.choosing import resolve_metric
-from autoprune.metrics.scorers import are_chances, are_directions, class_dimension
+from autoprune.metrics.scorers import (
+    MANY,
+    are_chances,
+    are_directions,
+    class_dimension,
+    divergence,
+    drawn_cross_entropy,
+)
 from tests.searching import quick
 
 X = torch.randn(120, 12, generator=torch.Generator().manual_seed(0))
@@ -58,7 +68,7 @@ def test_a_loss_over_positions_takes_the_logarithm():
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
-def test_many_sigmoids_are_compared_as_shares():
+def test_each_of_many_sigmoids_is_compared_alone():
     def dense(batch):
         return batch[0][:, :10].sigmoid()
 
@@ -67,12 +77,57 @@ def test_many_sigmoids_are_compared_as_shares():
     assert (judge.name, "taken for probabilities" in judge.note) == ("agreement", True)
 
     def pruned(batch):
-        return (1.5 * batch[0][:, :10]).sigmoid()
+        return 0.5 * (1.5 * batch[0][:, :10]).sigmoid()
 
     signal = judge.measure(pruned, subsets.validation, judge.dense_outputs(dense, subsets.validation))[0]
-    p, q = (torch.cat([f(batch) for batch in subsets.validation]).double() for f in (dense, pruned))
-    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
-    np.testing.assert_allclose(signal, (p * (p / q).log()).sum(1), rtol=1e-3, atol=1e-6)
+    p, q = (torch.cat([f(batch) for batch in subsets.validation]) for f in (dense, pruned))
+    expected = kl_divergence(Bernoulli(p.double()), Bernoulli(q.double())).sum(1)
+    np.testing.assert_allclose(signal, expected, rtol=1e-3, atol=1e-6)
+    assert judge.measure(dense, subsets.validation, judge.dense_outputs(dense, subsets.validation))[0].max() == 0
+
+
+def test_labels_drawn_from_sigmoids_have_the_curvature_of_their_divergence():
+    output = torch.rand(1, MANY, generator=torch.Generator().manual_seed(2)).double().requires_grad_()
+    generator, squares = torch.Generator().manual_seed(3), torch.zeros(MANY).double()
+    for _ in range(4000):
+        loss, positions = drawn_cross_entropy(output, 1, generator)
+        squares += torch.autograd.grad(loss, output)[0][0].square() / 4000
+    assert positions == 1
+    apart = partial(divergence, 1, "chances", dense=output.detach())
+    curvature = torch.autograd.functional.hessian(lambda x: apart(x[None]).sum(), output[0].detach())
+    np.testing.assert_allclose(squares, curvature.diagonal(), rtol=0.3)
+    assert curvature.diagonal() == pytest.approx((1 / (output * (1 - output)))[0].detach(), rel=1e-4)
+
+
+def test_the_first_batch_decides_for_all():
+    logits = torch.rand(40, 10, generator=torch.Generator().manual_seed(1))
+    logits[:20] *= 2
+    subsets = materialise(Data(*[[(logits[:20],), (logits[20:],)]] * 3), seed=0)
+    judge = resolve_metric("auto", subsets, lambda batch: batch[0])
+    known = judge.dense_outputs(lambda batch: batch[0], subsets.validation)
+    signal = judge.measure(lambda batch: 0.9 * batch[0], subsets.validation, known)[0]
+    assert [are_chances(batch[0], 1) for batch in subsets.validation] == [False, True]
+    dense = torch.cat([batch[0] for batch in subsets.validation])
+    expected = kl_divergence(Categorical(logits=dense), Categorical(logits=0.9 * dense))
+    np.testing.assert_allclose(signal, expected, rtol=1e-2, atol=1e-6)
+
+
+def test_training_keeps_the_size_of_small_features():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 24), nn.ReLU()
+    ).eval()
+    with torch.no_grad():
+        model[4].weight.mul_(0.3)
+        model[4].bias.mul_(0.3)
+        dense = model(X)
+    small = search(model, "auto", None).build()
+    autoprune.recover(
+        small, (X,), teacher=model, steps=60, recipe=autoprune.Recovery(lr=0.01, distill="logits", batch_size=60)
+    )
+    with torch.no_grad():
+        error = (small(X) - dense).square().mean() / dense.square().mean()
+    assert error < 0.3  # shares of their sum say nothing of their size, which grew by far
 
 
 def test_an_output_of_zero_is_no_infinite_loss():

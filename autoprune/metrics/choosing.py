@@ -150,10 +150,12 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
             return Judge(name, True, note, True, scorer=scorers.cosine, signal_is_distortion=True)
     logits = output.ndim == 2 and output.shape[1] >= 2 and not _has_float_targets(batches[0])
     if name == "agreement" and logits:
-        kind = "probabilities" if scorers.are_chances(output, 1) else "logits"
-        note += f"; outputs of shape (n, {output.shape[1]}) are taken for {kind}: it is "
+        kind = scorers.kind_of(output, 1)
+        taken = "logits" if kind == "logits" else "probabilities"
+        note += f"; outputs of shape (n, {output.shape[1]}) are taken for {taken}: it is "
         note += "the share of samples with the dense model's top class, steered by KL(dense || pruned)"
-        return Judge("agreement", True, note, True, True, scorers.agreement, signal_is_distortion=True)
+        scorer = partial(scorers.agreement, kind)
+        return Judge("agreement", True, note, True, True, scorer, signal_is_distortion=True)
     note += "; here that is 'relative_error'," if name == "agreement" else ";"
     note += " the squared difference to the dense model's outputs, relative to their mean square"
     # One scale for all samples: a sample whose outputs are near zero must not outweigh the others.
@@ -169,7 +171,7 @@ def _judge_next_token(note: str, output: Tensor, batches: Sequence[Batch]) -> Ju
         note,
         scorer=language.next_token,
         parts=language.foreseen_tokens,
-        distance=partial(scorers.divergence, -1),
+        distance=partial(scorers.divergence, -1, scorers.kind_of(output, -1)),
         labels_loss=language.next_token,
     )
     held = sum(batch_size(batch) for batch in batches) * output[:1].nbytes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ LEAST_CHANCE = 1e-8  # what counts as a probability of zero, whose logarithm is 
 MANY = 8  # outputs between 0 and 1 that are as many, or more, are taken for probabilities whatever their sum is
 _SUM = 1e-2  # largest error of a sum of probabilities in half precision
 _LENGTH = 5e-3  # the same of a length
+
+Kind = Literal["logits", "shares", "chances"]
+"""Meaning of outputs: logits, probabilities that sum to 1, or one of each class alone, as sigmoids give."""
 
 Distance: TypeAlias = Callable[[Any, Any], Tensor]
 """Distance of (outputs, dense outputs), one value a sample, shape (n,); 0 where they agree."""
@@ -87,9 +90,9 @@ def mse(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tenso
     return error, error
 
 
-def agreement(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
-    """KL(dense || pruned) in nats, and whether both have the same top class."""
-    return divergence(1, outputs, dense), _main(outputs).argmax(1) == _main(dense).argmax(1)
+def agreement(kind: Kind, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """KL(dense || pruned) in nats, and whether both have the same top class; `kind` as in `divergence`."""
+    return divergence(1, kind, outputs, dense), _main(outputs).argmax(1) == _main(dense).argmax(1)
 
 
 def relative_error(scale: float, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -122,30 +125,45 @@ def unpadded(batch: Batch, outputs: Tensor) -> Tensor:
     return torch.ones(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
 
 
-def divergence(classes: int, outputs: Any, dense: Any) -> Tensor:
+def divergence(classes: int, kind: Kind, outputs: Any, dense: Any) -> Tensor:
     """KL(dense || pruned) in nats along the dimension `classes`, averaged over positions, shape (n,).
 
-    Of probabilities where the dense outputs are some; those of classes that do not exclude each other are made to sum
-    to 1.
+    `kind` is that of the dense outputs, the same for all batches. Classes that do not exclude each other have one
+    divergence each, between two outcomes; their sum counts, which sees a change of all of them by the same factor.
     """
-    chances = are_chances(_main(dense), classes)
-    logits, reference = (logits_of(_main(each), chances).log_softmax(classes) for each in (outputs, dense))
+    ours, theirs = _main(outputs), _main(dense)
+    if kind == "chances":
+        sides = [_log(theirs) - _log(ours), _log(1 - theirs) - _log(1 - ours)]
+        return sample_means((theirs * sides[0] + (1 - theirs) * sides[1]).sum(classes))
+    logits, reference = (logits_of(each, kind == "shares").log_softmax(classes) for each in (ours, theirs))
     return sample_means(F.kl_div(logits, reference, reduction="none", log_target=True).sum(classes))
 
 
 def are_chances(output: Tensor, classes: int) -> bool:
-    """Return whether outputs of the dense model are probabilities, as a softmax or sigmoids give.
+    """Return whether outputs of the dense model are probabilities, as a softmax or sigmoids give."""
+    return kind_of(output, classes) != "logits"
 
-    That is, all lie between 0 and 1, and along the dimension `classes` they sum to 1, or there are many of them.
+
+def kind_of(output: Tensor, classes: int) -> Kind:
+    """Find out what outputs of the dense model are.
+
+    They are probabilities if all lie between 0 and 1, and along the dimension `classes` they sum to 1, or there are
+    many of them.
     """
-    return all(_are_chances(part, classes) for part in (output[:1], output) if len(part))  # mostly, one sample tells
+    found: Kind = "logits"
+    for part in (output[:1], output):  # mostly, one sample tells
+        if not len(part) or (found := _kind_of(part, classes)) == "logits":
+            break
+    return found
 
 
-def _are_chances(output: Tensor, classes: int) -> bool:
+def _kind_of(output: Tensor, classes: int) -> Kind:
     output = output.detach()
     if not bool(((output >= 0) & (output <= 1)).all()):
-        return False
-    return output.shape[classes] >= MANY or bool(((output.float().sum(classes) - 1).abs() <= _SUM).all())
+        return "logits"
+    if bool(((output.float().sum(classes) - 1).abs() <= _SUM).all()):
+        return "shares"
+    return "chances" if output.shape[classes] >= MANY else "logits"
 
 
 def are_directions(output: Tensor) -> bool:
@@ -159,7 +177,11 @@ def are_directions(output: Tensor) -> bool:
 
 def logits_of(output: Tensor, chances: bool) -> Tensor:
     """Return logits: the logarithms of outputs that are probabilities, others as they are."""
-    return output.clamp(min=LEAST_CHANCE).log() if chances else output
+    return _log(output) if chances else output
+
+
+def _log(chances: Tensor) -> Tensor:
+    return chances.clamp(min=LEAST_CHANCE).log()
 
 
 def squared_difference(scale: float, outputs: Any, dense: Any) -> Tensor:
@@ -184,7 +206,7 @@ def distance_of(outputs: Any, batch: Batch) -> Distance | None:
         return None
     classes = class_dimension(outputs, batch)
     if classes is not None:
-        return partial(divergence, classes)
+        return partial(divergence, classes, kind_of(output, classes))
     return partial(squared_difference, float(output.float().square().mean()) or 1.0)
 
 
@@ -213,9 +235,16 @@ def noise_scale(output: Tensor) -> float:
 
 
 def drawn_cross_entropy(output: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Cross-entropy of a label drawn from the softmax along `classes` at every position, summed, and their number."""
-    output = logits_of(output, are_chances(output, classes))
-    logits = output.movedim(classes, -1).flatten(0, -2).log_softmax(-1)
+    """Cross-entropy of labels drawn from the outputs at every position, summed, and the number of positions.
+
+    One label each along `classes`; where these do not exclude each other, yes or no for every class.
+    """
+    kind = kind_of(output, classes)
+    rows = output.movedim(classes, -1).flatten(0, -2)
+    if kind == "chances":
+        yes = torch.rand(rows.shape, dtype=torch.float64, generator=generator).to(rows.device) < rows.detach()
+        return -_log(torch.where(yes, rows, 1 - rows)).sum(), len(rows)
+    logits = logits_of(rows, kind == "shares").log_softmax(-1)
     chances = logits.detach().exp().double().cumsum(-1)  # `multinomial` draws a number for each class
     lots = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
     drawn = torch.searchsorted(chances, lots * chances[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
