@@ -45,6 +45,18 @@ class Watched:
             model[-1].weight.mul_(1.0 if size in self.good else -1.0)
 
 
+class Interrupted:
+    """Training that Ctrl-C ends in a call of the given number."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+
+    def __call__(self, model, steps):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+
+
 def size_of(result, trial):
     return sum(parameter.numel() for parameter in result.build(trial).parameters())
 
@@ -124,11 +136,66 @@ class TestCandidates:
         assert math.isnan(failed.scores[0])
         assert "failed" in str(chosen)
         sizes = {size_of(found, row.trial) for row in first}
-        with pytest.raises(InfeasibleBudgetError, match=r"no candidate could be trained; .*does not converge"):
+        with pytest.raises(
+            InfeasibleBudgetError, match=r"no candidate could be trained for 1 steps; .*does not converge"
+        ):
             autoprune.shortlist(found, Watched(fail=sizes), k=4, steps=1)
+
+    def test_a_longer_training_that_raises_lets_the_next_one_move_up(self, found):
+        plain = autoprune.shortlist(found, Watched(), k=6, steps=8)
+        trials = {size_of(found, row.trial): row.trial.id for row in plain.rows}
+        seen = []
+
+        def train(model, steps):
+            size = sum(parameter.numel() for parameter in model.parameters())
+            if steps == 8:
+                seen.append(trials[size])
+                if len(seen) <= 2:
+                    raise RuntimeError("diverges")
+            Watched()(model, steps)
+
+        chosen = autoprune.shortlist(found, train, k=6, steps=8)
+        assert {row.trial.id for row in chosen.rows[:2]} == set(seen[2:])
+        assert len(seen) == 4
+        assert [bool(row.reason) for row in chosen.rows] == [False] * 4 + [True] * 2
+
+        def never(model, steps):
+            if steps == 8:
+                raise RuntimeError("diverges")
+
+        with pytest.raises(InfeasibleBudgetError, match=r"no candidate could be trained for 8 steps; .*diverges"):
+            autoprune.shortlist(found, never, k=6, steps=8)
+
+    def test_limits_on_the_score_do_not_count_before_training(self):
+        result = search(["flops <= 30%", "accuracy >= 0.999"], trials=8)
+        with pytest.raises(InfeasibleBudgetError):
+            result.best()
+        chosen = autoprune.shortlist(result, Watched(), k=4, steps=1)
+        assert len(chosen.rows) == 4
+        again = autoprune.shortlist(result, Watched(), k=4, steps=1, budget=["flops <= 30%", "accuracy >= 0.999"])
+        assert again == chosen
+
+    def test_a_search_that_limits_no_cost_or_finds_the_dense_model_alone_is_refused(self):
+        result = search("accuracy >= 0.3", trials=4)
+        assert set(result.limits) == {"flops"}
+        with pytest.raises(ValueError, match=r"budget must limit a cost, .* got 'accuracy >= 0\.3'"):
+            autoprune.shortlist(result, RECIPE)
+        assert autoprune.shortlist(result, Watched(), k=2, steps=1, budget="flops <= 80%").rows
+        with pytest.raises(InfeasibleBudgetError, match="met by the dense model alone; search again"):
+            autoprune.shortlist(search("flops <= 100%", trials=1), RECIPE)
 
 
 class TestRest:
+    @pytest.mark.parametrize(("at", "known"), [(3, [1, 1, 0, 0]), (5, [1, 1, 1, 1]), (6, [2, 1, 1, 1])])
+    def test_ctrl_c_returns_what_is_known(self, found, at, known):
+        chosen = autoprune.shortlist(found, Interrupted(at), k=4, steps=8)
+        assert [len(row.scores) for row in chosen.rows] == known
+        assert len(str(chosen).splitlines()) == 2 + 4
+
+    def test_ctrl_c_before_anything_is_known_is_raised(self, found):
+        with pytest.raises(KeyboardInterrupt):
+            autoprune.shortlist(found, Interrupted(1), k=4, steps=8)
+
     def test_the_same_call_gives_the_same_and_changes_nothing(self, found):
         state = torch.get_rng_state()
         before = {name: value.clone() for name, value in found._builder.context.model.state_dict().items()}
@@ -163,5 +230,7 @@ class TestRest:
             autoprune.shortlist(found, RECIPE, steps=0)
         with pytest.raises(ValueError, match="Recovery without checkpoint="):
             autoprune.shortlist(found, replace(RECIPE, checkpoint=tmp_path / "state.safetensors"))
+        with pytest.raises(ValueError, match=r"steps must be at least 80, .* steps_to=20 networks, got 40"):
+            autoprune.shortlist(found, replace(RECIPE, steps_to=20))
         with pytest.raises(ValueError, match="budget must limit a cost"):
             autoprune.shortlist(found, RECIPE, budget="accuracy >= 10%")

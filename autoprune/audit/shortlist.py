@@ -16,11 +16,12 @@ from autoprune.audit.controls import uniform_widths
 from autoprune.audit.training import builder_of, trained, training_by
 from autoprune.budget import Budget
 from autoprune.errors import InfeasibleBudgetError
+from autoprune.evaluators.recovery.recovery import Recovery
 from autoprune.evaluators.scoring.scorer import Measuring
 from autoprune.metrics.statistics import Evaluation
 from autoprune.protocols import OK, Failure, Measurement
 from autoprune.result import SearchResult
-from autoprune.result.choosing import judged, rank_of
+from autoprune.result.choosing import best_of, judged, rank_of
 from autoprune.result.tables import aligned, engineering
 from autoprune.result.trials import Trial
 
@@ -52,9 +53,9 @@ class Shortlisted:
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """Key that sorts from the best to the worst: rounds trained in, then the latest signal."""
+        """Key that sorts from the best to the worst: whether it failed, rounds trained in, then the latest signal."""
         known = [signal for signal in self.signals if math.isfinite(signal)]
-        return (-len(known), known[-1] if known else math.inf)
+        return (bool(self.reason), -len(known), known[-1] if known else math.inf)
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,18 @@ def shortlist(
             in place. What it raises costs one candidate.
         k: Number of candidates, at least 2; all there are if there are fewer.
         steps: Steps of the longest training here; a tenth of those that the chosen network will get is plenty.
-        budget: Of the candidates, by default that of the search.
+        budget: Of the candidates, by default that of the search. Only its limits on costs count: scores change.
         seed: Of the trainings.
 
     Returns:
-        The candidates with their scores, the best first: ``result.build(shortlist.best)`` builds it, untrained.
+        The candidates with their scores, the best first: ``result.build(shortlist.best)`` builds it, untrained. Ctrl-C
+        returns them as they are ordered by the trainings so far.
 
     Raises:
         FileFormatError: If `result` was loaded from disk, because the model and the samples are needed.
-        InfeasibleBudgetError: If no trial is within the budget, or every training failed.
+        InfeasibleBudgetError: If no pruned network is within the budget, or every training failed.
         ValueError: If the budget limits no cost, or a number is out of range.
+        KeyboardInterrupt: If it comes before the end of the first training.
 
     Reference:
         Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS 2016,
@@ -139,12 +142,17 @@ def shortlist(
     k = whole_number("k", k, 2)
     steps = whole_number("steps", steps, 1)
     seed = whole_number("seed", seed, 0, MOST_SEED)
-    limits = dict(result.limits) if budget is None else judged(result, budget).resolve(result.dense.costs)
-    if not limits:
-        raise ValueError(f"budget must limit a cost, so that there are networks of equal cost, got {str(budget)!r}")
-    result.best(budget)  # says what is nearest where nothing is within
+    rounds = sorted({max(1, steps // KEEP), steps})
+    if isinstance(train_fn, Recovery) and train_fn.steps_to > rounds[0]:
+        raise ValueError(
+            f"steps must be at least {KEEP * train_fn.steps_to}, because the first trainings take one of {KEEP} of "
+            f"them, and the recipe trains steps_to={train_fn.steps_to} networks, got {steps}"
+        )
+    limits = _limits_of(result, budget)
     uniform = tuple(int(option) for option in uniform_widths(builder, limits))
     rows = [Shortlisted(trial, trial.candidate == uniform) for trial in chosen_of(result, limits, uniform, k)]
+    if not rows:
+        raise InfeasibleBudgetError("the budget is met by the dense model alone; search again, with more trials")
     context = builder.context
     measure = Measuring(context, builder.evaluator.build(np.zeros(len(context.space.sizes), dtype=np.int64)).eval())
 
@@ -152,16 +160,50 @@ def shortlist(
         zeroed = context.structure.edit(context.space.pruning(trial.candidate)).zeroed
         return trained(result.build(trial), zeroed, lambda module: training(module, seed, steps))
 
-    rounds = sorted({max(1, steps // KEEP), steps})
-    for number, length in enumerate(rounds):
-        going = len(rows) if number == 0 else max(2, len(rows) // KEEP)
-        for i, row in enumerate(rows[:going]):
-            if not row.reason:
-                rows[i] = _told(row, length, measure(partial(made, row.trial, length), "validation"))
+    try:
+        for number, length in enumerate(rounds):
+            _train(rows, length, len(rows) if number == 0 else max(2, len(rows) // KEEP), made, measure)
+    except KeyboardInterrupt:
         rows.sort(key=lambda row: row.rank)
+        if not rows[0].signals or rows[0].reason:
+            raise
+        log.warning("interrupted; candidates are ordered by the trainings so far")
     if rows[0].reason:
-        raise InfeasibleBudgetError(f"no candidate could be trained; the first reason: {rows[0].reason}")
+        longest = rounds[len(rows[0].signals) - 1]
+        raise InfeasibleBudgetError(
+            f"no candidate could be trained for {longest} steps; the first reason: {rows[0].reason}"
+        )
     return Shortlist(tuple(rows), tuple(rounds), next(iter(limits)), result.metric)
+
+
+def _limits_of(result: SearchResult, budget: str | Budget | Sequence[str] | None) -> dict[str, float]:
+    """Limits on costs of a budget, absolute, by default of that of the search.
+
+    Raises:
+        InfeasibleBudgetError: If no trial is within them; the message names the nearest one.
+        ValueError: If there are none.
+    """
+    wanted = judged(result, result.budget if budget is None else budget)
+    if not wanted.limits:
+        raise ValueError(f"budget must limit a cost, so that there are networks of equal cost, got '{wanted}'")
+    limits = dict(result.limits) if budget is None else wanted.resolve(result.dense.costs)
+    best_of(result, Budget(wanted.limits), limits)
+    return limits
+
+
+def _train(
+    rows: list[Shortlisted],
+    steps: int,
+    going: int,
+    made: Callable[[Trial, int], nn.Module],
+    measure: Measuring,
+) -> None:
+    """Train the first candidates of a list, in place, until a number of them did not fail; then sort it."""
+    for i, row in enumerate(rows):
+        if going and not row.reason:
+            rows[i] = _told(row, steps, measure(partial(made, row.trial, steps), "validation"))
+            going -= not rows[i].reason
+    rows.sort(key=lambda row: row.rank)
 
 
 def chosen_of(result: SearchResult, limits: Mapping[str, float], uniform: tuple[int, ...], most: int) -> list[Trial]:
