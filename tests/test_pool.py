@@ -79,6 +79,19 @@ class Slow(AdaptiveBN):
         return super().evaluate(candidates, chunk)
 
 
+class Endless(AdaptiveBN):
+    """Takes minutes for each candidate in other processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver = os.getpid()
+
+    def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> Any:
+        if os.getpid() != self.driver:
+            time.sleep(300)
+        return super().evaluate(candidates, chunk)
+
+
 class Threaded(AdaptiveBN):
     """Starts a thread where it is unpickled."""
 
@@ -207,6 +220,14 @@ def test_what_cannot_be_sent_is_named_by_its_argument() -> None:
         search(autoprune.Execution(workers=2), metric=autoprune.Metric(metric, True))
 
 
+def test_the_end_of_the_time_does_not_wait_for_running_evaluations() -> None:
+    began = time.monotonic()
+    result = search(autoprune.Execution(workers=2), evaluator=Endless(), max_seconds=4)
+    assert time.monotonic() - began < 30
+    assert (result.stopped, result.trials) == ("time", ())
+    assert not [told for told in running().values() if "pool_worker" in told]
+
+
 class TestChoosing:
     """Processes are chosen by the clock, here by a false one."""
 
@@ -233,6 +254,19 @@ class TestChoosing:
         assert words in note
         assert "in 2 processes of one thread" in note
         assert not [told for told in running().values() if "pool_worker" in told]
+
+    @pytest.mark.slow
+    def test_processes_that_were_chosen_end_in_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, seen = PoolExecutor.gather, []
+
+        def gather(pool: PoolExecutor) -> Any:
+            seen.append(pool.until)
+            return real(pool)
+
+        monkeypatch.setattr(PoolExecutor, "gather", gather)
+        began = time.monotonic()
+        search(self.timed(monkeypatch, 0.5), max_seconds=1000)
+        assert began < seen[-1] - 1000 < time.monotonic()
 
     def test_short_evaluations_stay_in_this_process(self, alone: SearchResult) -> None:
         result = search(autoprune.Execution(workers="auto"))

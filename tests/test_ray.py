@@ -66,6 +66,19 @@ class Faulty(AdaptiveBN):
         return super().evaluate(candidates, chunk)
 
 
+class Always(AdaptiveBN):
+    """Calls ``fault()`` in the workers for every candidate."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault, self.driver = fault, os.getpid()
+
+    def evaluate(self, candidates, chunk=None):
+        if os.getpid() != self.driver:
+            self.fault()
+        return super().evaluate(candidates, chunk)
+
+
 def odd(candidate):
     return candidate[0] % 4 == 1
 
@@ -198,6 +211,13 @@ def test_what_hangs_once_is_replaced_and_its_candidate_scored(two_workers, local
     assert_whole(result, 12)
     assert {trial.status for trial in result.trials} == {OK}
     assert list(tmp_path.iterdir())
+
+
+def test_the_end_of_the_time_does_not_wait_for_running_evaluations(two_workers):
+    began = time.monotonic()
+    result = search(execution=two_workers(), evaluator=Always(hang), max_seconds=10)
+    assert result.stopped == "time"
+    assert time.monotonic() - began < 60
 
 
 def test_kill_9_of_a_worker_loses_nothing(two_workers, tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import final
@@ -34,6 +35,7 @@ class FastestExecutor:
 
     Attributes:
         notes: Decision, in plain words, once it was taken.
+        until: Time at which `gather` stops waiting for processes, as in `PoolExecutor`.
     """
 
     name = "local"
@@ -49,6 +51,7 @@ class FastestExecutor:
         self._early: list[Finished] = []
         self._given: tuple[Evaluator, Context, Evaluator] | None = None
         self.notes: tuple[str, ...] = ()
+        self.until = math.inf
 
     def start(self, evaluator: Evaluator, context: Context, fresh: Evaluator) -> None:
         """Begin in this process."""
@@ -116,6 +119,7 @@ class FastestExecutor:
             sums = "" if threads == 1 else f"; sums may differ in the last digits from those of {threads} threads"
             self._decide(f"candidates are evaluated in processes: {told}{sums}")
             self._now, self._early = pool, apart[0]
+            pool.until = self.until
         else:
             self._decide(f"candidates are evaluated in this process: {told} of {threads} threads")
             pool.stop()

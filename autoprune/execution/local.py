@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -85,6 +85,17 @@ class Executor(Protocol):
     def stop(self) -> None:
         """Release everything that `start` acquired."""
         ...
+
+
+@runtime_checkable
+class Hurries(Protocol):
+    """Optional protocol: executors that wait for other processes, and stop waiting at a time.
+
+    Attributes:
+        until: Time by `time.monotonic` from which on `gather` returns what is there, or nothing; infinite for never.
+    """
+
+    until: float
 
 
 class LocalExecutor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,6 +91,9 @@ class PoolExecutor:
         threads: PyTorch threads of each. Sums differ in the last digits between numbers of threads.
         generation: Candidates asked for at once.
 
+    Attributes:
+        until: Time by `time.monotonic` at which `gather` stops waiting; infinite for never.
+
     Raises:
         ValueError: If a number is out of range.
     """
@@ -99,6 +104,7 @@ class PoolExecutor:
         self.workers = whole_number("workers", workers, 1)
         self.threads: int | None = whole_number("threads", threads, 1)
         self._generation = whole_number("generation", generation, 1)
+        self.until = math.inf
         self._forget()
 
     def _forget(self) -> None:
@@ -143,7 +149,7 @@ class PoolExecutor:
         self._dispatch()
 
     def gather(self) -> list[Finished]:
-        """Wait for outcomes, and return those whose turn it is.
+        """Wait for outcomes, and return those whose turn it is; none once the time is over.
 
         Raises:
             RuntimeError: If no worker is left, because none could be started.
@@ -152,7 +158,7 @@ class PoolExecutor:
             released = []
             while self._unreleased and self._unreleased[0] in self._done:
                 released.append(self._done.pop(self._unreleased.popleft()))
-            if released:
+            if released or time.monotonic() >= self.until:
                 return released
             self._step()
         return []
@@ -194,11 +200,12 @@ class PoolExecutor:
             log.debug("%s takes no message: %s", worker.name, error)
 
     def _step(self) -> None:
-        """Wait for an event and handle it."""
+        """Wait for an event, or until the time is over, and handle it."""
         self._dispatch()
         if not self._workers:
             raise RuntimeError("no worker is left to evaluate candidates; the log says why each of them was given up")
-        there = wait([worker.connection for worker in self._workers])
+        left = None if math.isinf(self.until) else max(self.until - time.monotonic(), 0.0)
+        there = wait([worker.connection for worker in self._workers], left)
         for worker in list(self._workers):
             if worker.connection in there:
                 self._hear(worker)

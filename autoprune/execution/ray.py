@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import re
@@ -144,6 +145,7 @@ class RayExecutor:
             self.timeout_seconds = positive("timeout_seconds", self.timeout_seconds, " or None")
         one_of("listen", self.listen, ("loopback", "network"))
         self.threads: int | None = self.threads_per_worker
+        self.until = math.inf  # time at which `gather` stops waiting, to a second
         self._forget()
 
     def _forget(self) -> None:
@@ -245,13 +247,13 @@ class RayExecutor:
         self._dispatch()
 
     def gather(self) -> list[Finished]:
-        """Wait for outcomes: in the order of arrival, or in the order submitted if synchronous.
+        """Wait for outcomes: in the order of arrival, or in the order submitted if synchronous; none when time is over.
 
         Raises:
             RuntimeError: If no worker is left, because none could be started.
         """
         while self._unreleased:
-            if released := self._release():
+            if (released := self._release()) or time.monotonic() >= self.until:
                 return released
             self._step()
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class Deadline:
     def passed(self) -> bool:
         """True if the time is over."""
         return self.seconds is not None and self.spent > self.seconds
+
+    @property
+    def end(self) -> float:
+        """Time by `time.monotonic` at which the time is over; infinite without a limit."""
+        return math.inf if self.seconds is None else self.began + self.seconds
 
     @property
     def spent(self) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 
 from autoprune.border import proposals, same_samples
 from autoprune.execution import ANYWAY, Executor
+from autoprune.execution.local import Hurries
 from autoprune.journal.journal import Journal
 from autoprune.protocols import FAILED, Explains, IntArray, Optimizer
 from autoprune.result.trials import Trial, find_front
@@ -82,6 +83,8 @@ class Loop:
         self._found += history.found
         self._asked = len(history)
         request = self._study.request
+        if isinstance(self._executor, Hurries):
+            self._executor.until = self._study.deadline.end
         try:
             if not history.pending and self._asked < request.most:
                 self._end_if_converged()
