@@ -70,16 +70,18 @@ class TestTokens:
 
 
 class TestDivergence:
+    @pytest.mark.parametrize("chances", [False, True])
     @torch.no_grad()
-    def test_it_steers_the_search_over_tokens_that_are_no_padding(self):
+    def test_it_steers_the_search_over_tokens_that_are_no_padding(self, chances):
         mask = (torch.arange(POSITIONS) < torch.arange(32)[:, None] + 2).long()
         subsets = materialise(autoprune.Data(validation=texts(32, attention_mask=mask), test=texts(16)), 0)
         dense, other = Recurrent(), Recurrent()
         nn.init.normal_(other.head.weight)
 
         def run(model):
-            return lambda batch: model(batch["input_ids"])
+            return lambda batch: {"logits": last(model(batch["input_ids"])["logits"])}
 
+        last = nn.Softmax(dim=-1) if chances else nn.Identity()
         judge = resolve_metric("auto", subsets, run(dense))
         scores = judge.measure(run(other), subsets.validation, judge.dense_outputs(run(dense), subsets.validation))
         divergences, losses = [], []
@@ -91,6 +93,7 @@ class TestDivergence:
         assert scores.signal.mean() == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-4)
         assert scores.metric.mean() == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
         assert "KL(dense || pruned)" in judge.note
+        assert ("probabilities" in judge.note) == chances
 
     def test_the_loss_steers_where_dense_outputs_would_take_too_much_memory(self, monkeypatch):
         monkeypatch.setattr(choosing, "MOST_DENSE_BYTES", 1000)

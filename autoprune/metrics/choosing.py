@@ -143,7 +143,7 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
         case "mse":
             return Judge(name, False, note, scorer=scorers.mse)
         case "next_token":
-            note += "; in nats, over tokens that are no padding"
+            note += _note_of_chances(output, -1) + "; in nats, over tokens that are no padding"
             return _judge_next_token(note, output, batches)
         case "cosine":
             note += "; to the dense model's outputs"
@@ -165,14 +165,16 @@ def _judge_name(name: str, outputs: Any, batches: Sequence[Batch], synthetic: bo
 
 def _judge_next_token(note: str, output: Tensor, batches: Sequence[Batch]) -> Judge:
     """Judge by the loss of the next token, steered by the divergence from the dense model where its outputs fit."""
+    kind = scorers.kind_of(output, -1)
+    loss = partial(language.next_token, kind != "logits")
     judge = Judge(
         "next_token",
         False,
         note,
-        scorer=language.next_token,
+        scorer=loss,
         parts=language.foreseen_tokens,
-        distance=partial(scorers.divergence, -1, scorers.kind_of(output, -1)),
-        labels_loss=language.next_token,
+        distance=partial(scorers.divergence, -1, kind),
+        labels_loss=loss,
     )
     held = sum(batch_size(batch) for batch in batches) * output[:1].nbytes
     if held > MOST_DENSE_BYTES:
@@ -181,7 +183,7 @@ def _judge_next_token(note: str, output: Tensor, batches: Sequence[Batch]) -> Ju
         judge,
         note=f"{note}; the search is steered by KL(dense || pruned) on the same tokens, which varies less",
         needs_dense=True,
-        scorer=language.next_token_by_divergence,
+        scorer=partial(language.next_token_by_divergence, kind != "logits"),
         signal_is_distortion=True,
     )
 

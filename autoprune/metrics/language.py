@@ -11,20 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoprune.data.batch import Batch, batch_size, map_tensors, pieces, targets, token_ids
-from autoprune.metrics.scorers import NO_LABEL, main_output, unpadded
+from autoprune.metrics.scorers import NO_LABEL, logits_of, main_output, unpadded
 
 
-def next_token(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the next token in nats, averaged over the tokens of a sample that count, shape (n,), twice."""
+def next_token(chances: bool, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the next token in nats, averaged over the tokens of a sample that count, shape (n,), twice.
+
+    `chances` says whether outputs are probabilities.
+    """
     logits = main_output(outputs)
     wanted = next_tokens(outputs, batch)
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits_of(logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)), chances)
     losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=NO_LABEL)
     loss = losses.sum(1) / (wanted != NO_LABEL).sum(1).clamp(min=1)
     return loss, loss
 
 
-def next_token_by_divergence(outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+def next_token_by_divergence(chances: bool, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
     """KL(dense || pruned) in nats, averaged over the tokens of a sample that count, and `next_token`, shape (n,) each.
 
     The divergence compares whole distributions, so it tells candidates apart on fewer tokens than the loss does.
@@ -37,9 +40,9 @@ def next_token_by_divergence(outputs: Any, batch: Batch, dense: Tensor | None) -
     found = []
     # One sample at a time: the vocabulary makes the distributions of a batch as large as a small model.
     for logits, reference, kept in zip(main_output(outputs), dense, counts, strict=True):
-        ours, theirs = (each[:-1][kept].float().log_softmax(-1) for each in (logits, reference))
+        ours, theirs = (logits_of(each[:-1][kept].float(), chances).log_softmax(-1) for each in (logits, reference))
         found.append(F.kl_div(ours, theirs, reduction="sum", log_target=True) / max(len(ours), 1))
-    return torch.stack(found), next_token(outputs, batch, None)[1]
+    return torch.stack(found), next_token(chances, outputs, batch, None)[1]
 
 
 def foreseen_tokens(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
