@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import autoprune
 from autoprune.data.subsets import Data, materialise
+from autoprune.metrics import scorers
 from autoprune.metrics.choosing import resolve_metric
 from autoprune.metrics.scorers import (
     MANY,
@@ -185,3 +186,16 @@ def test_training_learns_from_probabilities_what_it_would_from_logits():
         losses.append(F.cross_entropy(logits, labels).item())
     assert losses[0] < 0.5
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_labels_are_drawn_in_parts_as_they_are_at_once(monkeypatch):
+    logits = torch.randn(7, 11, 5, generator=torch.Generator().manual_seed(0))
+    found = []
+    for at_once in (2**22, 5 * 9, 1):
+        monkeypatch.setattr(scorers, "_AT_ONCE", at_once)
+        found.append(scorers.drawn_cross_entropy(logits, -1, torch.Generator().manual_seed(1)))
+    assert found[0][1] == 77
+    assert found[0] == found[1] == found[2]
+    drawn = [scorers.drawn_cross_entropy(logits, -1, torch.Generator().manual_seed(i))[0] / 77 for i in range(40)]
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    assert torch.stack(drawn).mean().item() == pytest.approx(entropy.item(), rel=0.02)

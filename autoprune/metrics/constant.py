@@ -36,20 +36,22 @@ def measure_constant(
         Exception: Of a metric that needs more of the outputs than one tensor.
     """
     outputs = dict(zip(map(id, batches), known, strict=True))
-    sums: list[Tensor] = []
+    total: Tensor | None = None
     samples = 0
 
     def dense(batch: Batch) -> Any:
-        nonlocal samples
+        nonlocal samples, total
         kept = outputs.get(id(batch))
         found = run(batch) if kept is None or len(kept) < batch_size(batch) else kept
         rows = main_output(found)
-        sums.append(rows.double().sum(0))
+        added = rows.sum(0, dtype=torch.float64)
+        total = added if total is None else total.add_(added)
         samples += len(rows)
         return found
 
     own = judge.measure(dense, batches, known, weighing)
-    mean = (torch.stack(sums).sum(0) / samples).float()
+    assert total is not None
+    mean = (total / samples).float()
 
     def constant(batch: Batch) -> Any:
         return mean.expand(batch_size(batch), *mean.shape)

@@ -22,6 +22,7 @@ NO_LABEL = -100  # torch's default ignore_index
 VOID = 255  # value of unlabelled positions in segmentation data
 LEAST_CHANCE = 1e-8  # what counts as a probability of zero, whose logarithm is infinite
 MANY = 8  # outputs between 0 and 1 that are as many, or more, are taken for probabilities whatever their sum is
+_AT_ONCE = 2**22  # logits whose chances are summed up at a time: in double precision they take more than the logits
 _SUM = 1e-2  # largest error of a sum of probabilities in half precision
 _LENGTH = 5e-3  # the same of a length
 
@@ -245,10 +246,16 @@ def drawn_cross_entropy(output: Tensor, classes: int, generator: torch.Generator
         yes = torch.rand(rows.shape, dtype=torch.float64, generator=generator).to(rows.device) < rows.detach()
         return -_log(torch.where(yes, rows, 1 - rows)).sum(), len(rows)
     logits = logits_of(rows, kind == "shares").log_softmax(-1)
-    chances = logits.detach().exp().double().cumsum(-1)  # `multinomial` draws a number for each class
     lots = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
-    drawn = torch.searchsorted(chances, lots * chances[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
-    return -logits.gather(1, drawn).sum(), len(logits)
+    few = max(1, _AT_ONCE // logits.shape[1])
+    parts = zip(torch.split(logits.detach(), few), torch.split(lots, few), strict=True)
+    return -logits.gather(1, torch.cat([_drawn(part, lot) for part, lot in parts])).sum(), len(logits)
+
+
+def _drawn(logits: Tensor, lots: Tensor) -> Tensor:
+    """Classes drawn by numbers in [0, 1), shape (n, 1); `multinomial` draws a number for each class."""
+    chances = logits.exp().double().cumsum(-1)
+    return torch.searchsorted(chances, lots * chances[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
 
 
 def class_dimension(outputs: Any, batch: Batch) -> int | None:
