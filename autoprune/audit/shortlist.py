@@ -113,8 +113,8 @@ def shortlist(
             in place. What it raises costs one candidate.
         k: Number of candidates, at least 2; all there are if there are fewer.
         steps: Steps of the longest training here; a tenth of those that the chosen network will get is plenty.
-        budget: Of the candidates, by default that of the search. Only its limits on costs count: scores change. Networks
-            whose latency was not measured count by the upper end of the predicted one.
+        budget: Of the candidates, by default that of the search. Only its limits on costs count: scores change.
+            Networks whose latency was not measured count by the upper end of the predicted one.
         seed: Of the trainings.
 
     Returns:
