@@ -223,6 +223,28 @@ class Leaving(Block):
         return super().forward(x) if x[0, 0, 0, 0] > 0 else x
 
 
+class Swapping(nn.Module):
+    """Runs two blocks in the one order or the other, by the values of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late = Block(), Block()
+
+    def forward(self, x):
+        return self.early(self.late(x)) if x[0, 0, 0, 0] > 0 else self.late(self.early(x))
+
+
+class Reaching(Block):
+    """For some batches reads a weight that others do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Conv2d(8, 8, 1, bias=False)
+
+    def forward(self, x):
+        return super().forward(self.scale(x) if x[0, 0, 0, 0] > 0 else x)
+
+
 RUN = []
 
 
@@ -293,6 +315,26 @@ def test_models_that_read_values_share_what_all_batches_compute(block, shares):
     assert_identical(found, expected)
     assert cache_of(evaluator).on == shares
     assert (macs < 0.9 * naive_macs) == shares
+
+
+@pytest.mark.parametrize("block", [Swapping, Reaching])
+def test_a_pass_that_goes_another_way_than_the_trace_ends_sharing(block):
+    """Even where scores that are shared count as proven: the order of calls tells."""
+    context = context_of(chain(block, 4), (3, 8, 8))
+    first = {float(batch[0][0, 0, 0, 0]) > 0 for batch in context.subsets.validation}
+    assert first == {True, False}
+    evaluator, plain = prepared(AdaptiveBN, context, 2**28), prepared(AdaptiveBN, context, 0)
+    cache_of(evaluator).proven = True
+    candidates = relatives(context.space, n=8)
+    assert_identical(evaluator.evaluate(candidates), plain.evaluate(candidates))
+    assert not cache_of(evaluator).on
+
+
+def test_what_a_trace_that_reads_values_does_not_read_counts_as_read_first():
+    reads = {"a": 3}
+    assert Flow((), reads, {}, 0.0).first_read("b") > 10**9
+    flow = Flow((), reads, {}, 0.0, calls=("0",))
+    assert (flow.first_read("a"), flow.first_read("b")) == (3, -1)
 
 
 @pytest.mark.parametrize("padded", [False, True])

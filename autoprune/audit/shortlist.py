@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,7 +12,6 @@ import numpy as np
 from torch import nn
 
 from autoprune.arguments import MOST_SEED, shown, whole_number
-from autoprune.audit.controls import uniform_widths
 from autoprune.audit.training import builder_of, trained, training_by
 from autoprune.budget import Budget
 from autoprune.errors import InfeasibleBudgetError
@@ -39,7 +38,7 @@ class Shortlisted:
 
     Attributes:
         trial: Of the search.
-        uniform: True if its widths are uniform at the budget.
+        uniform: True if all widths are pruned alike.
         scores: The metric on the validation samples after each round that it was trained in; NaN where that failed.
         signals: Likewise the signal, lower is better, which chooses.
         reason: Reason why a training failed.
@@ -102,9 +101,9 @@ def shortlist(
     """Train a few candidates of a search a little, and choose the one to train for long.
 
     For tight budgets, where scores without training say little about networks of equal cost: half of the candidates are
-    the best by score, the others the best of those that use nearly all of the budget, and uniform widths are among them
-    if the search scored them. All are trained for a quarter of the steps, and the best quarter of them from the start
-    again for all steps. The signal on the validation samples of the search chooses.
+    the best by score, the others the best of those that use nearly all of the budget, and the largest of uniform widths
+    is among them that the search scored. All are trained for a quarter of the steps, and the best quarter of them, but
+    at least two, from the start again for all steps. The signal on the validation samples of the search chooses.
 
     Args:
         result: What `autoprune.search` returned, under a budget that limits a cost. After a restart, get it by
@@ -114,7 +113,7 @@ def shortlist(
         k: Number of candidates, at least 2; all there are if there are fewer.
         steps: Steps of the longest training here; a tenth of those that the chosen network will get is plenty.
         budget: Of the candidates, by default that of the search. Only its limits on costs count: scores change.
-            Networks whose latency was not measured count by the upper end of the predicted one.
+            Networks whose latency was not measured count by the predicted one.
         seed: Of the trainings.
 
     Returns:
@@ -150,8 +149,8 @@ def shortlist(
             f"them, and the recipe trains steps_to={train_fn.steps_to} networks, got {steps}"
         )
     limits = _limits_of(result, budget)
-    uniform = tuple(int(option) for option in uniform_widths(builder, limits))
-    rows = [Shortlisted(trial, trial.candidate == uniform) for trial in chosen_of(result, limits, uniform, k)]
+    uniform = frozenset(result.outline.uniform) if result.outline else frozenset()
+    rows = [Shortlisted(trial, trial.candidate in uniform) for trial in _chosen(result, limits, uniform, k)]
     if not rows:
         raise InfeasibleBudgetError("the budget is met by the dense model alone; search again, with more trials")
     context = builder.context
@@ -172,7 +171,8 @@ def shortlist(
     if rows[0].reason:
         longest = rounds[len(rows[0].signals) - 1]
         raise InfeasibleBudgetError(
-            f"no candidate could be trained for {longest} steps; the first reason: {rows[0].reason}"
+            f"no candidate could be trained for {longest} steps; the first reason: {rows[0].reason}; try train_fn on "
+            "result.build()"
         )
     return Shortlist(tuple(rows), tuple(rounds), next(iter(limits)), result.metric)
 
@@ -207,8 +207,10 @@ def _train(
     rows.sort(key=lambda row: row.rank)
 
 
-def chosen_of(result: SearchResult, limits: Mapping[str, float], uniform: tuple[int, ...], most: int) -> list[Trial]:
-    """Choose trials within limits: the best by score, the best of those near a limit, and uniform widths."""
+def _chosen(
+    result: SearchResult, limits: Mapping[str, float], uniform: Collection[tuple[int, ...]], most: int
+) -> list[Trial]:
+    """Choose trials within limits: the best by score, the best of those near a limit, and the largest uniform one."""
     known = {trial.candidate: trial for trial in reversed(result.trials) if any(trial.candidate)}
     within = [
         trial
@@ -218,7 +220,8 @@ def chosen_of(result: SearchResult, limits: Mapping[str, float], uniform: tuple[
     done = sorted((trial for trial in within if trial.status == OK), key=partial(rank_of, result))
     near = [trial for trial in done if any(trial.upper_costs[name] >= NEAR * limit for name, limit in limits.items())]
     first = done[: most // 2]
-    even = [trial for trial in within if trial.candidate == uniform]
+    first_cost = next(iter(limits))
+    even = sorted((trial for trial in within if trial.candidate in uniform), key=lambda t: t.costs[first_cost])[-1:]
     found = {trial.id: trial for trial in (*first[:1], *even, *first[1:], *near, *done)}
     return list(found.values())[:most]
 

@@ -52,9 +52,9 @@ def main_output(outputs: Any) -> Tensor:
 
 def accuracy(chances: bool, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cross-entropy, and whether the top class is the label; `chances` says whether outputs are probabilities."""
-    logits = logits_of(_main(outputs), chances)
+    output = _main(outputs)
     labels = targets(batch).long()
-    return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
+    return F.cross_entropy(logits_of(output, chances), labels, reduction="none"), output.argmax(1) == labels
 
 
 def cross_entropy(
@@ -182,6 +182,7 @@ def logits_of(output: Tensor, chances: bool) -> Tensor:
 
 
 def _log(chances: Tensor) -> Tensor:
+    chances = chances.to(torch.promote_types(chances.dtype, torch.float32))  # half precision has no number as small
     return chances.clamp(min=LEAST_CHANCE).log()
 
 

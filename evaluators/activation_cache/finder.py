@@ -28,15 +28,15 @@ class Finder:
         record: Of one pass.
         hooked: Modules that run hooks of the user's; they always run.
         holders: Modules that hold parameters or buffers of their own.
+        decides: Whether Python code may act on the values that an operation gives.
     """
 
-    def __init__(self, record: Record, hooked: set[str], holders: set[str]) -> None:
+    def __init__(self, record: Record, hooked: set[str], holders: set[str], decides: bool = False) -> None:
         self._record = record
         self._base = [value.base for value in record.values]
         self._reads = [{self._base[i] for i in op.inputs()} for op in record.ops]
         self._mutates = [self._written_to(op) for op in record.ops]
         self._makes = [{i for i in op.results() if self._base[i] == i} for op in record.ops]
-        decides = record.device != "meta"  # then Python code may act on the values that an operation gives
         self._decisive = [decides and bool(_VALUES.intersection(op.func.tags)) for op in record.ops]
         self._macs = [dense_macs(record, op) for op in record.ops]
         self._last = {base: i for i, read in enumerate(self._reads) for base in read}

@@ -26,9 +26,10 @@ _MOST_SHAPES = 8  # forms of batches that are traced; more of them, and nothing 
 def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flow:
     """Trace every form of batch, and find the cuts.
 
-    A pass must draw no random numbers, call modules in the same order for all batches, and write no attributes of
-    modules. One that cannot run on the meta device reads values, and may go another way for others: what its trace does
-    not read counts as read before everything, and every pass is compared with the calls that were traced.
+    A pass of each form must draw no random numbers, call modules in the same order as those of other forms, and write
+    no attributes of modules. One that cannot run on the meta device reads values, and may go another way for others:
+    what its trace does not read counts as read before everything, and in every pass the modules that candidates change
+    must be called in the order of the trace.
 
     Args:
         model: The dense model; comes back unchanged.
@@ -52,12 +53,13 @@ def flow_of(model: nn.Module, batches: Sequence[Batch], forward: Forward) -> Flo
             raise NothingToShareError(f"{random[0].where()} draws random numbers")
         records.append(record)
     sure = all(record.device == "meta" for record in records)
-    order = _order if sure else _calls
-    if any(order(record) != order(records[0]) for record in records):
+    agreed = _order if sure else _calls
+    if any(agreed(record) != agreed(records[0]) for record in records):
         raise NothingToShareError("batches of different shapes take different ways through the model")
     hooked = {name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks}
     holders = {owner.module for owner in owners(model)}
-    return replace(Finder(records[0], hooked, holders).flow(), sure=sure)
+    flow = Finder(records[0], hooked, holders, decides=not sure).flow()
+    return flow if sure else replace(flow, calls=tuple(_calls(records[0])))
 
 
 def _draws(op: Op) -> bool:
@@ -73,8 +75,9 @@ def _form(batch: Batch) -> str:
 
 
 def _calls(record: Record) -> list[str]:
-    """Modules in the order in which a pass calls them: these must agree between passes that read values."""
-    return [call.name for call in sorted(record.calls, key=lambda call: (call.first, -call.last))]
+    """Modules that run operations, in the order in which a pass calls them, outer ones before those inside."""
+    ran = [call for call in record.calls if call.first < call.last]
+    return [call.name for call in sorted(ran, key=lambda call: (call.first, -call.last, call.name.count(".")))]
 
 
 def _order(record: Record) -> list[Any]:

@@ -97,10 +97,23 @@ class Pass:
 
     def check(self) -> None:
         """Note a fault if the pass, now complete, called modules in another way than the trace did."""
+        if self._plan.calls:
+            if self._called != self._foreseen():
+                self.fault = self.fault or "modules are not called in the order that was traced"
+            return
         planned = self._plan.watched if self._resume is None else {self._resume[0].name, *self._resume[0].skipped}
         expected = {name for name in planned if not any(inside(name, gone) for gone in self._dropped)}
         if Counter(name for name in self._called if name in expected) != Counter(expected):
             self.fault = self.fault or "modules are not called in the way that was traced"
+
+    def _foreseen(self) -> list[str]:
+        """Watched modules in the order of the trace, without those inside of modules that are skipped or left out."""
+        order = [name for name in self._plan.calls if name in self._plan.watched]
+        order = [name for name in order if not any(inside(name, gone) for gone in self._dropped)]
+        if self._resume is None:
+            return order
+        cut = self._resume[0]
+        return [name for name in order if name not in cut.hidden or name in cut.skipped or name == cut.name]
 
     def fill(self, kept: Kept, cut: Cut, outputs: Any) -> None:
         """Put the outputs of a cut into a cache entry."""

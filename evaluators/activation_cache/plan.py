@@ -9,7 +9,7 @@ from functools import cached_property
 
 from autoprune.arguments import said
 from autoprune.data.sampling import process_state
-from autoprune.evaluators.activation_cache.digests import Mark, digests_of, first_operations, marks_of
+from autoprune.evaluators.activation_cache.digests import WHOLE, Mark, digests_of, first_operations, marks_of
 from autoprune.evaluators.activation_cache.flow import flow_of
 from autoprune.evaluators.activation_cache.resume_points import Cut, choose_cuts
 from autoprune.evaluators.protocol import Context
@@ -27,11 +27,13 @@ class Plan:
         cuts: Those whose outputs are kept, in the order of the pass; none where sharing is impossible.
         marks: First use of each tensor and module that candidates change.
         branches: Those that candidates may drop.
+        calls: Modules in the order in which passes must call them; empty where they cannot but do.
     """
 
     cuts: tuple[Cut, ...] = ()
     marks: Sequence[Mark] = ()
     branches: Sequence[Branch] = ()
+    calls: tuple[str, ...] = ()
 
     def digests(self, edit: Edit) -> dict[str, bytes]:
         """Digests of what a candidate changes before each cut, see `digests_of`."""
@@ -49,8 +51,13 @@ class Plan:
 
     @cached_property
     def watched(self) -> frozenset[str]:
-        """Modules whose calls are intercepted."""
-        return self.skippable | self.by_name.keys()
+        """Modules whose calls are intercepted: where passes may go several ways, all that candidates change, too."""
+        named = self.skippable | self.by_name.keys()
+        return named | self._changed if self.calls else named
+
+    @cached_property
+    def _changed(self) -> frozenset[str]:
+        return frozenset(name.rpartition(".")[0] if tensor else name for _, name, tensor in self.marks) - {WHOLE}
 
 
 def plan_of(context: Context, memory_bytes: int) -> Plan:
@@ -72,4 +79,4 @@ def plan_of(context: Context, memory_bytes: int) -> Plan:
         return Plan()
     samples = subsets.samples["calibration"] + subsets.samples["validation"]
     cuts = choose_cuts(flow, firsts, samples, memory_bytes)
-    return Plan(cuts, marks_of(context, flow), context.structure.branches)
+    return Plan(cuts, marks_of(context, flow), context.structure.branches, flow.calls)

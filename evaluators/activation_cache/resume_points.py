@@ -45,18 +45,18 @@ class Flow:
         reads: Operation that first reads each parameter and buffer.
         enters: Number of operations that have run when each module is first called.
         macs: Multiply-accumulates of the traced batch.
-        sure: Whether passes read no values, so that all of them go the way of the trace.
+        calls: Modules in the order of their calls, where passes read values and so may go another way; else empty.
     """
 
     cuts: tuple[Cut, ...]
     reads: Mapping[str, int]
     enters: Mapping[str, int]
     macs: float
-    sure: bool = True
+    calls: tuple[str, ...] = ()
 
     def first_read(self, name: str) -> int:
-        """First operation that reads a tensor; of one that the trace does not read, the last or, if not sure, none."""
-        return self.reads.get(name, NEVER if self.sure else -1)
+        """First operation that reads a tensor; where passes read values, others may read it before everything."""
+        return self.reads.get(name, -1 if self.calls else NEVER)
 
 
 class NothingToShareError(Exception):
