@@ -103,7 +103,7 @@ class SearchSpace(Protocol):
 
 @runtime_checkable
 class ChoosesWidths(Protocol):
-    """Optional protocol: spaces in which each dimension chooses the width of one group, and nothing else changes.
+    """Optional protocol: spaces in which each dimension chooses the width of one group, or keeps or drops a part.
 
     Costs of candidates that differ in one entry are then computed far faster.
     """
@@ -112,7 +112,8 @@ class ChoosesWidths(Protocol):
     def choices(self) -> tuple[IntArray, FloatArray]:
         """Position of each dimension's group in the structure, (d,), and units kept by each option, padded, (d, most).
 
-        No two dimensions choose for the same group.
+        No two dimensions choose for the same group. The position is -1 where a dimension keeps or drops a part, and the
+        units there count for nothing.
         """
         ...
 

@@ -156,27 +156,29 @@ class DepthSpace:
         """Number of options of each dimension, shape (d,)."""
         return np.array([len(dimension.options) for dimension in self.dimensions], dtype=np.int64)
 
+    @property
+    def choices(self) -> tuple[IntArray, FloatArray]:
+        """No group for any dimension: -1, shape (d,), and no units, shape (d, 2)."""
+        return np.full(len(self.dimensions), -1), np.zeros((len(self.dimensions), 2))
+
     def canonical(self, candidates: IntArray) -> IntArray:
         """Keep the fewest parts that must stay, and name a block in the place of all that lies inside it."""
-        chosen = self._with_least(candidates)
-        gone = self._present(chosen)[:, self._columns] == 0
+        chosen, there = self._with_least(candidates)
+        gone = there[:, len(self.groups) + self._columns] == 0
         covered = gone.astype(np.float64) @ self._inner > 0  # lies inside another dimension that is dropped
         return np.where(gone & ~covered, np.maximum(chosen, 1), 0)
 
-    def _with_least(self, candidates: IntArray) -> IntArray:
-        """Keep the first of the parts dropped, one after the other, where too few stay."""
-        chosen = candidates
+    def _with_least(self, candidates: IntArray) -> tuple[IntArray, FloatArray]:
+        """Keep the first of the parts dropped, one after the other, where too few stay; with what is there then."""
+        chosen, there = candidates, self._effective(candidates)
         while self.least:
-            few = np.flatnonzero((self._present(chosen)[:, self._columns] > 0).sum(axis=1) < self.least)
+            few = np.flatnonzero((there[:, len(self.groups) + self._columns] > 0).sum(axis=1) < self.least)
             if not few.size:
                 break
             chosen = chosen.copy()
             chosen[few, (chosen[few] > 0).argmax(axis=1)] = 0
-        return chosen
-
-    def _present(self, candidates: IntArray) -> FloatArray:
-        """Presence of every branch, shape (n, branches)."""
-        return self._effective(candidates)[:, len(self.groups) :]
+            there[few] = self._effective(chosen[few])
+        return chosen, there
 
     def _effective(self, candidates: IntArray) -> FloatArray:
         """Presence of every group and branch, shape (n, groups + branches)."""
@@ -187,7 +189,7 @@ class DepthSpace:
 
     def silenced(self, candidates: IntArray) -> NDArray[np.bool_]:
         """Mark the groups that lie inside a dropped part, bool, shape (n, groups)."""
-        marked: NDArray[np.bool_] = self._effective(self._with_least(candidates))[:, : len(self.groups)] == 0
+        marked: NDArray[np.bool_] = self._with_least(candidates)[1][:, : len(self.groups)] == 0
         return marked
 
     def decode(self, candidate: Sequence[int]) -> dict[str, Any]:
@@ -196,14 +198,14 @@ class DepthSpace:
 
     def pruning(self, candidate: Sequence[int]) -> Pruning:
         """Drop branches, each named once: not what lies inside them."""
-        present = self._present(self._with_least(np.array([candidate], dtype=np.int64)))[0]
+        present = self._with_least(np.array([candidate], dtype=np.int64))[1][0, len(self.groups) :]
         gone = {branch.name for branch, there in zip(self.branches, present, strict=True) if not there}
         return Pruning(dropped=tuple(branch.name for branch in self._presence.outermost(gone)))
 
     def widths(self, candidates: IntArray) -> FloatArray:
         """Every unit of each group, then 1 for each branch that is kept, shape (n, groups + branches)."""
         whole = np.tile(np.array([size for _, size in self.groups], dtype=np.float64), (len(candidates), 1))
-        return np.hstack([whole, self._present(self._with_least(candidates))])
+        return np.hstack([whole, self._with_least(candidates)[1][:, len(self.groups) :]])
 
     def zeroed(self, candidates: IntArray) -> FloatArray:
         """Zeros, shape (n,): whole parts are removed, and no single elements."""

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoprune.costs.structural import CostFunction, product_values
-from autoprune.protocols import FloatArray, IntArray
+from autoprune.protocols import FloatArray, IntArray, SearchSpace
 from autoprune.structure.structure import Structure
 from autoprune.structure.terms import Products
 
@@ -34,6 +35,16 @@ class LimitedCosts:
         """Costs of candidates (n, d), shape (n, c)."""
         return np.column_stack([cost(candidates) for cost in self._costs])
 
+    @property
+    def of_widths(self) -> bool:
+        """True if widths alone decide on the costs, so that they are those of the canonical form, too."""
+        return self._changes is not None
+
+    @property
+    def adds_up(self) -> bool:
+        """True if single changes can be computed, and none makes another irrelevant."""
+        return self._changes is not None and self._changes.space is None
+
     def at(self, candidates: IntArray) -> Counted | None:
         """Make candidates (n, d) to change one entry at a time, with the same costs bit for bit; None if impossible."""
         return None if self._changes is None else self._changes.at(candidates)
@@ -46,8 +57,11 @@ class Changes:
     Args:
         structure: A traced model.
         names: Costs, each of `SUMS`.
-        groups: Position in ``structure.groups`` of the one that each dimension chooses the width of, shape (d,).
+        groups: Position in ``structure.groups`` of the one that each dimension chooses the width of, shape (d,); -1 for
+            dimensions that keep or drop whole parts.
         widths: Units kept by each option of each dimension, padded, shape (d, most options).
+        space: The space of the candidates, needed where some dimensions drop parts: costs after a change of these are
+            counted from its widths.
 
     Attributes:
         exact: Whether all sums are exact: products of integers, below 2**53.
@@ -56,20 +70,33 @@ class Changes:
     SUMS = ("flops", "params", "nonzero_params")
     """Costs that are such sums, in a space that removes only whole units."""
 
-    def __init__(self, structure: Structure, names: Sequence[str], groups: IntArray, widths: FloatArray) -> None:
+    def __init__(
+        self,
+        structure: Structure,
+        names: Sequence[str],
+        groups: IntArray,
+        widths: FloatArray,
+        space: SearchSpace | None = None,
+    ) -> None:
         from scipy.sparse import csr_array
 
         terms = structure.terms
         sums = [terms.macs if name == "flops" else terms.params for name in names]
         self.divisors = np.array([terms.batch if name == "flops" else 1 for name in names], dtype=np.float64)
         self.widths = widths
+        self.groups = groups
+        self.space = space
+        self.dropping = np.flatnonzero(groups < 0)
+        self._structure = structure
         self.costs = np.repeat(np.arange(len(sums)), [len(each.coefficients) for each in sums])
         self.products = _joined(sums)
-        shares = terms.sizes[:, 1:].astype(np.float64)
-        self.shares = np.ascontiguousarray(shares[:, groups].T)
+        self._constants = terms.sizes[:, 0]
+        self._each = terms.sizes[:, 1:].astype(np.float64)
+        self.shares = np.ascontiguousarray(self._each[:, groups].T)
+        self.shares[self.dropping] = 0.0
         dense = structure.dense.astype(np.float64)
-        dense[groups] = 0.0
-        self.fixed = terms.sizes[:, 0] + shares @ dense
+        dense[groups[groups >= 0]] = 0.0
+        self._fixed = self._constants + self._each @ dense
 
         count, factors = self.products.factors.shape
         reads = csr_array(
@@ -82,6 +109,20 @@ class Changes:
         largest = self.at(np.zeros((1, len(groups)), dtype=np.int64)).totals
         whole = (self.products.coefficients == np.rint(self.products.coefficients)).all()
         self.exact = bool(whole and (largest < _EXACT).all())
+
+    def sizes(self, candidates: IntArray) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Sizes that the products are made of, (n, s), and whether each dimension's group is left, (n, d)."""
+        if self.space is None:
+            widths = self.widths[np.arange(candidates.shape[1]), candidates]
+            return self._fixed + widths @ self.shares, np.ones(candidates.shape, dtype=np.bool_)
+        effective = self._structure.presence.effective(self.space.widths(candidates))
+        return self._constants + effective @ self._each.T, (effective[:, self.groups] > 0) & (self.groups >= 0)
+
+    def totals(self, sizes: FloatArray) -> FloatArray:
+        """Sums of the products of sizes (n, s), shape (n, c)."""
+        values = product_values(self.products, sizes)
+        each = [values[:, self.costs == cost].sum(axis=1) for cost in range(len(self.divisors))]
+        return np.stack(each, axis=1)
 
     def at(self, candidates: IntArray) -> Counted:
         """Candidates (n, d) with all that is needed to change them one entry at a time."""
@@ -99,17 +140,20 @@ class Counted:
     Attributes:
         candidates: The candidates after all moves so far, shape (n, d).
         totals: Their costs times `Changes.divisors`, integers, shape (n, c).
+        left: Whether the group of each dimension is left; False where a part is dropped that it lies in, and for
+            dimensions that drop parts; shape (n, d).
     """
 
     def __init__(self, changes: Changes, candidates: IntArray) -> None:
         self._changes = changes
         self.candidates = candidates.copy()
-        widths = changes.widths[np.arange(candidates.shape[1]), candidates]
-        self._sizes: FloatArray = changes.fixed + widths @ changes.shares
-        values = product_values(changes.products, self._sizes)
-        self.totals: FloatArray = np.stack(
-            [values[:, changes.costs == cost].sum(axis=1) for cost in range(len(changes.divisors))], axis=1
-        )
+        self._sizes, self.left = changes.sizes(candidates)
+        self.totals: FloatArray = changes.totals(self._sizes)
+
+    def drops(self, dim: IntArray) -> NDArray[np.bool_]:
+        """Return whether each of the dimensions keeps or drops a part, shape (k,)."""
+        dropping: NDArray[np.bool_] = self._changes.groups[dim] < 0
+        return dropping
 
     def room(self, limits: FloatArray) -> FloatArray:
         """The largest `change` of each candidate that meets limits (n, c), shape (n, c)."""
@@ -124,7 +168,7 @@ class Counted:
     def change(self, row: IntArray, dim: IntArray, option: IntArray) -> FloatArray:
         """Growth of the `totals` of candidate ``row[i]`` with entry ``dim[i]`` at ``option[i]``, shape (k, c)."""
         changes = self._changes
-        step = changes.widths[dim, option] - changes.widths[dim, self.candidates[row, dim]]
+        step = self._step(row, dim, option)
         starts = changes.parts.indptr[dim]
         ends = changes.parts.indptr[dim + 1]
         until = np.cumsum(ends - starts)
@@ -136,7 +180,25 @@ class Counted:
             part = slice(first, last)
             out[part] = self._changed(row[part], dim[part], step[part], starts[part], ends[part])
             first = last
+        if (dropping := np.flatnonzero(self.drops(dim))).size:
+            out[dropping] = self._recounted(row[dropping], dim[dropping], option[dropping])
         return out
+
+    def _step(self, row: IntArray, dim: IntArray, option: IntArray) -> FloatArray:
+        """Growth of the width of what is left; shape (k,)."""
+        widths = self._changes.widths
+        grown: FloatArray = widths[dim, option] - widths[dim, self.candidates[row, dim]]
+        return grown * self.left[row, dim]
+
+    def _recounted(self, row: IntArray, dim: IntArray, option: IntArray) -> FloatArray:
+        """`change` of dimensions that keep or drop parts, shape (k, c)."""
+        changed = self.candidates[row]
+        changed[np.arange(len(row)), dim] = option
+        changes = self._changes
+        parts = np.array_split(changed, 1 + len(changed) * len(changes.products.coefficients) // _AT_ONCE)
+        totals = np.concatenate([changes.totals(changes.sizes(part)[0]) for part in parts])
+        grown: FloatArray = totals - self.totals[row]
+        return grown
 
     def _changed(self, row: IntArray, dim: IntArray, step: FloatArray, starts: IntArray, ends: IntArray) -> FloatArray:
         """`change` of a part that fits the cache, for changes of widths by `step`."""
@@ -165,17 +227,28 @@ class Counted:
     def move(self, row: IntArray, dim: IntArray, option: IntArray) -> None:
         """Apply such changes, at most one in each candidate."""
         changes = self._changes
-        step = changes.widths[dim, option] - changes.widths[dim, self.candidates[row, dim]]
         self.totals[row] += self.change(row, dim, option)
-        self._sizes[row] += changes.shares[dim] * step[:, None]
+        self._sizes[row] += changes.shares[dim] * self._step(row, dim, option)[:, None]
         self.candidates[row, dim] = option
+        if (other := np.unique(row[self.drops(dim)])).size:
+            self._sizes[other], self.left[other] = changes.sizes(self.candidates[other])
 
     def coupled(self, row: IntArray, dim: IntArray) -> tuple[IntArray, IntArray]:
         """Rows and dimensions whose `change` may differ after entry ``dim[i]`` of candidate ``row[i]`` has moved."""
-        graph = self._changes.coupled
+        changes = self._changes
+        graph = changes.coupled
         count = graph.indptr[dim + 1] - graph.indptr[dim]
         at = np.arange(count.sum()) + np.repeat(graph.indptr[dim] - (np.cumsum(count) - count), count)
-        return np.repeat(row, count), graph.indices[at].astype(np.int64)
+        rows, dims = np.repeat(row, count), graph.indices[at].astype(np.int64)
+        if changes.space is None:
+            return rows, dims
+        # A part may hold any of the groups, so what it costs may change with each; and all may change with a part.
+        touched = np.zeros(self.candidates.shape, dtype=np.bool_)
+        touched[rows, dims] = True
+        touched[np.ix_(row, changes.dropping)] = True
+        touched[row[self.drops(dim)]] = True
+        rows, dims = np.nonzero(touched)
+        return rows, dims
 
 
 def _joined(sums: Sequence[Products]) -> Products:

@@ -26,6 +26,12 @@ def counted(problem: Problem, candidates: IntArray) -> Counted | None:
     return costs.at(candidates) if isinstance(costs, LimitedCosts) else None
 
 
+def adding_up(problem: Problem, candidates: IntArray) -> Counted | None:
+    """Make them so where no entry makes another irrelevant, too: what single entries lose is then lost together."""
+    costs = problem.cost_function
+    return costs.at(candidates) if isinstance(costs, LimitedCosts) and costs.adds_up else None
+
+
 @final
 class Recounted:
     """Candidates whose costs are computed from scratch after each change, which is right for any cost.

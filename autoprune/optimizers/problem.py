@@ -12,6 +12,7 @@ from typing import final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from autoprune.costs.changes import LimitedCosts
 from autoprune.optimizers.repair import find_cheapest, move_within
 from autoprune.protocols import FloatArray, IntArray
 
@@ -108,7 +109,8 @@ class Problem:
 
     def costs(self, candidates: IntArray) -> FloatArray:
         """Costs of candidates (n, d), shape (n, c)."""
-        return self.cost_function(self.canonical(candidates))
+        costs = self.cost_function
+        return costs(candidates if isinstance(costs, LimitedCosts) and costs.of_widths else self.canonical(candidates))
 
     def feasible(self, candidates: IntArray, limits: FloatArray | None = None) -> NDArray[np.bool_]:
         """Return whether candidates (n, d) meet every limit, shape (n,); `limits` as in `repair`."""

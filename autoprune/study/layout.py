@@ -15,8 +15,8 @@ from autoprune.costs.given import require_steady
 from autoprune.errors import BudgetError, InfeasibleBudgetError
 from autoprune.metrics.judge import Judge
 from autoprune.optimizers import Problem, uniform_seeds
-from autoprune.protocols import ChoosesWidths, IntArray, SearchSpace
-from autoprune.search_spaces import Settings, why_no_less
+from autoprune.protocols import ChoosesWidths, FloatArray, IntArray, SearchSpace
+from autoprune.search_spaces import ProductSpace, Settings, why_no_less
 from autoprune.structure.structure import Structure
 from autoprune.study.measured_costs import MeasuredCosts
 from autoprune.study.request import Request
@@ -153,7 +153,7 @@ def _problem(
         sizes=space.sizes,
         cost_names=names,
         limits=np.array([limits[name] for name in names]),
-        cost_function=LimitedCosts(costs, names, _changes(structure, space, names)),
+        cost_function=LimitedCosts(costs, names, changes_of(structure, space, names)),
         ordered=np.array([dimension.ordered for dimension in space.dimensions]),
         canonical=space.canonical,
     )
@@ -178,9 +178,25 @@ def _problem(
     )
 
 
-def _changes(structure: Structure, space: SearchSpace, names: tuple[str, ...]) -> Changes | None:
+def changes_of(structure: Structure, space: SearchSpace, names: tuple[str, ...]) -> Changes | None:
     """Make the fast update of limited costs by single changes; None where costs or space are of another kind."""
-    if not (isinstance(space, ChoosesWidths) and set(names) <= set(Changes.SUMS)):
+    choices = _choices(space) if set(names) <= set(Changes.SUMS) else None
+    if choices is None:
         return None
-    changes = Changes(structure, names, *space.choices)
+    changes = Changes(structure, names, *choices, space if (choices[0] < 0).any() else None)
     return changes if changes.exact else None
+
+
+def _choices(space: SearchSpace) -> tuple[IntArray, FloatArray] | None:
+    """Groups and widths as of `ChoosesWidths`, for products of such spaces, too, unless two choose for one group."""
+    if isinstance(space, ChoosesWidths):
+        return space.choices
+    each = [_choices(member) for member in space.members] if isinstance(space, ProductSpace) else []
+    known = [choices for choices in each if choices is not None]
+    if not known or len(known) < len(each):
+        return None
+    groups = np.concatenate([groups for groups, _ in known])
+    if len(np.unique(groups[groups >= 0])) < (groups >= 0).sum():
+        return None
+    most = max(widths.shape[1] for _, widths in known)
+    return groups, np.concatenate([np.pad(widths, ((0, 0), (0, most - widths.shape[1]))) for _, widths in known])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
+from functools import reduce
 from math import prod
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,11 @@ class Finder:
         self._reads = [{self._base[i] for i in op.inputs()} for op in record.ops]
         self._mutates = [self._written_to(op) for op in record.ops]
         self._makes = [{i for i in op.results() if self._base[i] == i} for op in record.ops]
+        self._touches = [makes | mutates for makes, mutates in zip(self._makes, self._mutates, strict=True)]
         self._decisive = [decides and bool(_VALUES.intersection(op.func.tags)) for op in record.ops]
         self._macs = [dense_macs(record, op) for op in record.ops]
         self._last = {base: i for i, read in enumerate(self._reads) for base in read}
         self._last |= {self._base[i]: len(record.ops) for i in record.outputs}
-        self._readers: dict[int, list[int]] = defaultdict(list)
-        for i, read in enumerate(self._reads):
-            for base in read:
-                self._readers[base].append(i)
         self._written_last = {base: i for i, written in enumerate(self._mutates) for base in written}
         self._macs_before = np.concatenate([[0.0], np.cumsum(self._macs, dtype=np.float64)])
         ran = [call for call in record.calls if call.first < call.last]
@@ -165,38 +163,36 @@ class Finder:
 
     def _needed(self, cut: ModuleCall, skipped: Sequence[ModuleCall]) -> set[str]:
         """Skipped modules whose outputs are needed by an operation that still runs, after the cut or on real values."""
-        missing: dict[int, set[str]] = {}  # storages that hold no values, and the skipped modules that this is due to
+        missing: dict[int, int] = {}  # storages without values, and in bits the skipped modules that this is due to
+        own = 1 << len(skipped)
         done = 0
-        for call in (*skipped, cut):
-            for i in range(done, call.first):
+        for k, call in enumerate((*skipped, cut)):
+            for i in range(done, call.first) if missing else ():
                 reads = self._reads[i]
                 if self._decisive[i] and missing:  # what it reads may lie on the device of a placeholder
                     return {each.name for each in skipped if each.last <= i}
-                lacking = missing.keys() & reads
-                if lacking and len(lacking) < len(reads):
-                    return set[str]().union(*(missing[base] for base in lacking))
-                due = set[str]().union(*(missing[base] for base in lacking))
-                for base in self._makes[i] | self._mutates[i]:
+                due = lacking = 0
+                for base in reads:
+                    if (bits := missing.get(base)) is not None:
+                        due |= bits
+                        lacking += 1
+                if 0 < lacking < len(reads):
+                    return self._named(due, skipped, cut)
+                for base in self._touches[i]:
                     if due:
                         missing[base] = due
                     else:
                         missing.pop(base, None)
-            missing.update((base, {call.name}) for base in self._made_by[call.name])
+            missing.update((base, 1 << k) for base in self._made_by[call.name])
             done = call.last
-        missing = {base: due for base, due in missing.items() if cut.name not in due}
+        missing = {base: due for base, due in missing.items() if not due & own}
         # An operation after the cut runs on real values, and it also reads the storages that it writes to.
-        later = {base: self._next_reader(base, cut.last) for base in missing}
-        first = min(later.values(), default=len(self._record.ops))
-        if first < len(self._record.ops):
-            return set[str]().union(*(missing[base] for base, reader in later.items() if reader == first))
-        results = {self._base[i] for i in self._record.outputs}
-        return set[str]().union(*(missing[base] for base in missing.keys() & results))
+        wanted = [due for base, due in missing.items() if self._last.get(base, -1) >= cut.last]
+        return self._named(reduce(or_, wanted, 0), skipped, cut)
 
-    def _next_reader(self, base: int, start: int) -> int:
-        """First operation from `start` on that reads a storage; the number of operations if there is none."""
-        readers = self._readers.get(base, [])
-        place = bisect_left(readers, start)
-        return readers[place] if place < len(readers) else len(self._record.ops)
+    def _named(self, due: int, skipped: Sequence[ModuleCall], cut: ModuleCall) -> set[str]:
+        """Names of skipped modules, and of that of the cut, from their bits."""
+        return {call.name for k, call in enumerate((*skipped, cut)) if due >> k & 1}
 
 
 def _plain(tree: tuple[Any, ...]) -> bool:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from autoprune.costs.changes import Counted
 from autoprune.optimizers.knapsack.multiple_choice import Objective
-from autoprune.optimizers.position import counted
+from autoprune.optimizers.position import adding_up, counted
 from autoprune.optimizers.problem import Problem
 from autoprune.protocols import FloatArray, IntArray
 
@@ -83,7 +83,7 @@ class Moves:
         To raise is to take any lower index of an ordered dimension, whatever the table says of it, or an option of
         lower loss of one without an order.
         """
-        position = counted(self._problem, candidates)
+        position = adding_up(self._problem, candidates)
         if position is not None:
             return self._fill_counted(position, limits)
         filled = candidates.copy()
@@ -169,12 +169,17 @@ class Moves:
         return summed
 
     def _after(self, candidates: IntArray, row: IntArray, move: IntArray) -> tuple[FloatArray, FloatArray]:
-        """True costs and steering loss of candidate ``row[i]`` after move ``move[i]``, shapes (k, c) and (k,)."""
+        """True costs (k, c) and steering losses (k,) of canonical candidates ``row[i]`` after moves ``move[i]``."""
         position = counted(self._problem, candidates)
         if position is not None:
             dims, options = self.dims[move], self.options[move]
             now = self._losses[self._starts[dims] + candidates[row, dims]]
-            steered = self._steer(candidates)[row] + (self._losses[move] - now)
+            steered = self._steer(candidates)[row] + (self._losses[move] - now) * position.left[row, dims]
+            whole = np.flatnonzero(position.drops(dims))  # these make other entries irrelevant, or relevant again
+            if whole.size:
+                changed = candidates[row[whole]]
+                changed[np.arange(len(whole)), dims[whole]] = options[whole]
+                steered[whole] = self._steer(self._problem.canonical(changed))
             return position.after(row, dims, options), steered
         costs = np.empty((len(row), len(self._problem.limits)))
         losses = np.empty(len(row))
