@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from autoprune.data.batch import Batch, batch_size, map_tensors, pieces, targets, token_ids
 from autoprune.metrics.scorers import NO_LABEL, logits_of, main_output, unpadded
+
+_ON_CPU = 2**19  # values of distributions that are compared at once
+_ELSEWHERE = 2**26
 
 
 def next_token(chances: bool, outputs: Any, batch: Batch, dense: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -19,11 +21,9 @@ def next_token(chances: bool, outputs: Any, batch: Batch, dense: Tensor | None) 
 
     `chances` says whether outputs are probabilities.
     """
-    logits = main_output(outputs)
     wanted = next_tokens(outputs, batch)
-    logits = logits_of(logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)), chances)
-    losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=NO_LABEL)
-    loss = losses.sum(1) / (wanted != NO_LABEL).sum(1).clamp(min=1)
+    each = zip(main_output(outputs), wanted, strict=True)
+    loss = torch.stack([_of_tokens(chances, logits, following)[0] for logits, following in each])
     return loss, loss
 
 
@@ -36,13 +36,39 @@ def next_token_by_divergence(chances: bool, outputs: Any, batch: Batch, dense: T
         Sieberling et al., "EvoPress", ICML 2025, arXiv:2410.14649, steers its search by the same.
     """
     assert dense is not None
-    counts = next_tokens(outputs, batch) != NO_LABEL
-    found = []
-    # One sample at a time: the vocabulary makes the distributions of a batch as large as a small model.
-    for logits, reference, kept in zip(main_output(outputs), dense, counts, strict=True):
-        ours, theirs = (logits_of(each[:-1][kept].float(), chances).log_softmax(-1) for each in (logits, reference))
-        found.append(F.kl_div(ours, theirs, reduction="sum", log_target=True) / max(len(ours), 1))
-    return torch.stack(found), next_token(chances, outputs, batch, None)[1]
+    each = zip(main_output(outputs), next_tokens(outputs, batch), dense, strict=True)
+    losses, divergences = zip(*(_of_tokens(chances, *sample) for sample in each), strict=True)
+    return torch.stack(divergences), torch.stack(losses)
+
+
+def _of_tokens(chances: bool, logits: Tensor, wanted: Tensor, dense: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean loss of one sample, and mean divergence from dense logits, 0 without them; each of shape ().
+
+    Args:
+        chances: Whether outputs are probabilities.
+        logits: Shape (positions, vocabulary), as `dense`.
+        wanted: The next tokens, shape (positions - 1,).
+        dense: Those of the dense model.
+    """
+    counts = wanted != NO_LABEL
+    at_once = max(1, (_ON_CPU if logits.device.type == "cpu" else _ELSEWHERE) // logits.shape[-1])
+    # A vocabulary makes the distributions of a sample as large as a small model: few of them stay in the cache.
+    losses, divergences = [], []
+    for start in range(0, len(wanted), at_once):
+        part = slice(start, min(start + at_once, len(wanted)))
+        kept = counts[part]
+        ours = _log_chances(chances, logits[part][kept])
+        losses.append(-ours.gather(1, wanted[part][kept, None]).sum())
+        if dense is not None:
+            theirs = _log_chances(chances, dense[part][kept])
+            divergences.append((theirs.exp() * (theirs - ours)).sum())
+    count = counts.sum().clamp(min=1)
+    loss = torch.stack(losses).sum() / count
+    return loss, torch.stack(divergences).sum() / count if dense is not None else torch.zeros_like(loss)
+
+
+def _log_chances(chances: bool, outputs: Tensor) -> Tensor:
+    return logits_of(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), chances).log_softmax(-1)
 
 
 def foreseen_tokens(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
