@@ -7,11 +7,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import autoprune
 from autoprune.evaluators import AdaptiveBN, Compensated
@@ -22,58 +19,11 @@ from autoprune.evaluators.activation_cache.resume_points import Cut, Flow, Nothi
 from autoprune.evaluators.activation_cache.store import Store
 from autoprune.evaluators.activation_cache.writes import watching
 from autoprune.execution import LocalExecutor
-from autoprune.protocols import Measurement
 from autoprune.structure.slicing.slicing import Edit, Slicer
-from tests.contexts import study_of
+from tests.sharing import Block, assert_identical, cache_of, chain, context_of, counted, prepared, relatives
 from zoo import ZOO
 
 NOTHING = Edit({}, {})
-
-
-def data_for(*shapes, samples=60, size=16):
-    """Batches without labels, the last one incomplete."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(samples, *shape, generator=generator) for shape in shapes]
-    starts = range(0, samples, size)
-    return autoprune.Data(validation=[(*(x[i : i + size] for x in inputs), None) for i in starts])
-
-
-def context_of(model, *shapes):
-    return study_of(model, data_for(*shapes)).context
-
-
-def relatives(space, n=6, seed=0):
-    """Candidates that differ from the dense one, or from a random one, in a single dimension; shape (2 n, d)."""
-    rng = np.random.default_rng(seed)
-    rows = np.repeat([np.zeros_like(space.sizes), rng.integers(0, space.sizes)], n, axis=0)
-    dims = rng.integers(len(space.sizes), size=2 * n)
-    rows[np.arange(2 * n), dims] = rng.integers(1, space.sizes[dims])
-    return rows
-
-
-def prepared(kind, context, share_bytes):
-    evaluator = kind(share_bytes=share_bytes)
-    evaluator.prepare(context)
-    return evaluator
-
-
-def cache_of(evaluator):
-    return evaluator._adapted._cache
-
-
-def assert_identical(found, expected):
-    for a, b in zip(found, expected, strict=True):
-        assert isinstance(a, Measurement), a
-        assert isinstance(b, Measurement), b
-        for field in ("signal", "metric", "distortion"):
-            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
-
-
-def counted(call):
-    """Multiply-accumulates that a call executes, and what it returns."""
-    with FlopCounterMode(display=False) as counter:
-        result = call()
-    return counter.get_total_flops() // 2, result
 
 
 class Overwriting(nn.Module):
@@ -167,17 +117,6 @@ def test_chunks_of_the_validation_data_share_their_calibration():
     assert macs / naive_macs == pytest.approx((once + proof) / once, rel=1e-3)
 
 
-class Block(nn.Module):
-    """One residual block; subclasses do something in addition."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.norm, self.conv2 = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.Conv2d(12, 8, 1)
-
-    def forward(self, x):
-        return x + self.conv2(F.relu(self.norm(self.conv1(x))))
-
-
 class Noisy(Block):
     def forward(self, x):
         return super().forward(x) + 0.1 * torch.rand_like(x)
@@ -199,39 +138,9 @@ class Collecting(Block):
         return super().forward(x)
 
 
-class Deciding(Block):
-    def forward(self, x):
-        return super().forward(x) if x.mean() > -1e9 else x
-
-
 class ChangingWithTheBatch(Block):
     def forward(self, x):
         return super().forward(x) * 2 if len(x) == 12 else super().forward(x)
-
-
-class Choosing(Block):
-    """Takes one of two ways by the values of a batch."""
-
-    def forward(self, x):
-        return super().forward(x) if x[0, 0, 0, 0] > 0 else x + 2 * self.conv2(self.norm(self.conv1(x)).abs())
-
-
-class Leaving(Block):
-    """Runs for some batches alone."""
-
-    def forward(self, x):
-        return super().forward(x) if x[0, 0, 0, 0] > 0 else x
-
-
-class Swapping(nn.Module):
-    """Runs two blocks in the one order or the other, by the values of a batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.early, self.late = Block(), Block()
-
-    def forward(self, x):
-        return self.early(self.late(x)) if x[0, 0, 0, 0] > 0 else self.late(self.early(x))
 
 
 RUN = []
@@ -249,12 +158,6 @@ class CountingOutside(Block):
             RUN.clear()
         RUN.append(None)
         return super().forward(x) * (1 + len(RUN))
-
-
-def chain(block, count=3):
-    torch.manual_seed(0)
-    blocks = [block() for _ in range(count)]
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.Flatten(), nn.Linear(8 * 64, 10)).eval()
 
 
 def test_a_plain_chain_of_blocks_can_be_resumed_behind_each():
@@ -292,70 +195,6 @@ def test_models_that_share_nothing_are_scored_all_the_same(block):
     evaluator = prepared(AdaptiveBN, context, 2**28)
     assert not cache_of(evaluator).cuts
     assert_identical(evaluator.evaluate(candidates), prepared(AdaptiveBN, context, 0).evaluate(candidates))
-
-
-@pytest.mark.parametrize(("block", "shares"), [(Deciding, True), (Choosing, True), (Leaving, False)])
-def test_models_that_read_values_share_what_all_batches_compute(block, shares):
-    context = context_of(chain(block, 5), (3, 8, 8))
-    candidates = relatives(context.space, n=8)
-    evaluator, plain = prepared(AdaptiveBN, context, 2**28), prepared(AdaptiveBN, context, 0)
-    naive_macs, expected = counted(lambda: plain.evaluate(candidates))
-    macs, found = counted(lambda: evaluator.evaluate(candidates))
-    assert_identical(found, expected)
-    assert cache_of(evaluator).on == shares
-    assert (macs < 0.9 * naive_macs) == shares
-
-
-def test_a_pass_that_goes_another_way_than_the_trace_ends_sharing():
-    """Even where scores that are shared count as proven, and each module is called as often: the order tells."""
-    x = torch.randn(16 * 9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    batches = [(part, None) for part in x.split(16)]
-    model = chain(Swapping, 3)
-    taken = {bool(model[0](batch[0])[0, 0, 0, 0] > 0) for batch in batches[3:6]}
-    assert taken == {True, False}
-    context = study_of(model, autoprune.Data(batches[:3], batches[3:6], batches[6:])).context
-    evaluator, plain = prepared(Compensated, context, 2**28), prepared(Compensated, context, 0)
-    assert cache_of(evaluator).cuts
-    cache_of(evaluator).proven = True
-    candidates = relatives(context.space, n=8)
-    assert_identical(evaluator.evaluate(candidates), plain.evaluate(candidates))
-    assert not cache_of(evaluator).on
-
-
-def test_what_a_trace_that_reads_values_does_not_read_counts_as_read_first():
-    reads = {"a": 3}
-    assert Flow((), reads, {}, 0.0).first_read("b") > 10**9
-    flow = Flow((), reads, {}, 0.0, calls=("0",))
-    assert (flow.first_read("a"), flow.first_read("b")) == (3, -1)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_language_model_that_reads_its_mask_resumes_between_its_blocks(padded):
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(50, (24, 10), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[::5, :3] = 0
-    batches = [{"input_ids": ids[i : i + 4], "attention_mask": mask[i : i + 4]} for i in range(0, 24, 4)]
-    data = autoprune.Data(batches[:2], batches[2:4], batches[4:])
-    context = study_of(model, data, metric="next_token").context
-    candidates = relatives(context.space, n=8)
-    evaluator, plain = prepared(Compensated, context, 2**28), prepared(Compensated, context, 0)
-    naive_macs, expected = counted(lambda: plain.evaluate(candidates))
-    macs, found = counted(lambda: evaluator.evaluate(candidates))
-    assert_identical(found, expected)
-    assert cache_of(evaluator).on
-    assert len(cache_of(evaluator).cuts) >= 4
-    assert macs < 0.9 * naive_macs
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from autoprune.result import SearchResult
 from autoprune.result.choosing import best_of, judged, rank_of
 from autoprune.result.tables import aligned, engineering
 from autoprune.result.trials import Trial
+from autoprune.search_spaces.counts import counted
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,9 @@ class Shortlist:
         return self.rows[0].trial
 
     def __str__(self) -> str:
-        table = [["trial", self.cost, f"{self.metric}, untrained", *(f"{steps} steps" for steps in self.steps), ""]]
+        table = [
+            ["trial", self.cost, f"{self.metric}, untrained", *(counted(steps, "step") for steps in self.steps), ""]
+        ]
         for row in self.rows:
             scores = [f"{score:.4f}" if math.isfinite(score) else "failed" for score in row.scores]
             blank = [""] * (len(self.steps) - len(scores))

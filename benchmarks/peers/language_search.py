@@ -13,6 +13,7 @@ import time
 import torch
 
 import autoprune
+from autoprune.result import SearchResult
 from benchmarks.peers.language.__main__ import judged
 from benchmarks.peers.language.case import Case
 from benchmarks.peers.language.ours import SPACES, given_text
@@ -33,6 +34,9 @@ class Begun:
     def on_trial(self, trial: autoprune.Trial) -> None:
         """Note it."""
         self.at = self.at or time.perf_counter()
+
+    def on_end(self, result: SearchResult) -> None:
+        """Do nothing: a callback has this method."""
 
 
 def main() -> None:
@@ -74,7 +78,6 @@ def main() -> None:
     rows += [[f"loss on {kind}, nats", f"{loss:.3f}"] for kind, loss in losses.items()]
     text = table([f"{found['trials']} trials, {chosen.threads} threads", ""], rows)
     write("language_search", "One search of a language model", found, f"{text}\n\n" + "\n\n".join(result.notes))
-    print(text)
 
 
 if __name__ == "__main__":
