@@ -13,6 +13,7 @@ from autoprune.data.subsets import TOKENS, materialise
 from autoprune.evaluators.training.distillation import labels_loss_of
 from autoprune.metrics import choosing
 from autoprune.metrics.choosing import resolve_metric
+from autoprune.metrics.language import next_token, next_token_by_divergence
 
 VOCABULARY, POSITIONS = 23, 32
 
@@ -94,6 +95,11 @@ class TestDivergence:
         assert scores.metric.mean() == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
         assert "KL(dense || pruned)" in judge.note
         assert ("probabilities" in judge.note) == chances
+
+    def test_a_text_of_one_token_counts_for_nothing(self):
+        outputs, batch = torch.randn(2, 1, 5), {"input_ids": torch.zeros(2, 1, dtype=torch.long)}
+        assert next_token(False, outputs, batch, None)[0].tolist() == [0, 0]
+        assert next_token_by_divergence(False, outputs, batch, outputs + 1)[0].tolist() == [0, 0]
 
     def test_the_loss_steers_where_dense_outputs_would_take_too_much_memory(self, monkeypatch):
         monkeypatch.setattr(choosing, "MOST_DENSE_BYTES", 1000)

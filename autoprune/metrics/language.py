@@ -53,18 +53,17 @@ def _of_tokens(chances: bool, logits: Tensor, wanted: Tensor, dense: Tensor | No
     counts = wanted != NO_LABEL
     at_once = max(1, (_ON_CPU if logits.device.type == "cpu" else _ELSEWHERE) // logits.shape[-1])
     # A vocabulary makes the distributions of a sample as large as a small model: few of them stay in the cache.
-    losses, divergences = [], []
+    loss = divergence = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
     for start in range(0, len(wanted), at_once):
         part = slice(start, min(start + at_once, len(wanted)))
         kept = counts[part]
         ours = _log_chances(chances, logits[part][kept])
-        losses.append(-ours.gather(1, wanted[part][kept, None]).sum())
+        loss = loss - ours.gather(1, wanted[part][kept, None]).sum()
         if dense is not None:
             theirs = _log_chances(chances, dense[part][kept])
-            divergences.append((theirs.exp() * (theirs - ours)).sum())
+            divergence = divergence + (theirs.exp() * (theirs - ours)).sum()
     count = counts.sum().clamp(min=1)
-    loss = torch.stack(losses).sum() / count
-    return loss, torch.stack(divergences).sum() / count if dense is not None else torch.zeros_like(loss)
+    return loss / count, divergence / count
 
 
 def _log_chances(chances: bool, outputs: Tensor) -> Tensor:

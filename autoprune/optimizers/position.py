@@ -29,7 +29,7 @@ def counted(problem: Problem, candidates: IntArray) -> Counted | None:
 def adding_up(problem: Problem, candidates: IntArray) -> Counted | None:
     """Make them so where no entry makes another irrelevant, too: what single entries lose is then lost together."""
     costs = problem.cost_function
-    return costs.at(candidates) if isinstance(costs, LimitedCosts) and costs.adds_up else None
+    return counted(problem, candidates) if isinstance(costs, LimitedCosts) and costs.adds_up else None
 
 
 @final
