@@ -220,7 +220,7 @@ class TestOddProblems:
     @pytest.mark.parametrize("tight", [0, 1])
     def test_of_several_limits_all_are_met_whichever_binds(self, tight):
         known = product_problem([9] * 8, seed=0)
-        limits = known.problem.limits * np.where(np.arange(2) == tight, 1.0, 1.6)
+        limits = known.problem.limits * np.where(np.arange(2) == tight, 1.0, 2.0)
         known = dataclasses.replace(known, problem=dataclasses.replace(known.problem, limits=limits, budget_range=None))
         problem = planned(known, 60)
         candidates = run(Auto(problem, 0), known, 60)

@@ -26,7 +26,7 @@ _LEAST_SCAN = 16  # trials: with fewer, what a scan takes is worth more as assem
 _LEAST_ORDERED = 0.5  # of the dimensions: options without an order have no neighbours to learn a table from
 _SHOWN = 8  # values of tau in the notes
 _FRONTS = (33, 17, 9, 5)  # numbers of budgets that leave equal gaps
-_FRONT_SHARE = 0.4  # of the trials, the most for the front, but for the least of these numbers
+_FRONT_SHARE = 0.5  # of the trials, the most for the front, but for the least of these numbers
 _QUICK_ROUNDS = 2
 _LEAST_ADDITIVE = 0.5  # rank correlation of summed and joint losses, below which the table's front is left early
 _FEWEST = 4  # trials to breed from
@@ -44,11 +44,11 @@ class Auto:
 
     1. The problem's seeds: dense, uniform pruning, and the user's start.
     2. The knapsack's front of what is expected before any evaluation, for 5 budgets; without a prior all dimensions
-       are expected to lose alike, and where a scan follows, only 2 budgets are worth a trial.
+       are expected to lose alike, and where a scan follows, that is not worth a trial.
     3. A scan: the loss of each dimension alone, for at most 40 % of the trials (`sensitivity.next_probes`). It is left
        out below 16 trials, where fewer than half of the dimensions are ordered, and where a prior is known and the
        trials do not suffice to measure every dimension once.
-    4. The knapsack's front of that table, for at most 40 % of the trials; for 5 budgets if sums of the table turn out
+    4. The knapsack's front of that table, for at most half of the trials; for 5 budgets if sums of the table turn out
        to rank assembled candidates badly.
     5. Proposals of four kinds until the trials end: knapsacks on tables corrected by evaluations of assembled
        candidates (`corrected_tables`), children of `NSGA2` and of `LevelSwitch`, and one or two random changes to the
@@ -157,14 +157,13 @@ class Auto:
     def _expected(self) -> IntArray:
         """Front of what is expected before any evaluation, which costs no probe; shape (any, d).
 
-        Without a prior, where a scan follows, only its two ends: the table will know better.
+        Empty without a prior, where a scan follows: its table will know better.
         """
+        if self._scans and self._problem.prior is None:
+            return self._problem.seeds[:0]
         if self._guess is None:
             table = table_of(self._problem, self._archive.nothing())
-            few = self._scans and self._problem.prior is None
-            self._guess = front_of(
-                self._problem, table.losses, spread_budgets(self._problem, 2 if few else _FRONTS[-1])
-            )
+            self._guess = front_of(self._problem, table.losses, spread_budgets(self._problem, _FRONTS[-1]))
         return self._guess
 
     def _aim(self) -> FloatArray:
