@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ import autoprune
 from autoprune.evaluators import AdaptiveBN, Compensated
 from autoprune.execution import PoolExecutor, fastest
 from autoprune.execution.fastest import FastestExecutor
+from autoprune.execution.local import GENERATION, Finished, LocalExecutor
 from autoprune.execution.shipping import Parcel, opened
 from autoprune.protocols import FAILED, IntArray
 from autoprune.result import SearchResult
+from autoprune.study import convergence
 from autoprune.testing.contexts import image_context
 from tests.processes import running
 
@@ -88,6 +91,19 @@ class Endless(AdaptiveBN):
 
     def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> Any:
         if os.getpid() != self.driver:
+            time.sleep(300)
+        return super().evaluate(candidates, chunk)
+
+
+class EndlessAt(AdaptiveBN):
+    """Takes minutes for one candidate."""
+
+    def __init__(self, candidate: IntArray) -> None:
+        super().__init__()
+        self.slow = candidate
+
+    def evaluate(self, candidates: IntArray, chunk: slice | None = None) -> Any:
+        if (candidates == self.slow).all():
             time.sleep(300)
         return super().evaluate(candidates, chunk)
 
@@ -226,6 +242,58 @@ def test_the_end_of_the_time_does_not_wait_for_running_evaluations() -> None:
     assert time.monotonic() - began < 30
     assert (result.stopped, result.trials) == ("time", ())
     assert not [told for told in running().values() if "pool_worker" in told]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", [0, 3])
+def test_the_end_of_the_time_loses_nothing_that_is_finished(monkeypatch: pytest.MonkeyPatch, slow: int) -> None:
+    context, real = image_context(), PoolExecutor._hear
+    candidates = np.array([[i, i] + [0] * (len(context.space.sizes) - 2) for i in range(6)])
+    evaluator = EndlessAt(candidates[slow])
+    evaluator.prepare(context)
+    pool = PoolExecutor(2)
+
+    def hear(self: PoolExecutor, worker: Any) -> None:
+        real(self, worker)
+        if len(found) + len(self._done) == len(candidates) - 1:
+            self.until = 0.0
+
+    monkeypatch.setattr(PoolExecutor, "_hear", hear)
+    found: list[int] = []
+    try:
+        pool.start(evaluator, context, EndlessAt(candidates[slow]))
+        pool.submit([*range(len(candidates))], candidates, [None] * len(candidates))
+        while pool.until:
+            found += [finished.trial for finished in pool.gather()]
+        assert pool.gather() == []
+    finally:
+        pool.stop()
+    assert sorted(found) == [trial for trial in range(len(candidates)) if trial != slow]
+
+
+def test_a_search_takes_what_has_come_in_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        passed = 0.0
+
+        @classmethod
+        def monotonic(cls) -> float:
+            return time.monotonic() + cls.passed
+
+    class Slow(LocalExecutor):
+        """Hands out one outcome, and the others of its generation once the time is over."""
+
+        until = 0.0
+
+        def gather(self) -> list[Finished]:
+            if not Clock.passed:
+                Clock.passed = 1e6
+                return super().gather()
+            assert Clock.monotonic() > self.until
+            return [finished for _ in range(len(self._queue)) for finished in super(Slow, self).gather()]
+
+    monkeypatch.setattr(convergence, "time", Clock)
+    result = search(Slow(), max_seconds=1e5)
+    assert (result.stopped, len(result.trials)) == ("time", GENERATION)
 
 
 class TestChoosing:

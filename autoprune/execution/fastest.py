@@ -35,7 +35,7 @@ class FastestExecutor:
 
     Attributes:
         notes: Decision, in plain words, once it was taken.
-        until: Time at which `gather` stops waiting for processes, as in `PoolExecutor`.
+        until: Time at which `gather` stops waiting for processes, as in `PoolExecutor`, and evaluates nothing more.
     """
 
     name = "local"
@@ -74,6 +74,8 @@ class FastestExecutor:
         if self._early:
             early, self._early = self._early, []
             return early
+        if self._now is self._local and time.monotonic() >= self.until:
+            return []
         began = time.perf_counter()
         found = self._now.gather()
         if not self.notes and found:

@@ -149,16 +149,14 @@ class PoolExecutor:
         self._dispatch()
 
     def gather(self) -> list[Finished]:
-        """Wait for outcomes, and return those whose turn it is; none once the time is over.
+        """Wait for outcomes, and return those whose turn it is; once the time is over, all that are there.
 
         Raises:
             RuntimeError: If no worker is left, because none could be started.
         """
         while self._unreleased:
-            released = []
-            while self._unreleased and self._unreleased[0] in self._done:
-                released.append(self._done.pop(self._unreleased.popleft()))
-            if released or time.monotonic() >= self.until:
+            over = time.monotonic() >= self.until
+            if (released := self._release(whatever=over)) or over:
                 return released
             self._step()
         return []
@@ -183,6 +181,17 @@ class PoolExecutor:
         if isinstance(self._evaluator, Orders):
             self._evaluator.release()
         self._forget()
+
+    def _release(self, whatever: bool) -> list[Finished]:
+        """Give out outcomes up to the first that is missing, or all of them, in the order of release."""
+        released, waiting = [], deque[int]()
+        for trial in self._unreleased:
+            if trial in self._done and (whatever or not waiting):
+                released.append(self._done.pop(trial))
+            else:
+                waiting.append(trial)
+        self._unreleased = waiting
+        return released
 
     def _launched(self, number: int) -> _Worker:
         """Start a worker, from a process that is replaced if it has ended."""

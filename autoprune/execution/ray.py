@@ -247,13 +247,16 @@ class RayExecutor:
         self._dispatch()
 
     def gather(self) -> list[Finished]:
-        """Wait for outcomes: in the order of arrival, or in the order submitted if synchronous; none when time is over.
+        """Wait for outcomes: in the order of arrival, or in the order submitted if synchronous.
+
+        Once the time is over it returns what is there, in either case.
 
         Raises:
             RuntimeError: If no worker is left, because none could be started.
         """
         while self._unreleased:
-            if (released := self._release()) or time.monotonic() >= self.until:
+            over = time.monotonic() >= self.until
+            if (released := self._release(whatever=over or not self.synchronous)) or over:
                 return released
             self._step()
         return []
@@ -272,8 +275,9 @@ class RayExecutor:
                 os.environ[name] = value
         self._forget()
 
-    def _release(self) -> list[Finished]:
-        if not self.synchronous:
+    def _release(self, whatever: bool) -> list[Finished]:
+        """Give out all outcomes, or those up to the first that is missing."""
+        if whatever:
             released = list(self._done.values())
         else:
             released = []

@@ -114,6 +114,8 @@ class Loop:
         while self._pending or not self._stopped:
             if self._study.deadline.passed:
                 self._stopped = "time"
+                if isinstance(self._executor, Hurries):
+                    self._gather()  # what has come in meanwhile
                 break
             self._ask()
             self._gather()
