@@ -15,7 +15,7 @@ from torch import nn
 import autoprune
 from autoprune.data.batch import default_forward
 from autoprune.importance import calibration as calibration_module
-from autoprune.importance import sensitivity
+from autoprune.importance import gradients, sensitivity
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.gradients import distortion_gradients
 from autoprune.metrics.scorers import class_dimension
@@ -269,12 +269,14 @@ def test_the_passes_of_the_check_serve_the_prior_which_a_resumed_search_computes
 
 
 @pytest.mark.slow
-def test_gradients_of_the_distortion_are_the_fisher_information():
+@pytest.mark.parametrize(("work", "together"), [(gradients._WORK_AT_ONCE, 8), (3 * 2, 2), (0, 1)])
+def test_gradients_of_the_distortion_are_the_fisher_information(monkeypatch, work, together):
+    monkeypatch.setattr(gradients, "_WORK_AT_ONCE", work)
     layer = nn.Linear(3, 1, bias=False)
     x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 3.0])
     structure = analyse(Example(layer, (x[:2],)))
     (found,) = distortion_gradients(Calibration(layer, structure, [x], default_forward)).values()
-    torch.testing.assert_close(found[0] * 8**0.5, torch.tensor([1.0, 2.0, 3.0]), rtol=0.15, atol=0)
+    torch.testing.assert_close(found[0] * together**0.5, torch.tensor([1.0, 2.0, 3.0]), rtol=0.15, atol=0)
 
 
 def test_outputs_of_a_vocabulary_for_tokens_are_logits_whatever_holds_them():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
     from autoprune.importance.unit_products import UnitProducts
 
 DRAWN = 8
-"""Samples whose gradients are averaged before they are squared, where there are no labels."""
+"""Most samples whose gradients are averaged before they are squared, where there are no labels."""
+
+_WORK_AT_ONCE = 2**30  # multiply-accumulates of a forward pass, up to which averaging saves more time than memory
 
 
 def loss_gradients(calibration: Calibration, seed: int = 0) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ def distortion_gradients(
     state = _state_of(copied)
     generator = torch.Generator().manual_seed(seed)
     squares = {name: torch.zeros_like(p) for name, p in state.items()}
-    parts = parts_of(calibration.batches)
+    parts = parts_of(calibration)
 
     def take(name: str, parameter: Tensor) -> None:
         """Add a gradient as soon as it is computed, so that no two are in memory at once."""
@@ -95,9 +96,13 @@ def _state_of(copied: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().requires_grad_() for name, p in copied.named_parameters()}
 
 
-def parts_of(batches: Sequence[Batch]) -> list[Batch]:
-    """Divide batches into the parts whose gradients are taken together."""
-    return [part for batch in batches for part in pieces(batch, DRAWN)]
+def parts_of(calibration: Calibration) -> list[Batch]:
+    """Divide the batches into the parts whose gradients are taken together: single samples where these are long.
+
+    An average over fewer draws has as large a square in expectation, up to a factor of all, and there are more squares.
+    """
+    most = min(DRAWN, max(1, int(_WORK_AT_ONCE // max(calibration.structure.macs, 1.0))))
+    return [part for batch in calibration.batches for part in pieces(batch, most)]
 
 
 def _loss(outputs: Tensor, target: Any) -> Tensor | None:

@@ -62,7 +62,7 @@ def _observed(calibration: Calibration) -> Iterator[Part]:
     generator = torch.Generator().manual_seed(calibration.seed)
     products = UnitProducts(copied)
     with products.observing():
-        for part in parts_of(ranked_on(calibration)):
+        for part in parts_of(calibration.on(ranked_on(calibration))):
             with torch.enable_grad():
                 drawn = drawn_loss(calibration.forward(copied.model, part), part, generator)
                 drawn.loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
