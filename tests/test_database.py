@@ -15,6 +15,7 @@ from autoprune.data.batch import default_forward
 from autoprune.importance.calibration import Calibration
 from autoprune.importance.criteria import rank_units, score_units
 from autoprune.importance.database import build as building
+from autoprune.importance.database import observation
 from autoprune.importance.database.build import build_database, equations_of, layer_database
 from autoprune.importance.database.database import Database
 from autoprune.importance.database.downdates import remove_greedily
@@ -169,8 +170,10 @@ def by_hand(model, x, name):
     return torch.cat(rows), torch.cat(slopes), layer.weight.detach().flatten(1), draws
 
 
+@pytest.mark.parametrize("long", [observation._LONG, 0])
 @pytest.mark.parametrize(("group", "readers"), [("a", ("b", "skip")), ("b", ("c",)), ("c", ("head",))])
-def test_errors_of_a_network_are_those_of_its_own_inputs_and_gradients(group, readers):
+def test_errors_of_a_network_are_those_of_its_own_inputs_and_gradients(monkeypatch, group, readers, long):
+    monkeypatch.setattr(observation, "_LONG", long)  # where 0, each sample has a pass of its own
     model, x, structure = network()
     found = build_database(Calibration(model, structure, [x], default_forward))
     table = found.tables[group]

@@ -26,6 +26,7 @@ ENOUGH_ROWS = 2**14
 _FEWEST = 32
 _AT_ONCE = 4  # samples in one backward pass, which bounds its memory; more of a small model
 _WORK_AT_ONCE = 2**27  # multiply-accumulates of a forward pass, up to which it holds more
+_LONG = 2**32  # multiply-accumulates of a sample from which on each has a pass of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +162,8 @@ def _empty(source: Source) -> Observation:
 
 def divided(calibration: Calibration, samples: int) -> Iterator[tuple[Batch, bool]]:
     """Calibration batches in parts of a few samples, each with whether it is among the first `samples` samples."""
-    most = max(_AT_ONCE, int(_WORK_AT_ONCE // max(calibration.structure.macs, 1.0)))
+    macs = max(calibration.structure.macs, 1.0)
+    most = max(_AT_ONCE, int(_WORK_AT_ONCE // macs)) if macs < _LONG else 1
     for batch in calibration.batches:
         if samples <= 0:
             yield batch, False
